@@ -1,0 +1,33 @@
+"""Octavo: serves Qwen2-VL from paged memory. This page hands the public names on, lazily."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LLM": ".engine.llm",
+    "AsyncLLM": ".engine.async_llm",
+    "Client": ".engine.client",
+    "Engine": ".engine.engine",
+    "RequestOutput": ".engine.output",
+    "SamplingParams": ".scheduler.request",
+}
+
+if TYPE_CHECKING:
+    from .engine.async_llm import AsyncLLM
+    from .engine.client import Client
+    from .engine.engine import Engine
+    from .engine.llm import LLM
+    from .engine.output import RequestOutput
+    from .scheduler.request import SamplingParams
+
+__all__ = ["LLM", "AsyncLLM", "Client", "Engine", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name], __name__), name)

@@ -1,0 +1,1 @@
+"""The engine: input, step loop, worker group, servers and faces."""

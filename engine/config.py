@@ -1,0 +1,217 @@
+"""Frozen settings: the checkpoint's shape, its preprocessing, and how the engine is to run.
+
+Sources: `config.json`, `generation_config.json`, `preprocessor_config.json` and
+`video_preprocessor_config.json` of a Hugging Face Qwen2-VL folder; constants of qwen-vl-utils.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..scheduler.request import SamplingParams
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded"
+
+TOKEN_PIXELS = 28 * 28  # pixels behind one image token of the real models
+
+
+class ConfigError(ValueError):
+    """A setting or a checkpoint that cannot be served; the text names it and the way out."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the vision tower."""
+
+    depth: int
+    embed_dim: int
+    num_heads: int
+    mlp_ratio: float
+    in_channels: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    hidden_size: int  # of the decoder, which the merger writes
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def resize_factor(self) -> int:
+        return self.patch_size * self.spatial_merge_size
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Qwen2-VL checkpoint. `dtype` is the checkpoint's, as a torch name."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tie_word_embeddings: bool
+    dtype: str
+    vision_start_token_id: int
+    vision_end_token_id: int
+    vision_token_id: int  # <|vision_pad|>
+    image_token_id: int
+    video_token_id: int
+    vision: VisionConfig
+
+    @property
+    def vision_token_ids(self) -> tuple[int, ...]:
+        """Tokens that are never sampled and never come from plain text."""
+        return (self.vision_start_token_id, self.vision_end_token_id, self.vision_token_id,
+                self.image_token_id, self.video_token_id)
+
+    @classmethod
+    def from_dir(cls, path: Path) -> ModelConfig:
+        return cls.from_dict(read_json(path / "config.json"))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Reads both forms: text fields at the top, or nested under `text_config`."""
+        if raw.get("model_type") != "qwen2_vl":
+            raise ConfigError(f"model_type={raw.get('model_type')!r}: only 'qwen2_vl' is served")
+        text = {**raw, **raw.get("text_config", {})}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        heads = text["num_attention_heads"]
+        head_dim = text.get("head_dim") or text["hidden_size"] // heads
+        section = tuple(rope.get("mrope_section", ()))
+        if len(section) != 3 or sum(section) * 2 != head_dim:
+            raise ConfigError(
+                f"mrope_section={list(section)}: must be three numbers whose sum is half of "
+                f"head_dim={head_dim}"
+            )
+        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        return cls(
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            num_hidden_layers=text["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=text.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            vocab_size=text["vocab_size"],
+            max_position_embeddings=text.get("max_position_embeddings", 32768),
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1_000_000.0,
+            mrope_section=section,  # type: ignore[arg-type]
+            tie_word_embeddings=bool(tied),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"),
+            vision_start_token_id=text.get("vision_start_token_id", 151652),
+            vision_end_token_id=text.get("vision_end_token_id", 151653),
+            vision_token_id=text.get("vision_token_id", 151654),
+            image_token_id=raw.get("image_token_id", text.get("image_token_id", 151655)),
+            video_token_id=raw.get("video_token_id", text.get("video_token_id", 151656)),
+            vision=_vision_config(raw["vision_config"], text["hidden_size"]),
+        )
+
+
+def _vision_config(raw: dict[str, Any], hidden_size: int) -> VisionConfig:
+    return VisionConfig(
+        depth=raw["depth"],
+        embed_dim=raw["embed_dim"],
+        num_heads=raw["num_heads"],
+        mlp_ratio=raw.get("mlp_ratio", 4),
+        in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
+        patch_size=raw.get("patch_size", 14),
+        spatial_merge_size=raw.get("spatial_merge_size", 2),
+        temporal_patch_size=raw.get("temporal_patch_size", 2),
+        hidden_size=raw.get("hidden_size", hidden_size),
+    )
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How pictures become patches. Pixels are height × width of one image or one video frame."""
+
+    min_pixels: int = 4 * TOKEN_PIXELS
+    max_pixels: int = 16384 * TOKEN_PIXELS
+    video_min_pixels: int = 128 * TOKEN_PIXELS
+    video_max_pixels: int = 768 * TOKEN_PIXELS
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_dir(cls, path: Path) -> PreprocessConfig:
+        """The checkpoint's settings; what its files leave out is qwen-vl-utils' default.
+
+        Real checkpoints have no `video_preprocessor_config.json` of their own limits; the
+        embedded model has one, which is read with the same names.
+        """
+        image = read_json(path / "preprocessor_config.json", missing_ok=True)
+        video = read_json(path / "video_preprocessor_config.json", missing_ok=True)
+        found = {name: image[name] for name in ("min_pixels", "max_pixels") if image.get(name)}
+        found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
+        found |= {f"video_{name}": video[name] for name in ("min_pixels", "max_pixels")
+                  if video.get(name)}
+        found |= {name: video[name] for name in ("fps", "min_frames", "max_frames")
+                  if video.get(name)}
+        return cls(**found)
+
+
+def generation_defaults(path: Path) -> tuple[SamplingParams, frozenset[int]]:
+    """Sampling defaults and end tokens of a checkpoint's `generation_config.json`."""
+    raw = read_json(path / "generation_config.json", missing_ok=True)
+    eos = raw.get("eos_token_id", read_json(path / "config.json").get("eos_token_id"))
+    ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    greedy = raw.get("do_sample") is False
+    return SamplingParams(
+        temperature=0.0 if greedy else float(raw.get("temperature", 1.0)),
+        top_k=int(raw.get("top_k") or 0),
+        top_p=float(raw.get("top_p") or 1.0),
+        min_p=float(raw.get("min_p") or 0.0),
+        repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
+    ), ends
+
+
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise ConfigError(f"{path}: no such file; --model takes a Qwen2-VL checkpoint folder "
+                          "or a hub id such as Qwen/Qwen2-VL-2B-Instruct") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is to run. Names are vLLM's where it has one."""
+
+    model: Path = EMBEDDED_MODEL
+    device: str = "auto"  # "auto" | "cpu" | "cuda"
+    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None  # tokens of prompt and output; None: what positions allow
+    max_num_seqs: int = 64  # requests that run at once
+    max_num_batched_tokens: int = 2048  # tokens of one step
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory: int | None = None  # bytes a rank; None: measured
+    max_encode_tokens: int = 16384  # image tokens encoded in one step
+    encoder_cache_tokens: int = 32768  # image tokens whose embeddings are kept
+    max_unit_temporal_patches: int = 4  # a video is encoded in units of this many
+    min_pixels: int | None = None  # for images; None: the checkpoint's
+    max_pixels: int | None = None
+    seed: int = 0  # of requests that bring none

@@ -1,0 +1,1 @@
+"""Qwen2-VL: vision tower and decoder, as sharded layers."""

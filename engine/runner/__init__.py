@@ -1,0 +1,1 @@
+"""One rank's step: encode stage, then decode stage, then sample."""

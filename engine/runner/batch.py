@@ -1,0 +1,82 @@
+"""One step's input as a rank gets it: flat numpy arrays, rows parallel, nothing of torch.
+
+`n` is the number of tokens of the step, `r` the number of rows (requests), `s` the number of rows
+that sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...scheduler.request import UnitKey
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """A unit to encode: uint8 RGB frames [t, height, width, 3], already resized.
+
+    An image has t = 1 and is seen twice by its temporal patch; a video unit has
+    t = temporal_patch_size × temporal patches.
+    """
+
+    key: UnitKey
+    grid_thw: tuple[int, int, int]  # of the unit, in patches
+    rank: int  # who encodes it
+    pixels: UInt8 | None  # None on the other ranks
+
+
+@dataclass(frozen=True)
+class EmbeddingSlice:
+    """Rows [start, start + num_tokens) of a unit's embedding go to tokens [dest, ...) of the step."""
+
+    key: UnitKey
+    start: int
+    num_tokens: int
+    dest: int
+    row: int  # the request's row, for blame when the embedding is missing
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Sampling settings of the s rows that sample, parallel arrays."""
+
+    rows: Int32  # [s] row of the step
+    temperature: Float32  # [s]; 0 is greedy
+    top_k: Int32  # [s]; 0 is off
+    top_p: Float32  # [s]; 1 is off
+    min_p: Float32  # [s]; 0 is off
+    repetition_penalty: Float32  # [s]; 1 is off
+    seed: npt.NDArray[np.uint64]  # [s]
+    output_index: Int32  # [s] index of the token to draw among the request's output
+    seen_token_ids: tuple[Int32, ...]  # [s] of [k]: prompt and output, empty where penalty is off
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """A step of one rank."""
+
+    token_ids: Int32  # [n]; placeholders keep their token id
+    positions: Int32  # [3, n] M-RoPE: temporal, height, width
+    num_scheduled_tokens: Int32  # [r]
+    context_lens: Int32  # [r] tokens in the cache once this step is computed
+    block_tables: Int32  # [r, most blocks of a row], padded with 0
+    sampling: SamplingBatch
+    encode: tuple[EncodeTask, ...] = ()
+    embeddings: tuple[EmbeddingSlice, ...] = ()
+    drop: tuple[UnitKey, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a rank's step made. Rank 0's counts; the others return the same ids."""
+
+    sampled: Int32  # [s]; -1 where the row was not computed
+    missing: tuple[UnitKey, ...] = ()  # embeddings that were not there; their rows were skipped
+    errors: tuple[tuple[int, str], ...] = ()  # (row, what went wrong)

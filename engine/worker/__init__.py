@@ -1,0 +1,1 @@
+"""The worker group: one process a rank, driven by gRPC."""

@@ -1,0 +1,1 @@
+"""The two protocols: `octavo.proto` (public) and `worker.proto` (inside a worker group)."""

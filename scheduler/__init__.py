@@ -1,0 +1,1 @@
+"""What runs in each step: tokens, blocks, images to encode. Standard library alone."""

@@ -1,0 +1,56 @@
+"""What crosses the border between scheduler and workers in one step. Plain data."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from .request import EncodeUnit, RequestStatus, UnitKey
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """One unit to encode in this step, and the request whose pixels serve for it."""
+
+    unit: EncodeUnit
+    request_id: str
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What runs in one step. The arrays are parallel: one entry a row, one row a request."""
+
+    step_id: int
+    request_ids: tuple[str, ...]
+    num_computed_tokens: tuple[int, ...]  # before this step
+    num_scheduled_tokens: tuple[int, ...]  # tokens to compute now
+    block_tables: tuple[array[int], ...]  # the requests' own tables; valid until the next schedule
+    samples: tuple[bool, ...]  # the row reaches its last known token, so a new one is drawn
+    encode: tuple[EncodePlan, ...] = ()  # units to encode, in order of need
+    drop: tuple[UnitKey, ...] = ()  # embeddings that workers may forget, before encoding
+    preempted: tuple[str, ...] = ()  # requests that lost their blocks while planning
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the workers report of a step."""
+
+    step_id: int
+    sampled: tuple[int, ...]  # a token id for each row of the plan that samples, in row order
+    missing: tuple[UnitKey, ...] = ()  # embeddings that a worker lacked; rows that need them
+    # computed nothing
+    errors: dict[str, str] = field(default_factory=dict)  # request_id -> what went wrong in its row
+
+
+@dataclass(frozen=True)
+class RequestUpdate:
+    """What one step did for one request, for the output stage."""
+
+    request_id: str
+    new_token_ids: tuple[int, ...]
+    status: RequestStatus
+    error: str = ""

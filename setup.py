@@ -1,0 +1,79 @@
+"""Octavo's packaging: the repository root is the package `octavo`.
+
+The folders keep their plain names (`engine/`, `kernels/`, ...) in the repository and are installed
+as `octavo.engine`, `octavo.kernels`, ..., so that nothing called `kernels` or `proto` lands in a
+user's site-packages.
+"""
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+PACKAGES = [
+    "octavo",
+    "octavo.benchmarks",
+    "octavo.benchmarks.demo_model",
+    "octavo.engine",
+    "octavo.engine.embedded",
+    "octavo.engine.input",
+    "octavo.engine.model",
+    "octavo.engine.runner",
+    "octavo.engine.server",
+    "octavo.engine.worker",
+    "octavo.kernels",
+    "octavo.proto",
+    "octavo.scheduler",
+]
+
+
+class BuildWithoutSetup(build_py):
+    """Packs every module of the packages but this file."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [m for m in modules if (m[0], m[1]) != ("octavo", "setup")]
+
+
+TEST = [
+    "transformers>=5.23,<6",
+    "huggingface_hub>=1.0",
+    "pytest>=9",
+    "pytest-timeout>=2.4",
+    "pytest-asyncio>=1.0",
+    "hypothesis>=6.150",
+    "psutil>=7",
+    "ruff>=0.17",
+    "mypy>=2.0",
+    "types-protobuf",
+]
+
+setup(
+    name="octavo",
+    version="0.1.0",
+    description="An engine that serves Qwen2-VL: paged memory, continuous batching, vision stage",
+    python_requires=">=3.10",
+    package_dir={"octavo": "."},
+    packages=PACKAGES,
+    package_data={
+        "octavo.engine.embedded": ["*.json", "*.safetensors"],
+        "octavo.proto": ["*.proto", "*.pyi"],
+        "octavo": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "pillow>=11",
+        "av>=14",
+        "grpcio>=1.62",
+        "grpcio-health-checking>=1.62",
+        "protobuf>=4.25",
+        "jinja2>=3.1",
+        "typer>=0.15",
+        "rich>=13",
+    ],
+    extras_require={"test": TEST, "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"]},
+    entry_points={"console_scripts": ["octavo=octavo.engine.cli:main"]},
+    cmdclass={"build_py": BuildWithoutSetup},
+)
