@@ -1,0 +1,172 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LoadRequest(_message.Message):
+    __slots__ = ("epoch", "model", "device", "dtype", "rank", "tensor_parallel_size", "rendezvous", "block_size")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    model: str
+    device: str
+    dtype: str
+    rank: int
+    tensor_parallel_size: int
+    rendezvous: str
+    block_size: int
+    def __init__(self, epoch: _Optional[int] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., rendezvous: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
+
+class LoadProgress(_message.Message):
+    __slots__ = ("done_bytes", "total_bytes", "memory")
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    done_bytes: int
+    total_bytes: int
+    memory: MemoryReport
+    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., memory: _Optional[_Union[MemoryReport, _Mapping]] = ...) -> None: ...
+
+class MemoryReport(_message.Message):
+    __slots__ = ("weight_bytes", "total_bytes", "free_bytes", "kv_block_bytes", "dtype", "device")
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    weight_bytes: int
+    total_bytes: int
+    free_bytes: int
+    kv_block_bytes: int
+    dtype: str
+    device: str
+    def __init__(self, weight_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class AllocateRequest(_message.Message):
+    __slots__ = ("epoch", "num_blocks")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    num_blocks: int
+    def __init__(self, epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class AllocateReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StepRequest(_message.Message):
+    __slots__ = ("epoch", "step_id", "token_ids", "positions", "num_scheduled_tokens", "context_lens", "block_tables", "sampling", "encode", "embeddings", "drop")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SCHEDULED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TABLES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    token_ids: bytes
+    positions: bytes
+    num_scheduled_tokens: bytes
+    context_lens: bytes
+    block_tables: bytes
+    sampling: Sampling
+    encode: _containers.RepeatedCompositeFieldContainer[Encode]
+    embeddings: _containers.RepeatedCompositeFieldContainer[Embedding]
+    drop: _containers.RepeatedCompositeFieldContainer[Unit]
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    SEEN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    rows: bytes
+    temperature: bytes
+    top_k: bytes
+    top_p: bytes
+    min_p: bytes
+    repetition_penalty: bytes
+    seed: bytes
+    output_index: bytes
+    seen_token_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Unit(_message.Message):
+    __slots__ = ("media_hash", "index")
+    MEDIA_HASH_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    media_hash: bytes
+    index: int
+    def __init__(self, media_hash: _Optional[bytes] = ..., index: _Optional[int] = ...) -> None: ...
+
+class Encode(_message.Message):
+    __slots__ = ("unit", "grid_thw", "rank", "shape", "pixels")
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    GRID_THW_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    unit: Unit
+    grid_thw: _containers.RepeatedScalarFieldContainer[int]
+    rank: int
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    pixels: bytes
+    def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., grid_thw: _Optional[_Iterable[int]] = ..., rank: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., pixels: _Optional[bytes] = ...) -> None: ...
+
+class Embedding(_message.Message):
+    __slots__ = ("unit", "start", "num_tokens", "dest", "row")
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEST_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    unit: Unit
+    start: int
+    num_tokens: int
+    dest: int
+    row: int
+    def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., dest: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
+
+class StepReply(_message.Message):
+    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    sampled: bytes
+    missing: _containers.RepeatedCompositeFieldContainer[Unit]
+    errors: _containers.RepeatedCompositeFieldContainer[RowError]
+    seconds: float
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class RowError(_message.Message):
+    __slots__ = ("row", "text")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    text: str
+    def __init__(self, row: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
