@@ -76,8 +76,13 @@ class ModelConfig:
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
         """Tokens that are never sampled and never come from plain text."""
-        return (self.vision_start_token_id, self.vision_end_token_id, self.vision_token_id,
-                self.image_token_id, self.video_token_id)
+        return (
+            self.vision_start_token_id,
+            self.vision_end_token_id,
+            self.vision_token_id,
+            self.image_token_id,
+            self.video_token_id,
+        )
 
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:
@@ -161,10 +166,12 @@ class PreprocessConfig:
         video = read_json(path / "video_preprocessor_config.json", missing_ok=True)
         found = {name: image[name] for name in ("min_pixels", "max_pixels") if image.get(name)}
         found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
-        found |= {f"video_{name}": video[name] for name in ("min_pixels", "max_pixels")
-                  if video.get(name)}
-        found |= {name: video[name] for name in ("fps", "min_frames", "max_frames")
-                  if video.get(name)}
+        found |= {
+            f"video_{name}": video[name] for name in ("min_pixels", "max_pixels") if video.get(name)
+        }
+        found |= {
+            name: video[name] for name in ("fps", "min_frames", "max_frames") if video.get(name)
+        }
         return cls(**found)
 
 
@@ -189,8 +196,10 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         if missing_ok:
             return {}
-        raise ConfigError(f"{path}: no such file; --model takes a Qwen2-VL checkpoint folder "
-                          "or a hub id such as Qwen/Qwen2-VL-2B-Instruct") from None
+        raise ConfigError(
+            f"{path}: no such file; --model takes a Qwen2-VL checkpoint folder "
+            "or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
 

@@ -1,0 +1,54 @@
+"""How many KV blocks there are, from what was measured. Nothing is written back."""
+
+from __future__ import annotations
+
+import logging
+
+from .config import ConfigError, EngineConfig, ModelConfig
+from .worker.group import GroupMemory
+
+log = logging.getLogger("octavo.engine")
+
+CPU_FRACTION = 0.25  # of free memory; the rest is the user's
+CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory` asks for more
+
+
+def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> tuple[int, int]:
+    """Number of KV blocks a rank, and the max_model_len that holds.
+
+    Raises `ConfigError` when memory or positions do not allow what was asked.
+    """
+    longest = config.max_model_len or model.max_position_embeddings
+    if longest < 1:
+        raise ConfigError(f"max_model_len={longest}: must be at least 1")
+    budget = _kv_budget(config, memory)
+    room = budget // memory.kv_block_bytes
+    useful = config.max_num_seqs * _blocks(longest, config.block_size)
+    num_blocks = min(room, useful)
+    if num_blocks >= _blocks(longest, config.block_size):
+        return num_blocks, longest
+    fits = num_blocks * config.block_size
+    if config.max_model_len is not None or fits < 1:
+        raise ConfigError(
+            f"max_model_len={longest}: its KV cache needs "
+            f"{_blocks(longest, config.block_size) * memory.kv_block_bytes / 1e9:.2f} GB, there is "
+            f"room for {budget / 1e9:.2f} GB ({fits} tokens); lower max_model_len or raise "
+            "kv_cache_memory (or gpu_memory_utilization)"
+        )
+    log.info("max_model_len %d instead of %d: what the KV memory holds", fits, longest)
+    return num_blocks, fits
+
+
+def _kv_budget(config: EngineConfig, memory: GroupMemory) -> int:
+    """Bytes for KV blocks on the rank with the least room."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    if memory.device == "cpu":
+        share = memory.free_bytes * CPU_FRACTION / config.tensor_parallel_size
+        return min(int(share), CPU_MOST)
+    used = memory.total_bytes - memory.free_bytes
+    return max(0, int(memory.total_bytes * config.gpu_memory_utilization) - used)
+
+
+def _blocks(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)

@@ -1,0 +1,169 @@
+"""`LLM`: answers prompts in the caller's own thread, many at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..scheduler.request import SamplingParams
+from .engine import Engine, Prompt
+from .input.processor import ProcessedInput
+from .output import RequestOutput
+from .progress import loading_bar
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """Serves a Qwen2-VL model inside this process's program.
+
+    `model`: a checkpoint folder, a hub id, or None for the small embedded model. Other settings
+    are the fields of `octavo.engine.config.EngineConfig` (`device`, `dtype`,
+    `tensor_parallel_size`, `max_model_len`, `max_pixels`, ...). A context manager.
+    """
+
+    def __init__(self, model: Any = None, **settings: Any) -> None:
+        """Starts the workers and loads the weights. Raises `ConfigError`."""
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="media")
+        try:
+            with loading_bar() as on_progress:
+                self.engine = Engine(model, on_progress=on_progress, **settings)
+        except BaseException:
+            self._pool.shutdown(wait=False)
+            raise
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        params: Params = None,
+        *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, as the model card writes them.
+
+        `images` and `videos` fill `{"type": "image"}` parts that bring none of their own; with a
+        list of conversations they are lists too, one entry a conversation. One bad conversation
+        raises `InputError`; among several it ends with finish_reason "error" and its `error`, and
+        the others go on.
+        """
+        if not _is_batch(messages):
+            prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
+            return self._run([prompt], params, progress, alone=True)
+        prompts = [
+            {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)}
+            for i, conversation in enumerate(messages)
+        ]
+        return self._run(prompts, params, progress, alone=False)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues raw prompts: a text, or a dict with `prompt` or `prompt_token_ids` and maybe
+        `images` and `videos`; one or a list. Errors as in `chat`."""
+        if isinstance(prompts, str | Mapping | ProcessedInput):
+            return self._run([prompts], params, progress, alone=True)
+        return self._run(list(prompts), params, progress, alone=False)
+
+    def _run(
+        self, prompts: list[Any], params: Params, progress: bool, alone: bool
+    ) -> list[RequestOutput]:
+        each = _params_of_each(params, len(prompts))
+        names = [self.engine.new_request_id() for _ in prompts]
+        results = {name: RequestOutput(name) for name in names}
+        waiting = deque(
+            (name, self._pool.submit(self.engine.preprocess, prompt), sampling)
+            for name, prompt, sampling in zip(names, prompts, each, strict=True)
+        )
+        try:
+            with _answer_bar(len(prompts), progress and not alone) as advance:
+                while waiting or self.engine.has_requests:
+                    self._admit(waiting, results, alone)
+                    for delta in self.engine.step():
+                        results[delta.request_id].add(delta)
+                    advance(sum(r.outputs[0].finish_reason is not None for r in results.values()))
+        except BaseException:
+            for _, ready, _ in waiting:
+                ready.cancel()
+            for name in names:
+                self.engine.abort(name)
+            raise
+        return [results[name] for name in names]
+
+    def _admit(
+        self,
+        waiting: deque[tuple[str, Future[ProcessedInput], SamplingParams | None]],
+        results: dict[str, RequestOutput],
+        alone: bool,
+    ) -> None:
+        """Admits, in order, what is ready; waits for the first when nothing else is to do."""
+        while waiting and (waiting[0][1].done() or not self.engine.has_requests):
+            name, future, sampling = waiting.popleft()
+            try:
+                ready = future.result()
+                results[name].prompt_token_ids = ready.prompt_token_ids.tolist()
+                self.engine.add_request(name, ready, sampling)
+            except ValueError as error:  # InputError, AdmissionError: this prompt's alone
+                if alone:
+                    raise
+                results[name].error = str(error)
+                results[name].outputs[0].finish_reason = "error"
+
+    def close(self) -> None:
+        """Ends the workers. Safe to call twice."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def _is_batch(messages: Sequence[Any]) -> bool:
+    """A conversation is a list of dicts, a batch a list of conversations."""
+    return bool(messages) and not any(isinstance(message, Mapping) for message in messages)
+
+
+def _at(values: Sequence[Any] | None, index: int) -> Any:
+    return None if values is None else values[index]
+
+
+def _params_of_each(params: Params, count: int) -> list[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"params: {len(params)} for {count} prompts; give one, or one each")
+    return list(params)
+
+
+@contextlib.contextmanager
+def _answer_bar(total: int, shown: bool) -> Iterator[Any]:
+    """Counts finished answers on a terminal's stderr."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda done: None
+        return
+    from rich.console import Console
+
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("answers", total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,111 @@
+"""The step thread: steps the engine while it has requests; one hand-over of deltas a step."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..scheduler.request import SamplingParams
+from .engine import Engine, EngineDead
+from .input.processor import ProcessedInput
+from .output import OutputDelta
+
+log = logging.getLogger("octavo.engine")
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The answer to `add`: the error that refused the request, or None."""
+
+    request_id: str
+    error: Exception | None
+
+
+@dataclass(frozen=True)
+class _Add:
+    request_id: str
+    prompt: ProcessedInput
+    params: SamplingParams | None
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+Event = Admitted | OutputDelta
+
+
+class StepLoop:
+    """Runs `engine` on a thread of its own.
+
+    `deliver` gets each step's events in one call, on that thread; `on_death` gets the cause when
+    the worker group failed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[list[Event]], None],
+        on_death: Callable[[str], None],
+    ) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="step", daemon=True)
+        self._thread.start()
+
+    def add(self, request_id: str, prompt: ProcessedInput, params: SamplingParams | None) -> None:
+        self._inbox.put(_Add(request_id, prompt, params))
+
+    def abort(self, request_id: str) -> None:
+        self._inbox.put(_Abort(request_id))
+
+    def close(self) -> None:
+        """Stops after the step in progress; requests left over are dropped."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (events := self._take_inbox()) is not None:
+                if self._engine.has_requests:
+                    events.extend(self._engine.step())
+                if events:
+                    self._deliver(events)
+        except EngineDead:
+            self._die(self._engine.failed)
+        except Exception as error:
+            log.exception("the step thread failed")
+            self._engine.failed = f"internal error: {type(error).__name__}"
+            self._die(self._engine.failed)
+
+    def _die(self, cause: str) -> None:
+        self._engine.group.close()
+        self._on_death(cause)
+
+    def _take_inbox(self) -> list[Event] | None:
+        """Handles what has come; waits when there is nothing to step. None ends the thread."""
+        events: list[Event] = []
+        idle = not self._engine.has_requests
+        while idle or not self._inbox.empty():
+            item = self._inbox.get()
+            if item is None:
+                return None
+            events.extend(self._handle(item))
+            idle = False
+        return events
+
+    def _handle(self, item: _Add | _Abort) -> list[Event]:
+        if isinstance(item, _Abort):
+            delta = self._engine.abort(item.request_id)
+            return [delta] if delta else []
+        try:
+            self._engine.add_request(item.request_id, item.prompt, item.params)
+        except ValueError as error:
+            return [Admitted(item.request_id, error)]
+        return [Admitted(item.request_id, None)]

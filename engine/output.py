@@ -1,0 +1,122 @@
+"""From token ids to text: deltas, stop strings, finish reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from .input.media import MediaInfo
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a request."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+
+
+@dataclass(frozen=True)
+class OutputDelta:
+    """What one step added to one request's output."""
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()  # new ones only
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error", on the last delta
+    usage: Usage | None = None  # on the last delta
+    media: tuple[MediaInfo, ...] = ()  # on the first delta
+    error: str = ""
+
+
+@dataclass
+class Output:
+    """One answer to a prompt."""
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its answers."""
+
+    request_id: str
+    prompt_token_ids: list[int] = field(default_factory=list)  # after placeholder expansion
+    outputs: list[Output] = field(default_factory=lambda: [Output()])
+    media: tuple[MediaInfo, ...] = ()
+    usage: Usage | None = None
+    error: str = ""
+
+    def add(self, delta: OutputDelta) -> None:
+        """Appends what a step added."""
+        output = self.outputs[0]
+        output.text += delta.text
+        output.token_ids.extend(delta.token_ids)
+        output.finish_reason = delta.finish_reason or output.finish_reason
+        self.media = delta.media or self.media
+        self.usage = delta.usage or self.usage
+        self.error = delta.error or self.error
+
+
+class TextStream:
+    """Makes text of one request's tokens as they come, and finds its stop strings.
+
+    Text that may still turn into a stop string, and bytes that are not yet a whole character, are
+    held back until they are decided.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._token_ids: list[int] = []
+        self._decoded = 0  # characters decoded so far, held back or not
+        self._held = ""
+        self.stopped = False  # a stop string was found; nothing follows it
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that `token_ids` add, up to a stop string."""
+        text = ""
+        for token in token_ids:
+            self._token_ids.append(token)
+            text += self._decode.step(self._tokenizer, token) or ""
+        self._decoded += len(text)
+        return self._release(text)
+
+    def flush(self) -> str:
+        """What was held back, when the output ends for another reason than a stop string."""
+        if self.stopped:
+            return ""
+        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        text = self._release(whole[self._decoded :])
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        """Adds `text` to what is held and gives out what cannot be part of a stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

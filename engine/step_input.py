@@ -1,0 +1,158 @@
+"""Turns a step plan into the arrays that workers take."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..scheduler.request import EncodeUnit, Request, SamplingParams
+from ..scheduler.step import EncodePlan, StepPlan
+from .input.media import MediaItem
+from .runner.batch import EmbeddingSlice, EncodeTask, InputBatch, Int32, SamplingBatch, UInt8
+
+INT32 = np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class UnitPixels:
+    """Where a unit's pixels are: temporal patches [first, first + grid_thw[0]) of an item."""
+
+    item: MediaItem
+    first: int
+    grid_thw: tuple[int, int, int]
+    temporal_patch_size: int
+
+    @property
+    def pixels(self) -> UInt8:
+        """uint8 [frames, height, width, 3]; an image has one frame."""
+        if self.item.kind == "image":
+            return self.item.pixels
+        start = self.first * self.temporal_patch_size
+        return self.item.pixels[start : start + self.grid_thw[0] * self.temporal_patch_size]
+
+
+def unit_pixels(
+    units: Sequence[EncodeUnit], media: Sequence[MediaItem], temporal_patch_size: int
+) -> dict[tuple[bytes, int], UnitPixels]:
+    """Maps each unit's key to its pixels. Items that are equal share their units."""
+    by_hash = {item.media_hash: item for item in media}
+    found: dict[tuple[bytes, int], UnitPixels] = {}
+    for unit in units:
+        item = by_hash[unit.media_hash]
+        _, height, width = item.grid_thw
+        frames = unit.num_patches // (height * width)
+        first = sum(
+            pixels.grid_thw[0]
+            for (media_hash, index), pixels in found.items()
+            if media_hash == unit.media_hash and index < unit.index
+        )
+        found[unit.key] = UnitPixels(item, first, (frames, height, width), temporal_patch_size)
+    return found
+
+
+def build_batch(
+    plan: StepPlan,
+    requests: Mapping[str, Request],
+    pixels: Mapping[str, Mapping[tuple[bytes, int], UnitPixels]],
+    num_ranks: int,
+) -> InputBatch:
+    """The arrays of a step. `pixels` has each request's units by key."""
+    rows = [requests[request_id] for request_id in plan.request_ids]
+    starts = np.asarray(plan.num_computed_tokens, INT32)
+    counts = np.asarray(plan.num_scheduled_tokens, INT32)
+    bounds = list(zip(rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True))
+    tokens = b"".join(row.token_ids[start : start + n].tobytes() for row, start, n in bounds)
+    return InputBatch(
+        token_ids=np.frombuffer(tokens, INT32),
+        positions=np.concatenate([_positions(*bound) for bound in bounds], axis=1, dtype=INT32)
+        if bounds
+        else np.empty((3, 0), INT32),
+        num_scheduled_tokens=counts,
+        context_lens=starts + counts,
+        block_tables=_block_tables(plan.block_tables),
+        sampling=_sampling(plan, rows),
+        encode=_encode_tasks(plan.encode, pixels, num_ranks),
+        embeddings=_embedding_slices(bounds),
+        drop=plan.drop,
+    )
+
+
+def _positions(request: Request, start: int, count: int) -> Int32:
+    """M-RoPE positions [3, count] of tokens [start, start + count)."""
+    prompt = max(0, min(start + count, request.num_prompt_tokens) - start)
+    parts = []
+    if prompt:
+        axes = [axis[start : start + prompt] for axis in request.mrope_positions]
+        parts.append(np.array(axes, INT32))
+    if count > prompt:
+        after = np.arange(start + prompt, start + count, dtype=INT32)
+        parts.append(np.tile(after + request.mrope_position_delta, (3, 1)))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _block_tables(tables: Sequence[array[int]]) -> Int32:
+    """Stacks the tables, padded with block 0, which is never read past a row's length."""
+    padded = np.zeros((len(tables), max((len(table) for table in tables), default=0)), INT32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = np.frombuffer(table, INT32) if table else 0
+    return padded
+
+
+def _sampling(plan: StepPlan, rows: Sequence[Request]) -> SamplingBatch:
+    drawn = [(row, request) for row, request in enumerate(rows) if plan.samples[row]]
+
+    def column(name: str, dtype: str) -> np.ndarray:
+        return np.array([getattr(request.params, name) for _, request in drawn], dtype)
+
+    return SamplingBatch(
+        rows=np.array([row for row, _ in drawn], INT32),
+        temperature=column("temperature", "<f4"),
+        top_k=column("top_k", "<i4"),
+        top_p=column("top_p", "<f4"),
+        min_p=column("min_p", "<f4"),
+        repetition_penalty=column("repetition_penalty", "<f4"),
+        seed=column("seed", "<u8"),
+        output_index=np.array([request.num_output_tokens for _, request in drawn], INT32),
+        seen_token_ids=tuple(_seen(request.params, request.token_ids) for _, request in drawn),
+    )
+
+
+def _seen(params: SamplingParams, token_ids: array[int]) -> Int32:
+    """What a repetition penalty looks at; nothing travels where there is none."""
+    return np.array(token_ids if params.repetition_penalty != 1.0 else (), INT32)
+
+
+def _encode_tasks(
+    encode: Sequence[EncodePlan],
+    pixels: Mapping[str, Mapping[tuple[bytes, int], UnitPixels]],
+    num_ranks: int,
+) -> tuple[EncodeTask, ...]:
+    """Deals the units out by patch count: the largest first, each to the rank with least to do."""
+    load = [0] * num_ranks
+    ranks: dict[int, int] = {}
+    for i in sorted(range(len(encode)), key=lambda i: -encode[i].unit.num_patches):
+        ranks[i] = load.index(min(load))
+        load[ranks[i]] += encode[i].unit.num_patches
+    tasks = []
+    for i, plan in enumerate(encode):
+        source = pixels[plan.request_id][plan.unit.key]
+        tasks.append(EncodeTask(plan.unit.key, source.grid_thw, ranks[i], source.pixels))
+    return tuple(tasks)
+
+
+def _embedding_slices(bounds: Sequence[tuple[Request, int, int]]) -> tuple[EmbeddingSlice, ...]:
+    """For every unit that overlaps the tokens to compute: which of its rows go where."""
+    slices = []
+    base = 0
+    for row, (request, start, count) in enumerate(bounds):
+        decoding = not request.units or start >= request.units[-1].end
+        for unit in () if decoding else request.units:
+            low, high = max(unit.offset, start), min(unit.end, start + count)
+            if low < high:
+                dest = base + low - start
+                slices.append(EmbeddingSlice(unit.key, low - unit.offset, high - low, dest, row))
+        base += count
+    return tuple(slices)

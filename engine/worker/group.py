@@ -1,0 +1,223 @@
+"""The worker group: starts one process a rank and fans each step out to them over gRPC."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from ...proto import worker_pb2 as pb
+from ...proto import worker_pb2_grpc
+from ..config import ConfigError, EngineConfig
+from ..runner.batch import BatchResult, InputBatch
+from .wire import pack_steps, unpack_result
+from .worker import UNLIMITED
+
+log = logging.getLogger("octavo.group")
+
+START_TIMEOUT = 120.0  # seconds for a worker's socket to answer: imports on a cold disk
+EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
+
+_epochs = itertools.count(1)
+
+
+class WorkerGroupError(RuntimeError):
+    """The group cannot go on: a worker died, or a call to one failed."""
+
+
+@dataclass(frozen=True)
+class GroupMemory:
+    """What loading measured; bytes are of the rank with the least room."""
+
+    weight_bytes: int
+    total_bytes: int
+    free_bytes: int
+    kv_block_bytes: int
+    dtype: str
+    device: str
+
+
+class WorkerGroup:
+    """`tensor_parallel_size` workers that step together. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Starts the workers and loads the weights.
+
+        Raises `ConfigError` for what the user can mend and `WorkerGroupError` for a fault.
+        """
+        self.epoch = next(_epochs)
+        self.size = config.tensor_parallel_size
+        self._dir = Path(tempfile.mkdtemp(prefix="octavo-"))  # mode 0700: ours alone
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._channels: list[grpc.Channel] = []
+        try:
+            sockets = [self._dir / f"rank{rank}.sock" for rank in range(self.size)]
+            self._processes = [_start_worker(socket, self.size) for socket in sockets]
+            self._channels = [_connect(socket) for socket in sockets]
+            self._wait_until_listening()
+            self._stubs = [worker_pb2_grpc.WorkerStub(channel) for channel in self._channels]
+            self.memory = self._load(config, on_progress or (lambda done, total: None))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids in rank order."""
+        return tuple(process.pid for process in self._processes)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the KV cache on every rank."""
+        request = pb.AllocateRequest(epoch=self.epoch, num_blocks=num_blocks)
+        self._gather([stub.Allocate.future(request) for stub in self._stubs])
+
+    def step(self, batch: InputBatch, step_id: int) -> BatchResult:
+        """Runs a step on all ranks; the answer is rank 0's, which sampled."""
+        requests = pack_steps(batch, self.epoch, step_id, self.size)
+        replies = self._gather(
+            [stub.Step.future(request) for stub, request in zip(self._stubs, requests, strict=True)]
+        )
+        for reply in replies:
+            if (reply.epoch, reply.step_id) != (self.epoch, step_id):
+                raise WorkerGroupError(
+                    f"a worker answered step {reply.step_id} of epoch {reply.epoch}, "
+                    f"asked was step {step_id} of epoch {self.epoch}"
+                )
+        return unpack_result(replies[0])
+
+    def close(self) -> None:
+        """Ends the workers. Safe to call twice."""
+        for channel in self._channels:
+            channel.close()
+        for process in self._processes:
+            if process.stdin and not process.stdin.closed:
+                process.stdin.close()
+        deadline = time.monotonic() + EXIT_TIMEOUT
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._dir, ignore_errors=True)
+
+    def _wait_until_listening(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        for channel in self._channels:
+            ready = grpc.channel_ready_future(channel)
+            while True:
+                self._check_alive()
+                try:
+                    ready.result(timeout=0.2)
+                    break
+                except grpc.FutureTimeoutError:
+                    if time.monotonic() > deadline:
+                        raise WorkerGroupError(
+                            f"a worker did not listen within {START_TIMEOUT:.0f} s"
+                        ) from None
+
+    def _load(self, config: EngineConfig, on_progress: Callable[[int, int], None]) -> GroupMemory:
+        calls = [
+            stub.Load(
+                pb.LoadRequest(
+                    epoch=self.epoch,
+                    model=str(config.model),
+                    device=config.device,
+                    dtype=config.dtype,
+                    rank=rank,
+                    tensor_parallel_size=self.size,
+                    rendezvous=str(self._dir / "rendezvous"),
+                    block_size=config.block_size,
+                )
+            )
+            for rank, stub in enumerate(self._stubs)
+        ]
+        reports: list[pb.MemoryReport] = []
+        try:
+            for rank, call in enumerate(calls):  # all ranks load at once; rank 0 tells how far
+                for item in call:
+                    if item.HasField("memory"):
+                        reports.append(item.memory)
+                    elif rank == 0:
+                        on_progress(item.done_bytes, item.total_bytes)
+        except grpc.RpcError as error:
+            raise self._fault(error) from None
+        least = min(reports, key=lambda report: report.free_bytes)
+        return GroupMemory(
+            weight_bytes=sum(report.weight_bytes for report in reports),
+            total_bytes=least.total_bytes,
+            free_bytes=least.free_bytes,
+            kv_block_bytes=least.kv_block_bytes,
+            dtype=least.dtype,
+            device=least.device,
+        )
+
+    def _gather(self, calls: Sequence[grpc.Future]) -> list:
+        """The answers in rank order. The first failure kills the group: the other ranks may wait
+        in a collective for the one that failed."""
+        done: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
+        for call in calls:
+            call.add_done_callback(done.put)
+        for _ in calls:
+            error = done.get().exception()
+            if error is not None:
+                fault = self._fault(error)
+                for process in self._processes:
+                    process.kill()
+                raise fault
+        return [call.result() for call in calls]
+
+    def _fault(self, error: Exception) -> Exception:
+        """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""
+        code = error.code() if isinstance(error, grpc.RpcError) else None
+        if code == grpc.StatusCode.FAILED_PRECONDITION:
+            return ConfigError(error.details())
+        if code == grpc.StatusCode.UNAVAILABLE:
+            time.sleep(0.05)  # the socket closes a moment before the process can be waited for
+            try:
+                self._check_alive()
+            except WorkerGroupError as dead:
+                return dead
+        details = error.details() if isinstance(error, grpc.RpcError) else str(error)
+        return WorkerGroupError(f"a worker failed: {details}")
+
+    def _check_alive(self) -> None:
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is not None:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+                raise WorkerGroupError(f"the worker of rank {rank} (pid {process.pid}) {how}")
+
+
+def _connect(socket: Path) -> grpc.Channel:
+    # A local socket is there in milliseconds; the default back-off of a second would be most of
+    # the start.
+    backoff = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
+    return grpc.insecure_channel(f"unix:{socket}", options=[*UNLIMITED, *backoff])
+
+
+def _start_worker(socket: Path, num_ranks: int) -> subprocess.Popen[bytes]:
+    """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, "-P", "-m", "octavo.engine.worker.worker", "--socket", str(socket)]
+    # Its own session: Ctrl-C in a terminal reaches the engine alone, which closes the group.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)

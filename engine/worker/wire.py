@@ -1,0 +1,209 @@
+"""The format of a step between engine and workers: `InputBatch` and `BatchResult` as protobuf.
+
+Arrays travel as little-endian bytes. The engine and its workers trust each other (both run as one
+user over a Unix socket); still every length is checked, so that versions that do not match fail
+with a text and not with nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from ...proto import worker_pb2 as pb
+from ...scheduler.request import UnitKey
+from ..runner.batch import (
+    BatchResult,
+    EmbeddingSlice,
+    EncodeTask,
+    InputBatch,
+    Int32,
+    SamplingBatch,
+    UInt8,
+)
+
+INT32, FLOAT32, UINT64 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
+
+
+class WireError(ValueError):
+    """A message whose arrays do not fit together."""
+
+
+def pack_steps(
+    batch: InputBatch, epoch: int, step_id: int, num_ranks: int
+) -> tuple[pb.StepRequest, ...]:
+    """One request a rank; pixels go to the rank that encodes them alone."""
+    common = _pack_common(batch, epoch, step_id)
+    if not batch.encode:
+        return (common,) * num_ranks
+    requests = []
+    for rank in range(num_ranks):
+        request = pb.StepRequest()
+        request.CopyFrom(common)
+        request.encode.extend(_pack_encode(task, rank) for task in batch.encode)
+        requests.append(request)
+    return tuple(requests)
+
+
+def _pack_common(batch: InputBatch, epoch: int, step_id: int) -> pb.StepRequest:
+    return pb.StepRequest(
+        epoch=epoch,
+        step_id=step_id,
+        token_ids=batch.token_ids.tobytes(),
+        positions=batch.positions.tobytes(),
+        num_scheduled_tokens=batch.num_scheduled_tokens.tobytes(),
+        context_lens=batch.context_lens.tobytes(),
+        block_tables=batch.block_tables.tobytes(),
+        sampling=_pack_sampling(batch.sampling),
+        embeddings=[
+            pb.Embedding(
+                unit=_pack_key(part.key),
+                start=part.start,
+                num_tokens=part.num_tokens,
+                dest=part.dest,
+                row=part.row,
+            )
+            for part in batch.embeddings
+        ],
+        drop=[_pack_key(key) for key in batch.drop],
+    )
+
+
+def _pack_sampling(sampling: SamplingBatch) -> pb.Sampling:
+    return pb.Sampling(
+        rows=sampling.rows.tobytes(),
+        temperature=sampling.temperature.tobytes(),
+        top_k=sampling.top_k.tobytes(),
+        top_p=sampling.top_p.tobytes(),
+        min_p=sampling.min_p.tobytes(),
+        repetition_penalty=sampling.repetition_penalty.tobytes(),
+        seed=sampling.seed.tobytes(),
+        output_index=sampling.output_index.tobytes(),
+        seen_token_ids=[seen.tobytes() for seen in sampling.seen_token_ids],
+    )
+
+
+def _pack_encode(task: EncodeTask, rank: int) -> pb.Encode:
+    mine = task.pixels is not None and task.rank == rank
+    return pb.Encode(
+        unit=_pack_key(task.key),
+        grid_thw=task.grid_thw,
+        rank=task.rank,
+        shape=task.pixels.shape[:3] if mine and task.pixels is not None else (),
+        pixels=task.pixels.tobytes() if mine and task.pixels is not None else b"",
+    )
+
+
+def _pack_key(key: UnitKey) -> pb.Unit:
+    return pb.Unit(media_hash=key[0], index=key[1])
+
+
+def unpack_step(request: pb.StepRequest) -> InputBatch:
+    """The batch of a request. Raises `WireError` when lengths do not fit together."""
+    token_ids = _array(request.token_ids, INT32)
+    num_tokens = len(token_ids)
+    scheduled = _array(request.num_scheduled_tokens, INT32)
+    num_rows = len(scheduled)
+    if int(scheduled.sum()) != num_tokens:
+        raise WireError(f"num_scheduled_tokens: sums to {scheduled.sum()}, tokens: {num_tokens}")
+    return InputBatch(
+        token_ids=token_ids,
+        positions=_array(request.positions, INT32, 3, num_tokens),
+        num_scheduled_tokens=scheduled,
+        context_lens=_array(request.context_lens, INT32, num_rows),
+        block_tables=_array(request.block_tables, INT32, num_rows, -1),
+        sampling=_unpack_sampling(request.sampling),
+        encode=tuple(_unpack_encode(task) for task in request.encode),
+        embeddings=tuple(
+            EmbeddingSlice(_unpack_key(p.unit), p.start, p.num_tokens, p.dest, p.row)
+            for p in request.embeddings
+        ),
+        drop=_unpack_keys(request.drop),
+    )
+
+
+def _unpack_sampling(sampling: pb.Sampling) -> SamplingBatch:
+    rows = _array(sampling.rows, INT32)
+    if len(sampling.seen_token_ids) != len(rows):
+        raise WireError(f"seen_token_ids: {len(sampling.seen_token_ids)}, rows: {len(rows)}")
+    return SamplingBatch(
+        rows=rows,
+        temperature=_array(sampling.temperature, FLOAT32, len(rows)),
+        top_k=_array(sampling.top_k, INT32, len(rows)),
+        top_p=_array(sampling.top_p, FLOAT32, len(rows)),
+        min_p=_array(sampling.min_p, FLOAT32, len(rows)),
+        repetition_penalty=_array(sampling.repetition_penalty, FLOAT32, len(rows)),
+        seed=_array(sampling.seed, UINT64, len(rows)),
+        output_index=_array(sampling.output_index, INT32, len(rows)),
+        seen_token_ids=tuple(_array(seen, INT32) for seen in sampling.seen_token_ids),
+    )
+
+
+def _unpack_encode(task: pb.Encode) -> EncodeTask:
+    pixels: UInt8 | None = None
+    if task.pixels:
+        pixels = _array(task.pixels, np.dtype("u1"), *task.shape, 3)
+    frames, height, width = task.grid_thw
+    return EncodeTask(_unpack_key(task.unit), (frames, height, width), task.rank, pixels)
+
+
+def _unpack_key(unit: pb.Unit) -> UnitKey:
+    return (unit.media_hash, unit.index)
+
+
+def _unpack_keys(units: Iterable[pb.Unit]) -> tuple[UnitKey, ...]:
+    return tuple(_unpack_key(unit) for unit in units)
+
+
+def pack_result(
+    result: BatchResult, epoch: int, step_id: int, seconds: float = 0.0
+) -> pb.StepReply:
+    return pb.StepReply(
+        epoch=epoch,
+        step_id=step_id,
+        sampled=result.sampled.astype(INT32, copy=False).tobytes(),
+        missing=[_pack_key(key) for key in result.missing],
+        errors=[pb.RowError(row=row, text=text) for row, text in result.errors],
+        seconds=seconds,
+    )
+
+
+def unpack_result(reply: pb.StepReply) -> BatchResult:
+    return BatchResult(
+        sampled=_array(reply.sampled, INT32),
+        missing=_unpack_keys(reply.missing),
+        errors=tuple((error.row, error.text) for error in reply.errors),
+    )
+
+
+def _array(data: bytes, dtype: np.dtype, *shape: int) -> npt.NDArray:
+    """A read-only view of `data`. One dimension may be -1, unless there are no rows."""
+    flat = np.frombuffer(data, dtype)
+    if not shape:
+        return flat
+    if -1 in shape and 0 in shape:
+        shape = tuple(0 if size == -1 else size for size in shape)
+    try:
+        return flat.reshape(shape)
+    except ValueError:
+        raise WireError(f"array of {flat.size} {dtype} does not have shape {shape}") from None
+
+
+def empty_sampling() -> SamplingBatch:
+    none_i, none_f = np.empty(0, INT32), np.empty(0, FLOAT32)
+    return SamplingBatch(
+        none_i, none_f, none_i, none_f, none_f, none_f, np.empty(0, UINT64), none_i, ()
+    )
+
+
+__all__ = [
+    "Int32",
+    "WireError",
+    "empty_sampling",
+    "pack_result",
+    "pack_steps",
+    "unpack_result",
+    "unpack_step",
+]

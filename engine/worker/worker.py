@@ -1,0 +1,148 @@
+"""A worker: one rank's process. `python -P -m octavo.engine.worker.worker --socket PATH`.
+
+It serves `octavo.worker.v1.Worker` on a Unix socket, one call at a time, and ends when its standard
+input closes, which happens when its parent ends for whatever reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from ...proto import worker_pb2 as pb
+from ...proto import worker_pb2_grpc
+from ..config import ModelConfig, PreprocessConfig
+from .wire import pack_result, unpack_step
+
+if TYPE_CHECKING:
+    from ..runner.model_runner import ModelRunner
+
+log = logging.getLogger("octavo.worker")
+
+UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServicer):
+    """Holds one `ModelRunner`. Calls come one at a time: the server has a single thread."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.runner: ModelRunner | None = None
+
+    def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator:
+        """Loads on a thread of its own, so that progress can stream."""
+        items: queue.SimpleQueue[pb.LoadProgress | BaseException] = queue.SimpleQueue()
+
+        def report(done: int, total: int) -> None:
+            items.put(pb.LoadProgress(done_bytes=done, total_bytes=total))
+
+        def load() -> None:
+            try:
+                items.put(pb.LoadProgress(memory=self._load(request, report)))
+            except BaseException as error:
+                items.put(error)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+        while True:
+            item = items.get()
+            if isinstance(item, BaseException):
+                _refuse(context, item)
+            yield item
+            if item.HasField("memory"):
+                return
+
+    def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
+        from ..model.parallel import connect
+        from ..runner.model_runner import ModelRunner
+
+        model_dir = Path(request.model)
+        config = ModelConfig.from_dir(model_dir)
+        self.epoch = request.epoch
+        self.runner = ModelRunner(
+            model_dir,
+            config,
+            PreprocessConfig.from_dir(model_dir),
+            device=request.device,
+            dtype=request.dtype,
+            block_size=request.block_size,
+            parallel=connect(
+                request.rank, request.tensor_parallel_size, request.rendezvous, request.device
+            ),
+        )
+        self.runner.load(report)
+        memory = self.runner.measure()
+        return pb.MemoryReport(
+            weight_bytes=memory.weight_bytes,
+            total_bytes=memory.total_bytes,
+            free_bytes=memory.free_bytes,
+            kv_block_bytes=memory.kv_block_bytes,
+            dtype=memory.dtype,
+            device=memory.device,
+        )
+
+    def Allocate(
+        self, request: pb.AllocateRequest, context: grpc.ServicerContext
+    ) -> pb.AllocateReply:
+        try:
+            self._live(request.epoch).allocate(request.num_blocks)
+        except Exception as error:
+            _refuse(context, error)
+        return pb.AllocateReply()
+
+    def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepReply:
+        start = time.perf_counter()
+        try:
+            result = self._live(request.epoch).step(unpack_step(request))
+        except Exception as error:
+            _refuse(context, error)
+        seconds = time.perf_counter() - start
+        return pack_result(result, request.epoch, request.step_id, seconds)
+
+    def _live(self, epoch: int) -> ModelRunner:
+        if self.runner is None or epoch != self.epoch:
+            raise RuntimeError(f"epoch {epoch} is not the live one ({self.epoch})")
+        return self.runner
+
+
+def _refuse(context: grpc.ServicerContext, error: BaseException) -> None:
+    """Ends the call: FAILED_PRECONDITION for what the user can mend, INTERNAL for a fault."""
+    if isinstance(error, ValueError):  # ConfigError and its kind: the text is for the user
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    log.error("worker failed", exc_info=error)
+    context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe that the parent holds and never writes to."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", required=True, help="path of the Unix socket to serve on")
+    socket = parser.parse_args().socket
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's: it closes this worker
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=UNLIMITED)
+    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(), server)
+    server.add_insecure_port(f"unix:{socket}")
+    server.start()
+    server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    main()

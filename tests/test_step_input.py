@@ -1,0 +1,126 @@
+"""A step plan becomes arrays: positions, embeddings and pixels are the whole prompt's, cut."""
+
+import dataclasses
+from array import array
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo.engine.step_input import build_batch, unit_pixels
+from octavo.scheduler.request import MediaSpan, Request, SamplingParams
+from octavo.scheduler.step import EncodePlan, StepPlan
+
+GREEDY = SamplingParams(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=7
+)
+IMAGE, VIDEO = b"i" * 32, b"v" * 32
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeItem:
+    """What step_input reads of a MediaItem."""
+
+    kind: str
+    pixels: Any
+    grid_thw: tuple[int, int, int]
+    media_hash: bytes
+
+
+def make_request(params: SamplingParams = GREEDY) -> tuple[Request, list[FakeItem]]:
+    """30 tokens: text, an image of 6 tokens at 4, text, a video of 5 × 2 tokens at 14, text."""
+    spans = [MediaSpan(4, 6, (1, 4, 6), IMAGE), MediaSpan(14, 10, (5, 2, 4), VIDEO)]
+    media = [
+        FakeItem("image", np.full((1, 56, 84, 3), 9, np.uint8), (1, 4, 6), IMAGE),
+        FakeItem(
+            "video",
+            np.arange(10, dtype=np.uint8).repeat(28 * 56 * 3).reshape(10, 28, 56, 3),
+            (5, 2, 4),
+            VIDEO,
+        ),
+    ]
+    positions = np.random.default_rng(0).integers(0, 99, (3, 30)).astype(np.int32)
+    request = Request(
+        request_id="a",
+        prompt_token_ids=array("i", range(100, 130)),
+        params=params,
+        units=tuple(unit for span in spans for unit in span.units(2)),
+        mrope_positions=tuple(array("i", axis.tolist()) for axis in positions),
+        mrope_position_delta=-11,
+    )
+    request.block_table = array("i", [3, 1, 2])
+    return request, media
+
+
+def plan_for(request: Request, start: int, count: int, **more: Any) -> StepPlan:
+    return StepPlan(
+        step_id=1,
+        request_ids=("a",),
+        num_computed_tokens=(start,),
+        num_scheduled_tokens=(count,),
+        block_tables=(request.block_table,),
+        samples=(start + count == request.num_tokens,),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 30])
+def test_L02_mrope_chunk_slices_are_the_whole(size: int) -> None:
+    request, _ = make_request()
+    request.token_ids.extend([7, 8])
+    parts = [
+        build_batch(plan_for(request, at, min(size, 32 - at)), {"a": request}, {}, 1)
+        for at in range(0, 32, size)
+    ]
+    positions = np.concatenate([part.positions for part in parts], axis=1)
+    prompt = np.array([list(axis) for axis in request.mrope_positions])
+    np.testing.assert_array_equal(positions[:, :30], prompt)
+    np.testing.assert_array_equal(positions[:, 30:], [[30 - 11, 31 - 11]] * 3)
+    tokens = np.concatenate([part.token_ids for part in parts])
+    assert tokens.tolist() == request.token_ids.tolist()
+    assert parts[-1].context_lens.tolist() == [32]
+    assert parts[-1].sampling.output_index.tolist() == [2]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 30])
+def test_L17_prefix_encode_embeds_exactly_the_overlap(size: int) -> None:
+    request, _ = make_request()
+    owner = np.full(30, -1)
+    for at in range(0, 30, size):
+        batch = build_batch(plan_for(request, at, min(size, 30 - at)), {"a": request}, {}, 1)
+        for part in batch.embeddings:
+            unit = next(unit for unit in request.units if unit.key == part.key)
+            for i in range(part.num_tokens):
+                assert unit.offset + part.start + i == at + part.dest + i
+                assert owner[at + part.dest + i] == -1
+                owner[at + part.dest + i] = request.units.index(unit)
+    expected = [-1] * 4 + [0] * 6 + [-1] * 4 + [1] * 4 + [2] * 4 + [3] * 2 + [-1] * 6
+    assert owner.tolist() == expected
+
+
+def test_units_cut_the_pixels_by_time() -> None:
+    request, media = make_request()
+    pixels = unit_pixels(request.units, media, 2)  # type: ignore[arg-type]
+    frames = [sorted({int(v) for v in pixels[u.key].pixels.flat}) for u in request.units]
+    assert frames == [[9], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [pixels[u.key].grid_thw[0] for u in request.units] == [1, 2, 2, 1]
+
+
+def test_units_are_dealt_out_by_patches() -> None:
+    request, media = make_request()
+    pixels = unit_pixels(request.units, media, 2)  # type: ignore[arg-type]
+    encode = tuple(EncodePlan(unit, "a") for unit in request.units)
+    batch = build_batch(plan_for(request, 0, 30, encode=encode), {"a": request}, {"a": pixels}, 2)
+    load = [0, 0]
+    for task, unit in zip(batch.encode, request.units, strict=True):
+        assert task.key == unit.key
+        load[task.rank] += unit.num_patches
+    assert load == [32, 32]  # 24 + 8 against 16 + 16
+
+
+def test_seen_tokens_travel_for_a_penalty_alone() -> None:
+    plain, _ = make_request()
+    penal, _ = make_request(dataclasses.replace(GREEDY, repetition_penalty=1.5))
+    for request, seen in ((plain, []), (penal, list(range(100, 130)))):
+        batch = build_batch(plan_for(request, 0, 30), {"a": request}, {}, 1)
+        assert batch.sampling.seen_token_ids[0].tolist() == seen

@@ -1,0 +1,98 @@
+"""The step format: what is packed comes out equal, and what does not fit is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from octavo.engine.runner.batch import (
+    BatchResult,
+    EmbeddingSlice,
+    EncodeTask,
+    InputBatch,
+    SamplingBatch,
+)
+from octavo.engine.worker import wire
+
+
+def make_batch() -> InputBatch:
+    rng = np.random.default_rng(0)
+    sampling = SamplingBatch(
+        rows=np.array([0, 2], np.int32),
+        temperature=np.array([0.0, 0.7], np.float32),
+        top_k=np.array([0, 5], np.int32),
+        top_p=np.array([1.0, 0.9], np.float32),
+        min_p=np.array([0.0, 0.1], np.float32),
+        repetition_penalty=np.array([1.0, 1.2], np.float32),
+        seed=np.array([1, 2**63 + 5], np.uint64),
+        output_index=np.array([0, 9], np.int32),
+        seen_token_ids=(np.empty(0, np.int32), np.array([4, 5, 6], np.int32)),
+    )
+    pixels = rng.integers(0, 256, (2, 28, 56, 3), dtype=np.uint8)
+    return InputBatch(
+        token_ids=np.arange(6, dtype=np.int32),
+        positions=rng.integers(0, 99, (3, 6)).astype(np.int32),
+        num_scheduled_tokens=np.array([1, 3, 2], np.int32),
+        context_lens=np.array([7, 3, 8], np.int32),
+        block_tables=rng.integers(0, 9, (3, 4)).astype(np.int32),
+        sampling=sampling,
+        encode=(EncodeTask((b"h" * 32, 1), (1, 2, 4), 1, pixels),),
+        embeddings=(EmbeddingSlice((b"h" * 32, 1), 2, 3, 1, 1),),
+        drop=((b"g" * 32, 0),),
+    )
+
+
+def assert_same(left: object, right: object) -> None:
+    if dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            assert_same(getattr(left, field.name), getattr(right, field.name))
+    elif isinstance(left, np.ndarray):
+        assert left.dtype == right.dtype and left.shape == right.shape
+        np.testing.assert_array_equal(left, right)
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def test_a_step_comes_out_as_it_went_in() -> None:
+    batch = make_batch()
+    _, second = wire.pack_steps(batch, epoch=3, step_id=11, num_ranks=2)
+    decoded = type(second).FromString(second.SerializeToString())
+    assert (decoded.epoch, decoded.step_id) == (3, 11)
+    assert_same(batch, wire.unpack_step(decoded))
+
+
+def test_pixels_go_to_the_rank_that_encodes_alone() -> None:
+    first, second = wire.pack_steps(make_batch(), epoch=1, step_id=1, num_ranks=2)
+    assert not first.encode[0].pixels and second.encode[0].pixels
+    assert wire.unpack_step(first).encode[0].pixels is None
+
+
+def test_a_result_comes_out_as_it_went_in() -> None:
+    result = BatchResult(np.array([5, -1], np.int32), ((b"x" * 32, 2),), ((1, "bad row"),))
+    assert_same(result, wire.unpack_result(wire.pack_result(result, 1, 2)))
+
+
+@pytest.mark.parametrize("field", ["positions", "context_lens", "num_scheduled_tokens"])
+def test_arrays_that_do_not_fit_are_refused(field: str) -> None:
+    (request,) = wire.pack_steps(make_batch(), epoch=1, step_id=1, num_ranks=1)
+    setattr(request, field, getattr(request, field)[:-4])
+    with pytest.raises(wire.WireError):
+        wire.unpack_step(request)
+
+
+def test_an_empty_step_travels() -> None:
+    none = np.empty(0, np.int32)
+    batch = InputBatch(
+        none,
+        np.empty((3, 0), np.int32),
+        none,
+        none,
+        np.empty((0, 0), np.int32),
+        wire.empty_sampling(),
+    )
+    (request,) = wire.pack_steps(batch, epoch=1, step_id=1, num_ranks=1)
+    assert wire.unpack_step(request).block_tables.shape == (0, 0)
