@@ -34,7 +34,7 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class EmbeddingSlice:
-    """Rows [start, start + num_tokens) of a unit's embedding go to tokens [dest, ...) of the step."""
+    """A unit's embedding rows [start, start + num_tokens) go to the step's tokens [dest, ...)."""
 
     key: UnitKey
     start: int

@@ -1,0 +1,149 @@
+"""Qwen2-VL's decoder over a paged cache: grouped-query attention with M-RoPE, SwiGLU.
+
+Reference of behaviour: `Qwen2VLTextModel` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ...kernels.activation import swiglu
+from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
+from ...kernels.paged_attention import AttentionBatch, paged_attention
+from ..config import ModelConfig
+from .layers import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    WeightLoader,
+    mlp_unit,
+)
+from .parallel import TensorParallel
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]  # K and V [num_blocks, kv_heads, block_size, d]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.qkv = QKVParallelLinear(config, parallel)
+        width = config.num_attention_heads * config.head_dim
+        self.o_proj = RowParallelLinear(width, config.hidden_size, config.head_dim, parallel)
+        self.scale = config.head_dim**-0.5
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
+        batch: AttentionBatch,
+    ) -> torch.Tensor:
+        q, k, v = self.qkv.split(self.qkv(x))
+        q = mrope_write_kv(q, k, v, *rotary, *cache, batch.slot_mapping)
+        return self.o_proj(paged_attention(q, *cache, batch, self.scale).flatten(1))
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        yield from self.qkv.weight_loaders(name)
+        yield from self.o_proj.weight_loaders(f"{name}.o_proj")
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        names = ("gate_proj", "up_proj")
+        self.gate_up = MergedColumnParallelLinear(hidden, inner, names, parallel)
+        self.down = RowParallelLinear(inner, hidden, mlp_unit(inner, parallel), parallel)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        yield from self.gate_up.weight_loaders(name)
+        yield from self.down.weight_loaders(f"{name}.down_proj")
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, parallel)
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, parallel)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
+        batch: AttentionBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the MLP's output and the residual that it is still to be added to."""
+        if residual is None:
+            residual, x = x, self.input_norm(x)
+        else:
+            x, residual = self.input_norm.add(x, residual)
+        x = self.attention(x, rotary, cache, batch)
+        x, residual = self.post_norm.add(x, residual)
+        return self.mlp(x), residual
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        yield from self.input_norm.weight_loaders(f"{name}.input_layernorm")
+        yield from self.attention.weight_loaders(f"{name}.self_attn")
+        yield from self.post_norm.weight_loaders(f"{name}.post_attention_layernorm")
+        yield from self.mlp.weight_loaders(f"{name}.mlp")
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, hidden, parallel)
+        layers = [DecoderLayer(config, parallel) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else VocabParallelEmbedding(config.vocab_size, hidden, parallel)
+        )
+        self.tied = config.tie_word_embeddings
+        self.mrope_section = config.mrope_section
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+        self.inv_freq = 1.0 / config.rope_theta ** (exponents / config.head_dim)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        caches: list[LayerCache],
+        batch: AttentionBatch,
+        sample_at: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Computes a step: embeddings [n, hidden] at positions int32 [3, n] into the caches.
+
+        Returns the logits [s, vocab_size] of tokens `sample_at` int64 [s] on rank 0; None on the
+        other ranks, and where s is 0.
+        """
+        rotary = mrope_cos_sin(positions, self.inv_freq, self.mrope_section)
+        residual = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden, residual = layer(hidden, residual, rotary, cache, batch)
+        if sample_at.numel() == 0 or residual is None:
+            return None
+        normed, _ = self.norm.add(hidden[sample_at], residual[sample_at])
+        return self.head.logits(normed)
+
+    def weight_loaders(self) -> Iterator[WeightLoader]:
+        yield from self.embed_tokens.weight_loaders("model.embed_tokens")
+        for index, layer in enumerate(self.layers):
+            yield from layer.weight_loaders(f"model.layers.{index}")  # type: ignore[operator]
+        yield from self.norm.weight_loaders("model.norm")
+        if not self.tied:
+            yield from self.head.weight_loaders("lm_head")

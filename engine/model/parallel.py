@@ -1,0 +1,114 @@
+"""How the ranks of a group share a model: who holds which rows, and what they exchange."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..config import ConfigError, ModelConfig
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One rank's place in its group. A group of one has no-ops for collectives."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # None: torch.distributed's default group
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums `x` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Joins `x` [rows, columns of each rank] along the last axis on rank 0; None elsewhere.
+
+        `x` must have the same shape on all ranks.
+        """
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, dst=0, group=self.group)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+    def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        """Fills `x` (contiguous) with what rank `source` has in it."""
+        if self.size > 1:
+            dist.broadcast(x, src=source, group=self.group)
+        return x
+
+    def shard(self, total: int, unit: int = 1) -> slice:
+        """This rank's part of `total` rows, in whole units; as even as units allow."""
+        units = total // unit
+        start, stop = (r * units // self.size * unit for r in (self.rank, self.rank + 1))
+        return slice(start, stop)
+
+
+def connect(rank: int, size: int, rendezvous: str, device: torch.device) -> TensorParallel:
+    """Joins the group that meets at the file `rendezvous`; waits for all `size` ranks.
+
+    NCCL on CUDA devices, gloo on the loopback interface for CPUs. A group of one needs no meeting.
+    """
+    if size == 1:
+        return TensorParallel()
+    if device.type == "cpu":  # gloo else looks up the host's name, which may not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=10),
+    )
+    return TensorParallel(rank, size)
+
+
+def valid_tensor_parallel_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """Rank counts that can serve the checkpoint: the divisors of its attention heads.
+
+    KV heads, the MLP's columns and the vocabulary need not divide: see `kv_heads_of_rank` and
+    `TensorParallel.shard`.
+    """
+    heads = config.num_attention_heads
+    return tuple(size for size in range(1, heads + 1) if heads % size == 0)
+
+
+def check_tensor_parallel_size(config: ModelConfig, size: int) -> None:
+    """Raises ConfigError where `size` ranks cannot share the attention heads evenly."""
+    valid = valid_tensor_parallel_sizes(config)
+    if size not in valid:
+        raise ConfigError(
+            f"tensor_parallel_size={size}: this checkpoint has {config.num_attention_heads} "
+            f"attention heads; sizes that divide them: {', '.join(map(str, valid))}"
+        )
+
+
+def num_kv_heads_per_rank(config: ModelConfig, size: int) -> int:
+    """KV heads that each of `size` ranks keeps.
+
+    A rank's query heads fall into equal runs that share one KV head each. The run is what divides
+    both the rank's share of query heads and the checkpoint's group of them: so a KV head is
+    replicated where ranks outnumber KV heads, and the same rule serves 3 ranks of the 2B's 2.
+    """
+    return config.num_attention_heads // size // _run_length(config, size)
+
+
+def kv_heads_of_rank(config: ModelConfig, parallel: TensorParallel) -> tuple[int, ...]:
+    """The checkpoint's KV head behind each of this rank's, in order."""
+    heads = config.num_attention_heads // parallel.size
+    group = config.num_attention_heads // config.num_key_value_heads
+    run = _run_length(config, parallel.size)
+    first = parallel.rank * heads
+    return tuple((first + head) // group for head in range(0, heads, run))
+
+
+def _run_length(config: ModelConfig, size: int) -> int:
+    share = config.num_attention_heads // size
+    group = config.num_attention_heads // config.num_key_value_heads
+    return next(run for run in range(min(share, group), 0, -1) if share % run == group % run == 0)

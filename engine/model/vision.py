@@ -1,0 +1,149 @@
+"""Qwen2-VL's vision tower: 2-D rotary positions, full attention inside each frame, a merger.
+
+Reference of behaviour: `Qwen2VisionTransformerPretrainedModel` of transformers. Weights are whole
+on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ...kernels.vision_attention import vision_attention
+from ..config import VisionConfig
+from .layers import LayerNorm, Linear, WeightLoader
+
+Grid = tuple[int, int, int]  # temporal patches, rows and columns of patches
+ROTARY_BASE = 10000.0
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns [n, heads, d] by angles whose cosines and sines are float32 [n, 1, d / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = Linear(config.embed_dim, config.embed_dim)
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+    ) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(-1, 3, self.heads, self.head_dim).unbind(1)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        out = vision_attention(q, k, v, cu_seqlens, seqlens, self.head_dim**-0.5)
+        return self.proj(out.flatten(1))
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        yield from self.qkv.weight_loaders(f"{name}.qkv")
+        yield from self.proj.weight_loaders(f"{name}.proj")
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        inner = int(config.embed_dim * config.mlp_ratio)
+        self.norm1 = LayerNorm(config.embed_dim)
+        self.attention = VisionAttention(config)
+        self.norm2 = LayerNorm(config.embed_dim)
+        self.fc1 = Linear(config.embed_dim, inner)
+        self.fc2 = Linear(inner, config.embed_dim)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+    ) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x), rotary, cu_seqlens, seqlens)
+        inner = self.fc1(self.norm2(x))
+        return x + self.fc2(inner * torch.sigmoid(1.702 * inner))  # quick GELU
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        yield from self.norm1.weight_loaders(f"{name}.norm1")
+        yield from self.attention.weight_loaders(f"{name}.attn")
+        yield from self.norm2.weight_loaders(f"{name}.norm2")
+        yield from self.fc1.weight_loaders(f"{name}.mlp.fc1")
+        yield from self.fc2.weight_loaders(f"{name}.mlp.fc2")
+
+
+class Merger(nn.Module):
+    """Joins each square of merged patches into one embedding of the decoder's width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.width = config.embed_dim * config.spatial_merge_size**2
+        self.norm = LayerNorm(config.embed_dim)
+        self.fc1 = Linear(self.width, self.width)
+        self.fc2 = Linear(self.width, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(self.norm(x).view(-1, self.width))))
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        yield from self.norm.weight_loaders(f"{name}.ln_q")
+        yield from self.fc1.weight_loaders(f"{name}.mlp.0")
+        yield from self.fc2.weight_loaders(f"{name}.mlp.2")
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        kernel = (config.in_channels, *patch)
+        self.patch_embed = Linear(config.patch_dim, config.embed_dim, False, kernel)
+        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
+        self.merger = Merger(config)
+        self.merge_size = config.spatial_merge_size
+        width = config.head_dim // 2  # half of a head turns by the row, half by the column
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
+        self.inv_freq = 1.0 / ROTARY_BASE ** (exponents / width)
+
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Encodes the patches [sum of t × h × w, patch_dim] of several units in one pass.
+
+        Patches come frame by frame, in merged squares. Returns [tokens, hidden_size of the
+        decoder], a token for each square of each frame, in the same order.
+        """
+        device = patches.device
+        seqlens = tuple(h * w for t, h, w in grids for _ in range(t))
+        cu_seqlens = torch.tensor((0, *seqlens)).cumsum(0).to(device, torch.int32)
+        rotary = self._rotary(grids, device)
+        x = self.patch_embed(patches)
+        for block in self.blocks:
+            x = block(x, rotary, cu_seqlens, seqlens)
+        return self.merger(x)
+
+    def _rotary(
+        self, grids: Sequence[Grid], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [patch_positions(h, w, self.merge_size).repeat(t, 1) for t, h, w in grids]
+        positions = torch.cat(parts).to(device)
+        angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+    def weight_loaders(self) -> Iterator[WeightLoader]:
+        yield from self.patch_embed.weight_loaders("visual.patch_embed.proj")
+        for index, block in enumerate(self.blocks):
+            yield from block.weight_loaders(f"visual.blocks.{index}")  # type: ignore[operator]
+        yield from self.merger.weight_loaders("visual.merger")
+
+
+def patch_positions(height: int, width: int, merge_size: int) -> torch.Tensor:
+    """Row and column [h × w, 2] of each patch of a frame, in the order of merged squares."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    squares = (height // merge_size, merge_size, width // merge_size, merge_size)
+    parts = [axis.reshape(squares).transpose(1, 2).flatten() for axis in (rows, columns)]
+    return torch.stack(parts, dim=-1)

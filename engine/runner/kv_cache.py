@@ -1,0 +1,102 @@
+"""Memory of one rank: the paged KV cache, and how many bytes things take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import ModelConfig
+from ..model.decoder import LayerCache
+from ..model.parallel import num_kv_heads_per_rank
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of one rank after loading. On a CPU `total` and `free` are the machine's, which the
+    ranks share; on a GPU each rank has its own device."""
+
+    weight_bytes: int
+    total_bytes: int
+    free_bytes: int
+    kv_block_bytes: int  # K and V of one block in all layers on this rank
+    dtype: str
+    device: str
+
+
+def kv_block_bytes(config: ModelConfig, size: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block, K and V in all layers, on each of `size` ranks."""
+    per_token = num_kv_heads_per_rank(config, size) * config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * block_size * per_token
+
+
+def activation_bytes(
+    config: ModelConfig, size: int, max_tokens: int, max_encode_tokens: int, dtype: torch.dtype
+) -> int:
+    """A bound on what a step holds beside weights and cache, from the shapes alone.
+
+    The two stages run one after the other, so the larger one counts: the decoder's widest moment
+    is its MLP (gate, up and their product beside input and residual); the tower's is its MLP, or
+    its attention's q, k, v in float32 while they are turned.
+    """
+    vision, item = config.vision, dtype.itemsize
+    inner = -(-config.intermediate_size // size)
+    decode = max_tokens * (3 * inner + 6 * config.hidden_size) * item
+    patches = max_encode_tokens * vision.spatial_merge_size**2
+    mlp = int(vision.embed_dim * vision.mlp_ratio)
+    widest = max(3 * mlp * item, vision.embed_dim * (4 * item + 16))
+    encode = patches * (vision.patch_dim * item + 2 * vision.embed_dim * item + widest)
+    return max(decode, encode)
+
+
+def allocate_kv_cache(
+    config: ModelConfig,
+    size: int,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[LayerCache]:
+    """K and V [num_blocks, KV heads of this rank, block_size, head_dim] for each layer, zeroed.
+
+    Zeroed, since what a masked key's value multiplies by zero must be finite.
+    """
+    heads = num_kv_heads_per_rank(config, size)
+    shape = (num_blocks, heads, block_size, config.head_dim)
+    return [
+        (_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+        for _ in range(config.num_hidden_layers)
+    ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy leaves the zeroing to the kernel, page by page at first use; torch.zeros writes them all
+    whole = np.zeros(shape, np.uint16 if dtype.itemsize == 2 else np.float32)
+    return torch.from_numpy(whole).view(dtype)
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes: of the GPU, or of this machine within its container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    free, total = found["MemAvailable"], found["MemTotal"]
+    limit = _cgroup_number("memory.max")
+    if limit is not None and limit < total:
+        total = limit
+        free = min(free, max(0, limit - (_cgroup_number("memory.current") or 0)))
+    return free, total
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        return int((CGROUP / name).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such controller, or "max"
+        return None

@@ -1,0 +1,190 @@
+"""Puts a checkpoint's safetensors into a model: mapped, checked first, only this rank's bytes.
+
+Nothing but safetensors is read: other formats hold code (pickle).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..config import ConfigError, ModelConfig, read_json
+from ..model.layers import WeightLoader
+from ..model.qwen2_vl import Qwen2VL
+
+INDEX = "model.safetensors.index.json"
+SERVED_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes of an element
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_NAMED = 5  # of missing or extra tensors, in one error
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file's header states it."""
+
+    file: Path
+    stored_name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * SERVED_DTYPES.get(self.dtype, 0)
+
+
+def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> torch.dtype:
+    """The dtype to serve in. "auto": the checkpoint's on a GPU; on a CPU bfloat16 where the CPU
+    multiplies it (AMX or AVX512-BF16), else float32. Raises ConfigError for other names.
+    """
+    if name == "auto" and device.type == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+    chosen = checkpoint_dtype if name == "auto" else name
+    if chosen not in DTYPES:
+        raise ConfigError(f"dtype={chosen!r}: must be auto, {', '.join(DTYPES)}")
+    return DTYPES[chosen]
+
+
+def cpu_multiplies_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return False
+    return any(f" {flag}" in flags for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def canonical_name(name: str) -> str:
+    """The older, flat name of a tensor: `model.layers...`, `visual...`, `lm_head.weight`."""
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+
+
+def checkpoint_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint folder. Raises ConfigError where there are none."""
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{folder / INDEX}: has no weight_map")
+        files = tuple(folder / str(name) for name in sorted(set(weight_map.values())))
+    elif (folder / "model.safetensors").is_file():
+        files = (folder / "model.safetensors",)
+    else:
+        files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"only {others[0]}, which may run code when read" if others else "no weights"
+        raise ConfigError(f"{folder}: {found}; weights are read from safetensors files alone")
+    return files
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its canonical name, from the files' headers."""
+    found: dict[str, StoredTensor] = {}
+    for file in checkpoint_files(folder):
+        for name, (shape, dtype) in _header(file).items():
+            tensor = StoredTensor(file, name, shape, dtype)
+            other = found.setdefault(canonical_name(name), tensor)
+            if other is not tensor:
+                raise ConfigError(f"{name}: both in {other.file} and in {file}")
+    return found
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {n: (tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; the checkpoint is not complete") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not readable as safetensors: {error}") from None
+
+
+def check_tensors(
+    wanted: dict[str, tuple[int, ...]], found: dict[str, StoredTensor], config: ModelConfig
+) -> None:
+    """Raises ConfigError naming what is missing, extra, misshapen, or of a dtype not served.
+
+    A tied head that is stored all the same is fine, and so are the rotary tables of old writers.
+    """
+    missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+    if missing:
+        raise ConfigError(f"the checkpoint lacks {_some(missing)}")
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    extra = [
+        f"{tensor.stored_name} {list(tensor.shape)} ({tensor.file.name})"
+        for name, tensor in found.items()
+        if name not in wanted and name not in ignored and not name.endswith(".inv_freq")
+    ]
+    if extra:
+        raise ConfigError(
+            f"the checkpoint holds what its config.json has no place for: {_some(extra)}"
+        )
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"{tensor.stored_name} in {tensor.file}: shape {list(tensor.shape)}, "
+                f"but config.json asks for {list(shape)}"
+            )
+        if tensor.dtype not in SERVED_DTYPES:
+            raise ConfigError(
+                f"{tensor.stored_name} in {tensor.file}: dtype {tensor.dtype}; "
+                f"served are {', '.join(SERVED_DTYPES)}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def load_weights(
+    model: Qwen2VL,
+    folder: Path,
+    config: ModelConfig,
+    device: torch.device,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Fills every parameter of `model` on `device` from the checkpoint in `folder`.
+
+    All headers are checked before the first byte is copied. Parameters are made when their first
+    part arrives, and parts are copied straight from the mapped file, so no second copy of the
+    weights exists at any time. `on_progress(done_bytes, total_bytes)` is called for every tensor.
+    """
+    loaders: dict[str, list[WeightLoader]] = {}
+    for loader in model.weight_loaders():
+        loaders.setdefault(loader.name, []).append(loader)
+    found = stored_tensors(folder)
+    check_tensors({name: each[0].shape for name, each in loaders.items()}, found, config)
+    total = sum(found[name].nbytes for name in loaders)
+    done = 0
+    for file in checkpoint_files(folder):
+        names = [name for name in loaders if found[name].file == file]
+        for name in _load_file(file, names, loaders, found, device):
+            done += found[name].nbytes
+            if on_progress is not None:
+                on_progress(done, total)
+    model.place(device)
+
+
+def _load_file(
+    file: Path,
+    names: list[str],
+    loaders: dict[str, list[WeightLoader]],
+    found: dict[str, StoredTensor],
+    device: torch.device,
+) -> Iterable[str]:
+    with safe_open(file, framework="pt") as opened:
+        for name in names:
+            stored = opened.get_slice(found[name].stored_name)
+            for loader in loaders[name]:
+                loader.load(stored[loader.source], device)
+            yield name

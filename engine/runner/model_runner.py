@@ -1,0 +1,195 @@
+"""One rank's step: forget embeddings, encode, overlay, decode, sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...kernels.paged_attention import AttentionBatch
+from ...kernels.patches import cut_patches
+from ...scheduler.request import UnitKey
+from ..config import ModelConfig, PreprocessConfig
+from ..model.decoder import LayerCache
+from ..model.parallel import TensorParallel
+from ..model.qwen2_vl import Qwen2VL
+from .batch import BatchResult, EncodeTask, InputBatch, Int32
+from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_bytes
+from .loader import OnProgress, load_weights
+from .sampler import NOT_FINITE, Sampler
+
+
+@dataclass(eq=False)
+class ModelRunner:
+    """A rank's model, its KV cache and the embeddings that it keeps. Call load, allocate, step."""
+
+    model_dir: Path
+    config: ModelConfig
+    preprocess: PreprocessConfig
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    parallel: TensorParallel
+    embeddings: dict[UnitKey, torch.Tensor] = field(default_factory=dict)
+    caches: list[LayerCache] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the ranks cannot share the checkpoint's heads."""
+        self.model = Qwen2VL(self.config, self.parallel, self.dtype)
+        self.sampler = Sampler(self.config.vision_token_ids)
+
+    @torch.inference_mode()
+    def load(self, on_progress: OnProgress | None = None) -> None:
+        """Reads the weights. Raises ConfigError naming the tensor or file that is not right."""
+        load_weights(self.model, self.model_dir, self.config, self.device, on_progress)
+
+    def measure(self) -> MemoryReport:
+        """Memory once the weights are loaded."""
+        free, total = device_memory(self.device)
+        return MemoryReport(
+            weight_bytes=self.model.weight_bytes,
+            total_bytes=total,
+            free_bytes=free,
+            kv_block_bytes=kv_block_bytes(
+                self.config, self.parallel.size, self.block_size, self.dtype
+            ),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+        )
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the KV cache."""
+        self.caches = allocate_kv_cache(
+            self.config, self.parallel.size, num_blocks, self.block_size, self.dtype, self.device
+        )
+
+    @torch.inference_mode()
+    def step(self, batch: InputBatch) -> BatchResult:
+        """Runs one step. All ranks must be given the same step.
+
+        A row whose embedding is missing, or whose token ids are not the vocabulary's, is reported
+        and draws nothing (-1); its blocks hold nothing of use. The other rows are as if alone.
+        """
+        for key in batch.drop:
+            self.embeddings.pop(key, None)
+        self._encode(batch.encode)
+        token_ids, errors = self._checked_token_ids(batch)
+        if token_ids.size == 0:
+            return BatchResult(np.full(batch.sampling.rows.shape, -1, np.int32))
+        hidden = self.model.decoder.embed_tokens(self._to_device(token_ids))
+        missing = self._overlay(hidden, batch, errors)
+        logits = self._decode(hidden, batch)
+        sampled = self._sample(logits, batch)
+        skipped = {row for row, _ in missing} | {row for row, _ in errors}
+        for i, row in enumerate(batch.sampling.rows.tolist()):
+            if row in skipped:
+                sampled[i] = -1
+            elif sampled[i] < 0:
+                errors.append((row, NOT_FINITE))
+        keys = tuple(dict.fromkeys(key for _, key in missing))
+        return BatchResult(sampled, keys, tuple(errors))
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        # arrays over a message's bytes are read-only, which torch does not know
+        return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(self.device)
+
+    def _checked_token_ids(self, batch: InputBatch) -> tuple[Int32, list[tuple[int, str]]]:
+        """The step's token ids with those outside the vocabulary set to 0, and their rows."""
+        ids = batch.token_ids
+        wrong = (ids < 0) | (ids >= self.config.vocab_size)
+        if not wrong.any():
+            return ids, []
+        row_of_token = np.repeat(np.arange(len(batch.context_lens)), batch.num_scheduled_tokens)
+        text = f"a token id is outside the vocabulary of {self.config.vocab_size}"
+        rows = np.unique(row_of_token[wrong]).tolist()
+        return np.where(wrong, 0, ids).astype(np.int32), [(row, text) for row in rows]
+
+    def _encode(self, tasks: tuple[EncodeTask, ...]) -> None:
+        """Encodes this rank's units in one pass, then shares the embeddings of all ranks."""
+        for rank in range(self.parallel.size):
+            units = [task for task in tasks if task.rank == rank]
+            if not units:
+                continue
+            counts = [self._num_tokens(task) for task in units]
+            if rank == self.parallel.rank:
+                joined = self._encode_units(units)
+            else:
+                shape = (sum(counts), self.config.hidden_size)
+                joined = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.parallel.broadcast(joined, rank)
+            for task, part in zip(units, joined.split(counts), strict=True):
+                # a part alone must not keep the memory of all
+                self.embeddings[task.key] = part.clone() if len(units) > 1 else part
+
+    def _encode_units(self, units: list[EncodeTask]) -> torch.Tensor:
+        patches = torch.cat([self._patches(task) for task in units])
+        return self.model.visual(patches, [task.grid_thw for task in units])
+
+    def _patches(self, task: EncodeTask) -> torch.Tensor:
+        """Patches [t × h × w, patch_dim] of a unit. Pixels that do not fit its grid make NaN: no
+        unit's numbers reach another's, so the requests that use this one fail, and only they."""
+        vision, preprocess = self.config.vision, self.preprocess
+        frames, height, width = task.grid_thw
+        patch, both = vision.patch_size, vision.temporal_patch_size
+        counts = (1, both) if frames == 1 else (frames * both,)  # an image has one frame
+        fit = [(count, height * patch, width * patch, 3) for count in counts]
+        if task.pixels is None or task.pixels.shape not in fit:
+            shape = (frames * height * width, vision.patch_dim)
+            return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+        return cut_patches(
+            self._to_device(task.pixels),
+            preprocess.image_mean,
+            preprocess.image_std,
+            patch,
+            both,
+            vision.spatial_merge_size,
+            self.dtype,
+        )
+
+    def _num_tokens(self, task: EncodeTask) -> int:
+        frames, height, width = task.grid_thw
+        return frames * height * width // self.config.vision.spatial_merge_size**2
+
+    def _overlay(
+        self, hidden: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
+    ) -> list[tuple[int, UnitKey]]:
+        """Writes embeddings over the placeholders' rows; returns (row, key) of what is missing."""
+        missing = []
+        for piece in batch.embeddings:
+            embedding = self.embeddings.get(piece.key)
+            if embedding is None:
+                missing.append((piece.row, piece.key))
+                continue
+            part = embedding[piece.start : piece.start + piece.num_tokens]
+            if len(part) == piece.num_tokens:
+                hidden[piece.dest : piece.dest + piece.num_tokens] = part
+            else:
+                text = f"{piece.num_tokens} placeholders at {piece.start} of {len(embedding)}"
+                errors.append((piece.row, f"{text} embeddings"))
+        return missing
+
+    def _decode(self, hidden: torch.Tensor, batch: InputBatch) -> torch.Tensor | None:
+        attention = AttentionBatch.from_lists(
+            batch.num_scheduled_tokens,
+            batch.context_lens,
+            batch.block_tables,
+            self.block_size,
+            self.device,
+        )
+        last = np.cumsum(batch.num_scheduled_tokens, dtype=np.int64) - 1
+        sample_at = self._to_device(last[batch.sampling.rows])
+        positions = self._to_device(batch.positions)
+        return self.model.decoder(hidden, positions, self.caches, attention, sample_at)
+
+    def _sample(self, logits: torch.Tensor | None, batch: InputBatch) -> Int32:
+        """Rank 0 draws and tells the others, so that ranks cannot disagree."""
+        count = len(batch.sampling.rows)
+        if count == 0:
+            return np.empty(0, np.int32)
+        if logits is None:
+            sampled = torch.empty(count, dtype=torch.int64, device=self.device)
+        else:
+            sampled = self.sampler.sample(logits, batch.sampling)
+        return self.parallel.broadcast(sampled, 0).cpu().numpy().astype(np.int32)

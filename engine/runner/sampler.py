@@ -1,0 +1,155 @@
+"""Draws the next token of each row that samples, all rows at once, in float32.
+
+Filters in the order of vLLM and transformers: repetition penalty, temperature, top-k, top-p,
+min-p. The last three are thresholds on the logit, so tokens of equal logit share one fate and the
+order of a sort cannot matter.
+
+A draw is Gumbel-max over the kept tokens: the token with the largest logit + g, where g is a Gumbel
+number made by hashing (seed, index of the output token, token id) with SplitMix64. It depends on
+nothing else: not on the batch, the chunking, what ran before or where the logits were computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .batch import SamplingBatch
+
+GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
+NOT_FINITE = "the model's logits for the next token are not finite"
+
+UInt64 = npt.NDArray[np.uint64]
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses tokens; those in `banned_token_ids` are never chosen."""
+
+    banned_token_ids: tuple[int, ...]
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        """Token ids int64 [s] for logits [s, vocab_size]; -1 where a row's are not finite."""
+        scores = logits.to(torch.float32, copy=True)
+        bad = ~torch.isfinite(scores).all(dim=-1)
+        scores.masked_fill_(bad[:, None], 0)
+        _penalize(scores, batch)
+        scores[:, list(self.banned_token_ids)] = -torch.inf
+        chosen = scores.argmax(dim=-1)
+        drawn = np.flatnonzero(batch.temperature >= GREEDY_BELOW)
+        if drawn.size:
+            rows = torch.from_numpy(drawn).to(scores.device)
+            chosen[rows] = _draw(scores[rows], drawn, batch)
+        return chosen.masked_fill_(bad, -1)
+
+
+def _penalize(scores: torch.Tensor, batch: SamplingBatch) -> None:
+    """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
+    for row in np.flatnonzero(batch.repetition_penalty != 1.0):
+        seen = np.unique(batch.seen_token_ids[row]).astype(np.int64)
+        ids = torch.from_numpy(seen[(seen >= 0) & (seen < scores.shape[1])]).to(scores.device)
+        old, penalty = scores[row, ids], float(batch.repetition_penalty[row])
+        scores[row, ids] = torch.where(old > 0, old / penalty, old * penalty)
+
+
+def _draw(scores: torch.Tensor, rows: npt.NDArray[np.intp], batch: SamplingBatch) -> torch.Tensor:
+    """Draws a token for each of the batch's `rows`, whose penalized logits are `scores`."""
+    device = scores.device
+    scores = scores / torch.from_numpy(batch.temperature[rows]).to(device)[:, None]
+    top_k, top_p, min_p = batch.top_k[rows], batch.top_p[rows], batch.min_p[rows]
+    scores = filter_scores(scores, top_k, top_p, min_p)
+    kept = int((scores > -torch.inf).sum(dim=-1).max())
+    if kept * 4 < scores.shape[1]:  # hashing the few is cheaper than hashing all
+        scores, ids = scores.topk(kept, dim=-1)
+    else:
+        ids = torch.arange(scores.shape[1], device=device).expand_as(scores)
+    keys = torch.from_numpy(row_keys(batch.seed[rows], batch.output_index[rows]).view(np.int64))
+    best = (scores.double() + gumbel(keys.to(device), ids)).argmax(dim=-1, keepdim=True)
+    return ids.gather(1, best).squeeze(1)
+
+
+def filter_scores(
+    scores: torch.Tensor,
+    top_k: npt.NDArray[np.int32],
+    top_p: npt.NDArray[np.float32],
+    min_p: npt.NDArray[np.float32],
+) -> torch.Tensor:
+    """`scores` [m, vocab_size] with -inf for what top-k, top-p and min-p leave out, row by row.
+
+    Off are top_k 0, top_p 1 and min_p 0. The most likely token is always kept.
+    """
+    vocab = scores.shape[1]
+    counts = np.where((top_k <= 0) | (top_k > vocab), vocab, top_k)
+    top = scores.max(dim=-1, keepdim=True).values
+    with np.errstate(divide="ignore"):
+        least = np.log(min_p)  # -inf where off
+    floor = top + torch.from_numpy(least).to(top)[:, None]
+    if (counts < vocab).any() or (top_p < 1).any():
+        needed = int(counts[(counts < vocab) | (top_p < 1)].max())
+        floor = torch.maximum(floor, _rank_floor(scores, top, counts, top_p, needed))
+    return scores.masked_fill(scores < floor, -torch.inf)
+
+
+def _rank_floor(
+    scores: torch.Tensor,
+    top: torch.Tensor,
+    counts: npt.NDArray[np.integer],
+    top_p: npt.NDArray[np.float32],
+    needed: int,
+) -> torch.Tensor:
+    """The least logit [m, 1] that top-k and top-p keep; `needed` is the longest list to sort."""
+    device = scores.device
+    ranked = scores.topk(needed, dim=-1).values  # descending
+    count = torch.from_numpy(counts.astype(np.int64)).to(device)[:, None]
+    kth = ranked.gather(1, count.clamp(max=needed) - 1)
+    kth = kth.masked_fill(count == scores.shape[1], -torch.inf)
+    weights = torch.where(scores >= kth, (scores - top).double().exp(), 0.0)
+    share = (ranked - top).double().exp() / weights.sum(dim=-1, keepdim=True)
+    before = share.cumsum(dim=-1) - share  # probability of all likelier tokens
+    limit = torch.from_numpy(top_p.astype(np.float64)).to(device)[:, None]
+    inside = ((before < limit) & (ranked >= kth)).sum(dim=-1, keepdim=True).clamp(min=1)
+    nucleus = ranked.gather(1, inside - 1).masked_fill(limit >= 1, -torch.inf)
+    return torch.maximum(kth, nucleus)
+
+
+def row_keys(seeds: UInt64, output_index: npt.NDArray[np.int32]) -> UInt64:
+    """A 64-bit key for each (seed, index of the output token)."""
+    index = output_index.astype(np.uint64) + np.uint64(1)
+    return _mix(_mix(seeds.astype(np.uint64)) ^ (index * np.uint64(GOLDEN)))
+
+
+def _mix(x: UInt64) -> UInt64:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014), on the host."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
+    return x ^ (x >> np.uint64(31))
+
+
+def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel numbers float64 [m, k] from keys int64 [m] and token ids int64 [m, k].
+
+    The hash is SplitMix64's stream of each key at the token's place. Its upper 52 bits are a
+    uniform u in (0, 1) exclusive, and the Gumbel number is -log(-log u).
+    """
+    x = keys[:, None] + (token_ids + 1) * _signed(GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(MIX_2)
+    x = x ^ _shift(x, 31)
+    uniform = (_shift(x, 12).double() + 0.5) * 2.0**-52
+    return -(-uniform.log()).log()
+
+
+def _signed(constant: int) -> int:
+    """The int64 with the bits of a 64-bit constant: torch multiplies those, wrapping around."""
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
