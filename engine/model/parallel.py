@@ -43,6 +43,11 @@ class TensorParallel:
             dist.broadcast(x, src=source, group=self.group)
         return x
 
+    def close(self) -> None:
+        """Leaves the group. gloo's threads abort a process that ends without."""
+        if self.size > 1:
+            dist.destroy_process_group(self.group)
+
     def shard(self, total: int, unit: int = 1) -> slice:
         """This rank's part of `total` rows, in whole units; as even as units allow."""
         units = total // unit

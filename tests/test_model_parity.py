@@ -1,0 +1,285 @@
+"""The model against transformers' on tiny random checkpoints in float32: tokens and logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
+from octavo.benchmarks.tiny_requests import TinyDriver, TinyMedia, TinyRequest, tiny_request
+from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.engine.model.parallel import TensorParallel
+from octavo.engine.runner.batch import SamplingBatch
+from octavo.engine.runner.model_runner import ModelRunner
+from octavo.engine.runner.sampler import Sampler
+
+NEW_TOKENS = 8
+START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def text(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def image(seed: int, height: int, width: int) -> list[list[int] | TinyMedia]:
+    return [[START], TinyMedia.random(seed, height, width), [END]]
+
+
+def video(seed: int, frames: int, height: int, width: int) -> list[list[int] | TinyMedia]:
+    return [[START], TinyMedia.random(seed, height, width, frames), [END]]
+
+
+# The videos have more temporal patches than rows or columns, or several encode units.
+CONVERSATIONS = {
+    "text": [text(1, 23)],
+    "one_image": [text(2, 5), *image(1, 84, 140), text(3, 7)],
+    "three_images": [
+        text(4, 3), *image(2, 56, 56), text(5, 2), *image(3, 28, 112), *image(4, 84, 28), text(6, 4)
+    ],
+    "video": [text(7, 4), *video(5, 12, 56, 84), text(8, 6)],
+    "image_and_video": [
+        text(9, 4), *image(6, 56, 84), text(1, 3), *video(7, 8, 56, 28), text(2, 5)
+    ],
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class RecordingSampler:
+    """A sampler that keeps the logits that it is shown."""
+
+    inner: Sampler
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        self.logits.append(logits.clone())
+        return self.inner.sample(logits, batch)
+
+
+def make_runner(folder: Path) -> ModelRunner:
+    config = ModelConfig.from_dir(folder)
+    preprocess = PreprocessConfig.from_dir(folder)
+    cpu = torch.device("cpu")
+    runner = ModelRunner(folder, config, preprocess, cpu, torch.float32, 16, TensorParallel())
+    runner.load()
+    runner.allocate(128)
+    return runner
+
+
+def patches_of(media: TinyMedia, preprocess: PreprocessConfig) -> torch.Tensor:
+    """Patches as transformers takes them, spelled out with loops."""
+    frames = media.pixels
+    if not media.is_video:
+        frames = np.repeat(frames, 2, axis=0)
+    scaled = (frames / 255 - preprocess.image_mean) / preprocess.image_std
+    patches = []
+    for t in range(0, len(scaled), 2):
+        for row in range(0, scaled.shape[1], 28):
+            for column in range(0, scaled.shape[2], 28):
+                for y in (row, row + 14):
+                    for x in (column, column + 14):
+                        cut = scaled[t : t + 2, y : y + 14, x : x + 14]
+                        patches.append(cut.transpose(3, 0, 1, 2).ravel())
+    return torch.tensor(np.stack(patches), dtype=torch.float32)
+
+
+@dataclass(eq=False)
+class Reference:
+    """transformers' model on the same folder, fed our positions, without a cache."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.preprocess = PreprocessConfig.from_dir(self.folder)
+        self.banned = list(ModelConfig.from_dir(self.folder).vision_token_ids)
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        )
+
+    @torch.inference_mode()
+    def generate(self, request: TinyRequest) -> tuple[list[int], torch.Tensor]:
+        """Greedy tokens, and the logits [NEW_TOKENS, vocab] that they were taken from."""
+        ids, logits = list(request.token_ids), []
+        for _ in range(NEW_TOKENS):
+            positions = torch.from_numpy(request.positions_of(0, len(ids))).long()[:, None]
+            out = self.model(torch.tensor([ids]), position_ids=positions, **self.media(request))
+            logits.append(out.logits[0, -1])
+            allowed = logits[-1].clone()
+            allowed[self.banned] = -torch.inf
+            ids.append(int(allowed.argmax()))
+        return ids[request.num_prompt_tokens :], torch.stack(logits)
+
+    def media(self, request: TinyRequest) -> dict[str, torch.Tensor]:
+        given = {}
+        names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+        for is_video, (pixels, grid) in enumerate(names):
+            items = [key for key, item in request.media.items() if item.is_video == is_video]
+            if items:
+                patches = [patches_of(request.media[key], self.preprocess) for key in items]
+                given[pixels] = torch.cat(patches)
+                given[grid] = torch.tensor([request.grids[key] for key in items])
+        return given
+
+
+def check_against_reference(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    runner, reference = make_runner(folder), Reference(folder)
+    expected = {}
+    for name in names:
+        runner.sampler = RecordingSampler(Sampler(runner.config.vision_token_ids))
+        request = tiny_request(runner.config, CONVERSATIONS[name])
+        expected[name], logits = reference.generate(request)
+        assert TinyDriver(runner, 128).generate([request], NEW_TOKENS) == [expected[name]], name
+        ours = torch.cat(runner.sampler.logits)
+        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
+    return expected
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), tied=False, vocab_size=283)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[int]]:
+    return check_against_reference(folder, list(CONVERSATIONS))
+
+
+def test_tokens_and_logits_are_those_of_transformers(expected: dict[str, list[int]]) -> None:
+    assert set(expected) == set(CONVERSATIONS)
+    # a model that repeats itself would agree with many a wrong one
+    assert all(len(set(tokens)) > 3 for tokens in expected.values())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tied": True, "nested_names": True, "nested_config": True, "shards": 3},
+        {"heads": 6, "kv_heads": 1, "head_dim": 8, "vision_head_dim": 20, "vision_heads": 3},
+        {"heads": 2, "kv_heads": 2, "head_dim": 40, "layers": 3, "vision_layers": 1},
+    ],
+    ids=["newer_form_tied", "one_kv_head", "head_dim_40"],
+)
+def test_other_shapes_and_forms(shape: dict[str, object], tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, seed=3, **shape)  # type: ignore[arg-type]
+    check_against_reference(tmp_path, ["text", "image_and_video"])
+
+
+def test_l33_mrope_resume_differs_from_transformers_after_a_long_video(folder: Path) -> None:
+    """What follows a video starts past all its positions, not past its rows and columns alone."""
+    config = ModelConfig.from_dir(folder)
+    request = tiny_request(config, CONVERSATIONS["video"])
+    span = [i for i, token in enumerate(request.token_ids) if token == config.video_token_id]
+    before, after = request.positions[:, span], request.positions[:, span[-1] + 1 :]
+    assert after.min() == before.max() + 1
+
+
+RANK_PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+torch.set_num_threads(1)
+from octavo.benchmarks.tiny_requests import TinyDriver, TinyMedia, tiny_request
+from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.engine.model.parallel import connect
+from octavo.engine.runner.model_runner import ModelRunner
+
+folder, meeting, rank, size, tokens = sys.argv[1:6]
+config = ModelConfig.from_dir(Path(folder))
+device = torch.device("cpu")
+parallel = connect(int(rank), int(size), meeting, device)
+preprocess = PreprocessConfig.from_dir(Path(folder))
+runner = ModelRunner(Path(folder), config, preprocess, device, torch.float32, 16, parallel)
+runner.load()
+runner.allocate(256)
+
+def part(value):
+    if isinstance(value, list):
+        return value
+    pixels = np.frombuffer(bytes.fromhex(value["pixels"]), np.uint8).reshape(value["shape"])
+    return TinyMedia(pixels, value["is_video"])
+
+conversations = json.load(sys.stdin)
+requests = [tiny_request(config, [part(p) for p in parts]) for parts in conversations.values()]
+found = TinyDriver(runner, 256).generate(requests, int(tokens), chunk=16)
+print(json.dumps(dict(zip(conversations, found))))
+parallel.close()
+"""
+
+
+def as_json(part: list[int] | TinyMedia) -> object:
+    if isinstance(part, list):
+        return part
+    pixels = part.pixels
+    return {"pixels": pixels.tobytes().hex(), "shape": pixels.shape, "is_video": part.is_video}
+
+
+def run_ranks(folder: Path, size: int, meeting: Path, names: list[str]) -> list[dict]:
+    """What each of `size` rank processes generated, batched and in chunks."""
+    told = json.dumps({name: [as_json(part) for part in CONVERSATIONS[name]] for name in names})
+    arguments = [str(folder), str(meeting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", RANK_PROGRAM, *arguments, str(rank), str(size), "8"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(size)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(told)
+            rank.stdin.close()
+        found = []
+        for rank in ranks:
+            assert rank.stdout is not None
+            found.append(json.loads(rank.stdout.read().splitlines()[-1]))
+            assert rank.wait(timeout=60) == 0
+        return found
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def test_l14_tp_only_two_ranks_give_the_same_tokens(
+    folder: Path, expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    for found in run_ranks(folder, 2, tmp_path / "meeting", list(CONVERSATIONS)):
+        assert found == expected
+
+
+def test_l14_tp_only_four_ranks_replicate_two_kv_heads(
+    folder: Path, expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    names = ["text", "three_images"]
+    for found in run_ranks(folder, 4, tmp_path / "meeting", names):
+        assert found == {name: expected[name] for name in names}
+
+
+def test_l14_tp_only_three_ranks_split_a_group_of_heads(tmp_path: Path) -> None:
+    """6 heads, 2 KV heads, 3 ranks: rank 1's two query heads have different KV heads."""
+    folder = write_tiny_checkpoint(tmp_path / "six", heads=6, kv_heads=2, head_dim=8)
+    expected = check_against_reference(folder, ["image_and_video"])
+    for found in run_ranks(folder, 3, tmp_path / "meeting", ["image_and_video"]):
+        assert found == expected
