@@ -23,10 +23,10 @@ def resolve_model(name_or_path: str | Path | None, source: str = "huggingface") 
         raise ConfigError(f"model source {source!r}: must be one of {', '.join(SOURCES)}")
     if name_or_path is None:
         return EMBEDDED_MODEL
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ConfigError(
             f"{name}: no such folder, and not a hub id such as Qwen/Qwen2-VL-2B-Instruct"
@@ -46,9 +46,12 @@ def _from_huggingface(name: str) -> Path:
     except Exception:  # not in the cache; the hub's own error types differ between its releases
         pass
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        found = Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:
         raise ConfigError(_not_found(name, "Hugging Face", error)) from None
+    if not is_complete(found):  # offline, the client hands over what part it has
+        raise ConfigError(f"{name}: {found} holds a part of the checkpoint, and the hub is offline")
+    return found
 
 
 def _from_modelscope(name: str) -> Path:

@@ -99,7 +99,9 @@ def num_kv_heads_per_rank(config: ModelConfig, size: int) -> int:
 
     A rank's query heads fall into equal runs that share one KV head each. The run is what divides
     both the rank's share of query heads and the checkpoint's group of them: so a KV head is
-    replicated where ranks outnumber KV heads, and the same rule serves 3 ranks of the 2B's 2.
+    replicated where ranks outnumber KV heads, and the same rule serves 3 ranks of the 2B's 2 KV
+    heads. (Where share and group have no divisor but 1, as on 7 ranks of the 7B, each query head
+    gets a copy of its own: exact, but no KV memory is saved.)
     """
     return config.num_attention_heads // size // _run_length(config, size)
 

@@ -1,0 +1,288 @@
+"""The loader: every form of a checkpoint, what is wrong with one, and the memory it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from octavo.benchmarks.tiny_checkpoint import checkpoint_shapes, nested_name, write_tiny_checkpoint
+from octavo.engine.config import ConfigError, ModelConfig
+from octavo.engine.model.parallel import (
+    TensorParallel,
+    check_tensor_parallel_size,
+    kv_heads_of_rank,
+    num_kv_heads_per_rank,
+    valid_tensor_parallel_sizes,
+)
+from octavo.engine.model.qwen2_vl import Qwen2VL
+from octavo.engine.runner import loader
+from octavo.engine.runner.loader import canonical_name, load_weights, resolve_dtype, stored_tensors
+
+CPU = torch.device("cpu")
+DATA = Path(__file__).parent / "data"
+REAL = ("2b", "7b", "72b")
+PARAMETERS = {"2b": 2_208_985_600, "7b": 8_291_375_616, "72b": 73_405_560_320}
+
+
+def load(
+    folder: Path, parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float32
+) -> Qwen2VL:
+    config = ModelConfig.from_dir(folder)
+    model = Qwen2VL(config, parallel or TensorParallel(), dtype)
+    load_weights(model, folder, config, CPU)
+    return model
+
+
+def parameters(model: Qwen2VL) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
+
+
+def rewrite(folder: Path, change: str, tensor: torch.Tensor | None, file: str = "") -> None:
+    """Replaces (or drops, with None) the tensor `change` of a single-file checkpoint."""
+    path = folder / (file or "model.safetensors")
+    tensors = load_file(path)
+    if tensor is None:
+        del tensors[change]
+    else:
+        tensors[change] = tensor
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs_expect_exactly_the_real_tensors(name: str) -> None:
+    raw = json.loads((DATA / f"config-{name}.json").read_text())
+    model = Qwen2VL(ModelConfig.from_dict(raw), TensorParallel(), torch.bfloat16)
+    wanted = {each.name: each.shape for each in model.weight_loaders()}
+    assert wanted == dict(checkpoint_shapes(raw))
+    assert model.weight_bytes == 2 * PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_share_every_row_of_the_real_shapes(name: str, size: int) -> None:
+    """What the ranks hold together: each tensor whole, K and V perhaps several times."""
+    config = ModelConfig.from_dict(json.loads((DATA / f"config-{name}.json").read_text()))
+    held: dict[str, int] = {}
+    for rank in range(size):
+        model = Qwen2VL(config, TensorParallel(rank, size), torch.bfloat16)
+        for each in model.weight_loaders():
+            whole = torch.empty(each.shape, device="meta")
+            held[each.name] = held.get(each.name, 0) + whole[each.source].numel()
+    times = size * num_kv_heads_per_rank(config, size) // config.num_key_value_heads
+    for part in Qwen2VL(config, TensorParallel(), torch.bfloat16).weight_loaders():
+        full = torch.Size(part.shape).numel()
+        if ".k_proj" in part.name or ".v_proj" in part.name:
+            assert held[part.name] == times * full
+        elif part.name.startswith("visual.") or "norm" in part.name:
+            assert held[part.name] == size * full
+        else:
+            assert held[part.name] == full, part.name
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"nested_names": True}, {"nested_config": True}, {"shards": 3, "nested_names": True}],
+    ids=["nested_names", "nested_config", "shards"],
+)
+def test_every_form_loads_the_same_weights(form: dict[str, object], tmp_path: Path) -> None:
+    plain = parameters(load(write_tiny_checkpoint(tmp_path / "plain")))
+    other = parameters(load(write_tiny_checkpoint(tmp_path / "other", **form)))  # type: ignore[arg-type]
+    assert plain.keys() == other.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("served", ["float32", "bfloat16", "float16"])
+def test_dtypes_are_converted(stored: str, served: str, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, dtype=stored)
+    model = load(folder, dtype=getattr(torch, served))
+    expected = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    found = model.decoder.embed_tokens.weight
+    assert torch.equal(found, expected.to(getattr(torch, served)))
+
+
+def test_a_tied_head_may_be_stored_all_the_same(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, tied=True)
+    rewrite(folder, "lm_head.weight", torch.zeros(288, 64))
+    model = load(folder)
+    assert model.decoder.head is model.decoder.embed_tokens
+    assert model.decoder.head.weight.any()
+
+
+def test_missing_tensor_is_named_with_its_shape(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path)
+    rewrite(folder, "model.layers.1.mlp.up_proj.weight", None)
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.up_proj.* \[128, 64\]"):
+        load(folder)
+
+
+def test_extra_tensor_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path)
+    rewrite(folder, "model.layers.7.self_attn.g_idx", torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"layers\.7\.self_attn\.g_idx \[3\] \(model.safetensors"):
+        load(folder)
+
+
+def test_misshapen_tensor_is_named_with_both_shapes_before_anything_is_read(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, nested_names=True)
+    rewrite(folder, "model.visual.merger.mlp.2.bias", torch.zeros(60))
+    config = ModelConfig.from_dir(folder)
+    model = Qwen2VL(config, TensorParallel(), torch.float32)
+    message = r"model\.visual\.merger\.mlp\.2\.bias in .*model.safetensors: shape \[60\].* \[64\]"
+    with pytest.raises(ConfigError, match=message):
+        load_weights(model, folder, config, CPU)
+    assert all(param.is_meta for param in model.parameters())
+
+
+def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path)
+    rewrite(folder, "model.norm.weight", torch.zeros(64, dtype=torch.int8))
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight .*dtype I8"):
+        load(folder)
+
+
+def test_broken_and_absent_files(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "shards", shards=2)
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(ConfigError, match=r"00002-of-00002.safetensors: not readable"):
+        load(folder)
+    shard.unlink()
+    with pytest.raises(ConfigError, match=r"00002-of-00002.safetensors: no such file"):
+        load(folder)
+    with pytest.raises(ConfigError, match="no weights"):
+        stored_tensors(tmp_path)
+
+
+def test_l25_torch_load_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ConfigError, match=r"only pytorch_model\.bin.*safetensors"):
+        stored_tensors(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, shards=2)
+    name = next(iter(load_file(folder / "model-00001-of-00002.safetensors")))
+    rewrite(folder, nested_name(name), torch.zeros(3), "model-00002-of-00002.safetensors")
+    with pytest.raises(ConfigError, match="both in"):
+        load(folder)
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, shards=3)
+    config = ModelConfig.from_dir(folder)
+    model = Qwen2VL(config, TensorParallel(), torch.float32)
+    seen: list[tuple[int, int]] = []
+    load_weights(model, folder, config, CPU, lambda done, total: seen.append((done, total)))
+    dones = [done for done, _ in seen]
+    assert dones == sorted(dones)
+    assert seen[-1] == (model.weight_bytes, model.weight_bytes)
+
+
+def test_names_of_both_forms() -> None:
+    for name, _ in checkpoint_shapes(json.loads((DATA / "config-7b.json").read_text())):
+        assert canonical_name(nested_name(name)) == name == canonical_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("2b", (1, 2, 3, 4, 6, 12)), ("7b", (1, 2, 4, 7, 14, 28)), ("72b", (1, 2, 4, 8, 16, 32, 64))],
+)
+def test_rank_counts_that_do_not_divide_the_heads_are_refused(
+    name: str, sizes: tuple[int, ...]
+) -> None:
+    config = ModelConfig.from_dict(json.loads((DATA / f"config-{name}.json").read_text()))
+    assert valid_tensor_parallel_sizes(config) == sizes
+    for size in sizes:
+        check_tensor_parallel_size(config, size)
+    with pytest.raises(
+        ConfigError, match=f"tensor_parallel_size=5: .*{', '.join(map(str, sizes))}"
+    ):
+        Qwen2VL(config, TensorParallel(0, 5), torch.float32)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_l14_tp_only_every_query_head_meets_its_own_kv_head(name: str) -> None:
+    config = ModelConfig.from_dict(json.loads((DATA / f"config-{name}.json").read_text()))
+    group = config.num_attention_heads // config.num_key_value_heads
+    for size in valid_tensor_parallel_sizes(config):
+        heads = config.num_attention_heads // size
+        for rank in range(size):
+            kept = kv_heads_of_rank(config, TensorParallel(rank, size))
+            assert len(kept) == num_kv_heads_per_rank(config, size)
+            for head in range(heads):
+                meets = kept[head // (heads // len(kept))]
+                assert meets == (rank * heads + head) // group
+
+
+@pytest.mark.parametrize(("total", "unit", "size"), [(8960, 16, 3), (8960, 16, 12), (100, 1, 7)])
+def test_shards_are_whole_units_without_gap_or_overlap(total: int, unit: int, size: int) -> None:
+    shards = [TensorParallel(rank, size).shard(total, unit) for rank in range(size)]
+    assert [s.start for s in shards] == [0] + [s.stop for s in shards[:-1]]
+    assert shards[-1].stop == total
+    assert all(s.start % unit == 0 for s in shards)
+
+
+def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_dtype("auto", torch.device("cuda"), "bfloat16") == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cuda"), "float32") == torch.float32
+    monkeypatch.setattr(loader, "cpu_multiplies_bf16", lambda: True)
+    assert resolve_dtype("auto", CPU, "float16") == torch.bfloat16
+    monkeypatch.setattr(loader, "cpu_multiplies_bf16", lambda: False)
+    assert resolve_dtype("auto", CPU, "bfloat16") == torch.float32
+    assert resolve_dtype("float16", CPU, "bfloat16") == torch.float16
+    with pytest.raises(ConfigError, match="dtype='int8'"):
+        resolve_dtype("int8", CPU, "float32")
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from octavo.engine.config import ModelConfig
+from octavo.engine.model.parallel import TensorParallel
+from octavo.engine.model.qwen2_vl import Qwen2VL
+from octavo.engine.runner.loader import load_weights
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+    return (found["RssAnon"] + found["RssShmem"]) * 1024
+
+folder, dtype, size = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+config = ModelConfig.from_dir(folder)
+before, peak = held(), 0
+def watch(done, total):
+    global peak
+    peak = max(peak, held())
+model = Qwen2VL(config, TensorParallel(0, size), dtype)
+load_weights(model, folder, config, torch.device("cpu"), watch)
+print((max(peak, held()) - before) / model.weight_bytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stored", "served", "size"),
+    [("bfloat16", "bfloat16", 1), ("bfloat16", "float32", 1), ("bfloat16", "bfloat16", 2)],
+)
+def test_no_second_copy_of_the_weights_exists(
+    stored: str, served: str, size: int, tmp_path: Path
+) -> None:
+    """Anonymous and shared memory that loading adds, as a share of the weights it leaves."""
+    folder = write_tiny_checkpoint(
+        tmp_path, layers=6, heads=16, kv_heads=4, head_dim=64, vision_layers=6, vision_heads=8,
+        vision_head_dim=64, vocab_size=4000, shards=2, dtype=stored,
+    )  # fmt: skip
+    arguments = [sys.executable, "-P", "-c", MEASURE, str(folder), served, str(size)]
+    share = float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+    assert share < 1.15
+    if stored == served and size == 1:  # what is not merged stays in the mapped file
+        assert share < 0.8
