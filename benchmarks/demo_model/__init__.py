@@ -1,0 +1,1 @@
+"""Draws, trains and exports the embedded demo model."""

@@ -1,0 +1,288 @@
+"""Endless training batches. Each holds conversations of one kind and one layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch.utils.data import IterableDataset
+
+from .draw import (COLORS, DIRECTIONS, NUMBER_WORDS, SHAPES, Picture, choose_canvas, choose_number,
+                   draw_count, draw_motion, draw_number, draw_shape)
+from .tokenizer import QUESTIONS, SYSTEM, WHO
+
+IMAGE_PIXELS = (168 * 168, 252 * 252)
+VIDEO_PIXELS = (112 * 112, 112 * 112)
+FACTOR, PATCH = 28, 14
+
+
+def smart_resize(height: int, width: int, low: int, high: int) -> tuple[int, int]:
+    """qwen-vl-utils' rule: multiples of 28 with an area between low and high."""
+    h, w = max(FACTOR, round(height / FACTOR) * FACTOR), max(FACTOR, round(width / FACTOR) * FACTOR)
+    if h * w > high:
+        beta = math.sqrt(height * width / high)
+        return tuple(max(FACTOR, math.floor(s / beta / FACTOR) * FACTOR) for s in (height, width))
+    if h * w < low:
+        beta = math.sqrt(low / (height * width))
+        return tuple(math.ceil(s * beta / FACTOR) * FACTOR for s in (height, width))
+    return h, w
+
+
+@dataclass
+class Item:
+    """One image or video place of a batch: uint8 [b * frames, H, W, 3] and labels of patches."""
+
+    pixels: torch.Tensor
+    temporal: int  # temporal patches
+    offset: int = 0
+    labels: dict[str, torch.Tensor] = field(default_factory=dict)  # [b, patches]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.temporal, self.pixels.shape[1] // PATCH, self.pixels.shape[2] // PATCH
+
+    @property
+    def num_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w // 4
+
+
+@dataclass
+class Batch:
+    kind: str
+    token_ids: torch.Tensor  # [b, n]
+    labels: torch.Tensor  # [b, n], -100 where no answer is
+    positions: torch.Tensor  # [3, n]
+    items: list[Item]
+    questions: list[str]
+    answers: list[str]
+
+
+def merge_order(grid: np.ndarray) -> np.ndarray:
+    h, w = grid.shape[:2]
+    rest = grid.shape[2:]
+    return grid.reshape(h // 2, 2, w // 2, 2, *rest).swapaxes(1, 2).reshape(h * w, *rest)
+
+
+def patch_labels(picture: Picture, canvas: tuple[int, int], h: int, w: int) -> dict[str, np.ndarray]:
+    """What lies on each patch of the resized picture."""
+    color, shape = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64)
+    centre, digit = np.zeros((h, w), np.int64), np.zeros((h, w, 2), np.int64)
+    sx, sy = w / canvas[0], h / canvas[1]
+    ys, xs = np.mgrid[0:h, 0:w] + 0.5
+    for mark in picture.marks:
+        x, y = mark.x * sx, mark.y * sy
+        row, col = min(h - 1, int(y)), min(w - 1, int(x))
+        if mark.digit >= 0:
+            digit[row, col, int((x - col) * 2) % 2] = mark.digit + 1
+            continue
+        inside = ((xs - x) / (mark.size / 2 * sx)) ** 2 + ((ys - y) / (mark.size / 2 * sy)) ** 2 < 0.9
+        color[inside] = 1 + COLORS.index(mark.color)
+        shape[inside] = 1 + SHAPES.index(mark.shape)
+        centre[row, col] = 1
+    return {k: merge_order(v) for k, v in
+            {"color": color, "shape": shape, "centre": centre, "digit": digit}.items()}
+
+
+class Maker:
+    """Makes batches from one generator."""
+
+    def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator, small: float) -> None:
+        self.tokenizer = tokenizer
+        self.rng = rng
+        self.small = small  # share of batches at a lower resolution
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def limits(self) -> tuple[int, int]:
+        if self.rng.random() < self.small:
+            side = int(self.rng.choice([112, 140, 168]))
+            return side * side, side * side
+        return IMAGE_PIXELS
+
+    def canvases(self, count: int, limits: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """Canvases that are resized to one grid."""
+        base = choose_canvas(self.rng)
+        goal = smart_resize(base[1], base[0], *limits)
+        found = [base]
+        tries = 0
+        while len(found) < count:
+            tries += 1
+            if tries > 40 * count:
+                found.append(base)
+                continue
+            scale = math.exp(self.rng.uniform(-1.0, 1.0))
+            bend = math.exp(self.rng.uniform(-0.15, 0.15))
+            size = int(base[0] * scale * bend), int(base[1] * scale / bend)
+            if min(size) < 56 or max(size) > 448 or max(size) > 4 * min(size):
+                continue
+            if smart_resize(size[1], size[0], *limits) == goal:
+                found.append(size)
+        return found, goal
+
+    def item(self, pictures: list[Picture], goal: tuple[int, int]) -> Item:
+        h, w = goal
+        pixels = np.stack([np.asarray(p.image.resize((w, h), Image.Resampling.BICUBIC)) for p in pictures])
+        labels = [patch_labels(p, p.image.size, h // PATCH, w // PATCH) for p in pictures]
+        joined = {k: torch.from_numpy(np.stack([one[k] for one in labels])) for k in labels[0]}
+        return Item(torch.from_numpy(pixels), 1, labels=joined)
+
+    def make(self, kind: str, budget: int) -> Batch:
+        """A batch of about `budget` patches."""
+        return getattr(self, f"make_{kind}")(budget)
+
+    def _count(self, budget: int, goal: tuple[int, int], items: int = 1) -> int:
+        return int(max(2, min(64, budget // (items * goal[0] * goal[1] // PATCH**2))))
+
+    def make_shape(self, budget: int) -> Batch:
+        limits = self.limits()
+        canvases, goal = self.canvases(64, limits)
+        n = self._count(budget, goal)
+        rng = self.rng
+        wanted = [(str(rng.choice(COLORS)), str(rng.choice(SHAPES))) for _ in range(n)]
+        pictures = [draw_shape(rng, c, *w) for c, w in zip(canvases, wanted, strict=False)]
+        talks = []
+        before = rng.random() < 0.15
+        first = int(rng.integers(2))
+        for color, shape in wanted:
+            turns = [(QUESTIONS["color"], color), (QUESTIONS["shape"], shape)]
+            k = first if before else int(rng.integers(2))
+            talk = [turns[k]]
+            if rng.random() < 0.6:
+                talk.append(turns[1 - k])
+            if rng.random() < 0.1:
+                talk.append((QUESTIONS["count"], "one"))
+            talks.append(talk)
+        return self.batch("shape", [self.item(pictures, goal)], talks, before)
+
+    def make_count(self, budget: int) -> Batch:
+        canvases, goal = self.canvases(64, self.limits())
+        n = self._count(budget, goal)
+        numbers = [int(self.rng.integers(1, 7)) for _ in range(n)]
+        pictures = [draw_count(self.rng, c, k) for c, k in zip(canvases, numbers, strict=False)]
+        talks = [[(QUESTIONS["count"], NUMBER_WORDS[k - 1])] for k in numbers]
+        return self.batch("count", [self.item(pictures, goal)], talks, self.rng.random() < 0.1)
+
+    def make_number(self, budget: int) -> Batch:
+        canvases, goal = self.canvases(64, self.limits())
+        n = self._count(budget, goal)
+        texts = [choose_number(self.rng, c) for c in canvases[:n]]
+        pictures = [draw_number(self.rng, c, t) for c, t in zip(canvases, texts, strict=False)]
+        talks = [[(QUESTIONS["number"], t)] for t in texts]
+        return self.batch("number", [self.item(pictures, goal)], talks, self.rng.random() < 0.1)
+
+    def make_which(self, budget: int) -> Batch:
+        limits = self.limits()
+        rng = self.rng
+        (c1, g1), (c2, g2) = self.canvases(64, limits), self.canvases(64, limits)
+        n = int(max(2, min(64, budget // ((g1[0] * g1[1] + g2[0] * g2[1]) // PATCH**2))))
+        left, right, talks = [], [], []
+        for i in range(n):
+            color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
+            while True:
+                other = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
+                chance = rng.random()
+                if chance < 0.3:
+                    other = color, other[1]
+                elif chance < 0.6:
+                    other = other[0], shape
+                if other != (color, shape):
+                    break
+            pair = [(color, shape), other]
+            answer = int(rng.integers(2))
+            if answer:
+                pair.reverse()
+            left.append(draw_shape(rng, c1[i], *pair[0]))
+            right.append(draw_shape(rng, c2[i], *pair[1]))
+            talks.append([(QUESTIONS["which"].format(color, shape), ("the first", "the second")[answer])])
+        return self.batch("which", [self.item(left, g1), self.item(right, g2)], talks, False)
+
+    def make_motion(self, budget: int) -> Batch:
+        rng = self.rng
+        limits = VIDEO_PIXELS if rng.random() < 0.85 else (84 * 84, 168 * 168)
+        canvases, goal = self.canvases(64, limits)
+        frames = int(rng.choice([4, 4, 4, 6, 6, 8, 8, 10, 12]))
+        n = int(max(2, min(48, budget // (frames // 2 * goal[0] * goal[1] // PATCH**2))))
+        wanted = [str(rng.choice(DIRECTIONS)) for _ in range(n)]
+        stacks = []
+        for canvas, direction in zip(canvases, wanted, strict=False):
+            clip = draw_motion(rng, canvas, direction, frames)
+            stacks += [np.asarray(f.resize(goal[::-1], Image.Resampling.BICUBIC)) for f in clip]
+        item = Item(torch.from_numpy(np.stack(stacks)), frames // 2)
+        talks = [[(QUESTIONS["motion"], d)] for d in wanted]
+        return self.batch("motion", [item], talks, rng.random() < 0.1)
+
+    def make_who(self, budget: int) -> Batch:
+        return self.batch("who", [], [[(QUESTIONS["who"], WHO)]] * 2, False)
+
+    def batch(self, kind: str, items: list[Item], talks: list[list[tuple[str, str]]], before: bool) -> Batch:
+        head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+        if before:
+            head += talks[0][0][0]
+        prefix = self.ids(head)
+        pad = "<|video_pad|>" if kind == "motion" else "<|image_pad|>"
+        pad_id = self.tokenizer.token_to_id(pad)
+        positions = [[i] * 3 for i in range(len(prefix))]
+        for item in items:
+            prefix += self.ids("<|vision_start|>")
+            at = 1 + max(positions[-1])
+            positions.append([at] * 3)
+            item.offset = len(prefix)
+            prefix += [pad_id] * item.num_tokens
+            t, h, w = item.grid
+            h, w = h // 2, w // 2
+            positions += [[at + 1 + a, at + 1 + b, at + 1 + c]
+                          for a in range(t) for b in range(h) for c in range(w)]
+            prefix += self.ids("<|vision_end|>")
+            positions.append([at + 1 + max(t, h, w)] * 3)
+        rows, labels = [], []
+        for talk in talks:
+            row, label = list(prefix), [-100] * len(prefix)
+            for i, (question, answer) in enumerate(talk):
+                asked = "" if before and i == 0 else question
+                lead = "" if i == 0 else "\n<|im_start|>user\n"
+                ask = self.ids(f"{lead}{asked}<|im_end|>\n<|im_start|>assistant\n")
+                reply = self.ids(f"{answer}<|im_end|>")
+                row += ask + reply
+                label += [-100] * len(ask) + reply
+            rows.append(row)
+            labels.append(label)
+        longest = max(map(len, rows))
+        for row, label in zip(rows, labels, strict=True):
+            label += [-100] * (longest - len(row))
+            row += [0] * (longest - len(row))
+        last = max(positions[-1])
+        positions += [[last + 1 + i] * 3 for i in range(longest - len(positions))]
+        return Batch(kind, torch.tensor(rows), torch.tensor(labels), torch.tensor(positions).T.contiguous(), items,
+                     [t[0][0] for t in talks], [t[0][1] for t in talks])
+
+
+class Batches(IterableDataset):
+    """Lists of batches, one list an optimizer step; seeded by (seed, step)."""
+
+    def __init__(self, tokenizer_json: str, seed: int, first_step: int, small: float, budget: int,
+                 weights: dict[str, float]) -> None:
+        self.tokenizer_json, self.seed, self.first = tokenizer_json, seed, first_step
+        self.small, self.budget, self.weights = small, budget, weights
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        kinds, chances = list(self.weights), np.array(list(self.weights.values()))
+        step = self.first + worker
+        while True:
+            rng = np.random.default_rng([self.seed, step])
+            maker = Maker(tokenizer, rng, self.small)
+            chosen = rng.choice(kinds, 2, replace=False, p=chances / chances.sum())
+            batches = [maker.make(str(kind), self.budget) for kind in chosen]
+            if rng.random() < 0.05:
+                batches.append(maker.make("who", 0))
+            yield batches
+            step += workers

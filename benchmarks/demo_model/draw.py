@@ -1,0 +1,328 @@
+"""Draws the pictures that the embedded model is asked about, and says what the right answer is.
+
+Everything follows from a `numpy.random.Generator`, so a seed names a picture. Only Pillow and numpy
+are needed; fonts are what the system has, Pillow's default always among them.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "gray")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+NUMBER_WORDS = ("one", "two", "three", "four", "five", "six")
+DIRECTIONS = ("left", "right", "up", "down")
+MIN_SIDE, MAX_SIDE, MAX_RATIO = 56, 448, 4.0
+
+# hue in degrees, saturation and value: where each color word holds
+_HSV = {
+    "red": ((-8, 8), (0.75, 1.0), (0.6, 1.0)),
+    "green": ((95, 150), (0.6, 1.0), (0.38, 1.0)),
+    "blue": ((208, 245), (0.7, 1.0), (0.5, 1.0)),
+    "yellow": ((49, 62), (0.7, 1.0), (0.85, 1.0)),
+    "orange": ((22, 40), (0.75, 1.0), (0.85, 1.0)),
+    "purple": ((268, 302), (0.5, 1.0), (0.42, 0.95)),
+}
+_NAMED = {
+    "red": ((255, 0, 0), (220, 20, 60), (200, 0, 0)),
+    "green": ((0, 128, 0), (0, 255, 0), (34, 139, 34), (0, 160, 0), (0, 200, 0)),
+    "blue": ((0, 0, 255), (30, 60, 220), (30, 144, 255), (0, 0, 200)),
+    "yellow": ((255, 255, 0), (255, 215, 0), (240, 220, 0)),
+    "orange": ((255, 165, 0), (255, 140, 0), (255, 128, 0)),
+    "purple": ((128, 0, 128), (160, 32, 240), (138, 43, 226), (150, 0, 200)),
+    "black": ((0, 0, 0), (20, 20, 20)),
+    "gray": ((128, 128, 128), (105, 105, 105), (150, 150, 150), (160, 160, 160)),
+}
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A shape or a digit in a picture, in pixels of its canvas."""
+
+    x: float  # centre
+    y: float
+    size: float  # of its box
+    color: str = ""
+    shape: str = ""
+    digit: int = -1
+
+
+@dataclass(frozen=True)
+class Picture:
+    image: Image.Image
+    marks: tuple[Mark, ...]
+
+
+def choose_canvas(rng: np.random.Generator) -> tuple[int, int]:
+    """Width and height: sides of 56 to 448, ratio up to 4."""
+    while True:
+        width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, 2))
+        if max(width, height) <= MAX_RATIO * min(width, height):
+            return width, height
+
+
+def color_of(rng: np.random.Generator, name: str) -> Color:
+    """A shade that the word holds for."""
+    if rng.random() < 0.35:
+        named = _NAMED[name]
+        return named[rng.integers(len(named))]
+    if name == "black":
+        level = int(rng.integers(0, 35))
+        return level, level, level
+    if name == "gray":
+        level = int(rng.integers(95, 172))
+        tint = rng.integers(-4, 5, 3)
+        return tuple(int(level + t) for t in tint)  # type: ignore[return-value]
+    hue, saturation, value = (rng.uniform(*bounds) for bounds in _HSV[name])
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))  # type: ignore[return-value]
+
+
+def background(rng: np.random.Generator) -> Color:
+    if rng.random() < 0.45:
+        return (255, 255, 255)
+    level = rng.uniform(0.87, 1.0)
+    tint = rng.uniform(0.93, 1.0, 3) if rng.random() < 0.6 else np.ones(3)
+    return tuple(int(255 * level * t) for t in tint)  # type: ignore[return-value]
+
+
+def new_canvas(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    image = Image.new("RGB", size, background(rng))
+    if rng.random() < 0.1:  # a soft light from one side
+        ramp = np.linspace(-12, 0, size[0] if rng.random() < 0.5 else size[1])
+        pixels = np.asarray(image, np.float32)
+        pixels = pixels + (ramp[None, :, None] if len(ramp) == size[0] else ramp[:, None, None])
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image
+
+
+def finish(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """Some pictures come as JPEGs or with a little noise."""
+    chance = rng.random()
+    if chance < 0.12:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=int(rng.integers(60, 96)))
+        return Image.open(buffer).convert("RGB")
+    if chance < 0.2:
+        noise = rng.normal(0, rng.uniform(1, 5), (*image.size[::-1], 3))
+        return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    return image
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a shape is drawn, but for color, place and size."""
+
+    shape: str
+    angle: float  # radians
+    ratio: float  # of a star's inner radius, a cross's arm or a ring's hole
+    smooth: int  # 1 draws hard edges, 3 or 4 smooth ones
+    outline: bool
+
+
+def choose_style(rng: np.random.Generator, shape: str) -> Style:
+    turn = math.radians(rng.uniform(-10, 10)) if rng.random() < 0.4 else 0.0
+    if shape == "triangle" and rng.random() < 0.15:
+        turn += math.radians(float(rng.choice([90, 180, 270])))
+    if shape == "cross" and rng.random() < 0.08:
+        turn += math.pi / 4
+    low, high = {"star": (0.34, 0.56), "cross": (0.2, 0.46), "ring": (0.45, 0.85)}.get(
+        shape, (0.0, 1.0)
+    )
+    smooth = int(rng.choice([1, 1, 3, 4]))
+    return Style(shape, turn, rng.uniform(low, high), smooth, bool(rng.random() < 0.1))
+
+
+def _outline(style: Style) -> list[tuple[float, float]]:
+    """Corners in a box of [-1, 1]."""
+    if style.shape == "square":
+        return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+    if style.shape == "triangle":
+        if style.ratio < 0.5:
+            return [(0, -1), (1, 1), (-1, 1)]
+        return [(math.sin(a), -math.cos(a)) for a in (0, 2.0944, 4.18879)]
+    if style.shape == "star":
+        radii = [1.0, style.ratio] * 5
+        return [
+            (r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5))
+            for i, r in enumerate(radii)
+        ]
+    a = style.ratio
+    corner = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
+    return corner + [(-x, -y) for x, y in corner]
+
+
+def paint(
+    image: Image.Image, x: float, y: float, size: float, color: Color, style: Style
+) -> None:
+    """Draws a shape whose box has `size` pixels a side and its centre at (x, y)."""
+    scale = style.smooth
+    left, top = math.floor(x - size / 2 * 1.45), math.floor(y - size / 2 * 1.45)
+    side = math.ceil(size * 1.45) + 2
+    mask = Image.new("L", (side * scale, side * scale))
+    draw = ImageDraw.Draw(mask)
+    cx, cy, radius = (x - left) * scale, (y - top) * scale, size / 2 * scale
+    if style.shape in ("circle", "ring"):
+        draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=255)
+        if style.shape == "ring":
+            hole = radius * style.ratio
+            draw.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
+    else:
+        sin, cos = math.sin(style.angle), math.cos(style.angle)
+        points = [
+            (cx + radius * (px * cos - py * sin), cy + radius * (px * sin + py * cos))
+            for px, py in _outline(style)
+        ]
+        draw.polygon(points, fill=255)
+    if scale > 1:
+        mask = mask.resize((side, side), Image.Resampling.BOX)
+    if style.outline:
+        grown = Image.new("RGB", (side, side), tuple(c // 2 for c in color))
+        from PIL import ImageFilter
+
+        image.paste(grown, (left, top), mask.filter(ImageFilter.MaxFilter(3)))
+    image.paste(Image.new("RGB", (side, side), color), (left, top), mask)
+
+
+def _place(rng: np.random.Generator, canvas: tuple[int, int], size: float) -> tuple[float, float]:
+    half = size / 2
+    x, y = (rng.uniform(half, side - half) for side in canvas)
+    return float(x), float(y)
+
+
+def draw_shape(
+    rng: np.random.Generator, canvas: tuple[int, int], color: str, shape: str
+) -> Picture:
+    """One shape of 25 to 80 % of the shorter side."""
+    image = new_canvas(rng, canvas)
+    size = min(canvas) * rng.uniform(0.25, 0.8)
+    x, y = _place(rng, canvas, size)
+    paint(image, x, y, size, color_of(rng, color), choose_style(rng, shape))
+    return Picture(finish(rng, image), (Mark(x, y, size, color, shape),))
+
+
+def draw_count(rng: np.random.Generator, canvas: tuple[int, int], count: int) -> Picture:
+    """`count` shapes apart from each other, each 15 to 30 % of the shorter side."""
+    image = new_canvas(rng, canvas)
+    marks: list[Mark] = []
+    same = rng.random() < 0.25
+    color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
+    gap = rng.uniform(1.02, 1.25)
+    tries = 0
+    while len(marks) < count:
+        size = min(canvas) * rng.uniform(0.15, 0.3)
+        x, y = _place(rng, canvas, size)
+        tries += 1
+        if tries > 400:
+            marks, tries = [], 0
+            image = new_canvas(rng, canvas)
+        if any(max(abs(x - m.x), abs(y - m.y)) < gap * (size + m.size) / 2 for m in marks):
+            continue
+        if not same:
+            color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
+        paint(image, x, y, size, color_of(rng, color), choose_style(rng, shape))
+        marks.append(Mark(x, y, size, color, shape))
+    return Picture(finish(rng, image), tuple(marks))
+
+
+@functools.cache
+def font_files() -> tuple[str, ...]:
+    """Upright text fonts of the system with Latin digits; empty for Pillow's default."""
+    wanted = ("dejavu", "liberation", "freefont", "roboto", "noto", "opensans", "lato", "ubuntu",
+              "open-sans", "crosextra", "croscore", "urw", "inter", "hack", "fira")
+    skip = ("italic", "oblique", "math", "symbol", "emoji", "extralight", "thin", "hairline",
+            "standardsymbols", "dingbat", "d050", "chancery", "z003", "-it", "cjk", "condensed")
+    found = []
+    for path in sorted(Path("/usr/share/fonts").rglob("*.[to]tf")):
+        text = str(path).lower()
+        if any(w in text for w in wanted) and not any(s in path.name.lower() for s in skip):
+            if "noto" in text and path.name.split("-")[0] not in (
+                "NotoSans", "NotoSerif", "NotoMono", "NotoSansMono", "NotoSansDisplay", "NotoSerifDisplay"):
+                continue
+            found.append(str(path))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+def draw_number(rng: np.random.Generator, canvas: tuple[int, int], text: str) -> Picture:
+    """Digits, upright, dark on light, font size 18 or more."""
+    image = new_canvas(rng, canvas)
+    files = font_files()
+    path = "" if rng.random() < 0.25 or not files else files[rng.integers(len(files))]
+    largest = 18
+    for size in (20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 200, 256, 320):
+        if load_font(path, size).getlength(text) > canvas[0] * 0.94 or size > canvas[1] * 0.95:
+            break
+        largest = size
+    if rng.random() < 0.5:
+        size = round(18 * (largest / 18) ** rng.random())
+    else:
+        size = int(rng.integers(18, largest + 1))
+    font = load_font(path, size)
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = font.getbbox(text)
+    x = rng.uniform(0, max(0.0, canvas[0] - (right - left))) - left
+    y = rng.uniform(0, max(0.0, canvas[1] - (bottom - top))) - top
+    if rng.random() < 0.6:
+        color: Color = tuple(int(v) for v in rng.integers(0, 60, 3))  # type: ignore[assignment]
+    else:
+        color = (0, 0, 0)
+    if rng.random() < 0.15:
+        color = tuple(int(v * 0.55) for v in color_of(rng, str(rng.choice(["red", "blue", "green", "purple"]))))  # type: ignore[assignment]
+    draw.text((x, y), text, fill=color, font=font)
+    marks = []
+    for i, char in enumerate(text):
+        start, stop = font.getlength(text[:i]), font.getlength(text[: i + 1])
+        marks.append(Mark(x + (start + stop) / 2, y + (top + bottom) / 2, float(size), digit=int(char)))
+    return Picture(finish(rng, image), tuple(marks))
+
+
+def choose_number(rng: np.random.Generator, canvas: tuple[int, int]) -> str:
+    """One to five digits that fit the canvas at font size 18."""
+    most = max(1, min(5, int(canvas[0] * 0.9 // 12)))
+    return "".join(str(rng.integers(10)) for _ in range(rng.integers(1, most + 1)))
+
+
+def draw_motion(
+    rng: np.random.Generator, canvas: tuple[int, int], direction: str, num_frames: int
+) -> list[Image.Image]:
+    """A shape that moves straight, evenly or nearly, over a part of the canvas."""
+    axis = 0 if direction in ("left", "right") else 1
+    sign = 1 if direction in ("right", "down") else -1
+    size = min(canvas) * rng.uniform(0.15, 0.5)
+    room = canvas[axis] - size
+    way = room * rng.uniform(0.3, 1.0)
+    start = [float(rng.uniform(size / 2, side - size / 2)) for side in canvas]
+    low = size / 2 + rng.uniform(0, room - way)
+    start[axis] = low if sign > 0 else low + way
+    drift = rng.uniform(-0.04, 0.04) * canvas[1 - axis] if rng.random() < 0.3 else 0.0
+    color, style = color_of(rng, str(rng.choice(COLORS))), choose_style(rng, str(rng.choice(SHAPES)))
+    base = new_canvas(rng, canvas)
+    quality = int(rng.integers(35, 90)) if rng.random() < 0.5 else 0
+    frames = []
+    for i in range(num_frames):
+        part = i / (num_frames - 1)
+        place = list(start)
+        place[axis] += sign * way * part
+        place[1 - axis] += drift * part
+        frame = base.copy()
+        paint(frame, place[0], place[1], size, color, style)
+        if quality:
+            buffer = io.BytesIO()
+            frame.save(buffer, "JPEG", quality=quality)
+            frame = Image.open(buffer).convert("RGB")
+        frames.append(frame)
+    return frames
