@@ -103,6 +103,9 @@ class ModelConfig:
                 f"mrope_section={list(section)}: must be three numbers whose sum is half of "
                 f"head_dim={head_dim}"
             )
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in ("default", "mrope"):
+            raise ConfigError(f"rope type {kind!r}: only plain M-RoPE is served")
         tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         return cls(
             hidden_size=text["hidden_size"],

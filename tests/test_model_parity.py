@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import Sampler
 
 NEW_TOKENS = 8
+CPU = torch.device("cpu")
 START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
 
 
@@ -73,11 +75,9 @@ class RecordingSampler:
         return self.inner.sample(logits, batch)
 
 
-def make_runner(folder: Path) -> ModelRunner:
-    config = ModelConfig.from_dir(folder)
-    preprocess = PreprocessConfig.from_dir(folder)
-    cpu = torch.device("cpu")
-    runner = ModelRunner(folder, config, preprocess, cpu, torch.float32, 16, TensorParallel())
+def make_runner(folder: Path, device: torch.device = CPU) -> ModelRunner:
+    config, preprocess = ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)
+    runner = ModelRunner(folder, config, preprocess, device, torch.float32, 16, TensorParallel())
     runner.load()
     runner.allocate(128)
     return runner
@@ -138,16 +138,28 @@ class Reference:
         return given
 
 
-def check_against_reference(folder: Path, names: list[str]) -> dict[str, list[int]]:
+@dataclass(frozen=True)
+class Expected:
+    """What transformers says: tokens, and the logits [NEW_TOKENS, vocab] behind them."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def assert_same_logits(found: torch.Tensor, expected: Expected) -> None:
+    torch.testing.assert_close(found, expected.logits, atol=1e-4, rtol=0)
+
+
+def check_against_reference(folder: Path, names: list[str]) -> dict[str, Expected]:
     runner, reference = make_runner(folder), Reference(folder)
     expected = {}
     for name in names:
         runner.sampler = RecordingSampler(Sampler(runner.config.vision_token_ids))
         request = tiny_request(runner.config, CONVERSATIONS[name])
-        expected[name], logits = reference.generate(request)
-        assert TinyDriver(runner, 128).generate([request], NEW_TOKENS) == [expected[name]], name
-        ours = torch.cat(runner.sampler.logits)
-        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
+        expected[name] = Expected(*reference.generate(request))
+        found = TinyDriver(runner, 128).generate([request], NEW_TOKENS)
+        assert found == [expected[name].tokens], name
+        assert_same_logits(torch.cat(runner.sampler.logits), expected[name])
     return expected
 
 
@@ -157,14 +169,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> dict[str, list[int]]:
+def expected(folder: Path) -> dict[str, Expected]:
     return check_against_reference(folder, list(CONVERSATIONS))
 
 
-def test_tokens_and_logits_are_those_of_transformers(expected: dict[str, list[int]]) -> None:
+def test_tokens_and_logits_are_those_of_transformers(expected: dict[str, Expected]) -> None:
     assert set(expected) == set(CONVERSATIONS)
     # a model that repeats itself would agree with many a wrong one
-    assert all(len(set(tokens)) > 3 for tokens in expected.values())
+    assert all(len(set(each.tokens)) > 3 for each in expected.values())
 
 
 @pytest.mark.parametrize(
@@ -215,10 +227,23 @@ def part(value):
     pixels = np.frombuffer(bytes.fromhex(value["pixels"]), np.uint8).reshape(value["shape"])
     return TinyMedia(pixels, value["is_video"])
 
+def requests():
+    return [tiny_request(config, [part(p) for p in parts]) for parts in conversations]
+
 conversations = json.load(sys.stdin)
-requests = [tiny_request(config, [part(p) for p in parts]) for parts in conversations.values()]
-found = TinyDriver(runner, 256).generate(requests, int(tokens), chunk=16)
-print(json.dumps(dict(zip(conversations, found))))
+batched = TinyDriver(runner, 256).generate(requests(), int(tokens), chunk=16)
+logits, plain = [], runner.sampler
+class Recording:
+    def sample(self, given, batch):
+        logits[-1].append(given[0].tolist())
+        return plain.sample(given, batch)
+runner.sampler = Recording()
+for request, expected in zip(requests(), batched):
+    logits.append([])
+    runner.embeddings.clear()
+    alone = TinyDriver(runner, 256).generate([request], int(tokens))
+    assert alone == [expected]
+print(json.dumps({"tokens": batched, "logits": logits}))
 parallel.close()
 """
 
@@ -230,18 +255,27 @@ def as_json(part: list[int] | TinyMedia) -> object:
     return {"pixels": pixels.tobytes().hex(), "shape": pixels.shape, "is_video": part.is_video}
 
 
-def run_ranks(folder: Path, size: int, meeting: Path, names: list[str]) -> list[dict]:
-    """What each of `size` rank processes generated, batched and in chunks."""
-    told = json.dumps({name: [as_json(part) for part in CONVERSATIONS[name]] for name in names})
-    arguments = [str(folder), str(meeting)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def check_ranks(
+    folder: Path, size: int, meeting: Path, expected: dict[str, Expected], names: list[str]
+) -> None:
+    """`size` rank processes: the same tokens batched in chunks and alone, rank 0's logits too."""
+    told = json.dumps([[as_json(part) for part in CONVERSATIONS[name]] for name in names])
+    answers = run_ranks(folder, size, meeting, told)
+    for answer in answers:
+        assert answer["tokens"] == [expected[name].tokens for name in names]
+    for name, logits in zip(names, answers[0]["logits"], strict=True):
+        assert_same_logits(torch.tensor(logits), expected[name])
+
+
+def run_ranks(folder: Path, size: int, meeting: Path, told: str) -> list[dict[str, Any]]:
+    arguments = [sys.executable, "-P", "-c", RANK_PROGRAM, str(folder), str(meeting)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-P", "-c", RANK_PROGRAM, *arguments, str(rank), str(size), "8"],
+            [*arguments, str(rank), str(size), str(NEW_TOKENS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(size)
     ]
@@ -250,36 +284,37 @@ def run_ranks(folder: Path, size: int, meeting: Path, names: list[str]) -> list[
             assert rank.stdin is not None
             rank.stdin.write(told)
             rank.stdin.close()
-        found = []
-        for rank in ranks:
-            assert rank.stdout is not None
-            found.append(json.loads(rank.stdout.read().splitlines()[-1]))
-            assert rank.wait(timeout=60) == 0
-        return found
+        outputs = [rank.stdout.read() for rank in ranks if rank.stdout is not None]
+        assert [rank.wait(timeout=60) for rank in ranks] == [0] * size
+        return [json.loads(output) for output in outputs]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
 
 
-def test_l14_tp_only_two_ranks_give_the_same_tokens(
-    folder: Path, expected: dict[str, list[int]], tmp_path: Path
+def test_l14_tp_only_two_ranks_give_the_same_tokens_and_logits(
+    folder: Path, expected: dict[str, Expected], tmp_path: Path
 ) -> None:
-    for found in run_ranks(folder, 2, tmp_path / "meeting", list(CONVERSATIONS)):
-        assert found == expected
+    check_ranks(folder, 2, tmp_path / "meeting", expected, list(CONVERSATIONS))
 
 
 def test_l14_tp_only_four_ranks_replicate_two_kv_heads(
-    folder: Path, expected: dict[str, list[int]], tmp_path: Path
+    folder: Path, expected: dict[str, Expected], tmp_path: Path
 ) -> None:
-    names = ["text", "three_images"]
-    for found in run_ranks(folder, 4, tmp_path / "meeting", names):
-        assert found == {name: expected[name] for name in names}
+    check_ranks(folder, 4, tmp_path / "meeting", expected, ["text", "three_images"])
 
 
 def test_l14_tp_only_three_ranks_split_a_group_of_heads(tmp_path: Path) -> None:
     """6 heads, 2 KV heads, 3 ranks: rank 1's two query heads have different KV heads."""
     folder = write_tiny_checkpoint(tmp_path / "six", heads=6, kv_heads=2, head_dim=8)
     expected = check_against_reference(folder, ["image_and_video"])
-    for found in run_ranks(folder, 3, tmp_path / "meeting", ["image_and_video"]):
-        assert found == expected
+    check_ranks(folder, 3, tmp_path / "meeting", expected, ["image_and_video"])
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_tokens(folder: Path, expected: dict[str, Expected]) -> None:
+    runner = make_runner(folder, torch.device("cuda"))
+    requests = [tiny_request(runner.config, parts) for parts in CONVERSATIONS.values()]
+    found = TinyDriver(runner, 128).generate(requests, NEW_TOKENS)
+    assert found == [each.tokens for each in expected.values()]

@@ -19,6 +19,7 @@ from ..config import ModelConfig
 from .parallel import TensorParallel, kv_heads_of_rank
 
 ALL = slice(None)
+PAGE = 4096
 MAP_FROM_BYTES = 1 << 20  # smaller tensors are copied, and are then safe from changes to the file
 
 
@@ -43,6 +44,7 @@ class WeightLoader:
         if param.is_meta:
             if self._can_map(part, param, device):
                 self._assign(part.view(param.shape))
+                part.view(-1).view(torch.uint8)[::PAGE].max()  # off the disk now, not at first use
                 return
             param = self._assign(torch.empty_like(param, device=device))
         target = param.data[self.rows]

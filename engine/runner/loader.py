@@ -5,7 +5,6 @@ Nothing but safetensors is read: other formats hold code (pickle).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,7 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {n: (tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; the checkpoint is not complete") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: not to be mapped
         raise ConfigError(f"{file}: not readable as safetensors: {error}") from None
 
 
