@@ -146,13 +146,14 @@ class TinyDriver:
         """Computes `counts` more tokens of each row and appends what is sampled."""
         batch = self.build(rows, counts)
         result = self.runner.step(batch)
-        for row, text in result.errors:
-            rows[row].errors.append(text)
+        for index, text in result.errors:
+            rows[index].errors.append(text)
         for row, count in zip(rows, counts, strict=True):
             row.num_computed_tokens += count
-        for row, token in zip(batch.sampling.rows.tolist(), result.sampled.tolist(), strict=True):
+        sampled = result.sampled.tolist()
+        for index, token in zip(batch.sampling.rows.tolist(), sampled, strict=True):
             if token >= 0:
-                rows[row].token_ids.append(token)
+                rows[index].token_ids.append(token)
         return result
 
     def build(self, rows: Sequence[TinyRequest], counts: Sequence[int]) -> InputBatch:
