@@ -50,7 +50,7 @@ setup(
     name="octavo",
     version="0.1.0",
     description="An engine that serves Qwen2-VL: paged memory, continuous batching, vision stage",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     package_dir={"octavo": "."},
     packages=PACKAGES,
     package_data={

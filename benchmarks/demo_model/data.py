@@ -12,11 +12,22 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
 
-from .draw import (COLORS, DIRECTIONS, NUMBER_WORDS, SHAPES, Picture, choose_canvas, choose_number,
-                   draw_count, draw_motion, draw_number, draw_shape)
+from .draw import (
+    COLORS,
+    DIRECTIONS,
+    NUMBER_WORDS,
+    SHAPES,
+    Picture,
+    choose_canvas,
+    choose_number,
+    draw_count,
+    draw_motion,
+    draw_number,
+    draw_shape,
+)
 from .tokenizer import QUESTIONS, SYSTEM, WHO
 
-IMAGE_PIXELS = (168 * 168, 252 * 252)
+IMAGE_PIXELS = (168 * 168, 308 * 308)
 VIDEO_PIXELS = (112 * 112, 112 * 112)
 FACTOR, PATCH = 28, 14
 
@@ -69,7 +80,9 @@ def merge_order(grid: np.ndarray) -> np.ndarray:
     return grid.reshape(h // 2, 2, w // 2, 2, *rest).swapaxes(1, 2).reshape(h * w, *rest)
 
 
-def patch_labels(picture: Picture, canvas: tuple[int, int], h: int, w: int) -> dict[str, np.ndarray]:
+def patch_labels(
+    picture: Picture, canvas: tuple[int, int], h: int, w: int
+) -> dict[str, np.ndarray]:
     """What lies on each patch of the resized picture."""
     color, shape = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64)
     centre, digit = np.zeros((h, w), np.int64), np.zeros((h, w, 2), np.int64)
@@ -81,12 +94,16 @@ def patch_labels(picture: Picture, canvas: tuple[int, int], h: int, w: int) -> d
         if mark.digit >= 0:
             digit[row, col, int((x - col) * 2) % 2] = mark.digit + 1
             continue
-        inside = ((xs - x) / (mark.size / 2 * sx)) ** 2 + ((ys - y) / (mark.size / 2 * sy)) ** 2 < 0.9
+        inside = ((xs - x) / (mark.size / 2 * sx)) ** 2 + (
+            (ys - y) / (mark.size / 2 * sy)
+        ) ** 2 < 0.9
         color[inside] = 1 + COLORS.index(mark.color)
         shape[inside] = 1 + SHAPES.index(mark.shape)
         centre[row, col] = 1
-    return {k: merge_order(v) for k, v in
-            {"color": color, "shape": shape, "centre": centre, "digit": digit}.items()}
+    return {
+        k: merge_order(v)
+        for k, v in {"color": color, "shape": shape, "centre": centre, "digit": digit}.items()
+    }
 
 
 class Maker:
@@ -106,7 +123,9 @@ class Maker:
             return side * side, side * side
         return IMAGE_PIXELS
 
-    def canvases(self, count: int, limits: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    def canvases(
+        self, count: int, limits: tuple[int, int]
+    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
         """Canvases that are resized to one grid."""
         base = choose_canvas(self.rng)
         goal = smart_resize(base[1], base[0], *limits)
@@ -128,7 +147,9 @@ class Maker:
 
     def item(self, pictures: list[Picture], goal: tuple[int, int]) -> Item:
         h, w = goal
-        pixels = np.stack([np.asarray(p.image.resize((w, h), Image.Resampling.BICUBIC)) for p in pictures])
+        pixels = np.stack(
+            [np.asarray(p.image.resize((w, h), Image.Resampling.BICUBIC)) for p in pictures]
+        )
         labels = [patch_labels(p, p.image.size, h // PATCH, w // PATCH) for p in pictures]
         joined = {k: torch.from_numpy(np.stack([one[k] for one in labels])) for k in labels[0]}
         return Item(torch.from_numpy(pixels), 1, labels=joined)
@@ -172,8 +193,13 @@ class Maker:
     def make_number(self, budget: int) -> Batch:
         canvases, goal = self.canvases(64, self.limits())
         n = self._count(budget, goal)
-        texts = [choose_number(self.rng, c) for c in canvases[:n]]
-        pictures = [draw_number(self.rng, c, t) for c, t in zip(canvases, texts, strict=False)]
+        area = goal[0] * goal[1]
+        smallest = [max(18, math.ceil(11 * (w * h / area) ** 0.5)) for w, h in canvases[:n]]
+        texts = [choose_number(self.rng, c, s) for c, s in zip(canvases, smallest, strict=False)]
+        pictures = [
+            draw_number(self.rng, c, t, s)
+            for c, t, s in zip(canvases, texts, smallest, strict=False)
+        ]
         talks = [[(QUESTIONS["number"], t)] for t in texts]
         return self.batch("number", [self.item(pictures, goal)], talks, self.rng.random() < 0.1)
 
@@ -200,7 +226,9 @@ class Maker:
                 pair.reverse()
             left.append(draw_shape(rng, c1[i], *pair[0]))
             right.append(draw_shape(rng, c2[i], *pair[1]))
-            talks.append([(QUESTIONS["which"].format(color, shape), ("the first", "the second")[answer])])
+            talks.append(
+                [(QUESTIONS["which"].format(color, shape), ("the first", "the second")[answer])]
+            )
         return self.batch("which", [self.item(left, g1), self.item(right, g2)], talks, False)
 
     def make_motion(self, budget: int) -> Batch:
@@ -221,7 +249,9 @@ class Maker:
     def make_who(self, budget: int) -> Batch:
         return self.batch("who", [], [[(QUESTIONS["who"], WHO)]] * 2, False)
 
-    def batch(self, kind: str, items: list[Item], talks: list[list[tuple[str, str]]], before: bool) -> Batch:
+    def batch(
+        self, kind: str, items: list[Item], talks: list[list[tuple[str, str]]], before: bool
+    ) -> Batch:
         head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
         if before:
             head += talks[0][0][0]
@@ -237,8 +267,12 @@ class Maker:
             prefix += [pad_id] * item.num_tokens
             t, h, w = item.grid
             h, w = h // 2, w // 2
-            positions += [[at + 1 + a, at + 1 + b, at + 1 + c]
-                          for a in range(t) for b in range(h) for c in range(w)]
+            positions += [
+                [at + 1 + a, at + 1 + b, at + 1 + c]
+                for a in range(t)
+                for b in range(h)
+                for c in range(w)
+            ]
             prefix += self.ids("<|vision_end|>")
             positions.append([at + 1 + max(t, h, w)] * 3)
         rows, labels = [], []
@@ -259,15 +293,29 @@ class Maker:
             row += [0] * (longest - len(row))
         last = max(positions[-1])
         positions += [[last + 1 + i] * 3 for i in range(longest - len(positions))]
-        return Batch(kind, torch.tensor(rows), torch.tensor(labels), torch.tensor(positions).T.contiguous(), items,
-                     [t[0][0] for t in talks], [t[0][1] for t in talks])
+        return Batch(
+            kind,
+            torch.tensor(rows),
+            torch.tensor(labels),
+            torch.tensor(positions).T.contiguous(),
+            items,
+            [t[0][0] for t in talks],
+            [t[0][1] for t in talks],
+        )
 
 
 class Batches(IterableDataset):
     """Lists of batches, one list an optimizer step; seeded by (seed, step)."""
 
-    def __init__(self, tokenizer_json: str, seed: int, first_step: int, small: float, budget: int,
-                 weights: dict[str, float]) -> None:
+    def __init__(
+        self,
+        tokenizer_json: str,
+        seed: int,
+        first_step: int,
+        small: float,
+        budget: int,
+        weights: dict[str, float],
+    ) -> None:
         self.tokenizer_json, self.seed, self.first = tokenizer_json, seed, first_step
         self.small, self.budget, self.weights = small, budget, weights
 

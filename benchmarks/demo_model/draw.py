@@ -161,9 +161,7 @@ def _outline(style: Style) -> list[tuple[float, float]]:
     return corner + [(-x, -y) for x, y in corner]
 
 
-def paint(
-    image: Image.Image, x: float, y: float, size: float, color: Color, style: Style
-) -> None:
+def paint(image: Image.Image, x: float, y: float, size: float, color: Color, style: Style) -> None:
     """Draws a shape whose box has `size` pixels a side and its centre at (x, y)."""
     scale = style.smooth
     left, top = math.floor(x - size / 2 * 1.45), math.floor(y - size / 2 * 1.45)
@@ -237,16 +235,53 @@ def draw_count(rng: np.random.Generator, canvas: tuple[int, int], count: int) ->
 @functools.cache
 def font_files() -> tuple[str, ...]:
     """Upright text fonts of the system with Latin digits; empty for Pillow's default."""
-    wanted = ("dejavu", "liberation", "freefont", "roboto", "noto", "opensans", "lato", "ubuntu",
-              "open-sans", "crosextra", "croscore", "urw", "inter", "hack", "fira")
-    skip = ("italic", "oblique", "math", "symbol", "emoji", "extralight", "thin", "hairline",
-            "standardsymbols", "dingbat", "d050", "chancery", "z003", "-it", "cjk", "condensed")
+    wanted = (
+        "dejavu",
+        "liberation",
+        "freefont",
+        "roboto",
+        "noto",
+        "opensans",
+        "lato",
+        "ubuntu",
+        "open-sans",
+        "crosextra",
+        "croscore",
+        "urw",
+        "inter",
+        "hack",
+        "fira",
+    )
+    skip = (
+        "italic",
+        "oblique",
+        "math",
+        "symbol",
+        "emoji",
+        "extralight",
+        "thin",
+        "hairline",
+        "standardsymbols",
+        "dingbat",
+        "d050",
+        "chancery",
+        "z003",
+        "-it",
+        "cjk",
+        "condensed",
+    )
     found = []
     for path in sorted(Path("/usr/share/fonts").rglob("*.[to]tf")):
         text = str(path).lower()
         if any(w in text for w in wanted) and not any(s in path.name.lower() for s in skip):
             if "noto" in text and path.name.split("-")[0] not in (
-                "NotoSans", "NotoSerif", "NotoMono", "NotoSansMono", "NotoSansDisplay", "NotoSerifDisplay"):
+                "NotoSans",
+                "NotoSerif",
+                "NotoMono",
+                "NotoSansMono",
+                "NotoSansDisplay",
+                "NotoSerifDisplay",
+            ):
                 continue
             found.append(str(path))
     return tuple(found)
@@ -257,20 +292,22 @@ def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageF
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-def draw_number(rng: np.random.Generator, canvas: tuple[int, int], text: str) -> Picture:
-    """Digits, upright, dark on light, font size 18 or more."""
+def draw_number(
+    rng: np.random.Generator, canvas: tuple[int, int], text: str, smallest: int = 18
+) -> Picture:
+    """Digits, upright, dark on light, of font size `smallest` or more."""
     image = new_canvas(rng, canvas)
     files = font_files()
     path = "" if rng.random() < 0.25 or not files else files[rng.integers(len(files))]
-    largest = 18
+    largest = smallest
     for size in (20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 200, 256, 320):
         if load_font(path, size).getlength(text) > canvas[0] * 0.94 or size > canvas[1] * 0.95:
             break
-        largest = size
+        largest = max(size, smallest)
     if rng.random() < 0.5:
-        size = round(18 * (largest / 18) ** rng.random())
+        size = round(smallest * (largest / smallest) ** rng.random())
     else:
-        size = int(rng.integers(18, largest + 1))
+        size = int(rng.integers(smallest, largest + 1))
     font = load_font(path, size)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = font.getbbox(text)
@@ -281,18 +318,23 @@ def draw_number(rng: np.random.Generator, canvas: tuple[int, int], text: str) ->
     else:
         color = (0, 0, 0)
     if rng.random() < 0.15:
-        color = tuple(int(v * 0.55) for v in color_of(rng, str(rng.choice(["red", "blue", "green", "purple"]))))  # type: ignore[assignment]
+        color = tuple(
+            int(v * 0.55)
+            for v in color_of(rng, str(rng.choice(["red", "blue", "green", "purple"])))
+        )  # type: ignore[assignment]
     draw.text((x, y), text, fill=color, font=font)
     marks = []
     for i, char in enumerate(text):
         start, stop = font.getlength(text[:i]), font.getlength(text[: i + 1])
-        marks.append(Mark(x + (start + stop) / 2, y + (top + bottom) / 2, float(size), digit=int(char)))
+        marks.append(
+            Mark(x + (start + stop) / 2, y + (top + bottom) / 2, float(size), digit=int(char))
+        )
     return Picture(finish(rng, image), tuple(marks))
 
 
-def choose_number(rng: np.random.Generator, canvas: tuple[int, int]) -> str:
-    """One to five digits that fit the canvas at font size 18."""
-    most = max(1, min(5, int(canvas[0] * 0.9 // 12)))
+def choose_number(rng: np.random.Generator, canvas: tuple[int, int], size: int = 18) -> str:
+    """One to five digits that fit the canvas at a font size."""
+    most = max(1, min(5, int(canvas[0] * 0.9 // (size * 0.66))))
     return "".join(str(rng.integers(10)) for _ in range(rng.integers(1, most + 1)))
 
 
@@ -309,7 +351,10 @@ def draw_motion(
     low = size / 2 + rng.uniform(0, room - way)
     start[axis] = low if sign > 0 else low + way
     drift = rng.uniform(-0.04, 0.04) * canvas[1 - axis] if rng.random() < 0.3 else 0.0
-    color, style = color_of(rng, str(rng.choice(COLORS))), choose_style(rng, str(rng.choice(SHAPES)))
+    color, style = (
+        color_of(rng, str(rng.choice(COLORS))),
+        choose_style(rng, str(rng.choice(SHAPES))),
+    )
     base = new_canvas(rng, canvas)
     quality = int(rng.integers(35, 90)) if rng.random() < 0.5 else 0
     frames = []

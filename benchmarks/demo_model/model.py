@@ -206,7 +206,9 @@ class TrainModel(nn.Module):
         self.aux = nn.Linear(s.v_dim, 9 + 7 + 22 + 2)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                nn.init.normal_(p, std=0.02 if "embed_tokens" in name else (1.0 / p[0].numel()) ** 0.5 * 0.7)
+                nn.init.normal_(
+                    p, std=0.02 if "embed_tokens" in name else (1.0 / p[0].numel()) ** 0.5 * 0.7
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -234,7 +236,7 @@ class TrainModel(nn.Module):
         for patches, h, w, offset in media:
             embedded, feature = self.visual(patches, h, w)
             embedded = embedded.reshape(b, -1, embedded.shape[-1]).to(x.dtype)
-            x = torch.cat((x[:, :offset], embedded, x[:, offset + embedded.shape[1]:]), dim=1)
+            x = torch.cat((x[:, :offset], embedded, x[:, offset + embedded.shape[1] :]), dim=1)
             features.append(feature)
         cos, sin = self.rotary(positions)
         for layer in self.model.layers:

@@ -53,9 +53,16 @@ def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
         out = model.aux(feature).float()
         color, shape, digit, centre = out.split((9, 7, 22, 2), dim=-1)
         digit = digit.reshape(*digit.shape[:-1], 2, 11)
-        for guess, key in ((color, "color"), (shape, "shape"), (digit, "digit"), (centre, "centre")):
+        for guess, key in (
+            (color, "color"),
+            (shape, "shape"),
+            (digit, "digit"),
+            (centre, "centre"),
+        ):
             label = item.labels[key]
-            each = F.cross_entropy(guess.reshape(-1, guess.shape[-1]), label.reshape(-1), reduction="none")
+            each = F.cross_entropy(
+                guess.reshape(-1, guess.shape[-1]), label.reshape(-1), reduction="none"
+            )
             some = (label.reshape(-1) > 0).float()
             weight = some * 1.0 + (1 - some) * 0.15
             aux = aux + (each * weight).sum() / weight.sum() / len(batch.items)
@@ -63,7 +70,9 @@ def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
 
 
 @torch.no_grad()
-def evaluate(model: TrainModel, tokenizer: Tokenizer, seed: int, count: int = 3) -> dict[str, float]:
+def evaluate(
+    model: TrainModel, tokenizer: Tokenizer, seed: int, count: int = 3
+) -> dict[str, float]:
     right: dict[str, list[float]] = {}
     for kind in ("shape", "count", "number", "which", "motion", "who"):
         for i in range(count):
@@ -92,7 +101,9 @@ def main() -> None:
     p.add_argument("--small", type=float, default=0.5)
     p.add_argument("--aux", type=float, default=0.5)
     p.add_argument("--decay-minutes", type=float, default=25)
-    p.add_argument("--stop-at", type=float, default=0, help="unix time at which the decay must be over")
+    p.add_argument(
+        "--stop-at", type=float, default=0, help="unix time at which the decay must be over"
+    )
     p.add_argument("--threads", type=int, default=2)
     a = p.parse_args()
     a.dir.mkdir(parents=True, exist_ok=True)
@@ -104,9 +115,15 @@ def main() -> None:
     tokenizer.save(str(a.dir / "tokenizer.json"))
     model = TrainModel(shape)
     decay = [q for n, q in model.named_parameters() if q.dim() >= 2 and "embed_tokens" not in n]
-    rest = [q for n, q in model.named_parameters() if not (q.dim() >= 2 and "embed_tokens" not in n)]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=a.lr, betas=(0.9, 0.98), fused=True)
+    rest = [
+        q for n, q in model.named_parameters() if not (q.dim() >= 2 and "embed_tokens" not in n)
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=a.lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     step, decay_from, decay_steps, spent = 0, -1, 1, 0.0
     state_file = a.dir / "state.pt"
@@ -116,7 +133,14 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
         decay_from, decay_steps = state["decay"]
-    print("parameters", sum(q.numel() for q in model.parameters()), asdict(shape), "step", step, flush=True)
+    print(
+        "parameters",
+        sum(q.numel() for q in model.parameters()),
+        asdict(shape),
+        "step",
+        step,
+        flush=True,
+    )
     weights = {"shape": 1.0, "count": 1.5, "number": 2.2, "which": 1.0, "motion": 0.8}
     data = Batches(tokenizer.to_str(), a.seed, step, a.small, a.budget, weights)
     loader = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=6))
@@ -146,23 +170,47 @@ def main() -> None:
                 ema[k].lerp_(v, 1 - keep)
         now = time.time()
         if step % 50 == 0:
-            line = " ".join(f"{k}:{np.mean([e[0] for e in v]):.3f}/{np.mean([e[1] for e in v]):.3f}/{np.mean([e[2] for e in v]):.3f}"
-                            for k, v in sorted(log.items()))
-            print(f"{step} {spent + now - start:.0f}s lr {now_rate:.2e} {seen / (now - last):.0f}/s {line}", flush=True)
+            line = " ".join(
+                f"{k}:{np.mean([e[0] for e in v]):.3f}/{np.mean([e[1] for e in v]):.3f}/{np.mean([e[2] for e in v]):.3f}"
+                for k, v in sorted(log.items())
+            )
+            print(
+                f"{step} {spent + now - start:.0f}s lr {now_rate:.2e} {seen / (now - last):.0f}/s {line}",
+                flush=True,
+            )
             log, seen, last = {}, 0, now
-        wants_decay = (a.dir / "decay").exists() or (a.stop_at and now > a.stop_at - a.decay_minutes * 60)
+        wants_decay = (a.dir / "decay").exists() or (
+            a.stop_at and now > a.stop_at - a.decay_minutes * 60
+        )
         if decay_from < 0 and wants_decay:
             per_step = (now - start) / max(1, step - data.first)
             decay_from, decay_steps = step, max(1, int(a.decay_minutes * 60 / per_step))
             print(f"decay from {decay_from} over {decay_steps} steps", flush=True)
-        done = decay_from >= 0 and step >= decay_from + decay_steps or bool(a.stop_at and now > a.stop_at + 120)
-        if step % 500 == 0 or done:
+        done = (
+            decay_from >= 0
+            and step >= decay_from + decay_steps
+            or bool(a.stop_at and now > a.stop_at + 120)
+        )
+        if step % 250 == 0 or done:
             raw = {k: v.clone() for k, v in model.state_dict().items()}
-            torch.save({"model": raw, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
-                        "spent": spent + now - start, "decay": (decay_from, decay_steps)}, a.dir / "state.tmp")
+            torch.save(
+                {
+                    "model": raw,
+                    "ema": ema,
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "spent": spent + now - start,
+                    "decay": (decay_from, decay_steps),
+                },
+                a.dir / "state.tmp",
+            )
             os.replace(a.dir / "state.tmp", state_file)
             model.load_state_dict(ema)
-            print("eval(ema)", {k: round(v, 3) for k, v in evaluate(model, tokenizer, 10_000).items()}, flush=True)
+            print(
+                "eval(ema)",
+                {k: round(v, 3) for k, v in evaluate(model, tokenizer, 10_000).items()},
+                flush=True,
+            )
             model.load_state_dict(raw)
             last = time.time()
         if done:

@@ -23,10 +23,12 @@ import grpc
 
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
-from ..config import ModelConfig, PreprocessConfig
+from ..config import ConfigError, ModelConfig, PreprocessConfig
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
+    import torch
+
     from ..runner.model_runner import ModelRunner
 
 log = logging.getLogger("octavo.worker")
@@ -64,22 +66,23 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 return
 
     def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
-        from ..model.parallel import connect
+        from ..model.parallel import check_tensor_parallel_size, connect
+        from ..runner.loader import resolve_dtype
         from ..runner.model_runner import ModelRunner
 
         model_dir = Path(request.model)
         config = ModelConfig.from_dir(model_dir)
+        check_tensor_parallel_size(config, request.tensor_parallel_size)
+        device = resolve_device(request.device, request.rank)
         self.epoch = request.epoch
         self.runner = ModelRunner(
             model_dir,
             config,
             PreprocessConfig.from_dir(model_dir),
-            device=request.device,
-            dtype=request.dtype,
-            block_size=request.block_size,
-            parallel=connect(
-                request.rank, request.tensor_parallel_size, request.rendezvous, request.device
-            ),
+            device,
+            resolve_dtype(request.dtype, device, config.dtype),
+            request.block_size,
+            connect(request.rank, request.tensor_parallel_size, request.rendezvous, device),
         )
         self.runner.load(report)
         memory = self.runner.measure()
@@ -114,6 +117,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         if self.runner is None or epoch != self.epoch:
             raise RuntimeError(f"epoch {epoch} is not the live one ({self.epoch})")
         return self.runner
+
+
+def resolve_device(name: str, rank: int) -> torch.device:
+    """ "auto" is CUDA where there is one. A rank takes the device of its number."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={name!r}: must be auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if rank >= count:
+        raise ConfigError(f"device={name!r}: rank {rank} has no GPU; there are {count}")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def _refuse(context: grpc.ServicerContext, error: BaseException) -> None:
