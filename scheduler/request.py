@@ -94,8 +94,9 @@ class SamplingParams:
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
         """Fills every field that is None from `defaults`."""
-        chosen = {f.name: getattr(defaults, f.name) for f in fields(self)
-                  if getattr(self, f.name) is None}
+        chosen = {
+            f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None
+        }
         return replace(self, **chosen)
 
 
@@ -188,4 +189,4 @@ class Request:
 
     @property
     def output_token_ids(self) -> Sequence[int]:
-        return self.token_ids[len(self.prompt_token_ids):]
+        return self.token_ids[len(self.prompt_token_ids) :]

@@ -1,0 +1,39 @@
+"""SwiGLU: silu(gate) × up, gate and up side by side. Source: the `Qwen2MLP` of transformers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import uses_triton
+
+SETTINGS = {"BLOCK_SIZE": 1024, "num_warps": 4}
+
+
+@triton.jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offs < SIZE
+    gate = tl.load(gate_up_ptr + row * 2 * SIZE + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + offs, mask=mask, other=0.0)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
+    tl.store(out_ptr + row * SIZE + offs, activated * up, mask=mask)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [n, 2 × size] -> [n, size]."""
+    if not uses_triton(gate_up):
+        return swiglu_ref(gate_up)
+    gate_up = gate_up.contiguous()
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, size)
+    grid = (rows, triton.cdiv(size, SETTINGS["BLOCK_SIZE"]))
+    _swiglu_kernel[grid](gate_up, out, SIZE=size, **SETTINGS)
+    return out
+
+
+def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up

@@ -1,0 +1,155 @@
+"""M-RoPE fused with the write of keys and values to the paged cache.
+
+A head's frequencies are dealt out over the three position axes by `mrope_section` (temporal,
+height, width). Source: the Qwen2-VL paper, section 2.1; `apply_multimodal_rotary_pos_emb` of
+transformers. Angles and products are float32 here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import uses_triton
+from .kv_cache import write_kv
+
+
+def mrope_cos_sin(
+    positions: torch.Tensor, inv_freq: torch.Tensor, mrope_section: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines float32 [n, head_dim / 2] of positions int32 [3, n]."""
+    device = positions.device
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).to(device)
+    angles = positions.float()[axis].T * inv_freq.to(device)
+    return angles.cos(), angles.sin()
+
+
+@triton.jit
+def _mrope_write_kv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    slot_mapping_ptr,
+    out_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+):
+    """One program: a token's KV head and the GROUP query heads that share it."""
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    offs = tl.arange(0, BLOCK_HALF)
+    mask = offs < HALF
+    cos = tl.load(cos_ptr + token * HALF + offs, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + offs, mask=mask, other=0.0)
+
+    heads = tl.arange(0, BLOCK_GROUP)
+    at = (kv_head * GROUP + heads[:, None]) * HEAD_DIM + offs[None, :]
+    q_mask = (heads[:, None] < GROUP) & mask[None, :]
+    q = q_ptr + token * q_stride + at
+    first = tl.load(q, mask=q_mask, other=0.0).to(tl.float32)
+    second = tl.load(q + HALF, mask=q_mask, other=0.0).to(tl.float32)
+    out = out_ptr + token * (NUM_KV_HEADS * GROUP * HEAD_DIM) + at
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=q_mask)
+    tl.store(out + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=q_mask)
+
+    slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
+    if slot >= 0:
+        row = (slot // CACHE_BLOCK * NUM_KV_HEADS + kv_head) * CACHE_BLOCK + slot % CACHE_BLOCK
+        to = row * HEAD_DIM + offs
+        k = k_ptr + token * k_stride + kv_head * HEAD_DIM + offs
+        first_k = tl.load(k, mask=mask, other=0.0).to(tl.float32)
+        second_k = tl.load(k + HALF, mask=mask, other=0.0).to(tl.float32)
+        tl.store(k_cache_ptr + to, (first_k * cos - second_k * sin).to(dtype), mask=mask)
+        tl.store(k_cache_ptr + to + HALF, (second_k * cos + first_k * sin).to(dtype), mask=mask)
+        v = v_ptr + token * v_stride + kv_head * HEAD_DIM + offs
+        tl.store(v_cache_ptr + to, tl.load(v, mask=mask), mask=mask)
+        tl.store(v_cache_ptr + to + HALF, tl.load(v + HALF, mask=mask), mask=mask)
+
+
+def settings(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> dict[str, int]:
+    """Compile-time settings of the kernel."""
+    group = num_heads // num_kv_heads
+    return {
+        "GROUP": group,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_GROUP": triton.next_power_of_2(group),
+        "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+        "CACHE_BLOCK": block_size,
+        "num_warps": 1 if group * head_dim <= 1024 else 4,
+    }
+
+
+def mrope_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Turns queries and keys by their angles; keys and values go to their slots of the cache.
+
+    q [n, heads, d], k and v [n, kv_heads, d], whose rows may lie apart (views of one product);
+    cos and sin float32 [n, d / 2]; slot_mapping int64 [n]. Returns the turned queries.
+    """
+    if not uses_triton(q):
+        return mrope_write_kv_ref(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    n, num_heads, head_dim = q.shape
+    for part in (q, k, v):
+        assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    out = torch.empty((n, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    _mrope_write_kv_kernel[(n, num_kv_heads)](
+        q,
+        k,
+        v,
+        cos.contiguous(),
+        sin.contiguous(),
+        slot_mapping,
+        out,
+        k_cache,
+        v_cache,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        **settings(num_heads, num_kv_heads, head_dim, block_size),
+    )
+    return out
+
+
+def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns x [n, heads, d] by cos and sin [n, d / 2]: frequency i pairs i with i + d / 2."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def mrope_write_kv_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    write_kv(rotate_ref(k, cos, sin), v, k_cache, v_cache, slot_mapping)
+    return rotate_ref(q, cos, sin)

@@ -1,0 +1,194 @@
+"""Full attention inside each frame of the vision tower, frames of any length side by side.
+
+The real tower's head size is 80. A tensor core wants powers of two: a head is taken in two parts,
+64 + 16, rather than padded to 128. Source: FlashAttention-2 (Dao, 2023) for the online softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import uses_triton
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _load_rows(base_ptr, rows, row_stride, mask, START: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Columns [START, START + BLOCK) of some rows, zero from column END on."""
+    offs = START + tl.arange(0, BLOCK)
+    at = rows[:, None].to(tl.int64) * row_stride + offs[None, :]
+    if START + BLOCK <= END:
+        return tl.load(base_ptr + at, mask=mask[:, None], other=0.0)
+    return tl.load(base_ptr + at, mask=mask[:, None] & (offs < END)[None, :], other=0.0)
+
+
+@triton.jit
+def _vision_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    cu_seqlens_ptr,
+    tile_frame_ptr,
+    tile_start_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    out_stride,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_MAIN: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one frame and one head."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    frame = tl.load(tile_frame_ptr + tile)
+    first = tl.load(cu_seqlens_ptr + frame)
+    last = tl.load(cu_seqlens_ptr + frame + 1)
+    q_ptr += head * HEAD_DIM
+    k_ptr += head * HEAD_DIM
+    v_ptr += head * HEAD_DIM
+    out_ptr += head * HEAD_DIM
+
+    rows = first + tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
+    row_mask = rows < last
+    q = _load_rows(q_ptr, rows, q_stride, row_mask, 0, BLOCK_MAIN, HEAD_DIM)
+    acc = tl.zeros((BLOCK_M, BLOCK_MAIN), tl.float32)
+    if BLOCK_REST > 0:
+        q_rest = _load_rows(q_ptr, rows, q_stride, row_mask, BLOCK_MAIN, BLOCK_REST, HEAD_DIM)
+        acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+
+    for start in range(first, last, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        key_mask = keys < last
+        k = _load_rows(k_ptr, keys, k_stride, key_mask, 0, BLOCK_MAIN, HEAD_DIM)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if BLOCK_REST > 0:
+            k_rest = _load_rows(k_ptr, keys, k_stride, key_mask, BLOCK_MAIN, BLOCK_REST, HEAD_DIM)
+            scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION)
+        scores = tl.where(key_mask[None, :], scores * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, 1)
+        top = new_top
+        weights = weights.to(v_ptr.dtype.element_ty)
+        v = _load_rows(v_ptr, keys, v_stride, key_mask, 0, BLOCK_MAIN, HEAD_DIM)
+        acc = tl.dot(weights, v, acc * fade[:, None], input_precision=PRECISION)
+        if BLOCK_REST > 0:
+            v_rest = _load_rows(v_ptr, keys, v_stride, key_mask, BLOCK_MAIN, BLOCK_REST, HEAD_DIM)
+            acc_rest = tl.dot(weights, v_rest, acc_rest * fade[:, None], input_precision=PRECISION)
+
+    offs = tl.arange(0, BLOCK_MAIN)
+    out = out_ptr + rows[:, None].to(tl.int64) * out_stride
+    dtype = out_ptr.dtype.element_ty
+    mask = row_mask[:, None] & (offs < HEAD_DIM)[None, :]
+    tl.store(out + offs[None, :], (acc / total[:, None]).to(dtype), mask=mask)
+    if BLOCK_REST > 0:
+        offs_rest = BLOCK_MAIN + tl.arange(0, BLOCK_REST)
+        mask_rest = row_mask[:, None] & (offs_rest < HEAD_DIM)[None, :]
+        value = (acc_rest / total[:, None]).to(dtype)
+        tl.store(out + offs_rest[None, :], value, mask=mask_rest)
+
+
+def settings(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """Compile-time settings: the head in a power of two and a rest of at least 16."""
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - main
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_MAIN": main,
+        "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
+        "PRECISION": "tf32" if dtype.itemsize == 2 else "ieee",
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def vision_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    seqlens: tuple[int, ...],
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q, k, v [n, heads, d] inside each frame.
+
+    Frame i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), int32 on the device; `seqlens` are the
+    frames' lengths on the host. Returns [n, heads, d].
+    """
+    if not uses_triton(q):
+        return _vision_attention_cpu(q, k, v, seqlens, scale)
+    n, heads, head_dim = q.shape
+    for part in (q, k, v):
+        assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
+    chosen = settings(head_dim, q.dtype)
+    size = int(chosen["BLOCK_M"])
+    tiles = [(i, at) for i, length in enumerate(seqlens) for at in range(0, length, size)]
+    frames, starts = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2).T.to(q.device)
+    out = torch.empty((n, heads, head_dim), dtype=q.dtype, device=q.device)
+    _vision_attention_kernel[(len(tiles), heads)](
+        q,
+        k,
+        v,
+        out,
+        cu_seqlens,
+        frames.contiguous(),
+        starts.contiguous(),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        out.stride(0),
+        scale * LOG2_E,
+        **chosen,
+    )
+    return out
+
+
+def _vision_attention_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    """Frames of one length that follow each other are one batch of torch's attention."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    start = 0
+    for length, count in _runs(seqlens):
+        end = start + length * count
+        batch = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        made = torch.nn.functional.scaled_dot_product_attention(*batch, scale=scale)
+        out[start:end] = made.transpose(1, 2).flatten(0, 1)
+        start = end
+    return out
+
+
+def _runs(seqlens: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(length, how many in a row)."""
+    runs: list[tuple[int, int]] = []
+    for length in seqlens:
+        if runs and runs[-1][0] == length:
+            runs[-1] = (length, runs[-1][1] + 1)
+        else:
+            runs.append((length, 1))
+    return runs
+
+
+def vision_attention_ref(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    """Written out frame by frame, in float32."""
+    parts = zip(*(x.float().split(list(seqlens)) for x in (q, k, v)), strict=True)
+    out = []
+    for q_i, k_i, v_i in parts:
+        weights = torch.einsum("qhd,khd->hqk", q_i, k_i).mul(scale).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v_i))
+    return torch.cat(out).to(q.dtype)

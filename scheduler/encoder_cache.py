@@ -1,0 +1,107 @@
+"""Counts the embeddings that workers keep: which units, how large, who needs them still.
+
+The one owner of that truth: workers hold the tensors and forget them when told so.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .request import EncodeUnit, UnitKey
+
+
+@dataclass
+class _Entry:
+    num_tokens: int
+    holders: set[str] = field(default_factory=set)  # request_ids that have tokens left to compute
+
+
+class EncoderCache:
+    """At most `capacity` image tokens. What nobody holds stays until its room is needed, the
+    longest unused going first.
+
+    A request holds a unit only from the step that computes its first token to the one that
+    computes its last, and can always go on while it holds one: so holders never wait for each
+    other.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._entries: OrderedDict[UnitKey, _Entry] = OrderedDict()  # longest unused first
+        self._num_tokens = 0
+        self._num_held = 0  # tokens of entries with a holder
+        self._evicted: list[UnitKey] = []  # not yet told to the workers
+
+    def __contains__(self, key: UnitKey) -> bool:
+        return key in self._entries
+
+    def room(self) -> int:
+        """Tokens that can be added, evicting what nobody holds."""
+        return self.capacity - self._num_held
+
+    def held_tokens(self, unit: EncodeUnit) -> int:
+        """What `room` would lose if `unit` were held by one more request."""
+        entry = self._entries.get(unit.key)
+        return 0 if entry is not None and entry.holders else unit.num_tokens
+
+    def hold(self, unit: EncodeUnit, request_id: str) -> bool:
+        """Marks a unit as needed by a request. True when it is new and must be encoded now.
+
+        The caller has seen to it that `room` suffices.
+        """
+        entry = self._entries.get(unit.key)
+        is_new = entry is None
+        if entry is None:
+            self._evict(unit.num_tokens)
+            entry = self._entries[unit.key] = _Entry(unit.num_tokens)
+            self._num_tokens += unit.num_tokens
+        if not entry.holders:
+            self._num_held += entry.num_tokens
+        entry.holders.add(request_id)
+        self._entries.move_to_end(unit.key)
+        return is_new
+
+    def release(self, key: UnitKey, request_id: str) -> None:
+        """A request needs a unit no longer; nothing happens where it did not hold it."""
+        entry = self._entries.get(key)
+        if entry is None or request_id not in entry.holders:
+            return
+        entry.holders.remove(request_id)
+        if not entry.holders:
+            self._num_held -= entry.num_tokens
+
+    def lose(self, key: UnitKey) -> None:
+        """A worker does not have a unit: whoever needs it plans it anew."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._num_tokens -= entry.num_tokens
+            self._num_held -= entry.num_tokens if entry.holders else 0
+
+    def take_evicted(self) -> tuple[UnitKey, ...]:
+        """What was evicted since the last call; workers are to forget it before they encode."""
+        evicted, self._evicted = self._evicted, []
+        return tuple(evicted)
+
+    def _evict(self, num_tokens: int) -> None:
+        """Makes room for `num_tokens`."""
+        unused = (key for key, entry in self._entries.items() if not entry.holders)
+        going: list[UnitKey] = []
+        excess = self._num_tokens + num_tokens - self.capacity
+        while excess > 0:
+            key = next(unused)
+            going.append(key)
+            excess -= self._entries[key].num_tokens
+        for key in going:
+            self._num_tokens -= self._entries.pop(key).num_tokens
+        self._evicted.extend(going)
+
+    def check_integrity(self, held: Mapping[str, set[UnitKey]]) -> None:
+        """Sums are right, the capacity holds, and holders are just those in `held`."""
+        entries = self._entries.values()
+        assert self._num_tokens == sum(e.num_tokens for e in entries) <= self.capacity
+        assert self._num_held == sum(e.num_tokens for e in entries if e.holders)
+        for key, entry in self._entries.items():
+            for request_id in entry.holders:
+                assert key in held.get(request_id, ()), f"{request_id} holds {key} for nothing"
