@@ -86,24 +86,25 @@ def patch_labels(
     """What lies on each patch of the resized picture."""
     color, shape = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64)
     centre, digit = np.zeros((h, w), np.int64), np.zeros((h, w, 2), np.int64)
+    order = np.zeros((h, w, 2), np.int64)  # which one it is, from the left
+    ranks = {id(m): i + 1 for i, m in enumerate(sorted(picture.marks, key=lambda m: m.x))}
     sx, sy = w / canvas[0], h / canvas[1]
     ys, xs = np.mgrid[0:h, 0:w] + 0.5
     for mark in picture.marks:
         x, y = mark.x * sx, mark.y * sy
         row, col = min(h - 1, int(y)), min(w - 1, int(x))
         if mark.digit >= 0:
-            digit[row, col, int((x - col) * 2) % 2] = mark.digit + 1
+            half = int((x - col) * 2) % 2
+            digit[row, col, half], order[row, col, half] = mark.digit + 1, ranks[id(mark)]
             continue
         inside = ((xs - x) / (mark.size / 2 * sx)) ** 2 + (
             (ys - y) / (mark.size / 2 * sy)
         ) ** 2 < 0.9
         color[inside] = 1 + COLORS.index(mark.color)
         shape[inside] = 1 + SHAPES.index(mark.shape)
-        centre[row, col] = 1
-    return {
-        k: merge_order(v)
-        for k, v in {"color": color, "shape": shape, "centre": centre, "digit": digit}.items()
-    }
+        centre[row, col], order[row, col] = 1, ranks[id(mark)]
+    found = {"color": color, "shape": shape, "centre": centre, "digit": digit, "order": order}
+    return {name: merge_order(labels) for name, labels in found.items()}
 
 
 class Maker:

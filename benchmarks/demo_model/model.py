@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# classes of the training heads: color, shape, centre or not, two digits, their order, row, column
+AUX_SIZES = (9, 7, 2, 22, 14, 8, 8)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -203,7 +206,7 @@ class TrainModel(nn.Module):
         self.s = s
         self.visual = Vision(s)
         self.model = Decoder(s)
-        self.aux = nn.Linear(s.v_dim, 9 + 7 + 22 + 2)
+        self.aux = nn.Linear(s.v_dim, sum(AUX_SIZES))
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from dataclasses import asdict
@@ -15,9 +14,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
+from octavo.engine.model.vision import patch_positions
+
 from .data import Batch, Batches, Item, Maker
 from .draw import COLORS, DIRECTIONS, NUMBER_WORDS, SHAPES
-from .model import Shape, TrainModel
+from .model import AUX_SIZES, Shape, TrainModel
 from .tokenizer import make_tokenizer
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -48,25 +49,27 @@ def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
     wrong[at] = logits.argmax(-1) != shifted[at]
     aux = torch.zeros(())
     for item, feature in zip(batch.items, features, strict=True):
-        if not item.labels:
-            continue
-        out = model.aux(feature).float()
-        color, shape, digit, centre = out.split((9, 7, 22, 2), dim=-1)
-        digit = digit.reshape(*digit.shape[:-1], 2, 11)
-        for guess, key in (
-            (color, "color"),
-            (shape, "shape"),
-            (digit, "digit"),
-            (centre, "centre"),
-        ):
-            label = item.labels[key]
-            each = F.cross_entropy(
-                guess.reshape(-1, guess.shape[-1]), label.reshape(-1), reduction="none"
-            )
-            some = (label.reshape(-1) > 0).float()
-            weight = some * 1.0 + (1 - some) * 0.15
-            aux = aux + (each * weight).sum() / weight.sum() / len(batch.items)
+        aux = aux + aux_loss(model.aux(feature).float(), item) / len(batch.items)
     return answer, aux, ~wrong.any(1)
+
+
+def aux_loss(out: torch.Tensor, item: Item) -> torch.Tensor:
+    """What lies on each patch and where the patch is; most patches are empty and count less."""
+    color, shape, centre, digit, order, row, column = out.split(AUX_SIZES, dim=-1)
+    places = patch_positions(*item.grid[1:], 2).expand(len(out), -1, -1)
+    loss = torch.zeros(())
+    for guess, axis, size in ((row, 0, item.grid[1]), (column, 1, item.grid[2])):
+        label = places[..., axis] * 8 // size
+        loss = loss + 0.3 * F.cross_entropy(guess.flatten(0, 1), label.flatten())
+    guesses = {"color": color, "shape": shape, "centre": centre}
+    guesses["digit"] = digit.unflatten(-1, (2, 11))
+    guesses["order"] = order.unflatten(-1, (2, 7))
+    for name, label in item.labels.items():
+        guess = guesses[name].flatten(0, -2)
+        each = F.cross_entropy(guess, label.flatten(), reduction="none")
+        weight = torch.where(label.flatten() > 0, 1.0, 0.15)
+        loss = loss + (each * weight).sum() / weight.sum()
+    return loss
 
 
 @torch.no_grad()
@@ -186,10 +189,8 @@ def main() -> None:
             per_step = (now - start) / max(1, step - data.first)
             decay_from, decay_steps = step, max(1, int(a.decay_minutes * 60 / per_step))
             print(f"decay from {decay_from} over {decay_steps} steps", flush=True)
-        done = (
-            decay_from >= 0
-            and step >= decay_from + decay_steps
-            or bool(a.stop_at and now > a.stop_at + 120)
+        done = (decay_from >= 0 and step >= decay_from + decay_steps) or bool(
+            a.stop_at and now > a.stop_at + 120
         )
         if step % 250 == 0 or done:
             raw = {k: v.clone() for k, v in model.state_dict().items()}

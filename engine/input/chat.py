@@ -1,0 +1,163 @@
+"""Messages to token ids through the checkpoint's chat template.
+
+The template is rendered with a mark in the place of each text. The rendering is cut at the added
+tokens that the template itself issued, the marks are replaced by the texts, and each run between
+two added tokens is encoded whole as plain text. So no text can forge a turn or a placeholder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..config import ConfigError, read_json
+from .errors import InputError
+from .tokenizer import TextTokenizer
+
+ROLES = ("system", "user", "assistant")
+MEDIA_KINDS = ("image", "video")
+MAX_MESSAGES = 4096
+MAX_TEXT = 16 << 20  # characters of all texts
+
+_MARK = re.compile("\x00(\\d+)\x00")
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """An image or a video of a message: where it stands, and what was written beside it."""
+
+    field: str  # "messages[0].content[1]"
+    kind: str  # "image" | "video"
+    part: Mapping[str, Any]
+
+    @property
+    def source(self) -> Any:
+        """None where the part is a placeholder for one of the call's `images` or `videos`."""
+        return self.part.get(self.kind)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Checked messages: for the template, with marks for texts, and what the marks stand for."""
+
+    messages: list[dict[str, Any]]
+    texts: list[str]
+    media: list[MediaPart]
+
+
+def read_messages(messages: Any) -> Conversation:
+    """Checks a conversation's form. Raises `InputError`."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise InputError("messages", f"must be a list, not {type(messages).__name__}")
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise InputError("messages", f"{len(messages)} of them; must be 1 to {MAX_MESSAGES}")
+    found = Conversation([], [], [])
+    for index, message in enumerate(messages):
+        found.messages.append(_read_message(f"messages[{index}]", message, found))
+    size = sum(map(len, found.texts))
+    if size > MAX_TEXT:
+        raise InputError("messages", f"{size} characters of text; at most {MAX_TEXT}")
+    return found
+
+
+def _read_message(field: str, message: Any, found: Conversation) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(field, f"must be a dict, not {type(message).__name__}")
+    unknown = sorted(set(message) - {"role", "content"})
+    if unknown:
+        raise InputError(field, f"{unknown[0]!r} is unknown; a message has role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"{field}.role", f"{role!r}; must be one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        if not content and role == "user":
+            raise InputError(f"{field}.content", "is empty")
+        return {"role": role, "content": _mark(content, f"{field}.content", found)}
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise InputError(f"{field}.content", "must be a text or a list of parts")
+    if not content:
+        raise InputError(f"{field}.content", "is empty")
+    parts = [_read_part(f"{field}.content[{i}]", part, found) for i, part in enumerate(content)]
+    return {"role": role, "content": parts}
+
+
+def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
+    if not isinstance(part, Mapping):
+        raise InputError(field, f"must be a dict, not {type(part).__name__}")
+    kind = part.get("type")
+    if kind == "text":
+        unknown = sorted(set(part) - {"type", "text"})
+        if unknown:
+            raise InputError(field, f"{unknown[0]!r} is unknown; a text part has type and text")
+        return {"type": "text", "text": _mark(part.get("text"), f"{field}.text", found)}
+    if kind not in MEDIA_KINDS:
+        raise InputError(f"{field}.type", f"{kind!r}; must be text, image or video")
+    found.media.append(MediaPart(field, kind, part))
+    return {"type": kind, kind: ""}
+
+
+def _mark(text: Any, field: str, found: Conversation) -> str:
+    found.texts.append(check_text(text, field))
+    return f"\x00{len(found.texts) - 1}\x00"
+
+
+def check_text(text: Any, field: str) -> str:
+    """The text, if it is one that can be encoded."""
+    if not isinstance(text, str):
+        raise InputError(field, f"must be a text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(field, "has half a surrogate pair: not Unicode text") from None
+    return text
+
+
+class ChatTemplate:
+    """The checkpoint's template, in jinja2's sandbox."""
+
+    def __init__(self, model_dir: Path, tokenizer: TextTokenizer) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise
+        self._tokenizer = tokenizer
+        try:
+            self._template = environment.from_string(_template_text(model_dir))
+        except TemplateError as error:
+            raise ConfigError(f"{model_dir}: its chat template does not parse: {error}") from None
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """Token ids with one placeholder token for each image or video."""
+        try:
+            rendered = self._template.render(
+                messages=conversation.messages, add_generation_prompt=True, add_vision_id=False
+            )
+        except TemplateError as error:
+            raise InputError("messages", f"the chat template refuses them: {error}") from None
+        token_ids: list[int] = []
+        for piece in self._tokenizer.split_added(rendered):
+            if piece in self._tokenizer.added:
+                token_ids.append(self._tokenizer.added[piece])
+            elif piece:
+                run = _MARK.sub(lambda mark: conversation.texts[int(mark[1])], piece)
+                token_ids.extend(self._tokenizer.encode_plain(run))
+        return token_ids
+
+
+def _template_text(model_dir: Path) -> str:
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(model_dir / name, missing_ok=True).get("chat_template")
+        if isinstance(found, str):
+            return found
+    path = model_dir / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    raise ConfigError(f"{model_dir}: no chat template (chat_template.json, tokenizer_config.json)")
+
+
+def _raise(text: str) -> None:
+    raise TemplateError(text)

@@ -1,0 +1,11 @@
+"""Errors of one request's input."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What a caller sent cannot be used. The text names the field, the value and the way out."""
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text if text.startswith(field) else f"{field}: {text}")
+        self.field = field

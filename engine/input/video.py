@@ -1,0 +1,219 @@
+"""Videos: which frames, at what size, decoded as a stream so that only kept frames are held.
+
+Rules: `smart_nframes` and `fetch_video` of qwen-vl-utils.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from ..config import PreprocessConfig
+from .errors import InputError
+from .image import load_image, resize, smart_resize
+from .media import (
+    MAX_LISTED_FRAMES,
+    MediaOptions,
+    Pixels,
+    check_decoded_size,
+    read_source,
+)
+
+FRAME_FACTOR = 2
+LISTED_FPS = 2.0  # of frames given as a list, where the caller says nothing
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A resized video: frames [n, height, width, 3], their indices in the file, their rate."""
+
+    pixels: Pixels
+    frame_indices: tuple[int, ...]
+    sample_fps: float
+
+
+def smart_nframes(
+    options: MediaOptions,
+    total_frames: int,
+    video_fps: float,
+    preprocess: PreprocessConfig,
+    field: str,
+) -> int:
+    """How many frames are taken: even, at most `total_frames`. Raises `InputError`."""
+    if options.nframes is not None:
+        count = round(options.nframes / FRAME_FACTOR) * FRAME_FACTOR
+    else:
+        low = options.min_frames or preprocess.min_frames
+        high = options.max_frames or min(preprocess.max_frames, total_frames)
+        low, high = math.ceil(low / FRAME_FACTOR), math.floor(high / FRAME_FACTOR)
+        wanted = total_frames / video_fps * (options.fps or preprocess.fps)
+        bounded = min(max(wanted, low * FRAME_FACTOR), high * FRAME_FACTOR, total_frames)
+        count = math.floor(bounded / FRAME_FACTOR) * FRAME_FACTOR
+    if not FRAME_FACTOR <= count <= total_frames:
+        raise InputError(
+            field,
+            f"{count} frames asked of a video of {total_frames}; must be {FRAME_FACTOR} to "
+            f"{total_frames}: change nframes, fps, min_frames or max_frames",
+        )
+    return count
+
+
+def frame_indices(count: int, total_frames: int) -> list[int]:
+    """`count` frames evenly from first to last, in float32 as torch.linspace has them."""
+    step = np.float32(total_frames - 1) / np.float32(count - 1)
+    rising = np.arange(count, dtype=np.float32)
+    from_end = np.float32(total_frames - 1) - step * rising[::-1]
+    half = np.arange(count) < count // 2
+    return np.where(half, step * rising, from_end).round().astype(int).tolist()
+
+
+def frame_size(
+    height: int,
+    width: int,
+    num_frames: int,
+    options: MediaOptions,
+    preprocess: PreprocessConfig,
+    max_model_len: int,
+    factor: int,
+    field: str,
+) -> tuple[int, int]:
+    """The size that every frame is resized to."""
+    low = options.min_pixels or preprocess.video_min_pixels
+    total = options.total_pixels or 0.9 * max_model_len * factor**2
+    high: float = max(
+        min(preprocess.video_max_pixels, total / num_frames * FRAME_FACTOR), int(low * 1.05)
+    )
+    if options.max_pixels is not None:
+        high = min(high, options.max_pixels)
+        low = min(low, options.max_pixels)
+    if options.resized_height and options.resized_width:
+        height, width = options.resized_height, options.resized_width
+    return smart_resize(height, width, factor, low, int(high), field)
+
+
+def load_video(
+    source: Any,
+    options: MediaOptions,
+    preprocess: PreprocessConfig,
+    max_model_len: int,
+    factor: int,
+    field: str,
+    allow_local_files: bool,
+) -> Clip:
+    """A video file, or a list of frames. Raises `InputError`."""
+
+    def goal(height: int, width: int, count: int) -> tuple[int, int]:
+        return frame_size(height, width, count, options, preprocess, max_model_len, factor, field)
+
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray):
+        return _load_frames(source, options, goal, field, allow_local_files)
+    data = read_source(source, field, allow_local_files)
+    if isinstance(data, Image.Image):
+        raise InputError(field, "is one image; a video is a file or a list of frames")
+    return _decode(data, options, preprocess, goal, field)
+
+
+def _load_frames(
+    sources: Sequence[Any], options: MediaOptions, goal: Any, field: str, allow_local_files: bool
+) -> Clip:
+    if not 0 < len(sources) <= MAX_LISTED_FRAMES:
+        raise InputError(field, f"{len(sources)} frames; must be 1 to {MAX_LISTED_FRAMES}")
+    for name in ("nframes", "min_frames", "max_frames"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                field, f"{name} is for video files; frames of a list are taken as they are"
+            )
+    count = math.ceil(len(sources) / FRAME_FACTOR) * FRAME_FACTOR
+    kept: list[Pixels] = []
+    first = (0, 0)
+    for index, source in enumerate(sources):
+        image = load_image(source, f"{field}[{index}]", allow_local_files)
+        if index == 0:
+            first = image.size
+            height, width = goal(image.height, image.width, count)
+        elif image.size != first:
+            text = f"{image.size[0]}×{image.size[1]} pixels, the first frame {first[0]}×{first[1]}"
+            raise InputError(f"{field}[{index}]", f"{text}; all must be of one size")
+        kept.append(resize(image, height, width))
+    kept += kept[-1:] * (count - len(kept))
+    indices = tuple(min(i, len(sources) - 1) for i in range(count))
+    return Clip(np.stack(kept), indices, options.fps or LISTED_FPS)
+
+
+def _decode(
+    data: bytes, options: MediaOptions, preprocess: PreprocessConfig, goal: Any, field: str
+) -> Clip:
+    """Counts the file's frames, chooses, and decodes; again if it has fewer than it says."""
+    try:
+        total, fps = _count_frames(data, field)
+        for _ in range(2):
+            count = smart_nframes(options, total, fps, preprocess, field)
+            wanted = frame_indices(count, total)
+            kept, seen = _keep_frames(data, wanted, goal, field)
+            if len(kept) == count:
+                return Clip(np.stack(kept), tuple(wanted), count / total * fps)
+            total = seen
+    except InputError:
+        raise
+    except Exception:  # decoders raise all kinds; their texts may tell of memory
+        raise InputError(field, "the video is broken: it cannot be decoded") from None
+    raise InputError(field, f"the video is broken: {seen} frames decode")
+
+
+def _open(data: bytes, field: str) -> Any:
+    """The container, of a format that is allowed, named so that nothing else is probed."""
+    form = None
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        form = "mov"
+    elif data[:4] == b"\x1aE\xdf\xa3":
+        form = "matroska"
+    elif data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        form = "avi"
+    if form is None:
+        raise InputError(field, "not a video that is read (mp4, mov, mkv, webm, avi)")
+    return av.open(io.BytesIO(data), format=form)
+
+
+def _count_frames(data: bytes, field: str) -> tuple[int, float]:
+    """Number of frames and frames a second, without decoding."""
+    with _open(data, field) as file:
+        if not file.streams.video:
+            raise InputError(field, "the file has no video")
+        stream = file.streams.video[0]
+        check_decoded_size(stream.width, stream.height, field)
+        total = stream.frames or sum(packet.size > 0 for packet in file.demux(stream))
+        rate = stream.average_rate or stream.guessed_rate
+    if not total or not rate:
+        raise InputError(field, "the video has no frames, or does not say how many a second")
+    return total, float(rate)
+
+
+def _keep_frames(data: bytes, wanted: list[int], goal: Any, field: str) -> tuple[list[Pixels], int]:
+    """The wanted frames, resized as they come, and how many frames were decoded."""
+    kept: list[Pixels] = []
+    seen = 0
+    for index, image in _frames(data, field):
+        seen = index + 1
+        while len(kept) < len(wanted) and wanted[len(kept)] == index:
+            if not kept:
+                height, width = goal(image.height, image.width, len(wanted))
+            kept.append(resize(image.to_image(), height, width))
+        if len(kept) == len(wanted):
+            break
+    return kept, seen
+
+
+def _frames(data: bytes, field: str) -> Iterator[tuple[int, Any]]:
+    with _open(data, field) as file:
+        stream = file.streams.video[0]
+        stream.thread_type = "AUTO"
+        for index, frame in enumerate(file.decode(stream)):
+            check_decoded_size(frame.width, frame.height, field)
+            yield index, frame
