@@ -10,7 +10,7 @@ from .worker.group import GroupMemory
 log = logging.getLogger("octavo.engine")
 
 CPU_FRACTION = 0.25  # of free memory; the rest is the user's
-CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory` asks for more
+CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory_bytes` asks for more
 
 
 def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> tuple[int, int]:
@@ -33,7 +33,7 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
             f"max_model_len={longest}: its KV cache needs "
             f"{_blocks(longest, config.block_size) * memory.kv_block_bytes / 1e9:.2f} GB, there is "
             f"room for {budget / 1e9:.2f} GB ({fits} tokens); lower max_model_len or raise "
-            "kv_cache_memory (or gpu_memory_utilization)"
+            "kv_cache_memory_bytes (or gpu_memory_utilization)"
         )
     log.info("max_model_len %d instead of %d: what the KV memory holds", fits, longest)
     return num_blocks, fits
@@ -41,8 +41,8 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
 
 def _kv_budget(config: EngineConfig, memory: GroupMemory) -> int:
     """Bytes for KV blocks on the rank with the least room."""
-    if config.kv_cache_memory is not None:
-        return config.kv_cache_memory
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
     if memory.device == "cpu":
         share = memory.free_bytes * CPU_FRACTION / config.tensor_parallel_size
         return min(int(share), CPU_MOST)

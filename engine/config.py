@@ -220,10 +220,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # tokens of one step
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
-    kv_cache_memory: int | None = None  # bytes a rank; None: measured
+    kv_cache_memory_bytes: int | None = None  # bytes a rank; None: measured
     max_encode_tokens: int = 16384  # image tokens encoded in one step
     encoder_cache_tokens: int = 32768  # image tokens whose embeddings are kept
     max_unit_temporal_patches: int = 4  # a video is encoded in units of this many
     min_pixels: int | None = None  # for images; None: the checkpoint's
     max_pixels: int | None = None
-    seed: int = 0  # of requests that bring none

@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(checkpoint: Path, **settings: Any) -> octavo.LLM:
-    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory": 64 << 20, **settings}
+    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20, **settings}
     return octavo.LLM(checkpoint, **settings)
 
 
@@ -109,7 +109,7 @@ def test_preempted_equals_alone(checkpoint: Path, llm: octavo.LLM) -> None:
     longest = max(len(out.prompt_token_ids) for out in llm.chat(CONVERSATIONS, GREEDY))
     blocks = -(-(longest + 60) // 16) + 3
     block_bytes = llm.engine.group.memory.kv_block_bytes
-    with make(checkpoint, kv_cache_memory=blocks * block_bytes, max_model_len=16 * blocks) as tight:
+    with make(checkpoint, kv_cache_memory_bytes=blocks * block_bytes, max_model_len=16 * blocks) as tight:
         seen: list[str] = []
         schedule = tight.engine.scheduler.schedule
 
@@ -236,7 +236,7 @@ def test_L16_client_assert_one_bad_request_is_its_own(
     [
         ({"model": "/no/such/folder"}, "/no/such/folder"),
         ({"tensor_parallel_size": 3}, "1, 2, 4"),
-        ({"max_model_len": 4096, "kv_cache_memory": 1 << 16}, "kv_cache_memory"),
+        ({"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 16}, "kv_cache_memory_bytes"),
         ({"dtype": "int7"}, "dtype"),
         ({"max_pixles": 5}, "max_pixles"),
     ],

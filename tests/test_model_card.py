@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[octavo.LLM]:
     checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    with octavo.LLM(checkpoint, dtype="float32", kv_cache_memory=64 << 20) as llm:
+    with octavo.LLM(checkpoint, dtype="float32", kv_cache_memory_bytes=64 << 20) as llm:
         yield llm
 
 
@@ -144,7 +144,7 @@ def test_resolution_per_item_and_for_all(llm: octavo.LLM, folder: Path) -> None:
     limits = {"type": "image", "image": path, "min_pixels": 50176, "max_pixels": 50176}
     assert media_of(llm, user(exact, text("?"))) == [("image", 1, 280, 420)]
     assert media_of(llm, user(limits, text("?"))) == [("image", 1, 280, 196)]
-    settings = {"dtype": "float32", "kv_cache_memory": 64 << 20}
+    settings = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
     low, high = 256 * 28 * 28, 1280 * 28 * 28
     with octavo.LLM(llm.engine.config.model, min_pixels=low, max_pixels=high, **settings) as wide:
         plain = user({"type": "image", "image": path}, text("?"))

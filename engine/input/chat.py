@@ -75,16 +75,21 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{field}.role", f"{role!r}; must be one of {', '.join(ROLES)}")
-    if isinstance(content, str):
-        if not content and role == "user":
-            raise InputError(f"{field}.content", "is empty")
-        return {"role": role, "content": _mark(content, f"{field}.content", found)}
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
+    if isinstance(content, bytes) or not isinstance(content, Sequence):
         raise InputError(f"{field}.content", "must be a text or a list of parts")
-    if not content:
+    if role == "user" and not any(map(_says_something, [content, *content])):
         raise InputError(f"{field}.content", "is empty")
+    if isinstance(content, str):
+        return {"role": role, "content": _mark(content, f"{field}.content", found)}
     parts = [_read_part(f"{field}.content[{i}]", part, found) for i, part in enumerate(content)]
     return {"role": role, "content": parts}
+
+
+def _says_something(content: Any) -> bool:
+    """True of text that is not empty and of every part but an empty text."""
+    if isinstance(content, Mapping):
+        return content.get("type") != "text" or content.get("text") != ""
+    return isinstance(content, str) and content != ""
 
 
 def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""The `octavo` command: serve, chat, info, bench."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Serves Qwen2-VL: images, videos and text in, streamed answers out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint folder or hub id, such as Qwen/Qwen2-VL-2B-Instruct. "
+        "Default: the small embedded model, which knows colored shapes and numbers."
+    ),
+]
+Hub = Annotated[str, typer.Option(help="Where hub ids come from: huggingface or modelscope.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU; on a CPU "
+        "bfloat16 where the processor multiplies it natively, else float32."
+    ),
+]
+TensorParallelSize = Annotated[
+    int, typer.Option(help="Worker processes that share each layer; divides the attention heads.")
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and output. Default: what the model allows.")
+]
+MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step.")]
+GpuMemoryUtilization = Annotated[
+    float, typer.Option(help="Share of each GPU's memory for weights and KV cache.")
+]
+KvCacheMemoryBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Bytes of KV cache on each rank. Default: by --gpu-memory-utilization; on a CPU a "
+        "quarter of free memory, at most 4 GB."
+    ),
+]
+MinPixels = Annotated[
+    int | None, typer.Option(help="Least pixels of an image. Default: the checkpoint's.")
+]
+MaxPixels = Annotated[
+    int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
+]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the user can mend ends with one line on stderr and status 2; a dead engine with 1."""
+    from .client import ClientError
+    from .engine import EngineDead
+    from .worker.group import WorkerGroupError
+
+    try:
+        yield
+    except (EngineDead, WorkerGroupError) as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError, ClientError) as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port of the gRPC service; 0 takes a free one.")
+    ] = 50051,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tensor_parallel_size: TensorParallelSize = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 64,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    hub: Hub = "huggingface",
+) -> None:
+    """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1).
+
+    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N. Logs go
+    to stderr. SIGTERM lets running requests finish for ten seconds.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("host", "port")}
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    with user_errors():
+        status = asyncio.run(_serve(host, port, settings))
+    raise typer.Exit(status)
+
+
+async def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
+    from .async_llm import AsyncLLM
+    from .server.grpc_server import ready_line
+    from .server.grpc_server import serve as serve_grpc
+
+    with AsyncLLM(allow_local_files=False, **settings) as engine:
+        return await serve_grpc(
+            engine, host, port, lambda h, p: print(ready_line(engine, h, p), flush=True)
+        )
+
+
+@app.command()
+def chat(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    server: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
+    ] = None,
+    model: Model = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video; may be repeated.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    hub: Hub = "huggingface",
+) -> None:
+    """Ask one question, of a server or of a model loaded here."""
+    media = [{"type": "image", "image": str(path)} for path in image or ()]
+    media += [{"type": "video", "video": str(path)} for path in video or ()]
+    messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
+    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    with user_errors():
+        if server is None:
+            asyncio.run(_chat_here(model, hub, messages, sampling))
+            return
+        if model is not None:
+            raise ValueError("--server and --model: give one; the server has its own model")
+        from .client import Client
+
+        with Client(server) as client:
+            for delta in client.chat(messages, **sampling):
+                print(delta.text, end="", flush=True)
+        print()
+
+
+async def _chat_here(
+    model: str | None, hub: str, messages: list[dict[str, Any]], sampling: dict[str, Any]
+) -> None:
+    from ..scheduler.request import SamplingParams
+    from .async_llm import AsyncLLM
+
+    params = SamplingParams(**sampling)
+    with AsyncLLM(model, hub=hub) as engine:
+        async for delta in engine.chat(messages, params):
+            print(delta.text, end="", flush=True)
+            if delta.error:
+                raise ValueError(delta.error)
+    print()
+
+
+@app.command()
+def info(
+    model: Model = None,
+    hub: Hub = "huggingface",
+    dtype: Dtype = "auto",
+    tensor_parallel_size: TensorParallelSize = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a checkpoint is, what it needs, and what fits this machine. Loads no weights."""
+    from .info import checkpoint_info
+
+    with user_errors():
+        found = checkpoint_info(model, hub, dtype, tensor_parallel_size)
+        print(json.dumps(found.as_dict(), indent=2) if as_json else found.as_text())
+
+
+@bench_app.command()
+def throughput(
+    model: Model = None,
+    input_len: Annotated[int, typer.Option(help="Text tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.")] = 16,
+    image_size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT of one random image in each prompt.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tensor_parallel_size: TensorParallelSize = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 64,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
+    hub: Hub = "huggingface",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run random prompts through the engine; print requests and tokens a second, TTFT and TPOT."""
+    own = ("input_len", "output_len", "num_prompts", "image_size", "as_json")
+    arguments = dict(locals())
+    settings = {k: v for k, v in arguments.items() if k not in own}
+    from ..benchmarks.throughput import Workload, run
+
+    with user_errors():
+        workload = Workload.parse(input_len, output_len, num_prompts, image_size)
+        report = run(workload, settings)
+        print(json.dumps(report.as_dict()) if as_json else report.as_text())
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,114 @@
+"""The public protocol's messages to prompts and sampling settings, and deltas back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...proto import octavo_pb2 as pb
+from ...scheduler.request import SamplingParams
+from ..input.errors import InputError
+from ..input.media import MediaInfo
+from ..output import OutputDelta
+
+KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
+FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+
+def read_prompt(request: pb.GenerateRequest) -> dict[str, Any]:
+    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError`."""
+    media: dict[str, list[Any]] = {"image": [], "video": []}
+    for index, item in enumerate(request.media):
+        part = _read_media(item, f"media[{index}]")
+        media[part.pop("type")].append(part)
+    given = {f"{kind}s": items for kind, items in media.items() if items}
+    form = request.WhichOneof("prompt")
+    if form == "conversation":
+        return {"messages": _read_messages(request.conversation), **given}
+    if form == "text":
+        return {"prompt": request.text, **given}
+    if form == "token_ids":
+        return {"prompt_token_ids": list(request.token_ids.ids), **given}
+    raise InputError("prompt", "give one of conversation, text and token_ids")
+
+
+def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": message.role,
+            "content": [
+                _read_part(part, f"messages[{m}].content[{p}]")
+                for p, part in enumerate(message.content)
+            ],
+        }
+        for m, message in enumerate(conversation.messages)
+    ]
+
+
+def _read_part(part: pb.ContentPart, field: str) -> dict[str, Any]:
+    form = part.WhichOneof("part")
+    if form == "text":
+        return {"type": "text", "text": part.text}
+    if form == "media":
+        return _read_media(part.media, field)
+    raise InputError(field, "is neither text nor media")
+
+
+def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
+    """A message's part; without a source where it is a placeholder."""
+    kind = KINDS.get(item.kind)
+    if kind is None:
+        raise InputError(f"{field}.kind", f"{item.kind}: must be image or video")
+    part: dict[str, Any] = {"type": kind}
+    form = item.WhichOneof("source")
+    if form == "frames":
+        part[kind] = list(item.frames.data)
+    elif form is not None:
+        part[kind] = getattr(item, form)
+    options = item.options
+    return part | {d.name: getattr(options, d.name) for d, _ in options.ListFields()}
+
+
+def read_sampling(message: pb.SamplingParams) -> SamplingParams:
+    """An absent field is the checkpoint's default; zero is zero. Raises ValueError."""
+    given = {d.name: getattr(message, d.name) for d, _ in message.ListFields()}
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return SamplingParams(**given)
+
+
+def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
+    usage = None
+    if delta.usage is not None:
+        usage = pb.Usage(
+            prompt_tokens=delta.usage.prompt_tokens,
+            output_tokens=delta.usage.output_tokens,
+            cached_tokens=delta.usage.cached_tokens,
+        )
+    return pb.GenerateDelta(
+        request_id=delta.request_id,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=FINISH_REASONS[delta.finish_reason],
+        usage=usage,
+        media=[_write_media(info) for info in delta.media],
+    )
+
+
+def _write_media(info: MediaInfo) -> pb.ResolvedMedia:
+    kind = pb.MEDIA_KIND_IMAGE if info.kind == "image" else pb.MEDIA_KIND_VIDEO
+    return pb.ResolvedMedia(
+        kind=kind,
+        height=info.height,
+        width=info.width,
+        num_frames=info.num_frames,
+        num_tokens=info.num_tokens,
+        grid_thw=info.grid_thw,
+        frame_indices=info.frame_indices,
+        sample_fps=info.sample_fps,
+    )

@@ -1,0 +1,149 @@
+"""The public gRPC server: `octavo.v1.Inference` and `grpc.health.v1`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from ...proto import octavo_pb2 as pb
+from ...proto import octavo_pb2_grpc
+from ...scheduler.request import SamplingParams
+from ...scheduler.scheduler import AdmissionError
+from ..async_llm import AsyncLLM
+from ..engine import DuplicateRequest, EngineDead
+from .convert import read_prompt, read_sampling, write_delta
+
+log = logging.getLogger("octavo.server")
+
+SERVICE = "octavo.v1.Inference"
+MAX_MESSAGE_BYTES = 256 << 20
+GRACE = 10.0  # seconds that running requests get when the server is asked to stop
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may ping as often as this; gRPC's default of five minutes cuts long prefills off.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not half of the clients lost
+]
+
+
+class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateDelta]:
+        """Streams deltas. gRPC cancels this coroutine when its client goes away, which closes the
+        stream, which aborts the request."""
+        try:
+            prompt, params = read_prompt(request), read_sampling(request.sampling)
+            stream = self._engine.generate(prompt, params, request_id=request.request_id or None)
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    if delta.error:
+                        await context.abort(error_code(delta.error), delta.error)
+                    yield write_delta(delta)
+        except (ValueError, EngineDead) as error:
+            await context.abort(status_of(error), str(error))
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            log.exception("request %r failed", request.request_id)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+
+    async def Abort(
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortReply:
+        return pb.AbortReply(found=await self._engine.abort(request.request_id))
+
+
+def status_of(error: ValueError | EngineDead) -> grpc.StatusCode:
+    if isinstance(error, EngineDead):
+        return grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, DuplicateRequest):
+        return grpc.StatusCode.ALREADY_EXISTS
+    return grpc.StatusCode.INVALID_ARGUMENT  # InputError, AdmissionError, sampling values
+
+
+def error_code(text: str) -> grpc.StatusCode:
+    """Of a request that failed after admission."""
+    exhausted = text.startswith("RESOURCE_EXHAUSTED")
+    return grpc.StatusCode.RESOURCE_EXHAUSTED if exhausted else grpc.StatusCode.INTERNAL
+
+
+async def serve(
+    engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str, int], None]
+) -> int:
+    """Serves until SIGTERM or SIGINT (returns 0) or until the worker group dies (returns 1).
+
+    `on_ready` is called once with the address that listens, after a first step has run. Raises
+    OSError when the address cannot be taken.
+    """
+    server = grpc.aio.server(options=OPTIONS)
+    octavo_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    address = f"[{host}]" if ":" in host else host
+    try:
+        port = server.add_insecure_port(f"{address}:{port}")
+    except RuntimeError:
+        raise OSError(f"{host}:{port}: the address is in use or not this machine's") from None
+    await _warm_up(engine)
+    await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    on_ready(host, port)
+    died = await _wait(engine)
+    await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
+    if died:
+        log.error("the engine stopped: %s", died)
+    await server.stop(1.0 if died else GRACE)
+    return 1 if died else 0
+
+
+async def _warm_up(engine: AsyncLLM) -> None:
+    """One step before anybody waits for one."""
+    params = SamplingParams(temperature=0, max_tokens=1)
+    with contextlib.suppress(AdmissionError):  # a max_model_len of one token
+        async for _ in engine.generate({"prompt_token_ids": [0]}, params):
+            pass
+
+
+async def _wait(engine: AsyncLLM) -> str:
+    """Until a signal (gives "") or the engine's death (gives the cause)."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    death = asyncio.create_task(engine.wait_failed())
+    signalled = asyncio.create_task(stopped.wait())
+    await asyncio.wait({death, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if death.done():
+        return death.result()
+    death.cancel()
+    log.info("stopping; running requests get %.0f s", GRACE)
+    return ""
+
+
+async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
+    for service in ("", SERVICE):
+        await servicer.set(service, status)
+
+
+def ready_line(engine: AsyncLLM, host: str, port: int) -> str:
+    """The one line on stdout; worker_pids in rank order."""
+    pids = ",".join(map(str, engine.worker_pids))
+    return f"ready grpc={host}:{port} pid={os.getpid()} worker_pids={pids}"
