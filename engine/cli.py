@@ -208,9 +208,8 @@ def throughput(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run random prompts through the engine; print requests and tokens a second, TTFT and TPOT."""
-    own = ("input_len", "output_len", "num_prompts", "image_size", "as_json")
-    arguments = dict(locals())
-    settings = {k: v for k, v in arguments.items() if k not in own}
+    own = {"input_len", "output_len", "num_prompts", "image_size", "as_json"}
+    settings = {name: value for name, value in locals().items() if name not in {*own, "own"}}
     from ..benchmarks.throughput import Workload, run
 
     with user_errors():
@@ -221,3 +220,7 @@ def throughput(
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..scheduler.request import Request, RequestStatus, SamplingParams
@@ -67,10 +67,11 @@ class Engine:
         `model`: a checkpoint folder, a hub id, or None for the embedded model. `settings`: the
         fields of `EngineConfig`. Raises `ConfigError` for what cannot be served.
         """
-        try:
-            asked = EngineConfig(model=resolve_model(model, hub), **settings)
-        except TypeError as error:
-            raise ConfigError(f"unknown setting: {error}") from None
+        known = [field.name for field in fields(EngineConfig)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"{name}: unknown; settings are {', '.join(known)}")
+        asked = EngineConfig(model=resolve_model(model, hub), **settings)
         self.model_config = ModelConfig.from_dir(asked.model)
         self.group = WorkerGroup(asked, on_progress)
         try:
@@ -181,18 +182,26 @@ class Engine:
         if request_id in self._live:
             raise DuplicateRequest(f"request_id={request_id!r}: in use; choose another")
         ready = self.preprocess(prompt)
-        params = (params or SamplingParams()).with_defaults(self.defaults)
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(63))
-        request = self._make_request(request_id, ready, params)
+        request = self._make_request(request_id, ready, self._resolve(params, ready))
         self.scheduler.add(request)
         self._live[request_id] = _Live(
             request,
             unit_pixels(request.units, ready.media, self.model_config.vision.temporal_patch_size),
             tuple(item.info for item in ready.media),
-            TextStream(self.processor.tokenizer.backend, params.stop),
+            TextStream(self.processor.tokenizer.backend, request.params.stop),
         )
         return request_id
+
+    def _resolve(self, params: SamplingParams | None, ready: ProcessedInput) -> SamplingParams:
+        """Fills in defaults and a seed; the output ends where the model's positions do."""
+        params = (params or SamplingParams()).with_defaults(self.defaults)
+        used = len(ready.prompt_token_ids) + ready.mrope_position_delta
+        room = self.model_config.max_position_embeddings - used
+        return replace(
+            params,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+        )
 
     def _make_request(
         self, request_id: str, ready: ProcessedInput, params: SamplingParams

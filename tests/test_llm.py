@@ -59,7 +59,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(checkpoint: Path, **settings: Any) -> octavo.LLM:
-    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20, **settings}
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 64 << 20,
+        **settings,
+    }
     return octavo.LLM(checkpoint, **settings)
 
 
@@ -109,7 +114,9 @@ def test_preempted_equals_alone(checkpoint: Path, llm: octavo.LLM) -> None:
     longest = max(len(out.prompt_token_ids) for out in llm.chat(CONVERSATIONS, GREEDY))
     blocks = -(-(longest + 60) // 16) + 3
     block_bytes = llm.engine.group.memory.kv_block_bytes
-    with make(checkpoint, kv_cache_memory_bytes=blocks * block_bytes, max_model_len=16 * blocks) as tight:
+    with make(
+        checkpoint, kv_cache_memory_bytes=blocks * block_bytes, max_model_len=16 * blocks
+    ) as tight:
         seen: list[str] = []
         schedule = tight.engine.scheduler.schedule
 

@@ -371,3 +371,17 @@ def draw_motion(
             frame = Image.open(buffer).convert("RGB")
         frames.append(frame)
     return frames
+
+
+def save_mp4(path: Path, frames: list[Image.Image], rate: int = 4) -> None:
+    """Writes frames as an MPEG-4 file. Sides are cut to even numbers, as the codec wants."""
+    import av
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=rate, bit_rate=4_000_000)
+        stream.width, stream.height = (side // 2 * 2 for side in frames[0].size)
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            cut = frame.crop((0, 0, stream.width, stream.height))
+            file.mux(stream.encode(av.VideoFrame.from_image(cut)))
+        file.mux(stream.encode(None))

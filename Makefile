@@ -1,0 +1,48 @@
+# `make demo` and `make test` install what they need into .venv. Only Python 3.11+ and pip are asked.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-slow lint proto clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: .venv/installed  ## serve the embedded model and ask it about images and a video
+	$(BIN)/python -P -m octavo.benchmarks.demo
+
+lint: .venv/installed-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd /tmp && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p octavo
+
+test: lint  ## lint and run the suite (what .ci/run does)
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-test  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+# protoc 25 (grpcio-tools 1.62) makes stubs that protobuf 4.25 and everything newer load.
+.venv-proto/installed:
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/pip install --disable-pip-version-check grpcio-tools==1.62.3 "setuptools<81"
+	touch $@
+
+OUT ?= .venv-proto/src
+
+proto: .venv-proto/installed  ## make the stubs in proto/ again
+	rm -rf .venv-proto/src && mkdir .venv-proto/src && ln -s $(CURDIR) .venv-proto/src/octavo
+	.venv-proto/bin/python -m grpc_tools.protoc -I.venv-proto/src --python_out=$(OUT) \
+	  --pyi_out=$(OUT) --grpc_python_out=$(OUT) octavo/proto/octavo.proto octavo/proto/worker.proto
+
+clean:  ## remove the environments
+	rm -rf .venv .venv-proto

@@ -1,0 +1,317 @@
+"""The scheduler against a simulated worker: tokens, blocks, encode units, preemption, limits."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
+from octavo.scheduler.request import Request, RequestStatus
+from octavo.scheduler.scheduler import AdmissionError, Scheduler
+from octavo.scheduler.step import StepPlan, StepResult
+
+CAT, DOG, OWL = b"cat" * 11, b"dog" * 11, b"owl" * 11
+
+
+def run(requests: list[Request], **settings: int) -> Simulation:
+    simulation = Simulation(make_config(**settings))
+    for request in requests:
+        simulation.scheduler.add(request)
+    simulation.run()
+    return simulation
+
+
+def test_a_prompt_is_one_step_and_each_token_another() -> None:
+    simulation = Simulation(make_config())
+    simulation.scheduler.add(make_request("a", 10, max_tokens=3))
+    counts = []
+    while (plan := simulation.step()) is not None:
+        counts.append(plan.num_scheduled_tokens)
+    assert counts == [(10,), (1,), (1,)]
+    assert simulation.ended["a"].status is RequestStatus.FINISHED_LENGTH
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 7, 16, 40])
+def test_chunked_is_whole(budget: int) -> None:
+    requests = [make_request(name, size) for name, size in (("a", 9), ("b", 17), ("c", 2))]
+    simulation = run(requests, max_num_batched_tokens=budget)
+    for request in requests:
+        assert simulation.outputs[request.request_id] == naive_output(request, 4)
+
+
+def test_running_requests_go_before_waiting_ones() -> None:
+    simulation = Simulation(make_config(max_num_batched_tokens=6))
+    simulation.scheduler.add(make_request("old", 4))
+    simulation.step()
+    simulation.scheduler.add(make_request("new", 20))
+    plan = simulation.step()
+    assert plan is not None
+    assert plan.request_ids == ("old", "new")
+    assert plan.num_scheduled_tokens == (1, 5)
+
+
+def test_max_num_seqs_bounds_what_runs() -> None:
+    simulation = Simulation(make_config(max_num_seqs=2))
+    for name in "abcd":
+        simulation.scheduler.add(make_request(name, 3))
+    plan = simulation.step()
+    assert plan is not None and plan.request_ids == ("a", "b")
+    simulation.run()
+    assert set(simulation.ended) == set("abcd")
+
+
+def test_preempted_requests_resume_with_the_same_tokens() -> None:
+    requests = [make_request(name, 14, max_tokens=30) for name in "abcd"]
+    simulation = run(requests, num_blocks=20)
+    assert simulation.preemptions > 0
+    for request in requests:
+        assert simulation.outputs[request.request_id] == naive_output(request, 30)
+
+
+def test_the_newest_is_preempted_and_resumes_first() -> None:
+    simulation = Simulation(make_config(num_blocks=8, max_num_batched_tokens=32))
+    for name in "ab":
+        simulation.scheduler.add(make_request(name, 14, max_tokens=12))
+    simulation.step()
+    simulation.scheduler.add(make_request("c", 2))
+    while not simulation.preemptions:
+        plan = simulation.step()
+        assert plan is not None
+    assert plan.preempted == ("b",)
+    assert [request.request_id for request in simulation.scheduler.waiting] == ["b", "c"]
+    assert simulation.scheduler.requests["b"].status is RequestStatus.PREEMPTED
+    simulation.run()
+
+
+def test_a_chunk_is_cut_before_a_unit_that_does_not_fit() -> None:
+    request = make_request("a", 20, (2, 6, CAT), (10, 6, DOG))
+    simulation = Simulation(make_config(max_encode_tokens=8, max_num_batched_tokens=40))
+    simulation.scheduler.add(request)
+    first = simulation.step()
+    assert first is not None and first.num_scheduled_tokens == (10,)
+    assert [p.unit.media_hash for p in first.encode] == [CAT]
+    second = simulation.step()
+    assert second is not None and second.num_scheduled_tokens == (10,)
+    assert [p.unit.media_hash for p in second.encode] == [DOG]
+    simulation.run()
+    assert simulation.outputs["a"] == naive_output(request, 4)
+
+
+def test_an_image_in_two_requests_is_encoded_once() -> None:
+    requests = [make_request(name, 12, (3, 6, CAT)) for name in "ab"]
+    simulation = run(requests, max_num_batched_tokens=5)
+    assert simulation.worker.encoded == 6
+    late = make_request("late", 12, (1, 6, CAT))
+    simulation.scheduler.add(late)
+    simulation.run()
+    assert simulation.worker.encoded == 6
+    assert simulation.outputs["late"] == naive_output(late, 4)
+
+
+def test_one_image_twice_in_a_prompt() -> None:
+    request = make_request("a", 30, (1, 8, CAT), (12, 8, CAT), (21, 8, DOG))
+    for budget in (1, 7, 40):
+        again = replace(request, units=request.units, token_ids=request.prompt_token_ids[:])
+        simulation = run([again], max_num_batched_tokens=budget, encoder_cache_tokens=8)
+        assert simulation.outputs["a"] == naive_output(request, 4)
+
+
+def test_what_is_evicted_is_told_to_the_workers() -> None:
+    simulation = run(
+        [make_request(str(i), 12, (2, 8, bytes([i]) * 32)) for i in range(9)],
+        encoder_cache_tokens=24,
+    )
+    assert len(simulation.worker.embeddings) <= 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (make_request("a", 0), "no tokens"),
+        (make_request("a", 64), "max_model_len is 64"),
+        (make_request("a", 40, (1, 17, CAT)), "max_encode_tokens=16"),
+    ],
+)
+def test_what_can_never_run_is_refused(request_: Request, words: str) -> None:
+    scheduler = Scheduler(make_config())
+    with pytest.raises(AdmissionError, match=words):
+        scheduler.add(request_)
+    assert scheduler.schedule() is None
+
+
+def test_max_tokens_is_bounded_by_the_room_there_is() -> None:
+    request = make_request("a", 60, max_tokens=1000)
+    simulation = run([request])
+    assert len(simulation.outputs["a"]) == 4
+    assert simulation.ended["a"].status is RequestStatus.FINISHED_LENGTH
+
+
+def test_abort_frees_at_once_wherever_it_is() -> None:
+    simulation = Simulation(make_config(max_num_seqs=1, max_num_batched_tokens=5))
+    for name in "abc":
+        simulation.scheduler.add(make_request(name, 12, (2, 6, name.encode() * 32)))
+    simulation.step()
+    for name in "ab":  # one in the middle of its image, one that waits
+        simulation.finish(name)
+        simulation.scheduler.check_integrity()
+    assert simulation.scheduler.blocks.num_free == 16
+    simulation.run()
+    assert simulation.ended["c"].status is RequestStatus.FINISHED_LENGTH
+    assert simulation.scheduler.finish("a", RequestStatus.FINISHED_ABORTED) is None
+
+
+def test_L06_encoder_deadlock() -> None:
+    """Many requests, each with two images of which the cache holds one and a half."""
+    requests = [
+        make_request(f"r{i}", 30, (2, 12, bytes([i]) * 32), (16, 12, bytes([99 - i]) * 32))
+        for i in range(12)
+    ]
+    for budget in (3, 9, 16, 40):
+        fresh = [replace(r, token_ids=r.prompt_token_ids[:]) for r in requests]
+        simulation = run(
+            fresh, num_blocks=200, max_num_batched_tokens=budget, encoder_cache_tokens=18
+        )
+        for request in requests:
+            assert simulation.outputs[request.request_id] == naive_output(request, 4)
+
+
+def test_L06_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
+    simulation = Simulation(make_config(max_empty_steps=7))
+    simulation.scheduler.add(make_request("a", 8))
+    simulation.scheduler.add(make_request("b", 8))
+    held = simulation.scheduler.blocks._free  # as if blocks had leaked: nothing can start
+    simulation.scheduler.blocks._free = []
+    for _ in range(7):
+        plan = simulation.scheduler.schedule()
+        assert plan is not None and not plan.request_ids
+        updates = simulation.scheduler.update(plan, StepResult(plan.step_id, ()))
+    assert [(u.request_id, u.status) for u in updates] == [("a", RequestStatus.FINISHED_ERROR)]
+    assert "RESOURCE_EXHAUSTED" in updates[0].error
+    simulation.scheduler.blocks._free = held
+    simulation.run()
+    assert simulation.ended["b"].status is RequestStatus.FINISHED_LENGTH
+
+
+def test_L07_mirrored_cache_a_miss_is_planned_again() -> None:
+    simulation = Simulation(make_config(max_num_batched_tokens=40))
+    request, other = make_request("a", 12, (2, 6, CAT)), make_request("b", 9)
+    simulation.scheduler.add(request)
+    simulation.scheduler.add(other)
+    original = simulation.worker._encode
+    lost = 0
+
+    def forget(plan: StepPlan, config: object) -> None:
+        nonlocal lost
+        original(plan, config)  # type: ignore[arg-type]
+        if plan.encode and lost < 2:
+            lost += 1
+            simulation.worker.embeddings.clear()
+
+    simulation.worker._encode = forget  # type: ignore[method-assign]
+    simulation.run()
+    assert lost == 2
+    assert simulation.outputs["a"] == naive_output(request, 4)
+    assert simulation.outputs["b"] == naive_output(other, 4)
+
+
+def test_L07_mirrored_cache_a_miss_for_ever_fails_its_request_alone() -> None:
+    simulation = Simulation(make_config(max_num_batched_tokens=40))
+    other = make_request("b", 9)
+    simulation.scheduler.add(make_request("a", 12, (2, 6, CAT)))
+    simulation.scheduler.add(other)
+    simulation.worker.embeddings = frozenset()  # type: ignore[assignment]
+    simulation.worker._encode = lambda plan, config: None  # type: ignore[method-assign]
+    simulation.run(50)
+    assert simulation.ended["a"].status is RequestStatus.FINISHED_ERROR
+    assert "missing" in simulation.ended["a"].error
+    assert simulation.outputs["b"] == naive_output(other, 4)
+
+
+def test_L15_parked() -> None:
+    """A head that needs all blocks waits for its turn and gets it; those behind it follow."""
+    simulation = Simulation(make_config(max_model_len=64))
+    small = [make_request(f"s{i}", 6, max_tokens=10) for i in range(4)]
+    large = make_request("large", 60, max_tokens=3)
+    for request in (*small[:2], large, *small[2:]):
+        simulation.scheduler.add(request)
+    simulation.run()
+    for request in (*small, large):
+        count = 3 if request is large else 10
+        assert simulation.outputs[request.request_id] == naive_output(request, count)
+
+
+def test_L16_client_assert_a_row_that_fails_is_its_own() -> None:
+    def spoil(plan: StepPlan, result: StepResult) -> StepResult:
+        return replace(result, errors={"bad": "its row"} if "bad" in plan.request_ids else {})
+
+    simulation = Simulation(make_config(), spoil)
+    good = make_request("good", 5)
+    simulation.scheduler.add(make_request("bad", 5))
+    simulation.scheduler.add(good)
+    simulation.run()
+    assert simulation.ended["bad"].error == "its row"
+    assert simulation.outputs["good"] == naive_output(good, 4)
+
+
+def test_stop_tokens_end_a_request() -> None:
+    request = make_request("a", 9, max_tokens=10)
+    expected = naive_output(request, 10)
+    request.stop_token_ids = frozenset({expected[3]})
+    simulation = run([request])
+    assert simulation.outputs["a"] == expected[: expected.index(expected[3]) + 1]
+    assert simulation.ended["a"].status is RequestStatus.FINISHED_STOPPED
+
+
+def test_an_update_after_the_request_has_ended_is_ignored() -> None:
+    simulation = Simulation(make_config())
+    simulation.scheduler.add(make_request("a", 5))
+    plan = simulation.scheduler.schedule()
+    assert plan is not None
+    simulation.scheduler.finish("a", RequestStatus.FINISHED_ABORTED)
+    assert simulation.scheduler.update(plan, StepResult(plan.step_id, (3,))) == ()
+    simulation.scheduler.check_integrity()
+
+
+def random_request(rng: random.Random, name: str) -> Request:
+    size = rng.randint(1, 50)
+    spans, at = [], rng.randint(0, 4)
+    while at < size - 1 and rng.random() < 0.7:
+        count = min(rng.randint(1, 12), size - at)
+        spans.append((at, count, bytes([rng.randint(0, 5), count]) * 16))
+        at += count + rng.randint(1, 6)
+    return make_request(name, size, *spans, max_tokens=rng.randint(1, 14))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_thousands_of_random_steps(seed: int) -> None:
+    """Arrivals, aborts, lost embeddings, tight memory: every token is still the right one."""
+    rng = random.Random(seed)
+    simulation = Simulation(
+        make_config(
+            num_blocks=rng.choice([16, 20, 40]),
+            max_num_batched_tokens=rng.choice([1, 4, 11, 30]),
+            max_num_seqs=rng.choice([1, 3, 8]),
+            max_encode_tokens=rng.choice([12, 20]),
+            encoder_cache_tokens=rng.choice([12, 20, 60]),
+        )
+    )
+    requests: dict[str, Request] = {}
+    for step in range(400):
+        if rng.random() < 0.3:
+            request = random_request(rng, f"r{step}")
+            requests[request.request_id] = request
+            simulation.scheduler.add(request)
+        if simulation.scheduler.requests and rng.random() < 0.05:
+            simulation.finish(rng.choice(list(simulation.scheduler.requests)))
+        if rng.random() < 0.02:
+            simulation.worker.embeddings.clear()
+        simulation.step()
+    simulation.run()
+    assert set(simulation.ended) == set(requests)
+    for name, update in simulation.ended.items():
+        output = simulation.outputs.get(name, [])
+        assert output == naive_output(requests[name], len(output))
+        if update.status is RequestStatus.FINISHED_ERROR:
+            assert "missing" in update.error  # three losses in a row
+        elif update.status is not RequestStatus.FINISHED_ABORTED:
+            assert len(output) == requests[name].max_tokens
