@@ -264,8 +264,13 @@ def chunk_settings(
 ) -> dict[str, int | str]:
     """Compile-time settings of the chunk kernel."""
     chosen = _common_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
-    block_m = max(64, triton.next_power_of_2(num_heads // num_kv_heads))
-    return {**chosen, "BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {
+        **chosen,
+        "BLOCK_M": max(128, triton.next_power_of_2(num_heads // num_kv_heads)),
+        "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
 
 
 def decode_settings(
@@ -410,6 +415,7 @@ def _paged_attention_cpu(
     """Row by row over torch's attention; the heads of a KV head are rows of one product."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kv_heads = k_cache.shape[1]
+    attend = torch.nn.functional.scaled_dot_product_attention
     start = 0
     for row, count in enumerate(batch.num_scheduled_tokens):
         length = batch.host_context_lens[row]
@@ -417,27 +423,19 @@ def _paged_attention_cpu(
         k, v = (gather_kv(cache, table, length) for cache in (k_cache, v_cache))
         queries = q[start : start + count].unflatten(1, (kv_heads, -1))  # [m, kv, group, d]
         if count == 1:
-            made = _attend(queries[0], k, v, None, scale)[None]
+            made = attend(queries, k[None], v[None], scale=scale)
         else:
             group = queries.shape[2]
             spread = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
             mask = None
             if length > count:
                 mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
-            made = torch.nn.functional.scaled_dot_product_attention(
+            made = attend(
                 queries.permute(1, 2, 0, 3), *spread, mask, is_causal=mask is None, scale=scale
             ).permute(2, 0, 1, 3)
         out[start : start + count] = made.flatten(1, 2)
         start += count
     return out
-
-
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """torch's attention of [heads, m, d] over [heads, n, d]."""
-    args = (x[None] for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*args, mask, scale=scale)[0]
 
 
 def paged_attention_ref(
