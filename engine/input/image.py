@@ -24,7 +24,8 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Height and width as multiples of `factor`, with an area between the two limits.
 
-    Source: `smart_resize` of qwen-vl-utils. Raises `InputError` for a ratio over 200.
+    Source: `smart_resize` of qwen-vl-utils. Raises `InputError` for a ratio over 200, and where
+    that rule would leave a side of no pixels.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise InputError(
@@ -33,10 +34,15 @@ def smart_resize(
     new = [max(factor, round(side / factor) * factor) for side in (height, width)]
     if new[0] * new[1] > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
-        new = [max(factor, math.floor(side / beta / factor) * factor) for side in (height, width)]
+        new = [math.floor(side / beta / factor) * factor for side in (height, width)]
     elif new[0] * new[1] < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         new = [math.ceil(side * beta / factor) * factor for side in (height, width)]
+    if min(new) < factor:
+        raise InputError(
+            field,
+            f"{width}×{height} pixels: too narrow for max_pixels={max_pixels}; raise it, or crop",
+        )
     return new[0], new[1]
 
 
@@ -50,13 +56,19 @@ def image_size(
 ) -> tuple[int, int]:
     """The size that an image is resized to. Limits of the item go before the server's."""
     if options.resized_height and options.resized_width:
-        height, width = options.resized_height, options.resized_width
+        return exact_size(options.resized_height, options.resized_width, factor, field)
     low = options.min_pixels or min(preprocess.min_pixels, options.max_pixels or MAX_INT)
     high = options.max_pixels or max(preprocess.max_pixels, options.min_pixels or 0)
     return smart_resize(height, width, factor, low, high, field)
 
 
 MAX_INT = 1 << 62
+
+
+def exact_size(height: int, width: int, factor: int, field: str) -> tuple[int, int]:
+    """The size that a caller asked for, to the next multiples; only the widest limits hold."""
+    widest = PreprocessConfig()
+    return smart_resize(height, width, factor, widest.min_pixels, widest.max_pixels, field)
 
 
 def load_image(source: Any, field: str, allow_local_files: bool) -> Image.Image:

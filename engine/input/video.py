@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..config import PreprocessConfig
 from .errors import InputError
-from .image import load_image, resize, smart_resize
+from .image import exact_size, load_image, smart_resize
 from .media import (
     MAX_LISTED_FRAMES,
     MediaOptions,
@@ -66,12 +66,13 @@ def smart_nframes(
 
 
 def frame_indices(count: int, total_frames: int) -> list[int]:
-    """`count` frames evenly from first to last, in float32 as torch.linspace has them."""
-    step = np.float32(total_frames - 1) / np.float32(count - 1)
-    rising = np.arange(count, dtype=np.float32)
-    from_end = np.float32(total_frames - 1) - step * rising[::-1]
+    """`count` frames evenly from first to last, rounded as torch.linspace rounds: to float32."""
+    last = float(total_frames - 1)
+    step = float(np.float32(last) / np.float32(count - 1))
+    rising = np.arange(count, dtype=np.float64) * step
     half = np.arange(count) < count // 2
-    return np.where(half, step * rising, from_end).round().astype(int).tolist()
+    places = np.where(half, rising, last - rising[::-1]).astype(np.float32)
+    return places.round().astype(int).tolist()
 
 
 def frame_size(
@@ -85,6 +86,8 @@ def frame_size(
     field: str,
 ) -> tuple[int, int]:
     """The size that every frame is resized to."""
+    if options.resized_height and options.resized_width:
+        return exact_size(options.resized_height, options.resized_width, factor, field)
     low = options.min_pixels or preprocess.video_min_pixels
     total = options.total_pixels or 0.9 * max_model_len * factor**2
     high: float = max(
@@ -93,9 +96,22 @@ def frame_size(
     if options.max_pixels is not None:
         high = min(high, options.max_pixels)
         low = min(low, options.max_pixels)
-    if options.resized_height and options.resized_width:
-        height, width = options.resized_height, options.resized_width
     return smart_resize(height, width, factor, low, int(high), field)
+
+
+def resize_frame(image: Image.Image, height: int, width: int) -> Pixels:
+    """uint8 [height, width, 3], bicubic in float with one rounding at the end.
+
+    So torchvision resizes frames for transformers; PIL's own RGB resize rounds and clips twice,
+    which differs by up to 16 levels at hard edges.
+    """
+    pixels = np.asarray(image)
+    if image.size == (width, height):
+        return pixels
+    size, cubic = (width, height), Image.Resampling.BICUBIC
+    colors = (Image.fromarray(pixels[..., i].astype(np.float32)) for i in range(3))
+    resized = np.stack([np.asarray(color.resize(size, cubic)) for color in colors], axis=-1)
+    return resized.round().clip(0, 255).astype(np.uint8)
 
 
 def load_video(
@@ -141,7 +157,7 @@ def _load_frames(
         elif image.size != first:
             text = f"{image.size[0]}×{image.size[1]} pixels, the first frame {first[0]}×{first[1]}"
             raise InputError(f"{field}[{index}]", f"{text}; all must be of one size")
-        kept.append(resize(image, height, width))
+        kept.append(resize_frame(image, height, width))
     kept += kept[-1:] * (count - len(kept))
     indices = tuple(min(i, len(sources) - 1) for i in range(count))
     return Clip(np.stack(kept), indices, options.fps or LISTED_FPS)
@@ -204,7 +220,7 @@ def _keep_frames(data: bytes, wanted: list[int], goal: Any, field: str) -> tuple
         while len(kept) < len(wanted) and wanted[len(kept)] == index:
             if not kept:
                 height, width = goal(image.height, image.width, len(wanted))
-            kept.append(resize(image.to_image(), height, width))
+            kept.append(resize_frame(image.to_image(), height, width))
         if len(kept) == len(wanted):
             break
     return kept, seen

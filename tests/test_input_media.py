@@ -1,0 +1,261 @@
+"""Where images and videos come from, and what is refused."""
+
+import base64
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from octavo.engine.config import PreprocessConfig
+from octavo.engine.input.errors import InputError
+from octavo.engine.input.image import load_image
+from octavo.engine.input.media import MAX_LISTED_FRAMES, MediaOptions, make_item, media_hash
+from octavo.engine.input.video import Clip, load_video
+
+DEFAULTS = PreprocessConfig(video_min_pixels=28 * 28 * 4)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def load(source: Any, local: bool = True) -> Image.Image:
+    return load_image(source, "image", local)
+
+
+def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
+    image = noise()
+    data = encoded(image)
+    path = tmp_path / "a picture é.png"
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    uri_path = str(path).replace(" ", "%20")
+    sources = [path, str(path), f"file://{uri_path}", data, bytearray(data), image]
+    sources += [f"data:image/png;base64,{text}", f"data:image;base64,{text}"]
+    for source in sources:
+        np.testing.assert_array_equal(np.asarray(load(source)), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("/no/such.png", "No such file"),
+        ("/tmp", "directory"),
+        ("", "directory|No such file|has no bytes"),
+        ("a\x00b", "null"),
+        ("http://example.com/a.png", "--allow-media-domains"),
+        ("HTTPS://example.com/a.png", "--allow-media-domains"),
+        ("data:image/png;base64,@@@", "base64"),
+        ("data:image/png,abc", "base64"),
+        ("data:image/png;base64,", "no bytes"),
+        (b"", "no bytes"),
+        (b"no picture", "not an image"),
+        (encoded(noise())[:200], "broken|not an image"),
+        (5, "int is no path"),
+        (Image.new("RGB", (0, 5)), "no size"),
+        (Image.new("RGB", (1, 201)), None),
+    ],
+)
+def test_what_is_no_image_is_refused_clearly(source: Any, words: str | None) -> None:
+    if words is None:
+        load(source)
+        return
+    with pytest.raises(InputError, match=words) as refused:
+        load(source)
+    assert refused.value.field == "image"
+    assert "0x" not in str(refused.value)
+
+
+def test_a_server_reads_no_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(noise()))
+    for source in (str(path), path, f"file://{path}"):
+        with pytest.raises(InputError, match="send the bytes"):
+            load(source, local=False)
+    load(path.read_bytes(), local=False)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_L18_exif_alpha_pictures_are_upright(turn: int) -> None:
+    image = noise(32, 16)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    loaded = load(encoded(image, "PNG", exif=exif))
+    assert loaded.size == ((32, 16) if turn < 5 else (16, 32))
+    if turn == 6:
+        turned = image.transpose(Image.Transpose.ROTATE_270)
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(turned))
+
+
+def test_L18_exif_alpha_transparency_is_white() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 255] * 256)
+    forms = [encoded(clear), encoded(clear.convert("LA")), encoded(palette, transparency=0)]
+    for data in forms:
+        assert np.asarray(load(data)).min() == 255
+    half = np.asarray(load(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)))))[0, 0]
+    assert half[0] == 255 and 120 <= half[1] <= 135
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "I;16"])
+def test_modes_become_rgb(mode: str) -> None:
+    image = Image.fromarray(np.full((8, 8), 40_000, np.uint16)) if mode == "I;16" else None
+    image = image or Image.new("L", (8, 8), 156).convert(mode)
+    loaded = load(image)
+    assert loaded.mode == "RGB"
+    assert abs(int(np.asarray(loaded)[0, 0, 0]) - (255 if mode == "1" else 156)) <= 1
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is huge."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        total = kind + body
+        return len(body).to_bytes(4, "big") + total + zlib.crc32(total).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (65_000, 65_000), (12_000, 10_001)])
+def test_L22_bombs_are_refused_by_their_size(size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="pixels"):
+        load(bomb(*size))
+
+
+def test_L22_bombs_lists_of_frames_are_bounded() -> None:
+    with pytest.raises(InputError, match=str(MAX_LISTED_FRAMES)):
+        video([noise()] * (MAX_LISTED_FRAMES + 1))
+
+
+def test_L05_media_hash() -> None:
+    """Shape, kind and every pixel are in it; a 30×150 and a 150×30 picture differ."""
+    flat = np.zeros((1, 28, 56, 3), np.uint8)
+    tall = np.zeros((1, 56, 28, 3), np.uint8)
+    other = flat.copy()
+    other[0, 27, 55, 2] = 1
+    hashes = [media_hash("image", flat), media_hash("image", tall), media_hash("video", flat)]
+    hashes.append(media_hash("image", other))
+    assert len(set(hashes)) == 4
+    assert media_hash("image", np.asfortranarray(flat)) == hashes[0]
+    assert all(len(digest) == 32 for digest in hashes)
+    item = make_item("image", flat, 14, 2, 2)
+    assert (item.media_hash, item.grid_thw, item.num_tokens) == (hashes[0], (1, 2, 4), 2)
+
+
+def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
+    """A clip whose frame i has level 8 * i."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(num_frames):
+            level = np.full((size[1], size[0], 3), 8 * i, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def video(source: Any, **options: Any) -> Clip:
+    return load_video(source, MediaOptions(**options), DEFAULTS, 10_000, 28, "video", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "indices"),
+    [
+        ({}, [0, 6, 12, 17, 23, 29]),
+        ({"fps": 1.0}, [0, 10, 19, 29]),
+        ({"nframes": 2}, [0, 29]),
+        ({"fps": 4.0, "max_frames": 8}, [0, 4, 8, 12, 17, 21, 25, 29]),
+        ({"fps": 0.1, "min_frames": 2}, [0, 29]),
+    ],
+)
+def test_frames_of_a_file(options: dict[str, Any], indices: list[int]) -> None:
+    clip = video(mp4(30), **options)
+    assert list(clip.frame_indices) == indices
+    assert clip.sample_fps == pytest.approx(len(indices) / 3.0)
+    for frame, index in zip(clip.pixels, indices, strict=True):
+        assert abs(float(frame.mean()) - 8 * index) < 6
+
+
+def test_a_file_with_fewer_frames_than_it_says() -> None:
+    clip = video(mp4(30), nframes=4)
+    assert clip.pixels.shape[0] == 4
+
+
+def test_frames_of_a_list(tmp_path: Path) -> None:
+    stills = [noise(seed=i) for i in range(3)]
+    stills[1].save(tmp_path / "b.png")
+    clip = video([encoded(stills[0]), f"file://{tmp_path}/b.png", stills[2]], fps=1.0)
+    assert clip.frame_indices == (0, 1, 2, 2)  # an odd list ends with its last frame twice
+    assert clip.sample_fps == 1.0
+    np.testing.assert_array_equal(clip.pixels[2], clip.pixels[3])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (b"", {}, "no bytes"),
+        (b"not a video at all", {}, "mp4, mov, mkv, webm, avi"),
+        (b"#EXTM3U\nhttp://10.0.0.1/a.ts", {}, "mp4, mov, mkv, webm, avi"),
+        (mp4(10)[:300], {}, "broken"),
+        (mp4(10)[:32] + bytes(500), {}, "broken"),
+        (mp4(1), {}, "1 frames|of a video of 1"),
+        (mp4(10), {"nframes": 12}, "2 to 10"),
+        ([], {}, "0 frames"),
+        ([noise(), noise(41, 30)], {}, "one size"),
+        ([noise(), b"junk"], {}, r"video\[1\]"),
+        ([noise(), noise()], {"nframes": 2}, "as they are"),
+        (noise(), {}, "one image"),
+        ("http://example.com/a.mp4", {}, "--allow-media-domains"),
+    ],
+)
+def test_what_is_no_video_is_refused_clearly(
+    source: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        video(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"max_pixel": 5}, "max_pixel.*no option"),
+        ({"fps": 2}, "no option"),
+        ({"min_pixels": 0}, "over 0"),
+        ({"min_pixels": -4}, "over 0"),
+        ({"min_pixels": 2.5}, "whole number"),
+        ({"min_pixels": True}, "whole number"),
+        ({"min_pixels": "100"}, "whole number"),
+        ({"max_pixels": float("nan")}, "whole number"),
+        ({"max_pixels": 1 << 60}, "at most"),
+        ({"min_pixels": 9000, "max_pixels": 4000}, "over max_pixels"),
+        ({"resized_height": 28}, "give both"),
+    ],
+)
+def test_L09_pixels_ignored_bad_options_are_refused(part: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        MediaOptions.from_part({"type": "image", "image": "x", **part}, "image", "part")
+
+
+def test_video_options() -> None:
+    part = {"type": "video", "video": [], "fps": 1, "total_pixels": 5000, "max_pixels": None}
+    options = MediaOptions.from_part(part, "video", "part")
+    assert options == MediaOptions(fps=1, total_pixels=5000)
+    for wrong in ({"fps": float("inf")}, {"fps": 1, "nframes": 4}, {"fps": 0}):
+        with pytest.raises(InputError):
+            MediaOptions.from_part({"type": "video", **wrong}, "video", "part")
