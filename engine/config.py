@@ -226,3 +226,11 @@ class EngineConfig:
     max_unit_temporal_patches: int = 4  # a video is encoded in units of this many
     min_pixels: int | None = None  # for images; None: the checkpoint's
     max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and (value < 1 or isinstance(value, bool)):
+                raise ConfigError(f"{name}={value}: must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            text = f"gpu_memory_utilization={self.gpu_memory_utilization}"
+            raise ConfigError(f"{text}: must be over 0 and at most 1")

@@ -21,6 +21,7 @@ from .draw import (
     choose_canvas,
     choose_number,
     draw_count,
+    draw_digits,
     draw_motion,
     draw_number,
     draw_shape,
@@ -87,7 +88,7 @@ def patch_labels(
     color, shape = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64)
     centre, digit = np.zeros((h, w), np.int64), np.zeros((h, w, 2), np.int64)
     order = np.zeros((h, w, 2), np.int64)  # which one it is, from the left
-    ranks = {id(m): i + 1 for i, m in enumerate(sorted(picture.marks, key=lambda m: m.x))}
+    ranks = {id(m): min(6, i + 1) for i, m in enumerate(sorted(picture.marks, key=lambda m: m.x))}
     sx, sy = w / canvas[0], h / canvas[1]
     ys, xs = np.mgrid[0:h, 0:w] + 0.5
     for mark in picture.marks:
@@ -204,6 +205,19 @@ class Maker:
         talks = [[(QUESTIONS["number"], t)] for t in texts]
         return self.batch("number", [self.item(pictures, goal)], talks, self.rng.random() < 0.1)
 
+    def make_digits(self, budget: int) -> Batch:
+        """Pictures full of digits, without a question: only the training heads learn from them."""
+        canvases, goal = self.canvases(64, self.limits())
+        n = self._count(budget, goal)
+        area = goal[0] * goal[1]
+        pictures = [
+            draw_digits(self.rng, c, max(18, math.ceil(11 * (c[0] * c[1] / area) ** 0.5)))
+            for c in canvases[:n]
+        ]
+        item = self.item(pictures, goal)
+        del item.labels["order"]  # they are not in a row
+        return self.batch("digits", [item], [[(QUESTIONS["number"], "")]] * n, False)
+
     def make_which(self, budget: int) -> Batch:
         limits = self.limits()
         rng = self.rng
@@ -227,10 +241,19 @@ class Maker:
                 pair.reverse()
             left.append(draw_shape(rng, c1[i], *pair[0]))
             right.append(draw_shape(rng, c2[i], *pair[1]))
-            talks.append(
-                [(QUESTIONS["which"].format(color, shape), ("the first", "the second")[answer])]
-            )
+            asked = self.asked_for((color, shape), other)
+            talks.append([(asked, ("the first", "the second")[answer])])
         return self.batch("which", [self.item(left, g1), self.item(right, g2)], talks, False)
+
+    def asked_for(self, wanted: tuple[str, str], other: tuple[str, str]) -> str:
+        """Mostly color and shape; sometimes just what tells the two apart, which is easier to
+        learn from."""
+        question, (color, shape) = QUESTIONS["which"], wanted
+        if self.rng.random() < 0.4:
+            if color != other[0]:
+                return question.format(color, "shape")
+            return question.replace("{} {}", "{}").format(shape)
+        return question.format(color, shape)
 
     def make_motion(self, budget: int) -> Batch:
         rng = self.rng

@@ -332,6 +332,34 @@ def draw_number(
     return Picture(finish(rng, image), tuple(marks))
 
 
+def draw_digits(rng: np.random.Generator, canvas: tuple[int, int], smallest: int) -> Picture:
+    """Digits strewn over the canvas, of all sizes and fonts: to learn from, never asked about."""
+    image = new_canvas(rng, canvas)
+    draw = ImageDraw.Draw(image)
+    files = ("", *font_files())
+    largest = max(smallest, int(min(canvas) * 0.9))
+    boxes: list[tuple[float, float, float, float]] = []
+    marks = []
+    path = str(rng.choice(files))
+    for _ in range(40):
+        if rng.random() < 0.2:
+            path = str(rng.choice(files))
+        font = load_font(path, round(smallest * (largest / smallest) ** (rng.random() ** 1.5)))
+        digit = int(rng.integers(10))
+        left, top, right, bottom = font.getbbox(str(digit))
+        width, height = right - left, bottom - top
+        if width >= canvas[0] or height >= canvas[1]:
+            continue
+        x, y = rng.uniform(0, canvas[0] - width), rng.uniform(0, canvas[1] - height)
+        if any(x < b[2] and b[0] < x + width and y < b[3] and b[1] < y + height for b in boxes):
+            continue
+        boxes.append((x, y, x + width, y + height))
+        color = tuple(int(v) for v in rng.integers(0, 90, 3))
+        draw.text((x - left, y - top), str(digit), fill=color, font=font)
+        marks.append(Mark(x + width / 2, y + height / 2, height, digit=digit))
+    return Picture(finish(rng, image), tuple(marks))
+
+
 def choose_number(rng: np.random.Generator, canvas: tuple[int, int], size: int = 18) -> str:
     """One to five digits that fit the canvas at a font size."""
     most = max(1, min(5, int(canvas[0] * 0.9 // (size * 0.66))))

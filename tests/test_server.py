@@ -1,0 +1,383 @@
+"""`octavo serve` as users meet it: a process of its own, gRPC from outside, ends and errors."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+
+import octavo
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.client import ClientError
+from octavo.proto import octavo_pb2 as pb
+from octavo.proto import octavo_pb2_grpc
+
+SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+LONG = {**GREEDY, "max_tokens": 900}
+READY = re.compile(r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)\n")
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    address: str
+    worker_pids: list[int]
+    log: Any
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def text(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+
+def start(model: Path, *options: str) -> Server:
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--model", str(model)]
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(
+        [*command, "--port", "0", *SETTINGS, *options],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    match = READY.fullmatch(line)
+    assert match, (line, log.seek(0), log.read())
+    assert int(match[2]) == process.pid
+    return Server(process, match[1], [int(pid) for pid in match[3].split(",")], log)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[Server]:
+    server = start(checkpoint)
+    yield server
+    assert server.end() == 0, server.text()
+    assert server.process.stdout is not None
+    assert server.process.stdout.read() == "", "more than the ready line on stdout"
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[octavo.Client]:
+    with octavo.Client(server.address) as client:
+        yield client
+
+
+def picture(seed: int = 1) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (56, 84, 3), dtype=np.uint8))
+
+
+def ask(text: str = "What is it?", *parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def tokens(client: octavo.Client, messages: Any, **more: Any) -> list[int]:
+    return [t for d in client.chat(messages, **{**GREEDY, **more}) for t in d.token_ids]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_answers_are_the_librarys(checkpoint: Path, client: octavo.Client, tmp_path: Path) -> None:
+    """Every source of the client gives what `octavo.LLM` gives; deltas add up."""
+    path = tmp_path / "a picture.png"
+    picture().save(path)
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    sources = [str(path), path, f"file://{str(path).replace(' ', '%20')}", buffer.getvalue()]
+    sources.append(picture())
+    params = octavo.SamplingParams(**GREEDY)
+    video = {"type": "video", "video": [picture(i) for i in range(4)], "max_pixels": 6272}
+    with octavo.LLM(checkpoint, dtype="float32", max_model_len=1024) as llm:
+        image, moving = (
+            llm.chat(ask("?", part), params)[0].outputs[0]
+            for part in ({"type": "image", "image": picture()}, video)
+        )
+    for source in sources:
+        assert tokens(client, ask("?", {"type": "image", "image": source})) == image.token_ids
+    assert tokens(client, ask("?", {"type": "image"}), images=[picture()]) == image.token_ids
+    deltas = list(client.chat(ask("?", video), **GREEDY))
+    assert "".join(delta.text for delta in deltas) == moving.text
+    assert [t for delta in deltas for t in delta.token_ids] == moving.token_ids
+    assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert deltas[-1].usage is not None and deltas[-1].usage.output_tokens == 12
+    assert (deltas[0].media[0].num_frames, list(deltas[0].media[0].frame_indices)) == (
+        4,
+        [0, 1, 2, 3],
+    )
+
+
+def test_many_clients_at_once(client: octavo.Client) -> None:
+    conversations = [
+        ask(f"Question {i}?", {"type": "image", "image": picture(i)}) for i in range(8)
+    ]
+    alone = [tokens(client, messages) for messages in conversations]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda m: tokens(client, m), conversations)) == alone
+
+
+@pytest.mark.parametrize(
+    ("messages", "sampling", "words"),
+    [
+        ([], {}, "messages"),
+        (ask("?", {"type": "image", "image": b"junk"}), {}, "not an image"),
+        (ask("?", {"type": "image"}), {}, "images="),
+        (ask("?", {"type": "image", "image": "http://a.b/c.png"}), {}, "--allow-media-domains"),
+        (ask("?", {"type": "image", "image": b"x", "max_pixels": -1}), {}, "max_pixels"),
+        (ask("?", {"type": "image", "image": b"x", "max_pixel": 1}), {}, "max_pixel: no option"),
+        (ask("?", {"type": "image", "image": "/no/such"}), {}, "No such file"),
+        (ask("?", {"type": "video", "video": b"junk"}), {}, "mp4"),
+        (ask("x" * 3000), {}, "max_model_len=1024"),
+        ([{"role": "robot", "content": "x"}], {}, "system, user, assistant"),
+        ([{"role": "user", "content": ""}], {}, "is empty"),
+        (ask(), {"temperature": -1.0}, "temperature=-1.0"),
+        (ask(), {"temperature": float("nan")}, "temperature"),
+        (ask(), {"top_p": 0.0}, "top_p"),
+        (ask(), {"max_tokens": 0}, "max_tokens"),
+        (ask(), {"stop": ["x"] * 100}, "stop"),
+        (ask(), {"stop": ["y" * 1000]}, "stop"),
+        (ask(), {"best_of": 3}, "best_of: unknown"),
+    ],
+)
+def test_L27_unbounded_n_bad_input_is_refused_clearly(
+    client: octavo.Client, messages: Any, sampling: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ClientError, match=re.escape(words)) as refused:
+        list(client.chat(messages, **sampling))
+    assert refused.value.code == "INVALID_ARGUMENT"
+    assert len(tokens(client, ask())) == 12  # the others go on
+
+
+def test_L21_local_files(server: Server, tmp_path: Path) -> None:
+    """A path in the message itself is never opened by the server."""
+    path = tmp_path / "secret.png"
+    picture().save(path)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = octavo_pb2_grpc.InferenceStub(channel)
+        for url in (str(path), f"file://{path}", "/etc/passwd"):
+            item = pb.MediaItem(kind=pb.MEDIA_KIND_IMAGE, url=url)
+            parts = [pb.ContentPart(media=item)]
+            talk = pb.Conversation(messages=[pb.Message(role="user", content=parts)])
+            with pytest.raises(grpc.RpcError) as refused:
+                list(stub.Generate(pb.GenerateRequest(conversation=talk)))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "reads no files" in refused.value.details()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.GenerateRequest(),
+        pb.GenerateRequest(text="x", media=[pb.MediaItem()]),
+        pb.GenerateRequest(conversation=pb.Conversation(messages=[pb.Message(role="user")])),
+        pb.GenerateRequest(
+            conversation=pb.Conversation(
+                messages=[pb.Message(role="user", content=[pb.ContentPart()])]
+            )
+        ),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**32 - 1])),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[269])),
+        pb.GenerateRequest(text="x", sampling=pb.SamplingParams(seed=2**64 - 1)),
+    ],
+    ids=str,
+)
+def test_L16_client_assert_odd_messages(server: Server, request_: pb.GenerateRequest) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            list(octavo_pb2_grpc.InferenceStub(channel).Generate(request_))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, refused.value
+
+
+def test_L30_proto_defaults(client: octavo.Client) -> None:
+    """An absent field is the checkpoint's; zero is the caller's zero."""
+    for name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+        field = pb.SamplingParams.DESCRIPTOR.fields_by_name[name]
+        assert field.has_presence or name in ("stop", "stop_token_ids")
+    wild = {"temperature": 5.0, "top_p": 1.0, "max_tokens": 12, "ignore_eos": True}
+
+    def draws(**sampling: Any) -> set[tuple[int, ...]]:
+        return {
+            tuple(t for d in client.chat(ask(), seed=i, **sampling) for t in d.token_ids)
+            for i in range(5)
+        }
+
+    assert len(draws(**wild)) == 1  # top_k 1, of the checkpoint's generation_config.json
+    assert len(draws(**wild, top_k=0)) == 5  # zero is the caller's choice: no limit
+    assert len(draws(**{**wild, "temperature": 0.0}, top_k=0)) == 1
+
+
+def test_L31_message_size(client: octavo.Client) -> None:
+    """A picture of well over gRPC's default of 4 MiB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    assert len(buffer.getvalue()) > 7 << 20
+    part = {"type": "image", "image": buffer.getvalue(), "max_pixels": 50176}
+    assert len(tokens(client, ask("?", part))) == 12
+
+
+def test_abort_by_name(client: octavo.Client) -> None:
+    stream = client.chat(ask(), request_id="mine", **LONG)
+    next(stream)
+    with pytest.raises(ClientError) as refused:
+        list(client.chat(ask(), request_id="mine", **GREEDY))
+    assert refused.value.code == "ALREADY_EXISTS"
+    assert client.abort("mine")
+    assert [delta.finish_reason for delta in stream][-1] == "abort"
+    assert not client.abort("mine")
+    assert len(tokens(client, ask(), request_id="mine")) == 12  # the name is free again
+
+
+def test_a_client_that_leaves_frees_its_request(checkpoint: Path) -> None:
+    """With one request at a time, the next one's answer shows that the first is gone."""
+    server = start(checkpoint, "--max-num-seqs", "1")
+    with octavo.Client(server.address) as client:
+        for stream in [client.chat(ask(), **LONG) for _ in range(5)]:
+            next(stream)
+            stream.close()
+        started = time.monotonic()
+        assert len(tokens(client, ask())) == 12
+        once = time.monotonic() - started
+        started = time.monotonic()
+        list(client.chat(ask(), **LONG))
+        assert once < time.monotonic() - started  # less than one abandoned answer would take
+        with pytest.raises(ClientError, match="DEADLINE_EXCEEDED"):
+            list(client.chat(ask(), timeout=0.05, **LONG))
+        assert len(tokens(client, ask())) == 12
+    assert server.end(signal.SIGINT) == 0
+
+
+def test_health(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "octavo.v1.Inference"):
+            reply = stub.Check(health_pb2.HealthCheckRequest(service=service))
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
+    server = start(checkpoint)
+    with octavo.Client(server.address) as client:
+        stream = client.chat(ask(), **LONG)
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        assert [delta.finish_reason for delta in stream][-1] == "length"
+    assert server.process.wait(30) == 0
+    wait_for(lambda: not any(map(alive, server.worker_pids)))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_worker_is_unavailable_for_all_and_ends_the_server(
+    checkpoint: Path, rank: int
+) -> None:
+    server = start(checkpoint, "--tensor-parallel-size", "2")
+    errors: list[ClientError] = []
+    begun = threading.Barrier(4)
+
+    def talk(client: octavo.Client) -> None:
+        stream = client.chat(ask(), **LONG)
+        next(stream)
+        begun.wait(30)
+        try:
+            list(stream)
+        except ClientError as error:
+            errors.append(error)
+
+    with octavo.Client(server.address) as client:
+        threads = [threading.Thread(target=talk, args=(client,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        begun.wait(30)
+        os.kill(server.worker_pids[rank], signal.SIGKILL)
+        for thread in threads:
+            thread.join(30)
+    assert [error.code for error in errors] == ["UNAVAILABLE"] * 3
+    assert all(f"rank {rank}" in error.text and "signal 9" in error.text for error in errors)
+    assert server.process.wait(30) == 1
+    wait_for(lambda: not any(map(alive, server.worker_pids)))
+
+
+def test_workers_die_with_a_server_that_is_killed(checkpoint: Path) -> None:
+    server = start(checkpoint)
+    assert server.end(signal.SIGKILL) == -9
+    wait_for(lambda: not any(map(alive, server.worker_pids)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "/no/such"], "/no/such: no such folder"),
+        (["--tensor-parallel-size", "3"], "1, 2, 4"),
+        (["--max-model-len", "100000"], "max_model_len=100000"),
+        (["--dtype", "int3"], "int3"),
+        (["--host", "203.0.113.7"], "203.0.113.7"),
+        (["--max-num-seqs", "0"], "max_num_seqs=0"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    checkpoint: Path, options: list[str], words: str
+) -> None:
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", "0"]
+    settings = ["--model", str(checkpoint), *SETTINGS, *options]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_an_error(server: Server, checkpoint: Path) -> None:
+    port = server.address.split(":")[1]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", port]
+    settings = ["--model", str(checkpoint), *SETTINGS]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert port in done.stderr.splitlines()[-1]
+
+
+def test_no_server_is_unavailable() -> None:
+    with octavo.Client("127.0.0.1:1") as client, pytest.raises(ClientError, match="UNAVAILABLE"):
+        list(client.chat(ask()))
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, octavo; octavo.Client; print([m for m in sys.modules if 'torch' in m])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
