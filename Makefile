@@ -23,9 +23,10 @@ demo: .venv/installed  ## serve the embedded model and ask it about images and a
 lint: .venv/installed-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd /tmp && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p octavo
+	mkdir -p .venv/src && ln -sfn $(CURDIR) .venv/src/octavo
+	cd .venv/src && ../bin/mypy --config-file ../../pyproject.toml -p octavo
 
-test: lint  ## lint and run the suite (what .ci/run does)
+test: lint .venv-proto/installed  ## lint and run the suite (what .ci/run does)
 	$(BIN)/python -m pytest
 
 test-slow: .venv/installed-test  ## the tests that take minutes

@@ -55,7 +55,7 @@ class Resources:
     shared: int
 
 
-def kernels(shape: str) -> Iterator[tuple[Any, str, Constants]]:
+def kernels(shape: str) -> Iterator[tuple[Any, list[str], Constants]]:
     """(kernel, argument types in order, compile-time settings) of one model's shape."""
     hidden, inner, heads, kv_heads = SHAPES[shape]
     bf16, heads_of = torch.bfloat16, (heads, kv_heads, HEAD_DIM, BLOCK_SIZE)

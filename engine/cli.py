@@ -142,7 +142,7 @@ def chat(
     media = [{"type": "image", "image": str(path)} for path in image or ()]
     media += [{"type": "video", "video": str(path)} for path in video or ()]
     messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
-    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():
         if server is None:
             asyncio.run(_chat_here(model, hub, messages, sampling))

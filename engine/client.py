@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class ClientDelta:
     media: tuple[pb.ResolvedMedia, ...]  # on the first delta: sizes, frames and tokens used
 
 
+Deltas = Generator[ClientDelta, None, None]
+
+
 class Client:
     """A connection to a server. Thread-safe; a context manager."""
 
@@ -73,7 +76,7 @@ class Client:
         request_id: str = "",
         timeout: float | None = None,
         **sampling: Any,
-    ) -> Iterator[ClientDelta]:
+    ) -> Deltas:
         """Answers one conversation. `sampling`: the fields of `octavo.SamplingParams`.
 
         Leaving the iterator early aborts the request. Raises `ClientError`.
@@ -96,7 +99,7 @@ class Client:
         request_id: str = "",
         timeout: float | None = None,
         **sampling: Any,
-    ) -> Iterator[ClientDelta]:
+    ) -> Deltas:
         """Continues a raw text or token ids. Otherwise as `chat`."""
         request = pb.GenerateRequest(request_id=request_id)
         if isinstance(prompt, str):
@@ -126,13 +129,13 @@ class Client:
         videos: Sequence[Any] | None,
         timeout: float | None,
         sampling: Mapping[str, Any],
-    ) -> Iterator[ClientDelta]:
+    ) -> Deltas:
         for kind, sources in (("image", images), ("video", videos)):
             request.media.extend(_media({"type": kind, kind: s}) for s in sources or ())
         request.sampling.CopyFrom(_sampling(sampling))
         return self._stream(request, timeout)
 
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[ClientDelta]:
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Deltas:
         call = self._stub.Generate(request, timeout=timeout)
         try:
             for delta in call:

@@ -118,7 +118,7 @@ class ModelConfig:
             max_position_embeddings=text.get("max_position_embeddings", 32768),
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1_000_000.0,
-            mrope_section=section,  # type: ignore[arg-type]
+            mrope_section=section,
             tie_word_embeddings=bool(tied),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"),
             vision_start_token_id=text.get("vision_start_token_id", 151652),

@@ -9,10 +9,9 @@ Sources: FlashAttention-2 and Flash-Decoding (Dao et al., 2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +19,7 @@ import triton.language as tl
 from .device import uses_triton
 from .kv_cache import gather_kv
 
+ArrayLike = Any  # lists or numpy arrays of whole numbers
 LOG2_E = 1.4426950408889634
 SPLIT_SIZE = 256  # keys of one split
 
@@ -39,42 +39,36 @@ class AttentionBatch:
     block_tables: torch.Tensor  # int32 [r, blocks]
     slot_mapping: torch.Tensor  # int64 [n]
     decode_rows: torch.Tensor  # int32: rows that compute one token
-    decode_tokens: torch.Tensor  # int64: their query tokens
     chunk_rows: tuple[int, ...]  # the other rows, on the host
 
     @classmethod
     def from_lists(
         cls,
-        num_scheduled_tokens: Sequence[int] | np.ndarray,
-        context_lens: Sequence[int] | np.ndarray,
-        block_tables: np.ndarray,
+        num_scheduled_tokens: ArrayLike,
+        context_lens: ArrayLike,
+        block_tables: ArrayLike,
         block_size: int,
         device: torch.device,
     ) -> AttentionBatch:
-        """From counts [r], lengths [r] and tables [r, blocks] padded with any block."""
-        counts = np.asarray(num_scheduled_tokens, np.int64)
-        lens = np.asarray(context_lens, np.int64)
-        tables = np.asarray(block_tables, np.int32).reshape(len(counts), -1)
-        bounds = np.concatenate(([0], np.cumsum(counts)))
-        rows = np.repeat(np.arange(len(counts)), counts)
-        places = np.arange(bounds[-1]) - bounds[rows] + (lens - counts)[rows]
-        slots = tables[rows, places // block_size].astype(np.int64) * block_size
-        slots += places % block_size
-        decode = np.flatnonzero(counts == 1)
-
-        def put(values: np.ndarray, dtype: type) -> torch.Tensor:
-            return torch.from_numpy(values.astype(dtype)).to(device)
-
+        """From counts [r], lengths [r] and tables [r, blocks] padded with any block; lists or
+        arrays."""
+        counts = torch.tensor(num_scheduled_tokens, dtype=torch.int64)
+        lens = torch.tensor(context_lens, dtype=torch.int64)
+        tables = torch.tensor(block_tables, dtype=torch.int32).reshape(len(counts), -1)
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        places = torch.arange(int(bounds[-1])) - bounds[rows] + (lens - counts)[rows]
+        blocks = tables[rows, places // block_size].long()
+        decode = (counts == 1).nonzero().flatten()
         return cls(
             num_scheduled_tokens=tuple(counts.tolist()),
             host_context_lens=tuple(lens.tolist()),
-            cu_seqlens_q=put(bounds, np.int32),
-            context_lens=put(lens, np.int32),
-            block_tables=put(tables, np.int32),
-            slot_mapping=put(slots, np.int64),
-            decode_rows=put(decode, np.int32),
-            decode_tokens=put(bounds[decode], np.int64),
-            chunk_rows=tuple(np.flatnonzero(counts != 1).tolist()),
+            cu_seqlens_q=bounds.int().to(device),
+            context_lens=lens.int().to(device),
+            block_tables=tables.to(device),
+            slot_mapping=(blocks * block_size + places % block_size).to(device),
+            decode_rows=decode.int().to(device),
+            chunk_rows=tuple((counts != 1).nonzero().flatten().tolist()),
         )
 
 
@@ -426,13 +420,13 @@ def _paged_attention_cpu(
             made = attend(queries, k[None], v[None], scale=scale)
         else:
             group = queries.shape[2]
-            spread = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
+            k, v = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
             mask = None
             if length > count:
                 mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
-            made = attend(
-                queries.permute(1, 2, 0, 3), *spread, mask, is_causal=mask is None, scale=scale
-            ).permute(2, 0, 1, 3)
+            queries = queries.permute(1, 2, 0, 3)
+            made = attend(queries, k, v, mask, is_causal=mask is None, scale=scale)
+            made = made.permute(2, 0, 1, 3)
         out[start : start + count] = made.flatten(1, 2)
         start += count
     return out
@@ -447,7 +441,7 @@ def paged_attention_ref(
 ) -> torch.Tensor:
     """Written out token by token, in float32."""
     group = q.shape[1] // k_cache.shape[1]
-    out = []
+    out: list[torch.Tensor] = []
     for row, count in enumerate(batch.num_scheduled_tokens):
         length = batch.host_context_lens[row]
         table = batch.block_tables[row].long()

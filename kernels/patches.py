@@ -114,19 +114,10 @@ def cut_patches_ref(
     scale = 1 / (255 * torch.tensor(std, device=pixels.device))
     shift = -torch.tensor(mean, device=pixels.device) / torch.tensor(std, device=pixels.device)
     square = patch_size * merge_size
-    split = (-1, temporal_patch_size, height // square, merge_size, patch_size)
-    split += (width // square, merge_size, patch_size, 3)
+    down = (height // square, merge_size, patch_size)
+    across = (width // square, merge_size, patch_size)
     normed = pixels.float() * scale + shift
-    order = (
-        0,
-        2,
-        5,
-        3,
-        6,
-        8,
-        1,
-        4,
-        7,
-    )  # t, square rows, columns, rows in it, columns, channel, ...
+    order = (0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, square, row and column in it, channel, time, y, x
     size = 3 * temporal_patch_size * patch_size**2
-    return normed.reshape(split).permute(order).reshape(-1, size).to(dtype)
+    cut = normed.reshape(-1, temporal_patch_size, *down, *across, 3).permute(order)
+    return cut.reshape(-1, size).to(dtype)

@@ -164,8 +164,10 @@ def _vision_attention_cpu(
     start = 0
     for length, count in _runs(seqlens):
         end = start + length * count
-        batch = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        made = torch.nn.functional.scaled_dot_product_attention(*batch, scale=scale)
+        frames = [x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        made = torch.nn.functional.scaled_dot_product_attention(
+            frames[0], frames[1], frames[2], scale=scale
+        )
         out[start:end] = made.transpose(1, 2).flatten(0, 1)
         start = end
     return out

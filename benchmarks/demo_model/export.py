@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from octavo.benchmarks.tiny_checkpoint import CHAT_TEMPLATE
 from octavo.engine.config import EMBEDDED_MODEL
 
-from .data import IMAGE_PIXELS, VIDEO_PIXELS
+from .batch import IMAGE_PIXELS, VIDEO_PIXELS
 from .model import Shape
 
 

@@ -135,7 +135,7 @@ class Vision(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, patches: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """patches [frames, h*w, 1176] -> embeddings [frames, h*w/4, hidden], features of patches."""
+        """patches [frames, h*w, 1176] -> embeddings [frames, h*w/4, hidden], patch features."""
         cos, sin = self.rotary(h, w)
         x = self.patch_embed(patches)
         for block in self.blocks:

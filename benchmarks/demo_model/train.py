@@ -1,11 +1,16 @@
-"""Trains the embedded model. Resumes from its state; `touch DIR/decay` starts the final decay."""
+"""Trains the embedded model. Resumes from its state; `touch DIR/decay` starts the final decay.
+
+Each step takes two batches of different kinds. Beside the answers, heads that the export leaves out
+learn what lies on each patch and where the patch is: from answers alone, a tower of this size
+hardly learns to read.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +21,17 @@ from torch.utils.data import DataLoader
 
 from octavo.engine.model.vision import patch_positions
 
-from .data import Batch, Batches, Item, Maker
-from .draw import COLORS, DIRECTIONS, NUMBER_WORDS, SHAPES
+from .batch import Batch, Item
+from .data import Batches, Maker
+from .draw import DIRECTIONS, NUMBER_WORDS
 from .model import AUX_SIZES, Shape, TrainModel
+from .paint import COLORS, SHAPES
 from .tokenizer import make_tokenizer
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+VOCABULARY = [*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"]
+KINDS = {"shape": 0.7, "count": 1.2, "number": 1.6, "digits": 1.6, "which": 1.2, "motion": 0.4}
 
 
 def cut(item: Item, b: int) -> torch.Tensor:
@@ -90,143 +99,163 @@ def evaluate(
     return {k: sum(v) / len(v) for k, v in right.items()}
 
 
-def rate(step: int, decay_from: int, decay_steps: int, peak: float) -> float:
-    """Warm up, stay, then fall to zero over `decay_steps`."""
+def rate_at(step: int, decay_from: int, decay_steps: int, peak: float) -> float:
+    """Warms up, stays, then falls to zero over `decay_steps`."""
     warm = min(1.0, (step + 1) / 200)
     if decay_from < 0 or step < decay_from:
         return peak * warm
-    part = min(1.0, (step - decay_from) / decay_steps)
-    return peak * warm * max(0.0, (1 - part)) ** 1.0
+    return peak * warm * max(0.0, 1 - (step - decay_from) / decay_steps)
+
+
+@dataclass(eq=False)
+class Trainer:
+    """The model, its optimizer and its running average; resumes from DIR/state.pt."""
+
+    folder: Path
+    peak_rate: float
+    aux_weight: float
+    stop_at: float  # unix time; 0: never
+    decay_seconds: float
+    step: int = 0
+    spent: float = 0.0  # seconds of earlier runs
+    decay_from: int = -1
+    decay_steps: int = 1
+
+    def __post_init__(self) -> None:
+        self.tokenizer = make_tokenizer(VOCABULARY)
+        self.tokenizer.save(str(self.folder / "tokenizer.json"))
+        self.model = TrainModel(Shape())
+        self.optimizer = make_optimizer(self.model, self.peak_rate)
+        self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
+        if self.state_file.exists():
+            self.resume()
+        self.first, self.started = self.step, time.time()
+        self.log: dict[str, list[tuple[float, float, float]]] = {}
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "state.pt"
+
+    def resume(self) -> None:
+        state = torch.load(self.state_file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.step, self.spent = state["ema"], state["step"], state["spent"]
+        self.decay_from, self.decay_steps = state["decay"]
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "spent": self.seconds,
+            "decay": (self.decay_from, self.decay_steps),
+        }
+        torch.save(state, self.folder / "state.tmp")
+        os.replace(self.folder / "state.tmp", self.state_file)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, earlier runs included."""
+        return self.spent + time.time() - self.started
+
+    def train_step(self, batches: list[Batch]) -> None:
+        rate = rate_at(self.step, self.decay_from, self.decay_steps, self.peak_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                answer, aux, right = losses(self.model, batch)
+            weight = 0.2 if batch.kind == "who" else 1.0
+            ((answer + self.aux_weight * aux) * weight / 2).backward()
+            entry = (answer.item(), aux.item(), right.float().mean().item())
+            self.log.setdefault(batch.kind, []).append(entry)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        keep = min(0.998, 1 - 1 / (self.step + 1))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - keep)
+
+    def start_decay_if_due(self) -> None:
+        """The last minutes before `stop_at`, or `touch DIR/decay`, let the rate fall to zero."""
+        due = self.stop_at and time.time() > self.stop_at - self.decay_seconds
+        if self.decay_from < 0 and (due or (self.folder / "decay").exists()):
+            per_step = (time.time() - self.started) / max(1, self.step - self.first)
+            self.decay_from = self.step
+            self.decay_steps = max(1, int(self.decay_seconds / per_step))
+            print(f"decay from {self.step} over {self.decay_steps} steps", flush=True)
+
+    @property
+    def is_done(self) -> bool:
+        over = self.decay_from >= 0 and self.step >= self.decay_from + self.decay_steps
+        return over or bool(self.stop_at and time.time() > self.stop_at + 120)
+
+    def report(self) -> None:
+        """One line: for each kind the answer's loss, the training heads' loss, the share right."""
+        kinds = (
+            f"{kind} " + "/".join(f"{np.mean(column):.3f}" for column in zip(*rows, strict=True))
+            for kind, rows in sorted(self.log.items())
+        )
+        print(f"{self.step} {self.seconds:.0f}s", *kinds, flush=True)
+        self.log = {}
+
+    def evaluate_average(self) -> None:
+        raw = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        found = evaluate(self.model, self.tokenizer, 10_000)
+        print("average's share right:", {k: round(v, 3) for k, v in found.items()}, flush=True)
+        self.model.load_state_dict(raw)
+
+    def run(self, data: Batches) -> None:
+        for batches in DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=6):
+            self.train_step(batches)
+            self.start_decay_if_due()
+            if self.step % 50 == 0:
+                self.report()
+            if self.step % 250 == 0 or self.is_done:
+                self.save()
+                self.evaluate_average()
+            if self.is_done:
+                break
+
+
+def make_optimizer(model: TrainModel, rate: float) -> torch.optim.AdamW:
+    """Weight decay for matrices but the token embeddings."""
+    matrices: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and "embed_tokens" not in name
+        (matrices if is_matrix else rest).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": 0.05},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--dir", type=Path, default=Path("/root/octavo-train"))
-    p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--lr", type=float, default=1.5e-3)
-    p.add_argument("--budget", type=int, default=6000)
-    p.add_argument("--small", type=float, default=0.5)
-    p.add_argument("--aux", type=float, default=0.5)
-    p.add_argument("--decay-minutes", type=float, default=25)
-    p.add_argument(
-        "--stop-at", type=float, default=0, help="unix time at which the decay must be over"
-    )
-    p.add_argument("--threads", type=int, default=2)
-    a = p.parse_args()
-    a.dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(a.threads)
-    torch.manual_seed(a.seed)
-    tokenizer = make_tokenizer([*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"])
-    shape = Shape(vocab=512)
-    assert tokenizer.get_vocab_size() <= shape.vocab, tokenizer.get_vocab_size()
-    tokenizer.save(str(a.dir / "tokenizer.json"))
-    model = TrainModel(shape)
-    decay = [q for n, q in model.named_parameters() if q.dim() >= 2 and "embed_tokens" not in n]
-    rest = [
-        q for n, q in model.named_parameters() if not (q.dim() >= 2 and "embed_tokens" not in n)
-    ]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=a.lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    step, decay_from, decay_steps, spent = 0, -1, 1, 0.0
-    state_file = a.dir / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, step, spent = state["ema"], state["step"], state["spent"]
-        decay_from, decay_steps = state["decay"]
-    print(
-        "parameters",
-        sum(q.numel() for q in model.parameters()),
-        asdict(shape),
-        "step",
-        step,
-        flush=True,
-    )
-    weights = {
-        "shape": 0.7,
-        "count": 1.2,
-        "number": 1.6,
-        "digits": 1.6,
-        "which": 1.2,
-        "motion": 0.4,
-    }
-    data = Batches(tokenizer.to_str(), a.seed, step, a.small, a.budget, weights)
-    loader = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=6))
-    start = last = time.time()
-    log, seen = {}, 0
-    while True:
-        batches = next(loader)
-        now_rate = rate(step, decay_from, decay_steps, a.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = now_rate
-        total = 0.0
-        for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                answer, aux, ok = losses(model, batch)
-            weight = 0.2 if batch.kind == "who" else 1.0
-            ((answer + a.aux * aux) * weight / 2).backward()
-            entry = log.setdefault(batch.kind, [])
-            entry.append((answer.item(), aux.item(), ok.float().mean().item()))
-            seen += len(batch.token_ids)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        keep = min(0.999, 1 - 1 / (step + 1)) if step < 500 else 0.998
-        with torch.no_grad():
-            for k, v in model.state_dict().items():
-                ema[k].lerp_(v, 1 - keep)
-        now = time.time()
-        if step % 50 == 0:
-            line = " ".join(
-                f"{k}:{np.mean([e[0] for e in v]):.3f}/{np.mean([e[1] for e in v]):.3f}/{np.mean([e[2] for e in v]):.3f}"
-                for k, v in sorted(log.items())
-            )
-            print(
-                f"{step} {spent + now - start:.0f}s lr {now_rate:.2e} {seen / (now - last):.0f}/s {line}",
-                flush=True,
-            )
-            log, seen, last = {}, 0, now
-        wants_decay = (a.dir / "decay").exists() or (
-            a.stop_at and now > a.stop_at - a.decay_minutes * 60
-        )
-        if decay_from < 0 and wants_decay:
-            per_step = (now - start) / max(1, step - data.first)
-            decay_from, decay_steps = step, max(1, int(a.decay_minutes * 60 / per_step))
-            print(f"decay from {decay_from} over {decay_steps} steps", flush=True)
-        done = (decay_from >= 0 and step >= decay_from + decay_steps) or bool(
-            a.stop_at and now > a.stop_at + 120
-        )
-        if step % 250 == 0 or done:
-            raw = {k: v.clone() for k, v in model.state_dict().items()}
-            torch.save(
-                {
-                    "model": raw,
-                    "ema": ema,
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "spent": spent + now - start,
-                    "decay": (decay_from, decay_steps),
-                },
-                a.dir / "state.tmp",
-            )
-            os.replace(a.dir / "state.tmp", state_file)
-            model.load_state_dict(ema)
-            print(
-                "eval(ema)",
-                {k: round(v, 3) for k, v in evaluate(model, tokenizer, 10_000).items()},
-                flush=True,
-            )
-            model.load_state_dict(raw)
-            last = time.time()
-        if done:
-            break
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--dir", type=Path, default=Path("/root/octavo-train"), help="where the state is kept")
+    add("--seed", type=int, default=1)
+    add("--lr", type=float, default=1.5e-3, help="learning rate between warm-up and decay")
+    add("--budget", type=int, default=4000, help="patches of a batch")
+    add("--small", type=float, default=0.65, help="share of batches at a low resolution")
+    add("--aux", type=float, default=0.4, help="weight of the training heads' loss")
+    add("--decay-minutes", type=float, default=25)
+    add("--stop-at", type=float, default=0, help="unix time at which the decay must be over")
+    args = parser.parse_args()
+    args.dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    trainer = Trainer(args.dir, args.lr, args.aux, args.stop_at, args.decay_minutes * 60)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{count} parameters with the training heads, from step {trainer.step}", flush=True)
+    tokenizer_json = trainer.tokenizer.to_str()
+    trainer.run(Batches(tokenizer_json, args.seed, trainer.step, args.small, args.budget, KINDS))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class MediaOptions:
     def from_part(cls, part: Mapping[str, Any], kind: str, field: str) -> MediaOptions:
         """The options written beside an image or a video. Raises `InputError`."""
         known = IMAGE_OPTIONS if kind == "image" else tuple(f.name for f in fields(cls))
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in part.items():
             if name in ("type", kind) or value is None:
                 continue

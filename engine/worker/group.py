@@ -182,16 +182,17 @@ class WorkerGroup:
 
     def _fault(self, error: Exception) -> Exception:
         """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""
-        code = error.code() if isinstance(error, grpc.RpcError) else None
+        if not isinstance(error, grpc.RpcError):
+            return WorkerGroupError(f"a worker failed: {error}")
+        code, details = error.code(), error.details()
         if code == grpc.StatusCode.FAILED_PRECONDITION:
-            return ConfigError(error.details())
+            return ConfigError(details)
         if code == grpc.StatusCode.UNAVAILABLE:
             time.sleep(0.05)  # the socket closes a moment before the process can be waited for
             try:
                 self._check_alive()
             except WorkerGroupError as dead:
                 return dead
-        details = error.details() if isinstance(error, grpc.RpcError) else str(error)
         return WorkerGroupError(f"a worker failed: {details}")
 
     def _check_alive(self) -> None:

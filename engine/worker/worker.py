@@ -61,6 +61,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             item = items.get()
             if isinstance(item, BaseException):
                 _refuse(context, item)
+                return
             yield item
             if item.HasField("memory"):
                 return

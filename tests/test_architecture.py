@@ -1,0 +1,148 @@
+"""The rules of the house: arrows point down, nothing dangerous is called, files stay short."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATED = ("_pb2.py", "_pb2_grpc.py")
+ROOMS = ("engine", "kernels", "scheduler", "benchmarks")
+FILES = sorted(
+    path
+    for room in ROOMS
+    for path in (ROOT / room).rglob("*.py")
+    if not path.name.endswith("_pb2.py")
+)
+
+# From bottom to top; a room imports from rooms before it, and from itself.
+LAYERS = [
+    ("proto", "scheduler", "kernels"),
+    ("engine.config",),
+    ("engine.hub", "engine.progress"),
+    ("engine.model",),
+    ("engine.runner",),
+    ("engine.worker",),
+    ("engine.input",),
+    ("engine.output",),
+    ("engine.step_input", "engine.capacity"),
+    ("engine.engine",),
+    ("engine.info", "engine.loop"),
+    ("engine.async_llm", "engine.llm", "engine.client"),
+    ("engine.server",),
+    ("benchmarks", "engine.cli"),
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+EXCEPTIONS = {("engine.cli", "benchmarks")}  # `octavo bench`
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def room_of(module: str) -> str | None:
+    return max(
+        (r for r in LEVEL if module == r or module.startswith(r + ".")), key=len, default=None
+    )
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports; our own without `octavo.`."""
+    package = name_of(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("octavo.") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            module = [*base, node.module] if node.module else base
+            for alias in node.names:
+                full = ".".join([*module, alias.name])
+                yield (
+                    full
+                    if (ROOT / full.replace(".", "/")).with_suffix(".py").exists()
+                    else (".".join(module))
+                )
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").removeprefix("octavo.")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_arrows_point_down(path: Path) -> None:
+    here = room_of(name_of(path))
+    for module in imports(path):
+        there = room_of(module)
+        if there is None or there == here or (here, there) in EXCEPTIONS:
+            continue
+        assert here is not None and LEVEL[there] < LEVEL[here], f"{here} imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("scheduler", set(sys.stdlib_module_names)),
+        ("kernels", {*sys.stdlib_module_names, "torch", "triton"}),
+    ],
+)
+def test_who_may_import_what(room: str, allowed: set[str]) -> None:
+    for path in (ROOT / room).glob("*.py"):
+        for module in imports(path):
+            assert module.split(".")[0] in {*allowed, room}, f"{path.name} imports {module}"
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+def test_L24_pickle() -> None:
+    """No pickle anywhere, and only Unix sockets between processes."""
+    for path in FILES:
+        wrong = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
+        assert not wrong & {module.split(".")[0] for module in imports(path)}, path
+    group = (ROOT / "engine/worker/group.py").read_text()
+    assert 'insecure_channel(f"unix:' in group and group.count("insecure_channel(") == 1
+
+
+def test_L25_torch_load() -> None:
+    """Weights come from safetensors alone; nothing is evaluated. (Training keeps its own state.)"""
+    for path in FILES:
+        if "demo_model" in path.parts:
+            continue
+        for call in calls(path):
+            assert call not in ("torch.load", "eval", "exec", "__import__", "os.system"), path
+            assert not call.endswith("trust_remote_code"), path
+
+
+def test_files_are_short() -> None:
+    for path in FILES:
+        lines = path.read_text().count("\n")
+        most = 480 if path.name == "paged_attention.py" else 340
+        assert lines <= most, f"{path}: {lines} lines"
+
+
+def test_functions_are_short() -> None:
+    """At most 60 lines, but for kernels; nine in ten under 30."""
+    sizes = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno
+                sizes.append(size)
+                kernel = node.name.startswith("_") and node.name.endswith("_kernel")
+                training = path.name == "train.py"
+                assert size <= 60 or kernel or training, f"{path}:{node.lineno} {node.name}"
+    sizes.sort()
+    assert sizes[len(sizes) * 9 // 10] < 32
+
+
+def test_every_package_is_installed() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    for path in FILES:
+        package = ".".join(["octavo", *path.relative_to(ROOT).parent.parts])
+        assert f'"{package}"' in setup, package

@@ -1,0 +1,106 @@
+"""The command line: help that teaches, one line for what the user can mend, numbers as JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from octavo.benchmarks.throughput import Workload
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+
+
+def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["info"], ["bench", "throughput"]])
+def test_help_teaches(command: list[str]) -> None:
+    done = octavo(*command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 8
+    if command:
+        assert "--model" in done.stdout
+
+
+def test_serve_has_vllms_names() -> None:
+    done = octavo("serve", "--help")
+    names = ("--tensor-parallel-size", "--max-model-len", "--max-num-seqs", "--dtype", "--host")
+    names += ("--max-num-batched-tokens", "--gpu-memory-utilization", "--port")
+    for name in names:
+        assert name in done.stdout, name
+
+
+def test_info(checkpoint: str) -> None:
+    done = octavo("info", "--model", checkpoint, "--json", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["layers"], found["attention_heads"], found["kv_heads"]) == (2, 4, 2)
+    assert found["tensor_parallel_sizes"] == [1, 2, 4]
+    assert found["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    assert found["weight_bytes"] == 4 * found["parameters"]
+    text = octavo("info", "--model", checkpoint)
+    assert "KV cache" in text.stdout and "fits" in text.stdout
+
+
+def test_info_of_the_real_shapes(tmp_path: Path) -> None:
+    """A folder with just a config.json tells what the 7B needs."""
+    config = (Path(__file__).parent / "data/config-7b.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    done = octavo("info", "--model", str(tmp_path), "--json", "--tensor-parallel-size", "4")
+    found = json.loads(done.stdout)
+    assert 8.2e9 < found["parameters"] < 8.4e9
+    assert found["kv_bytes_per_token"] * 4 == 57_344
+    assert found["tensor_parallel_sizes"] == [1, 2, 4, 7, 14, 28]
+
+
+def test_chat_here(checkpoint: str, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
+    image = ["--image", str(tmp_path / "a.png")]
+    done = octavo("chat", "--model", checkpoint, "--max-tokens", "5", *image, "What is it?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+def test_bench_throughput(checkpoint: str) -> None:
+    options = ["--input-len", "20", "--output-len", "6", "--num-prompts", "5", "--json"]
+    done = octavo("bench", "throughput", "--model", checkpoint, *options, "--image-size", "84x56")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["output_tokens"] == 30
+    assert found["prompt_tokens"] == 5 * (20 + 2 + 6)
+    assert found["output_tokens_per_second"] > 0 and found["ttft_p50"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chat", "--model", "/no/such", "hi"], "/no/such: no such folder"),
+        (["chat", "--server", "127.0.0.1:1", "hi"], "UNAVAILABLE"),
+        (["chat", "--server", "x:1", "--model", "y", "hi"], "give one"),
+        (["chat", "--image", "/no/such.png", "hi"], "No such file"),
+        (["chat", "--temperature", "-3", "hi"], "temperature=-3.0"),
+        (["info", "--model", "/no/such"], "/no/such: no such folder"),
+        (["info", "--tensor-parallel-size", "3"], "1, 2, 4"),
+        (["bench", "throughput", "--num-prompts", "0"], "--num-prompts 0"),
+        (["bench", "throughput", "--image-size", "big"], "WIDTHxHEIGHT"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(arguments: list[str], words: str) -> None:
+    done = octavo(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_workload_is_the_same_in_every_run() -> None:
+    assert Workload.parse(1, 2, 3, None) == Workload(1, 2, 3, None)
+    assert Workload.parse(1, 2, 3, "448x224").image_size == (448, 224)
