@@ -62,7 +62,7 @@ def make_questions(folder: Path) -> list[Question]:
     }
     for name, picture in pictures.items():
         picture.image.save(folder / name)
-    save_mp4(folder / "moving.mp4", draw_motion(rng, CANVAS, "left", 8))
+    save_mp4(folder / "moving.mp4", [p.image for p in draw_motion(rng, CANVAS, "left", 8)])
 
     def ask(question: str, right: str, *files: str) -> Question:
         parts = [_part(folder / name) for name in files]

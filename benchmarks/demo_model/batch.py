@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from .draw import Picture
+from .draw import DIRECTIONS, Mark
 from .paint import COLORS, SHAPES
 
-IMAGE_PIXELS = (168 * 168, 308 * 308)
+IMAGE_PIXELS = (168 * 168, 364 * 364)
 VIDEO_PIXELS = (112 * 112, 112 * 112)
 FACTOR, PATCH = 28, 14
 
@@ -35,7 +35,7 @@ class Item:
     pixels: torch.Tensor
     temporal: int  # temporal patches
     offset: int = 0
-    labels: dict[str, torch.Tensor] = field(default_factory=dict)  # [b, patches]
+    labels: dict[str, torch.Tensor] = field(default_factory=dict)  # [b * temporal, patches]
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -65,27 +65,39 @@ def merge_order(grid: np.ndarray) -> np.ndarray:
 
 
 def patch_labels(
-    picture: Picture, canvas: tuple[int, int], h: int, w: int
+    marks: tuple[Mark, ...], canvas: tuple[int, int], h: int, w: int, direction: str = ""
 ) -> dict[str, np.ndarray]:
-    """What lies on each patch of the resized picture."""
-    color, shape = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64)
-    centre, digit = np.zeros((h, w), np.int64), np.zeros((h, w, 2), np.int64)
-    order = np.zeros((h, w, 2), np.int64)  # which one it is, from the left
-    ranks = {id(m): min(6, i + 1) for i, m in enumerate(sorted(picture.marks, key=lambda m: m.x))}
+    """What lies on each of the h x w patches of the resized picture; 0 is nothing.
+
+    Digits and the marks' order from the left have a label for each half of a patch, since two small
+    digits fit one patch."""
+    color, shape, centre, motion = (np.zeros((h, w), np.int64) for _ in range(4))
+    digit, order = (np.zeros((h, w, 2), np.int64) for _ in range(2))
     sx, sy = w / canvas[0], h / canvas[1]
     ys, xs = np.mgrid[0:h, 0:w] + 0.5
-    for mark in picture.marks:
-        x, y = mark.x * sx, mark.y * sy
+    halves = (np.arange(2 * w).reshape(w, 2) + 0.5) / 2
+    for rank, mark in enumerate(sorted(marks, key=lambda m: m.x)):
+        x, y, rx, ry = mark.x * sx, mark.y * sy, mark.width / 2 * sx, mark.height / 2 * sy
         row, col = min(h - 1, int(y)), min(w - 1, int(x))
+        centre[row, col] = 1
         if mark.digit >= 0:
-            half = int((x - col) * 2) % 2
-            digit[row, col, half], order[row, col, half] = mark.digit + 1, ranks[id(mark)]
+            over = np.minimum(ys[:, 0] + 0.5, y + ry) - np.maximum(ys[:, 0] - 0.5, y - ry)
+            rows = over > 0.4 * min(1.0, 2 * ry)
+            rows[row] = True
+            covered = rows[:, None, None] & (abs(halves - x) < rx)[None]
+            covered[row, col, int((x - col) * 2) % 2] = True
+            digit[covered], order[covered] = mark.digit + 1, rank + 1
             continue
-        inside = ((xs - x) / (mark.size / 2 * sx)) ** 2 + (
-            (ys - y) / (mark.size / 2 * sy)
-        ) ** 2 < 0.9
+        inside = ((xs - x) / rx) ** 2 + ((ys - y) / ry) ** 2 < 0.9
+        inside[row, col] = True
         color[inside] = 1 + COLORS.index(mark.color)
         shape[inside] = 1 + SHAPES.index(mark.shape)
-        centre[row, col], order[row, col] = 1, ranks[id(mark)]
+        order[inside] = min(6, rank + 1)
+        motion[inside] = 1 + DIRECTIONS.index(direction) if direction else 0
     found = {"color": color, "shape": shape, "centre": centre, "digit": digit, "order": order}
-    return {name: merge_order(labels) for name, labels in found.items()}
+    return {name: merge_order(labels) for name, labels in (found | {"motion": motion}).items()}
+
+
+def between(first: Mark, second: Mark) -> Mark:
+    """Where a moving shape is in the middle of two frames."""
+    return replace(first, x=(first.x + second.x) / 2, y=(first.y + second.y) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from .batch import (
     VIDEO_PIXELS,
     Batch,
     Item,
+    between,
     patch_labels,
     smart_resize,
 )
@@ -80,9 +82,8 @@ class Maker:
         pixels = np.stack(
             [np.asarray(p.image.resize((w, h), Image.Resampling.BICUBIC)) for p in pictures]
         )
-        labels = [patch_labels(p, p.image.size, h // PATCH, w // PATCH) for p in pictures]
-        joined = {k: torch.from_numpy(np.stack([one[k] for one in labels])) for k in labels[0]}
-        return Item(torch.from_numpy(pixels), 1, labels=joined)
+        labels = [patch_labels(p.marks, p.image.size, h // PATCH, w // PATCH) for p in pictures]
+        return Item(torch.from_numpy(pixels), 1, labels=join(labels, "motion"))
 
     def make(self, kind: str, budget: int) -> Batch:
         """A batch of about `budget` patches."""
@@ -190,11 +191,16 @@ class Maker:
         frames = int(rng.choice([4, 4, 4, 6, 6, 8, 8, 10, 12]))
         n = int(max(2, min(48, budget // (frames // 2 * goal[0] * goal[1] // PATCH**2))))
         wanted = [str(rng.choice(DIRECTIONS)) for _ in range(n)]
-        stacks = []
+        stacks, labels = [], []
         for canvas, direction in zip(canvases, wanted, strict=False):
             clip = draw_motion(rng, canvas, direction, frames)
-            stacks += [np.asarray(f.resize(goal[::-1], Image.Resampling.BICUBIC)) for f in clip]
-        item = Item(torch.from_numpy(np.stack(stacks)), frames // 2)
+            images = (p.image.resize(goal[::-1], Image.Resampling.BICUBIC) for p in clip)
+            stacks += [np.asarray(image) for image in images]
+            grid = goal[0] // PATCH, goal[1] // PATCH
+            for a, b in zip(clip[::2], clip[1::2], strict=True):
+                mark = between(a.marks[0], b.marks[0])
+                labels.append(patch_labels((mark,), canvas, *grid, direction))
+        item = Item(torch.from_numpy(np.stack(stacks)), frames // 2, labels=join(labels))
         talks = [[(QUESTIONS["motion"], d)] for d in wanted]
         return self.batch("motion", [item], talks, rng.random() < 0.1)
 
@@ -256,8 +262,15 @@ class Maker:
         )
 
 
+def join(labels: list[dict[str, np.ndarray]], without: str = "") -> dict[str, torch.Tensor]:
+    names = [name for name in labels[0] if name != without]
+    return {name: torch.from_numpy(np.stack([one[name] for one in labels])) for name in names}
+
+
 class Batches(IterableDataset):
-    """Lists of batches, one list an optimizer step; seeded by (seed, step)."""
+    """Lists of batches, one list an optimizer step; seeded by (seed, step).
+
+    Each list comes twice, some hundred steps apart: drawing costs a third of a step."""
 
     def __init__(
         self,
@@ -272,17 +285,21 @@ class Batches(IterableDataset):
         self.small, self.budget, self.weights = small, budget, weights
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         kinds, chances = list(self.weights), np.array(list(self.weights.values()))
-        step = self.first + worker
+        step = self.first
+        drawn: deque[list[Batch]] = deque()
         while True:
+            if len(drawn) > 100 and step % 2:
+                yield drawn.popleft()
+                step += 1
+                continue
             rng = np.random.default_rng([self.seed, step])
             maker = Maker(tokenizer, rng, self.small)
             chosen = rng.choice(kinds, 2, replace=False, p=chances / chances.sum())
             batches = [maker.make(str(kind), self.budget) for kind in chosen]
             if rng.random() < 0.05:
                 batches.append(maker.make("who", 0))
+            drawn.append(batches)
             yield batches
-            step += workers
+            step += 1

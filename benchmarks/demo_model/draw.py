@@ -27,7 +27,8 @@ class Mark:
 
     x: float  # centre
     y: float
-    size: float  # of its box
+    width: float  # of its box
+    height: float
     color: str = ""
     shape: str = ""
     digit: int = -1
@@ -61,7 +62,7 @@ def draw_shape(
     size = min(canvas) * rng.uniform(0.25, 0.8)
     x, y = _place(rng, canvas, size)
     paint(image, x, y, size, color_of(rng, color), choose_style(rng, shape))
-    return Picture(finish(rng, image), (Mark(x, y, size, color, shape),))
+    return Picture(finish(rng, image), (Mark(x, y, size, size, color, shape),))
 
 
 def draw_count(rng: np.random.Generator, canvas: tuple[int, int], count: int) -> Picture:
@@ -79,12 +80,12 @@ def draw_count(rng: np.random.Generator, canvas: tuple[int, int], count: int) ->
         if tries > 400:
             marks, tries = [], 0
             image = new_canvas(rng, canvas)
-        if any(max(abs(x - m.x), abs(y - m.y)) < gap * (size + m.size) / 2 for m in marks):
+        if any(max(abs(x - m.x), abs(y - m.y)) < gap * (size + m.width) / 2 for m in marks):
             continue
         if not same:
             color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
         paint(image, x, y, size, color_of(rng, color), choose_style(rng, shape))
-        marks.append(Mark(x, y, size, color, shape))
+        marks.append(Mark(x, y, size, size, color, shape))
     return Picture(finish(rng, image), tuple(marks))
 
 
@@ -182,9 +183,8 @@ def draw_number(
     marks = []
     for i, char in enumerate(text):
         start, stop = font.getlength(text[:i]), font.getlength(text[: i + 1])
-        marks.append(
-            Mark(x + (start + stop) / 2, y + (top + bottom) / 2, float(size), digit=int(char))
-        )
+        middle = x + (start + stop) / 2, y + (top + bottom) / 2
+        marks.append(Mark(*middle, stop - start, bottom - top, digit=int(char)))
     return Picture(finish(rng, image), tuple(marks))
 
 
@@ -212,7 +212,7 @@ def draw_digits(rng: np.random.Generator, canvas: tuple[int, int], smallest: int
         boxes.append((x, y, x + width, y + height))
         color = tuple(int(v) for v in rng.integers(0, 90, 3))
         draw.text((x - left, y - top), str(digit), fill=color, font=font)
-        marks.append(Mark(x + width / 2, y + height / 2, height, digit=digit))
+        marks.append(Mark(x + width / 2, y + height / 2, width, height, digit=digit))
     return Picture(finish(rng, image), tuple(marks))
 
 
@@ -224,7 +224,7 @@ def choose_number(rng: np.random.Generator, canvas: tuple[int, int], size: int =
 
 def draw_motion(
     rng: np.random.Generator, canvas: tuple[int, int], direction: str, num_frames: int
-) -> list[Image.Image]:
+) -> list[Picture]:
     """A shape that moves straight, evenly or nearly, over a part of the canvas."""
     axis = 0 if direction in ("left", "right") else 1
     sign = 1 if direction in ("right", "down") else -1
@@ -235,10 +235,8 @@ def draw_motion(
     low = size / 2 + rng.uniform(0, room - way)
     start[axis] = low if sign > 0 else low + way
     drift = rng.uniform(-0.04, 0.04) * canvas[1 - axis] if rng.random() < 0.3 else 0.0
-    color, style = (
-        color_of(rng, str(rng.choice(COLORS))),
-        choose_style(rng, str(rng.choice(SHAPES))),
-    )
+    color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
+    shade, style = color_of(rng, color), choose_style(rng, shape)
     base = new_canvas(rng, canvas)
     quality = int(rng.integers(35, 90)) if rng.random() < 0.5 else 0
     frames = []
@@ -248,12 +246,12 @@ def draw_motion(
         place[axis] += sign * way * part
         place[1 - axis] += drift * part
         frame = base.copy()
-        paint(frame, place[0], place[1], size, color, style)
+        paint(frame, place[0], place[1], size, shade, style)
         if quality:
             buffer = io.BytesIO()
             frame.save(buffer, "JPEG", quality=quality)
             frame = Image.open(buffer).convert("RGB")
-        frames.append(frame)
+        frames.append(Picture(frame, (Mark(*place, size, size, color, shape),)))
     return frames
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# classes of the training heads: color, shape, centre or not, two digits, their order, row, column
-AUX_SIZES = (9, 7, 2, 22, 14, 8, 8)
+# classes of the training heads: color, shape, centre or not, digit and order from the left for each
+# half of a patch, direction of motion, row, column
+AUX_SIZES = (9, 7, 2, 22, 14, 5, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,12 @@ class TrainModel(nn.Module):
         self.s = s
         self.visual = Vision(s)
         self.model = Decoder(s)
-        self.aux = nn.Linear(s.v_dim, sum(AUX_SIZES))
+        self.aux = nn.ModuleList(
+            (nn.Linear(s.v_dim, sum(AUX_SIZES)), nn.Linear(s.hidden, 4 * sum(AUX_SIZES)))
+        )
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                nn.init.normal_(
-                    p, std=0.02 if "embed_tokens" in name else (1.0 / p[0].numel()) ** 0.5 * 0.7
-                )
+                nn.init.normal_(p, std=0.02 if "embed" in name else 0.7 * p[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -224,6 +225,12 @@ class TrainModel(nn.Module):
         angles = torch.cat((angles, angles), dim=1)
         return angles.cos(), angles.sin()
 
+    def look(self, patches: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [frames, h*w/4, hidden] and guesses [2, frames, h*w, classes]."""
+        embedded, feature = self.visual(patches, h, w)
+        late = self.aux[1](embedded).view(*feature.shape[:2], -1)
+        return embedded, torch.stack((self.aux[0](feature), late))
+
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -232,19 +239,19 @@ class TrainModel(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """token_ids [b, n], positions [3, n]; media: (patches [b*t, h*w, 1176], h, w, offset).
 
-        Returns hidden states [b, n, hidden] and the vision features of each item."""
+        Returns hidden states [b, n, hidden] and each item's guesses [2, frames, patches, classes]
+        by the training heads, from the tower and from the embeddings."""
         x = self.model.embed_tokens(token_ids)
-        features = []
-        b = len(x)
+        guesses = []
         for patches, h, w, offset in media:
-            embedded, feature = self.visual(patches, h, w)
-            embedded = embedded.reshape(b, -1, embedded.shape[-1]).to(x.dtype)
+            embedded, guess = self.look(patches, h, w)
+            guesses.append(guess)
+            embedded = embedded.reshape(len(x), -1, embedded.shape[-1]).to(x.dtype)
             x = torch.cat((x[:, :offset], embedded, x[:, offset + embedded.shape[1] :]), dim=1)
-            features.append(feature)
         cos, sin = self.rotary(positions)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        return self.model.norm(x), features
+        return self.model.norm(x), guesses
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.model.embed_tokens.weight)
