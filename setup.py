@@ -36,6 +36,7 @@ class BuildWithoutSetup(build_py):
 TEST = [
     "transformers>=5.23,<6",
     "huggingface_hub>=1.0",
+    "modelscope>=1.20",
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-asyncio>=1.0",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import re
 from pathlib import Path
 
@@ -9,7 +11,10 @@ from .config import EMBEDDED_MODEL, ConfigError, read_json
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no other format is read
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SOURCES = ("huggingface", "modelscope")
+SOURCES = {  # name: its client's package, and what people call it
+    "huggingface": ("huggingface_hub", "Hugging Face"),
+    "modelscope": ("modelscope", "ModelScope"),
+}
 
 
 def resolve_model(name_or_path: str | Path | None, source: str = "huggingface") -> Path:
@@ -31,38 +36,33 @@ def resolve_model(name_or_path: str | Path | None, source: str = "huggingface") 
         raise ConfigError(
             f"{name}: no such folder, and not a hub id such as Qwen/Qwen2-VL-2B-Instruct"
         )
-    return _from_modelscope(name) if source == "modelscope" else _from_huggingface(name)
+    return _from_hub(name, source)
 
 
-def _from_huggingface(name: str) -> Path:
+def _from_hub(name: str, source: str) -> Path:
+    """From the cache of the hub's own client, else downloaded by it; it shows a progress bar."""
+    package, hub = SOURCES[source]
     try:
-        from huggingface_hub import snapshot_download
+        download = importlib.import_module(package).snapshot_download
     except ImportError:
-        raise ConfigError(_needs_extra(name, "huggingface_hub")) from None
-    try:
-        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=FILES))
+        raise ConfigError(
+            f"{name}: no such folder; to look it up in a hub, {package} is needed: "
+            "pip install 'octavo[hub]'"
+        ) from None
+    with contextlib.suppress(Exception):  # not cached; the clients' errors differ by release
+        cached = Path(download(name, local_files_only=True, allow_patterns=FILES))
         if is_complete(cached):
             return cached
-    except Exception:  # not in the cache; the hub's own error types differ between its releases
-        pass
     try:
-        found = Path(snapshot_download(name, allow_patterns=FILES))
+        found = Path(download(name, allow_patterns=FILES))
     except Exception as error:
-        raise ConfigError(_not_found(name, "Hugging Face", error)) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{name}: neither a folder, nor in the local cache, nor to be had from {hub}: {reason}"
+        ) from None
     if not is_complete(found):  # offline, the client hands over what part it has
         raise ConfigError(f"{name}: {found} holds a part of the checkpoint, and the hub is offline")
     return found
-
-
-def _from_modelscope(name: str) -> Path:
-    try:
-        from modelscope import snapshot_download
-    except ImportError:
-        raise ConfigError(_needs_extra(name, "modelscope")) from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))  # looks in its cache first
-    except Exception as error:
-        raise ConfigError(_not_found(name, "ModelScope", error)) from None
 
 
 def is_complete(folder: Path) -> bool:
@@ -77,18 +77,3 @@ def is_complete(folder: Path) -> bool:
         return any(folder.glob("*.safetensors"))
     names = read_json(index).get("weight_map", {}).values()
     return all((folder / name).is_file() for name in set(names))
-
-
-def _needs_extra(name: str, package: str) -> str:
-    return (
-        f"{name}: no such folder; to look it up in a hub, {package} is needed: "
-        "pip install 'octavo[hub]'"
-    )
-
-
-def _not_found(name: str, hub: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()
-    return (
-        f"{name}: neither a folder, nor in the local cache, nor to be had from {hub}: "
-        f"{reason[0] if reason else type(error).__name__}"
-    )

@@ -94,25 +94,45 @@ def test_a_missing_package_is_named_with_its_extra(
         resolve_model("Qwen/Qwen2-VL-2B-Instruct", source)
 
 
-def test_modelscope_where_the_user_asks_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_modelscope_where_the_user_asks_for_it(tmp_path: Path) -> None:
+    """ModelScope's own client, on a cache laid out as it lays one out."""
+    pytest.importorskip("modelscope")
+    folder = tmp_path / "models" / "Qwen--Qwen2-VL-0B" / "snapshots" / "master"
+    write_tiny_checkpoint(folder, shards=2)
+    call = "resolve_model('Qwen/Qwen2-VL-0B', 'modelscope')"
+    code = f"from octavo.engine.hub import resolve_model; print({call})"
+    environment = {"MODELSCOPE_CACHE": str(tmp_path), "HOME": str(tmp_path), "PATH": ""}
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip().splitlines()[-1] == str(folder)
+
+
+@pytest.mark.parametrize("package", ["huggingface_hub", "modelscope"])
+def test_what_is_not_cached_is_downloaded(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The local cache first, then the hub; weights in other formats are never asked for."""
     asked = []
 
-    def snapshot_download(model_id: str, allow_patterns: list[str]) -> str:
-        asked.append((model_id, tuple(allow_patterns)))
-        if model_id == "Qwen/None":
+    def snapshot_download(
+        name: str, local_files_only: bool = False, allow_patterns: list[str] | None = None
+    ) -> str:
+        asked.append((name, local_files_only))
+        assert allow_patterns and "*.bin" not in allow_patterns
+        if local_files_only or name == "Qwen/None":
             raise ValueError("no such model\nand more")
-        return str(tmp_path)
+        return str(write_tiny_checkpoint(tmp_path))
 
-    fake = types.ModuleType("modelscope")
+    fake = types.ModuleType(package)
     fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "modelscope", fake)
-    assert resolve_model("Qwen/Qwen2-VL-2B-Instruct", "modelscope") == tmp_path
-    assert asked[0][0] == "Qwen/Qwen2-VL-2B-Instruct"
-    assert "*.bin" not in asked[0][1]
-    with pytest.raises(ConfigError, match=r"ModelScope: no such model$"):
-        resolve_model("Qwen/None", "modelscope")
+    monkeypatch.setitem(sys.modules, package, fake)
+    source = package.removesuffix("_hub")
+    assert resolve_model("Qwen/Qwen2-VL-2B-Instruct", source) == tmp_path
+    assert [local for _, local in asked] == [True, False]
+    with pytest.raises(ConfigError, match=r": no such model$"):
+        resolve_model("Qwen/None", source)
 
 
 def test_other_sources_are_refused() -> None:
