@@ -167,6 +167,12 @@ class PreprocessConfig:
         """
         image = read_json(path / "preprocessor_config.json", missing_ok=True)
         video = read_json(path / "video_preprocessor_config.json", missing_ok=True)
+        size = image.get("size") or {}  # newer writers keep the limits there
+        image = {
+            "min_pixels": size.get("shortest_edge"),
+            "max_pixels": size.get("longest_edge"),
+            **image,
+        }
         found = {name: image[name] for name in ("min_pixels", "max_pixels") if image.get(name)}
         found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
         found |= {

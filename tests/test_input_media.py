@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -158,13 +160,13 @@ def test_L05_media_hash() -> None:
 
 
 def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
-    """A clip whose frame i has level 8 * i."""
+    """A clip whose frame i has level 8 * i, from 0 again after 255."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(num_frames):
-            level = np.full((size[1], size[0], 3), 8 * i, np.uint8)
+            level = np.full((size[1], size[0], 3), 8 * i % 256, np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")))
         file.mux(stream.encode(None))
     return buffer.getvalue()
@@ -259,3 +261,36 @@ def test_video_options() -> None:
     for wrong in ({"fps": float("inf")}, {"fps": 1, "nframes": 4}, {"fps": 0}):
         with pytest.raises(InputError):
             MediaOptions.from_part({"type": "video", **wrong}, "video", "part")
+
+
+LONG_VIDEO = """
+import io, resource, sys
+from pathlib import Path
+from octavo.engine.config import PreprocessConfig
+from octavo.engine.input.media import MediaOptions
+from octavo.engine.input.video import load_video
+data = Path(sys.argv[1]).read_bytes()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+clip = load_video(data, MediaOptions(fps=1.0), PreprocessConfig(), 2000, 28, "video", True)
+print(len(clip.pixels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_L12_video_memory(tmp_path: Path) -> None:
+    """Frames are chosen first and only those are held: 1,200 decoded frames are 691 MB."""
+    (tmp_path / "long.mp4").write_bytes(mp4(1200, rate=30, size=(480, 400)))
+    command = [sys.executable, "-P", "-c", LONG_VIDEO, str(tmp_path / "long.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    frames, kilobytes = map(int, done.stdout.split())
+    assert frames == 40
+    assert kilobytes < 120_000
+
+
+def test_limits_are_read_in_both_forms(tmp_path: Path) -> None:
+    for text in (
+        '{"min_pixels": 3136, "max_pixels": 50176}',
+        '{"size": {"shortest_edge": 3136, "longest_edge": 50176}}',
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        found = PreprocessConfig.from_dir(tmp_path)
+        assert (found.min_pixels, found.max_pixels) == (3136, 50176)

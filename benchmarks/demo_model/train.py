@@ -90,9 +90,9 @@ def aux_loss(out: torch.Tensor, item: Item) -> torch.Tensor:
         guess = guesses[name].flatten(0, -2)
         each = F.cross_entropy(guess, label.flatten(), reduction="none")
         there = label.flatten() > 0
-        loss = loss + each[~there].mean() * 0.5
-        if there.any():
-            loss = loss + each[there].mean() * 0.5
+        for chosen in (there, ~there):
+            if chosen.any():
+                loss = loss + each[chosen].mean() * 0.5
     return loss
 
 
@@ -138,7 +138,8 @@ class Trainer:
         self.tokenizer = make_tokenizer(VOCABULARY)
         self.tokenizer.save(str(self.folder / "tokenizer.json"))
         self.model = TrainModel(Shape())
-        whiten(self.model, self.tokenizer, self.seed)
+        if not self.state_file.exists():
+            whiten(self.model, self.tokenizer, self.seed)
         self.optimizers = make_optimizers(self.model)
         self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
         if self.state_file.exists():
