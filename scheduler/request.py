@@ -7,10 +7,13 @@ more for a longer prompt than it must.
 from __future__ import annotations
 
 import enum
-import math
+import reprlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
 
 UnitKey = tuple[bytes, int]  # (media_hash, index of the encode unit in its item)
 
@@ -30,6 +33,13 @@ class RequestStatus(enum.Enum):
     @property
     def is_finished(self) -> bool:
         return self.name.startswith("FINISHED")
+
+
+def shown(value: object) -> str:
+    """A caller's value for an error's text: never long."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a whole number of {value.bit_length()} bits"
+    return _REPR.repr(value)
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,11 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if value is not None and not isinstance(value, list | tuple | set | frozenset):
+                raise ValueError(f"{name}={shown(value)}: must be a list")
+            object.__setattr__(self, name, tuple(value or ()))
         self._check_numbers()
         self._check_stops()
 
@@ -74,11 +86,11 @@ class SamplingParams:
                 continue
             whole = isinstance(low, int)
             kinds = (int,) if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
                 kind = "a whole number" if whole else "a finite number"
-                raise ValueError(f"{name}={value!r}: must be {kind}")
+                raise ValueError(f"{name}={shown(value)}: must be {kind}")
             if not low <= value <= high:
-                raise ValueError(f"{name}={value!r}: must be from {low} to {high}")
+                raise ValueError(f"{name}={shown(value)}: must be from {low} to {high}")
         if self.top_p == 0:
             raise ValueError("top_p=0: must be over 0; temperature=0 is greedy")
 
@@ -87,10 +99,10 @@ class SamplingParams:
             raise ValueError(f"stop: at most {MAX_STOP_STRINGS} stop strings and token ids")
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise ValueError(f"stop={text!r}: 1 to {MAX_STOP_LENGTH} characters each")
+                raise ValueError(f"stop={shown(text)}: 1 to {MAX_STOP_LENGTH} characters each")
         for token in self.stop_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"stop_token_ids={token!r}: must be token ids")
+                raise ValueError(f"stop_token_ids={shown(token)}: must be token ids")
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
         """Fills every field that is None from `defaults`."""

@@ -1,5 +1,6 @@
 """From messages to token ids: templates, special tokens as text, placeholders, limits."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -148,18 +149,72 @@ def test_L16_client_assert_bad_messages_are_input_errors(
         processor.from_messages(messages)
 
 
-def test_what_is_too_long_names_the_settings_that_fit(processor: InputProcessor) -> None:
-    large = {"min_pixels": 1568_000, "max_pixels": 1568_000}
-    images = [{"type": "image", "image": still(seed, seed), **large} for seed in (56, 84, 112)]
-    with pytest.raises(InputError, match=r"max_pixels=(\d+) for each image would fit") as refused:
-        processor.from_messages(ask(*images, text("?")))
-    limit = int(str(refused.value).split("max_pixels=")[1].split()[0])
-    fits = [{**image, "min_pixels": 3136, "max_pixels": limit} for image in images]
-    assert len(processor.from_messages(ask(*fits, text("?"))).prompt_token_ids) < 4096
-    frames = [still(280, 280)] * 60
-    video = {"type": "video", "video": frames, "total_pixels": 10_000_000}
-    with pytest.raises(InputError, match=r"total_pixels=\d+ for each video would fit"):
-        processor.from_messages(ask(video))
+def follow(advice: str, part: dict[str, Any]) -> dict[str, Any]:
+    """The part with what an error's text says would fit."""
+    if found := re.search(r"at most (\d+) frames", advice):
+        return {**part, "video": part["video"][: int(found[1])]}
+    if found := re.search(r"resized_height × resized_width of at most (\d+)", advice):
+        side = int(int(found[1]) ** 0.5) // 28 * 28
+        return {**part, "resized_height": side, "resized_width": side}
+    found = dict(re.findall(r"(m.._pixels)=(\d+)", advice))
+    assert "max_pixels" in found, advice
+    return {**part, **{name: int(value) for name, value in found.items()}}
+
+
+IMAGE = {"type": "image", "image": still(56, 84)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{**IMAGE, "image": still(side, side), "max_pixels": 1568_000, "min_pixels": 1568_000}
+         for side in (56, 84, 112)],
+        [{**IMAGE, "min_pixels": 1 << 40}],
+        [{**IMAGE, "min_pixels": 100_000_000, "max_pixels": 100_000_000}],
+        [{**IMAGE, "resized_height": 28 * 90, "resized_width": 28 * 60}],
+        [{"type": "video", "video": [still(280, 280)] * 60, "total_pixels": 10_000_000}],
+        [{"type": "video", "video": [still(448, 448)] * 80}],
+        [{"type": "video", "video": [still(28, 28)] * 1500, "max_pixels": 28 * 28 * 8}],
+        [{"type": "video", "video": [still(28, 28)] * 1500, "min_pixels": 28 * 28 * 16}],
+        [{"type": "video", "video": [still(56, 28)] * 20,
+          "resized_height": 28 * 30, "resized_width": 28 * 30}],
+    ],
+    ids=lambda parts: f"{len(parts)} {parts[0]['type']}",
+)  # fmt: skip
+def test_what_is_too_long_names_the_settings_that_fit(
+    processor: InputProcessor, parts: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(InputError, match=r"would fit, or raise max_model_len$") as refused:
+        processor.from_messages(ask(*parts, text("?")))
+    followed = [follow(str(refused.value), part) for part in parts]
+    assert len(processor.from_messages(ask(*followed, text("?"))).prompt_token_ids) < 4096
+
+
+def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
+    processor: InputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is refused for its length is refused before it is resized or encoded."""
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("it was resized")
+
+    monkeypatch.setattr("octavo.engine.input.processor.resize", never)
+    monkeypatch.setattr("octavo.engine.input.video.resize_frame", never)
+    monkeypatch.setattr(processor.tokenizer, "encode_marked", never)
+    huge = [
+        ask({**IMAGE, "min_pixels": 1 << 40}),
+        ask({"type": "video", "video": [still(56, 56)] * 768,
+             "resized_height": 3500, "resized_width": 3500}),
+        ask({"type": "video", "video": [still(56, 56)] * 2, "min_pixels": 1 << 30}),
+        ask(text("x" * (4096 * processor.tokenizer.longest + 1))),
+    ]  # fmt: skip
+    for messages in huge:
+        with pytest.raises(InputError, match="max_model_len=4096"):
+            processor.from_messages(messages)
+    with pytest.raises(InputError, match="max_model_len=4096"):
+        processor.from_text("x" * (4096 * processor.tokenizer.longest + 1))
+    with pytest.raises(InputError, match="5000 of them"):
+        processor.from_token_ids([1] * 5000)
 
 
 def test_total_pixels_default_leaves_room_in_max_model_len(processor: InputProcessor) -> None:

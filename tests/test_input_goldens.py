@@ -17,6 +17,7 @@ from octavo.engine.input.errors import InputError
 from octavo.engine.input.image import image_size, load_image, resize, smart_resize
 from octavo.engine.input.media import MediaOptions
 from octavo.engine.input.mrope import mrope_positions
+from octavo.engine.input.room import TokenRoom
 from octavo.engine.input.video import frame_indices, load_video, smart_nframes
 from octavo.kernels.patches import cut_patches
 from octavo.scheduler.request import MediaSpan
@@ -79,7 +80,8 @@ def test_pixels_are_transformers_pixels(case: dict[str, Any]) -> None:
         pixels = resize(image, *size)[None]
     else:
         files = [DATA / name for name in case["files"]]
-        pixels = load_video(files, options, DEFAULTS, 128_000, 28, "video", True).pixels
+        room = TokenRoom(128_000, 0, 1, 28)
+        pixels = load_video(files, options, DEFAULTS, room, "video", True).pixels
         assert list(pixels.shape[1:3]) == case["resized"]
     patches = cut_patches(
         torch.from_numpy(pixels.copy()),

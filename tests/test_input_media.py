@@ -17,6 +17,7 @@ from octavo.engine.config import PreprocessConfig
 from octavo.engine.input.errors import InputError
 from octavo.engine.input.image import load_image
 from octavo.engine.input.media import MAX_LISTED_FRAMES, MediaOptions, make_item, media_hash
+from octavo.engine.input.room import TokenRoom
 from octavo.engine.input.video import Clip, load_video
 
 DEFAULTS = PreprocessConfig(video_min_pixels=28 * 28 * 4)
@@ -173,7 +174,8 @@ def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> by
 
 
 def video(source: Any, **options: Any) -> Clip:
-    return load_video(source, MediaOptions(**options), DEFAULTS, 10_000, 28, "video", True)
+    room = TokenRoom(10_000, 0, 1, 28)
+    return load_video(source, MediaOptions(**options), DEFAULTS, room, "video", True)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +196,30 @@ def test_frames_of_a_file(options: dict[str, Any], indices: list[int]) -> None:
         assert abs(float(frame.mean()) - 8 * index) < 6
 
 
-def test_a_file_with_fewer_frames_than_it_says() -> None:
+def test_a_file_with_fewer_frames_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few are lacking: frames are chosen again among those that are there. Many are: refused."""
+    monkeypatch.setattr("octavo.engine.input.video._count_frames", lambda *a: (32, 10.0))
     clip = video(mp4(30), nframes=4)
-    assert clip.pixels.shape[0] == 4
+    assert (clip.pixels.shape[0], clip.frame_indices) == (4, (0, 10, 19, 29))
+    monkeypatch.setattr("octavo.engine.input.video._count_frames", lambda *a: (90, 10.0))
+    with pytest.raises(InputError, match="30 of its 90 frames"):
+        video(mp4(30), nframes=4)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    """With its index in front, so that what is left decodes."""
+    path = tmp_path / "whole.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for i in range(30):
+            file.mux(stream.encode(av.VideoFrame.from_image(noise(320, 240, seed=i))))
+        file.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert len(video(data).pixels) == 6
+    for share in (0.3, 0.6):
+        with pytest.raises(InputError, match="broken"):
+            video(data[: int(len(data) * share)])
 
 
 def test_frames_of_a_list(tmp_path: Path) -> None:
@@ -244,6 +267,8 @@ def test_what_is_no_video_is_refused_clearly(
         ({"min_pixels": True}, "whole number"),
         ({"min_pixels": "100"}, "whole number"),
         ({"max_pixels": float("nan")}, "whole number"),
+        ({"max_pixels": 10**400}, "at most"),
+        ({"max_pixels": 10**5000}, "at most"),
         ({"max_pixels": 1 << 60}, "at most"),
         ({"min_pixels": 9000, "max_pixels": 4000}, "over max_pixels"),
         ({"resized_height": 28}, "give both"),
@@ -268,10 +293,12 @@ import io, resource, sys
 from pathlib import Path
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.input.media import MediaOptions
+from octavo.engine.input.room import TokenRoom
 from octavo.engine.input.video import load_video
 data = Path(sys.argv[1]).read_bytes()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-clip = load_video(data, MediaOptions(fps=1.0), PreprocessConfig(), 2000, 28, "video", True)
+room = TokenRoom(5000, 0, 1, 28)
+clip = load_video(data, MediaOptions(fps=1.0), PreprocessConfig(), room, "video", True)
 print(len(clip.pixels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

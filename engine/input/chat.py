@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
-from .errors import InputError
+from .errors import InputError, shown
 from .tokenizer import TextTokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -69,12 +69,10 @@ def read_messages(messages: Any) -> Conversation:
 def _read_message(field: str, message: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(field, f"must be a dict, not {type(message).__name__}")
-    unknown = sorted(set(message) - {"role", "content"})
-    if unknown:
-        raise InputError(field, f"{unknown[0]!r} is unknown; a message has role and content")
+    _refuse_unknown(field, message, ("role", "content"))
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise InputError(f"{field}.role", f"{role!r}; must be one of {', '.join(ROLES)}")
+        raise InputError(f"{field}.role", f"{shown(role)}; must be one of {', '.join(ROLES)}")
     if isinstance(content, bytes) or not isinstance(content, Sequence):
         raise InputError(f"{field}.content", "must be a text or a list of parts")
     if role == "user" and not any(map(_says_something, [content, *content])):
@@ -97,14 +95,18 @@ def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
         raise InputError(field, f"must be a dict, not {type(part).__name__}")
     kind = part.get("type")
     if kind == "text":
-        unknown = sorted(set(part) - {"type", "text"})
-        if unknown:
-            raise InputError(field, f"{unknown[0]!r} is unknown; a text part has type and text")
+        _refuse_unknown(field, part, ("type", "text"))
         return {"type": "text", "text": _mark(part.get("text"), f"{field}.text", found)}
     if kind not in MEDIA_KINDS:
-        raise InputError(f"{field}.type", f"{kind!r}; must be text, image or video")
+        raise InputError(f"{field}.type", f"{shown(kind)}; must be text, image or video")
     found.media.append(MediaPart(field, kind, part))
     return {"type": kind, kind: ""}
+
+
+def _refuse_unknown(field: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            raise InputError(field, f"{shown(name)} is unknown; it has {' and '.join(known)}")
 
 
 def _mark(text: Any, field: str, found: Conversation) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from ...scheduler.request import shown
+
+__all__ = ["InputError", "shown"]
+
 
 class InputError(ValueError):
     """What a caller sent cannot be used. The text names the field, the value and the way out."""

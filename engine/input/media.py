@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, shown
 
 Pixels = npt.NDArray[np.uint8]  # [frames, height, width, 3]
 Grid = tuple[int, int, int]
@@ -72,11 +71,11 @@ class MediaOptions:
 
 def _number(value: Any, name: str, field: str) -> float:
     kinds = (int, float) if name == "fps" else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
         kind = "a number" if name == "fps" else "a whole number"
-        raise InputError(field, f"{value!r}: must be {kind}")
+        raise InputError(field, f"{shown(value)}: must be {kind}")
     if not 0 < value <= MOST:
-        raise InputError(field, f"{value!r}: must be over 0 and at most {MOST}")
+        raise InputError(field, f"{shown(value)}: must be over 0 and at most {MOST}")
     return value
 
 
@@ -154,7 +153,7 @@ def read_source(source: Any, field: str, allow_local_files: bool) -> bytes | Ima
     if scheme.startswith(("http://", "https://")):
         raise InputError(
             field,
-            f"{source[:80]!r}: URLs are not fetched; they come with --allow-media-domains in a "
+            f"{shown(source)}: URLs are not fetched; they come with --allow-media-domains in a "
             "later version. Send the bytes, or a data URI",
         )
     if scheme.startswith("data:"):
@@ -166,13 +165,14 @@ def read_source(source: Any, field: str, allow_local_files: bool) -> bytes | Ima
 def _read_data_uri(uri: str, field: str) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise InputError(field, f"{uri[:40]!r}: a data URI must be data:<type>;base64,<data>")
+        raise InputError(field, f"{shown(uri)}: a data URI must be data:<type>;base64,<data>")
     if len(body) > MAX_FILE_BYTES * 4 // 3 + 4:
         raise InputError(field, f"over {MAX_FILE_BYTES} bytes")
     try:
-        return _checked(base64.b64decode(body, validate=True), field)
-    except binascii.Error as error:
+        data = base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:  # binascii.Error is one; what is not ASCII is another
         raise InputError(field, f"the data URI is not base64: {error}") from None
+    return _checked(data, field)
 
 
 def _read_file(path: Path, field: str, allow_local_files: bool) -> bytes:
@@ -182,13 +182,13 @@ def _read_file(path: Path, field: str, allow_local_files: bool) -> bytes:
         )
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(field, f"{str(path)!r}: over {MAX_FILE_BYTES} bytes")
+            raise InputError(field, f"{shown(str(path))}: over {MAX_FILE_BYTES} bytes")
         return _checked(path.read_bytes(), field)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(field, f"{str(path)[:200]!r}: {reason}") from None
+        raise InputError(field, f"{shown(str(path))}: {reason}") from None
 
 
 def _checked(data: bytes, field: str) -> bytes:

@@ -11,10 +11,11 @@ from typing import Any
 from ...scheduler.request import MediaSpan
 from ..config import ModelConfig, PreprocessConfig
 from .chat import ChatTemplate, MediaPart, check_text, read_messages
-from .errors import InputError
+from .errors import InputError, shown
 from .image import image_size, load_image, resize
 from .media import MAX_ITEMS, MediaItem, MediaOptions, make_item
 from .mrope import mrope_positions
+from .room import TokenRoom
 from .tokenizer import TextTokenizer
 from .video import load_video
 
@@ -59,6 +60,7 @@ class InputProcessor:
         """A conversation, as the model card writes it. Raises `InputError`."""
         conversation = read_messages(messages)
         parts = _fill(conversation.media, {"image": images, "video": videos})
+        self._check_text(sum(map(len, conversation.texts)))
         token_ids = self._template.encode(conversation)
         return self._finish(token_ids, parts)
 
@@ -68,6 +70,7 @@ class InputProcessor:
         """A raw prompt, in which special tokens are parsed. Raises `InputError`."""
         if not check_text(text, "prompt"):
             raise InputError("prompt", "is empty")
+        self._check_text(len(text))
         token_ids = self.tokenizer.encode_marked(text)
         return self._finish(token_ids, self._parts_of(token_ids, images, videos))
 
@@ -81,17 +84,30 @@ class InputProcessor:
         ids = self._check_token_ids(token_ids)
         return self._finish(ids, self._parts_of(ids, images, videos))
 
+    def _check_text(self, size: int) -> None:
+        """Refuses what cannot fit before it is encoded, which takes 240 bytes a character."""
+        most = self.max_model_len * self.tokenizer.longest
+        if size > most:
+            raise InputError(
+                "prompt",
+                f"{size} characters are over max_model_len={self.max_model_len} tokens of at most "
+                f"{self.tokenizer.longest} characters; shorten the text",
+            )
+
     def _check_token_ids(self, token_ids: Any) -> list[int]:
         field = "prompt_token_ids"
         if not isinstance(token_ids, Sequence | array) or isinstance(token_ids, str | bytes):
             raise InputError(field, f"must be a list, not {type(token_ids).__name__}")
         if len(token_ids) == 0:
             raise InputError(field, "is empty")
+        if len(token_ids) >= self.max_model_len:
+            text = f"{len(token_ids)} of them, max_model_len is {self.max_model_len}"
+            raise InputError(field, f"{text}; shorten the prompt, or raise max_model_len")
         for token in token_ids:
             whole = isinstance(token, int) and not isinstance(token, bool)
             if not whole or not 0 <= token < self.config.vocab_size:
                 raise InputError(
-                    field, f"{token!r}: must be whole numbers under {self.config.vocab_size}"
+                    field, f"{shown(token)}: must be whole numbers under {self.config.vocab_size}"
                 )
         return list(token_ids)
 
@@ -121,31 +137,37 @@ class InputProcessor:
     def _finish(self, token_ids: Sequence[int], parts: Sequence[MediaPart]) -> ProcessedInput:
         if len(parts) > MAX_ITEMS:
             raise InputError("prompt", f"{len(parts)} images and videos; at most {MAX_ITEMS}")
-        media = tuple(self._load(part) for part in parts)
+        media = self._load_all(token_ids, parts)
         expanded, spans = self._expand(token_ids, media)
         positions, delta = mrope_positions(
             len(expanded), spans, self.config.vision.spatial_merge_size
         )
-        self._check_length(len(expanded), delta, media)
+        self._check_positions(len(expanded) + delta)
         return ProcessedInput(expanded, spans, media, positions, delta)
 
-    def _load(self, part: MediaPart) -> MediaItem:
+    def _load_all(
+        self, token_ids: Sequence[int], parts: Sequence[MediaPart]
+    ) -> tuple[MediaItem, ...]:
+        """The items of the parts, as long as there is room for them."""
+        text = len(token_ids) - sum(end - at for _, at, end in self._runs(token_ids))
+        factor = self.config.vision.resize_factor
+        room = TokenRoom(self.max_model_len, text, len(parts), factor)
+        return tuple(self._load(part, room) for part in parts)
+
+    def _load(self, part: MediaPart, room: TokenRoom) -> MediaItem:
         vision = self.config.vision
         sizes = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
         options = MediaOptions.from_part(part.part, part.kind, part.field)
-        factor, field = vision.resize_factor, f"{part.field}.{part.kind}"
+        field = f"{part.field}.{part.kind}"
         if part.kind == "image":
             image = load_image(part.source, field, self.allow_local_files)
-            size = image_size(image.height, image.width, options, self.preprocess, factor, field)
+            size = image_size(
+                image.height, image.width, options, self.preprocess, room.factor, field
+            )
+            room.take_image(*size, options, field)
             return make_item("image", resize(image, *size)[None], *sizes)
         clip = load_video(
-            part.source,
-            options,
-            self.preprocess,
-            self.max_model_len,
-            factor,
-            field,
-            self.allow_local_files,
+            part.source, options, self.preprocess, room, field, self.allow_local_files
         )
         return make_item("video", clip.pixels, *sizes, clip.frame_indices, clip.sample_fps)
 
@@ -172,26 +194,15 @@ class InputProcessor:
         expanded.extend(token_ids[done:])
         return expanded, tuple(spans)
 
-    def _check_length(self, count: int, delta: int, media: Sequence[MediaItem]) -> None:
-        """Room for at least one token of output, in tokens and in positions."""
+    def _check_positions(self, end: int) -> None:
+        """A position must be left for a token of output. `end`: the first after the prompt."""
         most = self.config.max_position_embeddings
-        if count < self.max_model_len and count + delta < most:
-            return
-        limit = f"max_model_len={self.max_model_len}"
-        have = f"{count} tokens"
-        if count < self.max_model_len:
-            limit = f"the model's {most} positions"
-            have = f"positions to {count + delta - 1}"
-        used = sum(item.num_tokens for item in media)
-        way = "shorten the text"
-        room = (self.max_model_len - 1 - (count - used)) // max(1, len(media))
-        if media and room > 0:
-            pixels = room * self.config.vision.resize_factor**2
-            settings = {"image": f"max_pixels={pixels}", "video": f"total_pixels={pixels}"}
-            kinds = dict.fromkeys(item.kind for item in media)
-            way = " and ".join(f"{settings[kind]} for each {kind}" for kind in kinds)
-            way = f"{used} of them are images and videos: {way} would fit"
-        raise InputError("prompt", f"{have}, over {limit}; {way}, or raise max_model_len")
+        if end >= most:
+            raise InputError(
+                "prompt",
+                f"reaches position {end - 1}, and the model has {most} positions; "
+                "shorten the text, or take fewer frames",
+            )
 
 
 def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None]) -> list[MediaPart]:

@@ -22,6 +22,7 @@ class TextTokenizer:
         path = model_dir / "tokenizer.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            self.longest = max(map(len, raw["model"]["vocab"]))  # characters of one token
             self.added = {token["content"]: token["id"] for token in raw["added_tokens"]}
             self.backend = Tokenizer.from_file(str(path))
             self._plain = Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))

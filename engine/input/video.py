@@ -25,8 +25,12 @@ from .media import (
     check_decoded_size,
     read_source,
 )
+from .room import TokenRoom
 
 FRAME_FACTOR = 2
+MAX_FRAMES = 1 << 16  # of one video; a token for every two is over any model's length
+BYTES = str | bytes | bytearray | memoryview
+MOST_LACKING = 0.1  # share of the stated frames that a file may lack and still count as whole
 LISTED_FPS = 2.0  # of frames given as a list, where the caller says nothing
 
 
@@ -56,11 +60,11 @@ def smart_nframes(
         wanted = total_frames / video_fps * (options.fps or preprocess.fps)
         bounded = min(max(wanted, low * FRAME_FACTOR), high * FRAME_FACTOR, total_frames)
         count = math.floor(bounded / FRAME_FACTOR) * FRAME_FACTOR
-    if not FRAME_FACTOR <= count <= total_frames:
+    if not FRAME_FACTOR <= count <= min(total_frames, MAX_FRAMES):
         raise InputError(
             field,
             f"{count} frames asked of a video of {total_frames}; must be {FRAME_FACTOR} to "
-            f"{total_frames}: change nframes, fps, min_frames or max_frames",
+            f"{min(total_frames, MAX_FRAMES)}: change nframes, fps, min_frames or max_frames",
         )
     return count
 
@@ -118,17 +122,20 @@ def load_video(
     source: Any,
     options: MediaOptions,
     preprocess: PreprocessConfig,
-    max_model_len: int,
-    factor: int,
+    room: TokenRoom,
     field: str,
     allow_local_files: bool,
 ) -> Clip:
     """A video file, or a list of frames. Raises `InputError`."""
 
     def goal(height: int, width: int, count: int) -> tuple[int, int]:
-        return frame_size(height, width, count, options, preprocess, max_model_len, factor, field)
+        size = frame_size(
+            height, width, count, options, preprocess, room.max_model_len, room.factor, field
+        )
+        room.take_video(*size, count, options, field)
+        return size
 
-    if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray):
+    if isinstance(source, Sequence) and not isinstance(source, BYTES):
         return _load_frames(source, options, goal, field, allow_local_files)
     data = read_source(source, field, allow_local_files)
     if isinstance(data, Image.Image):
@@ -147,40 +154,47 @@ def _load_frames(
                 field, f"{name} is for video files; frames of a list are taken as they are"
             )
     count = math.ceil(len(sources) / FRAME_FACTOR) * FRAME_FACTOR
-    kept: list[Pixels] = []
-    first = (0, 0)
+    first = load_image(sources[0], f"{field}[0]", allow_local_files)
+    height, width = goal(first.height, first.width, count)
+    pixels = np.empty((count, height, width, 3), np.uint8)
     for index, source in enumerate(sources):
-        image = load_image(source, f"{field}[{index}]", allow_local_files)
-        if index == 0:
-            first = image.size
-            height, width = goal(image.height, image.width, count)
-        elif image.size != first:
-            text = f"{image.size[0]}×{image.size[1]} pixels, the first frame {first[0]}×{first[1]}"
-            raise InputError(f"{field}[{index}]", f"{text}; all must be of one size")
-        kept.append(resize_frame(image, height, width))
-    kept += kept[-1:] * (count - len(kept))
+        image = first if index == 0 else load_image(source, f"{field}[{index}]", allow_local_files)
+        if image.size != first.size:
+            sizes = [f"{one.width}×{one.height}" for one in (image, first)]
+            text = f"{sizes[0]} pixels, the first frame {sizes[1]}; all must be of one size"
+            raise InputError(f"{field}[{index}]", text)
+        pixels[index] = resize_frame(image, height, width)
+    pixels[len(sources) :] = pixels[len(sources) - 1]
     indices = tuple(min(i, len(sources) - 1) for i in range(count))
-    return Clip(np.stack(kept), indices, options.fps or LISTED_FPS)
+    return Clip(pixels, indices, options.fps or LISTED_FPS)
 
 
 def _decode(
     data: bytes, options: MediaOptions, preprocess: PreprocessConfig, goal: Any, field: str
 ) -> Clip:
-    """Counts the file's frames, chooses, and decodes; again if it has fewer than it says."""
+    """Counts the file's frames, chooses, and decodes; again if it has a few fewer than it says."""
     try:
-        total, fps = _count_frames(data, field)
-        for _ in range(2):
+        stated, fps = _count_frames(data, field)
+        total = stated
+        while True:
             count = smart_nframes(options, total, fps, preprocess, field)
             wanted = frame_indices(count, total)
-            kept, seen = _keep_frames(data, wanted, goal, field)
-            if len(kept) == count:
-                return Clip(np.stack(kept), tuple(wanted), count / total * fps)
-            total = seen
+            pixels, kept, seen = _keep_frames(data, wanted, goal, field)
+            if kept == count:
+                return Clip(pixels, tuple(wanted), count / total * fps)
+            if total < stated or seen < stated * (1 - MOST_LACKING):
+                break
+            total, goal = seen, _same_size(pixels)
     except InputError:
         raise
     except Exception:  # decoders raise all kinds; their texts may tell of memory
         raise InputError(field, "the video is broken: it cannot be decoded") from None
-    raise InputError(field, f"the video is broken: {seen} frames decode")
+    raise InputError(field, f"the video is broken: {seen} of its {stated} frames can be decoded")
+
+
+def _same_size(pixels: Pixels) -> Any:
+    """For a second pass over the file: the room for its size is taken already."""
+    return lambda height, width, count: pixels.shape[1:3]
 
 
 def _open(data: bytes, field: str) -> Any:
@@ -211,19 +225,21 @@ def _count_frames(data: bytes, field: str) -> tuple[int, float]:
     return total, float(rate)
 
 
-def _keep_frames(data: bytes, wanted: list[int], goal: Any, field: str) -> tuple[list[Pixels], int]:
-    """The wanted frames, resized as they come, and how many frames were decoded."""
-    kept: list[Pixels] = []
-    seen = 0
+def _keep_frames(data: bytes, wanted: list[int], goal: Any, field: str) -> tuple[Pixels, int, int]:
+    """The wanted frames, resized as they come; how many came, and how many were decoded."""
+    pixels = np.empty((0, 0, 0, 3), np.uint8)
+    kept = seen = 0
     for index, image in _frames(data, field):
         seen = index + 1
-        while len(kept) < len(wanted) and wanted[len(kept)] == index:
-            if not kept:
+        while kept < len(wanted) and wanted[kept] == index:
+            if kept == 0:
                 height, width = goal(image.height, image.width, len(wanted))
-            kept.append(resize_frame(image.to_image(), height, width))
-        if len(kept) == len(wanted):
+                pixels = np.empty((len(wanted), height, width, 3), np.uint8)
+            pixels[kept] = resize_frame(image.to_image(), height, width)
+            kept += 1
+        if kept == len(wanted):
             break
-    return kept, seen
+    return pixels, kept, seen
 
 
 def _frames(data: bytes, field: str) -> Iterator[tuple[int, Any]]:
