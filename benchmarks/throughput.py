@@ -38,9 +38,9 @@ class Workload:
         size = (int(match[1]), int(match[2])) if image_size else None
         return cls(input_len, output_len, num_prompts, size)
 
-    def prompts(self, engine: Engine) -> list[dict[str, Any]]:
+    def prompts(self, engine: Engine, seed: int = 0) -> list[dict[str, Any]]:
         """Random token ids, the same in every run; one random image before them where asked."""
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         config = engine.model_config
         special = {*config.vision_token_ids, *engine.processor.tokenizer.added.values()}
         plain = np.array([i for i in range(config.vocab_size) if i not in special])
@@ -94,7 +94,7 @@ class Report:
 
 
 def run(workload: Workload, settings: dict[str, Any]) -> Report:
-    """Starts an engine, runs the workload once for warmth with one request, then measures."""
+    """Starts an engine, warms it with one request that is not of the workload, then measures."""
     with loading_bar() as on_progress:
         engine = Engine(on_progress=on_progress, **settings)
     with engine:
@@ -102,7 +102,8 @@ def run(workload: Workload, settings: dict[str, Any]) -> Report:
         prompts = [engine.preprocess(prompt) for prompt in workload.prompts(engine)]
         preprocess_seconds = time.perf_counter() - started
         params = SamplingParams(temperature=0, max_tokens=workload.output_len, ignore_eos=True)
-        _measure(engine, prompts[:1], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        warm_up = engine.preprocess(workload.prompts(engine, seed=1)[0])  # a picture of its own
+        _measure(engine, [warm_up], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
         return _report(*_measure(engine, prompts, params), preprocess_seconds)
 
 

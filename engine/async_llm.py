@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from ..scheduler.request import RequestStatus, SamplingParams
+from ..scheduler.request import RequestStatus, SamplingParams, shown
 from .config import EngineConfig, ModelConfig
-from .engine import DuplicateRequest, Engine, EngineDead, Prompt
+from .engine import DuplicateRequest, Engine, EngineDead, Prompt, check_params
+from .input.processor import ProcessedInput
 from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta
 from .progress import loading_bar
@@ -31,8 +34,12 @@ class AsyncLLM:
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="media")
-        self._streams: dict[str, Stream] = {}
-        self._admitted: set[str] = set()  # of the streams, those that the step thread knows
+        # A name may be used again while the last deltas of its former request are still on their
+        # way, so streams go by a key that is never used again.
+        self._keys: dict[str, str] = {}  # request_id: key
+        self._streams: dict[str, Stream] = {}  # by key
+        self._admitted: set[str] = set()  # keys that the step thread knows
+        self._numbers = itertools.count()
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._death: asyncio.Event | None = None
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
@@ -85,19 +92,18 @@ class AsyncLLM:
     ) -> AsyncGenerator[OutputDelta, None]:
         """Continues a raw prompt, in the forms that `LLM.generate` takes. Errors as in `chat`."""
         self._bind()
+        check_params(params)
         name = request_id or uuid.uuid4().hex
-        if name in self._streams:
-            raise DuplicateRequest(f"request_id={name!r}: in use; choose another")
-        stream: Stream = asyncio.Queue()
-        self._streams[name] = stream
+        if name in self._keys:
+            raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
+        key = self._keys[name] = f"{name}#{next(self._numbers)}"
+        stream = self._streams[key] = asyncio.Queue()
         finished = False
         try:
-            running = asyncio.get_running_loop()
-            ready = await running.run_in_executor(self._pool, self.engine.preprocess, prompt)
-            self._check_alive()
+            ready = await self._preprocess(prompt)
             if stream.empty():  # else it was aborted while its input was made ready
-                self._admitted.add(name)
-                self._steps.add(name, ready, params)
+                self._admitted.add(key)
+                self._steps.add(key, ready, params)
             while not finished:
                 event = await stream.get()
                 if isinstance(event, EngineDead):
@@ -108,22 +114,36 @@ class AsyncLLM:
                         raise event.error
                     continue
                 finished = event.finish_reason is not None
-                yield event
+                yield replace(event, request_id=name)
         finally:
-            del self._streams[name]
-            if name in self._admitted and not finished:
-                self._steps.abort(name)
-            self._admitted.discard(name)
+            del self._streams[key], self._keys[name]
+            if key in self._admitted and not finished:
+                self._steps.abort(key)
+            self._admitted.discard(key)
+
+    async def _preprocess(self, prompt: Prompt) -> ProcessedInput:
+        self._check_alive()
+        loop = asyncio.get_running_loop()
+        try:
+            ready = await loop.run_in_executor(self._pool, self.engine.preprocess, prompt)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # not the caller: `close` emptied the pool
+                self._check_alive()
+            raise
+        self._check_alive()
+        return ready
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
-        if request_id not in self._streams or self.failed:
+        key = self._keys.get(request_id)
+        if key is None or self.failed:
             return False
-        if request_id in self._admitted:
-            self._steps.abort(request_id)
+        if key in self._admitted:
+            self._steps.abort(key)
         else:
-            ended = OutputDelta(request_id, finish_reason=RequestStatus.FINISHED_ABORTED.value)
-            self._streams[request_id].put_nowait(ended)
+            ended = OutputDelta(key, finish_reason=RequestStatus.FINISHED_ABORTED.value)
+            self._streams[key].put_nowait(ended)
         return True
 
     async def wait_failed(self) -> str:
@@ -155,8 +175,8 @@ class AsyncLLM:
             self._asyncio, self._death = running, None
 
     def _check_alive(self) -> None:
-        if self.failed:
-            raise EngineDead(f"the engine stopped: {self.failed}")
+        if self.failed or self._closed:
+            raise EngineDead(f"the engine stopped: {self.failed or 'it was closed'}")
 
     def _hand_over(self, events: list[Event]) -> None:
         """On the step thread: one hand-over a step."""

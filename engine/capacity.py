@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 from .config import ConfigError, EngineConfig, ModelConfig
+from .runner.kv_cache import activation_bytes
+from .runner.loader import DTYPES
 from .worker.group import GroupMemory
 
 log = logging.getLogger("octavo.engine")
@@ -21,7 +23,7 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
     longest = config.max_model_len or model.max_position_embeddings
     if longest < 1:
         raise ConfigError(f"max_model_len={longest}: must be at least 1")
-    budget = _kv_budget(config, memory)
+    budget = _kv_budget(config, model, memory)
     room = budget // memory.kv_block_bytes
     useful = config.max_num_seqs * _blocks(longest, config.block_size)
     num_blocks = min(room, useful)
@@ -39,15 +41,29 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
     return num_blocks, fits
 
 
-def _kv_budget(config: EngineConfig, memory: GroupMemory) -> int:
-    """Bytes for KV blocks on the rank with the least room."""
+def _kv_budget(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> int:
+    """Bytes for KV blocks on the rank with the least room. On a GPU a step's own needs are kept
+    free: they follow from the limits of a step, not from a trial run."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if memory.device == "cpu":
         share = memory.free_bytes * CPU_FRACTION / config.tensor_parallel_size
         return min(int(share), CPU_MOST)
+    step = activation_bytes(
+        model,
+        config.tensor_parallel_size,
+        config.max_num_batched_tokens,
+        config.max_encode_tokens,
+        DTYPES[memory.dtype],
+    )
+    log.info(
+        "%.2f GB are kept for a step of %d tokens, %d of them encoded",
+        step / 1e9,
+        config.max_num_batched_tokens,
+        config.max_encode_tokens,
+    )
     used = memory.total_bytes - memory.free_bytes
-    return max(0, int(memory.total_bytes * config.gpu_memory_utilization) - used)
+    return max(0, int(memory.total_bytes * config.gpu_memory_utilization) - used - step)
 
 
 def _blocks(tokens: int, block_size: int) -> int:

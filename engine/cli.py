@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,20 +110,24 @@ def serve(
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
-        status = asyncio.run(_serve(host, port, settings))
+        status = _serve(host, port, settings)
     raise typer.Exit(status)
 
 
-async def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
+def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
     from .async_llm import AsyncLLM
     from .server.grpc_server import ready_line
     from .server.grpc_server import serve as serve_grpc
 
     with AsyncLLM(allow_local_files=False, **settings) as engine:
-        return await serve_grpc(
-            engine, host, port, lambda h, p: print(ready_line(engine, h, p), flush=True)
-        )
+
+        def on_ready(address: str) -> None:
+            print(ready_line(engine, address), flush=True)
+
+        return asyncio.run(serve_grpc(engine, host, port, on_ready))
 
 
 @app.command()

@@ -102,10 +102,13 @@ class Client:
     ) -> Deltas:
         """Continues a raw text or token ids. Otherwise as `chat`."""
         request = pb.GenerateRequest(request_id=request_id)
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.ids.extend(prompt)
+        try:
+            if isinstance(prompt, str):
+                request.text = prompt
+            else:
+                request.token_ids.ids.extend(prompt)
+        except (TypeError, ValueError) as error:
+            raise _invalid(f"prompt: must be a text or token ids: {error}") from None
         return self._generate(request, images, videos, timeout, sampling)
 
     def abort(self, request_id: str) -> bool:
@@ -131,12 +134,17 @@ class Client:
         sampling: Mapping[str, Any],
     ) -> Deltas:
         for kind, sources in (("image", images), ("video", videos)):
-            request.media.extend(_media({"type": kind, kind: s}) for s in sources or ())
+            for source in sources or ():
+                beside = source if isinstance(source, Mapping) else {kind: source}
+                request.media.append(_media({**beside, "type": kind}))
         request.sampling.CopyFrom(_sampling(sampling))
         return self._stream(request, timeout)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Deltas:
-        call = self._stub.Generate(request, timeout=timeout)
+        try:
+            call = self._stub.Generate(request, timeout=timeout)
+        except ValueError:
+            raise ClientError("UNAVAILABLE", "this client was closed") from None
         try:
             for delta in call:
                 yield ClientDelta(
@@ -188,15 +196,20 @@ def _sampling(values: Mapping[str, Any]) -> pb.SamplingParams:
 def _message(message: Mapping[str, Any]) -> pb.Message:
     if not isinstance(message, Mapping):
         raise _invalid("messages: must be a list of dicts with role and content")
+    for name in message:
+        if name not in ("role", "content"):
+            raise _invalid(f"messages: {name!r} is unknown; a message has role and content")
     content = message.get("content", ())
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     try:
         return pb.Message(role=message.get("role", ""), content=[_part(part) for part in parts])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a text
         raise _invalid(f"messages: {error}") from None
 
 
 def _part(part: Mapping[str, Any]) -> pb.ContentPart:
+    if not isinstance(part, Mapping):
+        raise _invalid(f"messages: a part must be a dict, not {type(part).__name__}")
     if part.get("type") == "text":
         return pb.ContentPart(text=part.get("text", ""))
     if part.get("type") in KINDS:
@@ -240,8 +253,20 @@ def _bytes(source: Any) -> bytes:
             return Path(path).read_bytes()
         except OSError as error:
             raise _invalid(f"{path!r}: {error.strerror}") from None
-    if hasattr(source, "save"):  # a PIL image, known without importing PIL
-        buffer = io.BytesIO()
-        source.save(buffer, "PNG")
-        return buffer.getvalue()
+    if hasattr(source, "getexif"):  # a PIL image, known without importing PIL
+        return _png(source)
     raise _invalid(f"{type(source).__name__} is no path, data URI, bytes or PIL image")
+
+
+def _png(image: Any) -> bytes:
+    """A PIL image without loss: its EXIF goes along, since it says which side is up."""
+    buffer = io.BytesIO()
+    try:
+        if image.mode not in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"):
+            exif, image = image.getexif(), image.convert("RGB")
+        else:
+            exif = image.getexif()
+        image.save(buffer, "PNG", exif=exif)
+    except (OSError, ValueError) as error:
+        raise _invalid(f"image of mode {image.mode}: cannot be sent: {error}") from None
+    return buffer.getvalue()

@@ -91,6 +91,29 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Reads both forms: text fields at the top, or nested under `text_config`."""
+        try:
+            config = cls._read(raw)
+        except KeyError as error:
+            raise ConfigError(f"config.json: has no {error.args[0]}") from None
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ConfigError(f"config.json: not a Qwen2-VL's: {error}") from None
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Raises `ConfigError` for a shape that is not one."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ConfigError(f"num_key_value_heads={kv_heads}: must divide {heads} heads")
+        sizes = (self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.vocab_size)
+        if min(*sizes, self.vision.depth, self.vision.embed_dim) < 1:
+            raise ConfigError("config.json: a size is less than 1")
+        for token in self.vision_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(f"token id {token}: outside the vocabulary of {self.vocab_size}")
+
+    @classmethod
+    def _read(cls, raw: dict[str, Any]) -> ModelConfig:
         if raw.get("model_type") != "qwen2_vl":
             raise ConfigError(f"model_type={raw.get('model_type')!r}: only 'qwen2_vl' is served")
         text = {**raw, **raw.get("text_config", {})}
@@ -103,6 +126,8 @@ class ModelConfig:
                 f"mrope_section={list(section)}: must be three numbers whose sum is half of "
                 f"head_dim={head_dim}"
             )
+        if text.get("use_sliding_window"):
+            raise ConfigError("use_sliding_window=true: only full attention is served")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):
             raise ConfigError(f"rope type {kind!r}: only plain M-RoPE is served")
@@ -162,26 +187,24 @@ class PreprocessConfig:
     def from_dir(cls, path: Path) -> PreprocessConfig:
         """The checkpoint's settings; what its files leave out is qwen-vl-utils' default.
 
-        Real checkpoints have no `video_preprocessor_config.json` of their own limits; the
-        embedded model has one, which is read with the same names.
+        Limits of videos come from a `video_preprocessor_config.json` that names them, as the
+        embedded model's does. What transformers writes under `size` there are the image's limits,
+        which qwen-vl-utils does not use for videos.
         """
-        image = read_json(path / "preprocessor_config.json", missing_ok=True)
+        whole = read_json(path / "processor_config.json", missing_ok=True)  # newer writers
+        image = whole.get("image_processor") or {}
+        image = {**image, **read_json(path / "preprocessor_config.json", missing_ok=True)}
         video = read_json(path / "video_preprocessor_config.json", missing_ok=True)
         size = image.get("size") or {}  # newer writers keep the limits there
-        image = {
-            "min_pixels": size.get("shortest_edge"),
-            "max_pixels": size.get("longest_edge"),
-            **image,
+        found: dict[str, Any] = {
+            "min_pixels": image.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": image.get("max_pixels") or size.get("longest_edge"),
+            "video_min_pixels": video.get("min_pixels"),
+            "video_max_pixels": video.get("max_pixels"),
         }
-        found = {name: image[name] for name in ("min_pixels", "max_pixels") if image.get(name)}
         found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
-        found |= {
-            f"video_{name}": video[name] for name in ("min_pixels", "max_pixels") if video.get(name)
-        }
-        found |= {
-            name: video[name] for name in ("fps", "min_frames", "max_frames") if video.get(name)
-        }
-        return cls(**found)
+        found |= {name: video.get(name) for name in ("fps", "min_frames", "max_frames")}
+        return cls(**{name: value for name, value in found.items() if value})
 
 
 def generation_defaults(path: Path) -> tuple[SamplingParams, frozenset[int]]:

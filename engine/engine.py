@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..scheduler.request import Request, RequestStatus, SamplingParams
+from ..scheduler.request import Request, RequestStatus, SamplingParams, shown
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from .capacity import plan_capacity
@@ -177,10 +177,11 @@ class Engine:
         Raises `InputError` or `AdmissionError` for what cannot be served, `DuplicateRequest` for an
         id in use, `EngineDead` when the workers are gone.
         """
-        self._check_alive()
+        self.check_alive()
+        check_params(params)
         request_id = request_id or self.new_request_id()
         if request_id in self._live:
-            raise DuplicateRequest(f"request_id={request_id!r}: in use; choose another")
+            raise DuplicateRequest(f"request_id={shown(request_id)}: in use; choose another")
         ready = self.preprocess(prompt)
         request = self._make_request(request_id, ready, self._resolve(params, ready))
         self.scheduler.add(request)
@@ -230,7 +231,7 @@ class Engine:
 
         Raises `EngineDead` when the worker group fails.
         """
-        self._check_alive()
+        self.check_alive()
         plan = self.scheduler.schedule()
         if plan is None:
             return []
@@ -246,20 +247,31 @@ class Engine:
         try:
             return _step_result(plan, self.group.step(batch, plan.step_id))
         except WorkerGroupError as error:
-            self.failed = str(error)
-            self.group.close()
-            raise EngineDead(f"the engine stopped: {self.failed}") from None
+            raise self._died(error) from None
+
+    def check_workers(self) -> None:
+        """Raises `EngineDead` when a worker has ended: for a loop that has nothing to step."""
+        try:
+            self.group.check_alive()
+        except WorkerGroupError as error:
+            raise self._died(error) from None
+
+    def _died(self, error: WorkerGroupError) -> EngineDead:
+        self.failed = str(error)
+        self.group.close()
+        return EngineDead(f"the engine stopped: {self.failed}")
 
     def _delta(self, update: RequestUpdate) -> OutputDelta:
         """Text of an update; a stop string found in it ends the request."""
         live = self._live[update.request_id]
-        text = live.stream.push(update.new_token_ids)
         status = update.status
-        if not status.is_finished and live.stream.stopped:
+        text = live.stream.push(update.new_token_ids)
+        if status.is_finished:
+            text += live.stream.flush()
+        if live.stream.stopped and status in (RequestStatus.RUNNING, RequestStatus.FINISHED_LENGTH):
             status = RequestStatus.FINISHED_STOPPED
             self.scheduler.finish(update.request_id, status)
         if status.is_finished:
-            text += live.stream.flush()
             del self._live[update.request_id]
         media, live.media = live.media, ()
         return OutputDelta(
@@ -272,7 +284,8 @@ class Engine:
             error=update.error,
         )
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises `EngineDead` once the engine has failed or was closed."""
         if self.failed:
             raise EngineDead(f"the engine stopped: {self.failed}")
 
@@ -286,6 +299,12 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def check_params(params: Any) -> None:
+    if params is not None and not isinstance(params, SamplingParams):
+        text = f"must be octavo.SamplingParams, not {type(params).__name__}"
+        raise InputError("params", text)
 
 
 def _server_wide(preprocess: PreprocessConfig, config: EngineConfig) -> PreprocessConfig:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..scheduler.request import SamplingParams
-from .engine import Engine, Prompt
+from .engine import Engine, EngineDead, Prompt, check_params
 from .input.processor import ProcessedInput
-from .output import RequestOutput
+from .output import OutputDelta, RequestOutput
 from .progress import loading_bar
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -32,6 +33,11 @@ class LLM:
     def __init__(self, model: Any = None, **settings: Any) -> None:
         """Starts the workers and loads the weights. Raises `ConfigError`."""
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="media")
+        # Steps have a thread of their own, so that Ctrl-C never lands inside one.
+        self._stepper = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._step: Future[list[OutputDelta]] = Future()  # the latest
+        self._step.set_result([])
+        self._in_use = threading.Lock()
         try:
             with loading_bar() as on_progress:
                 self.engine = Engine(model, on_progress=on_progress, **settings)
@@ -58,6 +64,11 @@ class LLM:
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
             return self._run([prompt], params, progress, alone=True)
+        for name, given in (("images", images), ("videos", videos)):
+            if given is not None and len(given) != len(messages):
+                raise ValueError(
+                    f"{name}: {len(given)} lists for {len(messages)} conversations; give one each"
+                )
         prompts = [
             {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)}
             for i, conversation in enumerate(messages)
@@ -80,6 +91,14 @@ class LLM:
     def _run(
         self, prompts: list[Any], params: Params, progress: bool, alone: bool
     ) -> list[RequestOutput]:
+        """Answers all prompts; callers on several threads take turns."""
+        with self._in_use:
+            return self._answer(prompts, params, progress, alone)
+
+    def _answer(
+        self, prompts: list[Any], params: Params, progress: bool, alone: bool
+    ) -> list[RequestOutput]:
+        self.engine.check_alive()
         each = _params_of_each(params, len(prompts))
         names = [self.engine.new_request_id() for _ in prompts]
         results = {name: RequestOutput(name) for name in names}
@@ -91,12 +110,15 @@ class LLM:
             with _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
                     self._admit(waiting, results, alone)
-                    for delta in self.engine.step():
-                        results[delta.request_id].add(delta)
+                    self._step = self._stepper.submit(self.engine.step)
+                    for delta in self._step.result():
+                        if delta.request_id in results:  # else of one added to `engine` directly
+                            results[delta.request_id].add(delta)
                     advance(sum(r.outputs[0].finish_reason is not None for r in results.values()))
         except BaseException:
             for _, ready, _ in waiting:
                 ready.cancel()
+            wait([self._step])
             for name in names:
                 self.engine.abort(name)
             raise
@@ -115,15 +137,16 @@ class LLM:
                 ready = future.result()
                 results[name].prompt_token_ids = ready.prompt_token_ids.tolist()
                 self.engine.add_request(name, ready, sampling)
-            except ValueError as error:  # InputError, AdmissionError: this prompt's alone
-                if alone:
+            except Exception as error:  # mostly InputError or AdmissionError: this prompt's alone
+                if alone or isinstance(error, EngineDead):
                     raise
-                results[name].error = str(error)
+                results[name].error = str(error) or type(error).__name__
                 results[name].outputs[0].finish_reason = "error"
 
     def close(self) -> None:
         """Ends the workers. Safe to call twice."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._stepper.shutdown(wait=False)
         if hasattr(self, "engine"):
             self.engine.close()
 
@@ -150,6 +173,8 @@ def _at(values: Sequence[Any] | None, index: int) -> Any:
 def _params_of_each(params: Params, count: int) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, list | tuple):
+        check_params(params)
     if len(params) != count:
         raise ValueError(f"params: {len(params)} for {count} prompts; give one, or one each")
     return list(params)

@@ -13,6 +13,8 @@ from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput
 from .output import OutputDelta
 
+IDLE_CHECK = 0.5  # seconds between two looks at the workers while there is nothing to do
+
 log = logging.getLogger("octavo.engine")
 
 
@@ -93,7 +95,11 @@ class StepLoop:
         events: list[Event] = []
         idle = not self._engine.has_requests
         while idle or not self._inbox.empty():
-            item = self._inbox.get()
+            try:
+                item = self._inbox.get(timeout=IDLE_CHECK)
+            except queue.Empty:
+                self._engine.check_workers()
+                continue
             if item is None:
                 return None
             events.extend(self._handle(item))
@@ -106,6 +112,11 @@ class StepLoop:
             return [delta] if delta else []
         try:
             self._engine.add_request(item.request_id, item.prompt, item.params)
+        except EngineDead:
+            raise
         except ValueError as error:
+            return [Admitted(item.request_id, error)]
+        except Exception as error:  # a fault of ours: this request's alone all the same
+            log.exception("request %r was not admitted", item.request_id)
             return [Admitted(item.request_id, error)]
         return [Admitted(item.request_id, None)]

@@ -39,16 +39,16 @@ def unit_pixels(
 ) -> dict[tuple[bytes, int], UnitPixels]:
     """Maps each unit's key to its pixels. Items that are equal share their units."""
     by_hash = {item.media_hash: item for item in media}
+    done = dict.fromkeys(by_hash, 0)  # temporal patches of an item in the units so far
     found: dict[tuple[bytes, int], UnitPixels] = {}
     for unit in units:
+        if unit.key in found:  # an item that comes again
+            continue
         item = by_hash[unit.media_hash]
         _, height, width = item.grid_thw
         frames = unit.num_patches // (height * width)
-        first = sum(
-            pixels.grid_thw[0]
-            for (media_hash, index), pixels in found.items()
-            if media_hash == unit.media_hash and index < unit.index
-        )
+        first = done[unit.media_hash]
+        done[unit.media_hash] += frames
         found[unit.key] = UnitPixels(item, first, (frames, height, width), temporal_patch_size)
     return found
 

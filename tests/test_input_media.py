@@ -314,10 +314,25 @@ def test_L12_video_memory(tmp_path: Path) -> None:
 
 
 def test_limits_are_read_in_both_forms(tmp_path: Path) -> None:
-    for text in (
-        '{"min_pixels": 3136, "max_pixels": 50176}',
-        '{"size": {"shortest_edge": 3136, "longest_edge": 50176}}',
+    size = '"size": {"shortest_edge": 6272, "longest_edge": 50176}'
+    for name, text in (
+        ("preprocessor_config.json", '{"min_pixels": 6272, "max_pixels": 50176}'),
+        ("preprocessor_config.json", f"{{{size}}}"),
+        ("preprocessor_config.json", f'{{"min_pixels": null, "max_pixels": null, {size}}}'),
+        ("processor_config.json", f'{{"image_processor": {{{size}}}}}'),
     ):
-        (tmp_path / "preprocessor_config.json").write_text(text)
+        (tmp_path / name).write_text(text)
         found = PreprocessConfig.from_dir(tmp_path)
-        assert (found.min_pixels, found.max_pixels) == (3136, 50176)
+        assert (found.min_pixels, found.max_pixels) == (6272, 50176), text
+        assert found.video_max_pixels == 768 * 784
+        (tmp_path / name).unlink()
+
+
+def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+    )
+
+    Qwen2VLImageProcessorPil(min_pixels=6272, max_pixels=50176).save_pretrained(tmp_path)
+    found = PreprocessConfig.from_dir(tmp_path)
+    assert (found.min_pixels, found.max_pixels) == (6272, 50176)

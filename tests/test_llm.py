@@ -5,6 +5,10 @@ two ranks.
 """
 
 import asyncio
+import concurrent.futures
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.config import ConfigError
 from octavo.engine.engine import DuplicateRequest, EngineDead
 from octavo.engine.input.errors import InputError
+from octavo.engine.worker.group import WorkerGroup, WorkerGroupError
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -214,6 +219,11 @@ def test_stop_strings_and_stop_tokens(llm: octavo.LLM, alone: list[list[int]]) -
     text = octavo.SamplingParams(temperature=0, max_tokens=12, stop=(middle,), ignore_eos=True)
     out = llm.chat(CONVERSATIONS[0], text)[0].outputs[0]
     assert (out.text, out.finish_reason) == (whole[: whole.index(middle)], "stop")
+    # also where the last token that is allowed completes it
+    text = octavo.SamplingParams(
+        temperature=0, max_tokens=len(out.token_ids), stop=(middle,), ignore_eos=True
+    )
+    assert llm.chat(CONVERSATIONS[0], text)[0].outputs[0].finish_reason == "stop"
 
 
 def test_L16_client_assert_one_bad_request_is_its_own(
@@ -227,6 +237,10 @@ def test_L16_client_assert_one_bad_request_is_its_own(
         ask("?", image(1, resized_height=-5, resized_width=28)),
         ask("x" * 5000),
         [{"role": "user", "content": []}],
+        [{"role": "user", "content": "?", 1: 2, "x": 3}],
+        ask("?", image(1, min_pixels=10**400)),
+        ask("?", image(1, min_pixels=1 << 40)),
+        [7],
     ]
     outputs = llm.chat([*CONVERSATIONS, *bad], GREEDY)
     good, failed = outputs[: len(CONVERSATIONS)], outputs[len(CONVERSATIONS) :]
@@ -236,6 +250,48 @@ def test_L16_client_assert_one_bad_request_is_its_own(
         assert len(output.error) > 10
     llm.engine.scheduler.check_integrity()
     assert not llm.engine.has_requests
+
+
+def test_odd_calls_are_refused_and_the_next_works(llm: octavo.LLM, alone: list[list[int]]) -> None:
+    with pytest.raises(InputError, match=r"SamplingParams, not dict"):
+        llm.chat(CONVERSATIONS[0], {"temperature": 0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 lists for 2 conversations"):
+        llm.chat(CONVERSATIONS[:2], GREEDY, images=[[picture(1)]])
+    for wrong in ({"temperature": 10**400}, {"stop": 5}, {"stop_token_ids": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            octavo.SamplingParams(**wrong)  # type: ignore[arg-type]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # callers on threads take turns
+        calls = [pool.submit(llm.chat, messages, GREEDY) for messages in CONVERSATIONS[:3]]
+        assert [tokens(call.result()) for call in calls] == [[ids] for ids in alone[:3]]
+
+
+def test_an_interrupt_leaves_the_engine_usable(llm: octavo.LLM, alone: list[list[int]]) -> None:
+    """Ctrl-C, as in a notebook, in the middle of an answer; several times, at other moments."""
+    long = octavo.SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+    for wait in (0.05, 0.11, 0.23):
+        timer = threading.Timer(wait, signal.raise_signal, (signal.SIGINT,))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.chat(CONVERSATIONS, long)
+            timer.join()
+        assert not llm.engine.has_requests
+        llm.engine.scheduler.check_integrity()
+        assert tokens(llm.chat(CONVERSATIONS[:2], GREEDY)) == alone[:2]
+
+
+def test_a_rank_that_dies_while_loading_ends_the_start(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank waits for it in its collective; the caller is told at once."""
+    load = WorkerGroup._load
+
+    def kill_and_load(self: WorkerGroup, *args: Any) -> Any:
+        os.kill(self.pids[1], signal.SIGKILL)
+        return load(self, *args)
+
+    monkeypatch.setattr(WorkerGroup, "_load", kill_and_load)
+    with pytest.raises(WorkerGroupError, match=r"rank 1 .*signal 9"):
+        make(checkpoint, tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +341,9 @@ def test_async_streams_abort_and_death(checkpoint: Path, alone: list[list[int]])
         async with octavo.AsyncLLM(checkpoint, dtype="float32", max_model_len=1024) as engine:
             answers = await asyncio.gather(*(collect(engine, m) for m in CONVERSATIONS))
             assert answers == alone
+            with pytest.raises(InputError, match="SamplingParams"):
+                async for _ in engine.chat(CONVERSATIONS[0], {"max_tokens": 1}):  # type: ignore[arg-type]
+                    pass
             with pytest.raises(InputError):
                 await collect(engine, [])
             long = octavo.SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
@@ -307,9 +366,6 @@ def test_async_streams_abort_and_death(checkpoint: Path, alone: list[list[int]])
 
     async def death(engine: octavo.AsyncLLM) -> None:
         long = octavo.SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
-        import os
-        import signal
-
         with pytest.raises(EngineDead, match="signal 9"):
             async for _ in engine.chat(CONVERSATIONS[0], long):
                 os.kill(engine.worker_pids[0], signal.SIGKILL)
@@ -318,3 +374,47 @@ def test_async_streams_abort_and_death(checkpoint: Path, alone: list[list[int]])
             await collect(engine, CONVERSATIONS[0])
 
     asyncio.run(run())
+
+
+def test_a_name_used_again_while_its_former_answer_ends(
+    checkpoint: Path, alone: list[list[int]]
+) -> None:
+    long = octavo.SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+
+    async def run() -> None:
+        async with octavo.AsyncLLM(checkpoint, dtype="float32", max_model_len=1024) as engine:
+            for _ in range(5):
+                former = engine.chat(CONVERSATIONS[0], long, request_id="mine")
+                await anext(former)
+                await former.aclose()
+                got, names = [], set()
+                async for delta in engine.chat(CONVERSATIONS[1], GREEDY, request_id="mine"):
+                    got.extend(delta.token_ids)
+                    names.add(delta.request_id)
+                assert (got, names) == (alone[1], {"mine"})
+
+    asyncio.run(run())
+
+
+def test_closing_ends_what_waits_and_what_comes(checkpoint: Path) -> None:
+    async def one(engine: octavo.AsyncLLM) -> str:
+        try:
+            async for _ in engine.chat(CONVERSATIONS[3], GREEDY):
+                pass
+        except EngineDead:
+            return "dead"
+        return "done"
+
+    async def run() -> None:
+        engine = octavo.AsyncLLM(checkpoint, dtype="float32", max_model_len=1024)
+        tasks = [asyncio.create_task(one(engine)) for _ in range(8)]
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, engine.close)
+        assert set(await asyncio.wait_for(asyncio.gather(*tasks), 20)) <= {"dead", "done"}
+        assert await one(engine) == "dead"
+
+    asyncio.run(run())
+    llm = make(checkpoint)
+    llm.close()
+    with pytest.raises(EngineDead):
+        llm.chat(CONVERSATIONS[0])

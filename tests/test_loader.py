@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +246,7 @@ def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
+from typing import Any
 import torch
 torch.set_num_threads(1)
 from octavo.engine.config import ModelConfig
@@ -286,3 +288,26 @@ def test_no_second_copy_of_the_weights_exists(
     assert share < 1.15
     if stored == served and size == 1:  # what is not merged stays in the mapped file
         assert share < 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vision_config": None}, "vision_config"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"text_config": 5}, "Qwen2-VL"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": 5}}, "Qwen2-VL"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ({"num_hidden_layers": 0}, "less than 1"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"vision_token_id": 99_999_999}, "99999999"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_none_says_why(change: dict[str, Any], words: str) -> None:
+    """None takes a field away."""
+    text = (Path(__file__).parent / "data/config-2b.json").read_text()
+    raw = {**json.loads(text), **change}
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig.from_dict({name: value for name, value in raw.items() if value is not None})

@@ -167,6 +167,13 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask(), {"stop": ["x"] * 100}, "stop"),
         (ask(), {"stop": ["y" * 1000]}, "stop"),
         (ask(), {"best_of": 3}, "best_of: unknown"),
+        (ask(), {"stop": ["y" * 20_000]}, "stop"),
+        ([{"role": "r" * 20_000, "content": "x"}], {}, "system, user, assistant"),
+        ([{"role": "user", "content": "x", "name": "y"}], {}, "'name' is unknown"),
+        ([{"role": "user", "content": ["x"]}], {}, "must be a dict"),
+        (ask("\ud800"), {}, "messages"),
+        (ask("?", {"type": "image", "image": picture(), "min_pixels": 1 << 40}), {}, "max_pixels"),
+        (ask(), {"request_id": "x" * 300}, "request_id"),
     ],
 )
 def test_L27_unbounded_n_bad_input_is_refused_clearly(
@@ -258,6 +265,24 @@ def test_abort_by_name(client: octavo.Client) -> None:
     assert len(tokens(client, ask(), request_id="mine")) == 12  # the name is free again
 
 
+def test_a_name_used_again_at_once_gets_its_own_answer(client: octavo.Client) -> None:
+    """Nothing of the request that had the name before, and left in the middle, reaches it."""
+    image = {"type": "image", "image": picture(7)}
+    expected = tokens(client, ask("Another?", image))
+    for _ in range(10):
+        stream = client.chat(ask(), request_id="again", **LONG)
+        next(stream)
+        stream.close()
+        for _ in range(50):  # until the server has seen that the stream was closed
+            try:
+                assert tokens(client, ask("Another?", image), request_id="again") == expected
+                break
+            except ClientError as error:
+                assert error.code == "ALREADY_EXISTS"
+        else:
+            raise AssertionError("the name was never free again")
+
+
 def test_a_client_that_leaves_frees_its_request(checkpoint: Path) -> None:
     """With one request at a time, the next one's answer shows that the first is gone."""
     server = start(checkpoint, "--max-num-seqs", "1")
@@ -283,6 +308,61 @@ def test_health(server: Server) -> None:
         for service in ("", "octavo.v1.Inference"):
             reply = stub.Check(health_pb2.HealthCheckRequest(service=service))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_stopping_does_not_wait_for_a_health_watch(checkpoint: Path) -> None:
+    server = start(checkpoint)
+    with grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        started = time.monotonic()
+        assert server.end() == 0  # at once after the ready line: its handler stands by then
+        assert time.monotonic() - started < 8  # less than the grace for running requests
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_sigterm_to_all_processes_lets_requests_finish(checkpoint: Path) -> None:
+    """As systemd sends it: workers leave it to the engine."""
+    server = start(checkpoint)
+    with octavo.Client(server.address) as client:
+        stream = client.chat(ask(), **LONG)
+        next(stream)
+        for pid in (*server.worker_pids, server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert [delta.finish_reason for delta in stream][-1] == "length"
+    assert server.process.wait(30) == 0
+
+
+def test_a_worker_that_dies_while_nothing_runs_ends_the_server(checkpoint: Path) -> None:
+    server = start(checkpoint)
+    os.kill(server.worker_pids[0], signal.SIGKILL)
+    assert server.process.wait(30) == 1
+    assert "signal 9" in server.text()
+
+
+def test_L18_exif_alpha_a_pil_image_arrives_upright(client: octavo.Client) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture().save(buffer, "JPEG", exif=exif)
+    image = Image.open(buffer)
+    cmyk = picture().convert("CMYK")
+    for source, shape in ((image, (84, 56)), (cmyk, (56, 84))):
+        messages = ask("?", {"type": "image", "image": source, "min_pixels": 3136})
+        media = next(client.chat(messages, **GREEDY)).media[0]
+        assert (media.height, media.width) == shape
+
+
+def test_prompts_that_cannot_travel_are_refused(server: Server) -> None:
+    client = octavo.Client(server.address)
+    for prompt in ([-1], None, "\ud800"):
+        with pytest.raises(ClientError, match="INVALID_ARGUMENT"):
+            list(client.generate(prompt))  # type: ignore[arg-type]
+    part = {"image": picture(), "max_pixels": 12544}
+    assert next(client.chat(ask("?", {"type": "image"}), images=[part], **GREEDY)).media
+    client.close()
+    with pytest.raises(ClientError, match="closed"):
+        list(client.chat(ask()))
 
 
 def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:

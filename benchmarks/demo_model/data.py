@@ -148,8 +148,11 @@ class Maker:
         return self.batch("digits", [item], [[(QUESTIONS["number"], "")]] * n, False)
 
     def make_which(self, budget: int) -> Batch:
-        limits = self.limits()
         rng = self.rng
+        limits = self.limits()
+        if rng.random() < 0.4:  # few tokens and many pairs: matching is what is hard to learn here
+            side = int(rng.choice([84, 112]))
+            limits = side * side, side * side
         (c1, g1), (c2, g2) = self.canvases(64, limits), self.canvases(64, limits)
         n = int(max(2, min(64, budget // ((g1[0] * g1[1] + g2[0] * g2[1]) // PATCH**2))))
         left, right, talks = [], [], []

@@ -35,7 +35,7 @@ from .tokenizer import make_tokenizer
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 VOCABULARY = [*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"]
-KINDS = {"shape": 0.7, "count": 1.2, "number": 1.6, "digits": 1.6, "which": 1.2, "motion": 0.6}
+KINDS = {"shape": 0.5, "count": 1.5, "number": 1.8, "digits": 1.0, "which": 1.6, "motion": 0.3}
 
 
 def cut(item: Item, b: int) -> torch.Tensor:

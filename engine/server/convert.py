@@ -32,7 +32,7 @@ def read_prompt(request: pb.GenerateRequest) -> dict[str, Any]:
     if form == "text":
         return {"prompt": request.text, **given}
     if form == "token_ids":
-        return {"prompt_token_ids": list(request.token_ids.ids), **given}
+        return {"prompt_token_ids": request.token_ids.ids, **given}
     raise InputError("prompt", "give one of conversation, text and token_ids")
 
 

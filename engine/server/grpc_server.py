@@ -15,15 +15,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ...proto import octavo_pb2 as pb
 from ...proto import octavo_pb2_grpc
 from ...scheduler.request import SamplingParams
-from ...scheduler.scheduler import AdmissionError
 from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
+from ..input.errors import InputError
 from .convert import read_prompt, read_sampling, write_delta
 
 log = logging.getLogger("octavo.server")
 
 SERVICE = "octavo.v1.Inference"
 MAX_MESSAGE_BYTES = 256 << 20
+MAX_REQUEST_ID = 256  # characters
+MAX_ERROR_TEXT = 2000  # characters; gRPC drops a status whose text is over some 8,000 bytes
 GRACE = 10.0  # seconds that running requests get when the server is asked to stop
 
 OPTIONS = [
@@ -42,22 +44,40 @@ OPTIONS = [
 class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
+        self._num_active = 0
+        self.idle = asyncio.Event()  # no Generate call is running
+        self.idle.set()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateDelta]:
         """Streams deltas. gRPC cancels this coroutine when its client goes away, which closes the
         stream, which aborts the request."""
+        self._num_active += 1
+        self.idle.clear()
         try:
+            async for delta in self._generate(request, context):
+                yield delta
+        finally:
+            self._num_active -= 1
+            if self._num_active == 0:
+                self.idle.set()
+
+    async def _generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateDelta]:
+        try:
+            if len(request.request_id) > MAX_REQUEST_ID:
+                raise InputError("request_id", f"over {MAX_REQUEST_ID} characters")
             prompt, params = read_prompt(request), read_sampling(request.sampling)
             stream = self._engine.generate(prompt, params, request_id=request.request_id or None)
             async with contextlib.aclosing(stream):
                 async for delta in stream:
                     if delta.error:
-                        await context.abort(error_code(delta.error), delta.error)
+                        await context.abort(error_code(delta.error), _short(delta.error))
                     yield write_delta(delta)
         except (ValueError, EngineDead) as error:
-            await context.abort(status_of(error), str(error))
+            await context.abort(status_of(error), _short(str(error)))
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:
@@ -68,6 +88,10 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
     ) -> pb.AbortReply:
         return pb.AbortReply(found=await self._engine.abort(request.request_id))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_TEXT else text[:MAX_ERROR_TEXT] + "…"
 
 
 def status_of(error: ValueError | EngineDead) -> grpc.StatusCode:
@@ -84,16 +108,15 @@ def error_code(text: str) -> grpc.StatusCode:
     return grpc.StatusCode.RESOURCE_EXHAUSTED if exhausted else grpc.StatusCode.INTERNAL
 
 
-async def serve(
-    engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str, int], None]
-) -> int:
+async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str], None]) -> int:
     """Serves until SIGTERM or SIGINT (returns 0) or until the worker group dies (returns 1).
 
-    `on_ready` is called once with the address that listens, after a first step has run. Raises
+    `on_ready` is called once with the HOST:PORT that listens, after a first step has run. Raises
     OSError when the address cannot be taken.
     """
     server = grpc.aio.server(options=OPTIONS)
-    octavo_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), server)
+    servicer = InferenceServicer(engine)
+    octavo_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     address = f"[{host}]" if ":" in host else host
@@ -101,34 +124,44 @@ async def serve(
         port = server.add_insecure_port(f"{address}:{port}")
     except RuntimeError:
         raise OSError(f"{host}:{port}: the address is in use or not this machine's") from None
+    asked_to_stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
     await _warm_up(engine)
     await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
-    on_ready(host, port)
-    died = await _wait(engine)
+    on_ready(f"{address}:{port}")
+    died = await _wait(engine, asked_to_stop)
     await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
     if died:
         log.error("the engine stopped: %s", died)
-    await server.stop(1.0 if died else GRACE)
+    await _drain(server, servicer, 1.0 if died else GRACE)
     return 1 if died else 0
+
+
+async def _drain(server: grpc.aio.Server, servicer: InferenceServicer, grace: float) -> None:
+    """Running requests get `grace` seconds; an open health watch is not waited for."""
+    stopping = asyncio.create_task(server.stop(grace))
+    idle = asyncio.create_task(servicer.idle.wait())
+    await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
+    await asyncio.sleep(0.1)  # the last request's status is still to be sent
+    await server.stop(None)
+    await stopping
 
 
 async def _warm_up(engine: AsyncLLM) -> None:
     """One step before anybody waits for one."""
     params = SamplingParams(temperature=0, max_tokens=1)
-    with contextlib.suppress(AdmissionError):  # a max_model_len of one token
+    with contextlib.suppress(ValueError):  # a max_model_len of one token
         async for _ in engine.generate({"prompt_token_ids": [0]}, params):
             pass
 
 
-async def _wait(engine: AsyncLLM) -> str:
+async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:
     """Until a signal (gives "") or the engine's death (gives the cause)."""
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
     death = asyncio.create_task(engine.wait_failed())
-    signalled = asyncio.create_task(stopped.wait())
+    signalled = asyncio.create_task(asked_to_stop.wait())
     await asyncio.wait({death, signalled}, return_when=asyncio.FIRST_COMPLETED)
     signalled.cancel()
     if death.done():
@@ -143,7 +176,7 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
         await servicer.set(service, status)
 
 
-def ready_line(engine: AsyncLLM, host: str, port: int) -> str:
+def ready_line(engine: AsyncLLM, address: str) -> str:
     """The one line on stdout; worker_pids in rank order."""
     pids = ",".join(map(str, engine.worker_pids))
-    return f"ready grpc={host}:{port} pid={os.getpid()} worker_pids={pids}"
+    return f"ready grpc={address} pid={os.getpid()} worker_pids={pids}"

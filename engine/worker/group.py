@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -27,6 +29,7 @@ from .worker import UNLIMITED
 log = logging.getLogger("octavo.group")
 
 START_TIMEOUT = 120.0  # seconds for a worker's socket to answer: imports on a cold disk
+ALIVE_CHECK = 0.5  # seconds between two looks at the processes while waiting for an answer
 EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
 
 _epochs = itertools.count(1)
@@ -119,7 +122,7 @@ class WorkerGroup:
         for channel in self._channels:
             ready = grpc.channel_ready_future(channel)
             while True:
-                self._check_alive()
+                self.check_alive()
                 try:
                     ready.result(timeout=0.2)
                     break
@@ -146,15 +149,15 @@ class WorkerGroup:
             for rank, stub in enumerate(self._stubs)
         ]
         reports: list[pb.MemoryReport] = []
-        try:
-            for rank, call in enumerate(calls):  # all ranks load at once; rank 0 tells how far
-                for item in call:
-                    if item.HasField("memory"):
-                        reports.append(item.memory)
-                    elif rank == 0:
-                        on_progress(item.done_bytes, item.total_bytes)
-        except grpc.RpcError as error:
-            raise self._fault(error) from None
+        items = _merge(calls)  # all ranks load at once; rank 0 tells how far
+        while len(reports) < self.size:
+            rank, item = self._await(items)
+            if isinstance(item, Exception):
+                raise self._fault(item, is_mendable=True)
+            if item.HasField("memory"):
+                reports.append(item.memory)
+            elif rank == 0:
+                on_progress(item.done_bytes, item.total_bytes)
         least = min(reports, key=lambda report: report.free_bytes)
         return GroupMemory(
             weight_bytes=sum(report.weight_bytes for report in reports),
@@ -172,7 +175,7 @@ class WorkerGroup:
         for call in calls:
             call.add_done_callback(done.put)
         for _ in calls:
-            error = done.get().exception()
+            error = self._await(done).exception()
             if error is not None:
                 fault = self._fault(error)
                 for process in self._processes:
@@ -180,27 +183,54 @@ class WorkerGroup:
                 raise fault
         return [call.result() for call in calls]
 
-    def _fault(self, error: Exception) -> Exception:
+    def _await(self, source: queue.SimpleQueue[Any]) -> Any:
+        """The next of a queue. Raises `WorkerGroupError` when a worker ends meanwhile."""
+        while True:
+            try:
+                return source.get(timeout=ALIVE_CHECK)
+            except queue.Empty:
+                self.check_alive()
+
+    def _fault(self, error: Exception, is_mendable: bool = False) -> Exception:
         """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""
         if not isinstance(error, grpc.RpcError):
             return WorkerGroupError(f"a worker failed: {error}")
-        code, details = error.code(), error.details()
-        if code == grpc.StatusCode.FAILED_PRECONDITION:
-            return ConfigError(details)
-        if code == grpc.StatusCode.UNAVAILABLE:
-            time.sleep(0.05)  # the socket closes a moment before the process can be waited for
+        if is_mendable and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            return ConfigError(error.details())
+        # A rank that died is the cause, also where another's broken connection told of it first;
+        # its socket closes a moment before the process can be waited for.
+        deadline = time.monotonic() + ALIVE_CHECK
+        while time.monotonic() < deadline:
             try:
-                self._check_alive()
+                self.check_alive()
             except WorkerGroupError as dead:
                 return dead
-        return WorkerGroupError(f"a worker failed: {details}")
+            time.sleep(0.02)
+        return WorkerGroupError(f"a worker failed: {error.details()}")
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises `WorkerGroupError` when a worker has ended."""
         for rank, process in enumerate(self._processes):
             code = process.poll()
             if code is not None:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
                 raise WorkerGroupError(f"the worker of rank {rank} (pid {process.pid}) {how}")
+
+
+def _merge(calls: Sequence[Iterable[Any]]) -> queue.SimpleQueue[tuple[int, Any]]:
+    """(rank, item) of several streams as they come; an error is a stream's last item."""
+    items: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+
+    def read(rank: int, call: Iterable[Any]) -> None:
+        try:
+            for item in call:
+                items.put((rank, item))
+        except grpc.RpcError as error:
+            items.put((rank, error))
+
+    for rank, call in enumerate(calls):
+        threading.Thread(target=read, args=(rank, call), name="load", daemon=True).start()
+    return items
 
 
 def _connect(socket: Path) -> grpc.Channel:

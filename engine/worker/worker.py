@@ -154,7 +154,8 @@ def main() -> None:
     parser.add_argument("--socket", required=True, help="path of the Unix socket to serve on")
     socket = parser.parse_args().socket
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's: it closes this worker
+    for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(), server)
