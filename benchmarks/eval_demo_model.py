@@ -155,7 +155,8 @@ def measure(
     answer: Callable[[list[Question]], list[str]], kind: str, num: int, seed: int
 ) -> dict[str, Any]:
     """Share of exact answers, and some that were wrong."""
-    stream, right, wrong = questions(kind, seed), 0, []
+    stream, right = questions(kind, seed), 0
+    wrong: list[str] = []
     started = time.perf_counter()
     batches = range(0, num, 50)
     for first in track(batches, description=f"{kind:8}", transient=True):

@@ -30,16 +30,23 @@ def smart_resize(height: int, width: int, low: int, high: int) -> tuple[int, int
 
 @dataclass
 class Item:
-    """One image or video place of a batch: uint8 [b * frames, H, W, 3] and labels of patches."""
+    """One image or video place of a batch: uint8 [b * frames, H, W, 3] and labels of patches, for
+    b pictures."""
 
     pixels: torch.Tensor
     temporal: int  # temporal patches
     offset: int = 0
     labels: dict[str, torch.Tensor] = field(default_factory=dict)  # [b * temporal, patches]
+    rows: torch.Tensor | None = None  # which picture each conversation has; None: one each
 
     @property
     def grid(self) -> tuple[int, int, int]:
         return self.temporal, self.pixels.shape[1] // PATCH, self.pixels.shape[2] // PATCH
+
+    @property
+    def num_pictures(self) -> int:
+        frames = 1 if self.temporal == 1 else 2 * self.temporal
+        return len(self.pixels) // frames
 
     @property
     def num_tokens(self) -> int:

@@ -148,34 +148,32 @@ class Maker:
         return self.batch("digits", [item], [[(QUESTIONS["number"], "")]] * n, False)
 
     def make_which(self, budget: int) -> Batch:
+        """Each picture is asked about in several pairs: matching takes many examples to learn."""
         rng = self.rng
         limits = self.limits()
-        if rng.random() < 0.4:  # few tokens and many pairs: matching is what is hard to learn here
+        if rng.random() < 0.4:  # few tokens
             side = int(rng.choice([84, 112]))
             limits = side * side, side * side
         (c1, g1), (c2, g2) = self.canvases(64, limits), self.canvases(64, limits)
-        n = int(max(2, min(64, budget // ((g1[0] * g1[1] + g2[0] * g2[1]) // PATCH**2))))
-        left, right, talks = [], [], []
-        for i in range(n):
-            color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
-            while True:
-                other = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
-                chance = rng.random()
-                if chance < 0.3:
-                    other = color, other[1]
-                elif chance < 0.6:
-                    other = other[0], shape
-                if other != (color, shape):
-                    break
-            pair = [(color, shape), other]
+        n = int(max(3, min(64, budget // ((g1[0] * g1[1] + g2[0] * g2[1]) // PATCH**2))))
+        colors, shapes = rng.choice(COLORS, 3, replace=False), rng.choice(SHAPES, 3, replace=False)
+        # few colors and shapes, so that the two of a pair often share one
+        things = [
+            [(str(rng.choice(colors)), str(rng.choice(shapes))) for _ in "ab"] for _ in range(n)
+        ]
+        things[0] = [(str(colors[0]), str(shapes[0])), (str(colors[1]), str(shapes[0]))]
+        left = self.item([draw_shape(rng, c, *t[0]) for c, t in zip(c1, things, strict=False)], g1)
+        right = self.item([draw_shape(rng, c, *t[1]) for c, t in zip(c2, things, strict=False)], g2)
+        pairs = [(int(a), int(b)) for a, b in rng.integers(0, n, (5 * n, 2))]
+        pairs = [(a, b) for a, b in pairs if things[a][0] != things[b][1]] or [(0, 0)]
+        left.rows, right.rows = torch.tensor(pairs).T
+        talks = []
+        for a, b in pairs:
+            both = [things[a][0], things[b][1]]
             answer = int(rng.integers(2))
-            if answer:
-                pair.reverse()
-            left.append(draw_shape(rng, c1[i], *pair[0]))
-            right.append(draw_shape(rng, c2[i], *pair[1]))
-            asked = self.asked_for((color, shape), other)
+            asked = self.asked_for(both[answer], both[1 - answer])
             talks.append([(asked, ("the first", "the second")[answer])])
-        return self.batch("which", [self.item(left, g1), self.item(right, g2)], talks, False)
+        return self.batch("which", [left, right], talks, False)
 
     def asked_for(self, wanted: tuple[str, str], other: tuple[str, str]) -> str:
         """Mostly color and shape; sometimes just what tells the two apart, which is easier to

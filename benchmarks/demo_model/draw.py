@@ -251,7 +251,7 @@ def draw_motion(
             buffer = io.BytesIO()
             frame.save(buffer, "JPEG", quality=quality)
             frame = Image.open(buffer).convert("RGB")
-        frames.append(Picture(frame, (Mark(*place, size, size, color, shape),)))
+        frames.append(Picture(frame, (Mark(place[0], place[1], size, size, color, shape),)))
     return frames
 
 

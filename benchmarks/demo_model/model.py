@@ -235,17 +235,19 @@ class TrainModel(nn.Module):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        media: list[tuple[torch.Tensor, int, int, int]],
+        media: list[tuple[torch.Tensor, int, int, int, torch.Tensor | None]],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """token_ids [b, n], positions [3, n]; media: (patches [b*t, h*w, 1176], h, w, offset).
+        """token_ids [b, n], positions [3, n]; media: (patches [p*t, h*w, 1176], h, w, offset, and
+        which of the p pictures each of the b has, or None).
 
         Returns hidden states [b, n, hidden] and each item's guesses [2, frames, patches, classes]
         by the training heads, from the tower and from the embeddings."""
         x = self.model.embed_tokens(token_ids)
         guesses = []
-        for patches, h, w, offset in media:
+        for patches, h, w, offset, rows in media:
             embedded, guess = self.look(patches, h, w)
             guesses.append(guess)
+            embedded = embedded[rows] if rows is not None else embedded
             embedded = embedded.reshape(len(x), -1, embedded.shape[-1]).to(x.dtype)
             x = torch.cat((x[:, :offset], embedded, x[:, offset + embedded.shape[1] :]), dim=1)
         cos, sin = self.rotary(positions)

@@ -35,12 +35,13 @@ from .tokenizer import make_tokenizer
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 VOCABULARY = [*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"]
-KINDS = {"shape": 0.5, "count": 1.5, "number": 1.8, "digits": 1.0, "which": 1.6, "motion": 0.3}
+KINDS = {"shape": 0.5, "count": 1.5, "number": 1.8, "digits": 1.0, "which": 2.2, "motion": 0.3}
 
 
-def cut(item: Item, b: int) -> torch.Tensor:
+def cut(item: Item) -> torch.Tensor:
     """Normalised patches [b * t, h*w, 1176] in merge-group order."""
     t, h, w = item.grid
+    b = item.num_pictures
     x = (item.pixels.float() / 255 - MEAN) / STD
     x = x.view(b, -1, *x.shape[1:])
     if x.shape[1] == 1:
@@ -52,7 +53,7 @@ def cut(item: Item, b: int) -> torch.Tensor:
 def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Answer loss, auxiliary loss, and which conversations had their first answer all right."""
     b = len(batch.token_ids)
-    media = [(cut(item, b), item.grid[1], item.grid[2], item.offset) for item in batch.items]
+    media = [(cut(item), *item.grid[1:], item.offset, item.rows) for item in batch.items]
     if batch.kind == "digits":  # nothing is asked
         guesses = [model.look(*one[:3])[1] for one in media]
         return torch.zeros(()), item_loss(guesses, batch), torch.zeros(b)
@@ -273,9 +274,7 @@ def whiten(model: TrainModel, tokenizer: Tokenizer, seed: int) -> None:
     """
     maker = Maker(tokenizer, np.random.default_rng([seed, 888]), 0.5)
     batches = [maker.make(kind, 8000) for kind in KINDS for _ in range(3)]
-    patches = torch.cat(
-        [cut(item, len(b.token_ids)).flatten(0, 1) for b in batches for item in b.items]
-    )
+    patches = torch.cat([cut(item).flatten(0, 1) for b in batches for item in b.items])
     patches = patches[patches.std(1) > 0.05]
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     weight = model.visual.patch_embed.proj.weight
