@@ -256,11 +256,13 @@ def _join_splits_kernel(
 def chunk_settings(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> dict[str, int | str]:
-    """Compile-time settings of the chunk kernel."""
+    """Compile-time settings of the chunk kernel. float32, for comparisons, takes half the tile:
+    the whole one would spill."""
+    tokens = 128 if dtype.itemsize == 2 else 64
     chosen = _common_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
     return {
         **chosen,
-        "BLOCK_M": max(128, triton.next_power_of_2(num_heads // num_kv_heads)),
+        "BLOCK_M": max(tokens, triton.next_power_of_2(num_heads // num_kv_heads)),
         "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
         "num_warps": 8,
         "num_stages": 2,

@@ -107,10 +107,10 @@ def settings(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
         "HEAD_DIM": head_dim,
         "BLOCK_MAIN": main,
         "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
-        "BLOCK_M": 128,
+        "BLOCK_M": 128 if dtype.itemsize == 2 else 32,
         "BLOCK_N": 32,
         "PRECISION": "tf32" if dtype.itemsize == 2 else "ieee",
-        "num_warps": 8,
+        "num_warps": 8 if dtype.itemsize == 2 else 4,
         "num_stages": 2,
     }
 
