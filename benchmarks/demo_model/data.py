@@ -34,8 +34,16 @@ from .draw import (
     draw_number,
     draw_shape,
 )
-from .paint import COLORS, SHAPES
+from .paint import COLORS, SHAPES, finish, new_canvas
 from .tokenizer import QUESTIONS, SYSTEM, WHO
+
+Thing = tuple[str, str] | None  # color and shape of what is in a picture
+
+
+def draw_thing(rng: np.random.Generator, canvas: tuple[int, int], thing: Thing) -> Picture:
+    if thing is None:
+        return Picture(finish(rng, new_canvas(rng, canvas)), ())
+    return draw_shape(rng, canvas, *thing)
 
 
 class Maker:
@@ -148,38 +156,46 @@ class Maker:
         return self.batch("digits", [item], [[(QUESTIONS["number"], "")]] * n, False)
 
     def make_which(self, budget: int) -> Batch:
-        """Each picture is asked about in several pairs: matching takes many examples to learn."""
+        """Each picture is asked about in several pairs, and some pictures are empty: so that the
+        place of what is there is learned first, and then to look for what is asked."""
         rng = self.rng
         limits = self.limits()
         if rng.random() < 0.4:  # few tokens
             side = int(rng.choice([84, 112]))
             limits = side * side, side * side
-        (c1, g1), (c2, g2) = self.canvases(64, limits), self.canvases(64, limits)
-        n = int(max(3, min(64, budget // ((g1[0] * g1[1] + g2[0] * g2[1]) // PATCH**2))))
-        colors, shapes = rng.choice(COLORS, 3, replace=False), rng.choice(SHAPES, 3, replace=False)
+        sides = [self.canvases(64, limits), self.canvases(64, limits)]
+        n = int(max(3, min(64, budget // (sum(h * w for _, (h, w) in sides) // PATCH**2))))
         # few colors and shapes, so that the two of a pair often share one
-        things = [
-            [(str(rng.choice(colors)), str(rng.choice(shapes))) for _ in "ab"] for _ in range(n)
-        ]
-        things[0] = [(str(colors[0]), str(shapes[0])), (str(colors[1]), str(shapes[0]))]
-        left = self.item([draw_shape(rng, c, *t[0]) for c, t in zip(c1, things, strict=False)], g1)
-        right = self.item([draw_shape(rng, c, *t[1]) for c, t in zip(c2, things, strict=False)], g2)
-        pairs = [(int(a), int(b)) for a, b in rng.integers(0, n, (5 * n, 2))]
-        pairs = [(a, b) for a, b in pairs if things[a][0] != things[b][1]] or [(0, 0)]
-        left.rows, right.rows = torch.tensor(pairs).T
-        talks = []
-        for a, b in pairs:
-            both = [things[a][0], things[b][1]]
-            answer = int(rng.integers(2))
-            asked = self.asked_for(both[answer], both[1 - answer])
-            talks.append([(asked, ("the first", "the second")[answer])])
-        return self.batch("which", [left, right], talks, False)
+        colors, shapes = rng.choice(COLORS, 3, replace=False), rng.choice(SHAPES, 3, replace=False)
+        things: list[list[Thing]] = [[], []]
+        items = []
+        for drawn, (canvases, goal) in zip(things, sides, strict=True):
+            for _ in range(n):
+                drawn.append((str(rng.choice(colors)), str(rng.choice(shapes))))
+                if rng.random() < 0.25:
+                    drawn[-1] = None
+            drawn[0] = (str(colors[len(items)]), str(shapes[0]))
+            pairs = zip(canvases, drawn, strict=False)
+            items.append(self.item([draw_thing(rng, c, t) for c, t in pairs], goal))
+        chosen = [(0, 0)]
+        for a, b in rng.integers(0, n, (5 * n, 2)).tolist():
+            if things[0][a] != things[1][b]:
+                chosen.append((a, b))
+        items[0].rows, items[1].rows = torch.tensor(chosen).T
+        talks = [[self.ask_which(things[0][a], things[1][b])] for a, b in chosen]
+        return self.batch("which", items, talks, False)
 
-    def asked_for(self, wanted: tuple[str, str], other: tuple[str, str]) -> str:
+    def ask_which(self, first: Thing, second: Thing) -> tuple[str, str]:
+        answer = int(self.rng.integers(2)) if first and second else int(first is None)
+        wanted, other = (second, first) if answer else (first, second)
+        assert wanted is not None
+        return self.asked_for(wanted, other), ("the first", "the second")[answer]
+
+    def asked_for(self, wanted: tuple[str, str], other: Thing) -> str:
         """Mostly color and shape; sometimes just what tells the two apart, which is easier to
         learn from."""
         question, (color, shape) = QUESTIONS["which"], wanted
-        if self.rng.random() < 0.4:
+        if other and self.rng.random() < 0.4:
             if color != other[0]:
                 return question.format(color, "shape")
             return question.replace("{} {}", "{}").format(shape)

@@ -33,6 +33,11 @@ class Shape:
     v_heads: int = 4
 
 
+# of one item: the training heads' guesses from the tower and from the embeddings, and how like the
+# embeddings are to words; see `TrainModel.look`
+Seen = tuple[torch.Tensor, torch.Tensor]
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
@@ -202,9 +207,11 @@ class Decoder(nn.Module):
 class TrainModel(nn.Module):
     """The model, and heads that are dropped on export: what is where, patch by patch."""
 
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, words: list[int]) -> None:
+        """`words`: token ids of the color and shape words."""
         super().__init__()
         self.s = s
+        self.words = torch.tensor(words)
         self.visual = Vision(s)
         self.model = Decoder(s)
         self.aux = nn.ModuleList(
@@ -225,23 +232,25 @@ class TrainModel(nn.Module):
         angles = torch.cat((angles, angles), dim=1)
         return angles.cos(), angles.sin()
 
-    def look(self, patches: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [frames, h*w/4, hidden] and guesses [2, frames, h*w, classes]."""
+    def look(self, patches: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, Seen]:
+        """Embeddings [frames, h*w/4, hidden], guesses [2, frames, h*w, classes], and how like each
+        word an embedding is [frames, h*w/4, words]."""
         embedded, feature = self.visual(patches, h, w)
         late = self.aux[1](embedded).view(*feature.shape[:2], -1)
-        return embedded, torch.stack((self.aux[0](feature), late))
+        words = F.normalize(self.model.embed_tokens.weight[self.words], dim=-1)
+        likeness = F.normalize(embedded, dim=-1) @ words.T.to(embedded.dtype)
+        return embedded, (torch.stack((self.aux[0](feature), late)), likeness)
 
     def forward(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         media: list[tuple[torch.Tensor, int, int, int, torch.Tensor | None]],
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, list[Seen]]:
         """token_ids [b, n], positions [3, n]; media: (patches [p*t, h*w, 1176], h, w, offset, and
         which of the p pictures each of the b has, or None).
 
-        Returns hidden states [b, n, hidden] and each item's guesses [2, frames, patches, classes]
-        by the training heads, from the tower and from the embeddings."""
+        Returns hidden states [b, n, hidden] and what was seen of each item."""
         x = self.model.embed_tokens(token_ids)
         guesses = []
         for patches, h, w, offset, rows in media:

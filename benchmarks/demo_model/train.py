@@ -28,13 +28,14 @@ from octavo.engine.model.vision import patch_positions
 from .batch import Batch, Item
 from .data import Batches, Maker
 from .draw import DIRECTIONS, NUMBER_WORDS
-from .model import AUX_SIZES, Shape, TrainModel
+from .model import AUX_SIZES, Seen, Shape, TrainModel
 from .paint import COLORS, SHAPES
 from .tokenizer import make_tokenizer
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 VOCABULARY = [*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"]
+SHARPNESS = 12.0  # of a softmax over cosines
 KINDS = {"shape": 0.5, "count": 1.5, "number": 1.8, "digits": 1.0, "which": 2.2, "motion": 0.3}
 
 
@@ -67,12 +68,27 @@ def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
     return answer, item_loss(guesses, batch), ~wrong.any(1)
 
 
-def item_loss(guesses: list[torch.Tensor], batch: Batch) -> torch.Tensor:
-    """The training heads' loss: a mean over items and over both places where the heads sit."""
+def item_loss(seen: list[Seen], batch: Batch) -> torch.Tensor:
+    """The training heads' loss: a mean over items and over both places where the heads sit, and
+    the loss of the words."""
     loss = torch.zeros(())
-    for item, pair in zip(batch.items, guesses, strict=True):
-        for guess in pair:
-            loss = loss + aux_loss(guess.float(), item) / len(guesses) / 2
+    for item, (guesses, likeness) in zip(batch.items, seen, strict=True):
+        for guess in guesses:
+            loss = loss + aux_loss(guess.float(), item) / len(seen) / 2
+        loss = loss + word_loss(likeness.float(), item) / len(seen)
+    return loss
+
+
+def word_loss(likeness: torch.Tensor, item: Item) -> torch.Tensor:
+    """An embedding that shows something red lies near the word red. Matching a question's words
+    with one of two images is then a match of like with like; else it is hardly ever found."""
+    loss = torch.zeros(())
+    guesses = likeness.split((len(COLORS), len(SHAPES)), dim=-1)
+    for name, guess in zip(("color", "shape"), guesses, strict=True):
+        label = item.labels[name].unflatten(-1, (-1, 4)).amax(-1)
+        there = label > 0
+        if there.any():
+            loss = loss + F.cross_entropy(guess[there] * SHARPNESS, label[there] - 1)
     return loss
 
 
@@ -138,7 +154,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.tokenizer = make_tokenizer(VOCABULARY)
         self.tokenizer.save(str(self.folder / "tokenizer.json"))
-        self.model = TrainModel(Shape())
+        words = [self.tokenizer.encode(f" {word}").ids for word in (*COLORS, *SHAPES)]
+        self.model = TrainModel(Shape(), [ids[0] for ids in words])
         if not self.state_file.exists():
             whiten(self.model, self.tokenizer, self.seed)
         self.optimizers = make_optimizers(self.model)
