@@ -61,6 +61,7 @@ class Batch:
     labels: torch.Tensor  # [b, n], -100 where no answer is
     positions: torch.Tensor  # [3, n]
     items: list[Item]
+    shown_in: torch.Tensor  # [b, n]: a word is shown in 0 the first, 1 the second, 2 both; -100
     questions: list[str]
     answers: list[str]
 

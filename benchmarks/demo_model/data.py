@@ -160,7 +160,7 @@ class Maker:
         place of what is there is learned first, and then to look for what is asked."""
         rng = self.rng
         limits = self.limits()
-        if rng.random() < 0.4:  # few tokens
+        if rng.random() < 0.5:  # few tokens
             side = int(rng.choice([84, 112]))
             limits = side * side, side * side
         sides = [self.canvases(64, limits), self.canvases(64, limits)]
@@ -172,7 +172,7 @@ class Maker:
         for drawn, (canvases, goal) in zip(things, sides, strict=True):
             for _ in range(n):
                 drawn.append((str(rng.choice(colors)), str(rng.choice(shapes))))
-                if rng.random() < 0.25:
+                if rng.random() < 0.12:
                     drawn[-1] = None
             drawn[0] = (str(colors[len(items)]), str(shapes[0]))
             pairs = zip(canvases, drawn, strict=False)
@@ -183,7 +183,18 @@ class Maker:
                 chosen.append((a, b))
         items[0].rows, items[1].rows = torch.tensor(chosen).T
         talks = [[self.ask_which(things[0][a], things[1][b])] for a, b in chosen]
-        return self.batch("which", items, talks, False)
+        batch = self.batch("which", items, talks, False)
+        for row, (a, b) in enumerate(chosen):
+            self.mark_words(batch, row, things[0][a] or (), things[1][b] or ())
+        return batch
+
+    def mark_words(
+        self, batch: Batch, row: int, first: tuple[str, ...], second: tuple[str, ...]
+    ) -> None:
+        for word in {*first, *second}:
+            (token,) = self.ids(f" {word}")
+            at = batch.token_ids[row] == token
+            batch.shown_in[row, at] = 2 if word in first and word in second else int(word in second)
 
     def ask_which(self, first: Thing, second: Thing) -> tuple[str, str]:
         answer = int(self.rng.integers(2)) if first and second else int(first is None)
@@ -274,6 +285,7 @@ class Maker:
             torch.tensor(labels),
             torch.tensor(positions).T.contiguous(),
             items,
+            torch.full((len(rows), longest), -100),
             [t[0][0] for t in talks],
             [t[0][1] for t in talks],
         )

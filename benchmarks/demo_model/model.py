@@ -215,7 +215,11 @@ class TrainModel(nn.Module):
         self.visual = Vision(s)
         self.model = Decoder(s)
         self.aux = nn.ModuleList(
-            (nn.Linear(s.v_dim, sum(AUX_SIZES)), nn.Linear(s.hidden, 4 * sum(AUX_SIZES)))
+            (
+                nn.Linear(s.v_dim, sum(AUX_SIZES)),
+                nn.Linear(s.hidden, 4 * sum(AUX_SIZES)),
+                nn.Linear(s.hidden, 3),  # at a word of a question: which images show it
+            )
         )
         for name, p in self.named_parameters():
             if p.dim() >= 2:
