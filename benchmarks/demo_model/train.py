@@ -31,7 +31,7 @@ from .paint import COLORS, SHAPES
 from .tokenizer import make_tokenizer
 
 VOCABULARY = [*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"]
-KINDS = {"shape": 0.3, "count": 2.2, "number": 1.3, "digits": 0.5, "which": 3.0, "motion": 0.2}
+KINDS = {"shape": 0.3, "count": 3.0, "number": 1.8, "digits": 0.4, "which": 1.6, "motion": 0.2}
 
 
 @torch.no_grad()
