@@ -1,8 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and tells what each one uses.
 
 Run as `python -m octavo.benchmarks.kernel_resources [--json] [--target sm_90]`. Shapes are those of
-Qwen2-VL 2B, 7B and 72B on one rank, in bfloat16; the attention kernels in float32 too, in which
-answers are compared. The interpreter's switch must be off.
+Qwen2-VL 2B, 7B and 72B on one rank, in bfloat16. The interpreter's switch must be off.
 """
 
 from __future__ import annotations
@@ -72,28 +71,27 @@ def kernels(shape: str) -> Iterator[tuple[Any, list[str], Constants]]:
         mrope.settings(*heads_of),
     )
     yield (
+        paged_attention._paged_chunk_kernel,
+        [b, b, b, b, i, i, i, i, i, "i32", "fp32"],
+        paged_attention.chunk_settings(*heads_of, bf16),
+    )
+    yield (
+        paged_attention._paged_decode_kernel,
+        [b, b, b, f, f, i, i, i, i, "i32", "fp32"],
+        paged_attention.decode_settings(*heads_of, bf16),
+    )
+    yield (
         paged_attention._join_splits_kernel,
         [f, f, b, i, i, i, "i32"],
         paged_attention.join_settings(heads, HEAD_DIM),
     )
+    yield (
+        vision_attention._vision_attention_kernel,
+        [b, b, b, b, i, i, i, "i32", "i32", "i32", "i32", "fp32"],
+        vision_attention.settings(VISION_HEAD_DIM, bf16),
+    )
     patch = {"PATCH": 14, "TEMPORAL": 2, "MERGE": 2, "BLOCK_SIZE": 2048, **patches.SETTINGS}
     yield patches._cut_patches_kernel, ["*u8", b, "i32", "i32", "i32"] + ["fp32"] * 6, patch
-    for dtype, x in ((bf16, b), (torch.float32, f)):
-        yield (
-            paged_attention._paged_chunk_kernel,
-            [x, x, x, x, i, i, i, i, i, "i32", "fp32"],
-            paged_attention.chunk_settings(*heads_of, dtype),
-        )
-        yield (
-            paged_attention._paged_decode_kernel,
-            [x, x, x, f, f, i, i, i, i, "i32", "fp32"],
-            paged_attention.decode_settings(*heads_of, dtype),
-        )
-        yield (
-            vision_attention._vision_attention_kernel,
-            [x, x, x, x, i, i, i, "i32", "i32", "i32", "i32", "fp32"],
-            vision_attention.settings(VISION_HEAD_DIM, dtype),
-        )
 
 
 def compile_kernel(kernel: Any, types: list[str], constants: Constants, target: str) -> Any:
@@ -116,7 +114,6 @@ def measure(kernel: Any, types: list[str], constants: Constants, shape: str, tar
     count = _amd_usage if target.startswith("gfx") else _nvidia_usage
     registers, spills = count(compiled.asm)
     name = kernel.__name__ + ("+residual" if constants.get("HAS_RESIDUAL") else "")
-    name += "+float32" if constants.get("PRECISION") == "ieee" else ""
     return Resources(name, shape, target, registers, spills, compiled.metadata.shared)
 
 
