@@ -418,3 +418,30 @@ def test_closing_ends_what_waits_and_what_comes(checkpoint: Path) -> None:
     llm.close()
     with pytest.raises(EngineDead):
         llm.chat(CONVERSATIONS[0])
+
+
+def test_L11_cpu_preprocess(
+    checkpoint: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one request's picture is being made ready, others are answered."""
+
+    async def run() -> None:
+        async with octavo.AsyncLLM(checkpoint, dtype="float32", max_model_len=1024) as engine:
+            preprocess, may_go_on = engine.engine.preprocess, threading.Event()
+
+            def slow(prompt: Any) -> Any:
+                if prompt["messages"] is CONVERSATIONS[1]:
+                    assert may_go_on.wait(30)
+                return preprocess(prompt)
+
+            async def collect(messages: Any) -> list[int]:
+                return [t async for d in engine.chat(messages, GREEDY) for t in d.token_ids]
+
+            monkeypatch.setattr(engine.engine, "preprocess", slow)
+            held = asyncio.create_task(collect(CONVERSATIONS[1]))
+            assert await asyncio.wait_for(collect(CONVERSATIONS[0]), 30) == alone[0]
+            assert not held.done()
+            may_go_on.set()
+            assert await held == alone[1]
+
+    asyncio.run(run())
