@@ -430,7 +430,7 @@ def test_L11_cpu_preprocess(
             preprocess, may_go_on = engine.engine.preprocess, threading.Event()
 
             def slow(prompt: Any) -> Any:
-                if prompt["messages"] is CONVERSATIONS[1]:
+                if isinstance(prompt, dict) and prompt["messages"] is CONVERSATIONS[1]:
                     assert may_go_on.wait(30)
                 return preprocess(prompt)
 
