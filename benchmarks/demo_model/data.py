@@ -168,7 +168,7 @@ class Maker:
         # few colors and shapes, so that the two of a pair often share one
         colors, shapes = rng.choice(COLORS, 3, replace=False), rng.choice(SHAPES, 3, replace=False)
         things: list[list[Thing]] = [[], []]
-        items = []
+        items: list[Item] = []
         for drawn, (canvases, goal) in zip(things, sides, strict=True):
             for _ in range(n):
                 drawn.append((str(rng.choice(colors)), str(rng.choice(shapes))))
