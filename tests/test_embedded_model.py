@@ -10,7 +10,8 @@ import torch
 
 import octavo
 from octavo.benchmarks.demo_model import train
-from octavo.benchmarks.demo_model.data import Batches, Maker
+from octavo.benchmarks.demo_model.data import Maker
+from octavo.benchmarks.demo_model.stream import Batches
 from octavo.benchmarks.demo_model.tokenizer import QUESTIONS
 from octavo.benchmarks.eval_demo_model import KINDS, Question, measure, questions
 from octavo.benchmarks.transformers_model import TransformersModel

@@ -23,15 +23,16 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from .batch import Batch
-from .data import Batches, Maker
+from .data import Maker
 from .draw import DIRECTIONS, NUMBER_WORDS
 from .losses import cut, losses
 from .model import Shape, TrainModel
 from .paint import COLORS, SHAPES
+from .stream import Batches
 from .tokenizer import make_tokenizer
 
 VOCABULARY = [*COLORS, *SHAPES, *NUMBER_WORDS, *DIRECTIONS, "first", "second"]
-KINDS = {"shape": 0.3, "count": 3.0, "number": 1.8, "digits": 0.4, "which": 1.6, "motion": 0.2}
+KINDS = {"shape": 0.6, "count": 2.0, "number": 1.6, "digits": 1.0, "which": 2.0, "motion": 0.4}
 
 
 @torch.no_grad()
