@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo.benchmarks.tiny_checkpoint import checkpoint_shapes, nested_name, write_tiny_checkpoint
-from octavo.engine.config import ConfigError, ModelConfig
+from octavo.engine.capacity import plan_capacity
+from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
 from octavo.engine.model.parallel import (
     TensorParallel,
     check_tensor_parallel_size,
@@ -23,7 +24,9 @@ from octavo.engine.model.parallel import (
 )
 from octavo.engine.model.qwen2_vl import Qwen2VL
 from octavo.engine.runner import loader
+from octavo.engine.runner.kv_cache import activation_bytes, kv_block_bytes
 from octavo.engine.runner.loader import canonical_name, load_weights, resolve_dtype, stored_tensors
+from octavo.engine.worker.group import GroupMemory
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
@@ -311,3 +314,19 @@ def test_a_config_that_is_none_says_why(change: dict[str, Any], words: str) -> N
     raw = {**json.loads(text), **change}
     with pytest.raises(ConfigError, match=words):
         ModelConfig.from_dict({name: value for name, value in raw.items() if value is not None})
+
+
+def test_L08_worst_case_profile_a_gpu_keeps_memory_for_a_step() -> None:
+    """Weights, KV blocks and the bound on a step's own needs fit the share of the GPU."""
+    config = ModelConfig.from_dict(
+        json.loads((Path(__file__).parent / "data/config-7b.json").read_text())
+    )
+    asked = EngineConfig(max_model_len=4096, max_num_seqs=4096)
+    weights, total = 16_600_000_000, 24 << 30
+    block = kv_block_bytes(config, 1, asked.block_size, torch.bfloat16)
+    memory = GroupMemory(weights, total, total - weights, block, "bfloat16", "cuda")
+    step = activation_bytes(config, 1, 2048, 16384, torch.bfloat16)
+    num_blocks, _ = plan_capacity(asked, config, memory)
+    assert step > 1 << 30
+    used = weights + num_blocks * block + step
+    assert total * 0.9 - block <= used <= total * 0.9
