@@ -12,6 +12,7 @@ _WHERE = {
     "AsyncLLM": ".engine.async_llm",
     "Client": ".engine.client",
     "Engine": ".engine.engine",
+    "RequestOptions": ".scheduler.request",
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.request",
 }
@@ -22,9 +23,18 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.llm import LLM
     from .engine.output import RequestOutput
-    from .scheduler.request import SamplingParams
+    from .scheduler.request import RequestOptions, SamplingParams
 
-__all__ = ["LLM", "AsyncLLM", "Client", "Engine", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Client",
+    "Engine",
+    "RequestOptions",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,35 +1,40 @@
 """A worker of whom only the bookkeeping is real: it checks that each plan could be computed.
 
-It holds what the plans made it write: which tokens are in which slot, which units are embedded. The
-token it samples is a function of everything that the row has seen, so that any wrong block, order
-or position changes the output.
+It keeps what the plans made it write: what is in each slot of each block, and which units are
+embedded. A slot holds the digest of all that its keys and values depend on: the salt, every token
+up to its place and the media under them. A row may read a slot only where that digest is its own;
+so a wrong block, order, position, image or tenant is an error at the step that read it. The token
+that a row samples is a function of its digest.
 """
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.request import (
-    EncodeUnit,
     MediaSpan,
     Request,
     RequestStatus,
     SamplingParams,
     UnitKey,
+    overlapping,
 )
-from octavo.scheduler.scheduler import Scheduler, SchedulerConfig, overlapping
+from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import RequestUpdate, StepPlan, StepResult
 
+VOCABULARY = 50
 PARAMS = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0
 )
+Span = tuple[int, int, bytes]  # offset, tokens, media_hash
 
 
-def make_config(**changes: int) -> SchedulerConfig:
-    settings = {
+def make_config(**changes: int | float) -> SchedulerConfig:
+    settings: dict[str, int | float] = {
         "num_blocks": 16,
         "block_size": 4,
         "max_num_seqs": 8,
@@ -39,48 +44,80 @@ def make_config(**changes: int) -> SchedulerConfig:
         "encoder_cache_tokens": 24,
         **changes,
     }
-    return SchedulerConfig(**settings)
+    return SchedulerConfig(**settings)  # type: ignore[arg-type]
 
 
 def make_request(
-    request_id: str, num_tokens: int, *spans: tuple[int, int, bytes], max_tokens: int = 4
+    request_id: str,
+    prompt: int | Sequence[int],
+    *spans: Span,
+    max_tokens: int = 4,
+    seed: int = 0,
+    cache_salt: bytes = b"",
+    **more: object,
 ) -> Request:
-    """A request with images of `n` tokens at `offset`: (offset, n, media_hash)."""
-    units: tuple[EncodeUnit, ...] = ()
-    for offset, count, media_hash in spans:
-        units += MediaSpan(offset, count, (1, 2, 2 * count), media_hash).units(4)
-    tokens = array("i", [hash((request_id, i)) % 50 for i in range(num_tokens)])
-    params = SamplingParams(**{**vars(PARAMS), "max_tokens": max_tokens})
-    return Request(request_id, tokens, params, units)
+    """A request with images of `n` tokens at `offset`: (offset, n, media_hash). `prompt`: its
+    tokens, or how many made-up ones."""
+    if isinstance(prompt, int):
+        names = (f"{request_id} {i}".encode() for i in range(prompt))
+        prompt = [zlib.crc32(name) % VOCABULARY for name in names]
+    units = tuple(
+        unit
+        for offset, count, media_hash in spans
+        for unit in MediaSpan(offset, count, (1, 2, 2 * count), media_hash).units(4, cache_salt)
+    )
+    params = SamplingParams(**{**vars(PARAMS), "max_tokens": max_tokens, "seed": seed})
+    tokens = array("i", prompt)
+    return Request(request_id, tokens, params, units, cache_salt, **more)  # type: ignore[arg-type]
+
+
+def extend_digests(digests: list[int], request: Request) -> list[int]:
+    """What each known token of a request stands for, itself and all before it, as numbers that
+    are the same in every process. Adds those that are missing."""
+    start = len(digests)
+    last = digests[-1] if digests else zlib.crc32(request.cache_salt)
+    under: dict[int, tuple[int, int, int]] = {}
+    for unit in overlapping(request.units, start, request.num_tokens):
+        name = zlib.crc32(unit.media_hash)
+        under |= {at: (name, unit.index, at - unit.offset) for at in range(unit.offset, unit.end)}
+    for at in range(start, request.num_tokens):
+        last = hash((last, request.token_ids[at], *under.get(at, ())))
+        digests.append(last)
+    return digests
 
 
 def naive_output(request: Request, count: int) -> list[int]:
-    """What the request's first `count` tokens must be, whatever else ran."""
-    tokens = list(request.prompt_token_ids)
+    """What the request's first `count` tokens must be, whatever else ran: a run alone."""
+    alone = Request(
+        "alone", request.prompt_token_ids, request.params, request.units, request.cache_salt
+    )
+    digests: list[int] = []
     for _ in range(count):
-        tokens.append(next_token(tokens, request))
-    return tokens[request.num_prompt_tokens :]
+        alone.token_ids.append(next_token(extend_digests(digests, alone)[-1], request))
+    return list(alone.output_token_ids)
 
 
-def next_token(tokens: list[int], request: Request) -> int:
-    seen = repr((tokens, [(u.key, u.offset) for u in request.units])).encode()
-    return int.from_bytes(hashlib.sha256(seen).digest()[:2], "little") % 50
+def next_token(digest: int, request: Request) -> int:
+    return hash((digest, request.params.seed)) % VOCABULARY
 
 
 @dataclass
 class SimulatedWorker:
-    block_size: int
-    slots: dict[int, tuple[str, int, int]] = field(default_factory=dict)  # who, place, token
-    embeddings: set[UnitKey] = field(default_factory=set)
+    config: SchedulerConfig
+    slots: dict[int, int] = field(default_factory=dict)  # slot: digest
+    embeddings: dict[UnitKey, int] = field(default_factory=dict)  # tokens of each
     encoded: int = 0  # tokens encoded in all
+    computed: int = 0  # tokens computed in all
+    _digests: dict[str, list[int]] = field(default_factory=dict)  # by request
 
-    def step(
-        self, plan: StepPlan, requests: dict[str, Request], config: SchedulerConfig
-    ) -> StepResult:
+    def step(self, plan: StepPlan, requests: dict[str, Request]) -> StepResult:
+        config = self.config
         assert plan.num_tokens <= config.max_num_batched_tokens
         assert len(plan.request_ids) <= config.max_num_seqs
         assert len(set(plan.request_ids)) == len(plan.request_ids)
-        self._encode(plan, config)
+        self._copy(plan)
+        self._encode(plan, requests)
+        self.computed += plan.num_tokens
         sampled, missing = [], []
         for row in range(len(plan.request_ids)):
             token, lacking = self._row(plan, row, requests[plan.request_ids[row]])
@@ -89,63 +126,82 @@ class SimulatedWorker:
                 sampled.append(token)
         return StepResult(plan.step_id, tuple(sampled), tuple(missing))
 
-    def _encode(self, plan: StepPlan, config: SchedulerConfig) -> None:
+    def _copy(self, plan: StepPlan) -> None:
+        size = self.config.block_size
+        assert len({new for _, new in plan.copies}) == len(plan.copies), "one block, two copies"
+        read = [[self.slots.get(old * size + i) for i in range(size)] for old, _ in plan.copies]
+        for (_, new), digests in zip(plan.copies, read, strict=True):
+            for i, digest in enumerate(digests):
+                self.slots.pop(new * size + i, None)
+                if digest is not None:
+                    self.slots[new * size + i] = digest
+
+    def _encode(self, plan: StepPlan, requests: dict[str, Request]) -> None:
         for key in plan.drop:
-            self.embeddings.discard(key)
+            assert key in self.embeddings or key not in plan.encode
+            self.embeddings.pop(key, None)
         cost = sum(p.unit.num_tokens for p in plan.encode)
-        assert cost <= config.max_encode_tokens
+        assert cost <= self.config.max_encode_tokens
         self.encoded += cost
-        self.embeddings |= {p.unit.key for p in plan.encode}
+        for each in plan.encode:
+            assert each.unit in requests[each.request_id].units, "pixels of another request"
+            assert each.unit.key not in self.embeddings, "encoded though it is there"
+            self.embeddings[each.unit.key] = each.unit.num_tokens
+        assert sum(self.embeddings.values()) <= self.config.encoder_cache_tokens
 
     def _row(self, plan: StepPlan, row: int, request: Request) -> tuple[int, list[UnitKey]]:
         start, count = plan.num_computed_tokens[row], plan.num_scheduled_tokens[row]
-        table = plan.block_tables[row]
-        assert count > 0 and start + count <= len(table) * self.block_size
+        table, size = plan.block_tables[row], self.config.block_size
+        assert count > 0 and start + count <= len(table) * size
         units = overlapping(request.units, start, start + count)
         lacking = [unit.key for unit in units if unit.key not in self.embeddings]
         if lacking:
             return -1, lacking
-
-        def slot(place: int) -> int:
-            return table[place // self.block_size] * self.block_size + place % self.block_size
-
-        for place in range(start, start + count):
-            self.slots[slot(place)] = (request.request_id, place, request.token_ids[place])
-        tokens = []
-        for place in range(start + count):  # everything before is still where it was written
-            who, at, token = self.slots[slot(place)]
-            assert (who, at) == (request.request_id, place), "another's token in this row's block"
-            tokens.append(token)
-        return next_token(tokens, request), []
+        digests = extend_digests(self._digests.setdefault(request.request_id, []), request)
+        slots = [table[at // size] * size + at % size for at in range(start + count)]
+        for at in range(start):
+            assert self.slots.get(slots[at]) == digests[at], (
+                f"{request.request_id} reads at {at} what is not its own"
+            )
+        for at in range(start, start + count):
+            self.slots[slots[at]] = digests[at]
+        return next_token(digests[start + count - 1], request), []
 
 
 @dataclass
 class Simulation:
-    """A scheduler over the simulated worker; outputs by request."""
+    """A scheduler over the simulated worker, with a clock of its own; outputs by request."""
 
     config: SchedulerConfig
     spoil: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result
+    step_seconds: Callable[[StepPlan], float] = lambda plan: 0.01
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config)
-        self.worker = SimulatedWorker(self.config.block_size)
+        self.now = 0.0
+        self.scheduler = Scheduler(self.config, clock=lambda: self.now)
+        self.worker = SimulatedWorker(self.config)
         self.outputs: dict[str, list[int]] = {}
         self.ended: dict[str, RequestUpdate] = {}
         self.preemptions = 0
 
     def step(self) -> StepPlan | None:
+        self._take(self.scheduler.expire())
         plan = self.scheduler.schedule()
         if plan is None:
             return None
         self.preemptions += len(plan.preempted)
-        result = self.worker.step(plan, self.scheduler.requests, self.config)
-        for update in self.scheduler.update(plan, self.spoil(plan, result)):
-            self.outputs.setdefault(update.request_id, []).extend(update.new_token_ids)
-            if update.status.is_finished:
-                assert update.request_id not in self.ended
-                self.ended[update.request_id] = update
+        result = self.worker.step(plan, self.scheduler.requests)
+        self.now += self.step_seconds(plan)
+        self._take(self.scheduler.update(plan, self.spoil(plan, result)))
         self.scheduler.check_integrity()
         return plan
+
+    def _take(self, updates: Sequence[RequestUpdate]) -> None:
+        for update in updates:
+            assert update.request_id not in self.ended, "told of after its end"
+            self.outputs.setdefault(update.request_id, []).extend(update.new_token_ids)
+            if update.status.is_finished:
+                self.ended[update.request_id] = update
 
     def run(self, most: int = 5000) -> None:
         """Steps until nothing is left."""
@@ -153,9 +209,11 @@ class Simulation:
             if self.step() is None:
                 break
         assert not self.scheduler.requests, "the scheduler is not empty"
+        assert not self.scheduler.running and not self.scheduler.waiting
         assert self.scheduler.blocks.num_free == self.config.num_blocks
+        assert self.scheduler.encoder_cache.room() == self.config.encoder_cache_tokens
 
     def finish(self, request_id: str) -> None:
         update = self.scheduler.finish(request_id, RequestStatus.FINISHED_ABORTED)
         if update is not None:
-            self.ended[request_id] = update
+            self._take([update])

@@ -10,17 +10,32 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
-from ..scheduler.request import RequestStatus, SamplingParams, shown
+from ..scheduler.admission import QueueFull
+from ..scheduler.request import (
+    OptionFields,
+    RequestOptions,
+    RequestStatus,
+    SamplingParams,
+    shown,
+)
 from .config import EngineConfig, ModelConfig
-from .engine import DuplicateRequest, Engine, EngineDead, Prompt, check_params
-from .input.processor import ProcessedInput
+from .engine import DuplicateRequest, Engine, EngineDead, check_params
+from .input.processor import ProcessedInput, Prompt
 from .loop import Admitted, Event, StepLoop
-from .output import OutputDelta
+from .output import OutputDelta, Usage
 from .progress import loading_bar
+from .request_maker import Countdown
 
 Stream = asyncio.Queue["Event | EngineDead"]
+
+NO_TIME = "DEADLINE_EXCEEDED: the time ran out while the images and videos were made ready"
+
+
+def _ended(status: RequestStatus, error: str = "") -> OutputDelta:
+    """The only delta of a request that ended before the scheduler had it."""
+    return OutputDelta("", finish_reason=status.value, usage=Usage(0, 0), error=error)
 
 
 class AsyncLLM:
@@ -74,14 +89,16 @@ class AsyncLLM:
         request_id: str | None = None,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        Raises `InputError`, `AdmissionError` or `DuplicateRequest` before the first delta, and
-        `EngineDead` whenever the workers are gone.
+        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`. Raises
+        `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
+        `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
         """
         prompt = {"messages": messages, "images": images, "videos": videos}
-        return self.generate(prompt, params, request_id=request_id)
+        return self.generate(prompt, params, request_id=request_id, **options)
 
     async def generate(
         self,
@@ -89,10 +106,14 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
-        """Continues a raw prompt, in the forms that `LLM.generate` takes. Errors as in `chat`."""
+        """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
+        `chat`."""
         self._bind()
         check_params(params)
+        clock = Countdown(RequestOptions(**options))
+        self._check_room()
         name = request_id or uuid.uuid4().hex
         if name in self._keys:
             raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
@@ -100,10 +121,10 @@ class AsyncLLM:
         stream = self._streams[key] = asyncio.Queue()
         finished = False
         try:
-            ready = await self._preprocess(prompt)
-            if stream.empty():  # else it was aborted while its input was made ready
+            ready = await self._preprocess(prompt, clock, stream)
+            if ready is not None:
                 self._admitted.add(key)
-                self._steps.add(key, ready, params)
+                self._steps.add(key, ready, params, clock.left)
             while not finished:
                 event = await stream.get()
                 if isinstance(event, EngineDead):
@@ -113,7 +134,7 @@ class AsyncLLM:
                         finished = True
                         raise event.error
                     continue
-                finished = event.finish_reason is not None
+                finished = event.usage is not None
                 yield replace(event, request_id=name)
         finally:
             del self._streams[key], self._keys[name]
@@ -121,18 +142,26 @@ class AsyncLLM:
                 self._steps.abort(key)
             self._admitted.discard(key)
 
-    async def _preprocess(self, prompt: Prompt) -> ProcessedInput:
+    async def _preprocess(
+        self, prompt: Prompt, clock: Countdown, stream: Stream
+    ) -> ProcessedInput | None:
+        """None when the request was aborted or its time ran out meanwhile, as `stream` then
+        says."""
         self._check_alive()
         loop = asyncio.get_running_loop()
         try:
-            ready = await loop.run_in_executor(self._pool, self.engine.preprocess, prompt)
+            async with asyncio.timeout(clock.left.timeout_s):
+                ready = await loop.run_in_executor(self._pool, self.engine.preprocess, prompt)
+        except TimeoutError:
+            stream.put_nowait(_ended(RequestStatus.FINISHED_ERROR, NO_TIME))
+            return None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or not task.cancelling():  # not the caller: `close` emptied the pool
                 self._check_alive()
             raise
         self._check_alive()
-        return ready
+        return ready if stream.empty() else None
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
@@ -142,8 +171,7 @@ class AsyncLLM:
         if key in self._admitted:
             self._steps.abort(key)
         else:
-            ended = OutputDelta(key, finish_reason=RequestStatus.FINISHED_ABORTED.value)
-            self._streams[key].put_nowait(ended)
+            self._streams[key].put_nowait(_ended(RequestStatus.FINISHED_ABORTED))
         return True
 
     async def wait_failed(self) -> str:
@@ -177,6 +205,15 @@ class AsyncLLM:
     def _check_alive(self) -> None:
         if self.failed or self._closed:
             raise EngineDead(f"the engine stopped: {self.failed or 'it was closed'}")
+
+    def _check_room(self) -> None:
+        """Refuses a request before its media take any memory, where all places are taken."""
+        config = self.engine.config
+        if len(self._streams) >= config.max_num_seqs + config.max_queue_len:
+            raise QueueFull(
+                f"{len(self._streams)} requests run or wait, max_num_seqs={config.max_num_seqs} "
+                f"and max_queue_len={config.max_queue_len}; try again later"
+            )
 
     def _hand_over(self, events: list[Event]) -> None:
         """On the step thread: one hand-over a step."""

@@ -47,6 +47,20 @@ MaxModelLen = Annotated[
 ]
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step.")]
+MaxNumPartialPrefills = Annotated[
+    int, typer.Option(help="Prompts that may be between two chunks at once.")
+]
+LongPrefillTokenThreshold = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of one prompt in a step while other requests decode, so that a long prompt "
+        "does not stall them. Default: 96 on a CPU, 256 on a GPU."
+    ),
+]
+MaxQueueLen = Annotated[
+    int, typer.Option(help="Requests that may wait; more are refused with RESOURCE_EXHAUSTED.")
+]
+MaxQueueTokens = Annotated[int, typer.Option(help="Tokens of the requests that may wait.")]
 GpuMemoryUtilization = Annotated[
     float, typer.Option(help="Share of each GPU's memory for weights and KV cache.")
 ]
@@ -95,6 +109,10 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_num_partial_prefills: MaxNumPartialPrefills = 1,
+    long_prefill_token_threshold: LongPrefillTokenThreshold = None,
+    max_queue_len: MaxQueueLen = 1024,
+    max_queue_tokens: MaxQueueTokens = 1 << 20,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,
     min_pixels: MinPixels = None,
@@ -191,6 +209,20 @@ def info(
     with user_errors():
         found = checkpoint_info(model, hub, dtype, tensor_parallel_size)
         print(json.dumps(found.as_dict(), indent=2) if as_json else found.as_text())
+
+
+@bench_app.command()
+def scheduler(
+    num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 256,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time the scheduler alone: schedule() and update() of a step in which all requests decode."""
+    from ..benchmarks.scheduler_latency import run
+
+    with user_errors():
+        report = run(num_requests, prompt_len)
+        print(json.dumps(report.as_dict()) if as_json else report.as_text())
 
 
 @bench_app.command()

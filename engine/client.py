@@ -25,6 +25,7 @@ OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
 ]
+OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 KINDS = {"image": pb.MEDIA_KIND_IMAGE, "video": pb.MEDIA_KIND_VIDEO}
 FINISH_REASONS = {
     pb.FINISH_REASON_UNSPECIFIED: None,
@@ -45,13 +46,14 @@ class ClientError(RuntimeError):
 
 @dataclass(frozen=True)
 class ClientDelta:
-    """What a step added to the answer."""
+    """What a step added to an answer."""
 
     request_id: str
+    index: int  # which of the n answers
     text: str
     token_ids: tuple[int, ...]  # new ones only
-    finish_reason: str | None  # on the last delta
-    usage: pb.Usage | None  # on the last delta
+    finish_reason: str | None  # on the answer's last delta
+    usage: pb.Usage | None  # over all answers, on the last delta of all
     media: tuple[pb.ResolvedMedia, ...]  # on the first delta: sizes, frames and tokens used
 
 
@@ -75,20 +77,17 @@ class Client:
         videos: Sequence[Any] | None = None,
         request_id: str = "",
         timeout: float | None = None,
-        **sampling: Any,
+        **settings: Any,
     ) -> Deltas:
-        """Answers one conversation. `sampling`: the fields of `octavo.SamplingParams`.
+        """Answers one conversation. `settings`: the fields of `octavo.SamplingParams`, and
+        `priority`, `timeout_s` and `cache_salt` as in `octavo.RequestOptions`.
 
-        Leaving the iterator early aborts the request. Raises `ClientError`.
+        `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
+        aborts the request. Raises `ClientError`.
         """
         conversation = pb.Conversation(messages=[_message(message) for message in messages])
-        return self._generate(
-            pb.GenerateRequest(request_id=request_id, conversation=conversation),
-            images,
-            videos,
-            timeout,
-            sampling,
-        )
+        request = pb.GenerateRequest(request_id=request_id, conversation=conversation)
+        return self._generate(request, images, videos, timeout, settings)
 
     def generate(
         self,
@@ -98,7 +97,7 @@ class Client:
         videos: Sequence[Any] | None = None,
         request_id: str = "",
         timeout: float | None = None,
-        **sampling: Any,
+        **settings: Any,
     ) -> Deltas:
         """Continues a raw text or token ids. Otherwise as `chat`."""
         request = pb.GenerateRequest(request_id=request_id)
@@ -109,7 +108,7 @@ class Client:
                 request.token_ids.ids.extend(prompt)
         except (TypeError, ValueError) as error:
             raise _invalid(f"prompt: must be a text or token ids: {error}") from None
-        return self._generate(request, images, videos, timeout, sampling)
+        return self._generate(request, images, videos, timeout, settings)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; False when the server does not know it."""
@@ -131,12 +130,19 @@ class Client:
         images: Sequence[Any] | None,
         videos: Sequence[Any] | None,
         timeout: float | None,
-        sampling: Mapping[str, Any],
+        settings: Mapping[str, Any],
     ) -> Deltas:
         for kind, sources in (("image", images), ("video", videos)):
             for source in sources or ():
                 beside = source if isinstance(source, Mapping) else {kind: source}
                 request.media.append(_media({**beside, "type": kind}))
+        sampling = dict(settings)
+        for name in OPTIONS_OF_A_REQUEST:
+            if (value := sampling.pop(name, None)) is not None:
+                try:
+                    setattr(request, name, value)
+                except (TypeError, ValueError) as error:
+                    raise _invalid(f"{name}={value!r}: {error}") from None
         request.sampling.CopyFrom(_sampling(sampling))
         return self._stream(request, timeout)
 
@@ -149,6 +155,7 @@ class Client:
             for delta in call:
                 yield ClientDelta(
                     request_id=delta.request_id,
+                    index=delta.index,
                     text=delta.text,
                     token_ids=tuple(delta.token_ids),
                     finish_reason=FINISH_REASONS[delta.finish_reason],

@@ -9,15 +9,17 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Unpack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..scheduler.request import SamplingParams
-from .engine import Engine, EngineDead, Prompt, check_params
-from .input.processor import ProcessedInput
-from .output import OutputDelta, RequestOutput
+from ..scheduler.admission import QueueFull
+from ..scheduler.request import OptionFields, RequestOptions, SamplingParams
+from .engine import Engine, EngineDead, check_params
+from .input.processor import ProcessedInput, Prompt
+from .output import Output, OutputDelta, RequestOutput
 from .progress import loading_bar
+from .request_maker import Countdown
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -53,17 +55,20 @@ class LLM:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
         progress: bool = True,
+        **options: Unpack[OptionFields],
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, as the model card writes them.
 
         `images` and `videos` fill `{"type": "image"}` parts that bring none of their own; with a
         list of conversations they are lists too, one entry a conversation. One bad conversation
         raises `InputError`; among several it ends with finish_reason "error" and its `error`, and
-        the others go on.
+        the others go on. `options`: `priority`, `timeout_s`, `cache_salt`, as in
+        `octavo.RequestOptions`.
         """
+        clock = Countdown(RequestOptions(**options))
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
-            return self._run([prompt], params, progress, alone=True)
+            return self._run([prompt], params, clock, progress, alone=True)
         for name, given in (("images", images), ("videos", videos)):
             if given is not None and len(given) != len(messages):
                 raise ValueError(
@@ -73,7 +78,7 @@ class LLM:
             {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)}
             for i, conversation in enumerate(messages)
         ]
-        return self._run(prompts, params, progress, alone=False)
+        return self._run(prompts, params, clock, progress, alone=False)
 
     def generate(
         self,
@@ -81,27 +86,32 @@ class LLM:
         params: Params = None,
         *,
         progress: bool = True,
+        **options: Unpack[OptionFields],
     ) -> list[RequestOutput]:
         """Continues raw prompts: a text, or a dict with `prompt` or `prompt_token_ids` and maybe
-        `images` and `videos`; one or a list. Errors as in `chat`."""
+        `images` and `videos`; one or a list. Options and errors as in `chat`."""
+        clock = Countdown(RequestOptions(**options))
         if isinstance(prompts, str | Mapping | ProcessedInput):
-            return self._run([prompts], params, progress, alone=True)
-        return self._run(list(prompts), params, progress, alone=False)
+            return self._run([prompts], params, clock, progress, alone=True)
+        return self._run(list(prompts), params, clock, progress, alone=False)
 
     def _run(
-        self, prompts: list[Any], params: Params, progress: bool, alone: bool
+        self, prompts: list[Any], params: Params, clock: Countdown, progress: bool, alone: bool
     ) -> list[RequestOutput]:
         """Answers all prompts; callers on several threads take turns."""
         with self._in_use:
-            return self._answer(prompts, params, progress, alone)
+            return self._answer(prompts, params, clock, progress, alone)
 
     def _answer(
-        self, prompts: list[Any], params: Params, progress: bool, alone: bool
+        self, prompts: list[Any], params: Params, clock: Countdown, progress: bool, alone: bool
     ) -> list[RequestOutput]:
         self.engine.check_alive()
         each = _params_of_each(params, len(prompts))
         names = [self.engine.new_request_id() for _ in prompts]
-        results = {name: RequestOutput(name) for name in names}
+        results = {
+            name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
+            for name, p in zip(names, each, strict=True)
+        }
         waiting = deque(
             (name, self._pool.submit(self.engine.preprocess, prompt), sampling)
             for name, prompt, sampling in zip(names, prompts, each, strict=True)
@@ -109,12 +119,12 @@ class LLM:
         try:
             with _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
-                    self._admit(waiting, results, alone)
+                    self._admit(waiting, results, clock, alone)
                     self._step = self._stepper.submit(self.engine.step)
                     for delta in self._step.result():
                         if delta.request_id in results:  # else of one added to `engine` directly
                             results[delta.request_id].add(delta)
-                    advance(sum(r.outputs[0].finish_reason is not None for r in results.values()))
+                    advance(sum(result.is_finished for result in results.values()))
         except BaseException:
             for _, ready, _ in waiting:
                 ready.cancel()
@@ -128,20 +138,24 @@ class LLM:
         self,
         waiting: deque[tuple[str, Future[ProcessedInput], SamplingParams | None]],
         results: dict[str, RequestOutput],
+        clock: Countdown,
         alone: bool,
     ) -> None:
-        """Admits, in order, what is ready; waits for the first when nothing else is to do."""
+        """Admits, in order, what is ready, as far as there is room in the queue; waits for the
+        first when nothing else is to do."""
         while waiting and (waiting[0][1].done() or not self.engine.has_requests):
             name, future, sampling = waiting.popleft()
             try:
                 ready = future.result()
                 results[name].prompt_token_ids = ready.prompt_token_ids.tolist()
-                self.engine.add_request(name, ready, sampling)
+                self.engine.add_request(name, ready, sampling, clock.left)
+            except QueueFull:
+                waiting.appendleft((name, future, sampling))
+                return
             except Exception as error:  # mostly InputError or AdmissionError: this prompt's alone
                 if alone or isinstance(error, EngineDead):
                     raise
-                results[name].error = str(error) or type(error).__name__
-                results[name].outputs[0].finish_reason = "error"
+                results[name].fail(str(error) or type(error).__name__)
 
     def close(self) -> None:
         """Ends the workers. Safe to call twice."""

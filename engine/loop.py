@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..scheduler.request import SamplingParams
+from ..scheduler.request import RequestOptions, SamplingParams
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput
 from .output import OutputDelta
@@ -31,6 +31,7 @@ class _Add:
     request_id: str
     prompt: ProcessedInput
     params: SamplingParams | None
+    options: RequestOptions
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,14 @@ class StepLoop:
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
         self._thread.start()
 
-    def add(self, request_id: str, prompt: ProcessedInput, params: SamplingParams | None) -> None:
-        self._inbox.put(_Add(request_id, prompt, params))
+    def add(
+        self,
+        request_id: str,
+        prompt: ProcessedInput,
+        params: SamplingParams | None,
+        options: RequestOptions,
+    ) -> None:
+        self._inbox.put(_Add(request_id, prompt, params, options))
 
     def abort(self, request_id: str) -> None:
         self._inbox.put(_Abort(request_id))
@@ -108,10 +115,9 @@ class StepLoop:
 
     def _handle(self, item: _Add | _Abort) -> list[Event]:
         if isinstance(item, _Abort):
-            delta = self._engine.abort(item.request_id)
-            return [delta] if delta else []
+            return list(self._engine.abort(item.request_id))
         try:
-            self._engine.add_request(item.request_id, item.prompt, item.params)
+            self._engine.add_request(item.request_id, item.prompt, item.params, item.options)
         except EngineDead:
             raise
         except ValueError as error:

@@ -16,7 +16,7 @@ class Usage:
     """Token counts of a request."""
 
     prompt_tokens: int
-    output_tokens: int
+    output_tokens: int  # of all answers
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
@@ -25,10 +25,11 @@ class OutputDelta:
     """What one step added to one request's output."""
 
     request_id: str
+    index: int = 0  # which of the n answers
     text: str = ""
     token_ids: tuple[int, ...] = ()  # new ones only
-    finish_reason: str | None = None  # "stop", "length", "abort" or "error", on the last delta
-    usage: Usage | None = None  # on the last delta
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error": the answer's last
+    usage: Usage | None = None  # over all answers, on the request's last delta
     media: tuple[MediaInfo, ...] = ()  # on the first delta
     error: str = ""
 
@@ -54,15 +55,26 @@ class RequestOutput:
     usage: Usage | None = None
     error: str = ""
 
+    @property
+    def is_finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+    def fail(self, error: str) -> None:
+        """Ends every answer that has not ended."""
+        self.error = error
+        for output in self.outputs:
+            output.finish_reason = output.finish_reason or "error"
+
     def add(self, delta: OutputDelta) -> None:
         """Appends what a step added."""
-        output = self.outputs[0]
+        output = self.outputs[delta.index]
         output.text += delta.text
         output.token_ids.extend(delta.token_ids)
         output.finish_reason = delta.finish_reason or output.finish_reason
         self.media = delta.media or self.media
         self.usage = delta.usage or self.usage
-        self.error = delta.error or self.error
+        if delta.error:
+            self.fail(delta.error)
 
 
 class TextStream:

@@ -37,19 +37,17 @@ class UnitPixels:
 def unit_pixels(
     units: Sequence[EncodeUnit], media: Sequence[MediaItem], temporal_patch_size: int
 ) -> dict[tuple[bytes, int], UnitPixels]:
-    """Maps each unit's key to its pixels. Items that are equal share their units."""
-    by_hash = {item.media_hash: item for item in media}
-    done = dict.fromkeys(by_hash, 0)  # temporal patches of an item in the units so far
+    """Maps each unit's key to its pixels; both in prompt order. Equal items share their units."""
     found: dict[tuple[bytes, int], UnitPixels] = {}
+    items = iter(media)
     for unit in units:
-        if unit.key in found:  # an item that comes again
-            continue
-        item = by_hash[unit.media_hash]
+        if unit.index == 0:
+            item, done = next(items), 0  # temporal patches of the item in the units so far
         _, height, width = item.grid_thw
         frames = unit.num_patches // (height * width)
-        first = done[unit.media_hash]
-        done[unit.media_hash] += frames
-        found[unit.key] = UnitPixels(item, first, (frames, height, width), temporal_patch_size)
+        whole = UnitPixels(item, done, (frames, height, width), temporal_patch_size)
+        found.setdefault(unit.key, whole)
+        done += frames
     return found
 
 
@@ -74,6 +72,7 @@ def build_batch(
         context_lens=starts + counts,
         block_tables=_block_tables(plan.block_tables),
         sampling=_sampling(plan, rows),
+        copies=np.array(plan.copies, INT32).reshape(-1, 2).T,
         encode=_encode_tasks(plan.encode, pixels, num_ranks),
         embeddings=_embedding_slices(bounds),
         drop=plan.drop,

@@ -27,6 +27,11 @@ def write_kv(
     v_cache[block, :, offset] = v
 
 
+def copy_blocks(cache: torch.Tensor, copies: torch.Tensor) -> None:
+    """Copies whole blocks, int64 [2, c] from and to; all are read before any is written."""
+    cache[copies[1]] = cache[copies[0]]
+
+
 def gather_kv(cache: torch.Tensor, block_table: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` tokens of tables [..., blocks] -> [..., kv_heads, length, head_dim]."""
     block_size = cache.shape[2]

@@ -14,45 +14,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/octavo.proto\x12\toctavo.v1\"\xec\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x17.octavo.v1.ConversationH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.octavo.v1.TokenIdsH\x00\x12#\n\x05media\x18\x05 \x03(\x0b\x32\x14.octavo.v1.MediaItem\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.octavo.v1.SamplingParamsB\x08\n\x06prompt\"4\n\x0c\x43onversation\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.octavo.v1.Message\"@\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\'\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x16.octavo.v1.ContentPart\"L\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12%\n\x05media\x18\x02 \x01(\x0b\x32\x14.octavo.v1.MediaItemH\x00\x42\x06\n\x04part\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa7\x01\n\tMediaItem\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.octavo.v1.MediaKind\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03url\x18\x03 \x01(\tH\x00\x12#\n\x06\x66rames\x18\x04 \x01(\x0b\x32\x11.octavo.v1.FramesH\x00\x12(\n\x07options\x18\x05 \x01(\x0b\x32\x17.octavo.v1.MediaOptionsB\x08\n\x06source\"\x16\n\x06\x46rames\x12\x0c\n\x04\x64\x61ta\x18\x01 \x03(\x0c\"\xf4\x02\n\x0cMediaOptions\x12\x17\n\nmin_pixels\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x1b\n\x0eresized_height\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1a\n\rresized_width\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x10\n\x03\x66ps\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07nframes\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmin_frames\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nmax_frames\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x19\n\x0ctotal_pixels\x18\t \x01(\x03H\x08\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixelsB\x11\n\x0f_resized_heightB\x10\n\x0e_resized_widthB\x06\n\x04_fpsB\n\n\x08_nframesB\r\n\x0b_min_framesB\r\n\x0b_max_framesB\x0f\n\r_total_pixels\"\xde\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xbe\x01\n\rGenerateDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.octavo.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.octavo.v1.Usage\x12\'\n\x05media\x18\x06 \x03(\x0b\x32\x18.octavo.v1.ResolvedMedia\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xcb\x01\n\rResolvedMedia\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.octavo.v1.MediaKind\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x12\n\nnum_frames\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x10\n\x08grid_thw\x18\x06 \x03(\r\x12\x15\n\rframe_indices\x18\x07 \x03(\r\x12\x17\n\nsample_fps\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_sample_fps\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08*S\n\tMediaKind\x12\x1a\n\x16MEDIA_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_KIND_IMAGE\x10\x01\x12\x14\n\x10MEDIA_KIND_VIDEO\x10\x02*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x88\x01\n\tInference\x12\x42\n\x08Generate\x12\x1a.octavo.v1.GenerateRequest\x1a\x18.octavo.v1.GenerateDelta0\x01\x12\x37\n\x05\x41\x62ort\x12\x17.octavo.v1.AbortRequest\x1a\x15.octavo.v1.AbortReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/octavo.proto\x12\toctavo.v1\"\xca\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x17.octavo.v1.ConversationH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.octavo.v1.TokenIdsH\x00\x12#\n\x05media\x18\x05 \x03(\x0b\x32\x14.octavo.v1.MediaItem\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.octavo.v1.SamplingParams\x12\x15\n\x08priority\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\t \x01(\tB\x08\n\x06promptB\x0b\n\t_priorityB\x0c\n\n_timeout_s\"4\n\x0c\x43onversation\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.octavo.v1.Message\"@\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\'\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x16.octavo.v1.ContentPart\"L\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12%\n\x05media\x18\x02 \x01(\x0b\x32\x14.octavo.v1.MediaItemH\x00\x42\x06\n\x04part\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa7\x01\n\tMediaItem\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.octavo.v1.MediaKind\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03url\x18\x03 \x01(\tH\x00\x12#\n\x06\x66rames\x18\x04 \x01(\x0b\x32\x11.octavo.v1.FramesH\x00\x12(\n\x07options\x18\x05 \x01(\x0b\x32\x17.octavo.v1.MediaOptionsB\x08\n\x06source\"\x16\n\x06\x46rames\x12\x0c\n\x04\x64\x61ta\x18\x01 \x03(\x0c\"\xf4\x02\n\x0cMediaOptions\x12\x17\n\nmin_pixels\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x1b\n\x0eresized_height\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1a\n\rresized_width\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x10\n\x03\x66ps\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07nframes\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmin_frames\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nmax_frames\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x19\n\x0ctotal_pixels\x18\t \x01(\x03H\x08\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixelsB\x11\n\x0f_resized_heightB\x10\n\x0e_resized_widthB\x06\n\x04_fpsB\n\n\x08_nframesB\r\n\x0b_min_framesB\r\n\x0b_max_framesB\x0f\n\r_total_pixels\"\xf4\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\rH\x08\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_n\"\xcd\x01\n\rGenerateDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.octavo.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.octavo.v1.Usage\x12\'\n\x05media\x18\x06 \x03(\x0b\x32\x18.octavo.v1.ResolvedMedia\x12\r\n\x05index\x18\x07 \x01(\r\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xcb\x01\n\rResolvedMedia\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.octavo.v1.MediaKind\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x12\n\nnum_frames\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x10\n\x08grid_thw\x18\x06 \x03(\r\x12\x15\n\rframe_indices\x18\x07 \x03(\r\x12\x17\n\nsample_fps\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_sample_fps\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08*S\n\tMediaKind\x12\x1a\n\x16MEDIA_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_KIND_IMAGE\x10\x01\x12\x14\n\x10MEDIA_KIND_VIDEO\x10\x02*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x88\x01\n\tInference\x12\x42\n\x08Generate\x12\x1a.octavo.v1.GenerateRequest\x1a\x18.octavo.v1.GenerateDelta0\x01\x12\x37\n\x05\x41\x62ort\x12\x17.octavo.v1.AbortRequest\x1a\x15.octavo.v1.AbortReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.proto.octavo_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_MEDIAKIND']._serialized_start=1966
-  _globals['_MEDIAKIND']._serialized_end=2049
-  _globals['_FINISHREASON']._serialized_start=2051
-  _globals['_FINISHREASON']._serialized_end=2171
+  _globals['_MEDIAKIND']._serialized_start=2097
+  _globals['_MEDIAKIND']._serialized_end=2180
+  _globals['_FINISHREASON']._serialized_start=2182
+  _globals['_FINISHREASON']._serialized_end=2302
   _globals['_GENERATEREQUEST']._serialized_start=41
-  _globals['_GENERATEREQUEST']._serialized_end=277
-  _globals['_CONVERSATION']._serialized_start=279
-  _globals['_CONVERSATION']._serialized_end=331
-  _globals['_MESSAGE']._serialized_start=333
-  _globals['_MESSAGE']._serialized_end=397
-  _globals['_CONTENTPART']._serialized_start=399
-  _globals['_CONTENTPART']._serialized_end=475
-  _globals['_TOKENIDS']._serialized_start=477
-  _globals['_TOKENIDS']._serialized_end=500
-  _globals['_MEDIAITEM']._serialized_start=503
-  _globals['_MEDIAITEM']._serialized_end=670
-  _globals['_FRAMES']._serialized_start=672
-  _globals['_FRAMES']._serialized_end=694
-  _globals['_MEDIAOPTIONS']._serialized_start=697
-  _globals['_MEDIAOPTIONS']._serialized_end=1069
-  _globals['_SAMPLINGPARAMS']._serialized_start=1072
-  _globals['_SAMPLINGPARAMS']._serialized_end=1422
-  _globals['_GENERATEDELTA']._serialized_start=1425
-  _globals['_GENERATEDELTA']._serialized_end=1615
-  _globals['_USAGE']._serialized_start=1617
-  _globals['_USAGE']._serialized_end=1693
-  _globals['_RESOLVEDMEDIA']._serialized_start=1696
-  _globals['_RESOLVEDMEDIA']._serialized_end=1899
-  _globals['_ABORTREQUEST']._serialized_start=1901
-  _globals['_ABORTREQUEST']._serialized_end=1935
-  _globals['_ABORTREPLY']._serialized_start=1937
-  _globals['_ABORTREPLY']._serialized_end=1964
-  _globals['_INFERENCE']._serialized_start=2174
-  _globals['_INFERENCE']._serialized_end=2310
+  _globals['_GENERATEREQUEST']._serialized_end=371
+  _globals['_CONVERSATION']._serialized_start=373
+  _globals['_CONVERSATION']._serialized_end=425
+  _globals['_MESSAGE']._serialized_start=427
+  _globals['_MESSAGE']._serialized_end=491
+  _globals['_CONTENTPART']._serialized_start=493
+  _globals['_CONTENTPART']._serialized_end=569
+  _globals['_TOKENIDS']._serialized_start=571
+  _globals['_TOKENIDS']._serialized_end=594
+  _globals['_MEDIAITEM']._serialized_start=597
+  _globals['_MEDIAITEM']._serialized_end=764
+  _globals['_FRAMES']._serialized_start=766
+  _globals['_FRAMES']._serialized_end=788
+  _globals['_MEDIAOPTIONS']._serialized_start=791
+  _globals['_MEDIAOPTIONS']._serialized_end=1163
+  _globals['_SAMPLINGPARAMS']._serialized_start=1166
+  _globals['_SAMPLINGPARAMS']._serialized_end=1538
+  _globals['_GENERATEDELTA']._serialized_start=1541
+  _globals['_GENERATEDELTA']._serialized_end=1746
+  _globals['_USAGE']._serialized_start=1748
+  _globals['_USAGE']._serialized_end=1824
+  _globals['_RESOLVEDMEDIA']._serialized_start=1827
+  _globals['_RESOLVEDMEDIA']._serialized_end=2030
+  _globals['_ABORTREQUEST']._serialized_start=2032
+  _globals['_ABORTREQUEST']._serialized_end=2066
+  _globals['_ABORTREPLY']._serialized_start=2068
+  _globals['_ABORTREPLY']._serialized_end=2095
+  _globals['_INFERENCE']._serialized_start=2305
+  _globals['_INFERENCE']._serialized_end=2441
 # @@protoc_insertion_point(module_scope)

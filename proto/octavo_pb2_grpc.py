@@ -30,7 +30,8 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Answers one prompt as a stream of deltas; the last one carries finish_reason and usage.
+        """Answers one prompt as a stream of deltas; the last one of each answer carries its
+        finish_reason, the last of all the usage. RESOURCE_EXHAUSTED: too many are waiting; try later.
         A client that goes away frees its request within one step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

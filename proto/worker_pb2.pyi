@@ -64,7 +64,7 @@ class AllocateReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("epoch", "step_id", "token_ids", "positions", "num_scheduled_tokens", "context_lens", "block_tables", "sampling", "encode", "embeddings", "drop")
+    __slots__ = ("epoch", "step_id", "token_ids", "positions", "num_scheduled_tokens", "context_lens", "block_tables", "sampling", "encode", "embeddings", "drop", "copies")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class StepRequest(_message.Message):
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     DROP_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     token_ids: bytes
@@ -87,7 +88,8 @@ class StepRequest(_message.Message):
     encode: _containers.RepeatedCompositeFieldContainer[Encode]
     embeddings: _containers.RepeatedCompositeFieldContainer[Embedding]
     drop: _containers.RepeatedCompositeFieldContainer[Unit]
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ...) -> None: ...
+    copies: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., copies: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids")

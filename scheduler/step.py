@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .request import EncodeUnit, RequestStatus, UnitKey
 
@@ -26,6 +27,8 @@ class StepPlan:
     num_scheduled_tokens: tuple[int, ...]  # tokens to compute now
     block_tables: tuple[array[int], ...]  # the requests' own tables; valid until the next schedule
     samples: tuple[bool, ...]  # the row reaches its last known token, so a new one is drawn
+    copies: tuple[tuple[int, int], ...] = ()  # (from, to): blocks to copy, all read before any is
+    # written and before the step's tokens are
     encode: tuple[EncodePlan, ...] = ()  # units to encode, in order of need
     drop: tuple[UnitKey, ...] = ()  # embeddings that workers may forget, before encoding
     preempted: tuple[str, ...] = ()  # requests that lost their blocks while planning
@@ -46,8 +49,7 @@ class StepResult:
     errors: dict[str, str] = field(default_factory=dict)  # request_id -> what went wrong in its row
 
 
-@dataclass(frozen=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """What one step did for one request, for the output stage."""
 
     request_id: str

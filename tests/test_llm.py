@@ -324,8 +324,9 @@ def test_an_engine_in_a_loop_of_ones_own(checkpoint: Path, alone: list[list[int]
                 if delta.finish_reason:
                     ended[delta.request_id] = delta.finish_reason
                 if delta.request_id == "r0" and len(got["r0"]) == 4:
-                    last = engine.abort("r0")
-                    assert last is not None and last.finish_reason == "abort"
+                    (last,) = engine.abort("r0")
+                    assert last.finish_reason == "abort" and last.usage is not None
+                    assert engine.abort("r0") == []
         assert got["r0"] == alone[0][:4]
         assert [got[f"r{i}"] for i in range(1, 5)] == alone[1:]
         assert set(ended.values()) == {"length"}

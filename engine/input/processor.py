@@ -31,6 +31,9 @@ class ProcessedInput:
     mrope_position_delta: int
 
 
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput
+
+
 class InputProcessor:
     """Makes requests' input ready. Thread-safe: it changes nothing once made."""
 
@@ -50,6 +53,37 @@ class InputProcessor:
             model_config.image_token_id: "image",
             model_config.video_token_id: "video",
         }
+
+    def from_prompt(
+        self,
+        prompt: Prompt,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+    ) -> ProcessedInput:
+        """Any form of a prompt: messages, a raw text, or a dict with one of `messages`, `prompt`
+        and `prompt_token_ids` and maybe `images` and `videos`. Raises `InputError`."""
+        if isinstance(prompt, ProcessedInput):
+            return prompt
+        if isinstance(prompt, Mapping):
+            return self._from_dict(prompt)
+        if isinstance(prompt, str):
+            return self.from_text(prompt, images, videos)
+        return self.from_messages(prompt, images, videos)
+
+    def _from_dict(self, prompt: Mapping[str, Any]) -> ProcessedInput:
+        known = {"prompt", "prompt_token_ids", "messages", "images", "videos"}
+        for name in prompt:
+            if name not in known:
+                raise InputError(name, f"{name}: unknown; a prompt has {', '.join(sorted(known))}")
+        media = (prompt.get("images"), prompt.get("videos"))
+        kinds = [name for name in ("prompt", "prompt_token_ids", "messages") if name in prompt]
+        if len(kinds) != 1:
+            raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
+        if kinds == ["prompt"]:
+            return self.from_text(prompt["prompt"], *media)
+        if kinds == ["messages"]:
+            return self.from_messages(prompt["messages"], *media)
+        return self.from_token_ids(prompt["prompt_token_ids"], *media)
 
     def from_messages(
         self,

@@ -6,7 +6,7 @@ that sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,8 @@ class InputBatch:
     context_lens: Int32  # [r] tokens in the cache once this step is computed
     block_tables: Int32  # [r, most blocks of a row], padded with 0
     sampling: SamplingBatch
+    # [2, c] blocks to copy, from and to: all are read before any is written
+    copies: Int32 = field(default_factory=lambda: np.empty((2, 0), np.int32))
     encode: tuple[EncodeTask, ...] = ()
     embeddings: tuple[EmbeddingSlice, ...] = ()
     drop: tuple[UnitKey, ...] = ()

@@ -1,13 +1,15 @@
-"""One rank's step: forget embeddings, encode, overlay, decode, sample."""
+"""One rank's step: copy blocks, forget embeddings, encode, overlay, decode, sample."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ...kernels.kv_cache import copy_blocks
 from ...kernels.paged_attention import AttentionBatch
 from ...kernels.patches import cut_patches
 from ...scheduler.request import UnitKey
@@ -74,6 +76,7 @@ class ModelRunner:
         """
         for key in batch.drop:
             self.embeddings.pop(key, None)
+        self._copy_blocks(batch.copies)
         self._encode(batch.encode)
         token_ids, errors = self._checked_token_ids(batch)
         if token_ids.size == 0:
@@ -90,6 +93,12 @@ class ModelRunner:
                 errors.append((row, NOT_FINITE))
         keys = tuple(dict.fromkeys(key for _, key in missing))
         return BatchResult(sampled, keys, tuple(errors))
+
+    def _copy_blocks(self, copies: Int32) -> None:
+        if copies.size:
+            pairs = self._to_device(copies.astype(np.int64))
+            for cache in itertools.chain.from_iterable(self.caches):
+                copy_blocks(cache, pairs)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         # arrays over a message's bytes are read-only, which torch does not know

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
-from ...scheduler.request import SamplingParams
+from ...scheduler.request import MAX_TIMEOUT, OptionFields, SamplingParams
 from ..input.errors import InputError
 from ..input.media import MediaInfo
 from ..output import OutputDelta
@@ -16,6 +16,7 @@ FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     "abort": pb.FINISH_REASON_ABORT,
+    "error": pb.FINISH_REASON_UNSPECIFIED,  # the call's status says it
 }
 
 
@@ -82,6 +83,18 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
     return SamplingParams(**given)
 
 
+def read_options(request: pb.GenerateRequest, time_remaining: float | None) -> OptionFields:
+    """How to treat a request. `time_remaining`: what the call's own deadline leaves."""
+    options = OptionFields(cache_salt=request.cache_salt)
+    if request.HasField("priority"):
+        options["priority"] = request.priority
+    timeout = request.timeout_s if request.HasField("timeout_s") else None
+    if time_remaining is not None and (timeout is None or time_remaining < timeout):
+        timeout = min(max(0.0, time_remaining), MAX_TIMEOUT)
+    options["timeout_s"] = timeout
+    return options
+
+
 def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
     usage = None
     if delta.usage is not None:
@@ -97,6 +110,7 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
         finish_reason=FINISH_REASONS[delta.finish_reason],
         usage=usage,
         media=[_write_media(info) for info in delta.media],
+        index=delta.index,
     )
 
 

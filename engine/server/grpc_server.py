@@ -14,11 +14,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ...proto import octavo_pb2 as pb
 from ...proto import octavo_pb2_grpc
+from ...scheduler.admission import QueueFull
 from ...scheduler.request import SamplingParams
 from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
 from ..input.errors import InputError
-from .convert import read_prompt, read_sampling, write_delta
+from .convert import read_options, read_prompt, read_sampling, write_delta
 
 log = logging.getLogger("octavo.server")
 
@@ -70,10 +71,14 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             if len(request.request_id) > MAX_REQUEST_ID:
                 raise InputError("request_id", f"over {MAX_REQUEST_ID} characters")
             prompt, params = read_prompt(request), read_sampling(request.sampling)
-            stream = self._engine.generate(prompt, params, request_id=request.request_id or None)
+            options = read_options(request, context.time_remaining())
+            stream = self._engine.generate(
+                prompt, params, request_id=request.request_id or None, **options
+            )
             async with contextlib.aclosing(stream):
                 async for delta in stream:
                     if delta.error:
+                        yield write_delta(delta)  # text that was held back, and the usage
                         await context.abort(error_code(delta.error), _short(delta.error))
                     yield write_delta(delta)
         except (ValueError, EngineDead) as error:
@@ -97,15 +102,18 @@ def _short(text: str) -> str:
 def status_of(error: ValueError | EngineDead) -> grpc.StatusCode:
     if isinstance(error, EngineDead):
         return grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, QueueFull):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
     if isinstance(error, DuplicateRequest):
         return grpc.StatusCode.ALREADY_EXISTS
     return grpc.StatusCode.INVALID_ARGUMENT  # InputError, AdmissionError, sampling values
 
 
 def error_code(text: str) -> grpc.StatusCode:
-    """Of a request that failed after admission."""
-    exhausted = text.startswith("RESOURCE_EXHAUSTED")
-    return grpc.StatusCode.RESOURCE_EXHAUSTED if exhausted else grpc.StatusCode.INTERNAL
+    """Of a request that failed after admission: its text may begin with it."""
+    code, _, _ = text.partition(":")
+    named = {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+    return grpc.StatusCode[code] if code in named else grpc.StatusCode.INTERNAL
 
 
 async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str], None]) -> int:

@@ -57,6 +57,7 @@ def _pack_common(batch: InputBatch, epoch: int, step_id: int) -> pb.StepRequest:
         context_lens=batch.context_lens.tobytes(),
         block_tables=batch.block_tables.tobytes(),
         sampling=_pack_sampling(batch.sampling),
+        copies=batch.copies.tobytes(),
         embeddings=[
             pb.Embedding(
                 unit=_pack_key(part.key),
@@ -115,6 +116,7 @@ def unpack_step(request: pb.StepRequest) -> InputBatch:
         context_lens=_array(request.context_lens, INT32, num_rows),
         block_tables=_array(request.block_tables, INT32, num_rows, -1),
         sampling=_unpack_sampling(request.sampling),
+        copies=_array(request.copies, INT32, 2, -1),
         encode=tuple(_unpack_encode(task) for task in request.encode),
         embeddings=tuple(
             EmbeddingSlice(_unpack_key(p.unit), p.start, p.num_tokens, p.dest, p.row)

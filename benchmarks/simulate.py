@@ -1,0 +1,246 @@
+"""Random runs of the scheduler against the simulated worker; a failing one is cut down.
+
+    python -m octavo.benchmarks.simulate --seeds 0:5000
+    python -m octavo.benchmarks.simulate --seed 17 --keep 3,8,12      # one failure again
+
+A seed draws the limits (mostly tight ones) and a list of events: requests with shared beginnings,
+images, forks, priorities, deadlines and salts; aborts; rows that fail; embeddings that are lost.
+Whatever happens, each admitted request must end exactly once, with the tokens that it would get
+alone, and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import typer
+from rich.progress import track
+
+from octavo.scheduler.admission import AdmissionError, SchedulerConfig
+from octavo.scheduler.request import Request, RequestStatus
+from octavo.scheduler.step import StepPlan, StepResult
+
+from .simulated_worker import Simulation, Span, make_config, make_request, naive_output
+
+PLACEHOLDER = 49
+NUM_STEPS = 60  # over which events are spread
+IMAGES = [(bytes([i]) * 32, 1 + 3 * i) for i in range(5)]  # media_hash, tokens
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens before a step. Requests are named by the event that brings them."""
+
+    step: int
+    kind: str  # "add" | "abort" | "fail" | "forget"
+    seed: int  # of what an "add" brings
+    target: int = 0  # the event whose request an "abort" or a "fail" means
+
+
+@dataclass(frozen=True)
+class Scenario:
+    config: SchedulerConfig
+    events: tuple[tuple[int, Event], ...]  # numbered, in order of their steps
+
+    @classmethod
+    def draw(cls, seed: int) -> Scenario:
+        rng = random.Random(seed)
+        config = make_config(
+            num_blocks=rng.choice([16, 17, 20, 40]),
+            max_num_batched_tokens=rng.choice([1, 4, 11, 30]),
+            max_num_seqs=rng.choice([1, 3, 8]),
+            max_encode_tokens=rng.choice([13, 20]),
+            encoder_cache_tokens=rng.choice([13, 20, 60]),
+            max_num_partial_prefills=rng.choice([1, 2, 8]),
+            long_prefill_token_threshold=rng.choice([1, 5, 99]),
+            max_queue_len=rng.choice([2, 6, 99]),
+            max_queue_tokens=rng.choice([60, 9999]),
+            priority_ageing_s=rng.choice([0.01, 0.2, 5.0]),
+        )
+        count = rng.randint(1, 40)
+        kinds = rng.choices(["add", "abort", "fail", "forget"], [80, 10, 4, 4], k=count)
+        steps = sorted(rng.randrange(NUM_STEPS) for _ in kinds)
+        drawn = [
+            Event(step, kind, rng.getrandbits(40), rng.randrange(max(1, i)))
+            for i, (step, kind) in enumerate(zip(steps, kinds, strict=True))
+        ]
+        return cls(config, tuple(enumerate(drawn)))
+
+    def keep(self, numbers: Sequence[int]) -> Scenario:
+        return replace(self, events=tuple(e for e in self.events if e[0] in set(numbers)))
+
+    def run(self) -> None:
+        """Raises AssertionError, or whatever broke."""
+        _Run(self).run()
+
+
+class _Run:
+    """One scenario under way."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.simulation = Simulation(
+            scenario.config, self._spoil, step_seconds=lambda plan: 0.01 + plan.num_tokens / 1e3
+        )
+        self.events = list(reversed(scenario.events))
+        self.admitted: dict[str, Request] = {}
+        self.failing: set[str] = set()
+        self.num_forgotten = 0
+
+    def run(self) -> None:
+        for step in range(NUM_STEPS):
+            while self.events and self.events[-1][1].step <= step:
+                self._apply(*self.events.pop())
+            plan = self.simulation.step()
+            if plan is not None:
+                self._check_plan(plan)
+        self.simulation.run()
+        assert self.simulation.ended.keys() == self.admitted.keys(), "not all have ended"
+        for request in self.admitted.values():
+            self._check_end(request)
+
+    def _apply(self, number: int, event: Event) -> None:
+        if event.kind == "add":
+            requests = draw_requests(f"r{number}", random.Random(event.seed), self.simulation.now)
+            try:
+                self.simulation.scheduler.add(*requests)
+            except AdmissionError:
+                return
+            self.admitted |= {request.request_id: request for request in requests}
+        elif event.kind == "abort":
+            self.simulation.finish(f"r{event.target}")
+        elif event.kind == "fail":
+            self.failing.add(f"r{event.target}")
+        else:
+            self.num_forgotten += 1
+            self.simulation.worker.embeddings.clear()
+
+    def _spoil(self, plan: StepPlan, result: StepResult) -> StepResult:
+        failing = self.failing.intersection(plan.request_ids)
+        return replace(result, errors=dict.fromkeys(failing, "its row failed"))
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        """Victims are less urgent than all that runs; nothing runs past its deadline."""
+        rows = [self.admitted[name] for name in plan.request_ids]
+        for name in plan.preempted:
+            assert all(row.urgency < self.admitted[name].urgency for row in rows), "wrong victim"
+        started = self.simulation.now - 0.01 - plan.num_tokens / 1e3
+        assert all(row.deadline > started - 1e-9 for row in rows), "ran past its deadline"
+
+    def _check_end(self, request: Request) -> None:
+        update = self.simulation.ended[request.request_id]
+        output = self.simulation.outputs[request.request_id]
+        assert output == list(request.output_token_ids)
+        expected = naive_output(request, request.max_tokens)
+        stops = [i for i, token in enumerate(expected) if token in request.stop_token_ids]
+        whole = expected[: stops[0] + 1] if stops else expected
+        assert output == whole[: len(output)], f"{request.request_id}: other tokens than alone"
+        by_itself = (RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_STOPPED)
+        assert (update.status in by_itself) == (len(output) == len(whole)), "ended elsewhere"
+        if update.status in by_itself:
+            stopped = output[-1] in request.stop_token_ids
+            assert stopped == (update.status is RequestStatus.FINISHED_STOPPED)
+        elif update.status is RequestStatus.FINISHED_ERROR:
+            late = "DEADLINE_EXCEEDED" in update.error and request.deadline <= self.simulation.now
+            missed = "missing" in update.error and self.num_forgotten >= 3
+            failed = update.error == "its row failed" and request.request_id in self.failing
+            assert late or missed or failed, update.error
+
+
+def draw_requests(name: str, rng: random.Random, now: float) -> list[Request]:
+    """A request and its forks. Prompts are drawn from a small tree, so that many begin alike."""
+    prompt: list[int] = []
+    spans: list[Span] = []
+    depth = rng.randint(1, 8)
+    branch = 0
+    for level in range(depth):
+        branch = branch * 2 + (rng.random() < 0.25)
+        part = random.Random(level * 1000 + branch)
+        if part.random() < 0.35:
+            media_hash, count = part.choice(IMAGES)
+            spans.append((len(prompt), count, media_hash))
+            prompt += [PLACEHOLDER] * count
+        else:
+            prompt += [part.randrange(PLACEHOLDER) for _ in range(part.randint(1, 9))]
+    timeout = rng.choice([math.inf] * 5 + [rng.random() * 2])
+    common: dict[str, Any] = {
+        "max_tokens": rng.randint(1, 14),
+        "cache_salt": rng.choice([b"", b"", b"other"]),
+        "priority": rng.choice([5, 5, 0, 9, rng.randrange(10)]),
+        "deadline": now + timeout,
+        "stop_token_ids": frozenset(rng.sample(range(PLACEHOLDER), 2)),
+    }
+    num_forks = rng.choice([0, 0, 0, 0, 1, 3])
+    names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
+    return [
+        make_request(each, prompt, *spans, seed=rng.choice([i, 0]), **common)
+        for i, each in enumerate(names)
+    ]
+
+
+def shrink(scenario: Scenario) -> Scenario:
+    """The fewest events found that still fail: drops ever smaller runs of them."""
+    numbers = [number for number, _ in scenario.events]
+    size = len(numbers)
+    while size:
+        for start in range(0, len(numbers), size):
+            fewer = numbers[:start] + numbers[start + size :]
+            if fails(scenario.keep(fewer)):
+                numbers = fewer
+                break
+        else:
+            size //= 2
+        size = min(size, len(numbers))
+    return scenario.keep(numbers)
+
+
+def fails(scenario: Scenario) -> str:
+    """What went wrong; empty when nothing did."""
+    try:
+        scenario.run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def reproduction(seed: int, scenario: Scenario) -> str:
+    """The line that runs a scenario again."""
+    kept = ",".join(str(number) for number, _ in scenario.events)
+    return f"python -m octavo.benchmarks.simulate --seed {seed} --keep {kept}"
+
+
+def find_failure(seed: int) -> str:
+    """Runs a seed; a failure cut down, with its cause and the line that repeats it, or nothing."""
+    scenario = Scenario.draw(seed)
+    if not fails(scenario):
+        return ""
+    small = shrink(scenario)
+    return f"{reproduction(seed, small)}\n  {fails(small)}"
+
+
+def main(
+    seeds: Annotated[str, typer.Option(help="FIRST:END of the seeds to run.")] = "0:1000",
+    seed: Annotated[int | None, typer.Option(help="Run this one alone.")] = None,
+    keep: Annotated[str, typer.Option(help="The events of --seed to keep; default: all.")] = "",
+) -> None:
+    """Run random scenarios of the scheduler; print each failure as the line that repeats it."""
+    if seed is not None:
+        scenario = Scenario.draw(seed)
+        if keep:
+            scenario = scenario.keep([int(number) for number in keep.split(",")])
+        for number, event in scenario.events:
+            print(number, event)
+        scenario.run()
+        print("passed")
+        return
+    first, _, end = seeds.partition(":")
+    failures = [found for s in track(range(int(first), int(end))) if (found := find_failure(s))]
+    print("\n".join(failures) or "all passed")
+    raise typer.Exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

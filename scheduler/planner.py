@@ -1,0 +1,193 @@
+"""Plans one step: which requests get how many tokens, blocks and units to encode.
+
+Requests are taken in order of urgency, the running and the waiting in one line. A running one that
+lacks blocks preempts from the other end of that line; so no victim has a row in the step yet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from .block_hash import block_hash
+from .draft import StepDraft
+from .request import Request, RequestStatus, overlapping
+from .state import SchedulerState
+from .step import EncodePlan, StepPlan
+
+RUNNING = RequestStatus.RUNNING
+
+
+class Planner:
+    """Makes step plans of a state, which it moves on: who starts, who is preempted."""
+
+    def __init__(self, state: SchedulerState) -> None:
+        self.state, self.config = state, state.config
+        self.blocks, self.encoder_cache = state.blocks, state.encoder_cache
+        self.waiting, self.running = state.waiting, state.running
+
+    def plan(self, step_id: int) -> StepPlan:
+        running = tuple(self.running)
+        decoding = sum(len(r.token_ids) - r.num_computed_tokens == 1 for r in running)
+        draft = StepDraft(
+            self.config.max_num_batched_tokens,
+            self.config.max_encode_tokens,
+            num_decoding=decoding,
+            num_partial=len(running) - decoding,
+            protects_decoding=decoding > 0,
+        )
+        queue = deque(self.waiting)
+        for request in running:
+            while queue and queue[0].urgency < request.urgency and draft.may_start:
+                self._start(queue.popleft(), draft)
+            if request.status is RUNNING:  # else it was preempted in this loop
+                self._continue(request, draft)
+        while queue and draft.may_start:
+            self._start(queue.popleft(), draft)
+        return draft.as_plan(step_id, self.encoder_cache.take_evicted())
+
+    def _continue(self, request: Request, draft: StepDraft) -> None:
+        """Plans a running request's next tokens."""
+        start = request.num_computed_tokens
+        left = len(request.token_ids) - start
+        count = min(1, draft.token_budget) if left == 1 else self._chunk(left, draft)
+        if start < request.media_end:
+            count = self._cut(request, start, count, draft)
+        if count <= 0 or not self._get_blocks(request, start + count, draft):
+            return
+        if left == 1:
+            draft.num_decoding -= 1
+        elif count == left:
+            draft.num_partial -= 1
+        if start < request.media_end:
+            self._hold_units(request, count, draft)
+        draft.add_row(request, count, left)
+
+    def _get_blocks(self, request: Request, end: int, draft: StepDraft) -> bool:
+        """Blocks for tokens up to `end`, preempting from the end of the line until they are there;
+        False when it had to preempt the request itself."""
+        if end <= len(request.block_table) * self.config.block_size:
+            return True
+        while not self.blocks.grow(request.block_table, end):
+            victim = self.running[-1]
+            self._preempt(victim, draft)
+            if victim is request:
+                return False
+        return True
+
+    def _start(self, request: Request, draft: StepDraft) -> None:
+        """Moves a waiting request to `running` if this step can begin it. If it cannot for want
+        of room, `may_start` ends: nothing behind it may take that room either."""
+        if self._awaits_parent(request):
+            return
+        full = len(self.running) >= self.config.max_num_seqs
+        if request.urgency > draft.last_victim or (full and not self._outranks_last(request)):
+            draft.may_start = False
+            return
+        hit, start = self._find_prefix(request)
+        left = request.num_tokens - start
+        count = self._cut(request, start, self._chunk(left, draft), draft)
+        if 0 < count < left and draft.num_partial >= self.config.max_num_partial_prefills:
+            return  # those behind it that fit whole may go: it is none of their room
+        if count <= 0 or not self._make_room(request, hit, start, draft):
+            draft.may_start = False
+            return
+        self.state.run(request)
+        self._take_prefix(request, hit, start, draft)
+        self.blocks.grow(request.block_table, start + count)
+        draft.num_partial += count < left
+        self._hold_units(request, count, draft)
+        draft.add_row(request, count, left)
+
+    def _chunk(self, left: int, draft: StepDraft) -> int:
+        """Of `left` tokens, those that fit in the step beside one for each that decodes."""
+        count = min(left, draft.token_budget - draft.num_decoding)
+        if draft.protects_decoding:
+            return min(count, self.config.long_prefill_token_threshold)
+        return count
+
+    def _cut(self, request: Request, start: int, count: int, draft: StepDraft) -> int:
+        """`count`, cut before the first unit that cannot be encoded now."""
+        budget, room = draft.encoder_budget, self.encoder_cache.room()
+        for unit in overlapping(request.units, start, start + count):
+            if unit.key not in self.encoder_cache:
+                budget -= unit.num_tokens
+            room -= self.encoder_cache.held_tokens(unit)
+            if budget < 0 or room < 0:
+                return max(0, unit.offset - start)
+        return count
+
+    def _awaits_parent(self, request: Request) -> bool:
+        """Another answer to the same prompt is about to compute it."""
+        parent = request.parent
+        if parent is None or parent.status.is_finished:
+            return False
+        return parent.num_computed_tokens < request.num_prompt_tokens
+
+    def _find_prefix(self, request: Request) -> tuple[Sequence[int], int]:
+        """Blocks that hold a request's first tokens, and how many of those need no computing: at
+        least one token does, since its logits are to be sampled."""
+        parent, size = request.parent, self.config.block_size
+        if parent is not None and parent.status is RUNNING:
+            count = request.num_prompt_tokens - 1
+            return parent.block_table[: self.blocks.num_needed(count)], count
+        found: list[int] = []
+        for index in range(request.num_tokens // size):
+            block = self.blocks.find(block_hash(request, index, size))
+            if block is None:
+                break
+            found.append(block)
+        return found, min(len(found) * size, request.num_tokens - 1)
+
+    def _take_prefix(
+        self, request: Request, hit: Sequence[int], start: int, draft: StepDraft
+    ) -> None:
+        """Shares the blocks of a hit. Where the request's next token falls in one of them, it gets
+        a copy of it: copy-on-write, and the write is in this step."""
+        self.blocks.share(request.block_table, hit)
+        index = start // self.config.block_size
+        if index < len(hit):
+            draft.copies.append(self.blocks.copy_on_write(request.block_table, index))
+        request.num_computed_tokens, request.parent = start, None
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = start
+
+    def _make_room(
+        self, request: Request, hit: Sequence[int], start: int, draft: StepDraft
+    ) -> bool:
+        """A place and blocks for all its tokens, not for the first chunk alone: requests that
+        started on less would only preempt each other. Preempts those of lesser priority."""
+        needed = self.blocks.num_needed(request.num_tokens) - len(hit)
+        needed += start // self.config.block_size < len(hit)  # a copy of a shared block
+        while (
+            len(self.running) >= self.config.max_num_seqs
+            or self.blocks.num_free_beside(hit) < needed
+        ):
+            if not self._outranks_last(request):
+                return False
+            self._preempt(self.running[-1], draft)
+        return True
+
+    def _outranks_last(self, request: Request) -> bool:
+        """The least urgent running request may be preempted for this one to start."""
+        last = self.running[-1] if self.running else request
+        return last.priority > request.priority and last.urgency > request.urgency
+
+    def _hold_units(self, request: Request, count: int, draft: StepDraft) -> None:
+        """The units of a request's next `count` tokens are held from now on."""
+        start = request.num_computed_tokens
+        units = overlapping(request.units, start, start + count)
+        # What is cached is held first, so that what is new cannot evict it.
+        for unit in sorted(units, key=lambda unit: unit.key not in self.encoder_cache):
+            if self.encoder_cache.hold(unit, request.request_id):
+                draft.encode.append(EncodePlan(unit, request.request_id))
+                draft.encoder_budget -= unit.num_tokens
+
+    def _preempt(self, request: Request, draft: StepDraft) -> None:
+        if request.num_tokens - request.num_computed_tokens == 1:
+            draft.num_decoding -= 1
+        else:
+            draft.num_partial -= 1
+        self.state.preempt(request)
+        draft.preempted.append(request.request_id)
+        draft.last_victim = request.urgency

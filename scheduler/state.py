@@ -1,0 +1,117 @@
+"""Who is where: the queues, the blocks and the embeddings, and the moves between them.
+
+    add → WAITING → run → RUNNING → end
+                     ↑        ↓
+                    PREEMPTED ← preempt
+
+Each move keeps the counts right; who moves, and when, is the planner's and the scheduler's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from .admission import SchedulerConfig
+from .block_manager import BlockManager
+from .encoder_cache import EncoderCache
+from .request import Request, RequestStatus, overlapping
+
+
+class SchedulerState:
+    """All requests from admission to their end, and what they hold."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.encoder_cache = EncoderCache(config.encoder_cache_tokens)
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []  # both in order of urgency
+        self.running: list[Request] = []
+        self.num_waiting_tokens = 0
+        self._deadlines: list[tuple[float, str]] = []  # a heap; it may name requests long gone
+
+    def add(self, request: Request) -> None:
+        self.requests[request.request_id] = request
+        self._wait(request)
+        if request.deadline < math.inf:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+
+    def run(self, request: Request) -> None:
+        self._unwait(request)
+        insort(self.running, request, key=urgency_of)
+        request.status = RequestStatus.RUNNING
+
+    def preempt(self, request: Request) -> None:
+        """Takes a request's blocks; when it resumes, what is not found again is computed anew."""
+        _remove(self.running, request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self._wait(request)
+
+    def end(self, request: Request, status: RequestStatus, error: str) -> None:
+        del self.requests[request.request_id]
+        if request.status is RequestStatus.RUNNING:
+            _remove(self.running, request)
+        else:
+            self._unwait(request)
+        self._release(request)
+        request.status, request.error = status, error
+
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=urgency_of)
+        self.num_waiting_tokens += request.num_tokens
+
+    def _unwait(self, request: Request) -> None:
+        _remove(self.waiting, request)
+        self.num_waiting_tokens -= request.num_tokens
+
+    def _release(self, request: Request) -> None:
+        self.blocks.free(request.block_table)
+        # No unit behind its next tokens is held, but those that they may begin in.
+        for unit in overlapping(request.units, request.num_computed_tokens, request.media_end):
+            self.encoder_cache.release(unit.key, request.request_id)
+
+    def take_expired(self, now: float) -> Iterator[Request]:
+        """Requests whose deadline has passed; each is told of once."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            request = self.requests.get(request_id)
+            if request is not None and request.deadline == deadline:
+                yield request  # else it ended in time, and its name may be another's
+        if len(self._deadlines) > 2 * len(self.requests) + 64:  # most are of requests long gone
+            left = [r for r in self.requests.values() if r.deadline < math.inf]
+            self._deadlines = [(r.deadline, r.request_id) for r in left]
+            heapq.heapify(self._deadlines)
+
+    def check_integrity(self) -> None:
+        """Every block and every held embedding belongs to a running request."""
+        self.blocks.check_integrity(request.block_table for request in self.running)
+        held = {
+            request.request_id: {
+                unit.key for unit in request.units if unit.end > request.num_computed_tokens
+            }
+            for request in self.running
+        }
+        self.encoder_cache.check_integrity(held)
+        everyone = {request.request_id for request in (*self.running, *self.waiting)}
+        assert everyone == self.requests.keys()
+        assert not any(request.block_table for request in self.waiting)
+        assert self.num_waiting_tokens == sum(request.num_tokens for request in self.waiting)
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=urgency_of)
+
+
+def urgency_of(request: Request) -> tuple[float, int]:
+    return request.urgency
+
+
+def _remove(queue: list[Request], request: Request) -> None:
+    """Takes a request out of a list that is in order of urgency."""
+    index = bisect_left(queue, request.urgency, key=urgency_of)
+    assert queue[index] is request
+    del queue[index]
