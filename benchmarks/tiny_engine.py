@@ -1,0 +1,105 @@
+"""The scheduler and a ModelRunner in one process: what an engine does, without its workers.
+
+For tests that look into every step of the real model.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from ..engine.runner.model_runner import ModelRunner
+from ..engine.step_input import UnitPixels, build_batch
+from ..scheduler.admission import SchedulerConfig
+from ..scheduler.request import Request, UnitKey
+from ..scheduler.scheduler import Scheduler
+from ..scheduler.step import StepPlan, StepResult
+from .tiny_requests import TinyRequest
+
+
+@dataclass(frozen=True, eq=False)
+class TinyItem:
+    """What step input reads of a media item."""
+
+    kind: str
+    pixels: object
+    grid_thw: tuple[int, int, int]
+
+
+@dataclass(eq=False)
+class TinyEngine:
+    """Call `add`, then `step` or `run`. The runner's cache has `config.num_blocks` blocks."""
+
+    runner: ModelRunner
+    config: SchedulerConfig
+    requests: dict[str, Request] = field(default_factory=dict)
+    pixels: dict[str, dict[UnitKey, UnitPixels]] = field(default_factory=dict)
+    num_encoded: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.config)
+        self.runner.embeddings.clear()
+
+    def add(
+        self, name: str, tiny: TinyRequest, max_tokens: int, num_forks: int = 0, priority: int = 5
+    ) -> None:
+        """A request, and forks of it that draw with the seeds after its own."""
+        names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
+        added = [_request(each, tiny, max_tokens, i, priority) for i, each in enumerate(names)]
+        self.scheduler.add(*added)
+        self.requests |= {request.request_id: request for request in added}
+        self.pixels |= dict.fromkeys(names, _pixels(tiny, self.runner))
+
+    def step(self) -> StepPlan | None:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        self.num_encoded += len(plan.encode)
+        batch = build_batch(plan, self.scheduler.requests, self.pixels, 1)
+        result = self.runner.step(batch)
+        errors = {plan.request_ids[row]: text for row, text in result.errors}
+        sampled = tuple(result.sampled.tolist())
+        self.scheduler.update(plan, StepResult(plan.step_id, sampled, result.missing, errors))
+        self.scheduler.check_integrity()
+        return plan
+
+    def run(self) -> None:
+        while self.step() is not None:
+            pass
+
+    def output(self, name: str) -> list[int]:
+        return list(self.requests[name].output_token_ids)
+
+
+def _request(name: str, tiny: TinyRequest, max_tokens: int, fork: int, priority: int) -> Request:
+    seed = (tiny.params.seed or 0) + fork
+    return Request(
+        name,
+        array("i", tiny.token_ids),
+        replace(tiny.params, max_tokens=max_tokens, seed=seed),
+        tiny.units,
+        priority=priority,
+        mrope_positions=tuple(array("i", axis.tolist()) for axis in tiny.positions),
+        mrope_position_delta=tiny.delta,
+    )
+
+
+def _pixels(tiny: TinyRequest, runner: ModelRunner) -> dict[UnitKey, UnitPixels]:
+    both = runner.config.vision.temporal_patch_size
+    found: dict[UnitKey, UnitPixels] = {}
+    done: dict[bytes, int] = dict.fromkeys(tiny.media, 0)
+    for unit in _once(tiny):
+        media, (_, height, width) = tiny.media[unit.media_hash], tiny.grids[unit.media_hash]
+        kind = "video" if media.is_video else "image"
+        item = TinyItem(kind, media.pixels, tiny.grids[unit.media_hash])
+        frames = unit.num_patches // (height * width)
+        first = done[unit.media_hash]
+        found[unit.key] = UnitPixels(item, first, (frames, height, width), both)  # type: ignore[arg-type]
+        done[unit.media_hash] += frames
+    return found
+
+
+def _once(tiny: TinyRequest) -> Sequence:
+    """Its units, an item that comes twice taken once."""
+    return list({unit.key: unit for unit in tiny.units}.values())

@@ -1,0 +1,237 @@
+"""The spine: the real model on a tiny random checkpoint, float32. A request's tokens are the same
+alone, batched, in chunks of every size, preempted at each step, found in the prefix cache, and as
+one of several forks."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
+from octavo.benchmarks.tiny_engine import TinyEngine
+from octavo.benchmarks.tiny_requests import GREEDY, TinyDriver, TinyMedia, TinyRequest, tiny_request
+from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.engine.model.parallel import TensorParallel
+from octavo.engine.runner.model_runner import ModelRunner
+from octavo.scheduler.admission import SchedulerConfig
+from octavo.scheduler.request import SamplingParams
+
+NUM_BLOCKS, BLOCK_SIZE, NEW_TOKENS = 96, 8, 7
+START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), tied=False, vocab_size=283)
+    config, preprocess = ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)
+    device, alone = torch.device("cpu"), TensorParallel()
+    made = ModelRunner(folder, config, preprocess, device, torch.float32, BLOCK_SIZE, alone)
+    made.load()
+    made.allocate(NUM_BLOCKS)
+    return made
+
+
+def text(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def image(seed: int, height: int, width: int) -> list[list[int] | TinyMedia]:
+    return [[START], TinyMedia.random(seed, height, width), [END]]
+
+
+def video(seed: int, frames: int, height: int, width: int) -> list[list[int] | TinyMedia]:
+    return [[START], TinyMedia.random(seed, height, width, frames), [END]]
+
+
+PROMPTS = {
+    "text": [text(1, 40)],
+    "image": [text(2, 9), *image(1, 84, 140), text(3, 8)],
+    "images": [text(4, 3), *image(2, 56, 56), text(5, 2), *image(3, 28, 112), *image(2, 56, 56)],
+    "video": [text(7, 4), *video(5, 12, 56, 84), text(8, 6)],
+    "both": [text(9, 4), *image(6, 56, 84), text(1, 3), *video(7, 8, 56, 28), text(2, 5)],
+}
+SAMPLED = replace(GREEDY, temperature=1.3, seed=11)
+
+
+def prompt(
+    runner: ModelRunner, name: str, params: SamplingParams = GREEDY, extra: int = 0
+) -> TinyRequest:
+    """`extra`: tokens after the prompt's own, so that two share all but their ends."""
+    parts = [*PROMPTS[name], *([text(100 + extra, extra)] if extra else [])]
+    return tiny_request(runner.config, parts, params, max_unit_temporal_patches=2)
+
+
+def make_engine(runner: ModelRunner, **settings: int) -> TinyEngine:
+    limits = {
+        "num_blocks": NUM_BLOCKS,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "max_encode_tokens": 64,
+        "encoder_cache_tokens": 64,
+        **settings,
+    }
+    config = SchedulerConfig(block_size=BLOCK_SIZE, max_model_len=NUM_BLOCKS * BLOCK_SIZE, **limits)
+    return TinyEngine(runner, config)
+
+
+def alone(runner: ModelRunner, name: str, params: SamplingParams = GREEDY) -> list[int]:
+    """By the plain driver, which knows nothing of the scheduler."""
+    runner.embeddings.clear()
+    driver = TinyDriver(runner, NUM_BLOCKS, max_unit_temporal_patches=2)
+    return driver.generate([prompt(runner, name, params)], NEW_TOKENS)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(runner: ModelRunner) -> dict[str, list[int]]:
+    found = {name: alone(runner, name) for name in PROMPTS}
+    assert all(len(set(tokens)) > 3 for tokens in found.values())  # no model that repeats itself
+    return found
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_alone_is_batched(runner: ModelRunner, expected: dict[str, list[int]], name: str) -> None:
+    engine = make_engine(runner)
+    for each in PROMPTS:
+        engine.add(each, prompt(runner, each), NEW_TOKENS)
+    engine.add("again", prompt(runner, name), NEW_TOKENS)
+    engine.run()
+    assert {each: engine.output(each) for each in PROMPTS} == expected
+    assert engine.output("again") == expected[name]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_alone_is_chunked_at_every_size(
+    runner: ModelRunner, expected: dict[str, list[int]], name: str
+) -> None:
+    """Encode units are encoded whole all the same, and once."""
+    tiny = prompt(runner, name)
+    for size in range(1, len(tiny.token_ids) + 1):
+        engine = make_engine(runner, max_num_batched_tokens=size, encoder_cache_tokens=20)
+        engine.add(name, prompt(runner, name), NEW_TOKENS)
+        engine.run()
+        assert engine.output(name) == expected[name], f"in chunks of {size}"
+        assert engine.num_encoded >= len({unit.key for unit in tiny.units})
+
+
+@pytest.mark.parametrize("found_again", [True, False])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_alone_is_preempted_at_each_step(
+    runner: ModelRunner, expected: dict[str, list[int]], name: str, found_again: bool
+) -> None:
+    """Resumed from the prefix cache, and where nothing is left of blocks and embeddings."""
+    num_steps = -(-len(prompt(runner, name).token_ids) // 13) + NEW_TOKENS - 1
+    for at in range(1, num_steps):
+        engine = make_engine(runner, max_num_batched_tokens=13)
+        engine.add(name, prompt(runner, name), NEW_TOKENS)
+        for _ in range(at):
+            engine.step()
+        request, state = engine.requests[name], engine.scheduler.state
+        computed = request.num_computed_tokens
+        if not found_again:
+            state.blocks.forget(request.block_table)
+        state.preempt(request)
+        if not found_again:
+            for unit in request.units:
+                state.encoder_cache.lose(unit.key)
+            runner.embeddings.clear()
+        plan = engine.step()
+        assert plan is not None
+        assert plan.num_computed_tokens[0] == (
+            computed // BLOCK_SIZE * BLOCK_SIZE if found_again else 0
+        )
+        engine.run()
+        assert engine.output(name) == expected[name], f"preempted after step {at}"
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_alone_is_from_the_prefix_cache(
+    runner: ModelRunner, expected: dict[str, list[int]], name: str
+) -> None:
+    """Hits of every length: the whole prompt, and each number of its blocks, ends within an image
+    or a video included. What a hit covers is not encoded."""
+    size = len(prompt(runner, name).token_ids)
+    for num_blocks in range(size // BLOCK_SIZE + 1):
+        engine = make_engine(runner)
+        engine.add("first", prompt(runner, name), NEW_TOKENS)
+        engine.run()
+        assert engine.output("first") == expected[name]
+        first, blocks = engine.requests["first"], engine.scheduler.blocks
+        for block_hash in first.block_hashes[num_blocks:]:
+            block = blocks.find(block_hash)
+            assert block is not None
+            blocks.forget(array("i", [block]))
+            blocks._evictable.pop(block)
+            blocks._unused.append(block)
+        for unit in first.units:
+            engine.scheduler.encoder_cache.lose(unit.key)
+        runner.embeddings.clear()
+        engine.num_encoded = 0
+        engine.add("second", prompt(runner, name), NEW_TOKENS)
+        engine.run()
+        cached = min(num_blocks * BLOCK_SIZE, size - 1)
+        assert engine.requests["second"].num_cached_tokens == cached
+        assert engine.output("second") == expected[name], f"{num_blocks} blocks found"
+        uncovered = {unit.key for unit in first.units if unit.end > cached}
+        assert engine.num_encoded == len(uncovered)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_alone_is_one_of_n_forks(runner: ModelRunner, name: str, params: SamplingParams) -> None:
+    seeds = [(params.seed or 0) + i for i in range(4)]
+    lone = [alone(runner, name, replace(params, seed=seed)) for seed in seeds]
+    for budget in (512, 11):
+        engine = make_engine(runner, max_num_batched_tokens=budget)
+        engine.add("a", prompt(runner, name, params), NEW_TOKENS, num_forks=3)
+        engine.run()
+        assert [engine.output(each) for each in ("a", "a[1]", "a[2]", "a[3]")] == lone
+    assert len({tuple(tokens) for tokens in lone}) == (1 if params is GREEDY else 4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_alone_is_anything_at_all(
+    runner: ModelRunner, expected: dict[str, list[int]], seed: int
+) -> None:
+    """Prompts that share beginnings, forks, tight memory, small chunks, aborts, all at once."""
+    rng = random.Random(seed)
+    sampled = {name: alone(runner, name, SAMPLED) for name in PROMPTS}
+    engine = make_engine(
+        runner,
+        num_blocks=rng.choice([18, 24]),
+        max_num_seqs=rng.choice([2, 3]),
+        max_num_batched_tokens=rng.choice([9, 30, 200]),
+        max_encode_tokens=rng.choice([16, 40]),
+        encoder_cache_tokens=rng.choice([16, 40]),
+        max_num_partial_prefills=rng.choice([1, 3]),
+        long_prefill_token_threshold=rng.choice([5, 100]),
+    )
+    wanted: dict[str, list[int]] = {}
+    for number in range(24):
+        name, params = rng.choice(list(PROMPTS)), rng.choice([GREEDY, SAMPLED])
+        extra = rng.choice([0, 0, 0, 5])  # what goes on after a shared beginning has no oracle
+        tiny = prompt(runner, name, params, extra)
+        forks, priority = rng.choice([0, 0, 2]), rng.choice([0, 9, 9])
+        engine.add(f"{number}", tiny, NEW_TOKENS, forks, priority)
+        if not extra:
+            wanted[f"{number}"] = (expected if params is GREEDY else sampled)[name]
+        for _ in range(rng.choice([1, 2, 4])):
+            engine.step()
+    engine.run()
+    assert {name: engine.output(name) for name in wanted} == wanted
+    requests = engine.requests.values()
+    assert sum(request.num_preemptions for request in requests) > 0
+    assert sum(request.num_cached_tokens for request in requests) > 0
