@@ -50,19 +50,19 @@ def run(num_requests: int, prompt_len: int) -> LatencyReport:
     for name, value in (("num-requests", num_requests), ("prompt-len", prompt_len)):
         if value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    scheduler = _filled(num_requests, prompt_len)
+    scheduler = filled(num_requests, prompt_len)
     while True:  # prefill
-        plan, _ = _step(scheduler)
+        plan, _ = step(scheduler)
         if plan.num_tokens == num_requests == len(plan.request_ids):
             break
     for _ in range(WARM_UP):
-        _step(scheduler)
-    times = [_step(scheduler)[1] for _ in range(STEPS)]
+        step(scheduler)
+    times = [step(scheduler)[1] for _ in range(STEPS)]
     schedule, update = zip(*times, strict=True)
     return LatencyReport(num_requests, prompt_len, schedule, update)
 
 
-def _filled(num_requests: int, prompt_len: int) -> Scheduler:
+def filled(num_requests: int, prompt_len: int) -> Scheduler:
     """All requests wait; no two share a prefix."""
     length = prompt_len + WARM_UP + STEPS + 64
     params: dict[str, Any] = {"max_tokens": length, "temperature": 0.0}
@@ -85,7 +85,7 @@ def _filled(num_requests: int, prompt_len: int) -> Scheduler:
     return scheduler
 
 
-def _step(scheduler: Scheduler) -> tuple[StepPlan, tuple[float, float]]:
+def step(scheduler: Scheduler) -> tuple[StepPlan, tuple[float, float]]:
     """One step, and what `schedule` and `update` took of it in milliseconds."""
     plan, schedule_ms = _timed(scheduler.schedule)
     assert plan is not None

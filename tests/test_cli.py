@@ -80,9 +80,23 @@ def test_bench_throughput(checkpoint: str) -> None:
     assert found["output_tokens_per_second"] > 0 and found["ttft_p50"] > 0
 
 
+@pytest.mark.parametrize("num_requests", [1, 40])
+def test_bench_scheduler(num_requests: int) -> None:
+    options = ["--num-requests", str(num_requests), "--prompt-len", "50"]
+    done = octavo("bench", "scheduler", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"schedule_ms", "update_ms"}
+    for call in found.values():
+        assert set(call) == {"median", "p99"}
+        assert 0 < call["median"] <= call["p99"]
+    assert "median" in octavo("bench", "scheduler", *options).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["bench", "scheduler", "--num-requests", "0"], "--num-requests 0"),
         (["chat", "--model", "/no/such", "hi"], "/no/such: no such folder"),
         (["chat", "--server", "127.0.0.1:1", "hi"], "UNAVAILABLE"),
         (["chat", "--server", "x:1", "--model", "y", "hi"], "give one"),

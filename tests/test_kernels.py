@@ -13,7 +13,7 @@ import torch
 import triton
 
 from octavo.kernels.activation import swiglu, swiglu_ref
-from octavo.kernels.kv_cache import gather_kv, write_kv
+from octavo.kernels.kv_cache import copy_blocks, gather_kv, write_kv
 from octavo.kernels.linear import linear, linear_ref
 from octavo.kernels.mrope import mrope_cos_sin, mrope_write_kv, mrope_write_kv_ref
 from octavo.kernels.norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -237,3 +237,9 @@ def test_cut_patches(device: torch.device, frames: int, dtype: torch.dtype) -> N
                     )
                     index += 1
     assert index == len(found)
+
+
+def test_blocks_are_all_read_before_any_is_written() -> None:
+    cache = torch.arange(6.0).reshape(6, 1, 1, 1).repeat(1, 2, 4, 3)
+    copy_blocks(cache, torch.tensor([[5, 0, 0], [0, 3, 4]]))  # 5 to 0, and what was in 0 to 3 and 4
+    assert cache[:, 0, 0, 0].tolist() == [5, 1, 2, 0, 0, 5]

@@ -124,3 +124,11 @@ def test_seen_tokens_travel_for_a_penalty_alone() -> None:
     for request, seen in ((plain, []), (penal, list(range(100, 130)))):
         batch = build_batch(plan_for(request, 0, 30), {"a": request}, {}, 1)
         assert batch.sampling.seen_token_ids[0].tolist() == seen
+
+
+def test_copies_of_blocks_are_two_rows() -> None:
+    request, _ = make_request()
+    plan = plan_for(request, 20, 5, copies=((3, 7), (3, 8), (1, 9)))
+    batch = build_batch(plan, {"a": request}, {}, 1)
+    assert batch.copies.tolist() == [[3, 3, 1], [7, 8, 9]]
+    assert build_batch(plan_for(request, 20, 5), {"a": request}, {}, 1).copies.shape == (2, 0)

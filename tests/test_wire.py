@@ -36,6 +36,7 @@ def make_batch() -> InputBatch:
         context_lens=np.array([7, 3, 8], np.int32),
         block_tables=rng.integers(0, 9, (3, 4)).astype(np.int32),
         sampling=sampling,
+        copies=np.array([[4, 5, 5], [6, 7, 8]], np.int32),
         encode=(EncodeTask((b"h" * 32, 1), (1, 2, 4), 1, pixels),),
         embeddings=(EmbeddingSlice((b"h" * 32, 1), 2, 3, 1, 1),),
         drop=((b"g" * 32, 0),),

@@ -1,0 +1,388 @@
+"""n, priority, timeout_s, cache_salt and a full queue, through Engine, LLM, AsyncLLM and gRPC."""
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+import octavo
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.client import Client, ClientDelta, ClientError
+from octavo.engine.engine import DuplicateRequest
+from octavo.engine.output import TextStream
+from octavo.engine.server.grpc_server import InferenceServicer
+from octavo.proto import octavo_pb2 as pb
+from octavo.proto import octavo_pb2_grpc
+from octavo.scheduler.admission import QueueFull
+
+DRAWN: dict[str, Any] = {
+    "temperature": 20.0, "top_k": 0, "top_p": 1.0, "seed": 5, "max_tokens": 12, "ignore_eos": True
+}  # fmt: skip
+SAMPLED = octavo.SamplingParams(**DRAWN)
+GREEDY = replace(SAMPLED, temperature=0.0)
+LONG = replace(GREEDY, max_tokens=900)
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_seqs": 4,
+    "max_queue_len": 2,
+}
+
+
+def picture(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (56, 84, 3), dtype=np.uint8))
+
+
+def ask(text: str, seed: int | None = None) -> list[dict[str, Any]]:
+    parts = [] if seed is None else [{"type": "image", "image": picture(seed)}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> Iterator[octavo.LLM]:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        yield llm
+        assert not llm.engine.has_requests and not llm.engine._answers
+        llm.engine.scheduler.check_integrity()
+
+
+class Served:
+    """An AsyncLLM behind its gRPC servicer, in this process, so that tests see both."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.engine = octavo.AsyncLLM(checkpoint, **SETTINGS)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
+
+    async def _start(self) -> None:
+        self.server = grpc.aio.server()
+        servicer = InferenceServicer(self.engine)
+        octavo_pb2_grpc.add_InferenceServicer_to_server(servicer, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def wait_empty(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.engine.engine.has_requests or self.engine._streams:
+            assert time.monotonic() < deadline, "a request is left"
+            time.sleep(0.01)
+        self.engine.engine.scheduler.check_integrity()
+
+    def close(self) -> None:
+        self.run(self.server.stop(None))
+        self.engine.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path) -> Iterator[Served]:
+    served = Served(checkpoint)
+    yield served
+    served.wait_empty()
+    served.close()
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    with Client(served.address) as client:
+        yield client
+    served.wait_empty()
+
+
+def of_index(deltas: list[ClientDelta], index: int) -> list[int]:
+    return [t for delta in deltas if delta.index == index for t in delta.token_ids]
+
+
+def test_n_answers_are_those_of_as_many_seeds(llm: octavo.LLM, client: Client) -> None:
+    messages = ask("What is it?", 1)
+    out = llm.chat(messages, replace(SAMPLED, n=3))[0]
+    alone = [llm.chat(messages, replace(SAMPLED, seed=5 + i))[0] for i in range(3)]
+    assert [o.token_ids for o in out.outputs] == [a.outputs[0].token_ids for a in alone]
+    assert [o.text for o in out.outputs] == [a.outputs[0].text for a in alone]
+    assert [(o.index, o.finish_reason) for o in out.outputs] == [(i, "length") for i in range(3)]
+    assert len({o.text for o in out.outputs}) == 3
+    assert out.usage is not None
+    assert (out.usage.prompt_tokens, out.usage.output_tokens) == (len(out.prompt_token_ids), 36)
+    deltas = list(client.chat(messages, n=3, **DRAWN))
+    assert [of_index(deltas, i) for i in range(3)] == [o.token_ids for o in out.outputs]
+    assert [delta.usage is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    assert deltas[-1].usage is not None and deltas[-1].usage.output_tokens == 36
+    assert [bool(delta.media) for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+
+
+def test_n_answers_end_each_in_its_own_time(llm: octavo.LLM) -> None:
+    messages = ask("Tell me.")
+    texts = [o.text for o in llm.chat(messages, replace(SAMPLED, n=4))[0].outputs]
+    stop = texts[1][2:5]  # of one answer, and perhaps of others
+    out = llm.chat(messages, replace(SAMPLED, n=4, stop=(stop,)))[0]
+    assert [o.text for o in out.outputs] == [text.partition(stop)[0] for text in texts]
+    expected = ["stop" if stop in text else "length" for text in texts]
+    assert [o.finish_reason for o in out.outputs] == expected
+    assert "length" in expected  # else they all ended alike
+
+
+def test_n_works_in_a_batch_and_past_max_num_seqs(llm: octavo.LLM) -> None:
+    prompts = [ask("one", 1), ask("two"), ask("three", 3)]
+    params = [replace(SAMPLED, n=7), SAMPLED, replace(SAMPLED, n=2)]
+    outs = llm.chat(prompts, params)
+    assert [len(out.outputs) for out in outs] == [7, 1, 2]
+    for prompt, out in zip(prompts, outs, strict=True):
+        alone = llm.chat(prompt, SAMPLED)[0].outputs[0]
+        assert out.outputs[0].token_ids == alone.token_ids
+
+
+def test_cached_tokens_are_told(llm: octavo.LLM, client: Client) -> None:
+    messages = ask("How many tokens are there in this long question about a picture?", 7)
+    first, second = (llm.chat(messages, GREEDY)[0] for _ in range(2))
+    assert first.usage is not None and second.usage is not None
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    size = first.usage.prompt_tokens
+    assert first.usage.cached_tokens <= 16 * 2  # at most the template's beginning
+    assert second.usage.cached_tokens == min(size // 16 * 16, size - 1)
+    for expected in (0, second.usage.cached_tokens):
+        salt = "of my own"
+        deltas = list(client.chat(messages, temperature=0, max_tokens=2, cache_salt=salt))
+        assert deltas[-1].usage is not None and deltas[-1].usage.cached_tokens == expected
+
+
+def test_L29_cache_timing_salts_keep_tenants_apart(llm: octavo.LLM) -> None:
+    messages = ask("What is my secret, a long one so that it takes several blocks?", 9)
+    cached, answers = [], set()
+    for salt in ("", "a", "b", "a", ""):
+        out = llm.chat(messages, GREEDY, cache_salt=salt)[0]
+        assert out.usage is not None
+        cached.append(out.usage.cached_tokens > 32)
+        answers.add(tuple(out.outputs[0].token_ids))
+    assert cached == [False, False, False, True, True]
+    assert len(answers) == 1
+
+
+def test_an_image_seen_before_is_neither_sent_nor_encoded(
+    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    step = llm.engine.group.step
+
+    def watched(batch: Any, step_id: int) -> Any:
+        sent.append(sum(task.pixels.nbytes for task in batch.encode))
+        return step(batch, step_id)
+
+    monkeypatch.setattr(llm.engine.group, "step", watched)
+    expected = llm.chat(ask("Here it is.", 11), GREEDY)
+    assert sum(sent) == 56 * 84 * 3
+    sent.clear()
+    llm.chat(ask("Once more, with other words before it.", 11), GREEDY)
+    # The template's beginning is shared and the image comes right after it, so this is a hit in
+    # the prefix cache; moved by a text before it, only the embedding is.
+    moved = [*ask("Some text."), *ask("And the image:", 11)]
+    out = llm.chat(moved, GREEDY)[0]
+    assert out.usage is not None and out.usage.cached_tokens <= 32
+    assert sum(sent) == 0
+    assert llm.chat(ask("Here it is.", 11), GREEDY)[0].outputs == expected[0].outputs
+
+
+def test_a_timeout_gives_what_there_is(llm: octavo.LLM) -> None:
+    out = llm.chat([ask("Go on."), ask("And on.")], LONG, timeout_s=0.25)
+    for each in out:
+        assert each.error.startswith("DEADLINE_EXCEEDED: the time ran out after ")
+        assert each.outputs[0].finish_reason == "error"
+        assert 0 < len(each.outputs[0].token_ids) < 900
+        assert each.usage is not None
+        assert each.usage.output_tokens == len(each.outputs[0].token_ids)
+    whole = llm.chat(ask("Go on."), LONG)[0].outputs[0]
+    assert whole.text.startswith(out[0].outputs[0].text)
+
+
+def test_a_timeout_ends_all_answers(llm: octavo.LLM) -> None:
+    out = llm.chat(ask("Go on."), replace(LONG, n=3, temperature=1.0), timeout_s=0.25)[0]
+    assert [o.finish_reason for o in out.outputs] == ["error"] * 3
+    assert all(0 < len(o.token_ids) < 900 for o in out.outputs)
+
+
+@pytest.mark.parametrize(
+    "limit", [{"timeout_s": 0.4}, {"timeout": 0.4}, {"timeout": 30, "timeout_s": 0.4}]
+)
+def test_a_deadline_over_grpc(served: Served, limit: dict[str, float]) -> None:
+    """The field and the call's own deadline: what came before it has come."""
+    got: list[int] = []
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
+    with Client(served.address) as client:
+        start = time.monotonic()
+        with pytest.raises(ClientError) as caught:
+            for delta in client.chat(ask("Go on."), **asked, **limit):
+                got += delta.token_ids
+        assert caught.value.code == "DEADLINE_EXCEEDED"
+        assert time.monotonic() - start < 10
+    assert 0 < len(got) < 900
+    served.wait_empty()
+
+
+def test_a_deadline_that_passes_before_the_input_is_ready(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess = served.engine.engine.preprocess
+    free = threading.Event()
+
+    def slow(prompt: Any) -> Any:
+        free.wait(30)
+        return preprocess(prompt)
+
+    monkeypatch.setattr(served.engine.engine, "preprocess", slow)
+
+    async def collect() -> list[Any]:
+        return [delta async for delta in served.engine.chat(ask("Hi"), GREEDY, timeout_s=0.1)]
+
+    (delta,) = served.run(collect())
+    free.set()
+    assert delta.error.startswith("DEADLINE_EXCEEDED")
+    assert delta.finish_reason == "error" and delta.token_ids == ()
+    served.wait_empty()
+
+
+def test_a_full_queue_is_resource_exhausted(served: Served) -> None:
+    """Four run, two wait; the seventh is refused, and taken when there is room again."""
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
+    with Client(served.address) as client:
+        streams = [client.chat(ask(f"{i}"), request_id=f"r{i}", **asked) for i in range(6)]
+        first = [threading.Thread(target=lambda s=stream: next(s, None)) for stream in streams]
+        for thread in first:
+            thread.start()
+        deadline = time.monotonic() + 10
+        while len(served.engine._streams) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(ClientError, match="max_queue_len=2; try again later") as caught:
+            list(client.chat(ask("more"), **asked))
+        assert caught.value.code == "RESOURCE_EXHAUSTED"
+        for number in range(6):
+            assert client.abort(f"r{number}")
+        for thread in first:
+            thread.join()
+        for stream in streams:
+            stream.close()
+        served.wait_empty()
+        assert list(client.chat(ask("more"), temperature=0, max_tokens=2))
+
+
+def test_the_library_waits_where_a_server_refuses(llm: octavo.LLM) -> None:
+    """More prompts than places: `LLM` feeds them in as there is room."""
+    outs = llm.chat([ask(f"Number {i}") for i in range(25)], GREEDY)
+    assert [out.error for out in outs] == [""] * 25
+    with pytest.raises(QueueFull):
+        for number in range(7):
+            llm.engine.add_request(f"r{number}", ask("Hi"), GREEDY)
+    for number in range(6):
+        llm.engine.abort(f"r{number}")
+
+
+def test_priority_goes_first(llm: octavo.LLM) -> None:
+    engine = llm.engine
+    for number, priority in enumerate((9, 9, 9, 9, 7, 0)):
+        options = octavo.RequestOptions(priority=priority)
+        engine.add_request(f"r{number}", ask(f"Number {number}"), GREEDY, options)
+    ended = []
+    while engine.has_requests:
+        ended += [delta.request_id for delta in engine.step() if delta.finish_reason]
+    assert ended[:1] == ["r5"] and ended.index("r4") < ended.index("r3")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n": 0}, "n=0: must be from 1 to 64"),
+        ({"n": 65}, "n=65"),
+        ({"n": 2**32 - 1}, "n=4294967295"),
+        ({"priority": 10}, "priority=10: must be from 0 to 9"),
+        ({"priority": -1}, "priority=-1"),
+        ({"timeout_s": -1.0}, "timeout_s=-1.0: must be from 0"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan: must be a finite number"),
+        ({"timeout_s": float("inf")}, "timeout_s=inf"),
+        ({"cache_salt": "x" * 300}, "cache_salt"),
+        ({"cache_salt": 5}, "cache_salt=5"),
+    ],
+)
+def test_L27_unbounded_n(client: Client, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ClientError, match=words.replace("(", r"\(")) as caught:
+        list(client.chat(ask("Hi"), **given))
+    assert caught.value.code == "INVALID_ARGUMENT"
+
+
+def test_names_of_answers_are_taken_too(llm: octavo.LLM) -> None:
+    engine = llm.engine
+    engine.add_request("a", ask("Hi"), replace(GREEDY, n=3))
+    for name, params in (("a[2]", GREEDY), ("a", GREEDY)):
+        with pytest.raises(DuplicateRequest):
+            engine.add_request(name, ask("Hi"), params)
+    engine.add_request("b[1]", ask("Hi"), GREEDY)
+    with pytest.raises(DuplicateRequest):
+        engine.add_request("b", ask("Hi"), replace(GREEDY, n=2))
+    engine.step()
+    ended = engine.abort("a")
+    assert [(d.request_id, d.index, d.finish_reason) for d in ended] == [
+        ("a", i, "abort") for i in range(3)
+    ]
+    assert [delta.usage is not None for delta in ended] == [False, False, True]
+    assert len(engine.abort("b[1]")) == 1
+
+
+def test_L16_client_assert_text_that_cannot_be_made_ends_its_request_alone(
+    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, bad = TextStream.push, []
+
+    def failing(self: TextStream, token_ids: Any) -> str:
+        if not bad:
+            bad.append(self)
+        if self is bad[0]:
+            raise RuntimeError("a tokenizer's fault")
+        return push(self, token_ids)
+
+    expected = llm.chat(ask("good"), GREEDY)[0].outputs
+    monkeypatch.setattr(TextStream, "push", failing)
+    broken, good = llm.chat([ask("bad"), ask("good")], GREEDY)
+    assert broken.error == "INTERNAL: the answer's tokens made no text"
+    assert good.error == "" and good.outputs == expected
+
+
+def test_prompts_over_grpc_carry_their_options(served: Served) -> None:
+    """The fields as other clients send them: an absent priority is 5, and 0 is 0."""
+    seen: list[Any] = []
+    add = served.engine._steps.add
+
+    def watched(request_id: str, prompt: Any, params: Any, options: Any) -> None:
+        seen.append(options)
+        add(request_id, prompt, params, options)
+
+    served.engine._steps.add = watched  # type: ignore[method-assign]
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "PNG")
+    with grpc.insecure_channel(served.address) as channel:
+        stub = octavo_pb2_grpc.InferenceStub(channel)
+        for more in ({}, {"priority": 0, "timeout_s": 20.0, "cache_salt": "s"}):
+            request = pb.GenerateRequest(text="Hi", **more)
+            request.sampling.max_tokens = 1
+            assert list(stub.Generate(request))
+    served.engine._steps.add = add  # type: ignore[method-assign]
+    assert (seen[0].priority, seen[0].timeout_s, seen[0].cache_salt) == (5, None, "")
+    assert (seen[1].priority, seen[1].cache_salt) == (0, "s")
+    assert 19 < seen[1].timeout_s <= 20
