@@ -42,6 +42,7 @@ TEST = [
     "pytest-asyncio>=1.0",
     "hypothesis>=6.150",
     "psutil>=7",
+    "matplotlib>=3.8",
     "ruff>=0.17",
     "mypy>=2.0",
     "types-protobuf",
@@ -74,7 +75,11 @@ setup(
         "typer>=0.15",
         "rich>=13",
     ],
-    extras_require={"test": TEST, "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"]},
+    extras_require={
+        "test": TEST,
+        "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"],
+        "plot": ["matplotlib>=3.8"],
+    },
     entry_points={"console_scripts": ["octavo=octavo.engine.cli:main"]},
     cmdclass={"build_py": BuildWithoutSetup},
 )

@@ -22,6 +22,12 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+trace_app = typer.Typer(
+    help="Shows what the scheduler does: record a run with `octavo serve --trace-file FILE` (or "
+    "`octavo bench throughput --trace-file FILE`, or octavo.LLM(trace_file=...)), then draw it.",
+    no_args_is_help=True,
+)
+app.add_typer(trace_app, name="trace")
 
 Model = Annotated[
     str | None,
@@ -78,6 +84,11 @@ MaxPixels = Annotated[
     int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
 ]
 
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(help="Record each step there as a JSON line, for `octavo trace draw`."),
+]
+
 
 @contextmanager
 def user_errors() -> Iterator[None]:
@@ -117,6 +128,7 @@ def serve(
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    trace_file: TraceFile = None,
     hub: Hub = "huggingface",
 ) -> None:
     """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1).
@@ -241,6 +253,7 @@ def throughput(
     max_num_seqs: MaxNumSeqs = 64,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,
+    trace_file: TraceFile = None,
     hub: Hub = "huggingface",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -253,6 +266,43 @@ def throughput(
         workload = Workload.parse(input_len, output_len, num_prompts, image_size)
         report = run(workload, settings)
         print(json.dumps(report.as_dict()) if as_json else report.as_text())
+
+
+@trace_app.command("draw")
+def trace_draw(
+    trace: Annotated[Path, typer.Argument(help="A recorded run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The picture: .png, .svg or .pdf. Default: FILE.png.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="FIRST:END, the steps to draw, counted from 0.")
+    ] = None,
+) -> None:
+    """Draw a recorded run: requests as rows, steps as columns.
+
+    Grey waits, orange encodes an image, blue computes a prompt (with its number of tokens), green
+    decodes, red was preempted. Below: tokens, KV blocks and milliseconds of each step.
+    """
+    with user_errors():
+        try:
+            from ..benchmarks.trace_plot import Trace, draw, parse_steps
+        except ImportError:
+            raise ValueError('drawing needs matplotlib: pip install "octavo[plot]"') from None
+        picture = out or trace.with_suffix(".png")
+        draw(Trace.read(trace, *parse_steps(steps)), picture)
+        print(picture)
+
+
+@trace_app.command("demo")
+def trace_demo(
+    trace: Annotated[Path, typer.Argument(help="The file to write.")],
+) -> None:
+    """Record a small made-up run that shows everything: chunks, images, cache hits, forks,
+    preemption, priorities, a deadline. Needs no model."""
+    from ..benchmarks.trace_demo import record
+
+    with user_errors():
+        print(f"{record(trace)} steps; draw them: octavo trace draw {trace}")
 
 
 def main() -> None:

@@ -275,6 +275,7 @@ class EngineConfig:
     max_unit_temporal_patches: int = 4  # a video is encoded in units of this many
     min_pixels: int | None = None  # for images; None: the checkpoint's
     max_pixels: int | None = None
+    trace_file: Path | None = None  # record each step there, for `octavo trace draw`
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

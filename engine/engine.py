@@ -11,12 +11,15 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from ..scheduler.admission import SchedulerConfig
 from ..scheduler.request import RequestOptions, RequestStatus, SamplingParams, shown
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
+from ..scheduler.trace import TraceWriter
 from .capacity import plan_capacity
 from .config import (
     CPU_LONG_PREFILL,
@@ -98,6 +101,7 @@ class Engine:
             allow_local_files=allow_local_files,
         )
         self.scheduler = Scheduler(self._scheduler_config())
+        self._trace = open_trace(asked.trace_file, self.scheduler)
         self.failed = ""
         self._live: dict[str, LiveRequest] = {}
         self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
@@ -195,11 +199,18 @@ class Engine:
         Raises `EngineDead` when the worker group fails.
         """
         self.check_alive()
-        deltas = self._deltas(self.scheduler.expire())
+        before = perf_counter()
+        expired = self.scheduler.expire()
         plan = self.scheduler.schedule()
-        if plan is not None:
-            deltas += self._deltas(self.scheduler.update(plan, self._run(plan)))
-        return deltas
+        if plan is None:
+            return self._deltas(expired)
+        planned = perf_counter()
+        result = self._run(plan)
+        ran = perf_counter()
+        updates = [*expired, *self.scheduler.update(plan, result)]
+        if self._trace is not None:
+            self._trace.write(plan, updates, (before, planned, ran, perf_counter()))
+        return self._deltas(updates)
 
     def _run(self, plan: StepPlan) -> StepResult:
         """The plan on the workers; one with nothing in it does not travel."""
@@ -256,6 +267,8 @@ class Engine:
         """Ends the workers. Safe to call twice."""
         self.failed = self.failed or "it was closed"
         self.group.close()
+        if self._trace is not None:
+            self._trace.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -268,6 +281,14 @@ def check_params(params: Any) -> None:
     if params is not None and not isinstance(params, SamplingParams):
         text = f"must be octavo.SamplingParams, not {type(params).__name__}"
         raise InputError("params", text)
+
+
+def open_trace(path: Path | None, scheduler: Scheduler) -> TraceWriter | None:
+    """Raises `ConfigError` when the file cannot be written."""
+    try:
+        return None if path is None else TraceWriter(Path(path), scheduler)
+    except OSError as error:
+        raise ConfigError(f"trace_file={path}: {error.strerror}") from None
 
 
 def _step_result(plan: StepPlan, result: BatchResult) -> StepResult:

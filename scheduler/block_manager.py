@@ -36,6 +36,11 @@ class BlockManager:
         """Blocks that a prefix may be found in, in use or not."""
         return len(self._cached)
 
+    @property
+    def num_evictable(self) -> int:
+        """Free blocks that a prefix may still be found in."""
+        return len(self._evictable)
+
     def num_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)

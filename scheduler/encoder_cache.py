@@ -30,7 +30,7 @@ class EncoderCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._entries: OrderedDict[UnitKey, _Entry] = OrderedDict()  # longest unused first
-        self._num_tokens = 0
+        self.num_tokens = 0  # of all entries
         self._num_held = 0  # tokens of entries with a holder
         self._evicted: list[UnitKey] = []  # not yet told to the workers
 
@@ -56,7 +56,7 @@ class EncoderCache:
         if entry is None:
             self._evict(unit.num_tokens)
             entry = self._entries[unit.key] = _Entry(unit.num_tokens)
-            self._num_tokens += unit.num_tokens
+            self.num_tokens += unit.num_tokens
         if not entry.holders:
             self._num_held += entry.num_tokens
         entry.holders.add(request_id)
@@ -76,7 +76,7 @@ class EncoderCache:
         """A worker does not have a unit: whoever needs it plans it anew."""
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self._num_tokens -= entry.num_tokens
+            self.num_tokens -= entry.num_tokens
             self._num_held -= entry.num_tokens if entry.holders else 0
 
     def take_evicted(self) -> tuple[UnitKey, ...]:
@@ -88,19 +88,19 @@ class EncoderCache:
         """Makes room for `num_tokens`."""
         unused = (key for key, entry in self._entries.items() if not entry.holders)
         going: list[UnitKey] = []
-        excess = self._num_tokens + num_tokens - self.capacity
+        excess = self.num_tokens + num_tokens - self.capacity
         while excess > 0:
             key = next(unused)
             going.append(key)
             excess -= self._entries[key].num_tokens
         for key in going:
-            self._num_tokens -= self._entries.pop(key).num_tokens
+            self.num_tokens -= self._entries.pop(key).num_tokens
         self._evicted.extend(going)
 
     def check_integrity(self, held: Mapping[str, set[UnitKey]]) -> None:
         """Sums are right, the capacity holds, and holders are just those in `held`."""
         entries = self._entries.values()
-        assert self._num_tokens == sum(e.num_tokens for e in entries) <= self.capacity
+        assert self.num_tokens == sum(e.num_tokens for e in entries) <= self.capacity
         assert self._num_held == sum(e.num_tokens for e in entries if e.holders)
         for key, entry in self._entries.items():
             for request_id in entry.holders:
