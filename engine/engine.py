@@ -190,7 +190,7 @@ class Engine:
         if live is None:
             return []
         aborted = RequestStatus.FINISHED_ABORTED
-        updates = [self.scheduler.finish(name, aborted) for name in live.unfinished_ids]
+        updates = [self.scheduler.finish(name, aborted) for name in live.unfinished_names]
         return self._deltas(update for update in updates if update is not None)
 
     def step(self) -> list[OutputDelta]:
@@ -244,19 +244,24 @@ class Engine:
         ]
 
     def _delta(self, live: LiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
-        """One update's text; its answer, or with an error all, are over when the delta says so."""
-        before = list(live.unfinished_ids)
+        """One update's text. Its answer may end with it, and with an error all answers do."""
         try:
             delta = live.delta(index, update)
         except Exception:  # a fault of ours: this request's alone all the same
             log.exception("request %r: its tokens made no text", live.request_id)
             delta = live.failure(index, "INTERNAL: the answer's tokens made no text")
-        for name in set(before).difference(live.unfinished_ids):
-            self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED)  # unless it has ended
-            del self._answers[name]
-        if not live.unfinished:
-            del self._live[live.request_id]
+        if delta.finish_reason is not None:
+            for name in live.names if delta.error else (update.request_id,):
+                self._end(live, name)
+            if not live.unfinished:
+                del self._live[live.request_id]
         return delta
+
+    def _end(self, live: LiveRequest, name: str) -> None:
+        """An answer is over, perhaps before the scheduler thinks so. Its name may be used again."""
+        if name in self._answers and self._answers[name][0] is live:
+            self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED)
+            del self._answers[name]
 
     def check_alive(self) -> None:
         """Raises `EngineDead` once the engine has failed or was closed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
@@ -32,9 +32,13 @@ class LiveRequest:
         self.unfinished = set(range(len(self.requests)))
 
     @property
-    def unfinished_ids(self) -> Iterator[str]:
-        """The scheduler's names of the answers that are not done."""
-        return (self.requests[index].request_id for index in sorted(self.unfinished))
+    def names(self) -> list[str]:
+        """What the scheduler calls the answers."""
+        return [request.request_id for request in self.requests]
+
+    @property
+    def unfinished_names(self) -> list[str]:
+        return [self.requests[index].request_id for index in sorted(self.unfinished)]
 
     def delta(self, index: int, update: RequestUpdate) -> OutputDelta:
         """What an update adds to answer `index`, as text. A stop string found in it ends the

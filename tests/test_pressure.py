@@ -195,6 +195,23 @@ def test_a_short_prompt_passes_long_ones_that_wait_for_their_turn() -> None:
     assert list(simulation.ended)[:1] == ["short"]
 
 
+def test_L15_parked_a_long_prompt_gets_its_turn_amid_short_ones_that_never_end() -> None:
+    config = make_config(num_blocks=400, max_num_batched_tokens=24, long_prefill_token_threshold=8)
+    simulation = Simulation(config)
+    for name in ("long", "longer"):
+        simulation.scheduler.add(make_request(name, 50))
+    names = itertools.count()
+    done: dict[str, int] = {}
+    for step in range(60):
+        while len(simulation.scheduler.waiting) < 3:
+            simulation.scheduler.add(make_request(f"{next(names)}", 5, max_tokens=3))
+        plan = simulation.step()
+        assert plan is not None
+        rows = zip(plan.request_ids, plan.samples, strict=True)
+        done |= {name: step for name, samples in rows if samples and name not in done}
+    assert done["long"] < done["longer"] < 20
+
+
 def test_a_long_prompt_alone_is_not_held_back() -> None:
     config = make_config(num_blocks=90, max_num_batched_tokens=30, long_prefill_token_threshold=8)
     simulation = Simulation(config)

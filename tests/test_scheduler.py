@@ -69,7 +69,7 @@ def test_preempted_requests_resume_with_the_same_tokens() -> None:
 
 
 def test_the_newest_is_preempted_and_resumes_first() -> None:
-    simulation = Simulation(make_config(num_blocks=8, max_num_batched_tokens=32))
+    simulation = Simulation(make_config(num_blocks=10, max_num_batched_tokens=32))
     for name in "ab":
         simulation.scheduler.add(make_request(name, 14, max_tokens=12))
     simulation.step()
