@@ -88,6 +88,7 @@ class _Run:
         self.events = list(reversed(scenario.events))
         self.admitted: dict[str, Request] = {}
         self.failing: set[str] = set()
+        self.aborted_in_step: list[str] = []  # between a step's plan and its result
         self.num_forgotten = 0
 
     def run(self) -> None:
@@ -110,8 +111,10 @@ class _Run:
             except AdmissionError:
                 return
             self.admitted |= {request.request_id: request for request in requests}
-        elif event.kind == "abort":
+        elif event.kind == "abort" and event.seed % 2:
             self.simulation.finish(f"r{event.target}")
+        elif event.kind == "abort":
+            self.aborted_in_step.append(f"r{event.target}")
         elif event.kind == "fail":
             self.failing.add(f"r{event.target}")
         else:
@@ -119,6 +122,9 @@ class _Run:
             self.simulation.worker.embeddings.clear()
 
     def _spoil(self, plan: StepPlan, result: StepResult) -> StepResult:
+        for name in self.aborted_in_step:
+            self.simulation.finish(name)
+        self.aborted_in_step.clear()
         failing = self.failing.intersection(plan.request_ids)
         return replace(result, errors=dict.fromkeys(failing, "its row failed"))
 

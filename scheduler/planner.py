@@ -6,6 +6,7 @@ lacks blocks preempts from the other end of that line; so no victim has a row in
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ class Planner:
         if self._awaits_parent(request):
             return
         full = len(self.running) >= self.config.max_num_seqs
-        if request.urgency > draft.last_victim or (full and not self._outranks_last(request)):
+        if request.urgency > draft.last_victim or (full and not self._outranked(request)):
             draft.may_start = False
             return
         hit, start = self._find_prefix(request)
@@ -163,18 +164,26 @@ class Planner:
         """
         needed = self.blocks.num_needed(request.num_tokens) - len(hit)
         needed += start // self.config.block_size < len(hit)  # a copy of a shared block
+        victims = self._outranked(request)
+        most = self.blocks.num_free_beside(hit) + sum(len(v.block_table) for v in victims)
+        if most < needed + len(self.running) - len(victims):
+            return False  # and nobody is preempted for nothing
         while len(self.running) >= self.config.max_num_seqs or self.blocks.num_free_beside(
             hit
         ) < needed + len(self.running):
-            if not self._outranks_last(request):
+            if not victims:
                 return False
-            self._preempt(self.running[-1], draft)
+            self._preempt(victims.pop(0), draft)
         return True
 
-    def _outranks_last(self, request: Request) -> bool:
-        """The least urgent running request may be preempted for this one to start."""
-        last = self.running[-1] if self.running else request
-        return last.priority > request.priority and last.urgency > request.urgency
+    def _outranked(self, request: Request) -> list[Request]:
+        """Running requests that may be preempted for this one to start, the least urgent first."""
+        return list(
+            itertools.takewhile(
+                lambda last: last.priority > request.priority and last.urgency > request.urgency,
+                reversed(self.running),
+            )
+        )
 
     def _hold_units(self, request: Request, count: int, draft: StepDraft) -> None:
         """The units of a request's next `count` tokens are held from now on."""

@@ -16,7 +16,9 @@ It holds names and counts, never a token or a pixel.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,6 +27,8 @@ from typing import Any
 
 from .scheduler import Scheduler
 from .step import RequestUpdate, StepPlan
+
+log = logging.getLogger("octavo.scheduler")
 
 
 class TraceWriter:
@@ -98,10 +102,18 @@ class TraceWriter:
         return [{"request": name, "status": told.get(name, "abort")} for name in sorted(gone)]
 
     def _put(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """A disk that is full ends the record, not the engine."""
+        if self._file.closed:
+            return
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            log.warning("%s: no more steps are recorded: %s", self._file.name, error.strerror)
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is left
+            self._file.close()
 
 
 def _ms(seconds: float) -> float:

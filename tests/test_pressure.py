@@ -67,6 +67,20 @@ def test_an_urgent_request_takes_the_place_of_a_lesser_one() -> None:
     assert simulation.outputs["y"] == naive_output(make_request("y", 8), 20)
 
 
+def test_nobody_is_preempted_for_nothing() -> None:
+    """An urgent request that would not fit even in the place of all lesser ones takes none."""
+    simulation = Simulation(make_config(num_blocks=16))
+    simulation.scheduler.add(make_request("equal", 40, priority=0, max_tokens=8))
+    simulation.scheduler.add(make_request("lesser", 6, priority=9, max_tokens=9))
+    for _ in range(5):
+        simulation.step()
+    simulation.scheduler.add(make_request("urgent", 30, priority=0))
+    plan = simulation.step()
+    assert plan is not None and plan.preempted == ()
+    assert set(plan.request_ids) == {"equal", "lesser"}
+    simulation.run()
+
+
 def test_a_preempted_request_resumes_from_the_prefix_cache() -> None:
     simulation = Simulation(make_config(max_num_seqs=1, num_blocks=40))
     low = make_request("low", 30, priority=9, max_tokens=9)

@@ -113,7 +113,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a unit is not held while it is needed": (EncoderCache, "hold", lambda *args: False),
     "units are never let go": (EncoderCache, "release", lambda *args: None),
     "anyone may be preempted for a start": (
-        Planner, "_outranks_last", lambda self, request: bool(self.running)
+        Planner, "_outranked", lambda self, request: self.running[::-1]
     ),
     "deadlines are not looked at": (SchedulerState, "take_expired", no_units),
     "cuts are not made before a unit": (Planner, "_cut", lambda self, r, start, count, d: count),

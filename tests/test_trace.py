@@ -175,3 +175,10 @@ def test_a_trace_file_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -
     where = tmp_path / "no" / "such.jsonl"
     with pytest.raises(ConfigError, match=r"trace_file=.*such\.jsonl: No such file"):
         octavo.LLM(checkpoint, dtype="float32", max_model_len=512, trace_file=where)
+
+
+def test_a_disk_that_is_full_ends_the_trace_alone(checkpoint: Path) -> None:
+    with octavo.LLM(
+        checkpoint, dtype="float32", max_model_len=512, trace_file=Path("/dev/full")
+    ) as llm:
+        assert len(llm.generate("Hi", PARAMS)[0].outputs[0].token_ids) == 6
