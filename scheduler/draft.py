@@ -39,6 +39,12 @@ class StepDraft:
         self.block_tables.append(request.block_table)
         self.samples.append(count == left)
 
+    def add_copy(self, old: int, new: int) -> None:
+        """Block `new` gets the content of `old`; if that is to be a copy itself, of what it is a
+        copy of: all are read before any is written."""
+        source = next((source for source, copy in self.copies if copy == old), old)
+        self.copies.append((source, new))
+
     def as_plan(self, step_id: int, drop: tuple[UnitKey, ...]) -> StepPlan:
         return StepPlan(
             step_id=step_id,

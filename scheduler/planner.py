@@ -148,7 +148,7 @@ class Planner:
         self.blocks.share(request.block_table, hit)
         index = start // self.config.block_size
         if index < len(hit):
-            draft.copies.append(self.blocks.copy_on_write(request.block_table, index))
+            draft.add_copy(*self.blocks.copy_on_write(request.block_table, index))
         request.num_computed_tokens, request.parent = start, None
         if request.num_preemptions == 0:
             request.num_cached_tokens = start

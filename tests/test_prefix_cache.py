@@ -219,6 +219,24 @@ def test_L15_parked_forks_go_on_when_the_first_is_gone() -> None:
             assert simulation.outputs[request.request_id] == naive_output(request, 9)
 
 
+def test_forks_of_one_that_starts_on_a_copy_in_the_same_step() -> None:
+    """The first resumes on a full hit, whose last block it copies, and the forks copy that: it is
+    not written yet, so what it is a copy of is read. (Found by a random run.)"""
+    simulation = make_simulation()
+    requests = forks(3, 7, max_tokens=9)
+    run_one(simulation, make_request("twin", requests[0].prompt_token_ids))
+    simulation.scheduler.add(*requests)
+    simulation.step()  # the prompt and a token: 8, all of which the twin has computed
+    simulation.scheduler.state.preempt(requests[0])
+    plan = simulation.step()
+    assert plan is not None
+    (source, _), *others = plan.copies
+    assert [each[0] for each in others] == [source, source]
+    simulation.run()
+    for request in requests:
+        assert simulation.outputs[request.request_id] == naive_output(request, 9)
+
+
 def test_forks_with_an_image_at_the_prompt_s_end() -> None:
     simulation = make_simulation(encoder_cache_tokens=16)
     requests = forks(3, 22, (4, 8, DOG), (12, 10, CAT), max_tokens=9)
