@@ -12,9 +12,9 @@ _WHERE = {
     "AsyncLLM": ".engine.async_llm",
     "Client": ".engine.client",
     "Engine": ".engine.engine",
-    "RequestOptions": ".scheduler.request",
+    "RequestOptions": ".scheduler.params",
     "RequestOutput": ".engine.output",
-    "SamplingParams": ".scheduler.request",
+    "SamplingParams": ".scheduler.params",
 }
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.llm import LLM
     from .engine.output import RequestOutput
-    from .scheduler.request import RequestOptions, SamplingParams
+    from .scheduler.params import RequestOptions, SamplingParams
 
 __all__ = [
     "LLM",

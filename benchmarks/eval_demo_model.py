@@ -22,7 +22,7 @@ from PIL import Image
 from rich.progress import track
 
 from octavo.engine.config import EMBEDDED_MODEL
-from octavo.scheduler.request import SamplingParams
+from octavo.scheduler.params import SamplingParams
 
 from .demo_model.draw import (
     DIRECTIONS,

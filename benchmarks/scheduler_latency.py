@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from octavo.scheduler.admission import SchedulerConfig
-from octavo.scheduler.request import Request, SamplingParams
+from octavo.scheduler.params import SamplingParams
+from octavo.scheduler.request import Request
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import StepPlan, StepResult
 

@@ -167,7 +167,8 @@ def draw_requests(name: str, rng: random.Random, now: float) -> list[Request]:
         part = random.Random(level * 1000 + branch)
         if part.random() < 0.35:
             media_hash, count = part.choice(IMAGES)
-            spans.append((len(prompt), count, media_hash))
+            looks = rng.choice([media_hash, media_hash, media_hash[::-1][1:] + b"."])
+            spans.append((len(prompt), count, looks))  # of one size, and perhaps another image
             prompt += [PLACEHOLDER] * count
         else:
             prompt += [part.randrange(PLACEHOLDER) for _ in range(part.randint(1, 9))]

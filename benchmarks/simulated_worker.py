@@ -15,14 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo.scheduler.admission import SchedulerConfig
-from octavo.scheduler.request import (
-    MediaSpan,
-    Request,
-    RequestStatus,
-    SamplingParams,
-    UnitKey,
-    overlapping,
-)
+from octavo.scheduler.params import SamplingParams
+from octavo.scheduler.request import MediaSpan, Request, RequestStatus, UnitKey, overlapping
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import RequestUpdate, StepPlan, StepResult
 

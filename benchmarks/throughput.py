@@ -13,7 +13,7 @@ from PIL import Image
 
 from octavo.engine.engine import Engine
 from octavo.engine.progress import loading_bar
-from octavo.scheduler.request import SamplingParams
+from octavo.scheduler.params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ..engine.runner.batch import (
     SamplingBatch,
 )
 from ..engine.runner.model_runner import ModelRunner
-from ..scheduler.request import EncodeUnit, MediaSpan, SamplingParams
+from ..scheduler.params import SamplingParams
+from ..scheduler.request import EncodeUnit, MediaSpan
 
 GREEDY = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0

@@ -3,11 +3,12 @@ once. The steps' times are those of a 2B model on two CPU cores, as measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.scheduler import Scheduler
-from octavo.scheduler.step import StepPlan
+from octavo.scheduler.step import RequestUpdate, StepPlan
 from octavo.scheduler.trace import TraceWriter
 
 from .simulated_worker import SimulatedWorker, Span, make_config, make_request
@@ -63,17 +64,23 @@ def record(path: Path) -> int:
     scheduler = Scheduler(config, clock=lambda: now)
     worker, trace, due = SimulatedWorker(config), TraceWriter(path, scheduler), arrivals()
     number = 0
+
+    def tell(updates: Iterable[RequestUpdate | None]) -> None:
+        for update in updates:
+            if update is not None and update.status.is_finished:
+                trace.end(update.request_id, update.status.value)
+
     while due or scheduler.requests:
         for requests in due.pop(number, ()):
             scheduler.add(*requests)
         if number == 22:
-            scheduler.finish("given up", RequestStatus.FINISHED_ABORTED)
-        expired, plan = scheduler.expire(), scheduler.schedule()
+            tell([scheduler.finish("given up", RequestStatus.FINISHED_ABORTED)])
+        tell(scheduler.expire())
+        plan = scheduler.schedule()
         number += 1
         if plan is not None:
             before, now = now, now + seconds_of(plan)
-            result = worker.step(plan, scheduler.requests)
-            updates = [*expired, *scheduler.update(plan, result)]
-            trace.write(plan, updates, (before, before, now, now))
+            tell(scheduler.update(plan, worker.step(plan, scheduler.requests)))
+            trace.write(plan, (before, before, now, now))
     trace.close()
     return number

@@ -47,6 +47,7 @@ class Trace:
 
     limits: dict[str, Any]
     steps: list[dict[str, Any]]
+    has_run: frozenset[str] = frozenset()  # requests that were preempted before these steps
     names: list[str] = field(default_factory=list)  # in order of appearance
 
     def __post_init__(self) -> None:
@@ -58,23 +59,27 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path, first: int = 0, end: int | None = None) -> Trace:
-        """Steps [first, end) of a file, counted from 0. Raises `TraceError`, OSError."""
+        """Steps [first, end) of a file, by their numbers. Raises `TraceError`, OSError."""
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # the program was killed while it wrote
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            limits, steps = lines[0], lines[1:]
+            limits, *steps = (json.loads(line) for line in lines)
             limits["octavo_trace"]
         except (ValueError, IndexError, KeyError, TypeError):
             raise TraceError(f"{path}: not a trace that octavo recorded") from None
-        kept = steps[first:end]
+        kept = [step for step in steps if step["step"] >= first and (not end or step["step"] < end)]
         if not kept:
-            raise TraceError(f"{path}: has {len(steps)} steps, none of them in {first}:{end or ''}")
-        return cls(limits, kept)
+            asked = f"{first}:{end or ''}"
+            raise TraceError(f"{path}: has {len(steps)} steps, none of them in {asked}")
+        before = [step for step in steps if step["step"] < first]
+        return cls(limits, kept, frozenset(name for step in before for name in step["preempted"]))
 
     def states(self) -> npt.NDArray[np.int8]:
         """[requests, steps] of NOT_THERE, WAITING, ..."""
         row_of = {name: row for row, name in enumerate(self.names)}
         grid = np.full((len(self.names), len(self.steps)), NOT_THERE, np.int8)
-        has_run: set[str] = set()
+        has_run = set(self.has_run)
         for column, step in enumerate(self.steps):
             has_run |= set(step["preempted"])
             encoding = {each["request"] for each in step["encode"]}
@@ -142,8 +147,8 @@ def _draw_requests(axes: Axes, trace: Trace) -> None:
     if len(trace.steps) * len(trace.names) <= MOST_NUMBERED:
         for row, column, record in trace.cells():
             if record["count"] > 1:
-                text = str(record["count"])
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white")
+                text, at = str(record["count"]), (column + 0.08, row)
+                axes.text(*at, text, ha="center", va="center", fontsize=7, color="white")
     _mark_events(axes, trace)
     handles: list[Any] = [Patch(color=COLORS[state], label=text) for state, text in LABELS.items()]
     handles += [
@@ -158,18 +163,22 @@ def _draw_requests(axes: Axes, trace: Trace) -> None:
 
 def _mark_events(axes: Axes, trace: Trace) -> None:
     row_of = {name: row for row, name in enumerate(trace.names)}
-    places: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    places: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    drawn = trace.states() != NOT_THERE
     for column, step in enumerate(trace.steps):
         hits = [each["request"] for each in step["started"] if each["cached"]]
-        events = [(name, -0.33, "D", "#0b7a75") for name in hits]
-        events += [(name, -0.33, "v", "#7a1512") for name in step["preempted"]]
-        events += [(each["request"], 0.36, *MARKS[each["status"]][:2]) for each in step["ended"]]
+        events = [(name, -0.34, "D", "#0b7a75") for name in hits]
+        events += [(name, -0.34, "v", "#7a1512") for name in step["preempted"]]
+        events += [(each["request"], 0.34, *MARKS[each["status"]][:2]) for each in step["ended"]]
         for name, shift, symbol, color in events:
             if name in row_of:
-                places.setdefault((symbol, color), []).append((column + shift, row_of[name]))
+                row = row_of[name]
+                there = column if drawn[row, column] else column - 1  # it ended before this step
+                places.setdefault((symbol, color), []).append((there + shift, row))
     for (symbol, color), at in places.items():
         x, y = zip(*at, strict=True)
-        axes.plot(x, y, symbol, color=color, markersize=5.5, markeredgecolor="white")
+        size = {"X": 8.0, "o": 5.5}.get(symbol, 4.5)
+        axes.plot(x, y, symbol, color=color, markersize=size, markeredgecolor="white")
 
 
 def _mark(symbol: str, color: str, label: str) -> Line2D:
@@ -203,10 +212,12 @@ def _draw_blocks(axes: Axes, trace: Trace) -> None:
     colors = (COLORS[PREFILL], "#b9d3ee", "#f4f4f4")
     _stack(axes, (total - free, cached, free - cached), colors, labels)
     share = trace.series("encoder_tokens") / max(1, trace.limits["encoder_cache_tokens"])
-    label = "encoder cache (share)"
+    share *= 0.98  # so that a full one is seen below the edge
+    label = "encoder cache, share of its room"
     columns = np.arange(len(trace.steps))
     axes.plot(columns, share * total, color=COLORS[ENCODE], drawstyle="steps-mid", label=label)
-    axes.set_ylim(0, total)
+    most = float((total - free + cached).max())
+    axes.set_ylim(0, total if most * 4 > total else most * 1.3)  # a large cache hardly used
     _finish(axes, "KV blocks")
 
 
@@ -239,7 +250,8 @@ def _finish(axes: Axes, label: str) -> None:
 
 
 def _short(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """Without its middle: the ends tell requests, and a request's answers, apart."""
+    return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
 
 
 def parse_steps(text: str | None) -> tuple[int, int | None]:

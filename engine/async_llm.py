@@ -13,13 +13,8 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
-from ..scheduler.request import (
-    OptionFields,
-    RequestOptions,
-    RequestStatus,
-    SamplingParams,
-    shown,
-)
+from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ..scheduler.request import RequestStatus
 from .config import EngineConfig, ModelConfig
 from .engine import DuplicateRequest, Engine, EngineDead, check_params
 from .input.processor import ProcessedInput, Prompt
@@ -30,7 +25,7 @@ from .request_maker import Countdown
 
 Stream = asyncio.Queue["Event | EngineDead"]
 
-NO_TIME = "DEADLINE_EXCEEDED: the time ran out while the images and videos were made ready"
+NO_TIME = "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
 
 
 def _ended(status: RequestStatus, error: str = "") -> OutputDelta:
@@ -112,7 +107,7 @@ class AsyncLLM:
         `chat`."""
         self._bind()
         check_params(params)
-        clock = Countdown(RequestOptions(**options))
+        clock = Countdown(RequestOptions.of(**options))
         self._check_room()
         name = request_id or uuid.uuid4().hex
         if name in self._keys:

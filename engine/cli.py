@@ -1,4 +1,4 @@
-"""The `octavo` command: serve, chat, info, bench."""
+"""The `octavo` command: serve, chat, info, bench, trace."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ GpuMemoryUtilization = Annotated[
 KvCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        help="Bytes of KV cache on each rank. Default: by --gpu-memory-utilization; on a CPU a "
-        "quarter of free memory, at most 4 GB."
+        help="Bytes of KV cache on each rank, of which --max-num-seqs requests of --max-model-len "
+        "are the most that is used. Default: what is left of a GPU's memory; on a CPU a quarter of "
+        "free memory, at most 4 GB."
     ),
 ]
 MinPixels = Annotated[
@@ -86,7 +87,9 @@ MaxPixels = Annotated[
 
 TraceFile = Annotated[
     Path | None,
-    typer.Option(help="Record each step there as a JSON line, for `octavo trace draw`."),
+    typer.Option(
+        help="Record each step there as a JSON line, for `octavo trace draw`; replaces the file."
+    ),
 ]
 
 
@@ -112,7 +115,7 @@ def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port of the gRPC service; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
     ] = 50051,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -195,7 +198,7 @@ def chat(
 async def _chat_here(
     model: str | None, hub: str, messages: list[dict[str, Any]], sampling: dict[str, Any]
 ) -> None:
-    from ..scheduler.request import SamplingParams
+    from ..scheduler.params import SamplingParams
     from .async_llm import AsyncLLM
 
     params = SamplingParams(**sampling)
@@ -275,7 +278,7 @@ def trace_draw(
         Path | None, typer.Option(help="The picture: .png, .svg or .pdf. Default: FILE.png.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(help="FIRST:END, the steps to draw, counted from 0.")
+        str | None, typer.Option(help="FIRST:END, the numbers of the steps to draw; END is not.")
     ] = None,
 ) -> None:
     """Draw a recorded run: requests as rows, steps as columns.
@@ -288,7 +291,8 @@ def trace_draw(
             from ..benchmarks.trace_plot import Trace, draw, parse_steps
         except ImportError:
             raise ValueError('drawing needs matplotlib: pip install "octavo[plot]"') from None
-        picture = out or trace.with_suffix(".png")
+        picture = out or trace
+        picture = picture if out and out.suffix else picture.with_suffix(".png")
         draw(Trace.read(trace, *parse_steps(steps)), picture)
         print(picture)
 

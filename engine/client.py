@@ -18,6 +18,7 @@ import grpc
 
 from ..proto import octavo_pb2 as pb
 from ..proto import octavo_pb2_grpc
+from ..scheduler.params import shown
 
 MAX_MESSAGE_BYTES = 256 << 20
 OPTIONS = [
@@ -136,17 +137,12 @@ class Client:
             for source in sources or ():
                 beside = source if isinstance(source, Mapping) else {kind: source}
                 request.media.append(_media({**beside, "type": kind}))
-        sampling = dict(settings)
-        for name in OPTIONS_OF_A_REQUEST:
-            if (value := sampling.pop(name, None)) is not None:
-                try:
-                    setattr(request, name, value)
-                except (TypeError, ValueError) as error:
-                    raise _invalid(f"{name}={value!r}: {error}") from None
-        request.sampling.CopyFrom(_sampling(sampling))
+        _set_all(request, settings)
         return self._stream(request, timeout)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Deltas:
+        if timeout is not None and not isinstance(timeout, int | float):
+            raise _invalid(f"timeout={timeout!r}: must be seconds")
         try:
             call = self._stub.Generate(request, timeout=timeout)
         except ValueError:
@@ -186,18 +182,22 @@ def _invalid(text: str) -> ClientError:
     return ClientError("INVALID_ARGUMENT", text)
 
 
-def _sampling(values: Mapping[str, Any]) -> pb.SamplingParams:
-    known = pb.SamplingParams.DESCRIPTOR.fields_by_name
-    for name in values:
+def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
+    """Writes sampling values and options where they belong."""
+    known = [*pb.SamplingParams.DESCRIPTOR.fields_by_name, *OPTIONS_OF_A_REQUEST]
+    for name, value in settings.items():
         if name not in known:
-            raise _invalid(f"{name}: unknown; sampling has {', '.join(known)}")
-    given = {name: value for name, value in values.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    try:
-        return pb.SamplingParams(**given)
-    except (TypeError, ValueError) as error:
-        raise _invalid(f"sampling: {error}") from None
+            raise _invalid(f"{name}: unknown; settings are {', '.join(known)}")
+        if value is None:
+            continue
+        target = request if name in OPTIONS_OF_A_REQUEST else request.sampling
+        try:
+            if name in ("stop", "stop_token_ids"):
+                getattr(target, name).extend([value] if isinstance(value, str) else value)
+            else:
+                setattr(target, name, value)
+        except (TypeError, ValueError) as error:
+            raise _invalid(f"{name}={shown(value)}: {error}") from None
 
 
 def _message(message: Mapping[str, Any]) -> pb.Message:

@@ -7,11 +7,11 @@ Sources: `config.json`, `generation_config.json`, `preprocessor_config.json` and
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..scheduler.request import SamplingParams
+from ..scheduler.params import SamplingParams, shown
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
@@ -278,9 +278,14 @@ class EngineConfig:
     trace_file: Path | None = None  # record each step there, for `octavo trace draw`
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int) and (value < 1 or isinstance(value, bool)):
-                raise ConfigError(f"{name}={value}: must be at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if "int" not in str(field.type) or (value is None and "None" in str(field.type)):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field.name}={shown(value)}: must be a whole number from 1 on")
+        if not isinstance(self.gpu_memory_utilization, int | float):
+            raise ConfigError("gpu_memory_utilization: must be a number")
         if not 0 < self.gpu_memory_utilization <= 1:
             text = f"gpu_memory_utilization={self.gpu_memory_utilization}"
             raise ConfigError(f"{text}: must be over 0 and at most 1")

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Unpack
 
 from ..scheduler.admission import SchedulerConfig
-from ..scheduler.request import RequestOptions, RequestStatus, SamplingParams, shown
+from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ..scheduler.request import RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from ..scheduler.trace import TraceWriter
@@ -41,8 +42,6 @@ from .step_input import build_batch, unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.engine")
-
-DEFAULT_OPTIONS = RequestOptions()
 
 
 class EngineDead(RuntimeError):
@@ -76,6 +75,7 @@ class Engine:
                 raise ConfigError(f"{name}: unknown; settings are {', '.join(known)}")
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
         self.model_config = ModelConfig.from_dir(asked.model)
+        check_trace_file(asked.trace_file)
         self.group = WorkerGroup(asked, on_progress)
         try:
             self._set_up(asked, allow_local_files)
@@ -101,7 +101,7 @@ class Engine:
             allow_local_files=allow_local_files,
         )
         self.scheduler = Scheduler(self._scheduler_config())
-        self._trace = open_trace(asked.trace_file, self.scheduler)
+        self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.failed = ""
         self._live: dict[str, LiveRequest] = {}
         self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
@@ -154,15 +154,17 @@ class Engine:
         request_id: str | None,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        options: RequestOptions = DEFAULT_OPTIONS,
+        **given: Unpack[OptionFields],
     ) -> str:
-        """Admits a request and gives its id, drawn when None. A timeout counts from now.
+        """Admits a request and gives its id, drawn when None. Options are those of
+        `octavo.RequestOptions`; a timeout counts from now.
 
         Raises `InputError` or `AdmissionError` for what cannot be served, `QueueFull` for what may
         be tried again, `DuplicateRequest` for an id in use, `EngineDead` when the workers are gone.
         """
         self.check_alive()
         check_params(params)
+        options = RequestOptions.of(**given)
         deadline = math.inf
         if options.timeout_s is not None:
             deadline = self.scheduler.clock() + options.timeout_s
@@ -207,10 +209,12 @@ class Engine:
         planned = perf_counter()
         result = self._run(plan)
         ran = perf_counter()
-        updates = [*expired, *self.scheduler.update(plan, result)]
+        updates = self.scheduler.update(plan, result)
+        updated = perf_counter()
+        deltas = self._deltas([*expired, *updates])
         if self._trace is not None:
-            self._trace.write(plan, updates, (before, planned, ran, perf_counter()))
-        return self._deltas(updates)
+            self._trace.write(plan, (before, planned, ran, updated))
+        return deltas
 
     def _run(self, plan: StepPlan) -> StepResult:
         """The plan on the workers; one with nothing in it does not travel."""
@@ -252,16 +256,18 @@ class Engine:
             delta = live.failure(index, "INTERNAL: the answer's tokens made no text")
         if delta.finish_reason is not None:
             for name in live.names if delta.error else (update.request_id,):
-                self._end(live, name)
+                self._end(live, name, delta.finish_reason)
             if not live.unfinished:
                 del self._live[live.request_id]
         return delta
 
-    def _end(self, live: LiveRequest, name: str) -> None:
+    def _end(self, live: LiveRequest, name: str, reason: str) -> None:
         """An answer is over, perhaps before the scheduler thinks so. Its name may be used again."""
         if name in self._answers and self._answers[name][0] is live:
             self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED)
             del self._answers[name]
+            if self._trace is not None:
+                self._trace.end(name, reason)
 
     def check_alive(self) -> None:
         """Raises `EngineDead` once the engine has failed or was closed."""
@@ -288,10 +294,11 @@ def check_params(params: Any) -> None:
         raise InputError("params", text)
 
 
-def open_trace(path: Path | None, scheduler: Scheduler) -> TraceWriter | None:
-    """Raises `ConfigError` when the file cannot be written."""
+def check_trace_file(path: Path | None) -> None:
+    """Raises `ConfigError` when it cannot be written, before anything is loaded."""
     try:
-        return None if path is None else TraceWriter(Path(path), scheduler)
+        if path is not None:
+            Path(path).open("a").close()
     except OSError as error:
         raise ConfigError(f"trace_file={path}: {error.strerror}") from None
 

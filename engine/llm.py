@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..scheduler.admission import QueueFull
-from ..scheduler.request import OptionFields, RequestOptions, SamplingParams
+from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
 from .engine import Engine, EngineDead, check_params
 from .input.processor import ProcessedInput, Prompt
 from .output import Output, OutputDelta, RequestOutput
@@ -65,7 +65,7 @@ class LLM:
         the others go on. `options`: `priority`, `timeout_s`, `cache_salt`, as in
         `octavo.RequestOptions`.
         """
-        clock = Countdown(RequestOptions(**options))
+        clock = Countdown(RequestOptions.of(**options))
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
             return self._run([prompt], params, clock, progress, alone=True)
@@ -90,7 +90,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues raw prompts: a text, or a dict with `prompt` or `prompt_token_ids` and maybe
         `images` and `videos`; one or a list. Options and errors as in `chat`."""
-        clock = Countdown(RequestOptions(**options))
+        clock = Countdown(RequestOptions.of(**options))
         if isinstance(prompts, str | Mapping | ProcessedInput):
             return self._run([prompts], params, clock, progress, alone=True)
         return self._run(list(prompts), params, clock, progress, alone=False)
@@ -148,7 +148,7 @@ class LLM:
             try:
                 ready = future.result()
                 results[name].prompt_token_ids = ready.prompt_token_ids.tolist()
-                self.engine.add_request(name, ready, sampling, clock.left)
+                self.engine.add_request(name, ready, sampling, **vars(clock.left))
             except QueueFull:
                 waiting.appendleft((name, future, sampling))
                 return

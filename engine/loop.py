@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..scheduler.request import RequestOptions, SamplingParams
+from ..scheduler.params import RequestOptions, SamplingParams
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput
 from .output import OutputDelta
@@ -117,7 +117,8 @@ class StepLoop:
         if isinstance(item, _Abort):
             return list(self._engine.abort(item.request_id))
         try:
-            self._engine.add_request(item.request_id, item.prompt, item.params, item.options)
+            options = vars(item.options)
+            self._engine.add_request(item.request_id, item.prompt, item.params, **options)
         except EngineDead:
             raise
         except ValueError as error:

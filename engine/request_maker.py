@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..scheduler.request import Request, RequestOptions, SamplingParams
+from ..scheduler.params import RequestOptions, SamplingParams
+from ..scheduler.request import Request
 from .input.processor import ProcessedInput
 
 

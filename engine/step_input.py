@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..scheduler.request import EncodeUnit, Request, SamplingParams
+from ..scheduler.params import SamplingParams
+from ..scheduler.request import EncodeUnit, Request
 from ..scheduler.step import EncodePlan, StepPlan
 from .input.media import MediaItem
 from .runner.batch import EmbeddingSlice, EncodeTask, InputBatch, Int32, SamplingBatch, UInt8

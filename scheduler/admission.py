@@ -27,14 +27,15 @@ class SchedulerConfig:
     max_num_partial_prefills: int = 1  # requests that are between two chunks of their prompt
     long_prefill_token_threshold: int = 256  # tokens of one prompt in a step, while others decode
     max_queue_len: int = 1024  # requests that wait for a place
-    max_queue_tokens: int = 1 << 20  # their tokens, where more than one waits
+    max_queue_tokens: int = 1 << 20  # their tokens; a request that waits alone may have more
     priority_ageing_s: float = 10.0  # a wait of so many seconds makes up for one priority
     max_empty_steps: int = 100  # steps in which nothing could run before the head fails
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < (0 if name == "encoder_cache_tokens" else 1) and isinstance(value, int):
-                raise ValueError(f"{name}={value}: must be at least 1")
+            least = 0 if name in ("encoder_cache_tokens", "priority_ageing_s") else 1
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
 
     @property
     def max_request_len(self) -> int:
@@ -48,10 +49,10 @@ def check_size(request: Request, config: SchedulerConfig) -> None:
     if count == 0:
         raise AdmissionError("prompt: has no tokens")
     if count >= config.max_request_len:
-        raise AdmissionError(
-            f"prompt: {count} tokens leave no room for output; max_model_len is "
-            f"{config.max_request_len}"
-        )
+        limit = f"max_model_len is {config.max_model_len}"
+        if config.max_request_len < config.max_model_len:
+            limit = f"the KV cache holds {config.max_request_len}"
+        raise AdmissionError(f"prompt: {count} tokens leave no room for output; {limit}")
     for limit in ("max_encode_tokens", "encoder_cache_tokens"):
         most = max((unit.num_tokens for unit in request.units), default=0)
         if most > getattr(config, limit):
@@ -62,7 +63,7 @@ def check_size(request: Request, config: SchedulerConfig) -> None:
 
 
 def check_queue(
-    request: Request, num_waiting: int, num_running: int, num_tokens: int, config: SchedulerConfig
+    request: Request, num_waiting: int, num_tokens: int, num_running: int, config: SchedulerConfig
 ) -> None:
     """Raises `QueueFull` when `num_waiting` requests of `num_tokens` tokens are enough.
 

@@ -32,11 +32,6 @@ class BlockManager:
         return len(self._unused) + len(self._evictable)
 
     @property
-    def num_cached(self) -> int:
-        """Blocks that a prefix may be found in, in use or not."""
-        return len(self._cached)
-
-    @property
     def num_evictable(self) -> int:
         """Free blocks that a prefix may still be found in."""
         return len(self._evictable)
@@ -81,7 +76,8 @@ class BlockManager:
     def seal(self, block: int, block_hash: bytes) -> None:
         """A block is full and computed: from now on its content can be found.
 
-        Where another block has that content already, that one stays the one that is found.
+        Where another block has that content already, that one stays the one that is found; and a
+        block that was sealed before (by a request it was shared with) stays as it is.
         """
         if block_hash not in self._cached and self._hashes[block] is None:
             self._cached[block_hash] = block

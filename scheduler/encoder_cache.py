@@ -23,8 +23,8 @@ class EncoderCache:
     longest unused going first.
 
     A request holds a unit only from the step that computes its first token to the one that
-    computes its last, and can always go on while it holds one: so holders never wait for each
-    other.
+    computes its last. While it holds one it can compute the rest of it, which takes no new room,
+    and then lets go; only then may it want the next. So holders never wait for each other.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,7 +41,7 @@ class EncoderCache:
         """Tokens that can be added, evicting what nobody holds."""
         return self.capacity - self._num_held
 
-    def held_tokens(self, unit: EncodeUnit) -> int:
+    def tokens_to_hold(self, unit: EncodeUnit) -> int:
         """What `room` would lose if `unit` were held by one more request."""
         entry = self._entries.get(unit.key)
         return 0 if entry is not None and entry.holders else unit.num_tokens

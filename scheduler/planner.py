@@ -113,7 +113,7 @@ class Planner:
         for unit in overlapping(request.units, start, start + count):
             if unit.key not in self.encoder_cache:
                 budget -= unit.num_tokens
-            room -= self.encoder_cache.held_tokens(unit)
+            room -= self.encoder_cache.tokens_to_hold(unit)
             if budget < 0 or room < 0:
                 return max(0, unit.offset - start)
         return count

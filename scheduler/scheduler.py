@@ -25,7 +25,7 @@ from .request import Request, RequestStatus, UnitKey, overlapping
 from .state import SchedulerState
 from .step import RequestUpdate, StepPlan, StepResult
 
-MAX_MISSES = 3  # steps on end that may lack a request's embedding before the request fails
+MAX_MISSES = 3  # steps in a row that lack a request's embedding: then the request fails
 RUNNING = RequestStatus.RUNNING
 
 Updates = Sequence[RequestUpdate]
@@ -58,8 +58,8 @@ class Scheduler:
             if each.request_id in self.requests:
                 raise AdmissionError(f"request_id={each.request_id!r}: in use")
         check_size(request, self.config)
-        num_tokens = self.state.num_waiting_tokens
-        check_queue(request, len(self.waiting), len(self.running), num_tokens, self.config)
+        queued = (self.state.num_queued, self.state.num_queued_tokens)
+        check_queue(request, *queued, len(self.running), self.config)
         asked = request.params.max_tokens
         room = self.config.max_request_len - request.num_prompt_tokens
         due = self.clock() + request.priority * self.config.priority_ageing_s
@@ -103,7 +103,7 @@ class Scheduler:
                 continue
             if request_id in errors:
                 updates.append(self._fail(request, errors[request_id]))
-            elif start < request.media_end and self._lacks(request, start, count, missing):
+            elif missing and self._lacks(request, start, start + count, missing):
                 updates += self._missed(request)
             else:
                 self._advance(request, start, start + count)
@@ -112,32 +112,33 @@ class Scheduler:
         updates += self._watch(plan)
         return updates
 
-    def _lacks(self, request: Request, start: int, count: int, missing: set[UnitKey]) -> bool:
-        """True if an embedding was missing, so that the row computed nothing. Else the units that
-        the row finished are let go."""
-        units = tuple(overlapping(request.units, start, start + count))
-        if missing and any(unit.key in missing for unit in units):
-            return True
-        request.num_misses = 0
-        for unit in units:
-            if unit.end <= start + count:
-                self.encoder_cache.release(unit.key, request.request_id)
-        return False
+    def _lacks(self, request: Request, start: int, end: int, missing: set[UnitKey]) -> bool:
+        """An embedding was missing, so the row computed nothing."""
+        return any(unit.key in missing for unit in overlapping(request.units, start, end))
 
     def _missed(self, request: Request) -> Updates:
         """The next plan encodes what was missing."""
         request.num_misses += 1
         if request.num_misses < MAX_MISSES:
             return ()
-        text = f"an image's embedding was missing in {request.num_misses} steps on end"
+        text = f"an image's embedding was missing in {request.num_misses} steps in a row"
         return (self._fail(request, text),)
 
     def _advance(self, request: Request, start: int, end: int) -> None:
-        """Tokens [start, end) are computed; blocks that are full now can be found by others."""
+        """Tokens [start, end) are computed: units that they end are needed no more, and blocks
+        that they fill can be found by others."""
         request.num_computed_tokens = end
+        if start < request.media_end:
+            self._let_go(request, start, end)
         size = self.config.block_size
         for index in range(start // size, end // size):
             self.blocks.seal(request.block_table[index], block_hash(request, index, size))
+
+    def _let_go(self, request: Request, start: int, end: int) -> None:
+        request.num_misses = 0
+        for unit in overlapping(request.units, start, end):
+            if unit.end <= end:
+                self.encoder_cache.release(unit.key, request.request_id)
 
     def _append(self, request: Request, token: int) -> RequestUpdate:
         if token < 0:

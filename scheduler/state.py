@@ -30,7 +30,8 @@ class SchedulerState:
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []  # both in order of urgency
         self.running: list[Request] = []
-        self.num_waiting_tokens = 0
+        self.num_queued = 0  # waiting requests, n answers to one prompt counted once
+        self.num_queued_tokens = 0
         self._deadlines: list[tuple[float, str]] = []  # a heap; it may name requests long gone
 
     def add(self, request: Request) -> None:
@@ -47,7 +48,7 @@ class SchedulerState:
     def preempt(self, request: Request) -> None:
         """Takes a request's blocks; when it resumes, what is not found again is computed anew."""
         _remove(self.running, request)
-        self._release(request)
+        self._release(request)  # goes by num_computed_tokens, so before that is reset
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
@@ -64,15 +65,20 @@ class SchedulerState:
 
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=urgency_of)
-        self.num_waiting_tokens += request.num_tokens
+        self._count(request, 1)
 
     def _unwait(self, request: Request) -> None:
         _remove(self.waiting, request)
-        self.num_waiting_tokens -= request.num_tokens
+        self._count(request, -1)
+
+    def _count(self, request: Request, sign: int) -> None:
+        if request.parent is None:
+            self.num_queued += sign
+            self.num_queued_tokens += sign * request.num_tokens
 
     def _release(self, request: Request) -> None:
         self.blocks.free(request.block_table)
-        # No unit behind its next tokens is held, but those that they may begin in.
+        # What lies before is released already: `update` lets go of each unit that is done.
         for unit in overlapping(request.units, request.num_computed_tokens, request.media_end):
             self.encoder_cache.release(unit.key, request.request_id)
 
@@ -101,7 +107,8 @@ class SchedulerState:
         everyone = {request.request_id for request in (*self.running, *self.waiting)}
         assert everyone == self.requests.keys()
         assert not any(request.block_table for request in self.waiting)
-        assert self.num_waiting_tokens == sum(request.num_tokens for request in self.waiting)
+        queued = [request.num_tokens for request in self.waiting if request.parent is None]
+        assert (self.num_queued, self.num_queued_tokens) == (len(queued), sum(queued))
         for queue in (self.running, self.waiting):
             assert queue == sorted(queue, key=urgency_of)
 

@@ -25,10 +25,10 @@ class StepPlan:
     request_ids: tuple[str, ...]
     num_computed_tokens: tuple[int, ...]  # before this step
     num_scheduled_tokens: tuple[int, ...]  # tokens to compute now
-    block_tables: tuple[array[int], ...]  # the requests' own tables; valid until the next schedule
+    block_tables: tuple[array[int], ...]  # the requests' own: to be read before `update`
     samples: tuple[bool, ...]  # the row reaches its last known token, so a new one is drawn
-    copies: tuple[tuple[int, int], ...] = ()  # (from, to): blocks to copy, all read before any is
-    # written and before the step's tokens are
+    # (from, to): blocks to copy; all are read before any is written, and before the step's tokens
+    copies: tuple[tuple[int, int], ...] = ()
     encode: tuple[EncodePlan, ...] = ()  # units to encode, in order of need
     drop: tuple[UnitKey, ...] = ()  # embeddings that workers may forget, before encoding
     preempted: tuple[str, ...] = ()  # requests that lost their blocks while planning
@@ -44,8 +44,8 @@ class StepResult:
 
     step_id: int
     sampled: tuple[int, ...]  # a token id for each row of the plan that samples, in row order
-    missing: tuple[UnitKey, ...] = ()  # embeddings that a worker lacked; rows that need them
-    # computed nothing
+    # embeddings that a worker lacked: rows that need them computed nothing
+    missing: tuple[UnitKey, ...] = ()
     errors: dict[str, str] = field(default_factory=dict)  # request_id -> what went wrong in its row
 
 

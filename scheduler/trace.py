@@ -6,8 +6,8 @@ The first line holds the limits; each further one is a step:
     rows       [{request, start, count, samples}]: tokens [start, start + count) were computed
     started    [{request, cached}]: began or resumed, `cached` tokens found in blocks
     encode     [{request, tokens}]: a unit encoded, with that request's pixels
-    preempted, waiting   names; waiting ones in order
-    ended      [{request, status}]
+    preempted, waiting   names; waiting ones in order, once the step was done
+    ended      [{request, status}]: stop, length, abort or error, since the line before
     copies, evicted      blocks copied on write; embeddings dropped
     free_blocks, cached_blocks (of the free ones), encoder_tokens
 
@@ -20,13 +20,12 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .scheduler import Scheduler
-from .step import RequestUpdate, StepPlan
+from .step import StepPlan
 
 log = logging.getLogger("octavo.scheduler")
 
@@ -34,18 +33,21 @@ log = logging.getLogger("octavo.scheduler")
 class TraceWriter:
     """Records a scheduler's steps to a file, each as soon as it is done."""
 
-    def __init__(self, path: Path, scheduler: Scheduler) -> None:
-        """Raises OSError when the file cannot be written."""
+    def __init__(self, path: Path | str, scheduler: Scheduler) -> None:
+        """What was in the file is lost. Raises OSError when it cannot be written."""
         self._scheduler = scheduler
-        self._file = path.open("w", buffering=1, encoding="utf-8")
-        self._live: set[str] = set()  # requests that were seen and have not ended
-        self._running: set[str] = set()  # those of them that have started
+        self._file = Path(path).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._running: set[str] = set()  # requests that have started
+        self._ended: list[dict[str, str]] = []  # since the last step
+        self._last = (0, 0.0)  # the latest step, and when it was done
         self._began = math.inf  # when the first step did
         self._put({"octavo_trace": 1, **asdict(scheduler.config)})
 
-    def write(
-        self, plan: StepPlan, updates: Iterable[RequestUpdate], times: tuple[float, ...]
-    ) -> None:
+    def end(self, request_id: str, status: str) -> None:
+        """A request has ended: for the line of the step that is written next."""
+        self._ended.append({"request": request_id, "status": status})
+
+    def write(self, plan: StepPlan, times: tuple[float, ...]) -> None:
         """A step that is done. `times`: seconds on any clock before and after `schedule`, after
         the workers, and after `update`."""
         before, planned, ran, updated = times
@@ -61,7 +63,9 @@ class TraceWriter:
                 strict=True,
             )
         ]
-        waiting = [request.request_id for request in state.waiting]
+        self._last = (plan.step_id, updated)
+        started = self._started(plan)
+        ended, self._ended = self._ended, []
         self._put(
             {
                 "step": plan.step_id,
@@ -70,14 +74,14 @@ class TraceWriter:
                 "run_ms": _ms(ran - planned),
                 "update_ms": _ms(updated - ran),
                 "rows": rows,
-                "started": self._started(plan),
+                "started": started,
                 "encode": [
                     {"request": each.request_id, "tokens": each.unit.num_tokens}
                     for each in plan.encode
                 ],
                 "preempted": plan.preempted,
-                "waiting": waiting,
-                "ended": self._ended({*plan.request_ids, *waiting}, updates),
+                "waiting": [request.request_id for request in state.waiting],
+                "ended": ended,
                 "copies": len(plan.copies),
                 "evicted": len(plan.drop),
                 "free_blocks": state.blocks.num_free,
@@ -91,15 +95,8 @@ class TraceWriter:
         rows = zip(plan.request_ids, plan.num_computed_tokens, strict=True)
         new = [(name, start) for name, start in rows if name not in self._running]
         self._running |= set(plan.request_ids)
+        self._running -= {each["request"] for each in self._ended}
         return [{"request": name, "cached": start} for name, start in new]
-
-    def _ended(self, seen: set[str], updates: Iterable[RequestUpdate]) -> list[dict[str, str]]:
-        """Those that an update says have ended, and those that are gone: they were aborted."""
-        told = {u.request_id: u.status.value for u in updates if u.status.is_finished}
-        gone = (self._live | seen).difference(self._scheduler.requests)
-        self._live = (self._live | seen) - gone
-        self._running -= gone
-        return [{"request": name, "status": told.get(name, "abort")} for name in sorted(gone)]
 
     def _put(self, record: dict[str, Any]) -> None:
         """A disk that is full ends the record, not the engine."""
@@ -109,10 +106,15 @@ class TraceWriter:
             self._file.write(json.dumps(record) + "\n")
         except OSError as error:
             log.warning("%s: no more steps are recorded: %s", self._file.name, error.strerror)
-            self.close()
+            with contextlib.suppress(OSError):  # closing writes what is left
+                self._file.close()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # closing writes what is left
+        """Ends that no step followed get a line without one."""
+        if self._ended:
+            step_id, now = self._last
+            self.write(StepPlan(step_id + 1, (), (), (), (), ()), (now,) * 4)
+        with contextlib.suppress(OSError):
             self._file.close()
 
 

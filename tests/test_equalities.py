@@ -20,7 +20,7 @@ from octavo.engine.config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.scheduler.admission import SchedulerConfig
-from octavo.scheduler.request import SamplingParams
+from octavo.scheduler.params import SamplingParams
 
 NUM_BLOCKS, BLOCK_SIZE, NEW_TOKENS = 96, 8, 7
 START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]

@@ -99,7 +99,6 @@ class Blocks(RuleBasedStateMachine):
     def whole(self) -> None:
         self.manager.check_integrity(self.tables.values())
         assert self.manager.num_free == len(self.free_blocks())
-        assert self.manager.num_cached == len(self.found)
         for i in range(6):
             assert self.manager.find(bytes([i]) * 32) == self.found.get(bytes([i]) * 32)
 
@@ -127,7 +126,7 @@ class Encoder(RuleBasedStateMachine):
     def hold(self, key: int, name: str) -> None:
         unit = self.unit(key)
         assert self.cache.room() == self.CAPACITY - self.held()
-        cost = self.cache.held_tokens(unit)
+        cost = self.cache.tokens_to_hold(unit)
         assert cost == (0 if self.holders[key] else self.SIZES[key])
         if cost > self.cache.room():
             return

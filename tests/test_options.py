@@ -298,8 +298,7 @@ def test_the_library_waits_where_a_server_refuses(llm: octavo.LLM) -> None:
 def test_priority_goes_first(llm: octavo.LLM) -> None:
     engine = llm.engine
     for number, priority in enumerate((9, 9, 9, 9, 7, 0)):
-        options = octavo.RequestOptions(priority=priority)
-        engine.add_request(f"r{number}", ask(f"Number {number}"), GREEDY, options)
+        engine.add_request(f"r{number}", ask(f"Number {number}"), GREEDY, priority=priority)
     ended = []
     while engine.has_requests:
         ended += [delta.request_id for delta in engine.step() if delta.finish_reason]
@@ -311,6 +310,11 @@ def test_priority_goes_first(llm: octavo.LLM) -> None:
     [
         ({"n": 0}, "n=0: must be from 1 to 64"),
         ({"n": 65}, "n=65"),
+        ({"n": -1}, "n=-1: "),
+        ({"n": "3"}, "n='3': "),
+        ({"temperature": "x"}, "temperature='x': "),
+        ({"prio": 3}, "prio: unknown; settings are .*priority"),
+        ({"timeout": "a"}, "timeout='a': must be seconds"),
         ({"n": 2**32 - 1}, "n=4294967295"),
         ({"priority": 10}, "priority=10: must be from 0 to 9"),
         ({"priority": -1}, "priority=-1"),
@@ -386,3 +390,16 @@ def test_prompts_over_grpc_carry_their_options(served: Served) -> None:
     assert (seen[0].priority, seen[0].timeout_s, seen[0].cache_salt) == (5, None, "")
     assert (seen[1].priority, seen[1].cache_salt) == (0, "s")
     assert 19 < seen[1].timeout_s <= 20
+
+
+def test_options_that_are_none_of_a_request(llm: octavo.LLM) -> None:
+    with pytest.raises(TypeError, match="n: unknown; a request has priority, timeout_s, cache_sa"):
+        llm.chat(ask("Hi"), GREEDY, n=3)  # type: ignore[call-arg]
+    assert llm.chat(ask("Hi"), GREEDY, priority=None, cache_salt=None)  # type: ignore[arg-type]
+
+
+def test_a_failure_s_text_says_its_code_once(served: Served) -> None:
+    with Client(served.address) as client, pytest.raises(ClientError) as caught:
+        list(client.chat(ask("Hi"), timeout_s=0))
+    assert caught.value.code == "DEADLINE_EXCEEDED"
+    assert caught.value.text == "the time ran out before the input was made ready"

@@ -9,7 +9,8 @@ import pytest
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
 from octavo.engine.config import CPU_LONG_PREFILL
 from octavo.scheduler.admission import QueueFull
-from octavo.scheduler.request import RequestOptions, RequestStatus, SamplingParams
+from octavo.scheduler.params import RequestOptions, SamplingParams
+from octavo.scheduler.request import RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
 CAT = b"cat!" * 8
@@ -168,13 +169,16 @@ def test_a_queue_full_of_tokens_refuses_but_never_a_request_alone() -> None:
 
 
 def test_forks_take_one_place_in_the_queue() -> None:
-    simulation = Simulation(make_config(max_num_seqs=1, max_queue_len=1))
-    tokens = list(range(8))
+    simulation = Simulation(make_config(max_num_seqs=1, max_queue_len=2, max_queue_tokens=30))
+    simulation.scheduler.add(make_request("runs", 4, max_tokens=30))
+    simulation.step()
+    tokens = list(range(20))
     simulation.scheduler.add(*[make_request(f"f{i}", tokens, seed=i) for i in range(5)])
-    with pytest.raises(QueueFull):
-        simulation.scheduler.add(make_request("b", 4))
+    simulation.scheduler.add(make_request("fits", 10))
+    with pytest.raises(QueueFull, match="2 requests are waiting and max_queue_len=2"):
+        simulation.scheduler.add(make_request("more", 4))
     simulation.run()
-    assert len(simulation.ended) == 5
+    assert len(simulation.ended) == 7
 
 
 def test_few_prompts_are_in_pieces_at_once() -> None:

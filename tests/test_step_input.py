@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from octavo.engine.step_input import build_batch, unit_pixels
-from octavo.scheduler.request import MediaSpan, Request, SamplingParams
+from octavo.scheduler.params import SamplingParams
+from octavo.scheduler.request import MediaSpan, Request
 from octavo.scheduler.step import EncodePlan, StepPlan
 
 GREEDY = SamplingParams(

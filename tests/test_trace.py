@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,25 @@ def test_the_picture_has_each_color(demo: Path, tmp_path: Path) -> None:
 
 
 def test_some_steps_alone(demo: Path, tmp_path: Path) -> None:
-    whole, part = Trace.read(demo), Trace.read(demo, 2, 9)
-    assert [step["step"] for step in part.steps] == [step["step"] for step in whole.steps[2:9]]
+    whole, part = Trace.read(demo), Trace.read(demo, 17, 21)
+    assert [step["step"] for step in part.steps] == [17, 18, 19, 20]
+    row, there = whole.names.index("lesser"), part.names.index("lesser")
+    states = part.states()[there].tolist()
+    assert states == whole.states()[row, 16:20].tolist() == [trace_plot.PREEMPTED] * 4
     done = cli("draw", str(demo), "--steps", "2:9", "--out", str(tmp_path / "part.svg"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "part.svg").read_text().startswith("<?xml")
 
 
+def test_a_trace_that_was_cut_off_can_be_drawn(demo: Path, tmp_path: Path) -> None:
+    text = demo.read_text()
+    (tmp_path / "cut.jsonl").write_text(text[:-40])
+    assert len(Trace.read(tmp_path / "cut.jsonl").steps) == len(Trace.read(demo).steps) - 1
+
+
 def test_a_long_run_can_be_drawn(demo: Path, tmp_path: Path) -> None:
     lines = demo.read_text().splitlines()
-    (tmp_path / "long.jsonl").write_text("\n".join([lines[0], *lines[1:] * 100]))
+    (tmp_path / "long.jsonl").write_text("\n".join([lines[0], *lines[1:] * 100, ""]))
     draw(Trace.read(tmp_path / "long.jsonl"), tmp_path / "long.png")
     assert picture_of(tmp_path / "long.png").shape[1] < 6000
 
@@ -110,7 +120,7 @@ def test_the_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "not a trace"), ("no json", "not a trace"), ("[1]", "not a trace"), ("{}", "not a tra")],
+    [("", "not a trace"), ("no json\n", "not a trace"), ("[1]\n", "not a"), ("{}\n", "not a")],
 )
 def test_what_is_no_trace_is_said_so(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "x").write_text(text)
@@ -144,13 +154,18 @@ def real(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         llm.engine.step()
         llm.engine.abort("dropped")
         llm.generate("Bye", PARAMS)
+        late = llm.generate("Late", PARAMS, timeout_s=0)[0]
+        assert "DEADLINE" in late.error
+        stop = llm.generate("Hi", PARAMS)[0].outputs[0].text[2]
+        outs.append(llm.generate("Hi", replace(PARAMS, stop=(stop,)))[0])
+        outs.append(llm.generate("Last", PARAMS, timeout_s=0)[0])
     yield path, outs
 
 
 def test_a_real_run(real: tuple[Path, Any]) -> None:
     path, outs = real
     trace = Trace.read(path)
-    first, second = outs
+    first, second, stopped, late = outs
     assert trace.names[:3] == [first.request_id, second.request_id, "dropped"]
     started = {each["request"]: each["cached"] for s in trace.steps for each in s["started"]}
     assert started[first.request_id] == 0
@@ -159,8 +174,11 @@ def test_a_real_run(real: tuple[Path, Any]) -> None:
     assert encoded == [{"request": first.request_id, "tokens": 6}]
     ended = {each["request"]: each["status"] for s in trace.steps for each in s["ended"]}
     assert ended["dropped"] == "abort" and ended[first.request_id] == "length"
+    assert ended[stopped.request_id] == "stop" and ended[late.request_id] == "error"
+    assert sorted(ended.values()) == ["abort", "error", "error", *["length"] * 4, "stop"]
     times = [step["time"] for step in trace.steps]
-    assert times == sorted(times) and all(step["run_ms"] > 0 for step in trace.steps)
+    assert times == sorted(times) and all(step["run_ms"] > 0 for step in trace.steps[:-1])
+    assert trace.steps[-1]["rows"] == []  # the last end, which no step followed
 
 
 def test_a_trace_holds_no_prompt(real: tuple[Path, Any]) -> None:

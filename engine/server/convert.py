@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
-from ...scheduler.request import MAX_TIMEOUT, OptionFields, SamplingParams
+from ...scheduler.params import MAX_TIMEOUT, OptionFields, SamplingParams
 from ..input.errors import InputError
 from ..input.media import MediaInfo
 from ..output import OutputDelta

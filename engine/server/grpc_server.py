@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ...proto import octavo_pb2 as pb
 from ...proto import octavo_pb2_grpc
 from ...scheduler.admission import QueueFull
-from ...scheduler.request import SamplingParams
+from ...scheduler.params import SamplingParams
 from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
 from ..input.errors import InputError
@@ -79,7 +79,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
                 async for delta in stream:
                     if delta.error:
                         yield write_delta(delta)  # text that was held back, and the usage
-                        await context.abort(error_code(delta.error), _short(delta.error))
+                        await context.abort(*status_of_failure(delta.error))
                     yield write_delta(delta)
         except (ValueError, EngineDead) as error:
             await context.abort(status_of(error), _short(str(error)))
@@ -109,11 +109,12 @@ def status_of(error: ValueError | EngineDead) -> grpc.StatusCode:
     return grpc.StatusCode.INVALID_ARGUMENT  # InputError, AdmissionError, sampling values
 
 
-def error_code(text: str) -> grpc.StatusCode:
-    """Of a request that failed after admission: its text may begin with it."""
-    code, _, _ = text.partition(":")
-    named = {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-    return grpc.StatusCode[code] if code in named else grpc.StatusCode.INTERNAL
+def status_of_failure(error: str) -> tuple[grpc.StatusCode, str]:
+    """Code and text of a request that failed after admission: its error may begin with a code."""
+    code, _, text = error.partition(": ")
+    if code in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "INTERNAL"):
+        return grpc.StatusCode[code], _short(text)
+    return grpc.StatusCode.INTERNAL, _short(error)
 
 
 async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str], None]) -> int:
