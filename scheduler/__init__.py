@@ -1,1 +1,4 @@
-"""What runs in each step: tokens, blocks, images to encode. Standard library alone."""
+"""What runs in each step: tokens, blocks, images to encode. Standard library alone.
+
+Read `scheduler.py` first, then `request.py`, `step.py`, `state.py`, `planner.py`.
+"""

@@ -12,12 +12,15 @@ from .step import EncodePlan, StepPlan
 
 @dataclass(slots=True, eq=False)
 class StepDraft:
-    """Parallel lists, one entry a row, as in `StepPlan`."""
+    """What is left to give away, and the rows so far: parallel lists as in `StepPlan`."""
 
     token_budget: int  # tokens that are left
     encoder_budget: int  # image tokens that are left
-    num_decoding: int  # running requests that need one token and have no row yet: it is kept
-    num_partial: int  # running requests whose known tokens this step does not finish
+    num_decoding: int  # running requests that need one token and have no row yet: a token of the
+    # budget is kept for each
+    num_partial: (
+        int  # running requests that will still lack tokens after this step, as far as known
+    )
     protects_decoding: bool  # others decode, so a long prompt goes in small chunks
     may_start: bool = True  # nothing more urgent has failed to find room
     last_victim: tuple[float, int] = (math.inf, 0)  # nothing less urgent may start in its place

@@ -1,7 +1,8 @@
 """Plans one step: which requests get how many tokens, blocks and units to encode.
 
-Requests are taken in order of urgency, the running and the waiting in one line. A running one that
-lacks blocks preempts from the other end of that line; so no victim has a row in the step yet.
+Requests are taken in order of urgency, the running and the waiting in one line. One that lacks
+blocks preempts the last that runs. All rows of the step so far belong to requests that are more
+urgent than the one in hand, and the last that runs is not: so no victim has a row yet.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Planner:
             num_partial=len(running) - decoding,
             protects_decoding=decoding > 0,
         )
-        queue = deque(self.waiting)
+        queue = deque(self.waiting)  # as of now: who is preempted in this step is not in it
         for request in running:
             while queue and queue[0].urgency < request.urgency and draft.may_start:
                 self._start(queue.popleft(), draft)
@@ -50,7 +51,7 @@ class Planner:
     def _continue(self, request: Request, draft: StepDraft) -> None:
         """Plans a running request's next tokens."""
         start = request.num_computed_tokens
-        left = len(request.token_ids) - start
+        left = len(request.token_ids) - start  # 1: it decodes
         count = min(1, draft.token_budget) if left == 1 else self._chunk(left, draft)
         if start < request.media_end:
             count = self._cut(request, start, count, draft)
@@ -77,8 +78,12 @@ class Planner:
         return True
 
     def _start(self, request: Request, draft: StepDraft) -> None:
-        """Moves a waiting request to `running` if this step can begin it. If it cannot for want
-        of room, `may_start` ends: nothing behind it may take that room either."""
+        """Moves a waiting request to `running` if this step can begin it.
+
+        If it cannot, either it is passed over (it awaits its parent, or its turn among prompts in
+        pieces: neither is room that others could take from it), or `may_start` ends: it lacks a
+        place, blocks, tokens or encoding, and nothing less urgent may take those first.
+        """
         if self._awaits_parent(request):
             return
         full = len(self.running) >= self.config.max_num_seqs
@@ -89,7 +94,7 @@ class Planner:
         left = request.num_tokens - start
         count = self._cut(request, start, self._chunk(left, draft), draft)
         if 0 < count < left and draft.num_partial >= self.config.max_num_partial_prefills:
-            return  # those behind it that fit whole may go: it is none of their room
+            return
         if count <= 0 or not self._make_room(request, hit, start, draft):
             draft.may_start = False
             return
@@ -101,7 +106,8 @@ class Planner:
         draft.add_row(request, count, left)
 
     def _chunk(self, left: int, draft: StepDraft) -> int:
-        """Of `left` tokens, those that fit in the step beside one for each that decodes."""
+        """Of `left` tokens, those that fit in the step beside one for each that decodes; less than
+        one when none do."""
         count = min(left, draft.token_budget - draft.num_decoding)
         if draft.protects_decoding:
             return min(count, self.config.long_prefill_token_threshold)
@@ -119,7 +125,7 @@ class Planner:
         return count
 
     def _awaits_parent(self, request: Request) -> bool:
-        """Another answer to the same prompt is about to compute it."""
+        """Whether another answer to the same prompt is still to compute it."""
         parent = request.parent
         if parent is None or parent.status.is_finished:
             return False
@@ -177,7 +183,8 @@ class Planner:
         return True
 
     def _outranked(self, request: Request) -> list[Request]:
-        """Running requests that may be preempted for this one to start, the least urgent first."""
+        """Running requests that may be preempted for this one to start, the least urgent first:
+        those of lesser priority. Among equals nobody loses a place that he has."""
         return list(
             itertools.takewhile(
                 lambda last: last.priority > request.priority and last.urgency > request.urgency,
