@@ -50,7 +50,7 @@ class Scenario:
     def draw(cls, seed: int) -> Scenario:
         rng = random.Random(seed)
         config = make_config(
-            num_blocks=rng.choice([16, 17, 20, 40]),
+            num_blocks=rng.choice([9, 13, 16, 17, 20, 40]),
             max_num_batched_tokens=rng.choice([1, 4, 11, 30]),
             max_num_seqs=rng.choice([1, 3, 8]),
             max_encode_tokens=rng.choice([13, 20]),
@@ -168,8 +168,9 @@ def draw_requests(name: str, rng: random.Random, now: float) -> list[Request]:
         if part.random() < 0.35:
             media_hash, count = part.choice(IMAGES)
             looks = rng.choice([media_hash, media_hash, media_hash[::-1][1:] + b"."])
-            spans.append((len(prompt), count, looks))  # of one size, and perhaps another image
-            prompt += [PLACEHOLDER] * count
+            frames = part.choice([1, 1, 2, 3])
+            spans.append((len(prompt), count * frames, looks, frames))  # perhaps another's pixels
+            prompt += [PLACEHOLDER] * (count * frames)
         else:
             prompt += [part.randrange(PLACEHOLDER) for _ in range(part.randint(1, 9))]
     timeout = rng.choice([math.inf] * 5 + [rng.random() * 2])

@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 
 from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams
-from octavo.scheduler.request import MediaSpan, Request, RequestStatus, UnitKey, overlapping
+from octavo.scheduler.request import (
+    EncodeUnit,
+    MediaSpan,
+    Request,
+    RequestStatus,
+    UnitKey,
+    overlapping,
+)
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import RequestUpdate, StepPlan, StepResult
 
@@ -24,7 +31,7 @@ VOCABULARY = 50
 PARAMS = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0
 )
-Span = tuple[int, int, bytes]  # offset, tokens, media_hash
+Span = tuple[int, int, bytes] | tuple[int, int, bytes, int]  # offset, tokens, media_hash; frames
 
 
 def make_config(**changes: int | float) -> SchedulerConfig:
@@ -50,19 +57,18 @@ def make_request(
     cache_salt: bytes = b"",
     **more: object,
 ) -> Request:
-    """A request with images of `n` tokens at `offset`: (offset, n, media_hash). `prompt`: its
-    tokens, or how many made-up ones."""
+    """A request with images of `n` tokens at `offset`: (offset, n, media_hash), or videos with
+    their number of frames behind, each a unit. `prompt`: its tokens, or how many made-up ones."""
     if isinstance(prompt, int):
         names = (f"{request_id} {i}".encode() for i in range(prompt))
         prompt = [zlib.crc32(name) % VOCABULARY for name in names]
-    units = tuple(
-        unit
-        for offset, count, media_hash in spans
-        for unit in MediaSpan(offset, count, (1, 2, 2 * count), media_hash).units(4, cache_salt)
-    )
+    units: list[EncodeUnit] = []
+    for offset, count, media_hash, *frames in spans:
+        grid = (int(frames[0]) if frames else 1, 2, 2 * count)
+        units += MediaSpan(offset, count, grid, media_hash).units(1, cache_salt)
     params = SamplingParams(**{**vars(PARAMS), "max_tokens": max_tokens, "seed": seed})
     tokens = array("i", prompt)
-    return Request(request_id, tokens, params, units, cache_salt, **more)  # type: ignore[arg-type]
+    return Request(request_id, tokens, params, tuple(units), cache_salt, **more)  # type: ignore[arg-type]
 
 
 def extend_digests(digests: list[int], request: Request) -> list[int]:
@@ -132,7 +138,6 @@ class SimulatedWorker:
 
     def _encode(self, plan: StepPlan, requests: dict[str, Request]) -> None:
         for key in plan.drop:
-            assert key in self.embeddings or key not in plan.encode
             self.embeddings.pop(key, None)
         cost = sum(p.unit.num_tokens for p in plan.encode)
         assert cost <= self.config.max_encode_tokens

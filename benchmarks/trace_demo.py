@@ -26,7 +26,7 @@ def seconds_of(plan: StepPlan) -> float:
 
 def chat(name: str, question: int, *spans: Span, **more: object) -> Request:
     """A prompt that begins as all others do; images of a span follow, then the question."""
-    tokens = [*SYSTEM, *(49 for _, count, _ in spans for _ in range(count))]
+    tokens = [*SYSTEM, *(49 for span in spans for _ in range(span[1]))]
     tokens += [(question * 7 + i) % 48 for i in range(6)]
     return make_request(name, tokens, *spans, **more)  # type: ignore[arg-type]
 
@@ -53,7 +53,7 @@ def record(path: Path) -> int:
     """Runs it and writes the trace; gives the number of steps. Raises OSError."""
     now = 0.0
     config = make_config(
-        num_blocks=50,
+        num_blocks=60,
         max_num_seqs=7,
         max_num_batched_tokens=48,
         max_model_len=128,

@@ -54,7 +54,7 @@ class Trace:
         seen: dict[str, None] = {}
         for step in self.steps:
             seen |= dict.fromkeys([row["request"] for row in step["rows"]])
-            seen |= dict.fromkeys(step["waiting"])
+            seen |= dict.fromkeys([*step["waiting"], *step["idle"]])
         self.names = list(seen)[:MOST_ROWS]
 
     @classmethod
@@ -83,9 +83,10 @@ class Trace:
         for column, step in enumerate(self.steps):
             has_run |= set(step["preempted"])
             encoding = {each["request"] for each in step["encode"]}
-            for name in step["waiting"]:
+            for name in [*step["waiting"], *step["idle"]]:
                 if name in row_of:
-                    grid[row_of[name], column] = PREEMPTED if name in has_run else WAITING
+                    lost = name in has_run and name not in step["idle"]
+                    grid[row_of[name], column] = PREEMPTED if lost else WAITING
             for row in step["rows"]:
                 if row["request"] in row_of:
                     grid[row_of[row["request"]], column] = _state_of(row, encoding)

@@ -9,28 +9,37 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import RequestStatus
 from .config import EngineConfig, ModelConfig
-from .engine import DuplicateRequest, Engine, EngineDead, check_params
+from .engine import DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta, Usage
 from .progress import loading_bar
-from .request_maker import Countdown
-
-Stream = asyncio.Queue["Event | EngineDead"]
-
-NO_TIME = "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
+from .request_maker import Countdown, OutOfTime, check_params
 
 
-def _ended(status: RequestStatus, error: str = "") -> OutputDelta:
-    """The only delta of a request that ended before the scheduler had it."""
-    return OutputDelta("", finish_reason=status.value, usage=Usage(0, 0), error=error)
+@dataclass(eq=False)
+class _Stream:
+    """A request as its reader has it."""
+
+    num_answers: int
+    events: asyncio.Queue[Event | EngineDead] = field(default_factory=asyncio.Queue)
+    work: asyncio.Future[ProcessedInput] | None = None  # its input, while that is made ready
+    is_aborted: bool = False  # before that was done
+    is_admitted: bool = False  # the step thread knows it
+
+    def end(self, status: RequestStatus, error: str = "") -> None:
+        """The last deltas of a request that ended before the step thread had it."""
+        for index in range(self.num_answers):
+            usage = Usage(0, 0) if index == self.num_answers - 1 else None
+            delta = OutputDelta("", index, finish_reason=status.value, usage=usage, error=error)
+            self.events.put_nowait(delta)
 
 
 class AsyncLLM:
@@ -47,8 +56,7 @@ class AsyncLLM:
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
         self._keys: dict[str, str] = {}  # request_id: key
-        self._streams: dict[str, Stream] = {}  # by key
-        self._admitted: set[str] = set()  # keys that the step thread knows
+        self._streams: dict[str, _Stream] = {}  # by key
         self._numbers = itertools.count()
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._death: asyncio.Event | None = None
@@ -113,15 +121,15 @@ class AsyncLLM:
         if name in self._keys:
             raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         key = self._keys[name] = f"{name}#{next(self._numbers)}"
-        stream = self._streams[key] = asyncio.Queue()
+        stream = self._streams[key] = _Stream(1 if params is None else params.n)
         finished = False
         try:
             ready = await self._preprocess(prompt, clock, stream)
             if ready is not None:
-                self._admitted.add(key)
-                self._steps.add(key, ready, params, clock.left)
+                stream.is_admitted = True
+                self._steps.add(key, ready, params, clock)
             while not finished:
-                event = await stream.get()
+                event = await stream.events.get()
                 if isinstance(event, EngineDead):
                     raise event
                 if isinstance(event, Admitted):
@@ -133,40 +141,50 @@ class AsyncLLM:
                 yield replace(event, request_id=name)
         finally:
             del self._streams[key], self._keys[name]
-            if key in self._admitted and not finished:
+            if stream.is_admitted and not finished:
                 self._steps.abort(key)
-            self._admitted.discard(key)
 
     async def _preprocess(
-        self, prompt: Prompt, clock: Countdown, stream: Stream
+        self, prompt: Prompt, clock: Countdown, stream: _Stream
     ) -> ProcessedInput | None:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""
         self._check_alive()
+        box = [prompt]
         loop = asyncio.get_running_loop()
+        work = stream.work = loop.run_in_executor(self._pool, self._open, box)
         try:
-            async with asyncio.timeout(clock.left.timeout_s):
-                ready = await loop.run_in_executor(self._pool, self.engine.preprocess, prompt)
-        except TimeoutError:
-            stream.put_nowait(_ended(RequestStatus.FINISHED_ERROR, NO_TIME))
-            return None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or not task.cancelling():  # not the caller: `close` emptied the pool
-                self._check_alive()
-            raise
-        self._check_alive()
-        return ready if stream.empty() else None
+            await asyncio.wait([work], timeout=clock.left.timeout_s)
+            self._check_alive()  # `close` empties the pool
+            if stream.is_aborted:
+                stream.end(RequestStatus.FINISHED_ABORTED)
+                return None
+            if not work.done():
+                stream.end(RequestStatus.FINISHED_ERROR, str(OutOfTime()))
+                return None
+            return work.result()
+        finally:
+            stream.work = None
+            work.cancel()
+            box.clear()  # the pool may come to it much later: it keeps nothing till then
+
+    def _open(self, box: list[Prompt]) -> ProcessedInput:
+        """In the pool."""
+        if not box:
+            raise OutOfTime
+        return self.engine.preprocess(box.pop())
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
         key = self._keys.get(request_id)
         if key is None or self.failed:
             return False
-        if key in self._admitted:
+        stream = self._streams[key]
+        if stream.is_admitted:
             self._steps.abort(key)
-        else:
-            self._streams[key].put_nowait(_ended(RequestStatus.FINISHED_ABORTED))
+        elif stream.work is not None:
+            stream.is_aborted = True
+            stream.work.cancel()
         return True
 
     async def wait_failed(self) -> str:
@@ -220,7 +238,7 @@ class AsyncLLM:
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:  # else its reader is gone
-                stream.put_nowait(event)
+                stream.events.put_nowait(event)
 
     def _died(self, cause: str) -> None:
         if self._asyncio is not None:
@@ -231,7 +249,7 @@ class AsyncLLM:
         if self._death is not None:
             self._death.set()
         for stream in self._streams.values():
-            stream.put_nowait(EngineDead(f"the engine stopped: {cause}"))
+            stream.events.put_nowait(EngineDead(f"the engine stopped: {cause}"))
 
     def __enter__(self) -> AsyncLLM:
         return self

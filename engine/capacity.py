@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 
-from .config import ConfigError, EngineConfig, ModelConfig
+from ..scheduler.admission import SchedulerConfig
+from .config import CPU_LONG_PREFILL, GPU_LONG_PREFILL, ConfigError, EngineConfig, ModelConfig
 from .runner.kv_cache import activation_bytes
 from .runner.loader import DTYPES
 from .worker.group import GroupMemory
@@ -12,6 +14,7 @@ from .worker.group import GroupMemory
 log = logging.getLogger("octavo.engine")
 
 CPU_FRACTION = 0.25  # of free memory; the rest is the user's
+KEPT_PREFIXES = 16  # of the longest requests, beside those that run
 CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory_bytes` asks for more
 
 
@@ -25,7 +28,8 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
         raise ConfigError(f"max_model_len={longest}: must be at least 1")
     budget = _kv_budget(config, model, memory)
     room = budget // memory.kv_block_bytes
-    useful = config.max_num_seqs * _blocks(longest, config.block_size)
+    # What can run at once, and as many of the longest to be found again.
+    useful = (config.max_num_seqs + KEPT_PREFIXES) * _blocks(longest, config.block_size)
     num_blocks = min(room, useful)
     if num_blocks >= _blocks(longest, config.block_size):
         return num_blocks, longest
@@ -39,6 +43,15 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
         )
     log.info("max_model_len %d instead of %d: what the KV memory holds", fits, longest)
     return num_blocks, fits
+
+
+def scheduler_config(config: EngineConfig, num_blocks: int, device: str) -> SchedulerConfig:
+    """The settings that the scheduler knows by the same names, and what was measured."""
+    names = {field.name for field in fields(SchedulerConfig)}
+    given = {name: value for name, value in vars(config).items() if name in names}
+    usual = CPU_LONG_PREFILL if device == "cpu" else GPU_LONG_PREFILL
+    given["long_prefill_token_threshold"] = config.long_prefill_token_threshold or usual
+    return SchedulerConfig(**given, num_blocks=num_blocks)
 
 
 def _kv_budget(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> int:

@@ -18,14 +18,16 @@ app = typer.Typer(
     help="Serves Qwen2-VL: images, videos and text in, streamed answers out.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its table cuts long option names off
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(
     help="Shows what the scheduler does: record a run with `octavo serve --trace-file FILE` (or "
     "`octavo bench throughput --trace-file FILE`, or octavo.LLM(trace_file=...)), then draw it.",
     no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(trace_app, name="trace")
 
@@ -54,13 +56,14 @@ MaxModelLen = Annotated[
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step.")]
 MaxNumPartialPrefills = Annotated[
-    int, typer.Option(help="Prompts that may be between two chunks at once.")
+    int, typer.Option(help="Prompts that go in pieces in one step: the most urgent ones.")
 ]
 LongPrefillTokenThreshold = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of one prompt in a step while other requests decode, so that a long prompt "
-        "does not stall them. Default: 96 on a CPU, 256 on a GPU."
+        help="Prompts that have more tokens to compute go in pieces while other requests decode, "
+        "and so many tokens are what all pieces take of a step: long prompts do not stall those "
+        "that decode. Default: 96 on a CPU, 256 on a GPU."
     ),
 ]
 MaxQueueLen = Annotated[
@@ -73,8 +76,8 @@ GpuMemoryUtilization = Annotated[
 KvCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        help="Bytes of KV cache on each rank, of which --max-num-seqs requests of --max-model-len "
-        "are the most that is used. Default: what is left of a GPU's memory; on a CPU a quarter of "
+        help="Bytes of KV cache on each rank; 16 more requests of --max-model-len than may run "
+        "are the most that is used of it. Default: what is left of a GPU's memory; on a CPU a quarter of "
         "free memory, at most 4 GB."
     ),
 ]
@@ -123,7 +126,7 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
-    max_num_partial_prefills: MaxNumPartialPrefills = 1,
+    max_num_partial_prefills: MaxNumPartialPrefills = 4,
     long_prefill_token_threshold: LongPrefillTokenThreshold = None,
     max_queue_len: MaxQueueLen = 1024,
     max_queue_tokens: MaxQueueTokens = 1 << 20,

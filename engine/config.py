@@ -262,8 +262,8 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and output; None: what positions allow
     max_num_seqs: int = 64  # requests that run at once
     max_num_batched_tokens: int = 2048  # tokens of one step
-    max_num_partial_prefills: int = 1  # requests that are between two chunks of their prompt
-    long_prefill_token_threshold: int | None = None  # tokens of one prompt in a step while others
+    max_num_partial_prefills: int = 4  # prompts that go in pieces in one step
+    long_prefill_token_threshold: int | None = None  # tokens of all pieces in a step while others
     # decode; None: by the device
     max_queue_len: int = 1024  # requests that wait for a place
     max_queue_tokens: int = 1 << 20  # their tokens

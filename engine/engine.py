@@ -15,28 +15,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack
 
-from ..scheduler.admission import SchedulerConfig
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from ..scheduler.trace import TraceWriter
-from .capacity import plan_capacity
-from .config import (
-    CPU_LONG_PREFILL,
-    GPU_LONG_PREFILL,
-    ConfigError,
-    EngineConfig,
-    ModelConfig,
-    PreprocessConfig,
-    generation_defaults,
-)
+from .capacity import plan_capacity, scheduler_config
+from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig, generation_defaults
 from .hub import resolve_model
-from .input.errors import InputError
 from .input.processor import InputProcessor, ProcessedInput, Prompt
 from .live import LiveRequest
 from .output import OutputDelta
-from .request_maker import RequestMaker
+from .request_maker import RequestMaker, check_params
 from .runner.batch import BatchResult
 from .step_input import build_batch, unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
@@ -100,7 +90,7 @@ class Engine:
             max_model_len,
             allow_local_files=allow_local_files,
         )
-        self.scheduler = Scheduler(self._scheduler_config())
+        self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.failed = ""
         self._live: dict[str, LiveRequest] = {}
@@ -118,14 +108,6 @@ class Engine:
             self.num_blocks * memory.kv_block_bytes / 1e9,
             max_model_len,
         )
-
-    def _scheduler_config(self) -> SchedulerConfig:
-        """The settings that the scheduler knows by the same names, and what was measured."""
-        names = {field.name for field in fields(SchedulerConfig)}
-        given = {name: value for name, value in vars(self.config).items() if name in names}
-        usual = CPU_LONG_PREFILL if self.group.memory.device == "cpu" else GPU_LONG_PREFILL
-        given["long_prefill_token_threshold"] = self.config.long_prefill_token_threshold or usual
-        return SchedulerConfig(**given, num_blocks=self.num_blocks)
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
@@ -146,8 +128,8 @@ class Engine:
         return self.processor.from_prompt(prompt, images, videos)
 
     def new_request_id(self) -> str:
-        """A name that no request of this engine has had."""
-        return f"request-{next(self._names)}"
+        """A name that no request of this engine has now."""
+        return next(n for i in self._names if (n := f"request-{i}") not in self._live)
 
     def add_request(
         self,
@@ -176,11 +158,11 @@ class Engine:
                 raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         ready = self.preprocess(prompt)
         requests = self._maker.make(names, ready, params, options, deadline)
-        self.scheduler.add(*requests)
         patch = self.model_config.vision.temporal_patch_size
         pixels = unit_pixels(requests[0].units, ready.media, patch)
         infos = tuple(item.info for item in ready.media)
         live = LiveRequest(request_id, requests, pixels, infos, self.processor.tokenizer.backend)
+        self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
         self._live[request_id] = live
         self._answers |= {name: (live, index) for index, name in enumerate(names)}
         return request_id
@@ -191,9 +173,11 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return []
-        aborted = RequestStatus.FINISHED_ABORTED
-        updates = [self.scheduler.finish(name, aborted) for name in live.unfinished_names]
-        return self._deltas(update for update in updates if update is not None)
+        status = RequestStatus.FINISHED_ABORTED
+        return self._deltas(
+            self.scheduler.finish(name, status) or RequestUpdate(name, (), status)
+            for name in live.unfinished_names
+        )
 
     def step(self) -> list[OutputDelta]:
         """Runs one step and gives what it added to each request.
@@ -240,34 +224,42 @@ class Engine:
         return EngineDead(f"the engine stopped: {self.failed}")
 
     def _deltas(self, updates: Iterable[RequestUpdate]) -> list[OutputDelta]:
-        """What updates come to as text. Those of a request that has ended before are dropped."""
-        return [
-            self._delta(*self._answers[update.request_id], update)
-            for update in updates
-            if update.request_id in self._answers
-        ]
+        """What updates come to as text. Those of a request that has ended before are dropped. An
+        error of one answer ends the others, after what this step gave them."""
+        deltas: list[OutputDelta] = []
+        failed: list[tuple[LiveRequest, str]] = []
+        for update in updates:
+            if update.request_id in self._answers:
+                live, index = self._answers[update.request_id]
+                deltas.append(self._delta(live, index, update))
+                if deltas[-1].error:
+                    failed.append((live, deltas[-1].error))
+        for live, error in failed:
+            for name in live.unfinished_names:
+                update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
+                deltas.append(self._delta(*self._answers[name], update))
+        return deltas
 
     def _delta(self, live: LiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
-        """One update's text. Its answer may end with it, and with an error all answers do."""
+        """One update's text. Its answer may end with it."""
         try:
             delta = live.delta(index, update)
         except Exception:  # a fault of ours: this request's alone all the same
             log.exception("request %r: its tokens made no text", live.request_id)
             delta = live.failure(index, "INTERNAL: the answer's tokens made no text")
         if delta.finish_reason is not None:
-            for name in live.names if delta.error else (update.request_id,):
-                self._end(live, name, delta.finish_reason)
+            self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
                 del self._live[live.request_id]
         return delta
 
-    def _end(self, live: LiveRequest, name: str, reason: str) -> None:
+    def _end(self, name: str, update: RequestUpdate, reason: str) -> None:
         """An answer is over, perhaps before the scheduler thinks so. Its name may be used again."""
-        if name in self._answers and self._answers[name][0] is live:
-            self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED)
-            del self._answers[name]
-            if self._trace is not None:
-                self._trace.end(name, reason)
+        del self._answers[name]
+        if not update.status.is_finished or update.error:
+            self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED, update.error)
+        if self._trace is not None:
+            self._trace.end(name, reason)
 
     def check_alive(self) -> None:
         """Raises `EngineDead` once the engine has failed or was closed."""
@@ -286,12 +278,6 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def check_params(params: Any) -> None:
-    if params is not None and not isinstance(params, SamplingParams):
-        text = f"must be octavo.SamplingParams, not {type(params).__name__}"
-        raise InputError("params", text)
 
 
 def check_trace_file(path: Path | None) -> None:

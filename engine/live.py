@@ -32,17 +32,13 @@ class LiveRequest:
         self.unfinished = set(range(len(self.requests)))
 
     @property
-    def names(self) -> list[str]:
-        """What the scheduler calls the answers."""
-        return [request.request_id for request in self.requests]
-
-    @property
     def unfinished_names(self) -> list[str]:
+        """What the scheduler calls the answers that are not done."""
         return [self.requests[index].request_id for index in sorted(self.unfinished)]
 
     def delta(self, index: int, update: RequestUpdate) -> OutputDelta:
         """What an update adds to answer `index`, as text. A stop string found in it ends the
-        answer, which its finish_reason then says. An error ends all answers."""
+        answer, which its finish_reason then says."""
         stream, status = self.streams[index], update.status
         text = stream.push(update.new_token_ids)
         if status.is_finished:
@@ -58,9 +54,7 @@ class LiveRequest:
     def _make(
         self, index: int, status: RequestStatus, text: str, token_ids: tuple[int, ...], error: str
     ) -> OutputDelta:
-        if error:
-            self.unfinished.clear()
-        elif status.is_finished:
+        if status.is_finished:
             self.unfinished.discard(index)
         media, self.media = self.media, ()
         return OutputDelta(

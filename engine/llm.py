@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
-from .engine import Engine, EngineDead, check_params
+from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .output import Output, OutputDelta, RequestOutput
 from .progress import loading_bar
-from .request_maker import Countdown
+from .request_maker import Countdown, OutOfTime, check_params
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -146,12 +146,15 @@ class LLM:
         while waiting and (waiting[0][1].done() or not self.engine.has_requests):
             name, future, sampling = waiting.popleft()
             try:
-                ready = future.result()
+                ready = _wait_ready(future, clock)
                 results[name].prompt_token_ids = ready.prompt_token_ids.tolist()
                 self.engine.add_request(name, ready, sampling, **vars(clock.left))
             except QueueFull:
                 waiting.appendleft((name, future, sampling))
                 return
+            except OutOfTime as error:
+                future.cancel()
+                results[name].fail(str(error))
             except Exception as error:  # mostly InputError or AdmissionError: this prompt's alone
                 if alone or isinstance(error, EngineDead):
                     raise
@@ -184,11 +187,21 @@ def _at(values: Sequence[Any] | None, index: int) -> Any:
     return None if values is None else values[index]
 
 
+def _wait_ready(future: Future[ProcessedInput], clock: Countdown) -> ProcessedInput:
+    """Raises `OutOfTime` when the request's time is over first."""
+    wait([future], clock.left.timeout_s)
+    if not future.done():
+        raise OutOfTime
+    return future.result()
+
+
 def _params_of_each(params: Params, count: int) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, list | tuple):
         check_params(params)
+    for each in params:
+        check_params(each)
     if len(params) != count:
         raise ValueError(f"params: {len(params)} for {count} prompts; give one, or one each")
     return list(params)

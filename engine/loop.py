@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..scheduler.params import RequestOptions, SamplingParams
+from ..scheduler.params import SamplingParams
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput
 from .output import OutputDelta
+from .request_maker import Countdown
 
 IDLE_CHECK = 0.5  # seconds between two looks at the workers while there is nothing to do
 
@@ -31,7 +32,7 @@ class _Add:
     request_id: str
     prompt: ProcessedInput
     params: SamplingParams | None
-    options: RequestOptions
+    clock: Countdown
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class StepLoop:
         request_id: str,
         prompt: ProcessedInput,
         params: SamplingParams | None,
-        options: RequestOptions,
+        clock: Countdown,
     ) -> None:
-        self._inbox.put(_Add(request_id, prompt, params, options))
+        self._inbox.put(_Add(request_id, prompt, params, clock))
 
     def abort(self, request_id: str) -> None:
         self._inbox.put(_Abort(request_id))
@@ -117,7 +118,7 @@ class StepLoop:
         if isinstance(item, _Abort):
             return list(self._engine.abort(item.request_id))
         try:
-            options = vars(item.options)
+            options = vars(item.clock.left)
             self._engine.add_request(item.request_id, item.prompt, item.params, **options)
         except EngineDead:
             raise

@@ -6,10 +6,25 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..scheduler.params import RequestOptions, SamplingParams
 from ..scheduler.request import Request
+from .input.errors import InputError
 from .input.processor import ProcessedInput
+
+
+def check_params(params: Any) -> None:
+    if params is not None and not isinstance(params, SamplingParams):
+        text = f"must be octavo.SamplingParams, not {type(params).__name__}"
+        raise InputError("params", text)
+
+
+class OutOfTime(Exception):
+    """A request's time was over before it came to the scheduler."""
+
+    def __str__(self) -> str:
+        return "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
 
 
 class Countdown:

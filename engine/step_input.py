@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..scheduler.params import SamplingParams
-from ..scheduler.request import EncodeUnit, Request
+from ..scheduler.request import EncodeUnit, Request, overlapping
 from ..scheduler.step import EncodePlan, StepPlan
 from .input.media import MediaItem
 from .runner.batch import EmbeddingSlice, EncodeTask, InputBatch, Int32, SamplingBatch, UInt8
@@ -148,11 +148,10 @@ def _embedding_slices(bounds: Sequence[tuple[Request, int, int]]) -> tuple[Embed
     slices = []
     base = 0
     for row, (request, start, count) in enumerate(bounds):
-        decoding = not request.units or start >= request.units[-1].end
-        for unit in () if decoding else request.units:
+        units = overlapping(request.units, start, start + count)
+        for unit in units if start < request.media_end else ():
             low, high = max(unit.offset, start), min(unit.end, start + count)
-            if low < high:
-                dest = base + low - start
-                slices.append(EmbeddingSlice(unit.key, low - unit.offset, high - low, dest, row))
+            dest = base + low - start
+            slices.append(EmbeddingSlice(unit.key, low - unit.offset, high - low, dest, row))
         base += count
     return tuple(slices)

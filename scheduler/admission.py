@@ -24,8 +24,8 @@ class SchedulerConfig:
     max_model_len: int  # tokens of prompt and output
     max_encode_tokens: int  # image tokens encoded in one step
     encoder_cache_tokens: int  # image tokens whose embeddings workers keep
-    max_num_partial_prefills: int = 1  # requests that are between two chunks of their prompt
-    long_prefill_token_threshold: int = 256  # tokens of one prompt in a step, while others decode
+    max_num_partial_prefills: int = 4  # prompts that go in pieces in one step
+    long_prefill_token_threshold: int = 256  # tokens of all pieces in a step, while others decode
     max_queue_len: int = 1024  # requests that wait for a place
     max_queue_tokens: int = 1 << 20  # their tokens; a request that waits alone may have more
     priority_ageing_s: float = 10.0  # a wait of so many seconds makes up for one priority

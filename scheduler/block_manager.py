@@ -11,8 +11,9 @@ New blocks come from the unused, then from the evictable, the longest untouched 
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 
@@ -47,6 +48,13 @@ class BlockManager:
     def num_free_beside(self, blocks: Iterable[int]) -> int:
         """Free blocks that are left once `blocks` are shared."""
         return self.num_free - sum(self._ref_counts[block] == 0 for block in blocks)
+
+    def num_only_in(self, block_tables: Iterable[array[int]], beside: Iterable[int]) -> int:
+        """Blocks that would be free if these tables were given up, but for those in `beside`."""
+        counts = Counter(itertools.chain.from_iterable(block_tables))
+        for block in beside:
+            counts.pop(block, None)
+        return sum(count == self._ref_counts[block] for block, count in counts.items())
 
     def share(self, block_table: array[int], blocks: Iterable[int]) -> None:
         """Appends blocks that hold what the table's owner needs."""

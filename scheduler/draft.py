@@ -16,13 +16,15 @@ class StepDraft:
 
     token_budget: int  # tokens that are left
     encoder_budget: int  # image tokens that are left
-    num_decoding: int  # running requests that need one token and have no row yet: a token of the
-    # budget is kept for each
-    num_partial: (
-        int  # running requests that will still lack tokens after this step, as far as known
-    )
-    protects_decoding: bool  # others decode, so a long prompt goes in small chunks
+    num_decoding: int  # running requests that need one token and have no row yet; it is kept for
+    # them
+    num_prefilling: int  # running requests that need more than one token
+    others_decode: bool  # some request decodes, so a long prompt goes in small pieces
+    num_waiting: int  # for them a long prompt leaves room: they may be short
+    num_pieces: int = 0  # rows so far that do not finish what is known
+    num_passed_over: int = 0  # waiting requests that could not start and did not stop the others
     may_start: bool = True  # nothing more urgent has failed to find room
+    may_encode: bool = True  # nothing more urgent has failed to be encoded
     last_victim: tuple[float, int] = (math.inf, 0)  # nothing less urgent may start in its place
     request_ids: list[str] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
@@ -33,14 +35,26 @@ class StepDraft:
     encode: list[EncodePlan] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
 
+    @property
+    def tokens_left(self) -> int:
+        """For other rows than those that decode."""
+        return self.token_budget - self.num_decoding
+
     def add_row(self, request: Request, count: int, left: int) -> None:
         """`count` of the `left` tokens that a request has still to compute."""
         self.token_budget -= count
+        self.num_pieces += count < left
         self.request_ids.append(request.request_id)
         self.num_computed_tokens.append(request.num_computed_tokens)
         self.num_scheduled_tokens.append(count)
         self.block_tables.append(request.block_table)
         self.samples.append(count == left)
+
+    def pass_over(self, most: int, wants_encoding: bool) -> None:
+        """A waiting request did not start; `most` of them in a step, then no one else does."""
+        self.may_encode = self.may_encode and not wants_encoding
+        self.num_passed_over += 1
+        self.may_start = self.num_passed_over < most
 
     def add_copy(self, old: int, new: int) -> None:
         """Block `new` gets the content of `old`; if that is to be a copy itself, of what it is a

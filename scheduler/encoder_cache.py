@@ -73,11 +73,18 @@ class EncoderCache:
             self._num_held -= entry.num_tokens
 
     def lose(self, key: UnitKey) -> None:
-        """A worker does not have a unit: whoever needs it plans it anew."""
+        """A worker does not have a unit: whoever needs it plans it anew, and no worker keeps it."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.num_tokens -= entry.num_tokens
             self._num_held -= entry.num_tokens if entry.holders else 0
+            self._evicted.append(key)
+
+    def forget(self, key: UnitKey) -> None:
+        """What a unit's embedding holds is in doubt: who comes is to have it encoded anew."""
+        entry = self._entries.get(key)
+        if entry is not None and not entry.holders:
+            self.lose(key)
 
     def take_evicted(self) -> tuple[UnitKey, ...]:
         """What was evicted since the last call; workers are to forget it before they encode."""

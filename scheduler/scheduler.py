@@ -136,8 +136,10 @@ class Scheduler:
 
     def _let_go(self, request: Request, start: int, end: int) -> None:
         request.num_misses = 0
-        for unit in overlapping(request.units, start, end):
-            if unit.end <= end:
+        units = list(overlapping(request.units, start, end))
+        needed = {unit.key for unit in units if unit.end > end}  # an image that comes twice
+        for unit in units:
+            if unit.key not in needed:
                 self.encoder_cache.release(unit.key, request.request_id)
 
     def _append(self, request: Request, token: int) -> RequestUpdate:
@@ -182,9 +184,12 @@ class Scheduler:
 
     def _fail(self, request: Request, error: str) -> RequestUpdate:
         """Ends a request by its own fault. What it has computed may be in doubt as well, so nobody
-        is to find its blocks."""
+        is to find its blocks and embeddings."""
         self.blocks.forget(request.block_table)
-        return self._end(request, RequestStatus.FINISHED_ERROR, error)
+        update = self._end(request, RequestStatus.FINISHED_ERROR, error)
+        for unit in request.units:
+            self.encoder_cache.forget(unit.key)
+        return update
 
     def finish(
         self, request_id: str, status: RequestStatus, error: str = ""

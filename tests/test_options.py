@@ -1,9 +1,11 @@
 """n, priority, timeout_s, cache_salt and a full queue, through Engine, LLM, AsyncLLM and gRPC."""
 
 import asyncio
+import gc
 import io
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +20,13 @@ import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.client import Client, ClientDelta, ClientError
 from octavo.engine.engine import DuplicateRequest
+from octavo.engine.input.errors import InputError
 from octavo.engine.output import TextStream
 from octavo.engine.server.grpc_server import InferenceServicer
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.request import RequestStatus
 
 DRAWN: dict[str, Any] = {
     "temperature": 20.0, "top_k": 0, "top_p": 1.0, "seed": 5, "max_tokens": 12, "ignore_eos": True
@@ -165,21 +169,8 @@ def test_cached_tokens_are_told(llm: octavo.LLM, client: Client) -> None:
         assert deltas[-1].usage is not None and deltas[-1].usage.cached_tokens == expected
 
 
-def test_L29_cache_timing_salts_keep_tenants_apart(llm: octavo.LLM) -> None:
-    messages = ask("What is my secret, a long one so that it takes several blocks?", 9)
-    cached, answers = [], set()
-    for salt in ("", "a", "b", "a", ""):
-        out = llm.chat(messages, GREEDY, cache_salt=salt)[0]
-        assert out.usage is not None
-        cached.append(out.usage.cached_tokens > 32)
-        answers.add(tuple(out.outputs[0].token_ids))
-    assert cached == [False, False, False, True, True]
-    assert len(answers) == 1
-
-
-def test_an_image_seen_before_is_neither_sent_nor_encoded(
-    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def watch_pixels(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of pixels that each step sends from now on."""
     sent: list[int] = []
     step = llm.engine.group.step
 
@@ -188,6 +179,32 @@ def test_an_image_seen_before_is_neither_sent_nor_encoded(
         return step(batch, step_id)
 
     monkeypatch.setattr(llm.engine.group, "step", watched)
+    return sent
+
+
+def test_L29_cache_timing_salts_keep_tenants_apart(
+    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = ask("What is my secret, a long one so that it takes several blocks?", 9)
+    cached, answers, pixels = [], set(), []
+    sent = watch_pixels(llm, monkeypatch)
+    for salt in ("", "a", "b", "a", ""):
+        out = llm.chat(messages, GREEDY, cache_salt=salt)[0]
+        pixels.append(sum(sent))
+        sent.clear()
+        assert out.usage is not None
+        cached.append(out.usage.cached_tokens > 32)
+        answers.add(tuple(out.outputs[0].token_ids))
+    assert cached == [False, False, False, True, True]
+    whole = 56 * 84 * 3
+    assert pixels == [whole, whole, whole, 0, 0]  # nor are embeddings shared
+    assert len(answers) == 1
+
+
+def test_an_image_seen_before_is_neither_sent_nor_encoded(
+    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = watch_pixels(llm, monkeypatch)
     expected = llm.chat(ask("Here it is.", 11), GREEDY)
     assert sum(sent) == 56 * 84 * 3
     sent.clear()
@@ -213,10 +230,44 @@ def test_a_timeout_gives_what_there_is(llm: octavo.LLM) -> None:
     assert whole.text.startswith(out[0].outputs[0].text)
 
 
-def test_a_timeout_ends_all_answers(llm: octavo.LLM) -> None:
-    out = llm.chat(ask("Go on."), replace(LONG, n=3, temperature=1.0), timeout_s=0.25)[0]
+def test_a_timeout_ends_all_answers_each_with_what_it_has(llm: octavo.LLM, served: Served) -> None:
+    params = replace(LONG, n=3, temperature=20.0, stop=("\x00" * 99,))
+    engine = llm.engine
+    engine.add_request("a", ask("Go on."), params, timeout_s=0.25)
+    got: list[Any] = []
+    while engine.has_requests:
+        got += engine.step()
+    last = [delta for delta in got if delta.finish_reason]
+    assert [(d.index, d.finish_reason) for d in last] == [(i, "error") for i in range(3)]
+    assert [delta.usage is not None for delta in last] == [False, False, True]
+    assert last[-1].usage.output_tokens == sum(len(delta.token_ids) for delta in got)
+    for index in range(3):
+        ids = [t for d in got if d.index == index for t in d.token_ids]
+        text = "".join(d.text for d in got if d.index == index)
+        assert text == engine.processor.tokenizer.backend.decode(ids) and 0 < len(ids) < 900
+    with Client(served.address) as client, pytest.raises(ClientError) as caught:
+        deltas = []
+        asked = {**DRAWN, "max_tokens": 900}
+        for delta in client.chat(ask("Go on."), n=3, timeout_s=0.3, **asked):
+            deltas.append(delta)
+    assert caught.value.code == "DEADLINE_EXCEEDED"
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.output_tokens == sum(len(d.token_ids) for d in deltas)
+
+
+def test_an_error_of_one_answer_ends_all(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = llm.engine._run
+
+    def spoiled(plan: Any) -> Any:
+        result = run(plan)
+        broken = [name for name in plan.request_ids if name.endswith("[1]")]
+        return replace(result, errors=dict.fromkeys(broken, "not finite"))
+
+    monkeypatch.setattr(llm.engine, "_run", spoiled)
+    out = llm.chat(ask("Hi"), replace(SAMPLED, n=3))[0]
+    assert out.error == "not finite"
     assert [o.finish_reason for o in out.outputs] == ["error"] * 3
-    assert all(0 < len(o.token_ids) < 900 for o in out.outputs)
+    llm.engine.scheduler.check_integrity()
 
 
 @pytest.mark.parametrize(
@@ -253,13 +304,114 @@ def test_a_deadline_that_passes_before_the_input_is_ready(
         return [delta async for delta in served.engine.chat(ask("Hi"), GREEDY, timeout_s=0.1)]
 
     (delta,) = served.run(collect())
-    free.set()
     assert delta.error.startswith("DEADLINE_EXCEEDED")
     assert delta.finish_reason == "error" and delta.token_ids == ()
+    # What waits in the pool for nobody keeps no prompt.
+    prompt = {"prompt": Witness("x" * 1000)}
+    gone = weakref.ref(prompt["prompt"])
+
+    async def many() -> None:
+        for _ in range(20):
+            async for _ in served.engine.generate(prompt, GREEDY, timeout_s=0.001):
+                pass
+
+    served.run(many())
+    prompt.clear()
+    gc.collect()
+    assert gone() is None
+    free.set()
     served.wait_empty()
 
 
-def test_a_full_queue_is_resource_exhausted(served: Served) -> None:
+class Witness(str):
+    """A text that can be referred to weakly."""
+
+
+def test_an_abort_ends_a_request_whose_input_is_being_made_ready(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(served.engine.engine, "preprocess", lambda prompt: free.wait(30))
+
+    async def collect() -> list[Any]:
+        stream = served.engine.chat(ask("Hi"), replace(GREEDY, n=3), request_id="a")
+        ended = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.1)
+        assert await served.engine.abort("a")
+        first = await asyncio.wait_for(ended, 5)
+        return [first, *[delta async for delta in stream]]
+
+    deltas = served.run(collect())
+    free.set()
+    assert [(d.index, d.finish_reason) for d in deltas] == [(i, "abort") for i in range(3)]
+    assert [d.usage is not None for d in deltas] == [False, False, True]
+    served.wait_empty()
+
+
+def test_the_library_s_timeout_holds_while_input_is_made_ready(
+    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(llm.engine, "preprocess", lambda prompt: free.wait(30))
+    out = llm.chat(ask("Hi"), GREEDY, timeout_s=0.1)[0]
+    free.set()
+    assert out.error == "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
+
+
+def test_a_timeout_counts_from_the_call(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What making ready took is gone from it."""
+    preprocess = llm.engine.preprocess
+    monkeypatch.setattr(
+        llm.engine, "preprocess", lambda prompt: time.sleep(0.2) or preprocess(prompt)
+    )
+    seen: list[float] = []
+    add = llm.engine.scheduler.add
+
+    def watched(*requests: Any) -> None:
+        seen.append(requests[0].deadline - time.monotonic())
+        add(*requests)
+
+    monkeypatch.setattr(llm.engine.scheduler, "add", watched)
+    llm.chat(ask("Hi"), GREEDY, timeout_s=5.0)
+    assert 4.0 < seen[0] <= 4.8
+
+
+def test_what_is_not_admitted_leaves_nothing_behind(
+    llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("octavo.engine.engine.unit_pixels", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.engine.add_request("bad", ask("Hi", 3), GREEDY)
+    assert not llm.engine.has_requests and not llm.engine.scheduler.requests
+    assert llm.chat(ask("Hi"), GREEDY)[0].error == ""
+
+
+def test_an_abort_ends_also_what_the_scheduler_has_lost(llm: octavo.LLM) -> None:
+    llm.engine.add_request("a", ask("Hi"), replace(GREEDY, n=2))
+    llm.engine.scheduler.finish("a", RequestStatus.FINISHED_STOPPED)  # and nobody was told
+    assert [delta.finish_reason for delta in llm.engine.abort("a")] == ["abort"] * 2
+    assert not llm.engine.has_requests
+
+
+def test_a_request_id_that_is_drawn_is_free(llm: octavo.LLM) -> None:
+    ids = [llm.engine.add_request(None, ask("Hi"), GREEDY)]
+    number = int(ids[0].removeprefix("request-"))
+    ids.append(llm.engine.add_request(f"request-{number + 1}", ask("Hi"), GREEDY))
+    ids.append(llm.engine.add_request(None, ask("Hi"), GREEDY))
+    assert len(set(ids)) == 3
+    for request_id in ids:
+        llm.engine.abort(request_id)
+
+
+def test_params_that_are_none(llm: octavo.LLM) -> None:
+    with pytest.raises(InputError, match=r"must be octavo\.SamplingParams, not dict"):
+        llm.generate(["Hi", "Ho"], [{"temperature": 0}, None])  # type: ignore[list-item]
+
+
+def test_a_full_queue_is_resource_exhausted(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four run, two wait; the seventh is refused, and taken when there is room again."""
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
     with Client(served.address) as client:
@@ -271,8 +423,10 @@ def test_a_full_queue_is_resource_exhausted(served: Served) -> None:
         while len(served.engine._streams) < 6:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        monkeypatch.setattr(served.engine.engine, "preprocess", lambda prompt: 1 / 0)  # not reached
         with pytest.raises(ClientError, match="max_queue_len=2; try again later") as caught:
             list(client.chat(ask("more"), **asked))
+        monkeypatch.undo()
         assert caught.value.code == "RESOURCE_EXHAUSTED"
         for number in range(6):
             assert client.abort(f"r{number}")
@@ -373,9 +527,9 @@ def test_prompts_over_grpc_carry_their_options(served: Served) -> None:
     seen: list[Any] = []
     add = served.engine._steps.add
 
-    def watched(request_id: str, prompt: Any, params: Any, options: Any) -> None:
-        seen.append(options)
-        add(request_id, prompt, params, options)
+    def watched(request_id: str, prompt: Any, params: Any, clock: Any) -> None:
+        seen.append(clock.left)
+        add(request_id, prompt, params, clock)
 
     served.engine._steps.add = watched  # type: ignore[method-assign]
     buffer = io.BytesIO()

@@ -86,11 +86,11 @@ def test_the_picture_has_each_color(demo: Path, tmp_path: Path) -> None:
 
 
 def test_some_steps_alone(demo: Path, tmp_path: Path) -> None:
-    whole, part = Trace.read(demo), Trace.read(demo, 17, 21)
-    assert [step["step"] for step in part.steps] == [17, 18, 19, 20]
-    row, there = whole.names.index("lesser"), part.names.index("lesser")
-    states = part.states()[there].tolist()
-    assert states == whole.states()[row, 16:20].tolist() == [trace_plot.PREEMPTED] * 4
+    whole, part = Trace.read(demo), Trace.read(demo, 14, 17)
+    assert [step["step"] for step in part.steps] == [14, 15, 16]
+    row, there = whole.names.index("dog?"), part.names.index("dog?")
+    assert part.states()[there].tolist() == whole.states()[row, 13:16].tolist()
+    assert part.states()[there, 0] == trace_plot.PREEMPTED
     done = cli("draw", str(demo), "--steps", "2:9", "--out", str(tmp_path / "part.svg"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "part.svg").read_text().startswith("<?xml")
@@ -154,18 +154,19 @@ def real(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         llm.engine.step()
         llm.engine.abort("dropped")
         llm.generate("Bye", PARAMS)
-        late = llm.generate("Late", PARAMS, timeout_s=0)[0]
-        assert "DEADLINE" in late.error
+        llm.engine.add_request("late", "Late", PARAMS, timeout_s=0)
+        assert "DEADLINE" in llm.engine.step()[0].error
         stop = llm.generate("Hi", PARAMS)[0].outputs[0].text[2]
         outs.append(llm.generate("Hi", replace(PARAMS, stop=(stop,)))[0])
-        outs.append(llm.generate("Last", PARAMS, timeout_s=0)[0])
+        llm.engine.add_request("last", "Late", PARAMS, timeout_s=0)
+        llm.engine.step()
     yield path, outs
 
 
 def test_a_real_run(real: tuple[Path, Any]) -> None:
     path, outs = real
     trace = Trace.read(path)
-    first, second, stopped, late = outs
+    first, second, stopped = outs
     assert trace.names[:3] == [first.request_id, second.request_id, "dropped"]
     started = {each["request"]: each["cached"] for s in trace.steps for each in s["started"]}
     assert started[first.request_id] == 0
@@ -174,7 +175,7 @@ def test_a_real_run(real: tuple[Path, Any]) -> None:
     assert encoded == [{"request": first.request_id, "tokens": 6}]
     ended = {each["request"]: each["status"] for s in trace.steps for each in s["ended"]}
     assert ended["dropped"] == "abort" and ended[first.request_id] == "length"
-    assert ended[stopped.request_id] == "stop" and ended[late.request_id] == "error"
+    assert ended[stopped.request_id] == "stop" and ended["late"] == ended["last"] == "error"
     assert sorted(ended.values()) == ["abort", "error", "error", *["length"] * 4, "stop"]
     times = [step["time"] for step in trace.steps]
     assert times == sorted(times) and all(step["run_ms"] > 0 for step in trace.steps[:-1])
@@ -200,3 +201,15 @@ def test_a_disk_that_is_full_ends_the_trace_alone(checkpoint: Path) -> None:
         checkpoint, dtype="float32", max_model_len=512, trace_file=Path("/dev/full")
     ) as llm:
         assert len(llm.generate("Hi", PARAMS)[0].outputs[0].token_ids) == 6
+
+
+def test_a_request_that_was_preempted_before_the_steps_drawn_is_red(tmp_path: Path) -> None:
+    lines = [{"octavo_trace": 1}]
+    for number in (1, 2, 3):
+        step = {"step": number, "rows": [], "idle": ["held"], "encode": [], "waiting": ["lost"]}
+        lines.append({**step, "preempted": ["lost"] if number == 1 else []})
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trace = Trace.read(tmp_path / "t.jsonl", 2)
+    assert trace.names == ["lost", "held"]
+    red, grey = trace_plot.PREEMPTED, trace_plot.WAITING
+    assert trace.states().tolist() == [[red, red], [grey, grey]]

@@ -77,10 +77,9 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             )
             async with contextlib.aclosing(stream):
                 async for delta in stream:
-                    if delta.error:
-                        yield write_delta(delta)  # text that was held back, and the usage
-                        await context.abort(*status_of_failure(delta.error))
                     yield write_delta(delta)
+                    if delta.error and delta.usage is not None:  # all answers have ended
+                        await context.abort(*status_of_failure(delta.error))
         except (ValueError, EngineDead) as error:
             await context.abort(status_of(error), _short(str(error)))
         except (asyncio.CancelledError, grpc.aio.AbortError):
