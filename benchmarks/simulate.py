@@ -129,7 +129,9 @@ class _Run:
         return replace(result, errors=dict.fromkeys(failing, "its row failed"))
 
     def _check_plan(self, plan: StepPlan) -> None:
-        """Victims are less urgent than all that runs; nothing runs past its deadline."""
+        """Something runs; victims are less urgent than all that does; nothing runs past its
+        deadline."""
+        assert plan.request_ids, "a step in which nothing runs"
         rows = [self.admitted[name] for name in plan.request_ids]
         for name in plan.preempted:
             assert all(row.urgency < self.admitted[name].urgency for row in rows), "wrong victim"

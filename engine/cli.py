@@ -76,9 +76,9 @@ GpuMemoryUtilization = Annotated[
 KvCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        help="Bytes of KV cache on each rank; 16 more requests of --max-model-len than may run "
-        "are the most that is used of it. Default: what is left of a GPU's memory; on a CPU a quarter of "
-        "free memory, at most 4 GB."
+        help="Bytes of KV cache on each rank; no more is taken than 16 requests of "
+        "--max-model-len need beside those that may run. Default: what is left of a GPU's memory; "
+        "on a CPU a quarter of free memory, at most 4 GB."
     ),
 ]
 MinPixels = Annotated[
