@@ -117,7 +117,10 @@ class Scheduler:
         return any(unit.key in missing for unit in overlapping(request.units, start, end))
 
     def _missed(self, request: Request) -> Updates:
-        """The next plan encodes what was missing."""
+        """The next plan encodes what was missing; and all its units, since a worker that lost one
+        may have lost the others, and would tell of them one by one."""
+        for unit in request.units:
+            self.encoder_cache.lose(unit.key)
         request.num_misses += 1
         if request.num_misses < MAX_MISSES:
             return ()

@@ -218,6 +218,32 @@ def test_L07_mirrored_cache_a_miss_is_planned_again() -> None:
     assert simulation.outputs["b"] == naive_output(other, 4)
 
 
+def test_L07_mirrored_cache_all_lost_at_once_is_one_miss() -> None:
+    """A prompt over five images whose embeddings are all gone, though the scheduler counts on them.
+    Its rows grow, so it would meet them one by one, and fail at the third. (From a random run.)"""
+    config = {
+        "max_encode_tokens": 40,
+        "encoder_cache_tokens": 40,
+        "long_prefill_token_threshold": 4,
+    }
+    simulation = Simulation(make_config(num_blocks=40, max_num_batched_tokens=40, **config))
+    images = [bytes([i]) * 32 for i in range(5)]
+    first = [(4 * i, 4, name) for i, name in enumerate(images)]
+    simulation.scheduler.add(make_request("a", 21, *first, max_tokens=1))
+    simulation.run()
+    simulation.worker.embeddings.clear()
+    simulation.scheduler.add(make_request("chat", 3, max_tokens=2))
+    simulation.step()
+    moved = [(4 * i + 1, 4, name) for i, name in enumerate(images)]
+    again = make_request("b", 22, *moved)
+    simulation.scheduler.add(again)
+    plans = [simulation.step() for _ in range(2)]
+    rows = [(plan.num_scheduled_tokens[-1], len(plan.encode)) for plan in plans if plan]
+    assert rows == [(4, 0), (22, 5)]
+    simulation.run()
+    assert simulation.outputs["b"] == naive_output(again, 4)
+
+
 def test_L07_mirrored_cache_a_miss_for_ever_fails_its_request_alone() -> None:
     simulation = Simulation(make_config(max_num_batched_tokens=40))
     other = make_request("b", 9)
