@@ -69,6 +69,13 @@ LongPrefillTokenThreshold = Annotated[
 MaxQueueLen = Annotated[
     int, typer.Option(help="Requests that may wait; more are refused with RESOURCE_EXHAUSTED.")
 ]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        help="Times in ten minutes that workers which ended are started anew; running requests go "
+        "on. One more, and the server exits."
+    ),
+]
 MaxQueueTokens = Annotated[int, typer.Option(help="Tokens of the requests that may wait.")]
 GpuMemoryUtilization = Annotated[
     float, typer.Option(help="Share of each GPU's memory for weights and KV cache.")
@@ -130,6 +137,7 @@ def serve(
     long_prefill_token_threshold: LongPrefillTokenThreshold = None,
     max_queue_len: MaxQueueLen = 1024,
     max_queue_tokens: MaxQueueTokens = 1 << 20,
+    max_restarts: MaxRestarts = 3,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,
     min_pixels: MinPixels = None,

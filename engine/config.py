@@ -265,6 +265,7 @@ class EngineConfig:
     max_num_partial_prefills: int = 4  # prompts that go in pieces in one step
     long_prefill_token_threshold: int | None = None  # tokens of all pieces in a step while others
     # decode; None: by the device
+    max_restarts: int = 3  # times in ten minutes that workers which ended are started anew
     max_queue_len: int = 1024  # requests that wait for a place
     max_queue_tokens: int = 1 << 20  # their tokens
     block_size: int = 16
@@ -282,8 +283,10 @@ class EngineConfig:
             value = getattr(self, field.name)
             if "int" not in str(field.type) or (value is None and "None" in str(field.type)):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field.name}={shown(value)}: must be a whole number from 1 on")
+            least = 0 if field.name == "max_restarts" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                text = f"must be a whole number from {least} on"
+                raise ConfigError(f"{field.name}={shown(value)}: {text}")
         if not isinstance(self.gpu_memory_utilization, int | float):
             raise ConfigError("gpu_memory_utilization: must be a number")
         if not 0 < self.gpu_memory_utilization <= 1:

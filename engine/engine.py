@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from ..scheduler.trace import TraceWriter
 from .capacity import plan_capacity, scheduler_config
 from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig, generation_defaults
+from .failpoint import failpoint
 from .hub import resolve_model
 from .input.processor import InputProcessor, ProcessedInput, Prompt
 from .live import LiveRequest
@@ -32,6 +34,8 @@ from .step_input import build_batch, unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.engine")
+
+RESTART_WINDOW = 600.0  # seconds in which `max_restarts` counts
 
 
 class EngineDead(RuntimeError):
@@ -93,6 +97,7 @@ class Engine:
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.failed = ""
+        self._restarts: list[float] = []  # when workers were started anew, lately
         self._live: dict[str, LiveRequest] = {}
         self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
         self._names = itertools.count()
@@ -191,7 +196,10 @@ class Engine:
         if plan is None:
             return self._deltas(expired)
         planned = perf_counter()
-        result = self._run(plan)
+        try:
+            result = self._run(plan)
+        except WorkerGroupError as error:
+            return self._deltas([*expired, *self._recover(error, plan)])
         ran = perf_counter()
         updates = self.scheduler.update(plan, result)
         updated = perf_counter()
@@ -206,17 +214,35 @@ class Engine:
             return StepResult(plan.step_id, ())
         pixels = {p.request_id: self._answers[p.request_id][0].pixels for p in plan.encode}
         batch = build_batch(plan, self.scheduler.requests, pixels, self.group.size)
-        try:
-            return _step_result(plan, self.group.step(batch, plan.step_id))
-        except WorkerGroupError as error:
-            raise self._died(error) from None
+        failpoint("engine.planned")
+        result = _step_result(plan, self.group.step(batch, plan.step_id))
+        failpoint("engine.stepped")
+        return result
 
     def check_workers(self) -> None:
-        """Raises `EngineDead` when a worker has ended: for a loop that has nothing to step."""
+        """For a loop that has nothing to step: starts workers that have ended anew."""
         try:
             self.group.check_alive()
         except WorkerGroupError as error:
-            raise self._died(error) from None
+            self._recover(error, None)
+
+    def _recover(self, error: WorkerGroupError, plan: StepPlan | None) -> list[RequestUpdate]:
+        """Starts the workers anew; all that ran starts over with the tokens it has. The last
+        updates of requests that are to blame. Raises `EngineDead` when workers end too often."""
+        while True:
+            now = time.monotonic()
+            recent = [at for at in self._restarts if at > now - RESTART_WINDOW]
+            if len(recent) >= self.config.max_restarts:
+                raise self._died(error) from None
+            self._restarts = [*recent, now]
+            log.warning("%s; the workers are started anew", error)
+            try:
+                self.group.restart()
+                break
+            except (WorkerGroupError, ConfigError) as again:
+                error = WorkerGroupError(str(again))
+        log.warning("the workers are back after %.1f s", time.monotonic() - now)
+        return self.scheduler.lose_workers(plan)
 
     def _died(self, error: WorkerGroupError) -> EngineDead:
         self.failed = str(error)

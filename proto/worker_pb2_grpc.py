@@ -29,6 +29,11 @@ class WorkerStub(object):
                 request_serializer=octavo_dot_proto_dot_worker__pb2.StepRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_worker__pb2.StepReply.FromString,
                 )
+        self.Ping = channel.unary_unary(
+                '/octavo.worker.v1.Worker/Ping',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.PingRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.PingReply.FromString,
+                )
 
 
 class WorkerServicer(object):
@@ -56,6 +61,13 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """Says that the process lives, also while a step runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +85,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=octavo_dot_proto_dot_worker__pb2.StepRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_worker__pb2.StepReply.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.PingRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.PingReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,5 +149,22 @@ class Worker(object):
         return grpc.experimental.unary_unary(request, target, '/octavo.worker.v1.Worker/Step',
             octavo_dot_proto_dot_worker__pb2.StepRequest.SerializeToString,
             octavo_dot_proto_dot_worker__pb2.StepReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.worker.v1.Worker/Ping',
+            octavo_dot_proto_dot_worker__pb2.PingRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.PingReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

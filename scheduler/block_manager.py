@@ -96,6 +96,14 @@ class BlockManager:
         for block in block_table:
             self._unseal(block)
 
+    def reset(self) -> None:
+        """All memory is gone: nothing can be found. No table may hold a block."""
+        assert self.num_free == self.num_blocks
+        for block in self._evictable:
+            self._unseal(block)
+        self._unused.extend(self._evictable)
+        self._evictable.clear()
+
     def free(self, block_table: array[int]) -> None:
         """Gives up every block of a table and empties it. Its last blocks are evicted first: a
         prefix is of use to more requests than what follows it."""

@@ -86,6 +86,13 @@ class EncoderCache:
         if entry is not None and not entry.holders:
             self.lose(key)
 
+    def reset(self) -> None:
+        """All workers are new and keep nothing. No request may hold a unit."""
+        assert self._num_held == 0
+        self._entries.clear()
+        self._evicted.clear()
+        self.num_tokens = 0
+
     def take_evicted(self) -> tuple[UnitKey, ...]:
         """What was evicted since the last call; workers are to forget it before they encode."""
         evicted, self._evicted = self._evicted, []

@@ -31,7 +31,17 @@ class Planner:
         self.waiting, self.running = state.waiting, state.running
 
     def plan(self, step_id: int) -> StepPlan:
-        running = tuple(self.running)
+        if self.state.suspects:
+            suspect = self.state.suspects[0]
+            is_running = suspect.status is RUNNING
+            draft = self._fill([suspect] * is_running, [suspect] * (not is_running))
+            if draft.request_ids:
+                return draft.as_plan(step_id, self.encoder_cache.take_evicted())
+        draft = self._fill(tuple(self.running), self.waiting)
+        return draft.as_plan(step_id, self.encoder_cache.take_evicted())
+
+    def _fill(self, running: Sequence[Request], waiting: Sequence[Request]) -> StepDraft:
+        """A draft of what these requests may do in a step."""
         decoding = sum(len(r.token_ids) - r.num_computed_tokens == 1 for r in running)
         draft = StepDraft(
             self.config.max_num_batched_tokens,
@@ -39,9 +49,9 @@ class Planner:
             num_decoding=decoding,
             num_prefilling=len(running) - decoding,
             others_decode=decoding > 0,
-            num_waiting=len(self.waiting),
+            num_waiting=len(waiting),
         )
-        queue = deque(self.waiting)  # as of now: who is preempted in this step is not in it
+        queue = deque(waiting)  # as of now: who is preempted in this step is not in it
         for request in running:
             while queue and queue[0].urgency < request.urgency and draft.may_start:
                 self._start(queue.popleft(), draft)
@@ -49,7 +59,7 @@ class Planner:
                 self._continue(request, draft)
         while queue and draft.may_start:
             self._start(queue.popleft(), draft)
-        return draft.as_plan(step_id, self.encoder_cache.take_evicted())
+        return draft
 
     def _continue(self, request: Request, draft: StepDraft) -> None:
         """Plans a running request's next tokens. One whose turn it is not keeps its blocks."""

@@ -115,6 +115,7 @@ class Request:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked
     num_preemptions: int = 0
+    num_kills: int = 0  # steps with it that ended the workers, since it last ran well alone
     num_misses: int = 0  # steps in a row that lacked an embedding
     error: str = ""
     media_end: int = field(init=False)  # first token after the last unit

@@ -101,6 +101,8 @@ class Scheduler:
             request = self.requests.get(request_id)
             if request is None:  # finished since the plan was made
                 continue
+            if request.num_kills and len(plan.request_ids) == 1:
+                self.state.clear(request)
             if request_id in errors:
                 updates.append(self._fail(request, errors[request_id]))
             elif missing and self._lacks(request, start, start + count, missing):
@@ -111,6 +113,19 @@ class Scheduler:
                     updates.append(self._append(request, token))
         updates += self._watch(plan)
         return updates
+
+    def lose_workers(self, plan: StepPlan | None) -> list[RequestUpdate]:
+        """The workers ended, in the step `plan` if one was under way, and new ones have nothing.
+
+        All that ran starts over with the tokens it has. A request is blamed by running it alone:
+        if its step ends the workers again, it ends with INTERNAL, and the others go on.
+        """
+        request_ids = [] if plan is None else [i for i in plan.request_ids if i in self.requests]
+        self.state.lose_workers(request_ids)
+        if len(request_ids) != 1 or self.requests[request_ids[0]].num_kills < 2:
+            return []
+        text = "INTERNAL: the request's step ended the workers twice"
+        return [self._fail(self.requests[request_ids[0]], text)]
 
     def _lacks(self, request: Request, start: int, end: int, missing: set[UnitKey]) -> bool:
         """An embedding was missing, so the row computed nothing."""

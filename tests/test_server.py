@@ -333,8 +333,10 @@ def test_sigterm_to_all_processes_lets_requests_finish(checkpoint: Path) -> None
     assert server.process.wait(30) == 0
 
 
-def test_a_worker_that_dies_while_nothing_runs_ends_the_server(checkpoint: Path) -> None:
-    server = start(checkpoint)
+def test_past_max_restarts_a_worker_that_dies_while_nothing_runs_ends_the_server(
+    checkpoint: Path,
+) -> None:
+    server = start(checkpoint, "--max-restarts", "0")
     os.kill(server.worker_pids[0], signal.SIGKILL)
     assert server.process.wait(30) == 1
     assert "signal 9" in server.text()
@@ -385,10 +387,10 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_dead_worker_is_unavailable_for_all_and_ends_the_server(
+def test_past_max_restarts_a_dead_worker_is_unavailable_for_all_and_ends_the_server(
     checkpoint: Path, rank: int
 ) -> None:
-    server = start(checkpoint, "--tensor-parallel-size", "2")
+    server = start(checkpoint, "--tensor-parallel-size", "2", "--max-restarts", "0")
     errors: list[ClientError] = []
     begun = threading.Barrier(4)
 

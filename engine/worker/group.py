@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import queue
 import shutil
@@ -22,6 +23,7 @@ import grpc
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
 from ..config import ConfigError, EngineConfig
+from ..failpoint import failpoint
 from ..runner.batch import BatchResult, InputBatch
 from .wire import pack_steps, unpack_result
 from .worker import UNLIMITED
@@ -30,6 +32,8 @@ log = logging.getLogger("octavo.group")
 
 START_TIMEOUT = 120.0  # seconds for a worker's socket to answer: imports on a cold disk
 ALIVE_CHECK = 0.5  # seconds between two looks at the processes while waiting for an answer
+PING_TIMEOUT = 5.0  # seconds without an answer after which a worker is taken to hang
+LEAST_BOUND, BOUND_FACTOR = 30.0, 20.0  # of a step: seconds, and times what it should take
 EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
 
 _epochs = itertools.count(1)
@@ -61,21 +65,38 @@ class WorkerGroup:
 
         Raises `ConfigError` for what the user can mend and `WorkerGroupError` for a fault.
         """
-        self.epoch = next(_epochs)
         self.size = config.tensor_parallel_size
+        self._config = config
+        self._num_blocks = 0
+        self._bound = StepBound()
+        self._launch(on_progress or (lambda done, total: None))
+
+    def _launch(self, on_progress: Callable[[int, int], None]) -> None:
+        self.epoch = next(_epochs)
         self._dir = Path(tempfile.mkdtemp(prefix="octavo-"))  # mode 0700: ours alone
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[grpc.Channel] = []
+        self._pings: list[grpc.Future | None] = []  # the latest of each rank, once they are loaded
         try:
             sockets = [self._dir / f"rank{rank}.sock" for rank in range(self.size)]
             self._processes = [_start_worker(socket, self.size) for socket in sockets]
             self._channels = [_connect(socket) for socket in sockets]
             self._wait_until_listening()
             self._stubs = [worker_pb2_grpc.WorkerStub(channel) for channel in self._channels]
-            self.memory = self._load(config, on_progress or (lambda done, total: None))
+            self.memory = self._load(self._config, on_progress)
+            self._pings = [None] * self.size
         except BaseException:
             self.close()
             raise
+
+    def restart(self) -> None:
+        """Ends what is left of the workers and starts new ones, under a new epoch, with a KV cache
+        of the same size and nothing in it. Raises `WorkerGroupError` if those fail too."""
+        for process in self._processes:
+            process.kill()
+        self.close()
+        self._launch(lambda done, total: None)
+        self.allocate(self._num_blocks)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -84,15 +105,21 @@ class WorkerGroup:
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache on every rank."""
+        self._num_blocks = num_blocks
         request = pb.AllocateRequest(epoch=self.epoch, num_blocks=num_blocks)
         self._gather([stub.Allocate.future(request) for stub in self._stubs])
 
     def step(self, batch: InputBatch, step_id: int) -> BatchResult:
         """Runs a step on all ranks; the answer is rank 0's, which sampled."""
         requests = pack_steps(batch, self.epoch, step_id, self.size)
-        replies = self._gather(
-            [stub.Step.future(request) for stub, request in zip(self._stubs, requests, strict=True)]
-        )
+        failpoint("group.sends")
+        start = time.monotonic()
+        calls = [
+            stub.Step.future(request) for stub, request in zip(self._stubs, requests, strict=True)
+        ]
+        failpoint("group.sent")
+        replies = self._gather(calls, start + self._bound.seconds(batch))
+        self._bound.learn(batch, time.monotonic() - start)
         for reply in replies:
             if (reply.epoch, reply.step_id) != (self.epoch, step_id):
                 raise WorkerGroupError(
@@ -168,28 +195,32 @@ class WorkerGroup:
             device=least.device,
         )
 
-    def _gather(self, calls: Sequence[grpc.Future]) -> list:
+    def _gather(self, calls: Sequence[grpc.Future], deadline: float = math.inf) -> list:
         """The answers in rank order. The first failure kills the group: the other ranks may wait
-        in a collective for the one that failed."""
+        in a collective for the one that failed. So does a rank that hangs, and `deadline`."""
         done: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
         for call in calls:
             call.add_done_callback(done.put)
         for _ in calls:
-            error = self._await(done).exception()
-            if error is not None:
-                fault = self._fault(error)
+            try:
+                error = self._await(done, deadline).exception()
+                if error is not None:
+                    raise self._fault(error)
+            except WorkerGroupError:
                 for process in self._processes:
                     process.kill()
-                raise fault
+                raise
         return [call.result() for call in calls]
 
-    def _await(self, source: queue.SimpleQueue[Any]) -> Any:
-        """The next of a queue. Raises `WorkerGroupError` when a worker ends meanwhile."""
+    def _await(self, source: queue.SimpleQueue[Any], deadline: float = math.inf) -> Any:
+        """The next of a queue. Raises `WorkerGroupError` when a worker ends or hangs meanwhile."""
         while True:
             try:
                 return source.get(timeout=ALIVE_CHECK)
             except queue.Empty:
                 self.check_alive()
+            if time.monotonic() > deadline:
+                raise WorkerGroupError("a step took far longer than its work should")
 
     def _fault(self, error: Exception, is_mendable: bool = False) -> Exception:
         """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""
@@ -209,12 +240,48 @@ class WorkerGroup:
         return WorkerGroupError(f"a worker failed: {error.details()}")
 
     def check_alive(self) -> None:
-        """Raises `WorkerGroupError` when a worker has ended."""
+        """Raises `WorkerGroupError` when a worker has ended, or has not answered a ping for long.
+        Pings are answered while a step runs, but not by a process that is stopped."""
         for rank, process in enumerate(self._processes):
             code = process.poll()
             if code is not None:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
                 raise WorkerGroupError(f"the worker of rank {rank} (pid {process.pid}) {how}")
+        for rank, ping in enumerate(self._pings):
+            if ping is None or ping.done():
+                self._check_ping(rank, ping)
+                request = pb.PingRequest()
+                self._pings[rank] = self._stubs[rank].Ping.future(request, timeout=PING_TIMEOUT)
+
+    def _check_ping(self, rank: int, ping: grpc.Future | None) -> None:
+        error = None if ping is None else ping.exception()
+        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            pid = self._processes[rank].pid
+            raise WorkerGroupError(
+                f"the worker of rank {rank} (pid {pid}) did not answer for {PING_TIMEOUT:.0f} s"
+            )
+
+
+class StepBound:
+    """How long a step may take, from its work and from what steps have taken.
+
+    Far more than it should: a first step compiles, pages weights in, or encodes for seconds.
+    """
+
+    def __init__(self) -> None:
+        self._rate = 0.05  # seconds for a unit of work, of the slowest steps lately
+
+    def seconds(self, batch: InputBatch) -> float:
+        return LEAST_BOUND + BOUND_FACTOR * self._rate * _work(batch)
+
+    def learn(self, batch: InputBatch, seconds: float) -> None:
+        self._rate = max(0.9 * self._rate, seconds / _work(batch))
+
+
+def _work(batch: InputBatch) -> float:
+    """Tokens computed, patches encoded, and tokens read."""
+    patches = sum(math.prod(task.grid_thw) for task in batch.encode)
+    return 1 + batch.token_ids.size + patches + int(batch.context_lens.sum()) / 64
 
 
 def _merge(calls: Sequence[Iterable[Any]]) -> queue.SimpleQueue[tuple[int, Any]]:

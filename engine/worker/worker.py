@@ -24,6 +24,7 @@ import grpc
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
 from ..config import ConfigError, ModelConfig, PreprocessConfig
+from ..failpoint import failpoint
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
@@ -37,11 +38,14 @@ UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
-    """Holds one `ModelRunner`. Calls come one at a time: the server has a single thread."""
+    """Holds one `ModelRunner`. Steps run on one thread, always the same: each thread that computes
+    has OpenMP threads of its own. Pings are answered beside them."""
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.rank = 0
         self.runner: ModelRunner | None = None
+        self._step_thread = futures.ThreadPoolExecutor(1, thread_name_prefix="step")
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator:
         """Loads on a thread of its own, so that progress can stream."""
@@ -75,7 +79,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         config = ModelConfig.from_dir(model_dir)
         check_tensor_parallel_size(config, request.tensor_parallel_size)
         device = resolve_device(request.device, request.rank)
-        self.epoch = request.epoch
+        self.epoch, self.rank = request.epoch, request.rank
+        failpoint("worker.load", self.rank)
         self.runner = ModelRunner(
             model_dir,
             config,
@@ -106,13 +111,26 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return pb.AllocateReply()
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepReply:
-        start = time.perf_counter()
+        failpoint("worker.received", self.rank)
         try:
-            result = self._live(request.epoch).step(unpack_step(request))
+            return self._step_thread.submit(self._step, request).result()
         except Exception as error:
             _refuse(context, error)
+        raise AssertionError  # `_refuse` has raised
+
+    def _step(self, request: pb.StepRequest) -> pb.StepReply:
+        start = time.perf_counter()
+        runner, batch = self._live(request.epoch), unpack_step(request)
+        failpoint("worker.unpacked", self.rank)
+        result = runner.step(batch)
+        failpoint("worker.computed", self.rank)
         seconds = time.perf_counter() - start
-        return pack_result(result, request.epoch, request.step_id, seconds)
+        reply = pack_result(result, request.epoch, request.step_id, seconds)
+        failpoint("worker.replies", self.rank)
+        return reply
+
+    def Ping(self, request: pb.PingRequest, context: grpc.ServicerContext) -> pb.PingReply:
+        return pb.PingReply(epoch=self.epoch)
 
     def _live(self, epoch: int) -> ModelRunner:
         if self.runner is None or epoch != self.epoch:
@@ -157,7 +175,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=UNLIMITED)
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(), server)
     server.add_insecure_port(f"unix:{socket}")
     server.start()

@@ -1,0 +1,220 @@
+"""Workers that are killed, hang, raise or run out of memory: they come back, and no stream loses or
+repeats a token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import octavo
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine import failpoint
+from octavo.engine.engine import EngineDead
+from octavo.engine.worker import group
+
+PARAMS = octavo.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 16 << 20,
+    "max_num_batched_tokens": 40,
+}
+
+
+def ask(text: str, seed: int | None = None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+        image = Image.fromarray(rng.integers(0, 256, (56, 84, 3), dtype=np.uint8))
+        parts.insert(0, {"type": "image", "image": image})
+    return [{"role": "user", "content": parts}]
+
+
+FAST = [("received", "kill"), ("computed", "oom")]
+CONVERSATIONS = [ask("Who are you?"), ask("What is it?", 1), ask("And this one here?", 2)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        return tokens(llm.chat(CONVERSATIONS, PARAMS))
+
+
+def tokens(outs: list[octavo.RequestOutput]) -> list[list[int]]:
+    assert [out.error for out in outs] == [""] * len(outs)
+    return [out.outputs[0].token_ids for out in outs]
+
+
+def at_step(llm: octavo.LLM, number: int, do: Callable[[], None]) -> None:
+    """Does something once, while the workers compute a step."""
+    send, count = llm.engine.group.step, 0
+
+    def step(batch: Any, step_id: int) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            do()
+        return send(batch, step_id)
+
+    llm.engine.group.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("step", [1, 12])
+def test_a_worker_that_is_killed_comes_back(
+    checkpoint: Path, expected: list[list[int]], step: int
+) -> None:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        before = llm.engine.worker_pids
+        at_step(llm, step, lambda: os.kill(before[0], signal.SIGKILL))
+        assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+        assert llm.engine.worker_pids != before
+        llm.engine.scheduler.check_integrity()
+        assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+
+
+def test_one_of_two_ranks_that_is_killed_brings_both_back(
+    checkpoint: Path, expected: list[list[int]]
+) -> None:
+    with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
+        before = llm.engine.worker_pids
+        at_step(llm, 9, lambda: os.kill(before[1], signal.SIGKILL))
+        assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+        assert not set(llm.engine.worker_pids) & set(before)
+
+
+def test_a_worker_that_hangs_is_told_by_its_silence(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "PING_TIMEOUT", 1.0)
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        at_step(llm, 9, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGSTOP))
+        start = time.monotonic()
+        assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+        assert time.monotonic() - start < 60
+
+
+def test_a_worker_that_dies_while_nothing_runs_comes_back(
+    checkpoint: Path, expected: list[list[int]]
+) -> None:
+    import asyncio
+
+    async def scenario() -> None:
+        async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
+            before = engine.worker_pids
+            os.kill(before[0], signal.SIGKILL)
+            deadline = time.monotonic() + 30
+            while engine.worker_pids == before or not engine.worker_pids:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+            stream = engine.chat(CONVERSATIONS[1], PARAMS)
+            assert [t async for delta in stream for t in delta.token_ids] == expected[1]
+
+    asyncio.run(scenario())
+
+
+def test_past_max_restarts_the_engine_ends_with_the_cause(checkpoint: Path) -> None:
+    with octavo.LLM(checkpoint, **SETTINGS, max_restarts=1) as llm:
+        at_step(llm, 3, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
+        llm.chat(CONVERSATIONS, PARAMS)
+        at_step(llm, 3, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
+        with pytest.raises(EngineDead, match=r"rank 0 .* was killed by signal 9"):
+            llm.chat(CONVERSATIONS, PARAMS)
+
+
+@pytest.fixture
+def failpoints(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    def switch_on(rules: str) -> None:
+        monkeypatch.setenv(failpoint.VARIABLE, rules)
+
+    yield switch_on
+
+
+PLACES = [
+    pytest.param(place, action, marks=() if (place, action) in FAST else pytest.mark.slow)
+    for place in ("received", "unpacked", "computed", "replies")
+    for action in ("kill", "raise", "exit", "oom")
+]
+
+
+@pytest.mark.parametrize(("place", "action"), PLACES)
+def test_a_fault_at_each_boundary_of_a_worker_s_step(
+    checkpoint: Path,
+    expected: list[list[int]],
+    failpoints: Callable[[str], None],
+    place: str,
+    action: str,
+) -> None:
+    failpoints(f"worker.{place}={action}#17")
+    with octavo.LLM(checkpoint, **SETTINGS, max_restarts=9) as llm:
+        assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+        assert len(llm.engine._restarts) >= 1
+
+
+def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it runs, the worker is killed: the others go on."""
+    with octavo.LLM(checkpoint, **SETTINGS, max_restarts=9) as llm:
+        send = llm.engine.group.step
+        schedule = llm.engine.scheduler.schedule
+        bad = "request-1"
+        running: list[tuple[str, ...]] = []
+
+        def watched() -> Any:
+            plan = schedule()
+            running.append(plan.request_ids if plan else ())
+            return plan
+
+        def step(batch: Any, step_id: int) -> Any:
+            if bad in running[-1] and len(running) > 6:
+                os.kill(llm.engine.worker_pids[0], signal.SIGKILL)
+            return send(batch, step_id)
+
+        monkeypatch.setattr(llm.engine.scheduler, "schedule", watched)
+        llm.engine.group.step = step  # type: ignore[method-assign]
+        outs = llm.chat(CONVERSATIONS, PARAMS)
+        assert outs[1].error == "INTERNAL: the request's step ended the workers twice"
+        assert [out.outputs[0].token_ids for out in (outs[0], outs[2])] == [
+            expected[0],
+            expected[2],
+        ]
+        assert len(llm.engine._restarts) == 2
+        llm.engine.scheduler.check_integrity()
+
+
+def test_deadlines_and_aborts_hold_through_a_restart(checkpoint: Path) -> None:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        engine = llm.engine
+        engine.add_request("late", ask("Hi"), PARAMS, timeout_s=0.5)
+        engine.add_request("gone", ask("Ho"), PARAMS)
+        engine.add_request("stays", ask("Hey"), PARAMS)
+        engine.step()
+        os.kill(engine.worker_pids[0], signal.SIGKILL)
+        engine.step()  # takes over 0.5 s
+        assert [d.finish_reason for d in engine.abort("gone")] == ["abort"]
+        deltas = engine.step()
+        assert [d.error[:17] for d in deltas if d.request_id == "late"] == ["DEADLINE_EXCEEDED"]
+        while engine.has_requests:
+            deltas += engine.step()
+        engine.scheduler.check_integrity()
+
+
+def test_rules_of_failpoints() -> None:
+    rules = failpoint.parse("a.b=kill#3;c@1=raise")
+    assert rules == (failpoint.Rule("a.b", "kill", None, 3), failpoint.Rule("c", "raise", 1, None))
+    for wrong in ("a", "a=b", "a=kill#x", "=kill"):
+        with pytest.raises(ValueError, match="must be NAME"):
+            failpoint.parse(wrong)
