@@ -2,8 +2,9 @@
 
 OCTAVO_FAILPOINTS holds rules, separated by semicolons:
 
-    worker.computed@1=kill#3     the third time that rank 1 comes by, it is killed
-    worker.computed=raise        each time on each rank
+    worker.computed=raise             each time, on each rank
+    worker.computed@1=kill#3          the third time that a process of rank 1 comes by, it is killed
+    worker.computed=stop#3!/tmp/x     the same, once in all: whoever makes the file /tmp/x does it
 
 Actions: kill (SIGKILL to the process itself), stop (SIGSTOP: it hangs), raise (RuntimeError), exit
 (as a program that gives up), oom (MemoryError).
@@ -18,7 +19,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 VARIABLE = "OCTAVO_FAILPOINTS"
-RULE = re.compile(r"(?P<name>[\w.]+)(@(?P<rank>\d+))?=(?P<action>\w+)(#(?P<at>\d+))?")
+ACTIONS = ("kill", "stop", "raise", "exit", "oom")
+RULE = re.compile(
+    r"(?P<name>[\w.]+)(@(?P<rank>\d+))?=(?P<action>\w+)(#(?P<at>\d+))?(!(?P<once>[^;]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Rule:
     name: str
     action: str
     rank: int | None  # None: every one
-    at: int | None  # how many times it is passed before it acts; None: each time
+    at: int | None  # the how-manieth passing acts; None: each
+    once: str | None = None  # the file whose making is the right to act
 
 
 def parse(text: str) -> tuple[Rule, ...]:
@@ -34,14 +39,10 @@ def parse(text: str) -> tuple[Rule, ...]:
     rules = []
     for part in filter(None, text.split(";")):
         match = RULE.fullmatch(part.strip())
-        if match is None or match["action"] not in ("kill", "stop", "raise", "exit", "oom"):
-            raise ValueError(f"{VARIABLE}={part!r}: must be NAME[@RANK]=ACTION[#TIMES]")
-        rank, at = match["rank"], match["at"]
-        rules.append(
-            Rule(
-                match["name"], match["action"], int(rank) if rank else None, int(at) if at else None
-            )
-        )
+        if match is None or match["action"] not in ACTIONS:
+            raise ValueError(f"{VARIABLE}={part!r}: must be NAME[@RANK]=ACTION[#TIMES][!FILE]")
+        rank, at = (int(match[name]) if match[name] else None for name in ("rank", "at"))
+        rules.append(Rule(match["name"], match["action"], rank, at, match["once"]))
     return tuple(rules)
 
 
@@ -60,8 +61,18 @@ def _hit(name: str, rank: int | None) -> None:
         if rule.name != name or rule.rank not in (None, rank):
             continue
         _passed[rule] += 1
-        if rule.at in (None, _passed[rule]):
+        if rule.at in (None, _passed[rule]) and _may_act(rule):
             _act(rule)
+
+
+def _may_act(rule: Rule) -> bool:
+    if rule.once is None:
+        return True
+    try:
+        os.close(os.open(rule.once, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _act(rule: Rule) -> None:

@@ -1,0 +1,52 @@
+"""How long a stream stands still when a worker is killed or hangs: `python -m
+octavo.benchmarks.recovery [--model DIR]`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.engine.engine import Engine
+from octavo.scheduler.params import SamplingParams
+
+
+def longest_gap(engine: Engine, fault: int | None, prompt_len: int) -> float:
+    """Seconds of the longest time between two tokens of a stream of 24; after the 8th, rank 0 gets
+    the signal `fault`."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    prompt = {"prompt_token_ids": [number % 200 for number in range(prompt_len)]}
+    request_id = engine.add_request(None, prompt, params)
+    times: list[float] = []
+    while engine.has_requests:
+        for delta in engine.step():
+            if delta.request_id == request_id and delta.token_ids:
+                times.append(time.monotonic())
+        if len(times) == 8 and fault is not None:
+            os.kill(engine.worker_pids[0], fault)
+            fault = None
+    return max(after - before for before, after in itertools.pairwise(times))
+
+
+def main(
+    model: Annotated[Path | None, typer.Option(help="Default: the embedded model.")] = None,
+    prompt_len: Annotated[int, typer.Option(help="Tokens that are computed anew.")] = 256,
+) -> None:
+    """Print the longest time between two tokens: without a fault, with a kill, with a hang."""
+    with Engine(model, max_model_len=1024, max_restarts=9) as engine:
+        longest_gap(engine, None, prompt_len)  # warm
+        for name, fault in (
+            ("none", None),
+            ("SIGKILL", signal.SIGKILL),
+            ("SIGSTOP", signal.SIGSTOP),
+        ):
+            print(f"{name}: {longest_gap(engine, fault, prompt_len):.2f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)
