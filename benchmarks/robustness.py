@@ -158,7 +158,7 @@ async def _serve(round_: Round, model: Path) -> tuple[list[History], int]:
         await asyncio.wait_for(asyncio.gather(*(talk(engine, h) for h in histories)), 200)
         assert not engine.engine.has_requests
         engine.engine.scheduler.check_integrity()
-        return histories, len(engine.engine._restarts)
+        return histories, len(engine.engine.restarts.times)
 
 
 def fault_free(rounds: list[Round], model: Path) -> dict[Ask, list[int]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,10 +31,11 @@ from .request_maker import RequestMaker, check_params
 from .runner.batch import BatchResult
 from .step_input import build_batch, unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
+from .worker.restarts import Restarts
 
 log = logging.getLogger("octavo.engine")
 
-RESTART_WINDOW = 600.0  # seconds in which `max_restarts` counts
+LOST = "INTERNAL: the scheduler does not know the request"
 
 
 class EngineDead(RuntimeError):
@@ -97,7 +97,7 @@ class Engine:
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.failed = ""
-        self._restarts: list[float] = []  # when workers were started anew, lately
+        self.restarts = Restarts(self.group, asked.max_restarts)
         self._live: dict[str, LiveRequest] = {}
         self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
         self._names = itertools.count()
@@ -194,7 +194,11 @@ class Engine:
         expired = self.scheduler.expire()
         plan = self.scheduler.schedule()
         if plan is None:
-            return self._deltas(expired)
+            deltas = self._deltas(expired)
+            return deltas + self._deltas(
+                RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, LOST)
+                for name in tuple(self._answers)  # there should be none
+            )
         planned = perf_counter()
         try:
             result = self._run(plan)
@@ -229,19 +233,10 @@ class Engine:
     def _recover(self, error: WorkerGroupError, plan: StepPlan | None) -> list[RequestUpdate]:
         """Starts the workers anew; all that ran starts over with the tokens it has. The last
         updates of requests that are to blame. Raises `EngineDead` when workers end too often."""
-        while True:
-            now = time.monotonic()
-            recent = [at for at in self._restarts if at > now - RESTART_WINDOW]
-            if len(recent) >= self.config.max_restarts:
-                raise self._died(error) from None
-            self._restarts = [*recent, now]
-            log.warning("%s; the workers are started anew", error)
-            try:
-                self.group.restart()
-                break
-            except (WorkerGroupError, ConfigError) as again:
-                error = WorkerGroupError(str(again))
-        log.warning("the workers are back after %.1f s", time.monotonic() - now)
+        try:
+            self.restarts.restart(error)
+        except WorkerGroupError as last:
+            raise self._died(last) from None
         return self.scheduler.lose_workers(plan)
 
     def _died(self, error: WorkerGroupError) -> EngineDead:

@@ -161,7 +161,7 @@ def test_a_fault_at_each_boundary_of_a_worker_s_step(
     failpoints(f"worker.{place}={action}#17!{tmp_path / 'once'}")
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
-        assert len(llm.engine._restarts) == 1
+        assert len(llm.engine.restarts.times) == 1
 
 
 def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
@@ -192,7 +192,7 @@ def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
             expected[0],
             expected[2],
         ]
-        assert len(llm.engine._restarts) == 2
+        assert len(llm.engine.restarts.times) == 2
         llm.engine.scheduler.check_integrity()
 
 

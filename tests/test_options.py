@@ -396,6 +396,17 @@ def test_an_abort_ends_also_what_the_scheduler_has_lost(llm: octavo.LLM) -> None
     assert not llm.engine.has_requests
 
 
+def test_a_request_that_the_scheduler_has_lost_ends_aloud(llm: octavo.LLM) -> None:
+    """And is not stepped for ever."""
+    llm.engine.add_request("a", ask("Hi"), replace(GREEDY, n=2))
+    for name in ("a", "a[1]"):
+        llm.engine.scheduler.finish(name, RequestStatus.FINISHED_STOPPED)  # and nobody was told
+    deltas = llm.engine.step()
+    assert [delta.finish_reason for delta in deltas] == ["error"] * 2
+    assert "INTERNAL" in deltas[0].error
+    assert not llm.engine.has_requests
+
+
 def test_a_request_id_that_is_drawn_is_free(llm: octavo.LLM) -> None:
     ids = [llm.engine.add_request(None, ask("Hi"), GREEDY)]
     number = int(ids[0].removeprefix("request-"))

@@ -1,0 +1,39 @@
+"""Starts a group's workers anew when they end, but not for ever."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..config import ConfigError
+from .group import WorkerGroup, WorkerGroupError
+
+log = logging.getLogger("octavo.group")
+
+RESTART_WINDOW = 600.0  # seconds in which restarts are counted
+
+
+class Restarts:
+    """At most `max_restarts` restarts of a group in `RESTART_WINDOW`."""
+
+    def __init__(self, group: WorkerGroup, max_restarts: int) -> None:
+        self._group, self._max = group, max_restarts
+        self.times: list[float] = []  # of the restarts that count
+
+    def restart(self, error: WorkerGroupError) -> None:
+        """Brings the group back after `error`. Raises the latest `WorkerGroupError` when it has
+        ended too often."""
+        while True:
+            now = time.monotonic()
+            self.times = [at for at in self.times if at > now - RESTART_WINDOW]
+            if len(self.times) >= self._max:
+                raise error
+            self.times.append(now)
+            log.warning("%s; the workers are started anew", error)
+            try:
+                self._group.restart()
+            except (WorkerGroupError, ConfigError) as again:
+                error = WorkerGroupError(str(again))
+                continue
+            log.warning("the workers are back after %.1f s", time.monotonic() - now)
+            return
