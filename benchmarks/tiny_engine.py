@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..engine.runner.model_runner import ModelRunner
-from ..engine.step_input import UnitPixels, build_batch
+from ..engine.step_input import UnitPixels, build_batch, step_result
 from ..scheduler.admission import SchedulerConfig
 from ..scheduler.request import Request, UnitKey
 from ..scheduler.scheduler import Scheduler
-from ..scheduler.step import StepPlan, StepResult
+from ..scheduler.step import StepPlan
 from .tiny_requests import TinyRequest
 
 
@@ -57,10 +57,7 @@ class TinyEngine:
             return None
         self.num_encoded += len(plan.encode)
         batch = build_batch(plan, self.scheduler.requests, self.pixels, 1)
-        result = self.runner.step(batch)
-        errors = {plan.request_ids[row]: text for row, text in result.errors}
-        sampled = tuple(result.sampled.tolist())
-        self.scheduler.update(plan, StepResult(plan.step_id, sampled, result.missing, errors))
+        self.scheduler.update(plan, step_result(plan, self.runner.step(batch)))
         self.scheduler.check_integrity()
         return plan
 

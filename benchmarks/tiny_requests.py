@@ -24,6 +24,7 @@ from ..engine.runner.batch import (
 from ..engine.runner.model_runner import ModelRunner
 from ..scheduler.params import SamplingParams
 from ..scheduler.request import EncodeUnit, MediaSpan
+from .tiny_checkpoint import SPECIAL_IDS
 
 GREEDY = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0
@@ -52,6 +53,19 @@ class TinyMedia:
 
 
 Part = Sequence[int] | TinyMedia  # token ids, or media that makes placeholders
+START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
+
+
+def text(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def image(seed: int, height: int, width: int) -> list[list[int] | TinyMedia]:
+    return [[START], TinyMedia.random(seed, height, width), [END]]
+
+
+def video(seed: int, frames: int, height: int, width: int) -> list[list[int] | TinyMedia]:
+    return [[START], TinyMedia.random(seed, height, width, frames), [END]]
 
 
 @dataclass(eq=False)

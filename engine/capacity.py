@@ -81,3 +81,18 @@ def _kv_budget(config: EngineConfig, model: ModelConfig, memory: GroupMemory) ->
 
 def _blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
+
+
+def log_capacity(config: EngineConfig, memory: GroupMemory, num_blocks: int) -> None:
+    log.info(
+        "%s, %s on %s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB a rank), "
+        "max_model_len %d",
+        config.model.name,
+        memory.dtype,
+        memory.device,
+        memory.weight_bytes / 1e9,
+        num_blocks,
+        config.block_size,
+        num_blocks * memory.kv_block_bytes / 1e9,
+        config.max_model_len,
+    )

@@ -14,6 +14,27 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import (
+    Device,
+    Dtype,
+    GpuMemoryUtilization,
+    Hub,
+    KvCacheMemoryBytes,
+    LongPrefillTokenThreshold,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumPartialPrefills,
+    MaxNumSeqs,
+    MaxPixels,
+    MaxQueueLen,
+    MaxQueueTokens,
+    MaxRestarts,
+    MinPixels,
+    Model,
+    TensorParallelSize,
+    TraceFile,
+)
+
 app = typer.Typer(
     help="Serves Qwen2-VL: images, videos and text in, streamed answers out.",
     no_args_is_help=True,
@@ -30,77 +51,6 @@ trace_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(trace_app, name="trace")
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Checkpoint folder or hub id, such as Qwen/Qwen2-VL-2B-Instruct. "
-        "Default: the small embedded model, which knows colored shapes and numbers."
-    ),
-]
-Hub = Annotated[str, typer.Option(help="Where hub ids come from: huggingface or modelscope.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU; on a CPU "
-        "bfloat16 where the processor multiplies it natively, else float32."
-    ),
-]
-TensorParallelSize = Annotated[
-    int, typer.Option(help="Worker processes that share each layer; divides the attention heads.")
-]
-MaxModelLen = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and output. Default: what the model allows.")
-]
-MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step.")]
-MaxNumPartialPrefills = Annotated[
-    int, typer.Option(help="Prompts that go in pieces in one step: the most urgent ones.")
-]
-LongPrefillTokenThreshold = Annotated[
-    int | None,
-    typer.Option(
-        help="Prompts that have more tokens to compute go in pieces while other requests decode, "
-        "and so many tokens are what all pieces take of a step: long prompts do not stall those "
-        "that decode. Default: 96 on a CPU, 256 on a GPU."
-    ),
-]
-MaxQueueLen = Annotated[
-    int, typer.Option(help="Requests that may wait; more are refused with RESOURCE_EXHAUSTED.")
-]
-MaxRestarts = Annotated[
-    int,
-    typer.Option(
-        help="Times in ten minutes that workers which ended are started anew; running requests go "
-        "on. One more, and the server exits."
-    ),
-]
-MaxQueueTokens = Annotated[int, typer.Option(help="Tokens of the requests that may wait.")]
-GpuMemoryUtilization = Annotated[
-    float, typer.Option(help="Share of each GPU's memory for weights and KV cache.")
-]
-KvCacheMemoryBytes = Annotated[
-    int | None,
-    typer.Option(
-        help="Bytes of KV cache on each rank; no more is taken than 16 requests of "
-        "--max-model-len need beside those that may run. Default: what is left of a GPU's memory; "
-        "on a CPU a quarter of free memory, at most 4 GB."
-    ),
-]
-MinPixels = Annotated[
-    int | None, typer.Option(help="Least pixels of an image. Default: the checkpoint's.")
-]
-MaxPixels = Annotated[
-    int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
-]
-
-TraceFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Record each step there as a JSON line, for `octavo trace draw`; replaces the file."
-    ),
-]
 
 
 @contextmanager
@@ -301,7 +251,7 @@ def trace_draw(
         try:
             from ..benchmarks.trace_plot import Trace, draw, parse_steps
         except ImportError:
-            raise ValueError('drawing needs matplotlib: pip install "octavo[plot]"') from None
+            raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
         picture = out or trace
         picture = picture if out and out.suffix else picture.with_suffix(".png")
         draw(Trace.read(trace, *parse_steps(steps)), picture)

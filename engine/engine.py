@@ -20,7 +20,7 @@ from ..scheduler.request import RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from ..scheduler.trace import TraceWriter
-from .capacity import plan_capacity, scheduler_config
+from .capacity import log_capacity, plan_capacity, scheduler_config
 from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig, generation_defaults
 from .failpoint import failpoint
 from .hub import resolve_model
@@ -28,8 +28,7 @@ from .input.processor import InputProcessor, ProcessedInput, Prompt
 from .live import LiveRequest
 from .output import OutputDelta
 from .request_maker import RequestMaker, check_params
-from .runner.batch import BatchResult
-from .step_input import build_batch, unit_pixels
+from .step_input import build_batch, step_result, unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
 from .worker.restarts import Restarts
 
@@ -101,18 +100,7 @@ class Engine:
         self._live: dict[str, LiveRequest] = {}
         self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
         self._names = itertools.count()
-        log.info(
-            "%s, %s on %s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB a rank), "
-            "max_model_len %d",
-            asked.model.name,
-            memory.dtype,
-            memory.device,
-            memory.weight_bytes / 1e9,
-            self.num_blocks,
-            asked.block_size,
-            self.num_blocks * memory.kv_block_bytes / 1e9,
-            max_model_len,
-        )
+        log_capacity(self.config, memory, self.num_blocks)
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
@@ -219,7 +207,7 @@ class Engine:
         pixels = {p.request_id: self._answers[p.request_id][0].pixels for p in plan.encode}
         batch = build_batch(plan, self.scheduler.requests, pixels, self.group.size)
         failpoint("engine.planned")
-        result = _step_result(plan, self.group.step(batch, plan.step_id))
+        result = step_result(plan, self.group.step(batch, plan.step_id))
         failpoint("engine.stepped")
         return result
 
@@ -308,12 +296,3 @@ def check_trace_file(path: Path | None) -> None:
             Path(path).open("a").close()
     except OSError as error:
         raise ConfigError(f"trace_file={path}: {error.strerror}") from None
-
-
-def _step_result(plan: StepPlan, result: BatchResult) -> StepResult:
-    return StepResult(
-        step_id=plan.step_id,
-        sampled=tuple(result.sampled.tolist()),
-        missing=result.missing,
-        errors={plan.request_ids[row]: text for row, text in result.errors},
-    )

@@ -1,4 +1,4 @@
-"""Turns a step plan into the arrays that workers take."""
+"""Turns a step plan into the arrays that workers take, and their answer into its result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import numpy as np
 
 from ..scheduler.params import SamplingParams
 from ..scheduler.request import EncodeUnit, Request, overlapping
-from ..scheduler.step import EncodePlan, StepPlan
+from ..scheduler.step import EncodePlan, StepPlan, StepResult
 from .input.media import MediaItem
-from .runner.batch import EmbeddingSlice, EncodeTask, InputBatch, Int32, SamplingBatch, UInt8
+from .runner.batch import (
+    BatchResult,
+    EmbeddingSlice,
+    EncodeTask,
+    InputBatch,
+    Int32,
+    SamplingBatch,
+    UInt8,
+)
 
 INT32 = np.dtype("<i4")
 
@@ -155,3 +163,12 @@ def _embedding_slices(bounds: Sequence[tuple[Request, int, int]]) -> tuple[Embed
             slices.append(EmbeddingSlice(unit.key, low - unit.offset, high - low, dest, row))
         base += count
     return tuple(slices)
+
+
+def step_result(plan: StepPlan, result: BatchResult) -> StepResult:
+    return StepResult(
+        step_id=plan.step_id,
+        sampled=tuple(result.sampled.tolist()),
+        missing=result.missing,
+        errors={plan.request_ids[row]: text for row, text in result.errors},
+    )

@@ -21,7 +21,7 @@ FILES = sorted(
 LAYERS = [
     ("proto", "scheduler", "kernels"),
     ("engine.config", "engine.failpoint"),
-    ("engine.hub", "engine.progress"),
+    ("engine.hub", "engine.progress", "engine.cli_options"),
     ("engine.model",),
     ("engine.runner",),
     ("engine.worker",),

@@ -9,13 +9,20 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_engine import TinyEngine
-from octavo.benchmarks.tiny_requests import GREEDY, TinyDriver, TinyMedia, TinyRequest, tiny_request
+from octavo.benchmarks.tiny_requests import (
+    GREEDY,
+    TinyDriver,
+    TinyRequest,
+    image,
+    text,
+    tiny_request,
+    video,
+)
 from octavo.engine.config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.model_runner import ModelRunner
@@ -23,7 +30,6 @@ from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams
 
 NUM_BLOCKS, BLOCK_SIZE, NEW_TOKENS = 96, 8, 7
-START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,18 +49,6 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     made.load()
     made.allocate(NUM_BLOCKS)
     return made
-
-
-def text(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, length).tolist()
-
-
-def image(seed: int, height: int, width: int) -> list[list[int] | TinyMedia]:
-    return [[START], TinyMedia.random(seed, height, width), [END]]
-
-
-def video(seed: int, frames: int, height: int, width: int) -> list[list[int] | TinyMedia]:
-    return [[START], TinyMedia.random(seed, height, width, frames), [END]]
 
 
 PROMPTS = {

@@ -16,8 +16,16 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import TinyDriver, TinyMedia, TinyRequest, tiny_request
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.tiny_requests import (
+    TinyDriver,
+    TinyMedia,
+    TinyRequest,
+    image,
+    text,
+    tiny_request,
+    video,
+)
 from octavo.engine.config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import SamplingBatch
@@ -26,7 +34,6 @@ from octavo.engine.runner.sampler import Sampler
 
 NEW_TOKENS = 8
 CPU = torch.device("cpu")
-START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,18 +42,6 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def text(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, length).tolist()
-
-
-def image(seed: int, height: int, width: int) -> list[list[int] | TinyMedia]:
-    return [[START], TinyMedia.random(seed, height, width), [END]]
-
-
-def video(seed: int, frames: int, height: int, width: int) -> list[list[int] | TinyMedia]:
-    return [[START], TinyMedia.random(seed, height, width, frames), [END]]
 
 
 # The videos have more temporal patches than rows or columns, or several encode units.

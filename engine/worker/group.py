@@ -25,6 +25,7 @@ from ...proto import worker_pb2_grpc
 from ..config import ConfigError, EngineConfig
 from ..failpoint import failpoint
 from ..runner.batch import BatchResult, InputBatch
+from .bound import StepBound
 from .wire import pack_steps, unpack_result
 from .worker import UNLIMITED
 
@@ -33,7 +34,6 @@ log = logging.getLogger("octavo.group")
 START_TIMEOUT = 120.0  # seconds for a worker's socket to answer: imports on a cold disk
 ALIVE_CHECK = 0.5  # seconds between two looks at the processes while waiting for an answer
 PING_TIMEOUT = 5.0  # seconds without an answer after which a worker is taken to hang
-LEAST_BOUND, BOUND_FACTOR = 30.0, 20.0  # of a step: seconds, and times what it should take
 EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
 
 _epochs = itertools.count(1)
@@ -260,28 +260,6 @@ class WorkerGroup:
             raise WorkerGroupError(
                 f"the worker of rank {rank} (pid {pid}) did not answer for {PING_TIMEOUT:.0f} s"
             )
-
-
-class StepBound:
-    """How long a step may take, from its work and from what steps have taken.
-
-    Far more than it should: a first step compiles, pages weights in, or encodes for seconds.
-    """
-
-    def __init__(self) -> None:
-        self._rate = 0.05  # seconds for a unit of work, of the slowest steps lately
-
-    def seconds(self, batch: InputBatch) -> float:
-        return LEAST_BOUND + BOUND_FACTOR * self._rate * _work(batch)
-
-    def learn(self, batch: InputBatch, seconds: float) -> None:
-        self._rate = max(0.9 * self._rate, seconds / _work(batch))
-
-
-def _work(batch: InputBatch) -> float:
-    """Tokens computed, patches encoded, and tokens read."""
-    patches = sum(math.prod(task.grid_thw) for task in batch.encode)
-    return 1 + batch.token_ids.size + patches + int(batch.context_lens.sum()) / 64
 
 
 def _merge(calls: Sequence[Iterable[Any]]) -> queue.SimpleQueue[tuple[int, Any]]:
