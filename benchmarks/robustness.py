@@ -30,7 +30,7 @@ from rich.progress import track
 from octavo.engine import failpoint
 from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.output import OutputDelta
-from octavo.engine.worker import group
+from octavo.engine.worker import process
 from octavo.scheduler.params import SamplingParams
 
 from .tiny_checkpoint import write_tiny_checkpoint
@@ -138,12 +138,12 @@ def play(round_: Round, model: Path, expected: dict[Ask, list[int]]) -> tuple[in
 def _faults(round_: Round, folder: Path) -> Iterator[None]:
     rules = [f"{rule}!{folder / str(number)}" for number, rule in enumerate(round_.faults)]
     os.environ[failpoint.VARIABLE] = ";".join(rules)
-    timeout, group.PING_TIMEOUT = group.PING_TIMEOUT, 2.0
+    timeout, process.PING_TIMEOUT = process.PING_TIMEOUT, 2.0
     try:
         yield
     finally:
         del os.environ[failpoint.VARIABLE]
-        group.PING_TIMEOUT = timeout
+        process.PING_TIMEOUT = timeout
 
 
 async def _serve(round_: Round, model: Path) -> tuple[list[History], int]:

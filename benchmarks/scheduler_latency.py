@@ -91,7 +91,7 @@ def step(scheduler: Scheduler) -> tuple[StepPlan, tuple[float, float]]:
     plan, schedule_ms = _timed(scheduler.schedule)
     assert plan is not None
     result = StepResult(plan.step_id, (TOKEN,) * sum(plan.samples))
-    _, update_ms = _timed(lambda: scheduler.update(plan, result))
+    _, update_ms = _timed(lambda: scheduler.update(result))
     return plan, (schedule_ms, update_ms)
 
 

@@ -9,6 +9,7 @@ that a row samples is a function of its digest.
 
 from __future__ import annotations
 
+import math
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -71,17 +72,17 @@ def make_request(
     return Request(request_id, tokens, params, tuple(units), cache_salt, **more)  # type: ignore[arg-type]
 
 
-def extend_digests(digests: list[int], request: Request) -> list[int]:
-    """What each known token of a request stands for, itself and all before it, as numbers that
-    are the same in every process. Adds those that are missing."""
+def extend_digests(digests: list[int], request: Request, tokens: Sequence[int]) -> list[int]:
+    """What each token of a request stands for, itself and all before it, as numbers that are the
+    same in every process. `digests` has those before `tokens`, which are added."""
     start = len(digests)
     last = digests[-1] if digests else zlib.crc32(request.cache_salt)
     under: dict[int, tuple[int, int, int]] = {}
-    for unit in overlapping(request.units, start, request.num_tokens):
+    for unit in overlapping(request.units, start, start + len(tokens)):
         name = zlib.crc32(unit.media_hash)
         under |= {at: (name, unit.index, at - unit.offset) for at in range(unit.offset, unit.end)}
-    for at in range(start, request.num_tokens):
-        last = hash((last, request.token_ids[at], *under.get(at, ())))
+    for at, token in enumerate(tokens, start):
+        last = hash((last, token, *under.get(at, ())))
         digests.append(last)
     return digests
 
@@ -93,7 +94,8 @@ def naive_output(request: Request, count: int) -> list[int]:
     )
     digests: list[int] = []
     for _ in range(count):
-        alone.token_ids.append(next_token(extend_digests(digests, alone)[-1], request))
+        extend_digests(digests, alone, alone.token_ids[len(digests) :])
+        alone.token_ids.append(next_token(digests[-1], request))
     return list(alone.output_token_ids)
 
 
@@ -109,6 +111,10 @@ class SimulatedWorker:
     encoded: int = 0  # tokens encoded in all
     computed: int = 0  # tokens computed in all
     _digests: dict[str, list[int]] = field(default_factory=dict)  # by request
+    _sampled: tuple[int, ...] = ()  # by the latest step: what rows of the next may await
+    _lacking: dict[str, int] = field(
+        default_factory=dict
+    )  # rows in it that computed nothing: start
 
     def step(self, plan: StepPlan, requests: dict[str, Request]) -> StepResult:
         config = self.config
@@ -119,12 +125,17 @@ class SimulatedWorker:
         self._encode(plan, requests)
         self.computed += plan.num_tokens
         sampled, missing = [], []
-        for row in range(len(plan.request_ids)):
-            token, lacking = self._row(plan, row, requests[plan.request_ids[row]])
-            missing += lacking
+        before, self._lacking = self._lacking, {}
+        for row, request_id in enumerate(plan.request_ids):
+            if plan.num_computed_tokens[row] > before.get(request_id, math.inf):
+                token = self._spoilt_row(plan, row)
+            else:
+                token, lacking = self._row(plan, row, requests[request_id])
+                missing += lacking
             if plan.samples[row]:
                 sampled.append(token)
-        return StepResult(plan.step_id, tuple(sampled), tuple(missing))
+        self._sampled = tuple(sampled)
+        return StepResult(plan.step_id, self._sampled, tuple(missing))
 
     def _copy(self, plan: StepPlan) -> None:
         size = self.config.block_size
@@ -148,6 +159,14 @@ class SimulatedWorker:
             self.embeddings[each.unit.key] = each.unit.num_tokens
         assert sum(self.embeddings.values()) <= self.config.encoder_cache_tokens
 
+    def _spoilt_row(self, plan: StepPlan, row: int) -> int:
+        """It was planned before the row of the step before was known to have computed nothing: what
+        it writes and draws is of no use."""
+        start, size = plan.num_computed_tokens[row], self.config.block_size
+        for at in range(start, start + plan.num_scheduled_tokens[row]):
+            self.slots.pop(plan.block_tables[row][at // size] * size + at % size, None)
+        return -1
+
     def _row(self, plan: StepPlan, row: int, request: Request) -> tuple[int, list[UnitKey]]:
         start, count = plan.num_computed_tokens[row], plan.num_scheduled_tokens[row]
         table, size = plan.block_tables[row], self.config.block_size
@@ -155,8 +174,19 @@ class SimulatedWorker:
         units = overlapping(request.units, start, start + count)
         lacking = [unit.key for unit in units if unit.key not in self.embeddings]
         if lacking:
+            self._lacking[request.request_id] = start
             return -1, lacking
-        digests = extend_digests(self._digests.setdefault(request.request_id, []), request)
+        if plan.awaits[row] < 0:
+            tokens = list(request.token_ids[start : start + count])
+        elif (token := self._sampled[plan.awaits[row]]) >= 0:
+            tokens = [token]
+        else:  # it computed nothing, so this cannot either
+            return -1, []
+        assert len(tokens) == count, f"{request.request_id}: tokens that nobody knows"
+        assert plan.samples[row] == (start + count >= request.num_tokens)
+        digests = self._digests.setdefault(request.request_id, [])
+        del digests[start:]  # of an earlier run, which got further
+        extend_digests(digests, request, [*request.token_ids[len(digests) : start], *tokens])
         slots = [table[at // size] * size + at % size for at in range(start + count)]
         for at in range(start):
             assert self.slots.get(slots[at]) == digests[at], (
@@ -173,27 +203,43 @@ class Simulation:
 
     config: SchedulerConfig
     spoil: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result
+    overlap: bool = False  # a step is planned while the one before it is on its way
     step_seconds: Callable[[StepPlan], float] = lambda plan: 0.01
 
     def __post_init__(self) -> None:
-        self.now = 0.0
+        self.now = self.planned_at = 0.0  # planned_at: when the latest step was
         self.scheduler = Scheduler(self.config, clock=lambda: self.now)
         self.worker = SimulatedWorker(self.config)
         self.outputs: dict[str, list[int]] = {}
         self.ended: dict[str, RequestUpdate] = {}
         self.preemptions = 0
+        self.in_flight: list[tuple[StepPlan, StepResult]] = []
 
     def step(self) -> StepPlan | None:
+        """Plans a step, and takes in the result of the one before it; without `overlap`, its own.
+        None when there was nothing to plan."""
+        self.planned_at = self.now
         self._take(self.scheduler.expire())
         plan = self.scheduler.schedule()
-        if plan is None:
-            return None
-        self.preemptions += len(plan.preempted)
-        result = self.worker.step(plan, self.scheduler.requests)
-        self.now += self.step_seconds(plan)
-        self._take(self.scheduler.update(plan, self.spoil(plan, result)))
+        if plan is not None:
+            self.preemptions += len(plan.preempted)
+            self.in_flight.append((plan, self.worker.step(plan, self.scheduler.requests)))
+        if self.in_flight and (plan is None or not self.overlap or len(self.in_flight) > 1):
+            self.receive()
         self.scheduler.check_integrity()
         return plan
+
+    def receive(self) -> None:
+        """The oldest step on its way is done."""
+        plan, result = self.in_flight.pop(0)
+        self.now += self.step_seconds(plan)
+        self._take(self.scheduler.update(self.spoil(plan, result)))
+
+    def lose_workers(self) -> None:
+        """The worker ends, with the steps on their way, and a new one takes its place."""
+        self.in_flight.clear()
+        self.worker = SimulatedWorker(self.config)
+        self._take(self.scheduler.lose_workers())
 
     def _take(self, updates: Sequence[RequestUpdate]) -> None:
         for update in updates:
@@ -205,8 +251,10 @@ class Simulation:
     def run(self, most: int = 5000) -> None:
         """Steps until nothing is left."""
         for _ in range(most):
-            if self.step() is None:
+            if self.step() is None and not self.scheduler.requests:
                 break
+        while self.in_flight:
+            self.receive()
         assert not self.scheduler.requests, "the scheduler is not empty"
         assert not self.scheduler.running and not self.scheduler.waiting
         assert self.scheduler.blocks.num_free == self.config.num_blocks

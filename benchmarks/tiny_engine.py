@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..engine.runner.model_runner import ModelRunner
+from ..engine.sampling_slots import SamplingSlots
 from ..engine.step_input import UnitPixels, build_batch, step_result
 from ..scheduler.admission import SchedulerConfig
 from ..scheduler.request import Request, UnitKey
@@ -39,6 +40,7 @@ class TinyEngine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
+        self._slots = SamplingSlots()
         self.runner.embeddings.clear()
 
     def add(
@@ -56,8 +58,8 @@ class TinyEngine:
         if plan is None:
             return None
         self.num_encoded += len(plan.encode)
-        batch = build_batch(plan, self.scheduler.requests, self.pixels, 1)
-        self.scheduler.update(plan, step_result(plan, self.runner.step(batch)))
+        batch = build_batch(plan, self.scheduler.requests, self.pixels, self._slots, 1)
+        self.scheduler.update(step_result(plan, self.runner.step(batch)))
         self.scheduler.check_integrity()
         return plan
 

@@ -194,6 +194,7 @@ class TinyDriver:
             context_lens=np.array([stop for _, stop in spans], np.int32),
             block_tables=np.array(tables, np.int32),
             sampling=_sampling(samples),
+            awaits=np.full(len(rows), -1, np.int32),
             encode=encode,
             embeddings=embeddings,
         )
@@ -229,6 +230,7 @@ class TinyDriver:
 
 def _sampling(rows: list[tuple[int, TinyRequest]]) -> SamplingBatch:
     params = [request.params for _, request in rows]
+    penalized = np.array([p.repetition_penalty != 1 for p in params], bool)
     return SamplingBatch(
         rows=np.array([row for row, _ in rows], np.int32),
         temperature=np.array([p.temperature for p in params], np.float32),
@@ -238,5 +240,6 @@ def _sampling(rows: list[tuple[int, TinyRequest]]) -> SamplingBatch:
         repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
         seed=np.array([p.seed for p in params], np.uint64),
         output_index=np.array([len(r.output_token_ids) for _, r in rows], np.int32),
+        slots=np.where(penalized, np.arange(len(params)), -1).astype(np.int32),
         seen_token_ids=tuple(np.array(request.token_ids, np.int32) for _, request in rows),
     )

@@ -80,7 +80,8 @@ def record(path: Path) -> int:
         number += 1
         if plan is not None:
             before, now = now, now + seconds_of(plan)
-            tell(scheduler.update(plan, worker.step(plan, scheduler.requests)))
-            trace.write(plan, (before, before, now, now))
+            trace.plan(plan, before, before)
+            tell(scheduler.update(worker.step(plan, scheduler.requests)))
+            trace.done(now, now)
     trace.close()
     return number

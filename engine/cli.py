@@ -31,6 +31,7 @@ from .cli_options import (
     MaxRestarts,
     MinPixels,
     Model,
+    OverlapSteps,
     TensorParallelSize,
     TraceFile,
 )
@@ -87,6 +88,7 @@ def serve(
     long_prefill_token_threshold: LongPrefillTokenThreshold = None,
     max_queue_len: MaxQueueLen = 1024,
     max_queue_tokens: MaxQueueTokens = 1 << 20,
+    overlap_steps: OverlapSteps = True,
     max_restarts: MaxRestarts = 3,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,

@@ -42,6 +42,13 @@ LongPrefillTokenThreshold = Annotated[
         "that decode. Default: 96 on a CPU, 256 on a GPU."
     ),
 ]
+OverlapSteps = Annotated[
+    bool,
+    typer.Option(
+        help="Plan and send each step while the one before it runs: the workers never wait for "
+        "the engine, and a request that stops may have been computed one token too far."
+    ),
+]
 MaxQueueLen = Annotated[
     int, typer.Option(help="Requests that may wait; more are refused with RESOURCE_EXHAUSTED.")
 ]

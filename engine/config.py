@@ -266,6 +266,7 @@ class EngineConfig:
     long_prefill_token_threshold: int | None = None  # tokens of all pieces in a step while others
     # decode; None: by the device
     max_restarts: int = 3  # times in ten minutes that workers which ended are started anew
+    overlap_steps: bool = True  # plan and send a step while the one before it runs
     max_queue_len: int = 1024  # requests that wait for a place
     max_queue_tokens: int = 1 << 20  # their tokens
     block_size: int = 16
@@ -287,6 +288,8 @@ class EngineConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 text = f"must be a whole number from {least} on"
                 raise ConfigError(f"{field.name}={shown(value)}: {text}")
+        if not isinstance(self.overlap_steps, bool):
+            raise ConfigError(f"overlap_steps={shown(self.overlap_steps)}: must be true or false")
         if not isinstance(self.gpu_memory_utilization, int | float):
             raise ConfigError("gpu_memory_utilization: must be a number")
         if not 0 < self.gpu_memory_utilization <= 1:

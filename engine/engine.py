@@ -12,23 +12,22 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Unpack
 
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import RequestStatus
 from ..scheduler.scheduler import Scheduler
-from ..scheduler.step import RequestUpdate, StepPlan, StepResult
+from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
 from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig, generation_defaults
-from .failpoint import failpoint
 from .hub import resolve_model
 from .input.processor import InputProcessor, ProcessedInput, Prompt
 from .live import LiveRequest
 from .output import OutputDelta
+from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
-from .step_input import build_batch, step_result, unit_pixels
+from .step_input import unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
 from .worker.restarts import Restarts
 
@@ -95,6 +94,13 @@ class Engine:
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
+        self._pipeline = StepPipeline(
+            self.scheduler,
+            self.group,
+            lambda name: self._answers[name][0].pixels,
+            self._trace,
+            asked.overlap_steps,
+        )
         self.failed = ""
         self.restarts = Restarts(self.group, asked.max_restarts)
         self._live: dict[str, LiveRequest] = {}
@@ -173,59 +179,40 @@ class Engine:
         )
 
     def step(self) -> list[OutputDelta]:
-        """Runs one step and gives what it added to each request.
+        """Sends the next step to the workers, and gives what the step before it added to each
+        request: nothing the first time.
 
-        Raises `EngineDead` when the worker group fails.
+        Raises `EngineDead` when the workers fail too often.
         """
         self.check_alive()
-        before = perf_counter()
-        expired = self.scheduler.expire()
-        plan = self.scheduler.schedule()
-        if plan is None:
-            deltas = self._deltas(expired)
-            return deltas + self._deltas(
+        updates = self.scheduler.expire()
+        try:
+            updates += self._pipeline.step()
+        except WorkerGroupError as error:
+            updates += self._recover(error)
+        deltas = self._deltas(updates)
+        if self._pipeline.is_idle and not self.scheduler.requests:
+            deltas += self._deltas(
                 RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, LOST)
                 for name in tuple(self._answers)  # there should be none
             )
-        planned = perf_counter()
-        try:
-            result = self._run(plan)
-        except WorkerGroupError as error:
-            return self._deltas([*expired, *self._recover(error, plan)])
-        ran = perf_counter()
-        updates = self.scheduler.update(plan, result)
-        updated = perf_counter()
-        deltas = self._deltas([*expired, *updates])
-        if self._trace is not None:
-            self._trace.write(plan, (before, planned, ran, updated))
         return deltas
-
-    def _run(self, plan: StepPlan) -> StepResult:
-        """The plan on the workers; one with nothing in it does not travel."""
-        if not (plan.request_ids or plan.encode or plan.drop):
-            return StepResult(plan.step_id, ())
-        pixels = {p.request_id: self._answers[p.request_id][0].pixels for p in plan.encode}
-        batch = build_batch(plan, self.scheduler.requests, pixels, self.group.size)
-        failpoint("engine.planned")
-        result = step_result(plan, self.group.step(batch, plan.step_id))
-        failpoint("engine.stepped")
-        return result
 
     def check_workers(self) -> None:
         """For a loop that has nothing to step: starts workers that have ended anew."""
         try:
             self.group.check_alive()
         except WorkerGroupError as error:
-            self._recover(error, None)
+            self._recover(error)
 
-    def _recover(self, error: WorkerGroupError, plan: StepPlan | None) -> list[RequestUpdate]:
+    def _recover(self, error: WorkerGroupError) -> list[RequestUpdate]:
         """Starts the workers anew; all that ran starts over with the tokens it has. The last
         updates of requests that are to blame. Raises `EngineDead` when workers end too often."""
         try:
             self.restarts.restart(error)
         except WorkerGroupError as last:
             raise self._died(last) from None
-        return self.scheduler.lose_workers(plan)
+        return self._pipeline.lose_workers()
 
     def _died(self, error: WorkerGroupError) -> EngineDead:
         self.failed = str(error)

@@ -7,7 +7,7 @@ OCTAVO_FAILPOINTS holds rules, separated by semicolons:
     worker.computed=stop#3!/tmp/x     the same, once in all: whoever makes the file /tmp/x does it
 
 Actions: kill (SIGKILL to the process itself), stop (SIGSTOP: it hangs), raise (RuntimeError), exit
-(as a program that gives up), oom (MemoryError).
+(as a program that gives up), oom (MemoryError), cut (`CutOff`: the message is lost).
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 VARIABLE = "OCTAVO_FAILPOINTS"
-ACTIONS = ("kill", "stop", "raise", "exit", "oom")
+ACTIONS = ("kill", "stop", "raise", "exit", "oom", "cut")
 RULE = re.compile(
     r"(?P<name>[\w.]+)(@(?P<rank>\d+))?=(?P<action>\w+)(#(?P<at>\d+))?(!(?P<once>[^;]+))?"
 )
+
+
+class CutOff(RuntimeError):
+    """A message is to be lost."""
 
 
 @dataclass(frozen=True)
@@ -82,5 +86,7 @@ def _act(rule: Rule) -> None:
         os._exit(3)
     elif rule.action == "oom":
         raise MemoryError(f"failpoint {rule.name}")
+    elif rule.action == "cut":
+        raise CutOff(f"failpoint {rule.name}")
     else:
         raise RuntimeError(f"failpoint {rule.name}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..scheduler.params import SamplingParams
 from ..scheduler.request import EncodeUnit, Request, overlapping
 from ..scheduler.step import EncodePlan, StepPlan, StepResult
 from .input.media import MediaItem
@@ -21,8 +20,12 @@ from .runner.batch import (
     SamplingBatch,
     UInt8,
 )
+from .sampling_slots import SamplingSlots
 
 INT32 = np.dtype("<i4")
+NONE = np.empty(0, INT32)
+
+Bounds = tuple[Request, int, int]  # whose row it is, its first token and how many it computes
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def build_batch(
     plan: StepPlan,
     requests: Mapping[str, Request],
     pixels: Mapping[str, Mapping[tuple[bytes, int], UnitPixels]],
+    slots: SamplingSlots,
     num_ranks: int,
 ) -> InputBatch:
     """The arrays of a step. `pixels` has each request's units by key."""
@@ -71,21 +75,30 @@ def build_batch(
     starts = np.asarray(plan.num_computed_tokens, INT32)
     counts = np.asarray(plan.num_scheduled_tokens, INT32)
     bounds = list(zip(rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True))
-    tokens = b"".join(row.token_ids[start : start + n].tobytes() for row, start, n in bounds)
+    awaits = np.array(plan.awaits or [-1] * len(rows), INT32)
     return InputBatch(
-        token_ids=np.frombuffer(tokens, INT32),
+        token_ids=_token_ids(bounds, awaits),
         positions=np.concatenate([_positions(*bound) for bound in bounds], axis=1, dtype=INT32)
         if bounds
         else np.empty((3, 0), INT32),
         num_scheduled_tokens=counts,
         context_lens=starts + counts,
         block_tables=_block_tables(plan.block_tables),
-        sampling=_sampling(plan, rows),
+        sampling=_sampling(plan, bounds, slots),
+        awaits=awaits,
         copies=np.array(plan.copies, INT32).reshape(-1, 2).T,
         encode=_encode_tasks(plan.encode, pixels, num_ranks),
         embeddings=_embedding_slices(bounds),
         drop=plan.drop,
     )
+
+
+def _token_ids(bounds: Sequence[Bounds], awaits: Int32) -> Int32:
+    """The step's tokens; 0 for one that is not known yet."""
+    parts = [row.token_ids[start : start + count].tobytes() for row, start, count in bounds]
+    for row in np.flatnonzero(awaits >= 0):
+        parts[row] = bytes(INT32.itemsize)
+    return np.frombuffer(b"".join(parts), INT32)
 
 
 def _positions(request: Request, start: int, count: int) -> Int32:
@@ -109,28 +122,34 @@ def _block_tables(tables: Sequence[array[int]]) -> Int32:
     return padded
 
 
-def _sampling(plan: StepPlan, rows: Sequence[Request]) -> SamplingBatch:
-    drawn = [(row, request) for row, request in enumerate(rows) if plan.samples[row]]
+def _sampling(plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots) -> SamplingBatch:
+    drawn = [bound for bound, samples in zip(bounds, plan.samples, strict=True) if samples]
+    penalized = [_slot(slots, *bound) for bound in drawn]
 
     def column(name: str, dtype: str) -> np.ndarray:
-        return np.array([getattr(request.params, name) for _, request in drawn], dtype)
+        return np.array([getattr(request.params, name) for request, _, _ in drawn], dtype)
 
     return SamplingBatch(
-        rows=np.array([row for row, _ in drawn], INT32),
+        rows=np.flatnonzero(plan.samples).astype(INT32),
         temperature=column("temperature", "<f4"),
         top_k=column("top_k", "<i4"),
         top_p=column("top_p", "<f4"),
         min_p=column("min_p", "<f4"),
         repetition_penalty=column("repetition_penalty", "<f4"),
         seed=column("seed", "<u8"),
-        output_index=np.array([request.num_output_tokens for _, request in drawn], INT32),
-        seen_token_ids=tuple(_seen(request.params, request.token_ids) for _, request in drawn),
+        output_index=np.array([start + n - r.num_prompt_tokens for r, start, n in drawn], INT32),
+        slots=np.array([slot for slot, _ in penalized], INT32),
+        seen_token_ids=tuple([seen for _, seen in penalized]),
     )
 
 
-def _seen(params: SamplingParams, token_ids: array[int]) -> Int32:
-    """What a repetition penalty looks at; nothing travels where there is none."""
-    return np.array(token_ids if params.repetition_penalty != 1.0 else (), INT32)
+def _slot(slots: SamplingSlots, request: Request, start: int, count: int) -> tuple[int, Int32]:
+    """Where a row's penalty finds the tokens that it looks at, and those tokens where they are to
+    travel."""
+    if request.params.repetition_penalty == 1.0:
+        return -1, NONE
+    slot, kept = slots.place(request, start, count)
+    return slot, NONE if kept else np.array(request.token_ids, INT32)
 
 
 def _encode_tasks(
@@ -151,7 +170,7 @@ def _encode_tasks(
     return tuple(tasks)
 
 
-def _embedding_slices(bounds: Sequence[tuple[Request, int, int]]) -> tuple[EmbeddingSlice, ...]:
+def _embedding_slices(bounds: Sequence[Bounds]) -> tuple[EmbeddingSlice, ...]:
     """For every unit that overlaps the tokens to compute: which of its rows go where."""
     slices = []
     base = 0

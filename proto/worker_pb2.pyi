@@ -6,14 +6,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PingRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class PingReply(_message.Message):
     __slots__ = ("epoch",)
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class PingReply(_message.Message):
+    __slots__ = ("epoch", "step_id")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("epoch", "model", "device", "dtype", "rank", "tensor_parallel_size", "rendezvous", "block_size")
@@ -74,7 +78,7 @@ class AllocateReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("epoch", "step_id", "token_ids", "positions", "num_scheduled_tokens", "context_lens", "block_tables", "sampling", "encode", "embeddings", "drop", "copies")
+    __slots__ = ("epoch", "step_id", "token_ids", "positions", "num_scheduled_tokens", "context_lens", "block_tables", "sampling", "encode", "embeddings", "drop", "copies", "previous_step_id", "awaits")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +91,8 @@ class StepRequest(_message.Message):
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     DROP_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     token_ids: bytes
@@ -99,10 +105,12 @@ class StepRequest(_message.Message):
     embeddings: _containers.RepeatedCompositeFieldContainer[Embedding]
     drop: _containers.RepeatedCompositeFieldContainer[Unit]
     copies: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., copies: _Optional[bytes] = ...) -> None: ...
+    previous_step_id: int
+    awaits: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., copies: _Optional[bytes] = ..., previous_step_id: _Optional[int] = ..., awaits: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids")
+    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids", "slots")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +120,7 @@ class Sampling(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     SEEN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
     rows: bytes
     temperature: bytes
     top_k: bytes
@@ -121,7 +130,8 @@ class Sampling(_message.Message):
     seed: bytes
     output_index: bytes
     seen_token_ids: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    slots: bytes
+    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ..., slots: _Optional[bytes] = ...) -> None: ...
 
 class Unit(_message.Message):
     __slots__ = ("media_hash", "index")

@@ -55,7 +55,8 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """Encodes, decodes and samples once.
+        """Encodes, decodes and samples once, after the step `previous_step_id`, whichever comes first. A
+        step that comes again is answered again, not run again. ABORTED: the one before it was missed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

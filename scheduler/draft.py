@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from dataclasses import dataclass, field
 
 from .request import Request, UnitKey
@@ -19,6 +18,7 @@ class StepDraft:
     num_decoding: int  # running requests that need one token and have no row yet; it is kept for
     # them
     num_prefilling: int  # running requests that need more than one token
+    num_ending: int  # running requests whose last token is on its way
     others_decode: bool  # some request decodes, so a long prompt goes in small pieces
     num_waiting: int  # for them a long prompt leaves room: they may be short
     num_pieces: int = 0  # rows so far that do not finish what is known
@@ -26,11 +26,12 @@ class StepDraft:
     may_start: bool = True  # nothing more urgent has failed to find room
     may_encode: bool = True  # nothing more urgent has failed to be encoded
     last_victim: tuple[float, int] = (math.inf, 0)  # nothing less urgent may start in its place
-    request_ids: list[str] = field(default_factory=list)
+    rows: list[Request] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
-    block_tables: list[array[int]] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    awaits: list[int] = field(default_factory=list)
+    num_samples: int = 0
     copies: list[tuple[int, int]] = field(default_factory=list)
     encode: list[EncodePlan] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
@@ -40,15 +41,25 @@ class StepDraft:
         """For other rows than those that decode."""
         return self.token_budget - self.num_decoding
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.preempted)
+
     def add_row(self, request: Request, count: int, left: int) -> None:
-        """`count` of the `left` tokens that a request has still to compute."""
+        """Sends `count` of the `left` tokens that a request has still to compute."""
+        start, samples = request.num_sent_tokens, count == left
         self.token_budget -= count
-        self.num_pieces += count < left
-        self.request_ids.append(request.request_id)
-        self.num_computed_tokens.append(request.num_computed_tokens)
+        self.num_pieces += not samples
+        self.rows.append(request)
+        self.num_computed_tokens.append(start)
         self.num_scheduled_tokens.append(count)
-        self.block_tables.append(request.block_table)
-        self.samples.append(count == left)
+        self.samples.append(samples)
+        self.awaits.append(request.sample_index if start == len(request.token_ids) else -1)
+        request.num_sent_tokens += count
+        if samples:
+            request.num_awaited_tokens += 1
+            request.sample_index = self.num_samples
+            self.num_samples += 1
 
     def pass_over(self, most: int, wants_encoding: bool) -> None:
         """A waiting request did not start; `most` of them in a step, then no one else does."""
@@ -65,11 +76,12 @@ class StepDraft:
     def as_plan(self, step_id: int, drop: tuple[UnitKey, ...]) -> StepPlan:
         return StepPlan(
             step_id=step_id,
-            request_ids=tuple(self.request_ids),
+            request_ids=tuple([row.request_id for row in self.rows]),
             num_computed_tokens=tuple(self.num_computed_tokens),
             num_scheduled_tokens=tuple(self.num_scheduled_tokens),
-            block_tables=tuple(self.block_tables),
+            block_tables=tuple([row.block_table for row in self.rows]),
             samples=tuple(self.samples),
+            awaits=tuple(self.awaits),
             copies=tuple(self.copies),
             encode=tuple(self.encode),
             drop=drop,

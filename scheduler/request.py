@@ -89,8 +89,9 @@ def salted(media_hash: bytes, cache_salt: bytes) -> bytes:
 class Request:
     """One request's state. Mutated by the scheduler alone.
 
-    Token ids [0, num_computed_tokens) have their keys and values in blocks; of the rest,
-    [num_computed_tokens, num_tokens) are known and still to compute.
+    Token ids [0, num_computed_tokens) have their keys and values in blocks, as the workers have
+    reported; [num_computed_tokens, num_sent_tokens) are in steps on their way, which also draw
+    `num_awaited_tokens` that are not yet known; the rest no step has taken up.
     """
 
     request_id: str
@@ -111,6 +112,9 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     token_ids: array[int] = field(default_factory=lambda: array("i"))  # prompt, then output
     num_computed_tokens: int = 0
+    num_sent_tokens: int = 0
+    num_awaited_tokens: int = 0
+    sample_index: int = -1  # its place among the tokens that its latest step draws
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
     block_table: array[int] = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked
@@ -132,6 +136,14 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the next step may take up: known, or drawn by a step on its way. The last
+        that the request may have is never computed."""
+        known = len(self.token_ids) + self.num_awaited_tokens
+        last = len(self.prompt_token_ids) + self.max_tokens - 1
+        return (known if known < last else last) - self.num_sent_tokens
 
     @property
     def num_output_tokens(self) -> int:

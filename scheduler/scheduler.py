@@ -22,7 +22,7 @@ from .admission import AdmissionError, SchedulerConfig, check_queue, check_size
 from .block_hash import block_hash
 from .planner import Planner
 from .request import Request, RequestStatus, UnitKey, overlapping
-from .state import SchedulerState
+from .state import InFlight, SchedulerState
 from .step import RequestUpdate, StepPlan, StepResult
 
 MAX_MISSES = 3  # steps in a row that lack a request's embedding: then the request fails
@@ -79,53 +79,68 @@ class Scheduler:
         return ended
 
     def schedule(self) -> StepPlan | None:
-        """The next step; None when there is no request. `update` must follow each plan."""
-        return self._planner.plan(next(self._step_ids)) if self.requests else None
+        """The next step; None when there is no request, or all of them await the step on its way.
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Takes in what a step computed; one update for each request that it changed visibly."""
+        One step may be planned while another is on its way. `update` must follow for each, in
+        order.
+        """
+        in_flight = self.state.in_flight
+        assert len(in_flight) <= 1, "two steps are on their way"
+        if not self.requests or (in_flight and self.state.suspects):  # those run alone
+            return None
+        draft = self._planner.plan()
+        if in_flight and draft.is_empty:
+            return None
+        plan = draft.as_plan(next(self._step_ids), self.encoder_cache.take_evicted())
+        in_flight.append(InFlight(plan, [*draft.rows]))
+        return plan
+
+    def update(self, result: StepResult) -> list[RequestUpdate]:
+        """Takes in what the oldest step on its way computed; one update for each request that it
+        changed visibly."""
+        step = self.state.in_flight.popleft()
+        plan = step.plan
+        assert result.step_id == plan.step_id, "the result of another step"
         missing, errors = set(result.missing), result.errors
         for key in missing:
-            self.encoder_cache.lose(key)
+            self.state.lose_embedding(key)
         sampled = iter(result.sampled)
         updates: list[RequestUpdate] = []
         rows = zip(
-            plan.request_ids,
+            step.rows,
             plan.num_computed_tokens,
             plan.num_scheduled_tokens,
             plan.samples,
             strict=True,
         )
-        for request_id, start, count, samples in rows:
+        for request, start, count, samples in rows:
             token = next(sampled, -1) if samples else None
-            request = self.requests.get(request_id)
-            if request is None:  # finished since the plan was made
+            if request is None or request.status.is_finished:  # since the plan was made
                 continue
-            if request.num_kills and len(plan.request_ids) == 1:
+            if request.num_kills and len(step.rows) == 1:
                 self.state.clear(request)
-            if request_id in errors:
-                updates.append(self._fail(request, errors[request_id]))
+            if request.request_id in errors:
+                updates.append(self._fail(request, errors[request.request_id]))
             elif missing and self._lacks(request, start, start + count, missing):
                 updates += self._missed(request)
             else:
-                self._advance(request, start, start + count)
+                if request.status is RUNNING:  # else it was preempted since, and keeps its token
+                    self._advance(request, start, start + count)
                 if token is not None:
                     updates.append(self._append(request, token))
         updates += self._watch(plan)
         return updates
 
-    def lose_workers(self, plan: StepPlan | None) -> list[RequestUpdate]:
-        """The workers ended, in the step `plan` if one was under way, and new ones have nothing.
+    def lose_workers(self) -> list[RequestUpdate]:
+        """The workers ended, perhaps in a step that was on its way, and new ones have nothing.
 
         All that ran starts over with the tokens it has. A request is blamed by running it alone:
         if its step ends the workers again, it ends with INTERNAL, and the others go on.
         """
-        request_ids = [] if plan is None else [i for i in plan.request_ids if i in self.requests]
-        self.state.lose_workers(request_ids)
-        if len(request_ids) != 1 or self.requests[request_ids[0]].num_kills < 2:
+        blamed = self.state.lose_workers()
+        if len(blamed) != 1 or blamed[0].num_kills < 2:
             return []
-        text = "INTERNAL: the request's step ended the workers twice"
-        return [self._fail(self.requests[request_ids[0]], text)]
+        return [self._fail(blamed[0], "INTERNAL: the request's step ended the workers twice")]
 
     def _lacks(self, request: Request, start: int, end: int, missing: set[UnitKey]) -> bool:
         """An embedding was missing, so the row computed nothing."""
@@ -135,7 +150,10 @@ class Scheduler:
         """The next plan encodes what was missing; and all its units, since a worker that lost one
         may have lost the others, and would tell of them one by one."""
         for unit in request.units:
-            self.encoder_cache.lose(unit.key)
+            self.state.lose_embedding(unit.key)
+        if request.status is not RUNNING:  # preempted since: all is computed anew in any case
+            return ()
+        self.state.rewind(request)
         request.num_misses += 1
         if request.num_misses < MAX_MISSES:
             return ()
@@ -163,8 +181,8 @@ class Scheduler:
     def _append(self, request: Request, token: int) -> RequestUpdate:
         if token < 0:
             return self._fail(request, "the step gave no token")
+        self.state.append(request, token)
         tokens = request.token_ids
-        tokens.append(token)
         if token in request.stop_token_ids:
             status = RequestStatus.FINISHED_STOPPED
         elif len(tokens) - len(request.prompt_token_ids) >= request.max_tokens:

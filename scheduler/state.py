@@ -12,12 +12,23 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from .admission import SchedulerConfig
 from .block_manager import BlockManager
 from .encoder_cache import EncoderCache
-from .request import Request, RequestStatus, overlapping
+from .request import Request, RequestStatus, UnitKey, overlapping
+from .step import StepPlan
+
+
+@dataclass
+class InFlight:
+    """A step that was sent, and whose result has not come."""
+
+    plan: StepPlan
+    rows: list[Request | None]  # whose each row is; None once nothing of it counts
 
 
 class SchedulerState:
@@ -33,6 +44,7 @@ class SchedulerState:
         self.num_queued = 0  # waiting requests, n answers to one prompt counted once
         self.num_queued_tokens = 0
         self.suspects: list[Request] = []  # to run alone, since a step with them ended the workers
+        self.in_flight: deque[InFlight] = deque()  # steps on their way, the oldest first
         self._deadlines: list[tuple[float, str]] = []  # a heap; it may name requests long gone
 
     def add(self, request: Request) -> None:
@@ -50,23 +62,45 @@ class SchedulerState:
         """Takes a request's blocks; when it resumes, what is not found again is computed anew."""
         _remove(self.running, request)
         self._release(request)  # goes by num_computed_tokens, so before that is reset
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_sent_tokens = request.num_awaited_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
         self._wait(request)
 
-    def lose_workers(self, request_ids: Iterable[str]) -> None:
-        """The workers are gone, with all blocks and embeddings, in a step of these requests. What
-        ran is to be computed anew; and those are suspects."""
+    def rewind(self, request: Request) -> None:
+        """Its latest report came to nothing: what it has in later steps is void, and the next plan
+        goes on from what is computed."""
+        request.num_sent_tokens, request.num_awaited_tokens = request.num_computed_tokens, 0
+        for step in self.in_flight:
+            step.rows = [None if row is request else row for row in step.rows]
+
+    def append(self, request: Request, token: int) -> None:
+        request.token_ids.append(token)
+        if request.status is RequestStatus.RUNNING:
+            request.num_awaited_tokens -= 1
+        else:  # it was preempted since its step was sent
+            self.num_queued_tokens += 1
+
+    def lose_embedding(self, key: UnitKey) -> None:
+        """Workers lack a unit; unless a step on its way encodes it anew, the next plan does."""
+        if not any(key == each.unit.key for step in self.in_flight for each in step.plan.encode):
+            self.encoder_cache.lose(key)
+
+    def lose_workers(self) -> list[Request]:
+        """The workers are gone, with all blocks and embeddings. What ran is to be computed anew;
+        the requests of the steps that were on their way are suspects: they are returned."""
+        rows = [row for step in self.in_flight for row in step.rows]
+        blamed = [row for row in dict.fromkeys(rows) if row and not row.status.is_finished]
+        self.in_flight.clear()
         for request in reversed(tuple(self.running)):
             self.preempt(request)
         self.blocks.reset()
         self.encoder_cache.reset()
-        for request_id in request_ids:
-            request = self.requests[request_id]
+        for request in blamed:
             request.num_kills += 1
             if request not in self.suspects:
                 self.suspects.append(request)
+        return blamed
 
     def clear(self, request: Request) -> None:
         """It ran well alone: it did not end the workers."""

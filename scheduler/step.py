@@ -25,8 +25,11 @@ class StepPlan:
     request_ids: tuple[str, ...]
     num_computed_tokens: tuple[int, ...]  # before this step
     num_scheduled_tokens: tuple[int, ...]  # tokens to compute now
-    block_tables: tuple[array[int], ...]  # the requests' own: to be read before `update`
-    samples: tuple[bool, ...]  # the row reaches its last known token, so a new one is drawn
+    block_tables: tuple[array[int], ...]  # the requests' own: to be read before the next plan
+    samples: tuple[bool, ...]  # the row reaches its last token, so a new one is drawn
+    # The row's one token is not known yet: its place among those that the step before, which is on
+    # its way, draws; else -1. Empty: no row has one.
+    awaits: tuple[int, ...] = ()
     # (from, to): blocks to copy; all are read before any is written, and before the step's tokens
     copies: tuple[tuple[int, int], ...] = ()
     encode: tuple[EncodePlan, ...] = ()  # units to encode, in order of need

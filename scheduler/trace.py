@@ -2,12 +2,12 @@
 
 The first line holds the limits; each further one is a step:
 
-    step, time (seconds since the first), schedule_ms, run_ms, update_ms
+    step, time (seconds from the first's beginning to its own), schedule_ms, run_ms, update_ms
     rows       [{request, start, count, samples}]: tokens [start, start + count) were computed
     started    [{request, cached}]: began or resumed, `cached` tokens found in blocks
     encode     [{request, tokens}]: a unit encoded, with that request's pixels
     preempted  names; idle: that run and had no row
-    waiting    names in order once the step was done, the first 256; num_waiting: of all
+    waiting    names in order once the step was planned, the first 256; num_waiting: of all
     ended      [{request, status}]: stop, length, abort or error, since the line before
     copies, evicted      blocks copied on write; embeddings dropped
     free_blocks, cached_blocks (of the free ones), encoder_tokens
@@ -21,6 +21,7 @@ import contextlib
 import json
 import logging
 import math
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ class TraceWriter:
         self._running: set[str] = set()  # requests that have started
         self._ended: list[dict[str, str]] = []  # since the last step
         self._gone: set[str] = set()  # their names
-        self._last = (0, 0.0)  # the latest step, and when it was done
+        self._planned: deque[dict[str, Any]] = deque()  # steps that are not done
+        self._latest = 0  # the step planned last
+        self._free_at = -math.inf  # when the latest step was done: the next runs from then on
         self._began = math.inf  # when the first step did
         self._put({"octavo_trace": 1, **asdict(scheduler.config)})
 
@@ -52,11 +55,8 @@ class TraceWriter:
         self._ended.append({"request": _cut(request_id), "status": status})
         self._gone.add(request_id)
 
-    def write(self, plan: StepPlan, times: tuple[float, ...]) -> None:
-        """A step that is done. `times`: seconds on any clock before and after `schedule`, after
-        the workers, and after `update`."""
-        before, planned, ran, updated = times
-        self._began = min(self._began, before)
+    def plan(self, plan: StepPlan, before: float, planned: float) -> None:
+        """A step was planned, between two times in seconds on any clock."""
         state = self._scheduler.state
         rows = [
             {"request": _cut(name), "start": start, "count": count, "samples": samples}
@@ -68,19 +68,17 @@ class TraceWriter:
                 strict=True,
             )
         ]
-        self._last = (plan.step_id, updated)
+        self._latest = plan.step_id
         rowed = set(plan.request_ids)
-        started = self._started(plan)
-        ended, self._ended = self._ended, []
-        self._put(
+        self._planned.append(
             {
                 "step": plan.step_id,
-                "time": round(before - self._began, 6),
+                "time": planned,
                 "schedule_ms": _ms(planned - before),
-                "run_ms": _ms(ran - planned),
-                "update_ms": _ms(updated - ran),
+                "run_ms": 0.0,
+                "update_ms": 0.0,
                 "rows": rows,
-                "started": started,
+                "started": self._started(plan),
                 "encode": [
                     {"request": _cut(each.request_id), "tokens": each.unit.num_tokens}
                     for each in plan.encode
@@ -89,7 +87,7 @@ class TraceWriter:
                 "idle": [_cut(r.request_id) for r in state.running if r.request_id not in rowed],
                 "waiting": [_cut(r.request_id) for r in state.waiting[:MOST_WAITING]],
                 "num_waiting": len(state.waiting),
-                "ended": ended,
+                "ended": [],
                 "copies": len(plan.copies),
                 "evicted": len(plan.drop),
                 "free_blocks": state.blocks.num_free,
@@ -97,6 +95,21 @@ class TraceWriter:
                 "encoder_tokens": state.encoder_cache.num_tokens,
             }
         )
+
+    def done(self, received: float, updated: float) -> None:
+        """The oldest step that is not done: when its result came, and when that was taken in."""
+        record = self._planned.popleft()
+        began = max(record["time"], self._free_at)
+        self._began, self._free_at = min(self._began, began), received
+        record["time"] = round(began - self._began, 6)
+        record["run_ms"], record["update_ms"] = _ms(received - began), _ms(updated - received)
+        record["ended"], self._ended = self._ended, []
+        self._put(record)
+
+    def lose_workers(self) -> None:
+        """Steps that are not done never will be, and all that ran is to start again."""
+        self._planned.clear()
+        self._running.clear()
 
     def _started(self, plan: StepPlan) -> list[dict[str, Any]]:
         self._running -= set(plan.preempted)
@@ -121,8 +134,10 @@ class TraceWriter:
     def close(self) -> None:
         """Ends that no step followed get a line without one."""
         if self._ended:
-            step_id, now = self._last
-            self.write(StepPlan(step_id + 1, (), (), (), (), ()), (now,) * 4)
+            self._planned.clear()
+            now = max(self._free_at, 0.0)
+            self.plan(StepPlan(self._latest + 1, (), (), (), (), ()), now, now)
+            self.done(now, now)
         with contextlib.suppress(OSError):
             self._file.close()
 

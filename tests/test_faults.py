@@ -18,7 +18,7 @@ import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
 from octavo.engine.engine import EngineDead
-from octavo.engine.worker import group
+from octavo.engine.worker import process
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 SETTINGS: dict[str, Any] = {
@@ -60,7 +60,7 @@ def tokens(outs: list[octavo.RequestOutput]) -> list[list[int]]:
 
 def at_step(llm: octavo.LLM, number: int, do: Callable[[], None]) -> None:
     """Does something once, while the workers compute a step."""
-    send, count = llm.engine.group.step, 0
+    send, count = llm.engine.group.send, 0
 
     def step(batch: Any, step_id: int) -> Any:
         nonlocal count
@@ -69,7 +69,7 @@ def at_step(llm: octavo.LLM, number: int, do: Callable[[], None]) -> None:
             do()
         return send(batch, step_id)
 
-    llm.engine.group.step = step  # type: ignore[method-assign]
+    llm.engine.group.send = step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("step", [1, 12])
@@ -98,7 +98,7 @@ def test_one_of_two_ranks_that_is_killed_brings_both_back(
 def test_a_worker_that_hangs_is_told_by_its_silence(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group, "PING_TIMEOUT", 1.0)
+    monkeypatch.setattr(process, "PING_TIMEOUT", 1.0)
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         at_step(llm, 9, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGSTOP))
         start = time.monotonic()
@@ -169,7 +169,7 @@ def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
 ) -> None:
     """Whenever it runs, the worker is killed: the others go on."""
     with octavo.LLM(checkpoint, **SETTINGS, max_restarts=9) as llm:
-        send = llm.engine.group.step
+        send = llm.engine.group.send
         schedule = llm.engine.scheduler.schedule
         bad = "request-1"
         running: list[tuple[str, ...]] = []
@@ -185,7 +185,7 @@ def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
             return send(batch, step_id)
 
         monkeypatch.setattr(llm.engine.scheduler, "schedule", watched)
-        llm.engine.group.step = step  # type: ignore[method-assign]
+        llm.engine.group.send = step  # type: ignore[method-assign]
         outs = llm.chat(CONVERSATIONS, PARAMS)
         assert outs[1].error == "INTERNAL: the request's step ended the workers twice"
         assert [out.outputs[0].token_ids for out in (outs[0], outs[2])] == [

@@ -173,13 +173,13 @@ def test_cached_tokens_are_told(llm: octavo.LLM, client: Client) -> None:
 def watch_pixels(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of pixels that each step sends from now on."""
     sent: list[int] = []
-    step = llm.engine.group.step
+    step = llm.engine.group.send
 
     def watched(batch: Any, step_id: int) -> Any:
         sent.append(sum(task.pixels.nbytes for task in batch.encode))
         return step(batch, step_id)
 
-    monkeypatch.setattr(llm.engine.group, "step", watched)
+    monkeypatch.setattr(llm.engine.group, "send", watched)
     return sent
 
 
@@ -258,14 +258,15 @@ def test_a_timeout_ends_all_answers_each_with_what_it_has(llm: octavo.LLM, serve
 
 
 def test_an_error_of_one_answer_ends_all(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = llm.engine._run
+    scheduler = llm.engine.scheduler
+    update = scheduler.update
 
-    def spoiled(plan: Any) -> Any:
-        result = run(plan)
-        broken = [name for name in plan.request_ids if name.endswith("[1]")]
-        return replace(result, errors=dict.fromkeys(broken, "not finite"))
+    def spoiled(result: Any) -> Any:
+        rows = scheduler.state.in_flight[0].plan.request_ids
+        broken = [name for name in rows if name.endswith("[1]")]
+        return update(replace(result, errors=dict.fromkeys(broken, "not finite")))
 
-    monkeypatch.setattr(llm.engine, "_run", spoiled)
+    monkeypatch.setattr(scheduler, "update", spoiled)
     out = llm.chat(ask("Hi"), replace(SAMPLED, n=3))[0]
     assert out.error == "not finite"
     assert [o.finish_reason for o in out.outputs] == ["error"] * 3

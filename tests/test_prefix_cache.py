@@ -253,7 +253,7 @@ def test_what_a_failed_request_computed_is_found_by_nobody() -> None:
     assert plan is not None
     result = simulation.worker.step(plan, simulation.scheduler.requests)
     result.errors["bad"] = "not finite"
-    simulation._take(simulation.scheduler.update(plan, result))
+    simulation._take(simulation.scheduler.update(result))
     again = make_request("again", list(range(20)))
     run_one(simulation, again)
     assert again.num_cached_tokens == 0

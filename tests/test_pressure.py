@@ -396,7 +396,7 @@ def chat_gaps(with_long: bool, threshold: int) -> list[float]:
             break
         simulation.now += seconds_of(plan)
         result = StepResult(plan.step_id, (1,) * sum(plan.samples))
-        for update in simulation.scheduler.update(plan, result):
+        for update in simulation.scheduler.update(result):
             name = update.request_id
             if name in last:
                 gaps.append(simulation.now - last[name])

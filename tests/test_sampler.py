@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from octavo.engine.runner.batch import SamplingBatch
-from octavo.engine.runner.sampler import Sampler, filter_scores, gumbel, row_keys
+from octavo.engine.runner.sampler import Sampler, SeenTokens, filter_scores, gumbel, row_keys
 
 VOCAB = 50
 
@@ -36,11 +36,22 @@ def sampling(count: int, **values: object) -> SamplingBatch:
         for name, (default, kind) in fields.items()
     }
     seen = values.get("seen", [()] * count)
+    penalized = arrays["repetition_penalty"] != 1
     return SamplingBatch(
         rows=np.arange(count, dtype=np.int32),
+        slots=np.where(penalized, np.arange(count), -1).astype(np.int32),
         seen_token_ids=tuple(np.array(ids, np.int32) for ids in seen),  # type: ignore[attr-defined]
         **arrays,
     )
+
+
+def sample(
+    logits: torch.Tensor, batch: SamplingBatch, banned: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """With slots that are empty; a row's last token is the last that it has seen."""
+    last = [int(seen[-1]) if seen.size else 0 for seen in batch.seen_token_ids]
+    seen = SeenTokens(logits.shape[1], logits.device)
+    return Sampler(banned, seen).sample(logits, batch, torch.tensor(last))
 
 
 def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
@@ -85,7 +96,7 @@ def test_greedy_with_repetition_penalty_is_that_of_transformers(penalty: float) 
     seen = torch.randint(0, VOCAB, (40, 30), generator=torch.Generator().manual_seed(1))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone()).argmax(-1)
     batch = sampling(40, temperature=0, repetition_penalty=penalty, seen=seen.tolist())
-    assert torch.equal(Sampler(()).sample(logits, batch), expected)
+    assert torch.equal(sample(logits, batch), expected)
     assert not torch.equal(expected, logits.argmax(-1))
 
 
@@ -93,7 +104,7 @@ def test_penalty_leaves_other_rows_and_the_given_logits_alone() -> None:
     logits = random_logits(3)
     before = logits.clone()
     batch = sampling(3, temperature=0, repetition_penalty=[1, 50, 1], seen=[(), range(50), ()])
-    Sampler((int(logits[0].argmax()),)).sample(logits, batch)
+    sample(logits, batch, (int(logits[0].argmax()),))
     assert torch.equal(logits, before)
 
 
@@ -102,7 +113,7 @@ def test_l01_placeholder_text_vision_tokens_are_never_sampled(temperature: float
     logits = torch.full((64, 6), -20.0)
     logits[:, [1, 4]] = 90.0
     batch = sampling(64, temperature=temperature, seed=range(64))
-    drawn = Sampler((1, 4)).sample(logits, batch)
+    drawn = sample(logits, batch, (1, 4))
     assert not set(drawn.tolist()) & {1, 4}
 
 
@@ -110,7 +121,7 @@ def test_a_row_that_is_not_finite_is_reported_and_the_others_go_on() -> None:
     logits = random_logits(4)
     logits[1, 3], logits[2, 0] = torch.nan, torch.inf
     for temperature in (0.0, 0.7):
-        found = Sampler(()).sample(logits, sampling(4, temperature=temperature)).tolist()
+        found = sample(logits, sampling(4, temperature=temperature)).tolist()
         assert found[1] == found[2] == -1
         assert found[0] >= 0
         assert found[3] >= 0
@@ -118,9 +129,7 @@ def test_a_row_that_is_not_finite_is_reported_and_the_others_go_on() -> None:
 
 def test_temperature_near_zero_is_greedy() -> None:
     logits = random_logits(8)
-    assert torch.equal(
-        Sampler(()).sample(logits, sampling(8, temperature=1e-30)), logits.argmax(-1)
-    )
+    assert torch.equal(sample(logits, sampling(8, temperature=1e-30)), logits.argmax(-1))
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -134,7 +143,7 @@ def test_draws_follow_the_probabilities(by: str) -> None:
     draws = 20_000
     logits = torch.tensor([1.5, 0.0, -1.0, 2.0, 0.5, -2.0, 1.0, -0.5])
     batch = sampling(draws, temperature=1.3, **{by: np.arange(draws)})
-    drawn = Sampler(()).sample(logits.expand(draws, -1), batch)
+    drawn = sample(logits.expand(draws, -1), batch)
     counts = np.bincount(drawn.numpy(), minlength=8)
     probabilities = (logits / 1.3).softmax(-1).numpy()
     assert chi_square(counts, probabilities) < 24.3  # 7 degrees of freedom, p = 0.001
@@ -147,7 +156,7 @@ def test_filtered_draws_follow_the_probabilities_that_transformers_leaves() -> N
     left = LogitsProcessorList(chain)(torch.zeros(1, 1, dtype=torch.long), logits.clone())
     probabilities = left.softmax(-1)[0].double().numpy()
     batch = sampling(draws, temperature=1.5, top_k=9, top_p=0.9, seed=np.arange(draws))
-    counts = np.bincount(Sampler(()).sample(logits.expand(draws, -1), batch), minlength=30)
+    counts = np.bincount(sample(logits.expand(draws, -1), batch), minlength=30)
     assert counts[probabilities == 0].sum() == 0
     assert chi_square(counts, probabilities) < 26.1  # at most 8 degrees of freedom, p = 0.001
 
@@ -159,10 +168,10 @@ def test_a_draw_depends_on_its_row_alone() -> None:
         "temperature": np.linspace(0.5, 3, 40), "seed": np.arange(40) * 2**40,
         "output_index": np.arange(40), "top_k": [0, 6, 3, 0] * 10, "top_p": [1, 1, 0.9, 0.7] * 10,
     }  # fmt: skip
-    together = Sampler(()).sample(logits, sampling(40, **settings))
+    together = sample(logits, sampling(40, **settings))
     for row in range(40):
         own = {name: values[row] for name, values in settings.items()}
-        alone = Sampler(()).sample(logits[row : row + 1], sampling(1, **own))
+        alone = sample(logits[row : row + 1], sampling(1, **own))
         assert alone[0] == together[row]
 
 

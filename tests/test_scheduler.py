@@ -184,7 +184,7 @@ def test_L06_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
     for _ in range(7):
         plan = simulation.scheduler.schedule()
         assert plan is not None and not plan.request_ids
-        updates = simulation.scheduler.update(plan, StepResult(plan.step_id, ()))
+        updates = simulation.scheduler.update(StepResult(plan.step_id, ()))
     assert [(u.request_id, u.status) for u in updates] == [("a", RequestStatus.FINISHED_ERROR)]
     assert updates[0].error == (
         "RESOURCE_EXHAUSTED: nothing could run in 7 steps; the request is waiting, 0 of 8 tokens "
@@ -298,5 +298,5 @@ def test_an_update_after_the_request_has_ended_is_ignored() -> None:
     plan = simulation.scheduler.schedule()
     assert plan is not None
     simulation.scheduler.finish("a", RequestStatus.FINISHED_ABORTED)
-    assert simulation.scheduler.update(plan, StepResult(plan.step_id, (3,))) == []
+    assert simulation.scheduler.update(StepResult(plan.step_id, (3,))) == []
     simulation.scheduler.check_integrity()

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.engine.runner.batch import InputBatch
+from octavo.engine.sampling_slots import SamplingSlots
 from octavo.engine.step_input import build_batch, unit_pixels
 from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import MediaSpan, Request
@@ -65,14 +67,16 @@ def plan_for(request: Request, start: int, count: int, **more: Any) -> StepPlan:
     )
 
 
+def build(plan: StepPlan, request: Request, pixels: Any = None, num_ranks: int = 1) -> InputBatch:
+    slots = SamplingSlots()
+    return build_batch(plan, {"a": request}, {"a": pixels}, slots, num_ranks)
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 30])
 def test_L02_mrope_chunk_slices_are_the_whole(size: int) -> None:
     request, _ = make_request()
     request.token_ids.extend([7, 8])
-    parts = [
-        build_batch(plan_for(request, at, min(size, 32 - at)), {"a": request}, {}, 1)
-        for at in range(0, 32, size)
-    ]
+    parts = [build(plan_for(request, at, min(size, 32 - at)), request) for at in range(0, 32, size)]
     positions = np.concatenate([part.positions for part in parts], axis=1)
     prompt = np.array([list(axis) for axis in request.mrope_positions])
     np.testing.assert_array_equal(positions[:, :30], prompt)
@@ -88,7 +92,7 @@ def test_L17_prefix_encode_embeds_exactly_the_overlap(size: int) -> None:
     request, _ = make_request()
     owner = np.full(30, -1)
     for at in range(0, 30, size):
-        batch = build_batch(plan_for(request, at, min(size, 30 - at)), {"a": request}, {}, 1)
+        batch = build(plan_for(request, at, min(size, 30 - at)), request)
         for part in batch.embeddings:
             unit = next(unit for unit in request.units if unit.key == part.key)
             for i in range(part.num_tokens):
@@ -111,7 +115,7 @@ def test_units_are_dealt_out_by_patches() -> None:
     request, media = make_request()
     pixels = unit_pixels(request.units, media, 2)  # type: ignore[arg-type]
     encode = tuple(EncodePlan(unit, "a") for unit in request.units)
-    batch = build_batch(plan_for(request, 0, 30, encode=encode), {"a": request}, {"a": pixels}, 2)
+    batch = build(plan_for(request, 0, 30, encode=encode), request, pixels, 2)
     load = [0, 0]
     for task, unit in zip(batch.encode, request.units, strict=True):
         assert task.key == unit.key
@@ -123,13 +127,13 @@ def test_seen_tokens_travel_for_a_penalty_alone() -> None:
     plain, _ = make_request()
     penal, _ = make_request(dataclasses.replace(GREEDY, repetition_penalty=1.5))
     for request, seen in ((plain, []), (penal, list(range(100, 130)))):
-        batch = build_batch(plan_for(request, 0, 30), {"a": request}, {}, 1)
+        batch = build(plan_for(request, 0, 30), request)
         assert batch.sampling.seen_token_ids[0].tolist() == seen
 
 
 def test_copies_of_blocks_are_two_rows() -> None:
     request, _ = make_request()
     plan = plan_for(request, 20, 5, copies=((3, 7), (3, 8), (1, 9)))
-    batch = build_batch(plan, {"a": request}, {}, 1)
+    batch = build(plan, request)
     assert batch.copies.tolist() == [[3, 3, 1], [7, 8, 9]]
-    assert build_batch(plan_for(request, 20, 5), {"a": request}, {}, 1).copies.shape == (2, 0)
+    assert build(plan_for(request, 20, 5), request).copies.shape == (2, 0)

@@ -26,6 +26,7 @@ def make_batch() -> InputBatch:
         repetition_penalty=np.array([1.0, 1.2], np.float32),
         seed=np.array([1, 2**63 + 5], np.uint64),
         output_index=np.array([0, 9], np.int32),
+        slots=np.array([-1, 4], np.int32),
         seen_token_ids=(np.empty(0, np.int32), np.array([4, 5, 6], np.int32)),
     )
     pixels = rng.integers(0, 256, (2, 28, 56, 3), dtype=np.uint8)
@@ -36,6 +37,7 @@ def make_batch() -> InputBatch:
         context_lens=np.array([7, 3, 8], np.int32),
         block_tables=rng.integers(0, 9, (3, 4)).astype(np.int32),
         sampling=sampling,
+        awaits=np.array([1, -1, -1], np.int32),
         copies=np.array([[4, 5, 5], [6, 7, 8]], np.int32),
         encode=(EncodeTask((b"h" * 32, 1), (1, 2, 4), 1, pixels),),
         embeddings=(EmbeddingSlice((b"h" * 32, 1), 2, 3, 1, 1),),
@@ -60,26 +62,28 @@ def assert_same(left: object, right: object) -> None:
 
 def test_a_step_comes_out_as_it_went_in() -> None:
     batch = make_batch()
-    _, second = wire.pack_steps(batch, epoch=3, step_id=11, num_ranks=2)
+    _, second = wire.pack_steps(batch, epoch=3, step_id=11, previous_step_id=9, num_ranks=2)
     decoded = type(second).FromString(second.SerializeToString())
-    assert (decoded.epoch, decoded.step_id) == (3, 11)
+    assert (decoded.epoch, decoded.step_id, decoded.previous_step_id) == (3, 11, 9)
     assert_same(batch, wire.unpack_step(decoded))
 
 
 def test_pixels_go_to_the_rank_that_encodes_alone() -> None:
-    first, second = wire.pack_steps(make_batch(), epoch=1, step_id=1, num_ranks=2)
+    first, second = wire.pack_steps(
+        make_batch(), epoch=1, step_id=1, previous_step_id=0, num_ranks=2
+    )
     assert not first.encode[0].pixels and second.encode[0].pixels
     assert wire.unpack_step(first).encode[0].pixels is None
 
 
 def test_a_result_comes_out_as_it_went_in() -> None:
     result = BatchResult(np.array([5, -1], np.int32), ((b"x" * 32, 2),), ((1, "bad row"),))
-    assert_same(result, wire.unpack_result(wire.pack_result(result, 1, 2)))
+    assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))
 
 
 @pytest.mark.parametrize("field", ["positions", "context_lens", "num_scheduled_tokens"])
 def test_arrays_that_do_not_fit_are_refused(field: str) -> None:
-    (request,) = wire.pack_steps(make_batch(), epoch=1, step_id=1, num_ranks=1)
+    (request,) = wire.pack_steps(make_batch(), epoch=1, step_id=1, previous_step_id=0, num_ranks=1)
     setattr(request, field, getattr(request, field)[:-4])
     with pytest.raises(wire.WireError):
         wire.unpack_step(request)
@@ -94,6 +98,7 @@ def test_an_empty_step_travels() -> None:
         none,
         np.empty((0, 0), np.int32),
         wire.empty_sampling(),
+        none,
     )
-    (request,) = wire.pack_steps(batch, epoch=1, step_id=1, num_ranks=1)
+    (request,) = wire.pack_steps(batch, epoch=1, step_id=1, previous_step_id=0, num_ranks=1)
     assert wire.unpack_step(request).block_tables.shape == (0, 0)

@@ -55,7 +55,12 @@ class SamplingBatch:
     repetition_penalty: Float32  # [s]; 1 is off
     seed: npt.NDArray[np.uint64]  # [s]
     output_index: Int32  # [s] index of the token to draw among the request's output
-    seen_token_ids: tuple[Int32, ...]  # [s] of [k]: prompt and output, empty where penalty is off
+    slots: (
+        Int32  # [s] where this rank keeps the tokens that the penalty looks at; -1 where it is off
+    )
+    # [s] of [k]: what the slot is to hold from now on; empty: what it holds. In each case also the
+    # row's last token.
+    seen_token_ids: tuple[Int32, ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class InputBatch:
     context_lens: Int32  # [r] tokens in the cache once this step is computed
     block_tables: Int32  # [r, most blocks of a row], padded with 0
     sampling: SamplingBatch
+    # [r] the row's one token is that which the step before drew at this place; -1: it is known
+    awaits: Int32
     # [2, c] blocks to copy, from and to: all are read before any is written
     copies: Int32 = field(default_factory=lambda: np.empty((2, 0), np.int32))
     encode: tuple[EncodeTask, ...] = ()

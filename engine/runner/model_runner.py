@@ -20,7 +20,8 @@ from ..model.qwen2_vl import Qwen2VL
 from .batch import BatchResult, EncodeTask, InputBatch, Int32
 from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_bytes
 from .loader import OnProgress, load_weights
-from .sampler import NOT_FINITE, Sampler
+from .pending import SKIPPED, PendingResult
+from .sampler import Sampler, SeenTokens
 
 
 @dataclass(eq=False)
@@ -40,7 +41,10 @@ class ModelRunner:
     def __post_init__(self) -> None:
         """Raises ConfigError where the ranks cannot share the checkpoint's heads."""
         self.model = Qwen2VL(self.config, self.parallel, self.dtype)
-        self.sampler = Sampler(self.config.vision_token_ids)
+        seen = SeenTokens(self.config.vocab_size, self.device)
+        self.sampler = Sampler(self.config.vision_token_ids, seen)
+        # What the latest step drew, int64 [s] on the device: rows of the next may await it.
+        self._sampled = torch.empty(0, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def load(self, on_progress: OnProgress | None = None) -> None:
@@ -67,32 +71,53 @@ class ModelRunner:
             self.config, self.parallel.size, num_blocks, self.block_size, self.dtype, self.device
         )
 
-    @torch.inference_mode()
     def step(self, batch: InputBatch) -> BatchResult:
-        """Runs one step. All ranks must be given the same step.
+        """Runs one step and waits for it."""
+        return self.launch(batch).wait()
+
+    @torch.inference_mode()
+    def launch(self, batch: InputBatch) -> PendingResult:
+        """Runs one step; a GPU may still be at it on return. All ranks must be given the same step.
 
         A row whose embedding is missing, or whose token ids are not the vocabulary's, is reported
-        and draws nothing (-1); its blocks hold nothing of use. The other rows are as if alone.
+        and draws nothing (-1); its blocks hold nothing of use. So does a row that awaits a token
+        which was not drawn, unreported. The other rows are as if alone.
         """
         for key in batch.drop:
             self.embeddings.pop(key, None)
         self._copy_blocks(batch.copies)
         self._encode(batch.encode)
-        token_ids, errors = self._checked_token_ids(batch)
-        if token_ids.size == 0:
-            return BatchResult(np.full(batch.sampling.rows.shape, -1, np.int32))
-        hidden = self.model.decoder.embed_tokens(self._to_device(token_ids))
+        checked, errors = self._checked_token_ids(batch)
+        if checked.size == 0:
+            self._sampled = self._sampled.new_empty(0)
+            return PendingResult.of(self._sampled, batch, (), errors)
+        token_ids, lost = self._resolve(self._to_device(checked), batch)
+        hidden = self.model.decoder.embed_tokens(token_ids)
         missing = self._overlay(hidden, batch, errors)
         logits = self._decode(hidden, batch)
-        sampled = self._sample(logits, batch)
+        sampled = self._sample(logits, batch, token_ids)
         skipped = {row for row, _ in missing} | {row for row, _ in errors}
-        for i, row in enumerate(batch.sampling.rows.tolist()):
-            if row in skipped:
-                sampled[i] = -1
-            elif sampled[i] < 0:
-                errors.append((row, NOT_FINITE))
-        keys = tuple(dict.fromkeys(key for _, key in missing))
-        return BatchResult(sampled, keys, tuple(errors))
+        rows = batch.sampling.rows
+        if skipped:
+            lost[list(skipped)] = True
+        self._sampled = sampled.masked_fill_(lost[self._to_device(rows)], SKIPPED)
+        return PendingResult.of(self._sampled, batch, missing, errors)
+
+    def _resolve(
+        self, token_ids: torch.Tensor, batch: InputBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`token_ids` with those that the step before drew put in, and which rows [r] lack theirs,
+        since it was not drawn."""
+        lost = torch.zeros(len(batch.awaits), dtype=torch.bool, device=self.device)
+        rows = np.flatnonzero(batch.awaits >= 0)
+        if not rows.size:
+            return token_ids, lost
+        drawn = self._sampled[self._to_device(batch.awaits[rows])]
+        last = np.cumsum(batch.num_scheduled_tokens, dtype=np.int64) - 1
+        token_ids = token_ids.clone()
+        token_ids[self._to_device(last[rows])] = drawn.clamp(min=0).to(token_ids.dtype)
+        lost[self._to_device(rows)] = drawn < 0
+        return token_ids, lost
 
     def _copy_blocks(self, copies: Int32) -> None:
         if copies.size:
@@ -192,13 +217,16 @@ class ModelRunner:
         positions = self._to_device(batch.positions)
         return self.model.decoder(hidden, positions, self.caches, attention, sample_at)
 
-    def _sample(self, logits: torch.Tensor | None, batch: InputBatch) -> Int32:
+    def _sample(
+        self, logits: torch.Tensor | None, batch: InputBatch, token_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Rank 0 draws and tells the others, so that ranks cannot disagree."""
-        count = len(batch.sampling.rows)
-        if count == 0:
-            return np.empty(0, np.int32)
-        if logits is None:
-            sampled = torch.empty(count, dtype=torch.int64, device=self.device)
-        else:
-            sampled = self.sampler.sample(logits, batch.sampling)
-        return self.parallel.broadcast(sampled, 0).cpu().numpy().astype(np.int32)
+        rows = batch.sampling.rows
+        sampled = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        if rows.size == 0:
+            return sampled
+        if logits is not None:
+            last = np.cumsum(batch.num_scheduled_tokens, dtype=np.int64) - 1
+            last_token_ids = token_ids[self._to_device(last[rows])].long()
+            sampled = self.sampler.sample(logits, batch.sampling, last_token_ids)
+        return self.parallel.broadcast(sampled, 0)

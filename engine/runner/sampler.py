@@ -11,13 +11,14 @@ nothing else: not on the batch, the chunking, what ran before or where the logit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .batch import SamplingBatch
+from .batch import Int32, SamplingBatch
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 NOT_FINITE = "the model's logits for the next token are not finite"
@@ -28,18 +29,49 @@ MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 
 
+class SeenTokens:
+    """The tokens that each request with a repetition penalty has had: a row of flags a slot."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._flags = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+
+    def update(
+        self, slots: Int32, fill: Sequence[Int32], last_token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Fills each of `slots` [p] anew from its part of `fill`, where that has something, adds
+        `last_token_ids` int64 [p], and returns their flags [p, vocab_size]."""
+        vocab, device = self._flags.shape[1], self._flags.device
+        missing = int(slots.max()) + 1 - len(self._flags)
+        if missing > 0:
+            self._flags = torch.cat([self._flags, self._flags.new_zeros(missing, vocab)])
+        for slot, token_ids in zip(slots.tolist(), fill, strict=True):
+            if token_ids.size:
+                known = token_ids[(token_ids >= 0) & (token_ids < vocab)].astype(np.int64)
+                self._flags[slot] = False
+                self._flags[slot, torch.from_numpy(known).to(device)] = True
+        places = torch.from_numpy(slots.astype(np.int64)).to(device)
+        self._flags[places, last_token_ids] = True
+        return self._flags[places]
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """Chooses tokens; those in `banned_token_ids` are never chosen."""
+    """Chooses tokens; those in `banned_token_ids` are never chosen. `seen` it keeps by itself."""
 
     banned_token_ids: tuple[int, ...]
+    seen: SeenTokens
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-        """Token ids int64 [s] for logits [s, vocab_size]; -1 where a row's are not finite."""
+    def sample(
+        self, logits: torch.Tensor, batch: SamplingBatch, last_token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Token ids int64 [s] for logits [s, vocab_size]; -1 where a row's are not finite.
+
+        `last_token_ids`: int64 [s], the token whose logits a row's are.
+        """
         scores = logits.to(torch.float32, copy=True)
         bad = ~torch.isfinite(scores).all(dim=-1)
         scores.masked_fill_(bad[:, None], 0)
-        _penalize(scores, batch)
+        self._penalize(scores, batch, last_token_ids)
         scores[:, list(self.banned_token_ids)] = -torch.inf
         chosen = scores.argmax(dim=-1)
         drawn = np.flatnonzero(batch.temperature >= GREEDY_BELOW)
@@ -48,14 +80,22 @@ class Sampler:
             chosen[rows] = _draw(scores[rows], drawn, batch)
         return chosen.masked_fill_(bad, -1)
 
-
-def _penalize(scores: torch.Tensor, batch: SamplingBatch) -> None:
-    """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
-    for row in np.flatnonzero(batch.repetition_penalty != 1.0):
-        seen = np.unique(batch.seen_token_ids[row]).astype(np.int64)
-        ids = torch.from_numpy(seen[(seen >= 0) & (seen < scores.shape[1])]).to(scores.device)
-        old, penalty = scores[row, ids], float(batch.repetition_penalty[row])
-        scores[row, ids] = torch.where(old > 0, old / penalty, old * penalty)
+    def _penalize(
+        self, scores: torch.Tensor, batch: SamplingBatch, last_token_ids: torch.Tensor
+    ) -> None:
+        """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
+        penalized = np.flatnonzero(batch.slots >= 0)
+        if not penalized.size:
+            return
+        rows = torch.from_numpy(penalized).to(scores.device)
+        seen = self.seen.update(
+            batch.slots[penalized],
+            [batch.seen_token_ids[row] for row in penalized],
+            last_token_ids[rows],
+        )
+        old = scores[rows]
+        penalty = torch.from_numpy(batch.repetition_penalty[penalized]).to(old)[:, None]
+        scores[rows] = torch.where(seen, torch.where(old > 0, old / penalty, old * penalty), old)
 
 
 def _draw(scores: torch.Tensor, rows: npt.NDArray[np.intp], batch: SamplingBatch) -> torch.Tensor:

@@ -18,14 +18,14 @@ class StepBound:
     def __init__(self) -> None:
         self._rate = 0.05  # seconds for a unit of work, of the slowest steps lately
 
-    def seconds(self, batch: InputBatch) -> float:
-        return LEAST_BOUND + BOUND_FACTOR * self._rate * _work(batch)
+    def seconds(self, work: float) -> float:
+        return LEAST_BOUND + BOUND_FACTOR * self._rate * work
 
-    def learn(self, batch: InputBatch, seconds: float) -> None:
-        self._rate = max(0.9 * self._rate, seconds / _work(batch))
+    def learn(self, work: float, seconds: float) -> None:
+        self._rate = max(0.9 * self._rate, seconds / work)
 
 
-def _work(batch: InputBatch) -> float:
+def work_of(batch: InputBatch) -> float:
     """Tokens computed, patches encoded, and tokens read."""
     patches = sum(math.prod(task.grid_thw) for task in batch.encode)
     return 1 + batch.token_ids.size + patches + int(batch.context_lens.sum()) / 64

@@ -7,7 +7,7 @@ with a text and not with nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +32,11 @@ class WireError(ValueError):
 
 
 def pack_steps(
-    batch: InputBatch, epoch: int, step_id: int, num_ranks: int
+    batch: InputBatch, epoch: int, step_id: int, previous_step_id: int, num_ranks: int
 ) -> tuple[pb.StepRequest, ...]:
     """One request a rank; pixels go to the rank that encodes them alone."""
-    common = _pack_common(batch, epoch, step_id)
+    common = _pack_common(batch)
+    common.epoch, common.step_id, common.previous_step_id = epoch, step_id, previous_step_id
     if not batch.encode:
         return (common,) * num_ranks
     requests = []
@@ -47,16 +48,15 @@ def pack_steps(
     return tuple(requests)
 
 
-def _pack_common(batch: InputBatch, epoch: int, step_id: int) -> pb.StepRequest:
+def _pack_common(batch: InputBatch) -> pb.StepRequest:
     return pb.StepRequest(
-        epoch=epoch,
-        step_id=step_id,
         token_ids=batch.token_ids.tobytes(),
         positions=batch.positions.tobytes(),
         num_scheduled_tokens=batch.num_scheduled_tokens.tobytes(),
         context_lens=batch.context_lens.tobytes(),
         block_tables=batch.block_tables.tobytes(),
         sampling=_pack_sampling(batch.sampling),
+        awaits=batch.awaits.tobytes(),
         copies=batch.copies.tobytes(),
         embeddings=[
             pb.Embedding(
@@ -82,6 +82,7 @@ def _pack_sampling(sampling: SamplingBatch) -> pb.Sampling:
         repetition_penalty=sampling.repetition_penalty.tobytes(),
         seed=sampling.seed.tobytes(),
         output_index=sampling.output_index.tobytes(),
+        slots=sampling.slots.tobytes(),
         seen_token_ids=[seen.tobytes() for seen in sampling.seen_token_ids],
     )
 
@@ -116,6 +117,7 @@ def unpack_step(request: pb.StepRequest) -> InputBatch:
         context_lens=_array(request.context_lens, INT32, num_rows),
         block_tables=_array(request.block_tables, INT32, num_rows, -1),
         sampling=_unpack_sampling(request.sampling),
+        awaits=_array(request.awaits, INT32, num_rows),
         copies=_array(request.copies, INT32, 2, -1),
         encode=tuple(_unpack_encode(task) for task in request.encode),
         embeddings=tuple(
@@ -139,6 +141,7 @@ def _unpack_sampling(sampling: pb.Sampling) -> SamplingBatch:
         repetition_penalty=_array(sampling.repetition_penalty, FLOAT32, len(rows)),
         seed=_array(sampling.seed, UINT64, len(rows)),
         output_index=_array(sampling.output_index, INT32, len(rows)),
+        slots=_array(sampling.slots, INT32, len(rows)),
         seen_token_ids=tuple(_array(seen, INT32) for seen in sampling.seen_token_ids),
     )
 
@@ -172,11 +175,14 @@ def pack_result(
     )
 
 
-def unpack_result(reply: pb.StepReply) -> BatchResult:
+def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
+    """What a group's ranks say of a step, rank 0 first: it sampled. What one lacks, all lack."""
+    first = replies[0]
+    missing = [key for reply in replies for key in _unpack_keys(reply.missing)]
     return BatchResult(
-        sampled=_array(reply.sampled, INT32),
-        missing=_unpack_keys(reply.missing),
-        errors=tuple((error.row, error.text) for error in reply.errors),
+        sampled=_array(first.sampled, INT32),
+        missing=tuple(dict.fromkeys(missing)),
+        errors=tuple((error.row, error.text) for error in first.errors),
     )
 
 
@@ -196,7 +202,7 @@ def _array(data: bytes, dtype: np.dtype, *shape: int) -> npt.NDArray:
 def empty_sampling() -> SamplingBatch:
     none_i, none_f = np.empty(0, INT32), np.empty(0, FLOAT32)
     return SamplingBatch(
-        none_i, none_f, none_i, none_f, none_f, none_f, np.empty(0, UINT64), none_i, ()
+        none_i, none_f, none_i, none_f, none_f, none_f, np.empty(0, UINT64), none_i, none_i, ()
     )
 
 
@@ -206,6 +212,6 @@ __all__ = [
     "empty_sampling",
     "pack_result",
     "pack_steps",
-    "unpack_result",
+    "unpack_results",
     "unpack_step",
 ]

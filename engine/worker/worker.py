@@ -1,7 +1,7 @@
 """A worker: one rank's process. `python -P -m octavo.engine.worker.worker --socket PATH`.
 
-It serves `octavo.worker.v1.Worker` on a Unix socket, one call at a time, and ends when its standard
-input closes, which happens when its parent ends for whatever reason.
+It serves `octavo.worker.v1.Worker` on a Unix socket and ends when its standard input closes, which
+happens when its parent ends for whatever reason.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ import grpc
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
 from ..config import ConfigError, ModelConfig, PreprocessConfig
-from ..failpoint import failpoint
+from ..failpoint import CutOff, failpoint
+from .sequence import MissedStep, StepSequence
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
     import torch
 
+    from ..runner.batch import InputBatch
     from ..runner.model_runner import ModelRunner
+    from ..runner.pending import PendingResult
 
 log = logging.getLogger("octavo.worker")
 
@@ -38,14 +41,13 @@ UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
-    """Holds one `ModelRunner`. Steps run on one thread, always the same: each thread that computes
-    has OpenMP threads of its own. Pings are answered beside them."""
+    """Holds one `ModelRunner`. Steps run one after the other; pings are answered beside them."""
 
     def __init__(self) -> None:
         self.epoch = 0
         self.rank = 0
         self.runner: ModelRunner | None = None
-        self._step_thread = futures.ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._steps: StepSequence[tuple[PendingResult, float]] = StepSequence()
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator:
         """Loads on a thread of its own, so that progress can stream."""
@@ -111,26 +113,39 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return pb.AllocateReply()
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepReply:
-        failpoint("worker.received", self.rank)
         try:
-            return self._step_thread.submit(self._step, request).result()
+            failpoint("worker.received", self.rank)
+            return self._step(request)
+        except (MissedStep, CutOff) as error:  # it is to be sent again
+            missed = isinstance(error, MissedStep)
+            code = grpc.StatusCode.ABORTED if missed else grpc.StatusCode.UNAVAILABLE
+            context.abort(code, f"rank {self.rank}: {error}")
         except Exception as error:
             _refuse(context, error)
-        raise AssertionError  # `_refuse` has raised
+        raise AssertionError  # both have raised
 
     def _step(self, request: pb.StepRequest) -> pb.StepReply:
-        start = time.perf_counter()
         runner, batch = self._live(request.epoch), unpack_step(request)
         failpoint("worker.unpacked", self.rank)
-        result = runner.step(batch)
-        failpoint("worker.computed", self.rank)
+        step_id = request.step_id
+        launched = self._steps.submit(
+            request.previous_step_id, step_id, lambda: self._launch(runner, batch)
+        )
+        pending, start = launched.result()
+        result = pending.wait()
         seconds = time.perf_counter() - start
-        reply = pack_result(result, request.epoch, request.step_id, seconds)
+        reply = pack_result(result, request.epoch, step_id, seconds)
         failpoint("worker.replies", self.rank)
         return reply
 
+    def _launch(self, runner: ModelRunner, batch: InputBatch) -> tuple[PendingResult, float]:
+        start = time.perf_counter()
+        pending = runner.launch(batch)
+        failpoint("worker.computed", self.rank)
+        return pending, start
+
     def Ping(self, request: pb.PingRequest, context: grpc.ServicerContext) -> pb.PingReply:
-        return pb.PingReply(epoch=self.epoch)
+        return pb.PingReply(epoch=self.epoch, step_id=self._steps.latest)
 
     def _live(self, epoch: int) -> ModelRunner:
         if self.runner is None or epoch != self.epoch:
@@ -175,7 +190,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=UNLIMITED)
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(), server)
     server.add_insecure_port(f"unix:{socket}")
     server.start()

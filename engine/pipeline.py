@@ -1,0 +1,105 @@
+"""Keeps the workers busy: the next step is planned and sent while one runs.
+
+    engine   plan 1, send │ plan 2, send │ wait 1, take in │ plan 3, send │ wait 2, take in │ ...
+    workers               │ step 1 ......................... │ step 2 ...................... │ ...
+
+So what the engine does between two steps costs no time as long as a step takes longer. A row whose
+token is drawn by the step that runs awaits it: the workers fill it in from their own memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+from ..scheduler.request import UnitKey
+from ..scheduler.scheduler import Scheduler
+from ..scheduler.step import RequestUpdate, StepPlan, StepResult
+from ..scheduler.trace import TraceWriter
+from .failpoint import failpoint
+from .sampling_slots import SamplingSlots
+from .step_input import UnitPixels, build_batch, step_result
+from .worker.group import WorkerGroup
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step whose result is to come; one with nothing in it did not travel."""
+
+    plan: StepPlan
+    travels: bool
+
+
+class StepPipeline:
+    """Drives a group with a scheduler's plans: at most two steps are on their way at once."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        group: WorkerGroup,
+        pixels_of: Callable[[str], Mapping[UnitKey, UnitPixels]],
+        trace: TraceWriter | None,
+        overlap: bool,
+    ) -> None:
+        """`pixels_of` a request by its id; without `overlap` each step is waited for at once."""
+        self._scheduler, self._group, self._trace = scheduler, group, trace
+        self._pixels_of = pixels_of
+        self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
+        self._on_way: deque[PlannedStep] = deque()
+        self._slots = SamplingSlots()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._on_way
+
+    def step(self) -> list[RequestUpdate]:
+        """Sends the next step, where there is one, and takes in the result of the one before it.
+
+        Raises `WorkerGroupError` when the workers fail; `lose_workers` must follow.
+        """
+        sent = self._send()
+        if self._on_way and (not sent or len(self._on_way) > self._most_ahead):
+            return self._receive()
+        return []
+
+    def lose_workers(self) -> list[RequestUpdate]:
+        """The workers are new: what was on its way is lost, and what ran starts over."""
+        self._on_way.clear()
+        self._slots.reset()
+        if self._trace is not None:
+            self._trace.lose_workers()
+        return self._scheduler.lose_workers()
+
+    def _send(self) -> bool:
+        """Plans a step and has the workers run it. False when there is nothing to plan yet."""
+        before = perf_counter()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return False
+        planned = perf_counter()
+        if self._trace is not None:
+            self._trace.plan(plan, before, planned)
+        travels = bool(plan.request_ids or plan.encode or plan.drop)
+        self._on_way.append(PlannedStep(plan, travels))
+        if travels:
+            pixels = {each.request_id: self._pixels_of(each.request_id) for each in plan.encode}
+            requests = self._scheduler.requests
+            batch = build_batch(plan, requests, pixels, self._slots, self._group.size)
+            failpoint("engine.planned")
+            self._group.send(batch, plan.step_id)
+        return True
+
+    def _receive(self) -> list[RequestUpdate]:
+        """Waits for the oldest step on its way and takes in what it did."""
+        step = self._on_way.popleft()
+        result = StepResult(step.plan.step_id, ())
+        if step.travels:
+            result = step_result(step.plan, self._group.receive())
+        failpoint("engine.stepped")
+        received = perf_counter()
+        updates = self._scheduler.update(result)
+        if self._trace is not None:
+            self._trace.done(received, perf_counter())
+        return updates

@@ -1,0 +1,52 @@
+"""A step's result on its way from the device: the host waits for it, the device does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...scheduler.request import UnitKey
+from .batch import BatchResult, InputBatch, Int32
+from .sampler import NOT_FINITE
+
+SKIPPED = -2  # drawn by a row that computed nothing; -1 is drawn from logits that are not finite
+
+
+@dataclass(frozen=True)
+class PendingResult:
+    """What a step made, perhaps still on its way from the device."""
+
+    sampled: torch.Tensor  # int64 [s] on the host
+    rows: Int32  # [s] that sampled
+    missing: tuple[UnitKey, ...]
+    errors: tuple[tuple[int, str], ...]
+    arrived: torch.cuda.Event | None  # None: it is there
+
+    @classmethod
+    def of(
+        cls,
+        sampled: torch.Tensor,
+        batch: InputBatch,
+        missing: Sequence[tuple[int, UnitKey]],
+        errors: Sequence[tuple[int, str]],
+    ) -> PendingResult:
+        """Starts the copy to the host, which later steps do not hold up."""
+        host, arrived = sampled, None
+        if sampled.is_cuda:
+            host = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=True)
+            host.copy_(sampled, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        keys = tuple(dict.fromkeys(key for _, key in missing))
+        return cls(host, batch.sampling.rows, keys, tuple(errors), arrived)
+
+    def wait(self) -> BatchResult:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        sampled = self.sampled.numpy().astype(np.int32)
+        bad = self.rows[sampled == -1].tolist()
+        errors = (*self.errors, *((row, NOT_FINITE) for row in bad))
+        return BatchResult(np.maximum(sampled, -1), self.missing, errors)
