@@ -110,6 +110,7 @@ class SimulatedWorker:
     embeddings: dict[UnitKey, int] = field(default_factory=dict)  # tokens of each
     encoded: int = 0  # tokens encoded in all
     computed: int = 0  # tokens computed in all
+    plans: list[StepPlan] = field(default_factory=list)  # that it ran
     _digests: dict[str, list[int]] = field(default_factory=dict)  # by request
     _sampled: tuple[int, ...] = ()  # by the latest step: what rows of the next may await
     _lacking: dict[str, int] = field(
@@ -121,6 +122,7 @@ class SimulatedWorker:
         assert plan.num_tokens <= config.max_num_batched_tokens
         assert len(plan.request_ids) <= config.max_num_seqs
         assert len(set(plan.request_ids)) == len(plan.request_ids)
+        self.plans.append(plan)
         self._copy(plan)
         self._encode(plan, requests)
         self.computed += plan.num_tokens

@@ -15,7 +15,7 @@ from ..engine.step_input import UnitPixels, build_batch, step_result
 from ..scheduler.admission import SchedulerConfig
 from ..scheduler.request import Request, UnitKey
 from ..scheduler.scheduler import Scheduler
-from ..scheduler.step import StepPlan
+from ..scheduler.step import StepPlan, StepResult
 from .tiny_requests import TinyRequest
 
 
@@ -34,6 +34,7 @@ class TinyEngine:
 
     runner: ModelRunner
     config: SchedulerConfig
+    overlap: bool = True  # a step is planned, and runs, before the one before it is taken in
     requests: dict[str, Request] = field(default_factory=dict)
     pixels: dict[str, dict[UnitKey, UnitPixels]] = field(default_factory=dict)
     num_encoded: int = 0
@@ -41,6 +42,7 @@ class TinyEngine:
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
         self._slots = SamplingSlots()
+        self._on_way: list[StepResult] = []
         self.runner.embeddings.clear()
 
     def add(
@@ -54,18 +56,25 @@ class TinyEngine:
         self.pixels |= dict.fromkeys(names, _pixels(tiny, self.runner))
 
     def step(self) -> StepPlan | None:
+        """None when there was nothing to plan."""
         plan = self.scheduler.schedule()
-        if plan is None:
-            return None
-        self.num_encoded += len(plan.encode)
-        batch = build_batch(plan, self.scheduler.requests, self.pixels, self._slots, 1)
-        self.scheduler.update(step_result(plan, self.runner.step(batch)))
+        if plan is not None:
+            self.num_encoded += len(plan.encode)
+            batch = build_batch(plan, self.scheduler.requests, self.pixels, self._slots, 1)
+            self._on_way.append(step_result(plan, self.runner.step(batch)))
+        if plan is None or len(self._on_way) > self.overlap:
+            self.receive()
         self.scheduler.check_integrity()
         return plan
 
+    def receive(self) -> None:
+        """Takes in the oldest step on its way, if there is one."""
+        if self._on_way:
+            self.scheduler.update(self._on_way.pop(0))
+
     def run(self) -> None:
-        while self.step() is not None:
-            pass
+        while self.scheduler.requests or self._on_way:
+            self.step()
 
     def output(self, name: str) -> list[int]:
         return list(self.requests[name].output_token_ids)

@@ -182,7 +182,8 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def main() -> None:
+def main(servicer: WorkerServicer | None = None) -> None:
+    """Serves until the parent is gone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", required=True, help="path of the Unix socket to serve on")
     socket = parser.parse_args().socket
@@ -191,7 +192,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=UNLIMITED)
-    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(), server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(servicer or WorkerServicer(), server)
     server.add_insecure_port(f"unix:{socket}")
     server.start()
     server.wait_for_termination()

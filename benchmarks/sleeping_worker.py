@@ -1,0 +1,59 @@
+"""A worker whose steps take a set time and compute nothing: what is left of a step's time is the
+engine and gRPC. `python -P -m octavo.benchmarks.sleeping_worker --socket PATH`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from octavo.engine.runner.batch import BatchResult, InputBatch
+from octavo.engine.worker.worker import WorkerServicer, main
+from octavo.proto import worker_pb2 as pb
+
+VARIABLE = "OCTAVO_SLEEP_MS"
+TOKEN = 7  # what every row draws
+
+
+class SleepingRunner:
+    """Stands in for a `ModelRunner`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def allocate(self, num_blocks: int) -> None:
+        """There is no cache."""
+
+    def launch(self, batch: InputBatch) -> SleepingResult:
+        time.sleep(self._seconds)
+        return SleepingResult(len(batch.sampling.rows))
+
+
+class SleepingResult:
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
+
+    def wait(self) -> BatchResult:
+        return BatchResult(np.full(self._num_samples, TOKEN, np.int32))
+
+
+class SleepingServicer(WorkerServicer):
+    def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
+        self.epoch, self.rank = request.epoch, request.rank
+        runner: Any = SleepingRunner(float(os.environ.get(VARIABLE, "5")) / 1e3)
+        self.runner = runner
+        return pb.MemoryReport(
+            weight_bytes=1,
+            total_bytes=1 << 34,
+            free_bytes=1 << 33,
+            kv_block_bytes=1 << 10,
+            dtype="float32",
+            device="cpu",
+        )
+
+
+if __name__ == "__main__":
+    main(SleepingServicer())

@@ -1,0 +1,103 @@
+"""What the engine and gRPC add to a step: real processes, real engine, workers that only sleep."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from octavo.engine.engine import Engine
+from octavo.engine.runner.batch import BatchResult
+from octavo.engine.worker import process
+from octavo.scheduler.params import SamplingParams
+
+from .sleeping_worker import VARIABLE
+
+WARM_UP = 50  # steps
+
+
+@dataclass(frozen=True)
+class OverheadReport:
+    """Milliseconds a step, over steps in which all requests decode."""
+
+    num_ranks: int
+    num_requests: int
+    overlap: bool
+    sleep_ms: float  # what a worker is asked to take
+    step_ms: tuple[float, ...]  # from one result to the next
+
+    @property
+    def between_ms(self) -> float:
+        """What a step takes beyond the sleep asked for, in the mean: also its lateness."""
+        return float(np.mean(self.step_ms)) - self.sleep_ms
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "ranks": self.num_ranks,
+            "requests": self.num_requests,
+            "overlap": self.overlap,
+            "sleep_ms": self.sleep_ms,
+            "step_ms": float(np.mean(self.step_ms)),
+            "between_ms": self.between_ms,
+        }
+
+    def as_text(self) -> str:
+        how = "overlapped" if self.overlap else "in turn   "
+        return (
+            f"{self.num_ranks} ranks, {self.num_requests} requests, {how}: "
+            f"step {np.mean(self.step_ms):.2f} ms, {self.between_ms:.2f} ms of it between steps"
+        )
+
+
+def run(
+    num_ranks: int, num_requests: int, overlap: bool, sleep_ms: float = 5.0, steps: int = 400
+) -> OverheadReport:
+    """Raises ValueError naming the option."""
+    for name, value in (("ranks", num_ranks), ("num-requests", num_requests), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    settings: dict[str, Any] = {
+        "tensor_parallel_size": num_ranks,
+        "max_num_seqs": num_requests,
+        "max_num_batched_tokens": 64 * num_requests + 1024,
+        "overlap_steps": overlap,
+    }
+    with _sleeping(sleep_ms), Engine(**settings) as engine:
+        done = _measure(engine, num_requests, steps)
+    step_ms = tuple((np.diff(done) * 1e3).tolist())
+    return OverheadReport(num_ranks, num_requests, overlap, sleep_ms, step_ms)
+
+
+@contextmanager
+def _sleeping(sleep_ms: float) -> Iterator[None]:
+    module, process.WORKER_MODULE = process.WORKER_MODULE, "octavo.benchmarks.sleeping_worker"
+    os.environ[VARIABLE] = str(sleep_ms)
+    try:
+        yield
+    finally:
+        process.WORKER_MODULE = module
+        del os.environ[VARIABLE]
+
+
+def _measure(engine: Engine, num_requests: int, steps: int) -> list[float]:
+    """When each step's result was there, in seconds."""
+    params = SamplingParams(temperature=0, max_tokens=WARM_UP + steps + 20, ignore_eos=True)
+    for index in range(num_requests):
+        engine.add_request(None, {"prompt_token_ids": [index % 200] * 64}, params)
+    done: list[float] = []
+    receive = engine.group.receive
+
+    def watched() -> BatchResult:
+        result = receive()
+        done.append(time.perf_counter())
+        return result
+
+    engine.group.receive = watched  # type: ignore[method-assign]
+    while len(done) < WARM_UP + steps:
+        engine.step()
+    return done[WARM_UP:]
