@@ -1,0 +1,224 @@
+"""Messages that are lost: a rank that missed a step is brought back in line, each step runs once,
+and a rank that stays out of reach is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import octavo
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine import failpoint
+from octavo.engine.worker import process, sequence
+from octavo.engine.worker.sequence import MissedStep, StepSequence
+
+PARAMS = octavo.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512}
+PROMPTS = ["Who are you?", "What is it?", "And this?"]
+
+
+# Steps in their order, each once
+
+
+def test_steps_run_in_order_whatever_order_they_come_in() -> None:
+    steps: StepSequence[int] = StepSequence()
+    ran: list[int] = []
+
+    def take(step_id: int) -> int:
+        return steps.submit(step_id - 1, step_id, lambda: ran.append(step_id) or step_id).result()
+
+    with ThreadPoolExecutor(2) as pool:
+        for first in range(1, 41, 2):
+            late = pool.submit(take, first + 1)
+            time.sleep(0.001 * (first % 3))
+            assert pool.submit(take, first).result() == first
+            assert late.result() == first + 1
+    assert ran == list(range(1, 41))
+
+
+def test_a_step_that_comes_again_is_not_run_again() -> None:
+    steps: StepSequence[int] = StepSequence()
+    ran: list[int] = []
+    first = steps.submit(0, 4, lambda: ran.append(4) or 4)
+    second = steps.submit(4, 5, lambda: ran.append(5) or 5)
+    assert steps.submit(0, 4, lambda: ran.append(44) or 44) is first
+    assert steps.submit(4, 5, lambda: ran.append(55) or 55) is second
+    assert (first.result(), second.result(), ran) == (4, 5, [4, 5])
+    assert steps.latest == 5
+
+
+def test_a_step_whose_forerunner_was_missed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "ORDER_TIMEOUT", 0.05)
+    steps: StepSequence[int] = StepSequence()
+    steps.submit(0, 1, lambda: 1)
+    with pytest.raises(MissedStep, match="step 2 was missed; the latest is 1"):
+        steps.submit(2, 3, lambda: 3)
+    steps.submit(1, 2, lambda: 2)
+    assert steps.submit(2, 3, lambda: 3).result() == 3
+
+
+# The engine and its workers
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        return answers(llm)
+
+
+def answers(llm: octavo.LLM) -> list[list[int]]:
+    outs = llm.generate(PROMPTS, PARAMS)
+    assert [out.error for out in outs] == [""] * len(outs)
+    return [out.outputs[0].token_ids for out in outs]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("place", ["received", "unpacked", "replies"])
+def test_a_rank_that_missed_a_step_or_whose_answer_was_lost_is_asked_again(
+    checkpoint: Path,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    place: str,
+    ranks: int,
+) -> None:
+    rules = [f"worker.{place}@{ranks - 1}=cut#{at}!{tmp_path / str(at)}" for at in (1, 7, 8, 20)]
+    monkeypatch.setenv(failpoint.VARIABLE, ";".join(rules))
+    with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=ranks) as llm:
+        pids = llm.engine.worker_pids
+        assert answers(llm) == expected
+        assert len(list(tmp_path.iterdir())) == 4, "not all messages were lost"
+        assert llm.engine.worker_pids == pids and llm.engine.restarts.times == []
+
+
+class Proxy:
+    """Stands between an engine and a worker's socket."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.with_suffix(".proxy")
+        self._target = target
+        self._open = threading.Event()
+        self._open.set()
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                try:
+                    far.connect(str(self._target))
+                except OSError:  # the worker does not listen yet
+                    near.close()
+                    continue
+                self._pairs.append((near, far))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    def _pump(self, source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._open.wait()
+                to.sendall(data)
+        for end in (source, to):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """All connections break; new ones can be made."""
+        for pair in self._pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self._pairs.clear()
+
+    def block(self) -> None:
+        """Nothing passes any more, and nobody is told."""
+        self._open.clear()
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Proxy]]:
+    made: list[Proxy] = []
+    connect = process.connect
+
+    def through_a_proxy(target: Path) -> Any:
+        made.append(Proxy(target))
+        return connect(made[-1].path)
+
+    monkeypatch.setattr(process, "connect", through_a_proxy)
+    yield made
+    for proxy in made:
+        proxy._open.set()
+        proxy.cut()
+
+
+def at_steps(llm: octavo.LLM, numbers: set[int], do: Any) -> None:
+    send, count = llm.engine.group.send, 0
+
+    def sent(batch: Any, step_id: int) -> None:
+        nonlocal count
+        count += 1
+        send(batch, step_id)
+        if count in numbers:
+            do()
+
+    llm.engine.group.send = sent  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_connection_that_breaks_is_made_again(
+    checkpoint: Path, expected: list[list[int]], proxies: list[Proxy], ranks: int
+) -> None:
+    with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=ranks) as llm:
+        pids = llm.engine.worker_pids
+        at_steps(llm, {3, 4, 11, 25}, lambda: proxies[-1].cut())
+        assert answers(llm) == expected
+        assert llm.engine.worker_pids == pids and llm.engine.restarts.times == []
+
+
+def test_a_rank_that_is_cut_off_is_told_by_its_silence_and_replaced(
+    checkpoint: Path,
+    expected: list[list[int]],
+    proxies: list[Proxy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "PING_TIMEOUT", 1.0)
+    with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
+        before = llm.engine.worker_pids
+        at_steps(llm, {9}, lambda: proxies[1].block())
+        assert answers(llm) == expected
+        assert not set(before) & set(llm.engine.worker_pids)
+        assert len(llm.engine.restarts.times) == 1
+
+
+def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
+    import grpc
+
+    from octavo.proto import worker_pb2 as pb
+
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        group = llm.engine.group
+        stub = group._workers[0].stub
+        request = pb.StepRequest(epoch=group.epoch + 1, step_id=1)
+        with pytest.raises(grpc.RpcError, match="is not the live one"):
+            stub.Step(request)
+        assert stub.Ping(pb.PingRequest()).epoch == group.epoch
+        assert answers(llm) == answers(llm)
