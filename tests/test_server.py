@@ -9,11 +9,9 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +23,13 @@ from PIL import Image
 
 import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.tiny_server import SETTINGS, Server, alive, start, wait_for
 from octavo.engine.client import ClientError
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 
-SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 LONG = {**GREEDY, "max_tokens": 900}
-READY = re.compile(r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)\n")
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    address: str
-    worker_pids: list[int]
-    log: Any
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    def text(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-
-def start(model: Path, *options: str) -> Server:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--model", str(model)]
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    process = subprocess.Popen(
-        [*command, "--port", "0", *SETTINGS, *options],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    match = READY.fullmatch(line)
-    assert match, (line, log.seek(0), log.read())
-    assert int(match[2]) == process.pid
-    return Server(process, match[1], [int(pid) for pid in match[3].split(",")], log)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +63,6 @@ def ask(text: str = "What is it?", *parts: dict[str, Any]) -> list[dict[str, Any
 
 def tokens(client: octavo.Client, messages: Any, **more: Any) -> list[int]:
     return [t for d in client.chat(messages, **{**GREEDY, **more}) for t in d.token_ids]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_answers_are_the_librarys(checkpoint: Path, client: octavo.Client, tmp_path: Path) -> None:
@@ -376,14 +333,6 @@ def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
         assert [delta.finish_reason for delta in stream][-1] == "length"
     assert server.process.wait(30) == 0
     wait_for(lambda: not any(map(alive, server.worker_pids)))
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
