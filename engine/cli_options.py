@@ -24,7 +24,7 @@ Dtype = Annotated[
     ),
 ]
 TensorParallelSize = Annotated[
-    int, typer.Option(help="Worker processes that share each layer; divides the attention heads.")
+    int, typer.Option(help="Worker processes that share each layer: 1, 2 or 4; 8 for the 72B.")
 ]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and output. Default: what the model allows.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from octavo.benchmarks.tiny_checkpoint import checkpoint_shapes, nested_name, write_tiny_checkpoint
 from octavo.engine.capacity import plan_capacity
 from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
+from octavo.engine.model.layers import WeightLoader
 from octavo.engine.model.parallel import (
     TensorParallel,
     check_tensor_parallel_size,
@@ -31,6 +34,7 @@ from octavo.engine.worker.group import GroupMemory
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
 REAL = ("2b", "7b", "72b")
+SIZES = {"2b": (1, 2, 4), "7b": (1, 2, 4), "72b": (1, 2, 4, 8)}
 PARAMETERS = {"2b": 2_208_985_600, "7b": 8_291_375_616, "72b": 73_405_560_320}
 
 
@@ -67,26 +71,58 @@ def test_real_configs_expect_exactly_the_real_tensors(name: str) -> None:
     assert model.weight_bytes == 2 * PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_share_every_row_of_the_real_shapes(name: str, size: int) -> None:
-    """What the ranks hold together: each tensor whole, K and V perhaps several times."""
-    config = ModelConfig.from_dict(json.loads((DATA / f"config-{name}.json").read_text()))
-    held: dict[str, int] = {}
+Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis
+
+
+def box_of(part: WeightLoader) -> Box:
+    """What of the checkpoint's tensor a part takes."""
+    cuts = (*part.source, *(slice(None),) * (len(part.shape) - len(part.source)))
+    pairs = zip(cuts, part.shape, strict=True)
+    return tuple(cut.indices(size)[:2] for cut, size in pairs)
+
+
+def tiles(boxes: list[Box], shape: tuple[int, ...]) -> bool:
+    """Whether boxes, which differ along one axis at most, cover a tensor without gap or overlap."""
+    whole = tuple((0, size) for size in shape)
+    axes = [axis for axis in range(len(shape)) if any(box[axis] != whole[axis] for box in boxes)]
+    if not axes:
+        return boxes == [whole]
+    (axis,) = axes
+    edges = sorted(box[axis] for box in boxes)
+    follows = all(left[1] == right[0] for left, right in itertools.pairwise(edges))
+    return follows and edges[0][0] == 0 and edges[-1][1] == shape[axis]
+
+
+@pytest.mark.parametrize(("name", "size"), [(n, s) for n in REAL for s in SIZES[n]])
+def test_l14_tp_only_shards_tile_the_checkpoint_exactly(name: str, size: int) -> None:
+    """On meta tensors. Each tensor once over all ranks: but vision and norms on every rank, and K
+    and V as often as ranks outnumber their heads. And what arrives on a rank fills each of its
+    parameters without gap or overlap."""
+    raw = json.loads((DATA / f"config-{name}.json").read_text())
+    config = ModelConfig.from_dict(raw)
+    held: dict[str, list[Box]] = {}
     for rank in range(size):
         model = Qwen2VL(config, TensorParallel(rank, size), torch.bfloat16)
-        for each in model.weight_loaders():
-            whole = torch.empty(each.shape, device="meta")
-            held[each.name] = held.get(each.name, 0) + whole[each.source].numel()
-    times = size * num_kv_heads_per_rank(config, size) // config.num_key_value_heads
-    for part in Qwen2VL(config, TensorParallel(), torch.bfloat16).weight_loaders():
-        full = torch.Size(part.shape).numel()
-        if ".k_proj" in part.name or ".v_proj" in part.name:
-            assert held[part.name] == times * full
-        elif part.name.startswith("visual.") or "norm" in part.name:
-            assert held[part.name] == size * full
+        filled: dict[int, tuple[torch.nn.Parameter, list[Box]]] = {}
+        for part in model.weight_loaders():
+            taken = torch.empty(part.shape, device="meta")[part.source]
+            param = getattr(part.owner, part.attribute)
+            assert param.is_meta and param.data[part.rows].numel() == taken.numel(), part.name
+            held.setdefault(part.name, []).append(box_of(part))
+            rows = part.rows.indices(param.shape[0])[:2]
+            filled.setdefault(id(param), (param, []))[1].append((rows,))
+        assert len(filled) == len(list(model.parameters()))
+        assert all(tiles(boxes, param.shape[:1]) for param, boxes in filled.values())
+    copies = max(1, size // config.num_key_value_heads)
+    for tensor, shape in checkpoint_shapes(raw):
+        if tensor.startswith("visual.") or "norm" in tensor:
+            times = size
         else:
-            assert held[part.name] == full, part.name
+            times = copies if ".k_proj" in tensor or ".v_proj" in tensor else 1
+        counts = Counter(held.pop(tensor))
+        assert set(counts.values()) == {times}, tensor
+        assert tiles(list(counts), shape), tensor
+    assert not held
 
 
 @pytest.mark.parametrize(
@@ -195,21 +231,18 @@ def test_names_of_both_forms() -> None:
         assert canonical_name(nested_name(name)) == name == canonical_name(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [("2b", (1, 2, 3, 4, 6, 12)), ("7b", (1, 2, 4, 7, 14, 28)), ("72b", (1, 2, 4, 8, 16, 32, 64))],
-)
-def test_rank_counts_that_do_not_divide_the_heads_are_refused(
+@pytest.mark.parametrize(("name", "sizes"), list(SIZES.items()))
+def test_other_rank_counts_are_refused_with_the_valid_ones(
     name: str, sizes: tuple[int, ...]
 ) -> None:
     config = ModelConfig.from_dict(json.loads((DATA / f"config-{name}.json").read_text()))
     assert valid_tensor_parallel_sizes(config) == sizes
     for size in sizes:
         check_tensor_parallel_size(config, size)
-    with pytest.raises(
-        ConfigError, match=f"tensor_parallel_size=5: .*{', '.join(map(str, sizes))}"
-    ):
-        Qwen2VL(config, TensorParallel(0, 5), torch.float32)
+    for other in {0, 3, 5, 6, 7, 8, 12, 16, 64} - set(sizes):
+        words = f"tensor_parallel_size={other}: .*by {', '.join(map(str, sizes))} ranks"
+        with pytest.raises(ConfigError, match=words):
+            Qwen2VL(config, TensorParallel(0, other), torch.float32)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -226,12 +259,11 @@ def test_l14_tp_only_every_query_head_meets_its_own_kv_head(name: str) -> None:
                 assert meets == (rank * heads + head) // group
 
 
-@pytest.mark.parametrize(("total", "unit", "size"), [(8960, 16, 3), (8960, 16, 12), (100, 1, 7)])
-def test_shards_are_whole_units_without_gap_or_overlap(total: int, unit: int, size: int) -> None:
-    shards = [TensorParallel(rank, size).shard(total, unit) for rank in range(size)]
+@pytest.mark.parametrize(("total", "size"), [(8960, 4), (100, 7)])
+def test_shards_have_neither_gap_nor_overlap(total: int, size: int) -> None:
+    shards = [TensorParallel(rank, size).shard(total) for rank in range(size)]
     assert [s.start for s in shards] == [0] + [s.stop for s in shards[:-1]]
     assert shards[-1].stop == total
-    assert all(s.start % unit == 0 for s in shards)
 
 
 def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,11 @@ class RecordingSampler:
     inner: Sampler
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    def sample(
+        self, logits: torch.Tensor, batch: SamplingBatch, last_token_ids: torch.Tensor
+    ) -> torch.Tensor:
         self.logits.append(logits.clone())
-        return self.inner.sample(logits, batch)
+        return self.inner.sample(logits, batch, last_token_ids)
 
 
 def make_runner(folder: Path, device: torch.device = CPU) -> ModelRunner:
@@ -149,7 +151,7 @@ def check_against_reference(folder: Path, names: list[str]) -> dict[str, Expecte
     runner, reference = make_runner(folder), Reference(folder)
     expected = {}
     for name in names:
-        runner.sampler = RecordingSampler(Sampler(runner.config.vision_token_ids))
+        runner.sampler = RecordingSampler(runner.sampler)
         request = tiny_request(runner.config, CONVERSATIONS[name])
         expected[name] = Expected(*reference.generate(request))
         found = TinyDriver(runner, 128).generate([request], NEW_TOKENS)
@@ -229,9 +231,9 @@ conversations = json.load(sys.stdin)
 batched = TinyDriver(runner, 256).generate(requests(), int(tokens), chunk=16)
 logits, plain = [], runner.sampler
 class Recording:
-    def sample(self, given, batch):
+    def sample(self, given, batch, last):
         logits[-1].append(given[0].tolist())
-        return plain.sample(given, batch)
+        return plain.sample(given, batch, last)
 runner.sampler = Recording()
 for request, expected in zip(requests(), batched):
     logits.append([])
@@ -300,11 +302,11 @@ def test_l14_tp_only_four_ranks_replicate_two_kv_heads(
     check_ranks(folder, 4, tmp_path / "meeting", expected, ["text", "three_images"])
 
 
-def test_l14_tp_only_three_ranks_split_a_group_of_heads(tmp_path: Path) -> None:
-    """6 heads, 2 KV heads, 3 ranks: rank 1's two query heads have different KV heads."""
-    folder = write_tiny_checkpoint(tmp_path / "six", heads=6, kv_heads=2, head_dim=8)
+def test_l14_tp_only_the_heads_of_the_2b_on_four_ranks(tmp_path: Path) -> None:
+    """12 heads, 2 KV heads: three query heads a rank, half a group, and a copy of its KV head."""
+    folder = write_tiny_checkpoint(tmp_path / "twelve", heads=12, kv_heads=2, head_dim=8)
     expected = check_against_reference(folder, ["image_and_video"])
-    check_ranks(folder, 3, tmp_path / "meeting", expected, ["image_and_video"])
+    check_ranks(folder, 4, tmp_path / "meeting", expected, ["image_and_video"])
 
 
 @pytest.mark.gpu

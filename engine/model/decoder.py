@@ -21,7 +21,6 @@ from .layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     WeightLoader,
-    mlp_unit,
 )
 from .parallel import TensorParallel
 
@@ -33,7 +32,7 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = QKVParallelLinear(config, parallel)
         width = config.num_attention_heads * config.head_dim
-        self.o_proj = RowParallelLinear(width, config.hidden_size, config.head_dim, parallel)
+        self.o_proj = RowParallelLinear(width, config.hidden_size, parallel)
         self.scale = config.head_dim**-0.5
 
     def forward(
@@ -58,7 +57,7 @@ class MLP(nn.Module):
         hidden, inner = config.hidden_size, config.intermediate_size
         names = ("gate_proj", "up_proj")
         self.gate_up = MergedColumnParallelLinear(hidden, inner, names, parallel)
-        self.down = RowParallelLinear(inner, hidden, mlp_unit(inner, parallel), parallel)
+        self.down = RowParallelLinear(inner, hidden, parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(swiglu(self.gate_up(x)))

@@ -6,7 +6,6 @@ checkpoint tensors that it wants and which part of each goes where.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -172,7 +171,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         head_dim, heads = config.head_dim, config.num_attention_heads
         kv_heads = kv_heads_of_rank(config, parallel)
         kv_rows = tuple(slice(head * head_dim, (head + 1) * head_dim) for head in kv_heads)
-        q_rows = (parallel.shard(heads * head_dim, head_dim),)
+        q_rows = (parallel.shard(heads * head_dim),)
         kv_total = config.num_key_value_heads * head_dim
         parts = (
             ColumnPart("q_proj", heads * head_dim, q_rows),
@@ -195,18 +194,18 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     def __init__(
         self, in_size: int, out_size: int, names: tuple[str, ...], parallel: TensorParallel
     ) -> None:
-        rows = parallel.shard(out_size, mlp_unit(out_size, parallel))
+        rows = parallel.shard(out_size)
         parts = tuple(ColumnPart(name, out_size, (rows,)) for name in names)
         super().__init__(in_size, parts, bias=False)
 
 
 class RowParallelLinear(nn.Module):
-    """Input columns dealt out over the ranks in whole units; the products are summed over them."""
+    """Input columns dealt out over the ranks; the products are summed over them."""
 
-    def __init__(self, in_size: int, out_size: int, unit: int, parallel: TensorParallel) -> None:
+    def __init__(self, in_size: int, out_size: int, parallel: TensorParallel) -> None:
         super().__init__()
         self.shape = (out_size, in_size)
-        self.columns = parallel.shard(in_size, unit)
+        self.columns = parallel.shard(in_size)
         self.weight = empty(out_size, self.columns.stop - self.columns.start)
         self.parallel = parallel
 
@@ -216,15 +215,6 @@ class RowParallelLinear(nn.Module):
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         source = (ALL, self.columns)
         yield WeightLoader(f"{name}.weight", self.shape, self, "weight", ALL, source)
-
-
-def mlp_unit(size: int, parallel: TensorParallel) -> int:
-    """Columns that stay together when the MLP is dealt out.
-
-    One where the ranks divide it; else sixteen or what divides it, so that shards stay aligned
-    (8,960 columns of the 2B over 3 ranks).
-    """
-    return 1 if size % parallel.size == 0 else math.gcd(size, 16)
 
 
 class VocabParallelEmbedding(nn.Module):

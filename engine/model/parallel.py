@@ -48,10 +48,9 @@ class TensorParallel:
         if self.size > 1:
             dist.destroy_process_group(self.group)
 
-    def shard(self, total: int, unit: int = 1) -> slice:
-        """This rank's part of `total` rows, in whole units; as even as units allow."""
-        units = total // unit
-        start, stop = (r * units // self.size * unit for r in (self.rank, self.rank + 1))
+    def shard(self, total: int) -> slice:
+        """This rank's part of `total` rows; all are even where the ranks divide it."""
+        start, stop = (rank * total // self.size for rank in (self.rank, self.rank + 1))
         return slice(start, stop)
 
 
@@ -75,13 +74,14 @@ def connect(rank: int, size: int, rendezvous: str, device: torch.device) -> Tens
 
 
 def valid_tensor_parallel_sizes(config: ModelConfig) -> tuple[int, ...]:
-    """Rank counts that can serve the checkpoint: the divisors of its attention heads.
-
-    KV heads, the MLP's columns and the vocabulary need not divide: see `kv_heads_of_rank` and
-    `TensorParallel.shard`.
-    """
-    heads = config.num_attention_heads
-    return tuple(size for size in range(1, heads + 1) if heads % size == 0)
+    """Rank counts that can serve the checkpoint: 1, 2 and 4 for the 2B and the 7B, for the 72B also
+    8. They share the attention heads evenly, and KV heads evenly or as copies."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return tuple(
+        size
+        for size in (1, 2, 4, 8)
+        if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    )
 
 
 def check_tensor_parallel_size(config: ModelConfig, size: int) -> None:
@@ -89,33 +89,18 @@ def check_tensor_parallel_size(config: ModelConfig, size: int) -> None:
     valid = valid_tensor_parallel_sizes(config)
     if size not in valid:
         raise ConfigError(
-            f"tensor_parallel_size={size}: this checkpoint has {config.num_attention_heads} "
-            f"attention heads; sizes that divide them: {', '.join(map(str, valid))}"
+            f"tensor_parallel_size={size}: this checkpoint, with {config.num_attention_heads} "
+            f"attention heads, is served by {', '.join(map(str, valid))} ranks"
         )
 
 
 def num_kv_heads_per_rank(config: ModelConfig, size: int) -> int:
-    """KV heads that each of `size` ranks keeps.
-
-    A rank's query heads fall into equal runs that share one KV head each. The run is what divides
-    both the rank's share of query heads and the checkpoint's group of them: so a KV head is
-    replicated where ranks outnumber KV heads, and the same rule serves 3 ranks of the 2B's 2 KV
-    heads. (Where share and group have no divisor but 1, as on 7 ranks of the 7B, each query head
-    gets a copy of its own: exact, but no KV memory is saved.)
-    """
-    return config.num_attention_heads // size // _run_length(config, size)
+    """KV heads that each of `size` ranks keeps: a copy of one where ranks outnumber them."""
+    return max(1, config.num_key_value_heads // size)
 
 
-def kv_heads_of_rank(config: ModelConfig, parallel: TensorParallel) -> tuple[int, ...]:
-    """The checkpoint's KV head behind each of this rank's, in order."""
-    heads = config.num_attention_heads // parallel.size
-    group = config.num_attention_heads // config.num_key_value_heads
-    run = _run_length(config, parallel.size)
-    first = parallel.rank * heads
-    return tuple((first + head) // group for head in range(0, heads, run))
-
-
-def _run_length(config: ModelConfig, size: int) -> int:
-    share = config.num_attention_heads // size
-    group = config.num_attention_heads // config.num_key_value_heads
-    return next(run for run in range(min(share, group), 0, -1) if share % run == group % run == 0)
+def kv_heads_of_rank(config: ModelConfig, parallel: TensorParallel) -> range:
+    """The checkpoint's KV heads that this rank keeps: those of its query heads."""
+    count = num_kv_heads_per_rank(config, parallel.size)
+    first = parallel.rank * config.num_key_value_heads // parallel.size
+    return range(first, first + count)
