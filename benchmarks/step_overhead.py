@@ -18,7 +18,7 @@ from octavo.scheduler.params import SamplingParams
 
 from .sleeping_worker import VARIABLE
 
-WARM_UP = 50  # steps
+WARM_UP = 10  # tokens of each request
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,27 @@ class OverheadReport:
 
 
 def run(
-    num_ranks: int, num_requests: int, overlap: bool, sleep_ms: float = 5.0, steps: int = 400
+    num_ranks: int,
+    num_requests: int,
+    overlap: bool,
+    prompt_len: int = 64,
+    sleep_ms: float = 5.0,
+    steps: int = 400,
 ) -> OverheadReport:
     """Raises ValueError naming the option."""
-    for name, value in (("ranks", num_ranks), ("num-requests", num_requests), ("steps", steps)):
+    given = {"ranks": num_ranks, "num-requests": num_requests, "steps": steps}
+    for name, value in {**given, "prompt-len": prompt_len}.items():
         if value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
     settings: dict[str, Any] = {
         "tensor_parallel_size": num_ranks,
         "max_num_seqs": num_requests,
-        "max_num_batched_tokens": 64 * num_requests + 1024,
+        "max_num_batched_tokens": 64 * num_requests + 16384,
+        "kv_cache_memory_bytes": 1 << 36,  # of which a worker that sleeps takes none
         "overlap_steps": overlap,
     }
     with _sleeping(sleep_ms), Engine(**settings) as engine:
-        done = _measure(engine, num_requests, steps)
+        done = _measure(engine, num_requests, prompt_len, steps)
     step_ms = tuple((np.diff(done) * 1e3).tolist())
     return OverheadReport(num_ranks, num_requests, overlap, sleep_ms, step_ms)
 
@@ -84,11 +91,11 @@ def _sleeping(sleep_ms: float) -> Iterator[None]:
         del os.environ[VARIABLE]
 
 
-def _measure(engine: Engine, num_requests: int, steps: int) -> list[float]:
+def _measure(engine: Engine, num_requests: int, prompt_len: int, steps: int) -> list[float]:
     """When each step's result was there, in seconds."""
-    params = SamplingParams(temperature=0, max_tokens=WARM_UP + steps + 20, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=1 << 14, ignore_eos=True)
     for index in range(num_requests):
-        engine.add_request(None, {"prompt_token_ids": [index % 200] * 64}, params)
+        engine.add_request(None, {"prompt_token_ids": [index % 200] * prompt_len}, params)
     done: list[float] = []
     receive = engine.group.receive
 
@@ -98,6 +105,10 @@ def _measure(engine: Engine, num_requests: int, steps: int) -> list[float]:
         return result
 
     engine.group.receive = watched  # type: ignore[method-assign]
-    while len(done) < WARM_UP + steps:
+    states = engine.scheduler.requests.values()
+    while any(request.num_output_tokens < WARM_UP for request in states):
         engine.step()
-    return done[WARM_UP:]
+    done.clear()
+    while len(done) < steps:
+        engine.step()
+    return done

@@ -207,6 +207,7 @@ def scheduler(
 def overhead(
     ranks: Annotated[list[int] | None, typer.Option(help="Default: 1, 2 and 4.")] = None,
     num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 16,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 400,
     sleep_ms: Annotated[float, typer.Option(help="Milliseconds that a worker's step takes.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
@@ -218,7 +219,7 @@ def overhead(
     with user_errors():
         for num_ranks in ranks or (1, 2, 4):
             for overlap in (True, False):
-                report = run(num_ranks, num_requests, overlap, sleep_ms, steps)
+                report = run(num_ranks, num_requests, overlap, prompt_len, sleep_ms, steps)
                 print(json.dumps(report.as_dict()) if as_json else report.as_text(), flush=True)
 
 

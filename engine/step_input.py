@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -78,9 +79,7 @@ def build_batch(
     awaits = np.array(plan.awaits or [-1] * len(rows), INT32)
     return InputBatch(
         token_ids=_token_ids(bounds, awaits),
-        positions=np.concatenate([_positions(*bound) for bound in bounds], axis=1, dtype=INT32)
-        if bounds
-        else np.empty((3, 0), INT32),
+        positions=_positions(bounds, counts),
         num_scheduled_tokens=counts,
         context_lens=starts + counts,
         block_tables=_block_tables(plan.block_tables),
@@ -101,17 +100,18 @@ def _token_ids(bounds: Sequence[Bounds], awaits: Int32) -> Int32:
     return np.frombuffer(b"".join(parts), INT32)
 
 
-def _positions(request: Request, start: int, count: int) -> Int32:
-    """M-RoPE positions [3, count] of tokens [start, start + count)."""
-    prompt = max(0, min(start + count, request.num_prompt_tokens) - start)
-    parts = []
-    if prompt:
-        axes = [axis[start : start + prompt] for axis in request.mrope_positions]
-        parts.append(np.array(axes, INT32))
-    if count > prompt:
-        after = np.arange(start + prompt, start + count, dtype=INT32)
-        parts.append(np.tile(after + request.mrope_position_delta, (3, 1)))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+def _positions(bounds: Sequence[Bounds], counts: Int32) -> Int32:
+    """M-RoPE positions [3, n] of the step's tokens: a prompt's own; past it, all three alike."""
+    shifts = np.array([start + row.mrope_position_delta for row, start, _ in bounds], INT32)
+    firsts = np.cumsum(counts) - counts
+    found = np.arange(counts.sum(), dtype=INT32) + np.repeat(shifts - firsts, counts)
+    positions = np.tile(found.astype(INT32), (3, 1))
+    for (row, start, count), first in zip(bounds, firsts, strict=True):
+        in_prompt = min(count, row.num_prompt_tokens - start)
+        if in_prompt > 0:
+            axes = [axis[start : start + in_prompt] for axis in row.mrope_positions]
+            positions[:, first : first + in_prompt] = axes
+    return positions
 
 
 def _block_tables(tables: Sequence[array[int]]) -> Int32:
@@ -126,8 +126,10 @@ def _sampling(plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots) ->
     drawn = [bound for bound, samples in zip(bounds, plan.samples, strict=True) if samples]
     penalized = [_slot(slots, *bound) for bound in drawn]
 
+    params = [request.params for request, _, _ in drawn]
+
     def column(name: str, dtype: str) -> np.ndarray:
-        return np.array([getattr(request.params, name) for request, _, _ in drawn], dtype)
+        return np.array(list(map(attrgetter(name), params)), dtype)
 
     return SamplingBatch(
         rows=np.flatnonzero(plan.samples).astype(INT32),
@@ -175,8 +177,8 @@ def _embedding_slices(bounds: Sequence[Bounds]) -> tuple[EmbeddingSlice, ...]:
     slices = []
     base = 0
     for row, (request, start, count) in enumerate(bounds):
-        units = overlapping(request.units, start, start + count)
-        for unit in units if start < request.media_end else ():
+        done = start >= request.media_end
+        for unit in () if done else overlapping(request.units, start, start + count):
             low, high = max(unit.offset, start), min(unit.end, start + count)
             dest = base + low - start
             slices.append(EmbeddingSlice(unit.key, low - unit.offset, high - low, dest, row))
