@@ -3,6 +3,7 @@ and that nobody can tell by the tokens."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import octavo
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.sampling_slots import SamplingSlots
+from octavo.engine.worker.bound import LEAST_BOUND, StepBound
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
@@ -330,3 +332,31 @@ def test_what_the_penalty_looks_at_travels_once(checkpoint: Path) -> None:
         out = llm.chat(*ASKED[3])[0]
     assert out.usage is not None
     assert sizes == [out.usage.prompt_tokens] + [0] * 24
+
+
+def test_the_time_in_which_nobody_asks_is_not_a_step_s(checkpoint: Path) -> None:
+    """A step of a request that stopped is left on its way until the next request comes."""
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        first = llm.chat(*ASKED[0])[0].outputs[0]
+        stop = replace(ASKED[0][1], stop=(first.text[3],))
+        llm.chat(ASKED[0][0], stop)
+        assert len(llm.engine.group._sent) == 1, "nothing was on its way"
+        time.sleep(1.0)
+        learnt: list[float] = []
+        bound = llm.engine.group._bound
+        learn = bound.learn
+        bound.learn = lambda work, seconds: learnt.append(seconds) or learn(work, seconds)  # type: ignore
+        assert llm.chat(*ASKED[0])[0].outputs[0].token_ids == first.token_ids
+        assert max(learnt) < 0.9
+
+
+def test_the_bound_of_a_step_follows_its_work_and_what_steps_have_taken() -> None:
+    bound = StepBound()
+    assert bound.seconds(1) >= LEAST_BOUND and bound.seconds(5000) > 2 * bound.seconds(50)
+    for _ in range(300):
+        bound.learn(work=1000, seconds=0.1)
+    quick = bound.seconds(1000)
+    assert LEAST_BOUND < quick < LEAST_BOUND + 10
+    bound.learn(work=1000, seconds=60)  # one that is slow is believed at once
+    assert bound.seconds(1000) > 20 * 60
+    assert bound.seconds(10_000) > 10 * 20 * 60

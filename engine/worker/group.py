@@ -46,6 +46,7 @@ class SentStep:
     calls: list[grpc.Future]
     work: float
     sent_at: float
+    done_at: float = 0.0  # when the latest answer came, whoever waits for it
 
 
 class WorkerGroup:
@@ -71,7 +72,7 @@ class WorkerGroup:
         self._is_loaded = False
         self._sent: deque[SentStep] = deque()
         self._latest = 0  # the step sent last in this epoch
-        self._received_at = 0.0  # when the last result came
+        self._done_at = 0.0  # when the latest step was done
         try:
             for rank in range(self.size):
                 socket = self._dir / f"rank{rank}.sock"
@@ -111,18 +112,14 @@ class WorkerGroup:
                 if error is not None:
                     raise self._fault(error)
 
-    def step(self, batch: InputBatch, step_id: int) -> BatchResult:
-        """Runs a step on all ranks and waits for it. No other may be on its way."""
-        self.send(batch, step_id)
-        return self.receive()
-
     def send(self, batch: InputBatch, step_id: int) -> None:
         """Has all ranks run a step, after those that were sent before."""
         previous, self._latest = self._latest, step_id
         requests = pack_steps(batch, self.epoch, step_id, previous, self.size)
         failpoint("group.sends")
-        calls = [self._ask(rank, request) for rank, request in enumerate(requests)]
-        self._sent.append(SentStep(step_id, requests, calls, work_of(batch), time.monotonic()))
+        sent = SentStep(step_id, requests, [], work_of(batch), time.monotonic())
+        sent.calls = [self._ask(sent, rank) for rank in range(self.size)]
+        self._sent.append(sent)
         failpoint("group.sent")
 
     def receive(self) -> BatchResult:
@@ -131,7 +128,7 @@ class WorkerGroup:
         collective for the one that failed. So does a rank that hangs, and a step that takes too
         long."""
         sent = self._sent.popleft()
-        began = max(sent.sent_at, self._received_at)
+        began = max(sent.sent_at, self._done_at)
         with self._killing():
             replies = self._collect(sent, began + self._bound.seconds(sent.work))
             for reply in replies:
@@ -140,8 +137,8 @@ class WorkerGroup:
                         f"a worker answered step {reply.step_id} of epoch {reply.epoch}, "
                         f"asked was step {sent.step_id} of epoch {self.epoch}"
                     )
-        self._received_at = time.monotonic()
-        self._bound.learn(sent.work, self._received_at - began)
+        self._done_at = sent.done_at
+        self._bound.learn(sent.work, sent.done_at - began)
         return unpack_results(replies)
 
     @contextlib.contextmanager
@@ -212,12 +209,17 @@ class WorkerGroup:
             time.sleep(RESEND_PAUSE)
             self._workers[rank].check_ended()
             log.warning("step %d is sent to rank %d again: %s", sent.step_id, rank, _text(error))
-            sent.calls[rank] = self._ask(rank, sent.requests[rank])
+            sent.calls[rank] = self._ask(sent, rank)
             sent.calls[rank].add_done_callback(lambda _, rank=rank: done.put(rank))
         return [replies[rank] for rank in range(self.size)]
 
-    def _ask(self, rank: int, request: pb.StepRequest) -> grpc.Future:
-        return self._workers[rank].stub.Step.future(request)
+    def _ask(self, sent: SentStep, rank: int) -> grpc.Future:
+        def done(call: grpc.Future) -> None:
+            sent.done_at = time.monotonic()
+
+        call = self._workers[rank].stub.Step.future(sent.requests[rank])
+        call.add_done_callback(done)
+        return call
 
     def _await(self, source: queue.SimpleQueue[Any], deadline: float = math.inf) -> Any:
         """The next of a queue. Raises `WorkerGroupError` when a worker ends or hangs meanwhile."""
