@@ -191,6 +191,7 @@ class Engine:
         except WorkerGroupError as error:
             updates += self._recover(error)
         deltas = self._deltas(updates)
+        self._pipeline.settle()
         if self._pipeline.is_idle and not self.scheduler.requests:
             deltas += self._deltas(
                 RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, LOST)

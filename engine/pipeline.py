@@ -49,6 +49,7 @@ class StepPipeline:
         self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
         self._on_way: deque[PlannedStep] = deque()
         self._slots = SamplingSlots()
+        self._taken_in: tuple[float, float] | None = None  # when the latest result came, and was
 
     @property
     def is_idle(self) -> bool:
@@ -100,6 +101,11 @@ class StepPipeline:
         failpoint("engine.stepped")
         received = perf_counter()
         updates = self._scheduler.update(result)
-        if self._trace is not None:
-            self._trace.done(received, perf_counter())
+        self._taken_in = (received, perf_counter())
         return updates
+
+    def settle(self) -> None:
+        """All that `step` gave has been told: requests that it ended belong to its trace."""
+        if self._trace is not None and self._taken_in is not None:
+            self._trace.done(*self._taken_in)
+        self._taken_in = None

@@ -151,8 +151,6 @@ class Scheduler:
         may have lost the others, and would tell of them one by one."""
         for unit in request.units:
             self.state.lose_embedding(unit.key)
-        if request.status is not RUNNING:  # preempted since: all is computed anew in any case
-            return ()
         self.state.rewind(request)
         request.num_misses += 1
         if request.num_misses < MAX_MISSES:

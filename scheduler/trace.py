@@ -44,6 +44,7 @@ class TraceWriter:
         self._running: set[str] = set()  # requests that have started
         self._ended: list[dict[str, str]] = []  # since the last step
         self._gone: set[str] = set()  # their names
+        self._over: set[str] = set()  # names in the latest line's `ended`
         self._planned: deque[dict[str, Any]] = deque()  # steps that are not done
         self._latest = 0  # the step planned last
         self._free_at = -math.inf  # when the latest step was done: the next runs from then on
@@ -103,7 +104,10 @@ class TraceWriter:
         self._began, self._free_at = min(self._began, began), received
         record["time"] = round(began - self._began, 6)
         record["run_ms"], record["update_ms"] = _ms(received - began), _ms(updated - received)
-        record["ended"], self._ended = self._ended, []
+        before, record["ended"], self._ended = self._over, self._ended, []
+        self._over = {each["request"] for each in record["ended"]}
+        # A step that was on its way when a request ended computes a token for it that nobody sees.
+        record["rows"] = [row for row in record["rows"] if row["request"] not in before]
         self._put(record)
 
     def lose_workers(self) -> None:

@@ -199,6 +199,27 @@ def test_L03_mrope_delta_alone_is_one_of_n_forks(
     assert len({tuple(tokens) for tokens in lone}) == (1 if params is GREEDY else 4)
 
 
+@pytest.mark.parametrize("budget", [512, 13])
+def test_a_penalty_sees_the_tokens_that_workers_keep(runner: ModelRunner, budget: int) -> None:
+    """So strong that no token comes twice; the driver sends all that it has seen each time."""
+    strong = replace(GREEDY, repetition_penalty=50.0)
+    for overlap in (True, False):
+        engine = make_engine(runner, overlap, max_num_batched_tokens=budget)
+        for name in PROMPTS:
+            engine.add(name, prompt(runner, name, strong), 20)
+        for _ in range(9):
+            engine.step()
+        engine.scheduler.state.preempt(engine.requests["image"])
+        engine.receive()
+        engine.run()
+        for name in PROMPTS:
+            runner.embeddings.clear()
+            driver = TinyDriver(runner, NUM_BLOCKS, max_unit_temporal_patches=2)
+            (alone_,) = driver.generate([prompt(runner, name, strong)], 20)
+            assert engine.output(name) == alone_
+            assert len(set(alone_)) == 20
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_alone_is_anything_at_all(
     runner: ModelRunner, expected: dict[str, list[int]], seed: int

@@ -20,7 +20,10 @@ from octavo.engine import failpoint
 from octavo.engine.engine import EngineDead
 from octavo.engine.worker import process
 
-PARAMS = octavo.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+# A penalty: what it looks at is kept by the workers, and must not be lost with them.
+PARAMS = octavo.SamplingParams(
+    temperature=0, repetition_penalty=3.0, max_tokens=40, ignore_eos=True
+)
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 1024,

@@ -149,6 +149,24 @@ def test_what_follows_a_row_that_computed_nothing_is_void() -> None:
     assert simulation.outputs["a"] == naive_output(request, 4)
 
 
+def test_what_two_steps_lacked_is_encoded_once_more() -> None:
+    """The second tells of the loss when a step on its way makes good for it already."""
+    first, second = (make_request(name, 30, (4, 8, CAT), max_tokens=4) for name in "ab")
+    simulation = overlapped(
+        first,
+        second,
+        max_num_batched_tokens=20,
+        num_blocks=40,
+        long_prefill_token_threshold=99,
+    )
+    plan(simulation)
+    simulation.worker.embeddings.clear()
+    simulation.run()
+    assert sum(len(step.encode) for step in simulation.worker.plans) == 2
+    for request in (first, second):
+        assert simulation.outputs[request.request_id] == naive_output(request, 4)
+
+
 def test_a_name_may_be_another_request_s_while_a_step_of_the_first_is_on_its_way() -> None:
     simulation = overlapped(make_request("a", 9, max_tokens=9))
     plan(simulation)

@@ -250,3 +250,43 @@ def test_l08_worst_case_profile_memory_follows_from_the_shapes() -> None:
     assert small < large < 4 << 30
     free, total = device_memory(CPU)
     assert 0 < free <= total
+
+
+def test_a_row_that_awaits_a_token_gets_it_from_the_step_before(runner: ModelRunner) -> None:
+    expected = [generate(runner, mixed(runner.config, seed)) for seed in range(2)]
+    runner.embeddings.clear()
+    rows = [mixed(runner.config, seed) for seed in range(2)]
+    driver = TinyDriver(runner, NUM_BLOCKS)
+    driver.step(rows, [len(row.token_ids) for row in rows])
+    for _ in range(4):
+        batch = driver.build(rows, [1, 1])
+        blind = replace(batch, token_ids=np.zeros_like(batch.token_ids), awaits=np.array([0, 1]))
+        result = runner.step(blind)
+        for row, token in zip(rows, result.sampled.tolist(), strict=True):
+            row.num_computed_tokens += 1
+            row.token_ids.append(token)
+    assert [row.output_token_ids for row in rows] == [tokens[:5] for tokens in expected]
+
+
+def test_a_row_that_awaits_what_was_not_drawn_draws_nothing_and_is_no_error(
+    runner: ModelRunner,
+) -> None:
+    good, bad = mixed(runner.config, 1), mixed(runner.config, 5)
+    expected = generate(runner, mixed(runner.config, 1))
+    runner.embeddings.clear()
+    driver = TinyDriver(runner, NUM_BLOCKS)
+    rows = [bad, good]
+    batch = driver.build(rows, [len(row.token_ids) for row in rows])
+    lost = bad.units[0].key
+    first = runner.step(replace(batch, encode=tuple(t for t in batch.encode if t.key != lost)))
+    assert first.sampled.tolist() == [-1, expected[0]] and first.missing == (lost,)
+    for row in rows:
+        row.num_computed_tokens = len(row.token_ids)
+        row.token_ids.append(0)
+    for token in expected[1:3]:
+        result = runner.step(replace(driver.build(rows, [1, 1]), awaits=np.array([0, 1])))
+        assert result.sampled.tolist() == [-1, token]
+        assert result.missing == () and result.errors == ()
+        for row in rows:
+            row.num_computed_tokens += 1
+            row.token_ids.append(0)

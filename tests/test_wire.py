@@ -81,6 +81,15 @@ def test_a_result_comes_out_as_it_went_in() -> None:
     assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))
 
 
+def test_what_one_rank_lacks_all_lack() -> None:
+    sampled = np.array([5, 6], np.int32)
+    first, second = (b"x" * 32, 2), (b"y" * 32, 0)
+    results = [BatchResult(sampled, (first,)), BatchResult(sampled, (second, first))]
+    joined = wire.unpack_results([wire.pack_result(result, 1, 2) for result in results])
+    assert joined.missing == (first, second)
+    assert joined.sampled.tolist() == [5, 6]
+
+
 @pytest.mark.parametrize("field", ["positions", "context_lens", "num_scheduled_tokens"])
 def test_arrays_that_do_not_fit_are_refused(field: str) -> None:
     (request,) = wire.pack_steps(make_batch(), epoch=1, step_id=1, previous_step_id=0, num_ranks=1)
