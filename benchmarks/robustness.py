@@ -36,6 +36,7 @@ from octavo.scheduler.params import SamplingParams
 from .tiny_checkpoint import write_tiny_checkpoint
 
 PLACES = ("worker.received", "worker.unpacked", "worker.computed", "worker.replies")
+ACTIONS = ("kill", "stop", "raise", "exit", "oom", "cut")
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 512,
@@ -91,7 +92,7 @@ class Round:
             for _ in range(rng.randint(2, 7))
         ]
         faults = [
-            f"{rng.choice(PLACES)}@{rng.randrange(num_ranks)}={rng.choice(failpoint.ACTIONS)}"
+            f"{rng.choice(PLACES)}@{rng.randrange(num_ranks)}={rng.choice(ACTIONS)}"
             f"#{rng.randint(1, 60)}"
             for _ in range(rng.randint(1, 3))
         ]

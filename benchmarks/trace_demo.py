@@ -82,6 +82,6 @@ def record(path: Path) -> int:
             before, now = now, now + seconds_of(plan)
             trace.plan(plan, before, before)
             tell(scheduler.update(worker.step(plan, scheduler.requests)))
-            trace.done(now, now)
+            trace.done(now, 0.0)
     trace.close()
     return number

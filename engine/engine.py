@@ -116,6 +116,11 @@ class Engine:
     def has_requests(self) -> bool:
         return bool(self._live)
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step is on its way, perhaps of a request that has ended since."""
+        return not self._pipeline.is_idle
+
     def preprocess(
         self,
         prompt: Prompt,
@@ -180,7 +185,7 @@ class Engine:
 
     def step(self) -> list[OutputDelta]:
         """Sends the next step to the workers, and gives what the step before it added to each
-        request: nothing the first time.
+        request: nothing the first time. (With `overlap_steps` off: what the step itself did.)
 
         Raises `EngineDead` when the workers fail too often.
         """

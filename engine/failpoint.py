@@ -7,7 +7,8 @@ OCTAVO_FAILPOINTS holds rules, separated by semicolons:
     worker.computed=stop#3!/tmp/x     the same, once in all: whoever makes the file /tmp/x does it
 
 Actions: kill (SIGKILL to the process itself), stop (SIGSTOP: it hangs), raise (RuntimeError), exit
-(as a program that gives up), oom (MemoryError), cut (`CutOff`: the message is lost).
+(as a program that gives up), oom (MemoryError), cut (`CutOff`: the message is lost), wait (for
+ever, as in a collective whose other ranks are gone).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from collections import Counter
 from dataclasses import dataclass
 
 VARIABLE = "OCTAVO_FAILPOINTS"
-ACTIONS = ("kill", "stop", "raise", "exit", "oom", "cut")
+ACTIONS = ("kill", "stop", "raise", "exit", "oom", "cut", "wait")
 RULE = re.compile(
     r"(?P<name>[\w.]+)(@(?P<rank>\d+))?=(?P<action>\w+)(#(?P<at>\d+))?(!(?P<once>[^;]+))?"
 )
@@ -86,6 +88,8 @@ def _act(rule: Rule) -> None:
         os._exit(3)
     elif rule.action == "oom":
         raise MemoryError(f"failpoint {rule.name}")
+    elif rule.action == "wait":
+        threading.Event().wait()
     elif rule.action == "cut":
         raise CutOff(f"failpoint {rule.name}")
     else:

@@ -83,7 +83,7 @@ class StepLoop:
     def _run(self) -> None:
         try:
             while (events := self._take_inbox()) is not None:
-                if self._engine.has_requests:
+                if self._is_busy:
                     events.extend(self._engine.step())
                 if events:
                     self._deliver(events)
@@ -94,6 +94,10 @@ class StepLoop:
             self._engine.failed = f"internal error: {type(error).__name__}"
             self._die(self._engine.failed)
 
+    @property
+    def _is_busy(self) -> bool:
+        return self._engine.has_requests or self._engine.has_steps
+
     def _die(self, cause: str) -> None:
         self._engine.group.close()
         self._on_death(cause)
@@ -101,7 +105,7 @@ class StepLoop:
     def _take_inbox(self) -> list[Event] | None:
         """Handles what has come; waits when there is nothing to step. None ends the thread."""
         events: list[Event] = []
-        idle = not self._engine.has_requests
+        idle = not self._is_busy
         while idle or not self._inbox.empty():
             try:
                 item = self._inbox.get(timeout=IDLE_CHECK)

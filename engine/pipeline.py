@@ -9,10 +9,11 @@ token is drawn by the step that runs awaits it: the workers fill it in from thei
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
 
 from ..scheduler.request import UnitKey
 from ..scheduler.scheduler import Scheduler
@@ -21,7 +22,9 @@ from ..scheduler.trace import TraceWriter
 from .failpoint import failpoint
 from .sampling_slots import SamplingSlots
 from .step_input import UnitPixels, build_batch, step_result
-from .worker.group import WorkerGroup
+from .worker.group import WorkerGroup, WorkerGroupError
+
+log = logging.getLogger("octavo.engine")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class StepPipeline:
         self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
         self._on_way: deque[PlannedStep] = deque()
         self._slots = SamplingSlots()
-        self._taken_in: tuple[float, float] | None = None  # when the latest result came, and was
+        self._taken_in: tuple[float, float] | None = None  # when the latest step was done, and
+        # seconds that taking it in took
 
     @property
     def is_idle(self) -> bool:
@@ -58,11 +62,18 @@ class StepPipeline:
     def step(self) -> list[RequestUpdate]:
         """Sends the next step, where there is one, and takes in the result of the one before it.
 
-        Raises `WorkerGroupError` when the workers fail; `lose_workers` must follow.
+        Raises `WorkerGroupError` when the workers fail, or a step does here; `lose_workers` must
+        follow.
         """
-        sent = self._send()
-        if self._on_way and (not sent or len(self._on_way) > self._most_ahead):
-            return self._receive()
+        try:
+            sent = self._send()
+            if self._on_way and (not sent or len(self._on_way) > self._most_ahead):
+                return self._receive()
+        except WorkerGroupError:
+            raise
+        except Exception as error:  # a fault of ours: whose request it is comes out as for workers
+            log.exception("a step failed in the engine")
+            raise WorkerGroupError(f"a step failed in the engine: {error!r}") from error
         return []
 
     def lose_workers(self) -> list[RequestUpdate]:
@@ -75,11 +86,11 @@ class StepPipeline:
 
     def _send(self) -> bool:
         """Plans a step and has the workers run it. False when there is nothing to plan yet."""
-        before = perf_counter()
+        before = time.monotonic()
         plan = self._scheduler.schedule()
         if plan is None:
             return False
-        planned = perf_counter()
+        planned = time.monotonic()
         if self._trace is not None:
             self._trace.plan(plan, before, planned)
         travels = bool(plan.request_ids or plan.encode or plan.drop)
@@ -95,13 +106,14 @@ class StepPipeline:
     def _receive(self) -> list[RequestUpdate]:
         """Waits for the oldest step on its way and takes in what it did."""
         step = self._on_way.popleft()
-        result = StepResult(step.plan.step_id, ())
+        result, ran = StepResult(step.plan.step_id, ()), time.monotonic()
         if step.travels:
             result = step_result(step.plan, self._group.receive())
+            ran = self._group.done_at
         failpoint("engine.stepped")
-        received = perf_counter()
+        received = time.monotonic()
         updates = self._scheduler.update(result)
-        self._taken_in = (received, perf_counter())
+        self._taken_in = (ran, time.monotonic() - received)
         return updates
 
     def settle(self) -> None:

@@ -91,10 +91,13 @@ class BlockManager:
             self._cached[block_hash] = block
             self._hashes[block] = block_hash
 
-    def forget(self, block_table: array[int]) -> None:
-        """Nobody is to find a table's blocks any more: what they hold is in doubt."""
-        for block in block_table:
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody is to find these blocks any more: what they hold is in doubt."""
+        for block in blocks:
             self._unseal(block)
+            if block in self._evictable:
+                del self._evictable[block]
+                self._unused.append(block)
 
     def reset(self) -> None:
         """All memory is gone: nothing can be found. No table may hold a block."""

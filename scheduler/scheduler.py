@@ -171,7 +171,8 @@ class Scheduler:
     def _let_go(self, request: Request, start: int, end: int) -> None:
         request.num_misses = 0
         units = list(overlapping(request.units, start, end))
-        needed = {unit.key for unit in units if unit.end > end}  # an image that comes twice
+        sent = overlapping(request.units, start, max(end, request.num_sent_tokens))
+        needed = {unit.key for unit in sent if unit.end > end}  # an image that comes twice
         for unit in units:
             if unit.key not in needed:
                 self.encoder_cache.release(unit.key, request.request_id)
@@ -220,6 +221,9 @@ class Scheduler:
         """Ends a request by its own fault. What it has computed may be in doubt as well, so nobody
         is to find its blocks and embeddings."""
         self.blocks.forget(request.block_table)
+        if request.status is RequestStatus.PREEMPTED:  # since its step was sent
+            found = [self.blocks.find(each) for each in request.block_hashes]
+            self.blocks.forget(block for block in found if block is not None)
         update = self._end(request, RequestStatus.FINISHED_ERROR, error)
         for unit in request.units:
             self.encoder_cache.forget(unit.key)

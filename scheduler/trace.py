@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .request import Request
 from .scheduler import Scheduler
 from .step import StepPlan
 
@@ -35,7 +36,7 @@ MOST_WAITING, MOST_NAME = 256, 64
 
 
 class TraceWriter:
-    """Records a scheduler's steps to a file, each as soon as it is done."""
+    """Records a scheduler's steps to a file, each as soon as its result is taken in."""
 
     def __init__(self, path: Path | str, scheduler: Scheduler) -> None:
         """What was in the file is lost. Raises OSError when it cannot be opened."""
@@ -44,8 +45,8 @@ class TraceWriter:
         self._running: set[str] = set()  # requests that have started
         self._ended: list[dict[str, str]] = []  # since the last step
         self._gone: set[str] = set()  # their names
-        self._over: set[str] = set()  # names in the latest line's `ended`
-        self._planned: deque[dict[str, Any]] = deque()  # steps that are not done
+        # steps that are not done, and whose each row is
+        self._planned: deque[tuple[dict[str, Any], list[Request | None]]] = deque()
         self._latest = 0  # the step planned last
         self._free_at = -math.inf  # when the latest step was done: the next runs from then on
         self._began = math.inf  # when the first step did
@@ -71,44 +72,46 @@ class TraceWriter:
         ]
         self._latest = plan.step_id
         rowed = set(plan.request_ids)
-        self._planned.append(
-            {
-                "step": plan.step_id,
-                "time": planned,
-                "schedule_ms": _ms(planned - before),
-                "run_ms": 0.0,
-                "update_ms": 0.0,
-                "rows": rows,
-                "started": self._started(plan),
-                "encode": [
-                    {"request": _cut(each.request_id), "tokens": each.unit.num_tokens}
-                    for each in plan.encode
-                ],
-                "preempted": [_cut(name) for name in plan.preempted],
-                "idle": [_cut(r.request_id) for r in state.running if r.request_id not in rowed],
-                "waiting": [_cut(r.request_id) for r in state.waiting[:MOST_WAITING]],
-                "num_waiting": len(state.waiting),
-                "ended": [],
-                "copies": len(plan.copies),
-                "evicted": len(plan.drop),
-                "free_blocks": state.blocks.num_free,
-                "cached_blocks": state.blocks.num_evictable,
-                "encoder_tokens": state.encoder_cache.num_tokens,
-            }
-        )
+        requests = [self._scheduler.requests.get(name) for name in plan.request_ids]
+        record = {
+            "step": plan.step_id,
+            "time": planned,
+            "schedule_ms": _ms(planned - before),
+            "run_ms": 0.0,
+            "update_ms": 0.0,
+            "rows": rows,
+            "started": self._started(plan),
+            "encode": [
+                {"request": _cut(each.request_id), "tokens": each.unit.num_tokens}
+                for each in plan.encode
+            ],
+            "preempted": [_cut(name) for name in plan.preempted],
+            "idle": [_cut(r.request_id) for r in state.running if r.request_id not in rowed],
+            "waiting": [_cut(r.request_id) for r in state.waiting[:MOST_WAITING]],
+            "num_waiting": len(state.waiting),
+            "ended": [],
+            "copies": len(plan.copies),
+            "evicted": len(plan.drop),
+            "free_blocks": state.blocks.num_free,
+            "cached_blocks": state.blocks.num_evictable,
+            "encoder_tokens": state.encoder_cache.num_tokens,
+        }
+        self._planned.append((record, requests))
 
-    def done(self, received: float, updated: float) -> None:
-        """The oldest step that is not done: when its result came, and when that was taken in."""
-        record = self._planned.popleft()
+    def done(self, ran: float, update_seconds: float) -> None:
+        """The oldest step that is not done ran until `ran`; and how long taking it in took."""
+        record, _ = self._planned.popleft()
         began = max(record["time"], self._free_at)
-        self._began, self._free_at = min(self._began, began), received
+        self._began, self._free_at = min(self._began, began), ran
         record["time"] = round(began - self._began, 6)
-        record["run_ms"], record["update_ms"] = _ms(received - began), _ms(updated - received)
-        before, record["ended"], self._ended = self._over, self._ended, []
-        self._over = {each["request"] for each in record["ended"]}
-        # A step that was on its way when a request ended computes a token for it that nobody sees.
-        record["rows"] = [row for row in record["rows"] if row["request"] not in before]
+        record["run_ms"], record["update_ms"] = _ms(ran - began), _ms(update_seconds)
+        record["ended"], self._ended = self._ended, []
         self._put(record)
+        # What the step on its way computes for those that have ended nobody sees.
+        for later, requests in self._planned:
+            kept = [i for i, r in enumerate(requests) if r is None or not r.status.is_finished]
+            later["rows"] = [later["rows"][i] for i in kept]
+            requests[:] = [requests[i] for i in kept]
 
     def lose_workers(self) -> None:
         """Steps that are not done never will be, and all that ran is to start again."""
@@ -116,12 +119,11 @@ class TraceWriter:
         self._running.clear()
 
     def _started(self, plan: StepPlan) -> list[dict[str, Any]]:
-        self._running -= set(plan.preempted)
+        self._running -= set(plan.preempted) | self._gone
+        self._gone.clear()
         rows = zip(plan.request_ids, plan.num_computed_tokens, strict=True)
         new = [(name, start) for name, start in rows if name not in self._running]
         self._running |= set(plan.request_ids)
-        self._running -= self._gone
-        self._gone.clear()
         return [{"request": _cut(name), "cached": start} for name, start in new]
 
     def _put(self, record: dict[str, Any]) -> None:
@@ -141,7 +143,7 @@ class TraceWriter:
             self._planned.clear()
             now = max(self._free_at, 0.0)
             self.plan(StepPlan(self._latest + 1, (), (), (), (), ()), now, now)
-            self.done(now, now)
+            self.done(now, 0.0)
         with contextlib.suppress(OSError):
             self._file.close()
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
 from octavo.engine.worker import process, sequence
+from octavo.engine.worker.process import WorkerGroupError, WorkerProcess
 from octavo.engine.worker.sequence import MissedStep, StepSequence
+from octavo.proto import worker_pb2 as pb
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512}
@@ -63,6 +67,75 @@ def test_a_step_whose_forerunner_was_missed_says_so(monkeypatch: pytest.MonkeyPa
         steps.submit(2, 3, lambda: 3)
     steps.submit(1, 2, lambda: 2)
     assert steps.submit(2, 3, lambda: 3).result() == 3
+
+
+def test_a_step_whose_forerunner_failed_fails_too() -> None:
+    """It has nothing to go on from."""
+    steps: StepSequence[int] = StepSequence()
+    first = steps.submit(0, 1, lambda: 1 // 0)
+    second = steps.submit(1, 2, lambda: 2)
+    assert isinstance(first.exception(), ZeroDivisionError)
+    assert "the step before it failed" in str(second.exception())
+
+
+# Pings
+
+
+class Stub:
+    """Answers pings as told."""
+
+    def __init__(self) -> None:
+        self.answer: Future[Any] = Future()
+        self.Ping = self
+
+    def future(self, request: Any, timeout: float) -> Future[Any]:
+        return self.answer
+
+
+class Unavailable(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Stub, list[float]]]:
+    """A worker without a process, its stub, and the time."""
+    now = [100.0]
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    worker = WorkerProcess.__new__(WorkerProcess)
+    worker.rank, worker.epoch, worker.stub = 0, 1, Stub()
+    worker._process = subprocess.Popen(["true"])
+    worker._ping, worker._silent_since, worker._looked_at = None, None, 0.0
+    worker.stub.answer.set_exception(Unavailable())
+    yield worker, worker.stub, now
+    worker._process.wait()
+
+
+def test_a_worker_out_of_reach_is_silent_after_some_seconds_of_looking(watched: Any) -> None:
+    worker, _, now = watched
+    for _ in range(10):
+        worker.check_answers()
+        now[0] += 0.5
+    with pytest.raises(WorkerGroupError, match="did not answer for 5 s"):
+        for _ in range(3):
+            worker.check_answers()
+            now[0] += 0.5
+
+
+def test_a_worker_is_not_silent_while_nobody_looks_or_while_it_answers_steps(watched: Any) -> None:
+    worker, stub, now = watched
+    worker.check_answers()
+    now[0] += 3600  # an `LLM` without work: nobody looked
+    worker.check_answers()
+    for _ in range(40):
+        worker.check_answers()
+        worker.heard()
+        now[0] += 0.5
+    stub.answer = Future()
+    stub.answer.set_result(pb.PingReply(epoch=2))
+    worker.check_answers()
+    with pytest.raises(WorkerGroupError, match="of epoch 2 and not 1"):
+        worker.check_answers()
 
 
 # The engine and its workers
@@ -210,10 +283,6 @@ def test_a_rank_that_is_cut_off_is_told_by_its_silence_and_replaced(
 
 
 def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
-    import grpc
-
-    from octavo.proto import worker_pb2 as pb
-
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         group = llm.engine.group
         stub = group._workers[0].stub

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
 from octavo.engine.engine import EngineDead
-from octavo.engine.worker import process
+from octavo.engine.worker import bound, process
 
-# A penalty: what it looks at is kept by the workers, and must not be lost with them.
+# With a penalty: what it looks at is kept by the workers, and travels anew to new ones.
 PARAMS = octavo.SamplingParams(
     temperature=0, repetition_penalty=3.0, max_tokens=40, ignore_eos=True
 )
@@ -225,3 +226,80 @@ def test_rules_of_failpoints() -> None:
     for wrong in ("a", "a=b", "a=kill#x", "=kill"):
         with pytest.raises(ValueError, match="must be NAME"):
             failpoint.parse(wrong)
+
+
+def test_ranks_that_wait_for_each_other_for_ever_are_told_by_the_step_s_bound(
+    checkpoint: Path,
+    expected: list[list[int]],
+    failpoints: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They answer pings, and the step never ends."""
+    monkeypatch.setattr(bound, "LEAST_BOUND", 2.0)
+    failpoints(f"worker.computed@1=wait#17!{tmp_path / 'once'}")
+    with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
+        assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+        assert len(llm.engine.restarts.times) == 1
+    assert "a step took far longer than its work should" in caplog.text
+
+
+def test_an_error_of_ours_in_a_step_is_survived(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise MemoryError("no room for the arrays")
+
+    for overlap in (True, False):
+        with octavo.LLM(checkpoint, **SETTINGS, overlap_steps=overlap) as llm:
+            at_step(llm, 5, fail)
+            assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+            assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
+            assert len(llm.engine.restarts.times) == 1
+
+
+def test_a_request_whose_step_cannot_be_made_ends_alone(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        pixels_of = llm.engine._pipeline._pixels_of
+
+        def spoilt(name: str) -> Any:
+            if name == "request-1":
+                raise KeyError("its pixels")
+            return pixels_of(name)
+
+        monkeypatch.setattr(llm.engine._pipeline, "_pixels_of", spoilt)
+        outs = llm.chat(CONVERSATIONS, PARAMS)
+    assert outs[1].error == "INTERNAL: the request's step ended the workers twice"
+    found = [out.outputs[0].token_ids for out in (outs[0], outs[2])]
+    assert found == [expected[0], expected[2]]
+
+
+def test_a_step_left_on_its_way_is_taken_in_while_nobody_asks(checkpoint: Path) -> None:
+    """And if it failed, the workers are new before the next one asks."""
+    import asyncio
+
+    async def scenario() -> None:
+        async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
+            deltas = [delta async for delta in engine.chat(CONVERSATIONS[0], PARAMS)]
+            text = "".join(delta.text for delta in deltas)
+            stop = replace(PARAMS, stop=(text[5],))
+            group = engine.engine.group
+            send, sent = group.send, []
+
+            def watched(batch: Any, step_id: int) -> None:
+                send(batch, step_id)
+                sent.append(step_id)
+
+            group.send = watched  # type: ignore[method-assign]
+            last = [delta async for delta in engine.chat(CONVERSATIONS[0], stop)][-1]
+            assert last.finish_reason == "stop"
+            deadline = time.monotonic() + 5
+            while engine.engine.has_steps:
+                assert time.monotonic() < deadline, "nobody took it in"
+                await asyncio.sleep(0.01)
+            assert last.usage is not None and len(sent) == last.usage.output_tokens + 1
+
+    asyncio.run(scenario())

@@ -15,6 +15,7 @@ from PIL import Image
 import octavo
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.pipeline import StepPipeline
 from octavo.engine.sampling_slots import SamplingSlots
 from octavo.engine.worker.bound import LEAST_BOUND, StepBound
 from octavo.scheduler.request import Request, RequestStatus
@@ -131,6 +132,48 @@ def test_a_token_that_arrives_after_preemption_may_be_the_last() -> None:
     simulation.receive()
     assert simulation.ended["a"].status is RequestStatus.FINISHED_LENGTH
     simulation.scheduler.check_integrity()
+
+
+def test_what_one_that_fails_after_preemption_computed_is_found_by_nobody() -> None:
+    request = make_request("bad", list(range(20)), max_tokens=9)
+    simulation = overlapped(request)
+    plan(simulation)
+    plan(simulation)
+    assert len(simulation.scheduler.blocks._cached) == 4 or request.num_computed_tokens >= 16
+    simulation.scheduler.state.preempt(request)
+    simulation.spoil = lambda plan, result: replace(result, errors={"bad": "not finite"})
+    simulation.receive()
+    assert simulation.ended["bad"].error == "not finite"
+    simulation.scheduler.check_integrity()
+    again = make_request("again", list(range(20)))
+    simulation.spoil = lambda plan, result: result
+    simulation.scheduler.add(again)
+    simulation.run()
+    assert again.num_cached_tokens == 0
+    assert simulation.outputs["again"] == naive_output(again, 4)
+
+
+def test_an_image_that_comes_twice_is_held_for_what_is_sent_of_it() -> None:
+    request = make_request("a", 40, (0, 8, CAT), (8, 8, CAT), max_tokens=4)
+    simulation = overlapped(request, max_num_batched_tokens=8, num_blocks=40)
+    plan(simulation)
+    plan(simulation)  # the first one is computed, the second is on its way
+    assert request.num_computed_tokens == 8 and request.num_sent_tokens == 16
+    cache = simulation.scheduler.encoder_cache
+    assert cache.room() == cache.capacity - 8, "let go while a row that needs it is on its way"
+    plan(simulation)
+    assert cache.room() == cache.capacity
+    simulation.run()
+    assert simulation.outputs["a"] == naive_output(request, 4)
+
+
+def test_new_workers_have_empty_slots() -> None:
+    scheduler = Simulation(make_config()).scheduler
+    pipeline = StepPipeline(scheduler, None, lambda name: {}, None, True)  # type: ignore[arg-type]
+    request = running("a")
+    pipeline._slots.place(request, 0, 4)
+    assert pipeline.lose_workers() == []
+    assert pipeline._slots.place(request, 4, 1) == (0, False)
 
 
 def test_what_follows_a_row_that_computed_nothing_is_void() -> None:

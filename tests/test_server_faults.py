@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -86,18 +88,19 @@ def test_streams_go_on_when_a_worker_is_killed(
     assert server.text().count("the workers are started anew") == 2
 
 
-FAST = [("engine.planned", "raise"), ("group.sent", "kill")]
+def at_each_place(actions: tuple[str, ...], fast: tuple[str, str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("place", "action"),
+        [
+            pytest.param(place, action, marks=() if (place, action) == fast else pytest.mark.slow)
+            for place in ("engine.planned", "group.sends", "group.sent", "engine.stepped")
+            for action in actions
+        ],
+    )
 
 
-@pytest.mark.parametrize(
-    ("place", "action"),
-    [
-        pytest.param(place, action, marks=() if (place, action) in FAST else pytest.mark.slow)
-        for place in ("engine.planned", "group.sends", "group.sent", "engine.stepped")
-        for action in ("kill", "raise", "exit", "oom")
-    ],
-)
-def test_when_the_engine_fails_clients_know_and_nothing_is_left(
+@at_each_place(("raise", "oom"), fast=("engine.planned", "raise"))
+def test_an_error_in_the_engine_s_step_is_survived(
     checkpoint: Path,
     expected: list[tuple[list[int], str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -106,8 +109,28 @@ def test_when_the_engine_fails_clients_know_and_nothing_is_left(
 ) -> None:
     monkeypatch.setenv(failpoint.VARIABLE, f"{place}={action}#40")
     server = start(checkpoint)
+    assert talk(server) == expected
+    assert server.end() == 0
+    assert "a step failed in the engine" in server.text()
+
+
+@at_each_place(("kill", "exit"), fast=("group.sent", "kill"))
+def test_when_the_engine_ends_clients_know_and_nothing_is_left(
+    checkpoint: Path,
+    expected: list[tuple[list[int], str]],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    action: str,
+) -> None:
+    folder = tempfile.mkdtemp()  # a short name: it is to hold Unix sockets
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setenv(failpoint.VARIABLE, f"{place}={action}#40")
+    server = start(checkpoint)
+    assert [path.name[:7] for path in Path(folder).iterdir() if path.is_dir()] == ["octavo-"]
     for (tokens, end), (wanted, _) in zip(talk(server), expected, strict=True):
         assert end == "UNAVAILABLE"
         assert tokens == wanted[: len(tokens)] and len(tokens) < len(wanted)
-    assert server.process.wait(30) == {"kill": -9, "exit": 3}.get(action, 1)
+    assert server.process.wait(30) == {"kill": -9, "exit": 3}[action]
     wait_for(lambda: not any(map(alive, server.worker_pids)))
+    assert not [path for path in Path(folder).iterdir() if path.is_dir()]
+    shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,32 @@ def test_a_real_run(real: tuple[Path, Any]) -> None:
     times = [step["time"] for step in trace.steps]
     assert times == sorted(times) and all(step["run_ms"] > 0 for step in trace.steps[:-1])
     assert trace.steps[-1]["rows"] == []  # the last end, which no step followed
+
+
+def test_a_name_that_is_used_again_and_a_step_that_nobody_sees(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "again.jsonl"
+    settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "trace_file": path}
+    with octavo.LLM(checkpoint, **settings) as llm:
+        text = llm.generate("Hi there", PARAMS)[0].outputs[0].text
+        llm.generate("Hi there", replace(PARAMS, stop=(text[2],)))  # leaves a step on its way
+        time.sleep(0.3)
+        for _ in range(2):
+            llm.engine.add_request("same", "Another", PARAMS)
+            while llm.engine.has_requests:
+                llm.engine.step()
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    same = [row for line in lines for row in line["rows"] if row["request"] == "same"]
+    counts = [row["count"] for row in same]
+    assert len(counts) == 12 and counts[0] == counts[6] > 1, "both prompts are in it"
+    started = [each for line in lines for each in line["started"] if each["request"] == "same"]
+    assert [each["cached"] for each in started] == [0, 0]
+    ended = {e["request"]: n for n, line in enumerate(lines) for e in line["ended"]}
+    for number, line in enumerate(lines):
+        for row in line["rows"]:
+            assert number <= ended[row["request"]]
+    assert max(line["run_ms"] for line in lines) < 290
 
 
 def test_a_trace_holds_no_prompt(real: tuple[Path, Any]) -> None:

@@ -83,6 +83,8 @@ class ModelRunner:
         and draws nothing (-1); its blocks hold nothing of use. So does a row that awaits a token
         which was not drawn, unreported. The other rows are as if alone.
         """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
         for key in batch.drop:
             self.embeddings.pop(key, None)
         self._copy_blocks(batch.copies)

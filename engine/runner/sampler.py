@@ -43,7 +43,8 @@ class SeenTokens:
         vocab, device = self._flags.shape[1], self._flags.device
         missing = int(slots.max()) + 1 - len(self._flags)
         if missing > 0:
-            self._flags = torch.cat([self._flags, self._flags.new_zeros(missing, vocab)])
+            more = max(missing, len(self._flags))  # twice as many: copied few times
+            self._flags = torch.cat([self._flags, self._flags.new_zeros(more, vocab)])
         for slot, token_ids in zip(slots.tolist(), fill, strict=True):
             if token_ids.size:
                 known = token_ids[(token_ids >= 0) & (token_ids < vocab)].astype(np.int64)

@@ -72,7 +72,9 @@ class WorkerGroup:
         self._is_loaded = False
         self._sent: deque[SentStep] = deque()
         self._latest = 0  # the step sent last in this epoch
-        self._done_at = 0.0  # when the latest step was done
+        self.done_at = (
+            0.0  # when the latest step that was received was done, on the monotonic clock
+        )
         try:
             for rank in range(self.size):
                 socket = self._dir / f"rank{rank}.sock"
@@ -128,7 +130,7 @@ class WorkerGroup:
         collective for the one that failed. So does a rank that hangs, and a step that takes too
         long."""
         sent = self._sent.popleft()
-        began = max(sent.sent_at, self._done_at)
+        began = max(sent.sent_at, self.done_at)
         with self._killing():
             replies = self._collect(sent, began + self._bound.seconds(sent.work))
             for reply in replies:
@@ -137,7 +139,7 @@ class WorkerGroup:
                         f"a worker answered step {reply.step_id} of epoch {reply.epoch}, "
                         f"asked was step {sent.step_id} of epoch {self.epoch}"
                     )
-        self._done_at = sent.done_at
+        self.done_at = sent.done_at
         self._bound.learn(sent.work, sent.done_at - began)
         return unpack_results(replies)
 
@@ -202,12 +204,14 @@ class WorkerGroup:
             error = sent.calls[rank].exception()
             if error is None:
                 replies[rank] = sent.calls[rank].result()
+                self._workers[rank].heard()
                 continue
             now = time.monotonic()
             if not _is_lost(error) or now - lost_at.setdefault(rank, now) > PING_TIMEOUT:
                 raise self._fault(error)
             time.sleep(RESEND_PAUSE)
             self._workers[rank].check_ended()
+            deadline = time.monotonic() + self._bound.seconds(sent.work)
             log.warning("step %d is sent to rank %d again: %s", sent.step_id, rank, _text(error))
             sent.calls[rank] = self._ask(sent, rank)
             sent.calls[rank].add_done_callback(lambda _, rank=rank: done.put(rank))

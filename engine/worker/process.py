@@ -32,6 +32,7 @@ class WorkerProcess:
         self.stub = worker_pb2_grpc.WorkerStub(self.channel)
         self._ping: grpc.Future | None = None  # the latest
         self._silent_since: float | None = None  # when the first ping was sent that has no answer
+        self._looked_at = 0.0
 
     @property
     def pid(self) -> int:
@@ -58,11 +59,21 @@ class WorkerProcess:
             if error is None:
                 self._silent_since = None
                 self._check_epoch(self._ping.result().epoch)
-            elif _timed_out(error) or now - (self._silent_since or now) > PING_TIMEOUT:
+            elif _timed_out(error) or self._is_silent(now):
                 raise WorkerGroupError(f"{self} did not answer for {PING_TIMEOUT:.0f} s")
-        if self._silent_since is None:
-            self._silent_since = now
+        if self._silent_since is None or now - self._looked_at > PING_TIMEOUT:
+            self._silent_since = now  # nobody looked for long, so nothing is known of that time
+        self._looked_at = now
         self._ping = self.stub.Ping.future(pb.PingRequest(epoch=self.epoch), timeout=PING_TIMEOUT)
+
+    def heard(self) -> None:
+        """It has answered something."""
+        self._silent_since = None
+
+    def _is_silent(self, now: float) -> bool:
+        looked_lately = now - self._looked_at <= PING_TIMEOUT
+        since = self._silent_since
+        return since is not None and looked_lately and now - since > PING_TIMEOUT
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:

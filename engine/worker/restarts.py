@@ -32,7 +32,7 @@ class Restarts:
             log.warning("%s; the workers are started anew", error)
             try:
                 self._group.restart()
-            except (WorkerGroupError, ConfigError) as again:
+            except (WorkerGroupError, ConfigError, OSError) as again:
                 error = WorkerGroupError(str(again))
                 continue
             log.warning("the workers are back after %.1f s", time.monotonic() - now)

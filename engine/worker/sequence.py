@@ -40,8 +40,16 @@ class StepSequence(Generic[T]):
                 return self._taken[step_id]
             if self.latest != previous:
                 raise MissedStep(f"step {previous} was missed; the latest is {self.latest}")
-            self._taken = {i: f for i, f in self._taken.items() if i == previous}
-            self._taken[step_id] = future = self._thread.submit(run)
+            before = self._taken.get(previous)
+            self._taken = {} if before is None else {previous: before}
+            self._taken[step_id] = future = self._thread.submit(_after, before, run)
             self.latest = step_id
             self._moved.notify_all()
         return future
+
+
+def _after(before: Future[T] | None, run: Callable[[], T]) -> T:
+    """A step whose forerunner failed has nothing to go on from."""
+    if before is not None and (error := before.exception()) is not None:
+        raise RuntimeError("the step before it failed") from error
+    return run()

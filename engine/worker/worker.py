@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -176,22 +177,29 @@ def _refuse(context: grpc.ServicerContext, error: BaseException) -> None:
     context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     """Standard input is a pipe that the parent holds and never writes to."""
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)  # where the parent was killed, nobody else does
     os._exit(0)
 
 
 def main(servicer: WorkerServicer | None = None) -> None:
     """Serves until the parent is gone."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket", required=True, help="path of the Unix socket to serve on")
-    socket = parser.parse_args().socket
+    parser.add_argument(
+        "--socket",
+        required=True,
+        help="Unix socket to serve on; its folder is removed at the end",
+    )
+    socket = Path(parser.parse_args().socket)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=UNLIMITED)
+    threading.Thread(
+        target=_end_with_parent, args=(socket.parent,), name="parent-watch", daemon=True
+    ).start()
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(servicer or WorkerServicer(), server)
     server.add_insecure_port(f"unix:{socket}")
     server.start()
