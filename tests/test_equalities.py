@@ -5,7 +5,6 @@ one of several forks."""
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -168,9 +167,7 @@ def test_L03_mrope_delta_alone_is_from_the_prefix_cache(
         for block_hash in first.block_hashes[num_blocks:]:
             block = blocks.find(block_hash)
             assert block is not None
-            blocks.forget(array("i", [block]))
-            blocks._evictable.pop(block)
-            blocks._unused.append(block)
+            blocks.forget([block])
         for unit in first.units:
             engine.scheduler.encoder_cache.lose(unit.key)
         runner.embeddings.clear()

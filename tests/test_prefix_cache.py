@@ -123,9 +123,7 @@ def test_L17_prefix_encode() -> None:
     for index in (5, 6, 7):  # all but blocks 0 to 4: tokens 0 to 19, in the middle of the dog
         block = blocks.find(block_hash(probe, index, 4))
         assert block is not None
-        blocks.forget(array("i", [block]))
-        blocks._evictable.pop(block)
-        blocks._unused.append(block)
+        blocks.forget([block])
     simulation.scheduler.add(probe)
     plan = simulation.step()
     assert plan is not None
