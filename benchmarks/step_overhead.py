@@ -74,14 +74,15 @@ def run(
         "kv_cache_memory_bytes": 1 << 36,  # of which a worker that sleeps takes none
         "overlap_steps": overlap,
     }
-    with _sleeping(sleep_ms), Engine(**settings) as engine:
+    with sleeping(sleep_ms), Engine(**settings) as engine:
         done = _measure(engine, num_requests, prompt_len, steps)
     step_ms = tuple((np.diff(done) * 1e3).tolist())
     return OverheadReport(num_ranks, num_requests, overlap, sleep_ms, step_ms)
 
 
 @contextmanager
-def _sleeping(sleep_ms: float) -> Iterator[None]:
+def sleeping(sleep_ms: float) -> Iterator[None]:
+    """Workers that are started meanwhile only sleep."""
     module, process.WORKER_MODULE = process.WORKER_MODULE, "octavo.benchmarks.sleeping_worker"
     os.environ[VARIABLE] = str(sleep_ms)
     try:

@@ -93,6 +93,17 @@ def test_bench_scheduler(num_requests: int) -> None:
     assert "median" in octavo("bench", "scheduler", *options).stdout
 
 
+def test_bench_overhead() -> None:
+    options = ["--ranks", "1", "--num-requests", "3", "--steps", "20", "--sleep-ms", "1"]
+    done = octavo("bench", "overhead", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [report["overlap"] for report in found] == [True, False]
+    for report in found:
+        assert report["step_ms"] > report["sleep_ms"] == 1.0
+        assert report["between_ms"] == pytest.approx(report["step_ms"] - 1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

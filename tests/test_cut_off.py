@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import grpc
 import pytest
 
 import octavo
+from octavo.benchmarks.sleeping_worker import TOKEN
+from octavo.benchmarks.step_overhead import sleeping
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
 from octavo.engine.worker import process, sequence
@@ -291,3 +294,13 @@ def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
             stub.Step(request)
         assert stub.Ping(pb.PingRequest()).epoch == group.epoch
         assert answers(llm) == answers(llm)
+
+
+def test_a_step_of_seconds_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pings are answered beside it: a first encode may take long."""
+    monkeypatch.setattr(process, "PING_TIMEOUT", 0.7)
+    with sleeping(2500), octavo.LLM(max_num_batched_tokens=1100) as llm:
+        pids = llm.engine.worker_pids
+        out = llm.generate("Hi", replace(PARAMS, max_tokens=2))[0]
+        assert out.outputs[0].token_ids == [TOKEN, TOKEN]
+        assert llm.engine.worker_pids == pids and llm.engine.restarts.times == []

@@ -294,7 +294,11 @@ def test_past_max_restarts_a_worker_that_dies_while_nothing_runs_ends_the_server
     checkpoint: Path,
 ) -> None:
     server = start(checkpoint, "--max-restarts", "0")
-    os.kill(server.worker_pids[0], signal.SIGKILL)
+    with grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        os.kill(server.worker_pids[0], signal.SIGKILL)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert server.process.wait(30) == 1
     assert "signal 9" in server.text()
 
