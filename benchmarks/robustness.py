@@ -12,11 +12,12 @@ and nothing may be left. After the manner of etcd's robustness tests.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,9 @@ from rich.progress import track
 
 from octavo.engine import failpoint
 from octavo.engine.async_llm import AsyncLLM
+from octavo.engine.llm import LLM
 from octavo.engine.output import OutputDelta
+from octavo.engine.runner.batch import InputBatch
 from octavo.engine.worker import process
 from octavo.scheduler.params import SamplingParams
 
@@ -175,6 +178,19 @@ def fault_free(rounds: list[Round], model: Path) -> dict[Ask, list[int]]:
             return {ask: await answer(engine, ask) for ask in asks}
 
     return asyncio.run(run())
+
+
+def at_steps(llm: LLM, numbers: set[int], do: Callable[[], None]) -> None:
+    """Does something each time that the engine has just sent one of these steps, counted from
+    now on."""
+    send, counter = llm.engine.group.send, itertools.count(1)
+
+    def sent(batch: InputBatch, step_id: int) -> None:
+        send(batch, step_id)
+        if next(counter) in numbers:
+            do()
+
+    llm.engine.group.send = sent  # type: ignore[method-assign]
 
 
 def reproduction(seed: int) -> str:

@@ -13,7 +13,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ..scheduler.request import UnitKey
 from ..scheduler.scheduler import Scheduler
@@ -25,14 +24,6 @@ from .step_input import UnitPixels, build_batch, step_result
 from .worker.group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.engine")
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """A step whose result is to come; one with nothing in it did not travel."""
-
-    plan: StepPlan
-    travels: bool
 
 
 class StepPipeline:
@@ -50,7 +41,7 @@ class StepPipeline:
         self._scheduler, self._group, self._trace = scheduler, group, trace
         self._pixels_of = pixels_of
         self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
-        self._on_way: deque[PlannedStep] = deque()
+        self._on_way: deque[StepPlan] = deque()
         self._slots = SamplingSlots()
         self._taken_in: tuple[float, float] | None = None  # when the latest step was done, and
         # seconds that taking it in took
@@ -93,9 +84,8 @@ class StepPipeline:
         planned = time.monotonic()
         if self._trace is not None:
             self._trace.plan(plan, before, planned)
-        travels = bool(plan.request_ids or plan.encode or plan.drop)
-        self._on_way.append(PlannedStep(plan, travels))
-        if travels:
+        self._on_way.append(plan)
+        if not plan.is_empty:
             pixels = {each.request_id: self._pixels_of(each.request_id) for each in plan.encode}
             requests = self._scheduler.requests
             batch = build_batch(plan, requests, pixels, self._slots, self._group.size)
@@ -105,10 +95,10 @@ class StepPipeline:
 
     def _receive(self) -> list[RequestUpdate]:
         """Waits for the oldest step on its way and takes in what it did."""
-        step = self._on_way.popleft()
-        result, ran = StepResult(step.plan.step_id, ()), time.monotonic()
-        if step.travels:
-            result = step_result(step.plan, self._group.receive())
+        plan = self._on_way.popleft()
+        result, ran = StepResult(plan.step_id, ()), time.monotonic()
+        if not plan.is_empty:
+            result = step_result(plan, self._group.receive())
             ran = self._group.done_at
         failpoint("engine.stepped")
         received = time.monotonic()

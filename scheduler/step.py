@@ -37,6 +37,11 @@ class StepPlan:
     preempted: tuple[str, ...] = ()  # requests that lost their blocks while planning
 
     @property
+    def is_empty(self) -> bool:
+        """Whether workers would have nothing to do: it need not travel."""
+        return not (self.request_ids or self.encode or self.drop)
+
+    @property
     def num_tokens(self) -> int:
         return sum(self.num_scheduled_tokens)
 

@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 import octavo
+from octavo.benchmarks.robustness import at_steps
 from octavo.benchmarks.sleeping_worker import TOKEN
 from octavo.benchmarks.step_overhead import sleeping
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
@@ -244,19 +245,6 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Proxy]]:
     for proxy in made:
         proxy._open.set()
         proxy.cut()
-
-
-def at_steps(llm: octavo.LLM, numbers: set[int], do: Any) -> None:
-    send, count = llm.engine.group.send, 0
-
-    def sent(batch: Any, step_id: int) -> None:
-        nonlocal count
-        count += 1
-        send(batch, step_id)
-        if count in numbers:
-            do()
-
-    llm.engine.group.send = sent  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +19,7 @@ import pytest
 from PIL import Image
 
 import octavo
+from octavo.benchmarks.robustness import at_steps
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
 from octavo.engine.engine import EngineDead
@@ -62,27 +66,13 @@ def tokens(outs: list[octavo.RequestOutput]) -> list[list[int]]:
     return [out.outputs[0].token_ids for out in outs]
 
 
-def at_step(llm: octavo.LLM, number: int, do: Callable[[], None]) -> None:
-    """Does something once, while the workers compute a step."""
-    send, count = llm.engine.group.send, 0
-
-    def step(batch: Any, step_id: int) -> Any:
-        nonlocal count
-        count += 1
-        if count == number:
-            do()
-        return send(batch, step_id)
-
-    llm.engine.group.send = step  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("step", [1, 12])
 def test_a_worker_that_is_killed_comes_back(
     checkpoint: Path, expected: list[list[int]], step: int
 ) -> None:
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         before = llm.engine.worker_pids
-        at_step(llm, step, lambda: os.kill(before[0], signal.SIGKILL))
+        at_steps(llm, {step}, lambda: os.kill(before[0], signal.SIGKILL))
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
         assert llm.engine.worker_pids != before
         llm.engine.scheduler.check_integrity()
@@ -94,7 +84,7 @@ def test_one_of_two_ranks_that_is_killed_brings_both_back(
 ) -> None:
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
         before = llm.engine.worker_pids
-        at_step(llm, 9, lambda: os.kill(before[1], signal.SIGKILL))
+        at_steps(llm, {9}, lambda: os.kill(before[1], signal.SIGKILL))
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
         assert not set(llm.engine.worker_pids) & set(before)
 
@@ -104,7 +94,7 @@ def test_a_worker_that_hangs_is_told_by_its_silence(
 ) -> None:
     monkeypatch.setattr(process, "PING_TIMEOUT", 1.0)
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
-        at_step(llm, 9, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGSTOP))
+        at_steps(llm, {9}, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGSTOP))
         start = time.monotonic()
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
         assert time.monotonic() - start < 60
@@ -131,9 +121,9 @@ def test_a_worker_that_dies_while_nothing_runs_comes_back(
 
 def test_past_max_restarts_the_engine_ends_with_the_cause(checkpoint: Path) -> None:
     with octavo.LLM(checkpoint, **SETTINGS, max_restarts=1) as llm:
-        at_step(llm, 3, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
+        at_steps(llm, {3}, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
         llm.chat(CONVERSATIONS, PARAMS)
-        at_step(llm, 3, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
+        at_steps(llm, {3}, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
         with pytest.raises(EngineDead, match=r"rank 0 .* was killed by signal 9"):
             llm.chat(CONVERSATIONS, PARAMS)
 
@@ -253,7 +243,7 @@ def test_an_error_of_ours_in_a_step_is_survived(
 
     for overlap in (True, False):
         with octavo.LLM(checkpoint, **SETTINGS, overlap_steps=overlap) as llm:
-            at_step(llm, 5, fail)
+            at_steps(llm, {5}, fail)
             assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
             assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
             assert len(llm.engine.restarts.times) == 1
@@ -303,3 +293,20 @@ def test_a_step_left_on_its_way_is_taken_in_while_nobody_asks(checkpoint: Path) 
             assert last.usage is not None and len(sent) == last.usage.output_tokens + 1
 
     asyncio.run(scenario())
+
+
+def test_a_worker_that_ends_leaves_other_files_alone() -> None:
+    """It may have been started by hand, with its socket among somebody's files."""
+    with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
+        mine, socket = Path(folder) / "mine.txt", Path(folder) / "worker.sock"
+        mine.write_text("kept")
+        command = [sys.executable, "-P", "-m", process.WORKER_MODULE, "--socket", str(socket)]
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE)
+        deadline = time.monotonic() + 30
+        while not socket.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert worker.stdin is not None
+        worker.stdin.close()
+        assert worker.wait(30) == 0
+        assert [path.name for path in Path(folder).iterdir()] == ["mine.txt"]

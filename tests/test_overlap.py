@@ -139,7 +139,7 @@ def test_what_one_that_fails_after_preemption_computed_is_found_by_nobody() -> N
     simulation = overlapped(request)
     plan(simulation)
     plan(simulation)
-    assert len(simulation.scheduler.blocks._cached) == 4 or request.num_computed_tokens >= 16
+    assert request.num_computed_tokens == 16 and len(simulation.scheduler.blocks._cached) == 4
     simulation.scheduler.state.preempt(request)
     simulation.spoil = lambda plan, result: replace(result, errors={"bad": "not finite"})
     simulation.receive()

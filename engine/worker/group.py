@@ -26,6 +26,7 @@ from .bound import StepBound, work_of
 from .loading import GroupMemory, start_loading
 from .process import PING_TIMEOUT, WorkerGroupError, WorkerProcess
 from .wire import pack_steps, unpack_results
+from .worker import GROUP_FOLDER, RENDEZVOUS
 
 log = logging.getLogger("octavo.group")
 
@@ -67,7 +68,7 @@ class WorkerGroup:
 
     def _launch(self, on_progress: Callable[[int, int], None]) -> None:
         self.epoch = next(_epochs)
-        self._dir = Path(tempfile.mkdtemp(prefix="octavo-"))  # mode 0700: ours alone
+        self._dir = Path(tempfile.mkdtemp(prefix=GROUP_FOLDER))  # mode 0700: ours alone
         self._workers: list[WorkerProcess] = []
         self._is_loaded = False
         self._sent: deque[SentStep] = deque()
@@ -179,7 +180,7 @@ class WorkerGroup:
 
     def _load(self, on_progress: Callable[[int, int], None]) -> GroupMemory:
         """All ranks load at once; rank 0 tells how far."""
-        items = start_loading(self._workers, self._config, self._dir / "rendezvous")
+        items = start_loading(self._workers, self._config, self._dir / RENDEZVOUS)
         reports: list[pb.MemoryReport] = []
         while len(reports) < self.size:
             rank, item = self._await(items)

@@ -7,10 +7,10 @@ happens when its parent ends for whatever reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import queue
-import shutil
 import signal
 import sys
 import threading
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("octavo.worker")
 
+GROUP_FOLDER, RENDEZVOUS = "octavo-", "rendezvous"  # a group's folder begins so; a file in it
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
@@ -177,10 +178,16 @@ def _refuse(context: grpc.ServicerContext, error: BaseException) -> None:
     context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
-def _end_with_parent(folder: Path) -> None:
+def _end_with_parent(socket: Path) -> None:
     """Standard input is a pipe that the parent holds and never writes to."""
     sys.stdin.buffer.read()
-    shutil.rmtree(folder, ignore_errors=True)  # where the parent was killed, nobody else does
+    # A parent that was killed does not clear up. Nothing but the group's own files goes: a socket
+    # may have been put anywhere by hand.
+    socket.unlink(missing_ok=True)
+    if socket.parent.name.startswith(GROUP_FOLDER):
+        (socket.parent / RENDEZVOUS).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another rank's socket is there: that one does it
+            socket.parent.rmdir()
     os._exit(0)
 
 
@@ -190,14 +197,14 @@ def main(servicer: WorkerServicer | None = None) -> None:
     parser.add_argument(
         "--socket",
         required=True,
-        help="Unix socket to serve on; its folder is removed at the end",
+        help="path of the Unix socket to serve on",
     )
     socket = Path(parser.parse_args().socket)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(
-        target=_end_with_parent, args=(socket.parent,), name="parent-watch", daemon=True
+        target=_end_with_parent, args=(socket,), name="parent-watch", daemon=True
     ).start()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(servicer or WorkerServicer(), server)
