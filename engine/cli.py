@@ -209,7 +209,9 @@ def overhead(
     num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 16,
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 400,
-    sleep_ms: Annotated[float, typer.Option(help="Milliseconds that a worker's step takes.")] = 5.0,
+    sleep_ms: Annotated[
+        float, typer.Option(min=0, help="Milliseconds that a worker's step takes.")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Time what the engine and gRPC add to a step: real processes, workers that only sleep; with
