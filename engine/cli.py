@@ -32,6 +32,7 @@ from .cli_options import (
     MinPixels,
     Model,
     OverlapSteps,
+    Quantization,
     TensorParallelSize,
     TraceFile,
 )
@@ -80,6 +81,7 @@ def serve(
     ] = 50051,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     tensor_parallel_size: TensorParallelSize = 1,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
@@ -236,6 +238,7 @@ def throughput(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     tensor_parallel_size: TensorParallelSize = 1,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,

@@ -23,6 +23,13 @@ Dtype = Annotated[
         "bfloat16 where the processor multiplies it natively, else float32."
     ),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: weights and activations in eight bits, on a CPU: twice as fast, half the "
+        "memory, nearly the same answers. Default: as --dtype says."
+    ),
+]
 TensorParallelSize = Annotated[
     int, typer.Option(help="Worker processes that share each layer: 1, 2 or 4; 8 for the 72B.")
 ]

@@ -251,6 +251,9 @@ CPU_LONG_PREFILL = 96
 GPU_LONG_PREFILL = 256
 
 
+QUANTIZATIONS = (None, "int8")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How an engine is to run. Names are vLLM's where it has one."""
@@ -258,6 +261,7 @@ class EngineConfig:
     model: Path = EMBEDDED_MODEL
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"
+    quantization: str | None = None  # "int8": of weights on loading and of activations, on a CPU
     tensor_parallel_size: int = 1
     max_model_len: int | None = None  # tokens of prompt and output; None: what positions allow
     max_num_seqs: int = 64  # requests that run at once
@@ -288,6 +292,9 @@ class EngineConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 text = f"must be a whole number from {least} on"
                 raise ConfigError(f"{field.name}={shown(value)}: {text}")
+        if self.quantization not in QUANTIZATIONS:
+            text = "must be int8, or left out"
+            raise ConfigError(f"quantization={shown(self.quantization)}: {text}")
         if not isinstance(self.overlap_steps, bool):
             raise ConfigError(f"overlap_steps={shown(self.overlap_steps)}: must be true or false")
         if not isinstance(self.gpu_memory_utilization, int | float):

@@ -1,13 +1,108 @@
-"""Matrix products with weights: the vendor's library on a GPU, oneDNN on a CPU."""
+"""Matrix products with weights: the vendor's library on a GPU, oneDNN on a CPU.
+
+On a CPU weights are packed once, in the order in which oneDNN's kernels read them; `linear` chooses
+by the weight's type. With `quantization="int8"` they are whole numbers of eight bits, a scale for
+each output channel, and activations are quantised on the fly, a scale for each token (W8A8).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
+# Rows of one packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed
+# for this many are as fast as plain ones, in calls of as many; in larger calls AMX loses a quarter.
+PACKED_ROWS = 128
+QUANTIZE_ROWS = 256  # of a weight at once, so that its float32 form stays small
+ZERO = 128  # activations are unsigned: oneDNN multiplies u8 × s8 at full speed on every CPU
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """bfloat16 [out, in] in oneDNN's own order."""
+
+    packed: torch.Tensor  # opaque
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """int8 [out, in] in oneDNN's own order; row i is multiplied by scale[i]."""
+
+    packed: torch.Tensor  # opaque
+    scale: torch.Tensor  # float32 [out]
+    zeros: torch.Tensor  # int32 [out], all 0
+    nbytes: int
+
+
+Weight = torch.Tensor | PackedWeight | Int8Weight
+
+
+def pack_weight(weight: torch.Tensor, quantization: str | None = None) -> Weight:
+    """The form of a weight [out, in] that products read fastest where it lies. `quantization` is
+    None or, on a CPU, "int8"."""
+    if weight.device.type != "cpu":
+        return weight
+    if quantization == "int8":
+        return _quantize(weight)
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        return PackedWeight(packed, weight.nbytes)
+    return weight
+
+
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [n, in] × weight [out, in] transposed, plus bias [out]."""
+    if isinstance(weight, PackedWeight):
+        return _packed_linear(x, weight, bias)
+    if isinstance(weight, Int8Weight):
+        return _int8_linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def by_rows(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`layers` of x [n, ...], on a CPU PACKED_ROWS rows at a time: what lies between two products
+    then stays in the processor's cache."""
+    if x.device.type != "cpu" or len(x) <= PACKED_ROWS:
+        return layers(x)
+    return torch.cat([layers(rows) for rows in x.split(PACKED_ROWS)])
+
+
+def _packed_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, weight.packed, bias, "none", [], "")
+
+    return by_rows(product, x)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of x [n, in] in whole numbers from -127 to 127 (int8), and their scales float32 [n]."""
+    scale = x.abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (x.float() * (1 / scale)[:, None]).round_().to(torch.int8), scale
+
+
+def _quantize(weight: torch.Tensor) -> Int8Weight:
+    parts = [quantize_rows(rows) for rows in weight.split(QUANTIZE_ROWS)]
+    numbers, scale = (torch.cat(each) for each in zip(*parts, strict=True))
+    packed = torch.ops.onednn.qlinear_prepack(numbers, [PACKED_ROWS, weight.shape[1]])
+    zeros = torch.zeros(len(scale), dtype=torch.int32)
+    return Int8Weight(packed, scale, zeros, numbers.nbytes + scale.nbytes + zeros.nbytes)
+
+
+def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    numbers, scale = quantize_rows(x)
+    unsigned = numbers.view(torch.uint8) ^ 128  # adds ZERO
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    out = torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,
+        "none", [], "",
+    )  # fmt: skip
+    out = out.mul_(scale[:, None]).to(x.dtype)
+    return out if bias is None else out.add_(bias)
 
 
 def linear_ref(
@@ -15,3 +110,12 @@ def linear_ref(
 ) -> torch.Tensor:
     product = x.double() @ weight.double().T
     return (product if bias is None else product + bias.double()).to(x.dtype)
+
+
+def int8_linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product of what x and weight are once both are quantised."""
+    parts = [quantize_rows(rows) for rows in (x, weight)]
+    wide = [numbers.double() * scale.double()[:, None] for numbers, scale in parts]
+    return linear_ref(wide[0], wide[1], bias).to(x.dtype)

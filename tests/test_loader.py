@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from octavo.benchmarks.tiny_checkpoint import checkpoint_shapes, nested_name, write_tiny_checkpoint
 from octavo.engine.capacity import plan_capacity
 from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
-from octavo.engine.model.layers import WeightLoader
 from octavo.engine.model.parallel import (
     TensorParallel,
     check_tensor_parallel_size,
@@ -26,6 +26,7 @@ from octavo.engine.model.parallel import (
     valid_tensor_parallel_sizes,
 )
 from octavo.engine.model.qwen2_vl import Qwen2VL
+from octavo.engine.model.weights import WeightLoader
 from octavo.engine.runner import loader
 from octavo.engine.runner.kv_cache import activation_bytes, kv_block_bytes
 from octavo.engine.runner.loader import canonical_name, load_weights, resolve_dtype, stored_tensors
@@ -152,8 +153,8 @@ def test_a_tied_head_may_be_stored_all_the_same(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path, tied=True)
     rewrite(folder, "lm_head.weight", torch.zeros(288, 64))
     model = load(folder)
-    assert model.decoder.head is model.decoder.embed_tokens
-    assert model.decoder.head.weight.any()
+    assert model.decoder.head.weight.weight is model.decoder.embed_tokens.weight
+    assert model.decoder.embed_tokens.weight.any()
 
 
 def test_missing_tensor_is_named_with_its_shape(tmp_path: Path) -> None:
@@ -287,6 +288,7 @@ torch.set_num_threads(1)
 from octavo.engine.config import ModelConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.model.qwen2_vl import Qwen2VL
+from octavo.engine.model.weights import WeightLoader
 from octavo.engine.runner.loader import load_weights
 
 def held():
@@ -296,7 +298,8 @@ def held():
 
 folder, dtype, size = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 config = ModelConfig.from_dir(folder)
-before, peak = held(), 0
+load_weights(Qwen2VL(config, TensorParallel(0, size), dtype), folder, config, torch.device("cpu"))
+before, peak = held(), 0  # once the libraries have taken what they keep
 def watch(done, total):
     global peak
     peak = max(peak, held())
@@ -308,7 +311,12 @@ print((max(peak, held()) - before) / model.weight_bytes)
 
 @pytest.mark.parametrize(
     ("stored", "served", "size"),
-    [("bfloat16", "bfloat16", 1), ("bfloat16", "float32", 1), ("bfloat16", "bfloat16", 2)],
+    [
+        ("bfloat16", "bfloat16", 1),
+        ("bfloat16", "float32", 1),
+        ("bfloat16", "bfloat16", 2),
+        ("float16", "float16", 1),
+    ],
 )
 def test_no_second_copy_of_the_weights_exists(
     stored: str, served: str, size: int, tmp_path: Path
@@ -319,9 +327,11 @@ def test_no_second_copy_of_the_weights_exists(
         vision_head_dim=64, vocab_size=4000, shards=2, dtype=stored,
     )  # fmt: skip
     arguments = [sys.executable, "-P", "-c", MEASURE, str(folder), served, str(size)]
-    share = float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
+    made = subprocess.run(arguments, capture_output=True, text=True, check=True, env=env)
+    share = float(made.stdout)
     assert share < 1.15
-    if stored == served and size == 1:  # what is not merged stays in the mapped file
+    if served == "float16":  # it is not packed: what is not merged stays in the mapped file
         assert share < 0.8
 
 

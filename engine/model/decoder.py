@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from ...kernels.activation import swiglu
+from ...kernels.linear import by_rows
 from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
 from ...kernels.paged_attention import AttentionBatch, paged_attention
 from ..config import ModelConfig
 from .layers import (
     MergedColumnParallelLinear,
+    ParallelHead,
     QKVParallelLinear,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
-    WeightLoader,
 )
 from .parallel import TensorParallel
+from .weights import WeightLoader
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]  # K and V [num_blocks, kv_heads, block_size, d]
 
@@ -60,7 +62,10 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(inner, hidden, parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down.reduce(by_rows(self._products, x))
+
+    def _products(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down.weight(swiglu(self.gate_up(x)))
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.gate_up.weight_loaders(name)
@@ -107,12 +112,7 @@ class Decoder(nn.Module):
         layers = [DecoderLayer(config, parallel) for _ in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.head = (
-            self.embed_tokens
-            if config.tie_word_embeddings
-            else VocabParallelEmbedding(config.vocab_size, hidden, parallel)
-        )
-        self.tied = config.tie_word_embeddings
+        self.head = ParallelHead(self.embed_tokens, config.tie_word_embeddings)
         self.mrope_section = config.mrope_section
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         self.inv_freq = 1.0 / config.rope_theta ** (exponents / config.head_dim)
@@ -137,12 +137,11 @@ class Decoder(nn.Module):
         if sample_at.numel() == 0 or residual is None:
             return None
         normed, _ = self.norm.add(hidden[sample_at], residual[sample_at])
-        return self.head.logits(normed)
+        return self.head(normed)
 
     def weight_loaders(self) -> Iterator[WeightLoader]:
         yield from self.embed_tokens.weight_loaders("model.embed_tokens")
         for index, layer in enumerate(self.layers):
             yield from layer.weight_loaders(f"model.layers.{index}")  # type: ignore[operator]
         yield from self.norm.weight_loaders("model.norm")
-        if not self.tied:
-            yield from self.head.weight_loaders("lm_head")
+        yield from self.head.weight_loaders("lm_head")

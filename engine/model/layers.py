@@ -1,68 +1,17 @@
-"""Linear layers and embeddings, each of which holds this rank's part of a checkpoint's tensors.
-
-A layer is built without memory (on torch's `meta` device) and names, through `weight_loaders`, the
-checkpoint tensors that it wants and which part of each goes where.
-"""
+"""Norms, linear layers and embeddings, each with this rank's part of a checkpoint's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ...kernels.linear import linear
 from ...kernels.norm import add_rms_norm, rms_norm
 from ..config import ModelConfig
 from .parallel import TensorParallel, kv_heads_of_rank
-
-ALL = slice(None)
-PAGE = 4096
-MAP_FROM_BYTES = 1 << 20  # smaller tensors are copied, and are then safe from changes to the file
-
-
-@dataclass(frozen=True)
-class WeightLoader:
-    """Where a part of one checkpoint tensor goes on this rank."""
-
-    name: str  # in the checkpoint's older form
-    shape: tuple[int, ...]  # of the whole tensor in the checkpoint
-    owner: nn.Module
-    attribute: str  # the owner's parameter
-    rows: slice = field(default_factory=lambda: ALL)  # of the parameter
-    source: tuple[slice, ...] = (ALL,)  # of the checkpoint's tensor
-
-    def load(self, part: torch.Tensor, device: torch.device) -> None:
-        """Copies `part`, which is `source` of the tensor, to its rows; makes the parameter first.
-
-        On a CPU a large part that is the whole parameter, of its dtype, is taken as it is: a view
-        of the mapped file, which costs no memory of its own.
-        """
-        param = getattr(self.owner, self.attribute)
-        if param.is_meta:
-            if self._can_map(part, param, device):
-                self._assign(part.view(param.shape))
-                part.view(-1).view(torch.uint8)[::PAGE].max()  # off the disk now, not at first use
-                return
-            param = self._assign(torch.empty_like(param, device=device))
-        target = param.data[self.rows]
-        target.copy_(part.reshape(target.shape))
-
-    def _can_map(self, part: torch.Tensor, param: torch.Tensor, device: torch.device) -> bool:
-        same = device.type == "cpu" and part.dtype == param.dtype
-        whole = part.numel() == param.numel() and part.is_contiguous()
-        return same and whole and part.nbytes >= MAP_FROM_BYTES
-
-    def _assign(self, value: torch.Tensor) -> nn.Parameter:
-        param = nn.Parameter(value, requires_grad=False)
-        setattr(self.owner, self.attribute, param)
-        return param
-
-
-def empty(*shape: int) -> nn.Parameter:
-    """A parameter to be; its dtype and device are those of the model's construction."""
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+from .weights import ALL, DenseWeight, WeightLoader, empty
 
 
 class RMSNorm(nn.Module):
@@ -109,17 +58,14 @@ class Linear(nn.Module):
         kernel_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.weight = empty(out_size, in_size)
-        self.bias = empty(out_size) if bias else None
+        self.weight = DenseWeight(out_size, in_size, bias)
         self.shape = (out_size, *(kernel_shape or (in_size,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.weight(x)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
-        yield WeightLoader(f"{name}.weight", self.shape, self, "weight")
-        if self.bias is not None:
-            yield WeightLoader(f"{name}.bias", self.shape[:1], self, "bias")
+        yield from self.weight.loaders(name, self.shape)
 
 
 @dataclass(frozen=True)
@@ -141,12 +87,10 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_size: int, parts: tuple[ColumnPart, ...], bias: bool) -> None:
         super().__init__()
         self.in_size, self.parts = in_size, parts
-        out_size = sum(part.size for part in parts)
-        self.weight = empty(out_size, in_size)
-        self.bias = empty(out_size) if bias else None
+        self.weight = DenseWeight(sum(part.size for part in parts), in_size, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.weight(x)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         """`name` is the parent's: q_proj, k_proj, ... are its children."""
@@ -155,13 +99,8 @@ class ColumnParallelLinear(nn.Module):
             for rows in part.rows:
                 dest = slice(start, start + rows.stop - rows.start)
                 start = dest.stop
-                shape, source = (part.total, self.in_size), (rows,)
-                yield WeightLoader(
-                    f"{name}.{part.name}.weight", shape, self, "weight", dest, source
-                )
-                if self.bias is not None:
-                    child = f"{name}.{part.name}.bias"
-                    yield WeightLoader(child, shape[:1], self, "bias", dest, source)
+                shape = (part.total, self.in_size)
+                yield from self.weight.loaders(f"{name}.{part.name}", shape, dest, (rows,))
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -206,22 +145,22 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.shape = (out_size, in_size)
         self.columns = parallel.shard(in_size)
-        self.weight = empty(out_size, self.columns.stop - self.columns.start)
+        self.weight = DenseWeight(out_size, self.columns.stop - self.columns.start)
         self.parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.parallel.all_reduce(linear(x, self.weight))
+        return self.reduce(self.weight(x))
+
+    def reduce(self, products: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' products [n, out], in place."""
+        return self.parallel.all_reduce(products)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
-        source = (ALL, self.columns)
-        yield WeightLoader(f"{name}.weight", self.shape, self, "weight", ALL, source)
+        yield from self.weight.loaders(name, self.shape, ALL, (ALL, self.columns))
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the vocabulary dealt out over the ranks, the last ones padded to the same count.
-
-    Serves as the head too: `logits` is the product with the same rows.
-    """
+    """Rows of the vocabulary dealt out over the ranks, the last ones padded to the same count."""
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: TensorParallel) -> None:
         super().__init__()
@@ -230,6 +169,7 @@ class VocabParallelEmbedding(nn.Module):
         self.start = min(parallel.rank * size, vocab_size)
         self.stop = min(self.start + size, vocab_size)
         self.weight = empty(size, hidden_size)
+        self.tied: DenseWeight | None = None  # a head of the same rows
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [n, hidden] of token ids [n], every one in [0, vocab_size)."""
@@ -239,13 +179,38 @@ class VocabParallelEmbedding(nn.Module):
         rows = nn.functional.embedding((token_ids - self.start) * mine, self.weight)
         return self.parallel.all_reduce(rows.masked_fill_(~mine[:, None], 0))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Logits [rows, vocab_size] of hidden states [rows, hidden] on rank 0, None elsewhere."""
-        joined = self.parallel.gather(linear(hidden, self.weight))
-        return None if joined is None else joined[:, : self.vocab_size]
-
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         shape = (self.vocab_size, self.weight.shape[1])
         mine = slice(self.start, self.stop)
         rows = slice(0, self.stop - self.start)
         yield WeightLoader(f"{name}.weight", shape, self, "weight", rows, (mine,))
+
+    def finish(self, quantization: str | None) -> None:
+        if self.tied is not None:
+            self.tied.share(self.weight, quantization)
+
+
+class ParallelHead(nn.Module):
+    """The product with the vocabulary's rows: those of `embedding` where the two are tied."""
+
+    def __init__(self, embedding: VocabParallelEmbedding, tied: bool) -> None:
+        super().__init__()
+        self.vocab_size, self.parallel = embedding.vocab_size, embedding.parallel
+        self.mine = slice(embedding.start, embedding.stop)
+        size, self.hidden_size = embedding.weight.shape
+        self.weight = DenseWeight(size, self.hidden_size)
+        self.tied = tied
+        if tied:
+            self.weight.weight = embedding.weight  # counted once, and replaced by `share`
+            embedding.tied = self.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Logits [rows, vocab_size] of hidden states [rows, hidden] on rank 0, None elsewhere."""
+        joined = self.parallel.gather(self.weight(hidden))
+        return None if joined is None else joined[:, : self.vocab_size]
+
+    def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
+        if not self.tied:
+            shape = (self.vocab_size, self.hidden_size)
+            rows = slice(0, self.mine.stop - self.mine.start)
+            yield from self.weight.loaders(name, shape, rows, (self.mine,))

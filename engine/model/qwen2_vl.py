@@ -9,9 +9,9 @@ from torch import nn
 
 from ..config import ModelConfig
 from .decoder import Decoder
-from .layers import WeightLoader
 from .parallel import TensorParallel, check_tensor_parallel_size
 from .vision import VisionTower
+from .weights import DenseWeight, WeightLoader
 
 
 class Qwen2VL(nn.Module):
@@ -41,4 +41,7 @@ class Qwen2VL(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        return sum(param.nbytes for param in self.parameters())
+        """As they are held now, each once; a head that is packed apart from the embedding's rows
+        counts beside them."""
+        kept = sum(param.nbytes for param in self.parameters())
+        return kept + sum(m.packed_bytes for m in self.modules() if isinstance(m, DenseWeight))

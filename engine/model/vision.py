@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from ...kernels.linear import by_rows
 from ...kernels.vision_attention import vision_attention
 from ..config import VisionConfig
-from .layers import LayerNorm, Linear, WeightLoader
+from .layers import LayerNorm, Linear
+from .weights import WeightLoader
 
 Grid = tuple[int, int, int]  # temporal patches, rows and columns of patches
 ROTARY_BASE = 10000.0
@@ -68,8 +70,11 @@ class VisionBlock(nn.Module):
         seqlens: tuple[int, ...],
     ) -> torch.Tensor:
         x = x + self.attention(self.norm1(x), rotary, cu_seqlens, seqlens)
+        return x + by_rows(self._mlp, x)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.fc1(self.norm2(x))
-        return x + self.fc2(inner * torch.sigmoid(1.702 * inner))  # quick GELU
+        return self.fc2(inner * torch.sigmoid(1.702 * inner))  # quick GELU
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.norm1.weight_loaders(f"{name}.norm1")

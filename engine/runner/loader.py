@@ -5,16 +5,20 @@ Nothing but safetensors is read: other formats hold code (pickle).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ..config import ConfigError, ModelConfig, read_json
-from ..model.layers import WeightLoader
+from ..model.layers import VocabParallelEmbedding
 from ..model.qwen2_vl import Qwen2VL
+from ..model.weights import DenseWeight, WeightLoader
 
 INDEX = "model.safetensors.index.json"
 SERVED_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes of an element
@@ -48,6 +52,14 @@ def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> tor
     if chosen not in DTYPES:
         raise ConfigError(f"dtype={chosen!r}: must be auto, {', '.join(DTYPES)}")
     return DTYPES[chosen]
+
+
+def resolve_quantization(name: str, device: torch.device) -> str | None:
+    """What weights are quantised to on loading; "" is nothing. Raises ConfigError where `device`
+    has no product for it."""
+    if name and device.type != "cpu":
+        raise ConfigError(f"quantization={name!r}: is for CPUs; leave it out on {device.type}")
+    return name or None
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -151,12 +163,14 @@ def load_weights(
     config: ModelConfig,
     device: torch.device,
     on_progress: OnProgress | None = None,
+    quantization: str | None = None,
 ) -> None:
-    """Fills every parameter of `model` on `device` from the checkpoint in `folder`.
+    """Fills every weight of `model` on `device` from the checkpoint in `folder`.
 
     All headers are checked before the first byte is copied. Parameters are made when their first
-    part arrives, and parts are copied straight from the mapped file, so no second copy of the
-    weights exists at any time. `on_progress(done_bytes, total_bytes)` is called for every tensor.
+    part arrives, parts are copied straight from the mapped file, and a layer is packed as soon as
+    its last part is there, so no second copy of the weights exists at any time.
+    `on_progress(done_bytes, total_bytes)` is called for every tensor.
     """
     loaders: dict[str, list[WeightLoader]] = {}
     for loader in model.weight_loaders():
@@ -165,25 +179,25 @@ def load_weights(
     check_tensors({name: each[0].shape for name, each in loaders.items()}, found, config)
     total = sum(found[name].nbytes for name in loaders)
     done = 0
-    for file in checkpoint_files(folder):
-        names = [name for name in loaders if found[name].file == file]
-        for name in _load_file(file, names, loaders, found, device):
+    parts_left = Counter(id(each.owner) for parts in loaders.values() for each in parts)
+    with ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in checkpoint_files(folder)
+        }
+        for name, parts in loaders.items():  # layer by layer, whichever file it is in
+            stored = opened[found[name].file].get_slice(found[name].stored_name)
+            for part in parts:
+                part.load(stored[part.source], device)
+                _count_part(part.owner, parts_left, quantization)
             done += found[name].nbytes
             if on_progress is not None:
                 on_progress(done, total)
     model.place(device)
 
 
-def _load_file(
-    file: Path,
-    names: list[str],
-    loaders: dict[str, list[WeightLoader]],
-    found: dict[str, StoredTensor],
-    device: torch.device,
-) -> Iterable[str]:
-    with safe_open(file, framework="pt") as opened:
-        for name in names:
-            stored = opened.get_slice(found[name].stored_name)
-            for loader in loaders[name]:
-                loader.load(stored[loader.source], device)
-            yield name
+def _count_part(owner: nn.Module, parts_left: Counter[int], quantization: str | None) -> None:
+    """Finishes a module, where it has more to do, when its last part is there."""
+    parts_left[id(owner)] -= 1
+    if parts_left[id(owner)] == 0 and isinstance(owner, DenseWeight | VocabParallelEmbedding):
+        owner.finish(quantization)

@@ -35,6 +35,7 @@ class ModelRunner:
     dtype: torch.dtype
     block_size: int
     parallel: TensorParallel
+    quantization: str | None = None  # of weights and activations, on loading; None or "int8"
     embeddings: dict[UnitKey, torch.Tensor] = field(default_factory=dict)
     caches: list[LayerCache] = field(default_factory=list)
 
@@ -49,7 +50,9 @@ class ModelRunner:
     @torch.inference_mode()
     def load(self, on_progress: OnProgress | None = None) -> None:
         """Reads the weights. Raises ConfigError naming the tensor or file that is not right."""
-        load_weights(self.model, self.model_dir, self.config, self.device, on_progress)
+        load_weights(
+            self.model, self.model_dir, self.config, self.device, on_progress, self.quantization
+        )
 
     def measure(self) -> MemoryReport:
         """Memory once the weights are loaded."""

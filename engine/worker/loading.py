@@ -64,6 +64,7 @@ def start_loading(
                 tensor_parallel_size=len(workers),
                 rendezvous=str(rendezvous),
                 block_size=config.block_size,
+                quantization=config.quantization or "",
             )
         )
         args = (worker.rank, call)

@@ -76,7 +76,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
         from ..model.parallel import check_tensor_parallel_size, connect
-        from ..runner.loader import resolve_dtype
+        from ..runner.loader import resolve_dtype, resolve_quantization
         from ..runner.model_runner import ModelRunner
 
         model_dir = Path(request.model)
@@ -93,6 +93,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             resolve_dtype(request.dtype, device, config.dtype),
             request.block_size,
             connect(request.rank, request.tensor_parallel_size, request.rendezvous, device),
+            resolve_quantization(request.quantization, device),
         )
         self.runner.load(report)
         memory = self.runner.measure()

@@ -1,0 +1,92 @@
+"""Products with weights as they are held: plain, packed, and in eight bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.kernels.linear import (
+    PACKED_ROWS,
+    Int8Weight,
+    PackedWeight,
+    by_rows,
+    int8_linear_ref,
+    linear,
+    linear_ref,
+    pack_weight,
+    quantize_rows,
+)
+
+ROWS = (1, 3, 16, PACKED_ROWS, PACKED_ROWS + 1, 300)
+SHAPES = ((96, 64), (130, 1176), (1536, 256))  # out, in
+
+
+def tensors(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, shape[1]), torch.randn(shape) * shape[1] ** -0.5
+    return [each.to(dtype) for each in (x, weight, torch.randn(shape[0]))]
+
+
+def far(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_packed_products_are_the_plain_ones(rows: int, shape: tuple[int, int]) -> None:
+    x, weight, bias = tensors(rows, shape, torch.bfloat16)
+    packed = pack_weight(weight)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert isinstance(packed, PackedWeight) and packed.nbytes == weight.nbytes
+    for each in (None, bias):
+        assert far(linear(x, packed, each), linear_ref(x, weight, each)) < 0.004
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_stay_as_they_are(dtype: torch.dtype) -> None:
+    weight = torch.ones(64, 64, dtype=dtype)
+    assert pack_weight(weight) is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_products_are_those_of_the_rounded_numbers(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """And those are near the plain ones: rounding to eight bits costs about a hundredth."""
+    x, weight, bias = tensors(rows, shape, dtype)
+    held = pack_weight(weight, "int8")
+    assert isinstance(held, Int8Weight) and held.nbytes < weight.nbytes * 0.55 + 8 * shape[0]
+    for each in (None, bias):
+        found = linear(x, held, each)
+        assert found.dtype == dtype
+        rounding = 1e-5 if dtype == torch.float32 else 0.006
+        assert far(found, int8_linear_ref(x, weight, each)) < rounding
+        assert far(found, linear_ref(x, weight, each)) < 0.02
+
+
+def test_int8_rows_have_scales_of_their_own() -> None:
+    """A row of huge numbers costs the others nothing; zeros stay zeros."""
+    x, weight, _ = tensors(4, (96, 64), torch.float32)
+    x[1] *= 1e4
+    x[2] = 0
+    held = pack_weight(weight, "int8")
+    found = linear(x, held)
+    assert torch.equal(found[[0, 3]], linear(x[[0, 3]], held))
+    assert not found[2].any()
+    numbers, scale = quantize_rows(x)
+    assert numbers.abs().amax(1).tolist() == [127, 127, 0, 127]
+    assert torch.allclose(numbers * scale[:, None], x, atol=float(scale.max()) / 2, rtol=0)
+
+
+def test_by_rows_is_the_same_in_pieces() -> None:
+    seen: list[int] = []
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x * 2
+
+    x = torch.arange(300.0)[:, None]
+    assert torch.equal(by_rows(layers, x), x * 2)
+    assert seen == [PACKED_ROWS, PACKED_ROWS, 300 - 2 * PACKED_ROWS]
