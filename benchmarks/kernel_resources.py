@@ -22,7 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.kernels import activation, mrope, norm, paged_attention, patches, vision_attention
+from octavo.kernels import (
+    activation,
+    mrope,
+    norm,
+    paged_chunk,
+    paged_decode,
+    patches,
+    vision_attention,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -71,19 +79,19 @@ def kernels(shape: str) -> Iterator[tuple[Any, list[str], Constants]]:
         mrope.settings(*heads_of),
     )
     yield (
-        paged_attention._paged_chunk_kernel,
+        paged_chunk._paged_chunk_kernel,
         [b, b, b, b, i, i, i, i, i, "i32", "fp32"],
-        paged_attention.chunk_settings(*heads_of, bf16),
+        paged_chunk.chunk_settings(*heads_of, bf16),
     )
     yield (
-        paged_attention._paged_decode_kernel,
+        paged_decode._paged_decode_kernel,
         [b, b, b, f, f, i, i, i, i, "i32", "fp32"],
-        paged_attention.decode_settings(*heads_of, bf16),
+        paged_decode.decode_settings(*heads_of, bf16),
     )
     yield (
-        paged_attention._join_splits_kernel,
+        paged_decode._join_splits_kernel,
         [f, f, b, i, i, i, "i32"],
-        paged_attention.join_settings(heads, HEAD_DIM),
+        paged_decode.join_settings(heads, HEAD_DIM),
     )
     yield (
         vision_attention._vision_attention_kernel,

@@ -1,8 +1,8 @@
 """The paged KV cache, K and V apart, each [num_blocks, kv_heads, block_size, head_dim].
 
 A slot is a token's place: block × block_size + offset. Slot -1 is no place: nothing is written.
-Triton kernels address the cache themselves (`mrope.py`, `paged_attention.py`); these are the plain
-forms that CPU paths and oracles share.
+Triton kernels address the cache themselves (`mrope.py`, `paged_chunk.py`, `paged_decode.py`); these
+are the plain forms that CPU paths and oracles share.
 """
 
 from __future__ import annotations
