@@ -5,7 +5,7 @@ as `octavo.engine`, `octavo.kernels`, ..., so that nothing called `kernels` or `
 user's site-packages.
 """
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 PACKAGES = [
@@ -20,6 +20,7 @@ PACKAGES = [
     "octavo.engine.server",
     "octavo.engine.worker",
     "octavo.kernels",
+    "octavo.kernels.native",
     "octavo.proto",
     "octavo.scheduler",
 ]
@@ -32,6 +33,23 @@ class BuildWithoutSetup(build_py):
         modules = super().find_package_modules(package, package_dir)
         return [m for m in modules if (m[0], m[1]) != ("octavo", "setup")]
 
+
+# Kernels for CPUs with AVX512-BF16, loaded where the processor has it. They are optional: where no
+# compiler is found, or it does not know the instructions, the package is installed without them.
+# OpenMP is compiled in and not linked: torch's own is used (kernels/native/__init__.py).
+NATIVE = Extension(
+    "octavo.kernels.native._kernels",
+    sources=["kernels/native/attention.c", "kernels/native/rows.c"],
+    depends=["kernels/native/bf16.h", "kernels/native/product.h"],
+    extra_compile_args=[
+        "-O3",
+        "-march=x86-64-v4",
+        "-mavx512bf16",
+        "-fopenmp",
+        "-fvisibility=hidden",
+    ],
+    optional=True,
+)
 
 TEST = [
     "transformers>=5.23,<6",
@@ -81,5 +99,6 @@ setup(
         "plot": ["matplotlib>=3.8"],
     },
     entry_points={"console_scripts": ["octavo=octavo.engine.cli:main"]},
+    ext_modules=[NATIVE],
     cmdclass={"build_py": BuildWithoutSetup},
 )

@@ -1,4 +1,7 @@
-"""SwiGLU: silu(gate) × up, gate and up side by side. Source: the `Qwen2MLP` of transformers."""
+"""SwiGLU: silu(gate) × up, gate and up side by side; and quick GELU.
+
+Sources: `Qwen2MLP` and `QuickGELUActivation` of transformers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import native
 from .device import uses_triton
 
 SETTINGS = {"BLOCK_SIZE": 1024, "num_warps": 4}
@@ -24,6 +28,12 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK_SIZE: tl.cons
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [n, 2 × size] -> [n, size]."""
+    if native.serves(gate_up):
+        gate_up = gate_up.contiguous()
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, size)
+        native.call("octavo_swiglu", gate_up, out, rows, size)
+        return out
     if not uses_triton(gate_up):
         return swiglu_ref(gate_up)
     gate_up = gate_up.contiguous()
@@ -32,6 +42,18 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     grid = (rows, triton.cdiv(size, SETTINGS["BLOCK_SIZE"]))
     _swiglu_kernel[grid](gate_up, out, SIZE=size, **SETTINGS)
     return out
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x × sigmoid(1.702 x). On a CPU it is x itself that is changed and returned."""
+    if not native.serves(x) or not x.is_contiguous():
+        return quick_gelu_ref(x)
+    native.call("octavo_quick_gelu", x, x.numel())
+    return x
+
+
+def quick_gelu_ref(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 ArrayLike = Any  # lists or numpy arrays of whole numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionBatch:
     """Where a step's tokens lie: what every layer's attention shares. Tensors are on the device.
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import native
+
 # Rows of one packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed
 # for this many are as fast as plain ones, in calls of as many; in larger calls AMX loses a quarter.
 PACKED_ROWS = 128
@@ -85,6 +87,17 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() * (1 / scale)[:, None]).round_().to(torch.int8), scale
 
 
+def _unsigned_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with ZERO added (uint8)."""
+    if not native.serves(x):
+        numbers, scale = quantize_rows(x)
+        return numbers.view(torch.uint8) ^ ZERO, scale
+    x = x.contiguous()
+    numbers, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
+    native.call("octavo_quantize_rows", x, numbers, scale, *x.shape)
+    return numbers, scale
+
+
 def _quantize(weight: torch.Tensor) -> Int8Weight:
     parts = [quantize_rows(rows) for rows in weight.split(QUANTIZE_ROWS)]
     numbers, scale = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -94,8 +107,7 @@ def _quantize(weight: torch.Tensor) -> Int8Weight:
 
 
 def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    numbers, scale = quantize_rows(x)
-    unsigned = numbers.view(torch.uint8) ^ 128  # adds ZERO
+    unsigned, scale = _unsigned_rows(x)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     out = torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,

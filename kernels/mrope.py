@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import native
 from .device import uses_triton
 from .kv_cache import write_kv
 
@@ -109,6 +110,8 @@ def mrope_write_kv(
     q [n, heads, d], k and v [n, kv_heads, d], whose rows may lie apart (views of one product);
     cos and sin float32 [n, d / 2]; slot_mapping int64 [n]. Returns the turned queries.
     """
+    if native.serves(q) and q.dtype == k_cache.dtype:
+        return _native_mrope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     if not uses_triton(q):
         return mrope_write_kv_ref(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     n, num_heads, head_dim = q.shape
@@ -132,6 +135,40 @@ def mrope_write_kv(
         **settings(num_heads, num_kv_heads, head_dim, block_size),
     )
     return out
+
+
+def _native_mrope_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    n, num_heads, head_dim = q.shape
+    for part in (q, k, v):
+        assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
+    assert k.stride() == v.stride()
+    out = torch.empty((n, num_heads, head_dim), dtype=q.dtype)
+    cos, sin, slots = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
+    sizes = (n, num_heads, k.shape[1], head_dim, k_cache.shape[2])
+    native.call(
+        "octavo_mrope_write_kv",
+        *(q, q.stride(0), k, v, k.stride(0), cos, sin, slots, out, k_cache, v_cache, *sizes),
+    )
+    return out
+
+
+def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns x [n, heads, d] by cos and sin float32 [n, d / 2]. On a CPU it is x itself that is
+    turned and returned."""
+    n, heads, head_dim = x.shape
+    if not native.serves(x) or x.stride()[1:] != (head_dim, 1):
+        return rotate_ref(x, cos, sin)
+    native.call("octavo_rotate", x, x.stride(0), cos, sin, n, heads, head_dim)
+    return x
 
 
 def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

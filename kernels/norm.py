@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import native
 from .device import uses_triton
 
 
@@ -48,6 +49,8 @@ def settings(size: int) -> dict[str, int]:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [n, size] normed by row, times weight [size]."""
+    if native.serves(x):
+        return _native_rms_norm(x, None, weight, eps)[0]
     if not uses_triton(x):
         return rms_norm_ref(x, weight, eps)
     x = x.contiguous()
@@ -64,6 +67,8 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of x + residual, both [n, size], and the sum itself."""
+    if native.serves(x):
+        return _native_rms_norm(x, residual, weight, eps)
     if not uses_triton(x):
         return add_rms_norm_ref(x, residual, weight, eps)
     x, residual = x.contiguous(), residual.contiguous()
@@ -73,6 +78,18 @@ def add_rms_norm(
     _rms_norm_kernel[grid](
         x, residual, weight, out, total, eps, SIZE=size, HAS_RESIDUAL=True, **settings(size)
     )
+    return out, total
+
+
+def _native_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
+    total = x if residual is None else torch.empty_like(x)
+    rows = x.numel() // size
+    native.call("octavo_rms_norm", x, residual, weight, out, total, rows, size, float(eps))
     return out, total
 
 

@@ -1,14 +1,108 @@
-"""Causal attention over the paged KV cache on a CPU."""
+"""Causal attention over the paged KV cache on a CPU.
+
+The compiled kernel reads the blocks where they lie; without it, each row's blocks are gathered for
+torch's attention.
+"""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 
+from . import native
 from .attention_batch import AttentionBatch
 from .kv_cache import gather_kv
 
+LOG2_E = 1.4426950408889634
+SPLIT_SIZE = (
+    512  # keys of one part of a row that decodes: fixed, so that no sum depends on the batch
+)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a step's attention is dealt out over threads; the same for all layers."""
+
+    tiles: torch.Tensor  # int32 [t, 9], `Tile` of native/attention.c
+    joins: torch.Tensor  # int32 [j, 3]: token, first part, number of parts
+    num_parts: int
+
+
+@functools.lru_cache(maxsize=1)
+def _tiles(batch: AttentionBatch, group: int, kv_heads: int) -> Tiles:
+    """Chunks in tiles of tokens and one KV head; rows of one token in parts with all heads, whose
+    keys lie side by side. The longest come first, so that threads end together."""
+    tiles: list[tuple[int, ...]] = []
+    joins: list[tuple[int, ...]] = []
+    size = native.TILE_ROWS // group
+    token = num_parts = 0
+    for row, count in enumerate(batch.num_scheduled_tokens):
+        context = batch.host_context_lens[row]
+        if count == 1:
+            starts = range(0, context, SPLIT_SIZE)
+            first = num_parts if len(starts) > 1 else -1
+            for i, at in enumerate(starts):
+                part = -1 if first < 0 else first + i
+                end = min(at + SPLIT_SIZE, context)
+                tiles.append((row, token, 1, 0, kv_heads, at, end, context, part))
+            if first >= 0:
+                joins.append((token, first, len(starts)))
+                num_parts += len(starts)
+        for at in range(0, count if count > 1 else 0, size):
+            some = min(size, count - at)
+            seen = context - count + at + 1
+            where = (row, token + at, some)
+            tiles += [(*where, h, h + 1, 0, seen + some - 1, seen, -1) for h in range(kv_heads)]
+        token += count
+    tiles.sort(key=lambda t: t[2] * (t[4] - t[3]) * (t[6] - t[5]), reverse=True)
+    return Tiles(
+        torch.tensor(tiles, dtype=torch.int32).reshape(-1, 9),
+        torch.tensor(joins, dtype=torch.int32).reshape(-1, 3),
+        num_parts,
+    )
+
 
 def paged_attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+) -> torch.Tensor:
+    """`paged_attention` of queries [n, heads, d] on a CPU."""
+    group = q.shape[1] // k_cache.shape[1]
+    if native.serves_heads(q) and q.dtype == k_cache.dtype and group <= native.TILE_ROWS:
+        return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
+    return _gathered(q, k_cache, v_cache, batch, scale)
+
+
+def _in_place(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+) -> torch.Tensor:
+    heads, head_dim = q.shape[1:]
+    kv_heads, block_size = k_cache.shape[1:3]
+    plan = _tiles(batch, heads // kv_heads, kv_heads)
+    out = torch.empty_like(q)
+    partial = torch.empty(plan.num_parts, heads, head_dim)
+    lse = torch.empty(plan.num_parts, heads)
+    tables, tiles, joins = batch.block_tables, plan.tiles, plan.joins
+    native.call(
+        "octavo_paged_attention",
+        *(q, out, k_cache, v_cache, tables, tables.stride(0), tiles, len(tiles)),
+        *(heads, kv_heads, head_dim, block_size, scale * LOG2_E, partial, lse),
+    )
+    if len(joins):
+        native.call("octavo_join_parts", out, partial, lse, joins, len(joins), heads, head_dim)
+    return out
+
+
+def _gathered(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,

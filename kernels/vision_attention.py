@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import native
 from .device import uses_triton
 
 LOG2_E = 1.4426950408889634
@@ -128,6 +129,8 @@ def vision_attention(
     Frame i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), int32 on the device; `seqlens` are the
     frames' lengths on the host. Returns [n, heads, d].
     """
+    if native.serves_heads(q):
+        return _native_vision_attention(q, k, v, seqlens, scale)
     if not uses_triton(q):
         return _vision_attention_cpu(q, k, v, seqlens, scale)
     n, heads, head_dim = q.shape
@@ -152,6 +155,26 @@ def vision_attention(
         out.stride(0),
         scale * LOG2_E,
         **chosen,
+    )
+    return out
+
+
+def _native_vision_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    n, heads, head_dim = q.shape
+    for part in (q, k, v):
+        assert part.stride() == (q.stride(0), head_dim, 1), "q, k and v must lie alike"
+    size, start, tiles = native.TILE_ROWS, 0, []
+    for length in seqlens:
+        end = start + length
+        tiles += [(start, end, at, min(size, end - at)) for at in range(start, end, size)]
+        start = end
+    out = torch.empty((n, heads, head_dim), dtype=q.dtype)
+    table = torch.tensor(tiles, dtype=torch.int32)
+    native.call(
+        "octavo_vision_attention",
+        *(q, k, v, q.stride(0), out, table, len(tiles), heads, head_dim, scale * LOG2_E),
     )
     return out
 

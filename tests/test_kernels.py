@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 
+from octavo.kernels import native
 from octavo.kernels.activation import swiglu, swiglu_ref
 from octavo.kernels.kv_cache import copy_blocks, gather_kv, write_kv
 from octavo.kernels.linear import linear, linear_ref
@@ -27,10 +28,16 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat1
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
+@pytest.fixture(params=["cpu", "plain", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """ "plain" is a CPU without the compiled kernels."""
     torch.manual_seed(0)
-    return torch.device(request.param)
+    if request.param != "plain":
+        return torch.device(request.param)
+    if INTERPRETED:
+        pytest.skip("the interpreter has no such path")
+    monkeypatch.setattr(native, "library", lambda: None)
+    return torch.device("cpu")
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from ...kernels.activation import quick_gelu
 from ...kernels.linear import by_rows
+from ...kernels.mrope import rotate_heads
 from ...kernels.vision_attention import vision_attention
 from ..config import VisionConfig
 from .layers import LayerNorm, Linear
@@ -19,13 +21,6 @@ from .weights import WeightLoader
 
 Grid = tuple[int, int, int]  # temporal patches, rows and columns of patches
 ROTARY_BASE = 10000.0
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns [n, heads, d] by angles whose cosines and sines are float32 [n, 1, d / 2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 class VisionAttention(nn.Module):
@@ -43,7 +38,7 @@ class VisionAttention(nn.Module):
         seqlens: tuple[int, ...],
     ) -> torch.Tensor:
         q, k, v = self.qkv(x).view(-1, 3, self.heads, self.head_dim).unbind(1)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = rotate_heads(q, *rotary), rotate_heads(k, *rotary)
         out = vision_attention(q, k, v, cu_seqlens, seqlens, self.head_dim**-0.5)
         return self.proj(out.flatten(1))
 
@@ -73,8 +68,7 @@ class VisionBlock(nn.Module):
         return x + by_rows(self._mlp, x)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.fc1(self.norm2(x))
-        return self.fc2(inner * torch.sigmoid(1.702 * inner))  # quick GELU
+        return self.fc2(quick_gelu(self.fc1(self.norm2(x))))
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.norm1.weight_loaders(f"{name}.norm1")
@@ -137,7 +131,7 @@ class VisionTower(nn.Module):
         parts = [patch_positions(h, w, self.merge_size).repeat(t, 1) for t, h, w in grids]
         positions = torch.cat(parts).to(device)
         angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
-        return angles.cos()[:, None], angles.sin()[:, None]
+        return angles.cos(), angles.sin()
 
     def weight_loaders(self) -> Iterator[WeightLoader]:
         yield from self.patch_embed.weight_loaders("visual.patch_embed.proj")

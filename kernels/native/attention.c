@@ -1,0 +1,219 @@
+// Attention with bfloat16 dot products: over a paged cache, whose blocks are read where they lie,
+// and inside the frames of a vision tower. Source: FlashAttention-2 (Dao, 2023).
+//
+// A tile is a few query tokens with the heads of one KV head: its rows share every key. Keys come
+// KEYS at a time: scores, their weights by a running maximum, and the weighted sum of values.
+// A row's result depends on its own keys alone, in their order: not on what else is in the batch.
+
+#include <float.h>
+#include <string.h>
+
+#include "product.h"
+
+enum { ROWS = 96, KEYS = 64, MOST_DIM = 128 };
+
+// The memory of one thread.
+typedef struct {
+  bf16 q[ROWS * MOST_DIM], weights[ROWS * KEYS], keys[KEYS * MOST_DIM], values[KEYS * MOST_DIM];
+  float scores[ROWS * KEYS], sum[ROWS * MOST_DIM], top[ROWS], total[ROWS], fade[ROWS];
+} Scratch;
+
+static _Thread_local Scratch scratch __attribute__((aligned(64)));
+static const bf16 zeros[MOST_DIM];
+
+// Turns one row's scores into weights. `seen` of the KEYS keys are its own.
+static void weigh(Scratch *s, long row, long seen, float scale) {
+  const float *scores = s->scores + row * KEYS;
+  __m512 each[KEYS / 16], most = _mm512_set1_ps(-FLT_MAX);
+#pragma GCC unroll 4
+  for (int i = 0; i < KEYS / 16; i++) {
+    each[i] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * i), _mm512_set1_ps(scale));
+    if (seen < KEYS) {
+      __mmask16 own = seen > 16 * i ? first(seen - 16 * i) : 0;
+      each[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), own, each[i]);
+    }
+    most = _mm512_max_ps(most, each[i]);
+  }
+  float top = _mm512_reduce_max_ps(most);
+  if (top < s->top[row]) top = s->top[row];
+  __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int i = 0; i < KEYS / 16; i++) {
+    each[i] = exp2_16(_mm512_sub_ps(each[i], _mm512_set1_ps(top)));
+    if (seen < KEYS) each[i] = _mm512_maskz_mov_ps(seen > 16 * i ? first(seen - 16 * i) : 0, each[i]);
+    sum = _mm512_add_ps(sum, each[i]);
+    store(s->weights + row * KEYS + 16 * i, each[i]);
+  }
+  float fade = _mm512_cvtss_f32(exp2_16(_mm512_set1_ps(s->top[row] - top)));
+  s->top[row] = top;
+  s->fade[row] = fade;
+  s->total[row] = s->total[row] * fade + _mm512_reduce_add_ps(sum);
+}
+
+// Where KEYS keys and values lie.
+typedef struct {
+  const bf16 *keys[KEYS], *values[KEYS];  // one after the other
+} Lines;
+
+static void begin(Scratch *s, long rows, long dim) {
+  for (long r = 0; r < rows; r++) s->top[r] = -FLT_MAX, s->total[r] = 0;
+  memset(s->sum, 0, rows * dim * sizeof(float));
+}
+
+// Adds KEYS keys and values to `rows` rows from `row` on, while the next ones come from memory. Row
+// r of them sees `seen` + r / group keys; where `group` is 0, `seen`.
+static void add_keys(Scratch *s, long row, long rows, long group, long dim, const Lines *lines,
+                     const Lines *next, long seen, float scale) {
+  Ahead ahead = {next ? next->keys : 0, next ? 2 * KEYS : 0, dim, 0, 0};
+  pair_transposed(KEYS, dim, lines->keys, &ahead, s->keys);
+  product(rows, KEYS, dim, s->q + row * dim, dim, s->keys, KEYS, s->scores + row * KEYS, KEYS, 0,
+          &ahead);
+  for (long r = 0; r < rows; r++) weigh(s, row + r, group ? seen + r / group : seen, scale);
+  pair_rows(KEYS, dim, lines->values, &ahead, s->values);
+  product(rows, dim, KEYS, s->weights + row * KEYS, KEYS, s->values, dim, s->sum + row * dim, dim,
+          s->fade + row, &ahead);
+}
+
+static void write_row(const Scratch *s, long row, long dim, bf16 *out) {
+  __m512 share = _mm512_set1_ps(1 / s->total[row]);
+  for (long i = 0; i < dim; i += 16)
+    store(out + i, _mm512_mul_ps(_mm512_loadu_ps(s->sum + row * dim + i), share));
+}
+
+// A part of a request's attention: `count` tokens from `token` on, with the KV heads
+// [head_begin, head_end), over the request's keys [begin, end). The first token sees `seen` keys of
+// the request, each next one more. `part` is -1, or the place of an unfinished result, which
+// `octavo_join_parts` adds up.
+typedef struct {
+  int32_t row, token, count, head_begin, head_end, begin, end, seen, part;
+} Tile;
+
+typedef struct {
+  const bf16 *k_cache, *v_cache;
+  const int32_t *tables;
+  long table_stride, heads, kv_heads, dim, block_size, group;
+} Cache;
+
+// Where a tile's keys of one step lie. The heads of the same keys follow each other, as they do in
+// memory; keys from `end` on are zeros.
+static void find_lines(Lines *lines, const Cache *c, const Tile *t, long step) {
+  long heads = t->head_end - t->head_begin, at = t->begin + step / heads * KEYS;
+  const int32_t *table = c->tables + t->row * c->table_stride;
+  for (long i = 0; i < KEYS; i++) {
+    lines->keys[i] = lines->values[i] = zeros;
+    if (at + i >= t->end) continue;
+    long block = table[(at + i) / c->block_size] * c->kv_heads + t->head_begin + step % heads;
+    long line = block * c->block_size + (at + i) % c->block_size;
+    lines->keys[i] = c->k_cache + line * c->dim;
+    lines->values[i] = c->v_cache + line * c->dim;
+  }
+}
+
+// Row r of a tile belongs to a head of `rows` rows: to its token r / group.
+static void read_queries(Scratch *s, const Cache *c, const Tile *t, const bf16 *q) {
+  bf16 *to = s->q;
+  for (long head = t->head_begin; head < t->head_end; head++)
+    for (long i = 0; i < t->count; i++, to += c->group * c->dim)
+      memcpy(to, q + ((t->token + i) * c->heads + head * c->group) * c->dim,
+             c->group * c->dim * sizeof(bf16));
+}
+
+static void write_results(const Scratch *s, const Cache *c, const Tile *t, bf16 *out,
+                          float *partial, float *lse) {
+  long row = 0;
+  for (long kv_head = t->head_begin; kv_head < t->head_end; kv_head++)
+    for (long r = 0; r < t->count * c->group; r++, row++) {
+      long token = t->token + r / c->group, head = kv_head * c->group + r % c->group;
+      if (t->part < 0) {
+        write_row(s, row, c->dim, out + (token * c->heads + head) * c->dim);
+        continue;
+      }
+      long to = t->part * c->heads + head;
+      for (long i = 0; i < c->dim; i++)
+        partial[to * c->dim + i] = s->sum[row * c->dim + i] / s->total[row];
+      lse[to] = s->top[row] + __builtin_log2f(s->total[row]);
+    }
+}
+
+static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, float scale,
+                   float *partial, float *lse) {
+  Scratch *s = &scratch;
+  Lines lines[2];
+  long heads = t->head_end - t->head_begin, rows = t->count * c->group;
+  long steps = (t->end - t->begin + KEYS - 1) / KEYS * heads;
+  begin(s, rows * heads, c->dim);
+  read_queries(s, c, t, q);
+  find_lines(lines, c, t, 0);
+  for (long step = 0; step < steps; step++) {
+    Lines *next = step + 1 < steps ? lines + (step + 1) % 2 : 0;
+    if (next) find_lines(next, c, t, step + 1);
+    long at = t->begin + step / heads * KEYS, seen = t->seen - at;
+    if (t->count == 1 && t->end - at < seen) seen = t->end - at;  // a part ends before its token
+    add_keys(s, step % heads * rows, rows, c->group, c->dim, lines + step % 2, next, seen, scale);
+  }
+  write_results(s, c, t, out, partial, lse);
+}
+
+// q, out [n, heads, dim]; caches [blocks, kv_heads, block_size, dim]; tables [rows, table_stride];
+// partial [parts, heads, dim] and lse [parts, heads]: of the tiles that are parts.
+EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache,
+                                   const bf16 *v_cache, const int32_t *tables, long table_stride,
+                                   const Tile *tiles, long num_tiles, long heads, long kv_heads,
+                                   long dim, long block_size, float scale, float *partial,
+                                   float *lse, int threads) {
+  const Cache cache = {k_cache, v_cache, tables,     table_stride,    heads,
+                       kv_heads, dim,    block_size, heads / kv_heads};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale, partial, lse);
+}
+
+// Rows of `joins` [num_joins, 3]: a token, its first part and how many there are.
+EXPORT void octavo_join_parts(bf16 *out, const float *partial, const float *lse,
+                              const int32_t *joins, long num_joins, long heads, long dim,
+                              int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long item = 0; item < num_joins * heads; item++) {
+    const int32_t *join = joins + 3 * (item / heads);
+    long head = item % heads;
+    float top = -FLT_MAX, total = 0, sum[MOST_DIM] = {0};
+    for (long i = 0; i < join[2]; i++) {
+      float one = lse[(join[1] + i) * heads + head];
+      if (one > top) top = one;
+    }
+    for (long i = 0; i < join[2]; i++) {
+      long from = (join[1] + i) * heads + head;
+      float weight = __builtin_exp2f(lse[from] - top);
+      total += weight;
+      for (long j = 0; j < dim; j++) sum[j] += weight * partial[from * dim + j];
+    }
+    for (long j = 0; j < dim; j += 16)
+      store(out + (join[0] * heads + head) * dim + j,
+            _mm512_mul_ps(_mm512_loadu_ps(sum + j), _mm512_set1_ps(1 / total)));
+  }
+}
+
+// q, k, v [n, heads, dim], whose tokens lie `stride` numbers apart; out [n, heads, dim]. Rows of
+// `tiles` [num_tiles, 4]: a frame's first and last token + 1, a first query and how many there are.
+EXPORT void octavo_vision_attention(const bf16 *q, const bf16 *k, const bf16 *v, long stride,
+                                    bf16 *out, const int32_t *tiles, long num_tiles, long heads,
+                                    long dim, float scale, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long item = 0; item < num_tiles * heads; item++) {
+    const int32_t *t = tiles + 4 * (item % num_tiles);
+    long head = item / num_tiles, count = t[3];
+    Scratch *s = &scratch;
+    begin(s, count, dim);
+    for (long i = 0; i < count; i++)
+      memcpy(s->q + i * dim, q + (t[2] + i) * stride + head * dim, dim * sizeof(bf16));
+    for (long at = t[0]; at < t[1]; at += KEYS) {
+      Lines lines;
+      for (long i = 0; i < KEYS; i++) {
+        long from = (at + i) * stride + head * dim;
+        lines.keys[i] = at + i < t[1] ? k + from : zeros;
+        lines.values[i] = at + i < t[1] ? v + from : zeros;
+      }
+      add_keys(s, 0, count, 0, dim, &lines, 0, t[1] - at, scale);
+    }
+    for (long i = 0; i < count; i++) write_row(s, i, dim, out + ((t[2] + i) * heads + head) * dim);
+  }
+}
