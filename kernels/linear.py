@@ -113,6 +113,9 @@ def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None)
         unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,
         "none", [], "",
     )  # fmt: skip
+    if native.serves(out):
+        native.call("octavo_scale_rows", out, scale, bias, *out.shape)
+        return out
     out = out.mul_(scale[:, None]).to(x.dtype)
     return out if bias is None else out.add_(bias)
 

@@ -70,15 +70,15 @@ class Sampler:
         `last_token_ids`: int64 [s], the token whose logits a row's are.
         """
         scores = logits.to(torch.float32, copy=True)
-        bad = ~torch.isfinite(scores).all(dim=-1)
-        scores.masked_fill_(bad[:, None], 0)
+        bad = ~torch.isfinite(scores.sum(dim=-1))  # one of them not finite makes the sum so
         self._penalize(scores, batch, last_token_ids)
         scores[:, list(self.banned_token_ids)] = -torch.inf
         chosen = scores.argmax(dim=-1)
         drawn = np.flatnonzero(batch.temperature >= GREEDY_BELOW)
         if drawn.size:
             rows = torch.from_numpy(drawn).to(scores.device)
-            chosen[rows] = _draw(scores[rows], drawn, batch)
+            finite = scores[rows].masked_fill_(bad[rows, None], 0)
+            chosen[rows] = _draw(finite, drawn, batch)
         return chosen.masked_fill_(bad, -1)
 
     def _penalize(
