@@ -1,0 +1,152 @@
+"""What a run comes to: rates, percentiles of latencies, and how they are shown and written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engines import RequestTimes
+
+PERCENTILES = (50, 90, 99)
+
+
+def ttft(seen: RequestTimes) -> float:
+    """Seconds from when the request was due to its first token."""
+    return seen.times[0] - seen.due
+
+
+def tpot(seen: RequestTimes) -> float:
+    """Mean seconds of a token after the first."""
+    return (seen.times[-1] - seen.times[0]) / max(1, seen.output_tokens - 1)
+
+
+def itl(seen: RequestTimes) -> list[float]:
+    """Seconds from each batch of new tokens to the next."""
+    return np.diff(seen.times).tolist()
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A latency's spread in seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Latency:
+        """NaN throughout where there are no values."""
+        if not values:
+            return cls(*[float("nan")] * 4)
+        return cls(float(np.mean(values)), *map(float, np.percentile(values, PERCENTILES)))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's figures. Latencies count from when a request was due."""
+
+    num_requests: int  # that were answered
+    failed: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float  # from the first request's being due to the last token
+    prefill_seconds: float  # to the last request's first token
+    ttft: Latency
+    tpot: Latency
+    itl: Latency
+    e2e: Latency  # to the last token
+
+    @classmethod
+    def of(cls, seen: Sequence[RequestTimes]) -> Report:
+        """Raises ValueError, with the first error, where none was answered."""
+        done = [each for each in seen if not each.error]
+        if not done:
+            raise ValueError(f"no request was answered: {seen[0].error}")
+        return cls(
+            num_requests=len(done),
+            failed=len(seen) - len(done),
+            prompt_tokens=sum(each.prompt_tokens for each in done),
+            output_tokens=sum(each.output_tokens for each in done),
+            seconds=max(each.times[-1] for each in done),
+            prefill_seconds=max(each.times[0] for each in done),
+            ttft=Latency.of([ttft(each) for each in done]),
+            tpot=Latency.of([tpot(each) for each in done if each.output_tokens > 1]),
+            itl=Latency.of([gap for each in done for gap in itl(each)]),
+            e2e=Latency.of([each.times[-1] - each.due for each in done]),
+        )
+
+    @property
+    def requests_per_second(self) -> float:
+        return self.num_requests / self.seconds
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def total_tokens_per_second(self) -> float:
+        return (self.prompt_tokens + self.output_tokens) / self.seconds
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """All prompts' tokens until the last request's first token."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = ("requests", "output_tokens", "total_tokens", "prefill_tokens")
+        per_second = {f"{name}_per_second": getattr(self, f"{name}_per_second") for name in rates}
+        return asdict(self) | per_second
+
+
+def machine() -> dict[str, Any]:
+    """What figures are worth nothing without."""
+    names = ("torch", "triton", "transformers")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+        "command": " ".join(sys.argv),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """To a file, or where it is - to stdout. NaN, which JSON has not, becomes null."""
+    text = json.dumps(_finite(found), indent=1)
+    if str(path) == "-":
+        print(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,146 @@
+"""Requests as JSON lines: a workload from a file, and how requests reach another process.
+
+A line is a prompt as `LLM.generate` takes it, and maybe what a benchmark needs beside it:
+
+    {"prompt": "Describe this.", "max_tokens": 32}
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, ...]}]}
+    {"prompt_token_ids": [1, 2, 3], "images": ["a.png"], "videos": [["0.png", "1.png"]], "after": 0}
+
+Images are paths (relative ones start at the file's folder) or data URIs; a video is the list of its
+frames. `after` is the number of an earlier line, counted from 0, that must have been answered
+before.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from octavo.engine.input.chat import ChatTemplate, read_messages
+from octavo.engine.input.image import load_image
+from octavo.engine.input.tokenizer import TextTokenizer
+
+from .workload import BenchRequest, Frames
+
+FIELDS = ("prompt", "messages", "prompt_token_ids", "images", "videos", "max_tokens", "after")
+
+
+def to_line(request: BenchRequest) -> str:
+    """The request as a line, its pictures as data URIs of PNGs."""
+    return json.dumps(
+        {
+            "prompt_token_ids": request.prompt_token_ids,
+            "images": [_data_uri(image) for image in request.images],
+            "videos": [[_data_uri(frame) for frame in video] for video in request.videos],
+            "max_tokens": request.max_tokens,
+            "after": request.after,
+        }
+    )
+
+
+def png(image: Image.Image) -> bytes:
+    """Quickly packed: random pixels cannot be packed well."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _data_uri(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def read_requests(path: Path, model_dir: Path, max_tokens: int) -> list[BenchRequest]:
+    """The requests of a file, for the checkpoint whose tokens they are to be.
+
+    `max_tokens` is for lines that have none. Raises ValueError naming the line.
+    """
+    reader = _Reader(path.parent, model_dir, max_tokens)
+    found: list[BenchRequest] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            raise ValueError(f"{path}:{number}: is empty")
+        try:
+            found.append(reader.read(json.loads(line), len(found)))
+        except ValueError as error:  # InputError and JSONDecodeError are such
+            raise ValueError(f"{path}:{number}: {error}") from None
+    if not found:
+        raise ValueError(f"{path}: has no requests")
+    return found
+
+
+class _Reader:
+    def __init__(self, folder: Path, model_dir: Path, max_tokens: int) -> None:
+        self._folder, self._max_tokens = folder, max_tokens
+        self._tokenizer = TextTokenizer(model_dir)
+        self._template = ChatTemplate(model_dir, self._tokenizer)
+
+    def read(self, line: Any, index: int) -> BenchRequest:
+        """The request of the line of number `index`. Raises ValueError."""
+        if not isinstance(line, dict):
+            raise ValueError(f"must be an object, not {type(line).__name__}")
+        for name in line:
+            if name not in FIELDS:
+                raise ValueError(f"{name}: unknown; a line has {', '.join(FIELDS)}")
+        token_ids, images, videos = self._prompt(line)
+        images = [*images, *_list(line, "images")]
+        videos = [*videos, *_list(line, "videos")]
+        max_tokens = line.get("max_tokens", self._max_tokens)
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens!r}: must be a whole number from 1 on")
+        after = line.get("after")
+        if after is not None and (type(after) is not int or not 0 <= after < index):
+            raise ValueError(f"after={after!r}: must be the number of an earlier line, from 0 on")
+        return BenchRequest(
+            tuple(token_ids),
+            tuple(self._image(source, f"images[{i}]") for i, source in enumerate(images)),
+            tuple(self._frames(source, f"videos[{i}]") for i, source in enumerate(videos)),
+            max_tokens,
+            after,
+        )
+
+    def _prompt(self, line: dict[str, Any]) -> tuple[Sequence[int], list[Any], list[Any]]:
+        """Token ids, and the images and videos that its messages bring."""
+        kinds = [name for name in FIELDS[:3] if name in line]
+        if len(kinds) != 1:
+            raise ValueError("give one of prompt, messages and prompt_token_ids")
+        if kinds == ["prompt_token_ids"]:
+            token_ids = line["prompt_token_ids"]
+            if not isinstance(token_ids, list) or not all(
+                type(token) is int for token in token_ids
+            ):
+                raise ValueError("prompt_token_ids: must be a list of whole numbers")
+            return token_ids, [], []
+        if kinds == ["prompt"]:
+            if not isinstance(line["prompt"], str):
+                raise ValueError("prompt: must be a text")
+            return self._tokenizer.encode_marked(line["prompt"]), [], []
+        conversation = read_messages(line["messages"])
+        media: dict[str, list[Any]] = {"image": [], "video": []}
+        for part in conversation.media:
+            if part.source is None or len(part.part) != 2:
+                raise ValueError(f"{part.field}: must have {part.kind} and nothing beside it")
+            media[part.kind].append(part.source)
+        return self._template.encode(conversation), media["image"], media["video"]
+
+    def _image(self, source: Any, field: str) -> Image.Image:
+        if isinstance(source, str) and not source.startswith(("data:", "file://")):
+            source = str(self._folder / source)
+        return load_image(source, field, allow_local_files=True)
+
+    def _frames(self, source: Any, field: str) -> Frames:
+        if not isinstance(source, list) or not source:
+            raise ValueError(f"{field}: must be the list of its frames; a file is not read here")
+        return tuple(self._image(frame, f"{field}[{i}]") for i, frame in enumerate(source))
+
+
+def _list(line: dict[str, Any], name: str) -> Iterable[Any]:
+    found = line.get(name, [])
+    if not isinstance(found, list):
+        raise ValueError(f"{name}: must be a list")
+    return found
