@@ -39,12 +39,13 @@ class BuildWithoutSetup(build_py):
 # OpenMP is compiled in and not linked: torch's own is used (kernels/native/__init__.py).
 NATIVE = Extension(
     "octavo.kernels.native._kernels",
-    sources=["kernels/native/attention.c", "kernels/native/rows.c"],
-    depends=["kernels/native/bf16.h", "kernels/native/product.h"],
+    sources=[f"kernels/native/{name}.c" for name in ("attention", "linear", "rows")],
+    depends=[f"kernels/native/{name}.h" for name in ("bf16", "product", "transpose")],
     extra_compile_args=[
         "-O3",
         "-march=x86-64-v4",
         "-mavx512bf16",
+        "-mavx512vnni",
         "-fopenmp",
         "-fvisibility=hidden",
     ],

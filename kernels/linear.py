@@ -1,8 +1,9 @@
-"""Matrix products with weights: the vendor's library on a GPU, oneDNN on a CPU.
+"""Matrix products with weights: the vendor's library on a GPU, our own or oneDNN on a CPU.
 
-On a CPU weights are packed once, in the order in which oneDNN's kernels read them; `linear` chooses
-by the weight's type. With `quantization="int8"` they are whole numbers of eight bits, a scale for
-each output channel, and activations are quantised on the fly, a scale for each token (W8A8).
+On a CPU weights are packed once, in the order in which the kernels read them: in our own panels
+(`panel_linear.py`), or oneDNN's where the processor has AMX; `linear` chooses by the weight's type.
+With `quantization="int8"` they are whole numbers of eight bits, a scale for each output channel,
+and activations are quantised on the fly, a scale for each token (W8A8).
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native
+from .panel_linear import (
+    ZERO,
+    PanelWeight,
+    pack_panels,
+    panel_linear,
+    quantize_panels,
+    serves_panels,
+)
 
 # Rows of one packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed
 # for this many are as fast as plain ones, in calls of as many; in larger calls AMX loses a quarter.
 PACKED_ROWS = 128
 QUANTIZE_ROWS = 256  # of a weight at once, so that its float32 form stays small
-ZERO = 128  # activations are unsigned: oneDNN multiplies u8 × s8 at full speed on every CPU
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Int8Weight:
     nbytes: int
 
 
-Weight = torch.Tensor | PackedWeight | Int8Weight
+Weight = torch.Tensor | PackedWeight | Int8Weight | PanelWeight
 
 
 def pack_weight(weight: torch.Tensor, quantization: str | None = None) -> Weight:
@@ -47,6 +54,8 @@ def pack_weight(weight: torch.Tensor, quantization: str | None = None) -> Weight
     None or, on a CPU, "int8"."""
     if weight.device.type != "cpu":
         return weight
+    if serves_panels(weight):
+        return quantize_panels(weight) if quantization == "int8" else pack_panels(weight)
     if quantization == "int8":
         return _quantize(weight)
     if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -57,6 +66,8 @@ def pack_weight(weight: torch.Tensor, quantization: str | None = None) -> Weight
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [n, in] × weight [out, in] transposed, plus bias [out]."""
+    if isinstance(weight, PanelWeight):
+        return panel_linear(x, weight, bias)
     if isinstance(weight, PackedWeight):
         return _packed_linear(x, weight, bias)
     if isinstance(weight, Int8Weight):
@@ -87,17 +98,6 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() * (1 / scale)[:, None]).round_().to(torch.int8), scale
 
 
-def _unsigned_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with ZERO added (uint8)."""
-    if not native.serves(x):
-        numbers, scale = quantize_rows(x)
-        return numbers.view(torch.uint8) ^ ZERO, scale
-    x = x.contiguous()
-    numbers, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
-    native.call("octavo_quantize_rows", x, numbers, scale, *x.shape)
-    return numbers, scale
-
-
 def _quantize(weight: torch.Tensor) -> Int8Weight:
     parts = [quantize_rows(rows) for rows in weight.split(QUANTIZE_ROWS)]
     numbers, scale = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -107,15 +107,13 @@ def _quantize(weight: torch.Tensor) -> Int8Weight:
 
 
 def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    unsigned, scale = _unsigned_rows(x)
+    numbers, scale = quantize_rows(x)
+    unsigned = numbers.view(torch.uint8) ^ ZERO  # adds it
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     out = torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,
         "none", [], "",
     )  # fmt: skip
-    if native.serves(out):
-        native.call("octavo_scale_rows", out, scale, bias, *out.shape)
-        return out
     out = out.mul_(scale[:, None]).to(x.dtype)
     return out if bias is None else out.add_(bias)
 

@@ -4,7 +4,7 @@
 // dot product of pairs reads. C [m, n] is float32. k is even, n a multiple of 16.
 #pragma once
 
-#include "bf16.h"
+#include "transpose.h"
 
 // Rows that are needed next: they come from memory while others are computed, a line of the cache at
 // a time, in the order in which they lie.
@@ -88,47 +88,15 @@ static void product(long m, long n, long k, const bf16 *a, long a_stride, const 
   }
 }
 
-// Sixteen rows of sixteen pairs -> sixteen pairs of sixteen rows, `pairs` of them.
-INLINE void transpose_pairs(const bf16 *const *rows, long at, long pairs, bf16 *out, long stride) {
-  __m512i x[16], y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) x[i] = _mm512_maskz_loadu_epi32(first(pairs), rows[i] + at);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {  // lanes of 128 bits: those of rows 0-3, 4-7, 8-11, 12-15
-    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
-    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
-    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
-    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
-    x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
-    x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
-    x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 16 && i < pairs; i++) _mm512_storeu_si512(out + 2 * i * stride, x[i]);
-}
-
 // Rows [n, k] as the B of a product with their transpose: [k / 2, n, 2].
 static void pair_transposed(long n, long k, const bf16 *const *rows, Ahead *ahead,
                             bf16 *out) {
   for (long j = 0; j < n; j += 16)
     for (long p = 0; p < k / 2; p += 16) {
       fetch(ahead, 8);
-      transpose_pairs(rows + j, 2 * p, k / 2 - p, out + 2 * (p * n + j), n);
+      const int32_t *at[16];
+      for (int i = 0; i < 16; i++) at[i] = (const int32_t *)(rows[j + i] + 2 * p);
+      transpose(at, k / 2 - p, (int32_t *)(out + 2 * (p * n + j)), n);
     }
 }
 

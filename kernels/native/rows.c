@@ -128,21 +128,8 @@ EXPORT void octavo_quantize_rows(const bf16 *x, uint8_t *out, float *scale, long
   }
 }
 
-// x [n, size] times scale [n], plus bias [size] where there is one, in place.
-EXPORT void octavo_scale_rows(bf16 *x, const float *scale, const bf16 *bias, long n, long size,
-                              int threads) {
-#pragma omp parallel for num_threads(threads) if (n * size > ALONE)
-  for (long r = 0; r < n; r++)
-    for (long i = 0; i < size; i += 16) {
-      __mmask16 mask = first(size - i);
-      __m512 each = _mm512_mul_ps(load_first(x + r * size + i, mask), _mm512_set1_ps(scale[r]));
-      if (bias) each = _mm512_add_ps(each, load_first(bias + i, mask));
-      store_first(x + r * size + i, mask, each);
-    }
-}
-
 // Whether this processor has the instructions. Compiled for any x86-64.
 __attribute__((target("arch=x86-64"))) EXPORT int octavo_runs_here(void) {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }

@@ -1,0 +1,121 @@
+// Products of rows with weights that are held in panels of sixteen output columns: bfloat16, or
+// eight bits. A panel is [words, 16]: a word is what one lane of a dot product reads of a column,
+// two bfloat16 or four int8 numbers. Panels follow each other, so that a weight is read from memory
+// once and in order, whatever the number of rows.
+
+#include <string.h>
+
+#include "transpose.h"
+
+enum { BF16, INT8 };  // of weights and of the rows that they are multiplied with
+
+typedef struct {
+  const int32_t *x;  // rows of `words` words
+  const int32_t *panels;
+  const bf16 *bias;          // [n], or NULL
+  const float *row_scale;    // [m]; of INT8 alone, as the next two
+  const float *column_scale; // [n]
+  const int32_t *zero;       // [n] what the rows' zero, 128, adds to each column
+  bf16 *out;                 // [m, n]
+  long m, n, words;
+} Product;
+
+INLINE __m512i dot(const int kind, __m512i sum, __m512i a, __m512i b) {
+  if (kind == BF16) return (__m512i)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  return _mm512_dpbusd_epi32(sum, a, b);
+}
+
+INLINE void finish(const int kind, const Product *p, long row, long column, __m512i sum) {
+  __mmask16 mask = first(p->n - column);
+  __m512 y = (__m512)sum;
+  if (kind == INT8) {
+    sum = _mm512_sub_epi32(sum, _mm512_maskz_loadu_epi32(mask, p->zero + column));
+    __m512 scale = _mm512_maskz_loadu_ps(mask, p->column_scale + column);
+    scale = _mm512_mul_ps(scale, _mm512_set1_ps(p->row_scale[row]));
+    y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+  }
+  if (p->bias) y = _mm512_add_ps(y, load_first(p->bias + column, mask));
+  store_first(p->out + row * p->n + column, mask, y);
+}
+
+enum { ROWS = 6, PANELS = 4 };  // at once: their sums and a word of each panel fill the registers
+
+// R rows from `row` on and Z panels from `panel` on. R and Z are known where this is inlined.
+INLINE void block(const int kind, const int R, const int Z, const Product *p, long row,
+                  long panel) {
+  __m512i sum[ROWS * PANELS];
+#pragma GCC unroll 24
+  for (int i = 0; i < R * Z; i++) sum[i] = _mm512_setzero_si512();
+  const int32_t *x = p->x + row * p->words, *columns = p->panels + panel * p->words * 16;
+  for (long w = 0; w < p->words; w++) {
+    __m512i column[PANELS];
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; z++) column[z] = _mm512_loadu_si512(columns + (z * p->words + w) * 16);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      __m512i word = _mm512_set1_epi32(x[r * p->words + w]);
+#pragma GCC unroll 4
+      for (int z = 0; z < Z; z++) sum[r * Z + z] = dot(kind, sum[r * Z + z], word, column[z]);
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < R * Z; i++) finish(kind, p, row + i / Z, (panel + i % Z) * 16, sum[i]);
+}
+
+INLINE void rows_by_panels(const int kind, const int Z, const Product *p, long row, long rows,
+                           long panel) {
+  switch (rows) {
+    case 6: block(kind, 6, Z, p, row, panel); break;
+    case 5: block(kind, 5, Z, p, row, panel); break;
+    case 4: block(kind, 4, Z, p, row, panel); break;
+    case 3: block(kind, 3, Z, p, row, panel); break;
+    case 2: block(kind, 2, Z, p, row, panel); break;
+    case 1: block(kind, 1, Z, p, row, panel); break;
+  }
+}
+
+// A thread takes PANELS panels and goes over all rows, which are cut evenly: the panels come from
+// memory for the first of them, and from the cache for the others.
+INLINE void multiply(const int kind, const Product *p, int threads) {
+  long panels = (p->n + 15) / 16, blocks = (p->m + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long panel = 0; panel < panels; panel += PANELS)
+    for (long b = 0; b < blocks; b++) {
+      long row = p->m * b / blocks, rows = p->m * (b + 1) / blocks - row;
+      if (panel + PANELS <= panels)
+        rows_by_panels(kind, PANELS, p, row, rows, panel);
+      else
+        for (long rest = panel; rest < panels; rest++)
+          rows_by_panels(kind, 1, p, row, rows, rest);
+    }
+}
+
+// x [m, words], panels of [n, words] -> out [m, n] of bfloat16.
+EXPORT void octavo_linear(const int32_t *x, const int32_t *panels, const bf16 *bias, bf16 *out,
+                          long m, long n, long words, int threads) {
+  const Product p = {x, panels, bias, 0, 0, 0, out, m, n, words};
+  multiply(BF16, &p, threads);
+}
+
+// The same of unsigned rows, whose numbers are 128 too large, and signed panels.
+EXPORT void octavo_linear_int8(const int32_t *x, const int32_t *panels, const bf16 *bias,
+                               const float *row_scale, const float *column_scale,
+                               const int32_t *zero, bf16 *out, long m, long n, long words,
+                               int threads) {
+  const Product p = {x, panels, bias, row_scale, column_scale, zero, out, m, n, words};
+  multiply(INT8, &p, threads);
+}
+
+// Rows [n, words] -> panels [ceil(n / 16), words, 16]; the last panel is filled with zeros.
+EXPORT void octavo_pack_panels(const int32_t *rows, int32_t *panels, long n, long words,
+                               int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long panel = 0; panel < (n + 15) / 16; panel++)
+    for (long w = 0; w < words; w += 16) {
+      static const int32_t zeros[16];
+      const int32_t *at[16];
+      for (long i = 0; i < 16; i++)
+        at[i] = panel * 16 + i < n ? rows + (panel * 16 + i) * words + w : zeros;
+      transpose(at, words - w, panels + (panel * words + w) * 16, 16);
+    }
+}

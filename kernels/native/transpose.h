@@ -1,0 +1,39 @@
+// How sixteen rows are turned, word by word: what every packing here is made of.
+#pragma once
+
+#include "bf16.h"
+
+// Sixteen rows of sixteen words -> sixteen words of sixteen rows, the first `words` of them, `stride`
+// words apart. A word is four bytes.
+INLINE void transpose(const int32_t *const *rows, long words, int32_t *out, long stride) {
+  __m512i x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) x[i] = _mm512_maskz_loadu_epi32(first(words), rows[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // lanes of 128 bits: those of rows 0-3, 4-7, 8-11, 12-15
+    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+    x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+    x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+    x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 16 && i < words; i++) _mm512_storeu_si512(out + i * stride, x[i]);
+}
