@@ -1,17 +1,106 @@
-"""Launch settings that several kernels share."""
+"""Launch settings of the attention kernels: a table by kernel and architecture, read at launch.
+
+Nothing is tuned at start. The rows were chosen on paper, from what the compiler makes of them
+(`octavo bench kernels --paper`), and have not been timed on hardware: no spills; 16-byte
+asynchronous copies of keys and values; on sm_90 wgmma (which wants 64 queries for every four warps)
+for chunks and vision. At three stages the block table is fetched one tile before its keys. The
+first two numbers hold for head sizes up to 128 and any group of query heads.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 
-LOG2_E = 1.4426950408889634
+FEW_PROGRAMS = 128  # about one for each multiprocessor of an H100 (132); an A100 has 108
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Queries and keys of a tile, and how it is run."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def settings(self) -> dict[str, int | str]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Kernel -> architecture -> launch, for 16-bit numbers. "chunk_small" is for grids of few programs.
+# A decode tile has the query heads of one KV head, padded to 16: HMMA, as wgmma has no fewer than
+# 64. "other" fits in 48 KB of shared memory.
+TABLE: dict[str, dict[str, Launch]] = {
+    "chunk": {
+        "sm_80": Launch(128, 64, 8, 3),
+        "sm_90": Launch(128, 64, 8, 3),
+        "sm_100": Launch(128, 64, 8, 3),
+        "gfx942": Launch(128, 64, 8, 2),
+        "other": Launch(64, 32, 4, 3),
+    },
+    "chunk_small": {
+        "sm_80": Launch(64, 64, 8, 3),
+        "sm_90": Launch(64, 64, 4, 3),
+        "sm_100": Launch(64, 64, 4, 3),
+        "gfx942": Launch(64, 64, 4, 1),
+        "other": Launch(64, 32, 4, 3),
+    },
+    "decode": {
+        "sm_80": Launch(16, 64, 4, 3),
+        "sm_90": Launch(16, 64, 4, 3),
+        "sm_100": Launch(16, 64, 4, 3),
+        "gfx942": Launch(16, 64, 4, 2),
+        "other": Launch(16, 64, 4, 3),
+    },
+    "vision": {
+        "sm_80": Launch(64, 64, 4, 3),
+        "sm_90": Launch(128, 128, 8, 2),
+        "sm_100": Launch(128, 64, 4, 2),
+        "gfx942": Launch(128, 64, 4, 2),
+        "other": Launch(64, 64, 4, 2),
+    },
+}
+# float32 serves comparisons only: the same everywhere, small enough not to spill.
+FLOAT32 = {
+    "chunk": Launch(32, 16, 8, 2),
+    "chunk_small": Launch(32, 16, 8, 2),
+    "decode": Launch(16, 16, 4, 2),
+    "vision": Launch(32, 32, 4, 2),
+}
+CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The device's row of the table. Triton's interpreter, on the CPU, runs the tiles of sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "gfx942" if name.startswith("gfx942") else "other"
+    return CAPABILITIES.get(torch.cuda.get_device_capability(device), "other")
+
+
+def launch(kernel: str, arch: str, dtype: torch.dtype, group: int = 1) -> Launch:
+    """The table's row, with a tile that holds at least the `group` query heads of a KV head."""
+    found = TABLE[kernel][arch] if dtype.itemsize == 2 else FLOAT32[kernel]
+    block_m = max(found.block_m, triton.next_power_of_2(group))
+    return Launch(block_m, found.block_n, found.num_warps, found.num_stages)
 
 
 def paged_settings(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> dict[str, int | str]:
-    """Compile-time settings of the kernels over the paged cache."""
+    """What the shape fixes in the kernels over the paged cache."""
     return {
         "GROUP": num_heads // num_kv_heads,
         "NUM_KV_HEADS": num_kv_heads,

@@ -11,8 +11,8 @@ from .attention_batch import AttentionBatch
 from .device import uses_triton
 from .kv_cache import gather_kv
 from .paged_attention_cpu import paged_attention_cpu
-from .paged_chunk import chunk_settings, launch_chunks
-from .paged_decode import decode_settings, launch_decode
+from .paged_chunk import paged_chunks
+from .paged_decode import paged_decode
 
 
 def paged_attention(
@@ -30,11 +30,10 @@ def paged_attention(
         return paged_attention_cpu(q, k_cache, v_cache, batch, scale)
     q = q.contiguous()
     out = torch.empty_like(q)
-    shape = (q.shape[1], k_cache.shape[1], q.shape[2], k_cache.shape[2], q.dtype)
     if batch.chunk_rows:
-        launch_chunks(q, k_cache, v_cache, batch, scale, out, chunk_settings(*shape))
+        paged_chunks(q, k_cache, v_cache, batch, scale, out)
     if batch.decode_rows.numel():
-        launch_decode(q, k_cache, v_cache, batch, scale, out, decode_settings(*shape))
+        paged_decode(q, k_cache, v_cache, batch, scale, out)
     return out
 
 

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 
 from .attention_batch import AttentionBatch
-from .launch import LOG2_E, paged_settings
+from .launch import FEW_PROGRAMS, architecture, launch, paged_settings
+from .online_softmax import LOG2_E
+from .paged_tile import attend_keys
+from .tiles import count_tiles, cut_tiles
 
 
 @triton.jit
@@ -56,66 +59,61 @@ def _paged_chunk_kernel(
     q_mask = valid[:, None] & d_mask[None, :]
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
 
+    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * HEAD_DIM
+    k_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
+    v_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
+    table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    end = tl.minimum(context, context - length + start + TOKENS)
-    for begin in range(0, end, BLOCK_N):
-        keys = begin + tl.arange(0, BLOCK_N)
-        key_mask = keys < end
-        block = tl.load(
-            block_tables_ptr + row.to(tl.int64) * table_stride + keys // CACHE_BLOCK,
-            mask=key_mask,
-            other=0,
-        ).to(tl.int64)
-        line = (block * NUM_KV_HEADS + kv_head) * CACHE_BLOCK + keys % CACHE_BLOCK
-        kv_at = line[:, None] * HEAD_DIM + offs_d[None, :]
-        kv_mask = key_mask[:, None] & d_mask[None, :]
-        k = tl.load(k_cache_ptr + kv_at, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
-        seen = (keys[None, :] <= place[:, None]) & key_mask[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every place sees key 0
-        weights = tl.exp2(scores - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        top = new_top
-        v = tl.load(v_cache_ptr + kv_at, mask=kv_mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    first_place = context - length + start
+    end = tl.minimum(context, first_place + TOKENS)
+    seen_by_all = (first_place + 1) // BLOCK_N * BLOCK_N
+    acc, top, total = attend_keys(
+        q, acc, top, total, place, 0, seen_by_all, k_cache_ptr, v_cache_ptr, table_ptr, scale,
+        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, False,
+    )  # fmt: skip
+    acc, top, total = attend_keys(
+        q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr, table_ptr, scale,
+        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, True,
+    )  # fmt: skip
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] + offs_d[None, :], out, mask=q_mask)
 
 
 def chunk_settings(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    arch: str,
+    lengths: tuple[int, ...],
 ) -> dict[str, int | str]:
-    """Compile-time settings of the chunk kernel. float32, which serves comparisons, takes half the
-    tile; it still spills on sm_90 and sm_100."""
-    tokens = 128 if dtype.itemsize == 2 else 64
-    chosen = paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
-    return {
-        **chosen,
-        "BLOCK_M": max(tokens, triton.next_power_of_2(num_heads // num_kv_heads)),
-        "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
-        "num_warps": 8,
-        "num_stages": 2,
-    }
+    """Compile-time settings for chunks of these lengths: smaller tiles where they are few."""
+    group = num_heads // num_kv_heads
+    found = launch("chunk", arch, dtype, group)
+    if count_tiles(lengths, found.block_m // group) * num_kv_heads < FEW_PROGRAMS:
+        found = launch("chunk_small", arch, dtype, group)
+    shape = paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
+    return {**shape, **found.settings()}
 
 
-def launch_chunks(
+def paged_chunks(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     batch: AttentionBatch,
     scale: float,
     out: torch.Tensor,
-    chosen: dict[str, int | str],
 ) -> None:
+    """Writes `out` [n, heads, d] at the tokens of the batch's chunk rows."""
+    lengths = tuple(0 if count == 1 else count for count in batch.num_scheduled_tokens)
+    shape = (q.shape[1], k_cache.shape[1], q.shape[2], k_cache.shape[2], q.dtype)
+    chosen = chunk_settings(*shape, architecture(q.device), lengths)
     size = int(chosen["BLOCK_M"]) // int(chosen["GROUP"])
-    counts = batch.num_scheduled_tokens
-    tiles = [(row, at) for row in batch.chunk_rows for at in range(0, counts[row], size)]
-    rows, starts = torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(q.device)
-    _paged_chunk_kernel[(len(tiles), k_cache.shape[1])](
+    rows, starts = cut_tiles(lengths, size, q.device)
+    _paged_chunk_kernel[(len(rows), k_cache.shape[1])](
         q,
         k_cache,
         v_cache,

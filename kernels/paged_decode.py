@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 
 from .attention_batch import AttentionBatch
-from .launch import LOG2_E, paged_settings
+from .launch import architecture, launch, paged_settings
+from .online_softmax import LOG2_E
+from .paged_tile import attend_keys
 
-SPLIT_SIZE = 256  # keys of one split
+SPLIT_SIZE = 256  # keys of one split, or a multiple of it
+MAX_SPLITS = 64  # of a row: what one program joins, and what bounds the grid
+
+
+@triton.jit
+def split_size(context, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Keys of each split of a row: by its own length alone, so that its batch does not matter."""
+    return SPLIT * tl.maximum(1, tl.cdiv(context, SPLIT * MAX_SPLITS))
 
 
 @triton.jit
@@ -38,6 +47,7 @@ def _paged_decode_kernel(
     BLOCK_N: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one split of a row's keys, with the query heads of one KV head.
@@ -47,7 +57,8 @@ def _paged_decode_kernel(
     index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(decode_rows_ptr + index).to(tl.int64)
     context = tl.load(context_lens_ptr + row)
-    begin = split * SPLIT
+    size = split_size(context, SPLIT, MAX_SPLITS)
+    begin = split * size
     if begin >= context:
         return
     offs_m = tl.arange(0, BLOCK_M)
@@ -59,29 +70,24 @@ def _paged_decode_kernel(
     at = (token * (NUM_KV_HEADS * GROUP) + head) * HEAD_DIM
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
 
+    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * HEAD_DIM
+    k_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
+    v_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
+    table_ptr = block_tables_ptr + row * table_stride
+    place = tl.full((BLOCK_M,), context - 1, tl.int32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    end = tl.minimum(context, begin + SPLIT)
-    for at_key in range(begin, end, BLOCK_N):
-        keys = at_key + tl.arange(0, BLOCK_N)
-        key_mask = keys < end
-        block = tl.load(
-            block_tables_ptr + row * table_stride + keys // CACHE_BLOCK, mask=key_mask, other=0
-        ).to(tl.int64)
-        line = (block * NUM_KV_HEADS + kv_head) * CACHE_BLOCK + keys % CACHE_BLOCK
-        kv_at = line[:, None] * HEAD_DIM + offs_d[None, :]
-        kv_mask = key_mask[:, None] & d_mask[None, :]
-        k = tl.load(k_cache_ptr + kv_at, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
-        scores = tl.where(key_mask[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        top = new_top
-        v = tl.load(v_cache_ptr + kv_at, mask=kv_mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    end = tl.minimum(context, begin + size)
+    whole = begin + (end - begin) // BLOCK_N * BLOCK_N
+    acc, top, total = attend_keys(
+        q, acc, top, total, place, begin, whole, k_cache_ptr, v_cache_ptr, table_ptr, scale,
+        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, False,
+    )  # fmt: skip
+    acc, top, total = attend_keys(
+        q, acc, top, total, place, whole, end, k_cache_ptr, v_cache_ptr, table_ptr, scale,
+        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, True,
+    )  # fmt: skip
     to = (index * (NUM_KV_HEADS * GROUP) + head) * tl.num_programs(2) + split
     m_mask = offs_m < GROUP
     tl.store(lse_ptr + to, top + tl.log2(total), mask=m_mask)
@@ -102,43 +108,45 @@ def _join_splits_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
-    """One program: one head of a row, its splits weighted by their sums."""
+    """One program: one head of a row, all its splits at once, weighted by their sums.
+
+    A row without keys, which pads a batch, gets zeros.
+    """
     index, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(decode_rows_ptr + index)
-    used = tl.cdiv(tl.load(context_lens_ptr + row), SPLIT)
-    offs = tl.arange(0, BLOCK_D)
-    mask = offs < HEAD_DIM
-    at = (index * NUM_HEADS + head).to(tl.int64) * num_splits
-    top = tl.load(lse_ptr + at)
-    total = 1.0
-    acc = tl.load(partial_ptr + at * HEAD_DIM + offs, mask=mask, other=0.0)
-    for split in range(1, used):
-        lse = tl.load(lse_ptr + at + split)
-        part = tl.load(partial_ptr + (at + split) * HEAD_DIM + offs, mask=mask, other=0.0)
-        new_top = tl.maximum(top, lse)
-        fade, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
-        acc = acc * fade + part * weight
-        total = total * fade + weight
-        top = new_top
+    context = tl.load(context_lens_ptr + row)
+    used = tl.cdiv(context, split_size(context, SPLIT, MAX_SPLITS))
+    splits = tl.arange(0, MAX_SPLITS)
+    offs_d = tl.arange(0, BLOCK_D)
+    there = splits < used
+    at = (index * NUM_HEADS + head).to(tl.int64) * num_splits + splits
+    lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
+    weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))
+    mask = there[:, None] & (offs_d < HEAD_DIM)[None, :]
+    parts = tl.load(partial_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+    total = tl.maximum(tl.sum(weights, 0), 1.0)  # the largest weight is 1
+    out = tl.sum(parts * weights[:, None], 0) / total
     token = tl.load(cu_seqlens_q_ptr + row).to(tl.int64)
-    out = out_ptr + (token * NUM_HEADS + head) * HEAD_DIM + offs
-    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=mask)
+    to = out_ptr + (token * NUM_HEADS + head) * HEAD_DIM + offs_d
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
 def decode_settings(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    arch: str,
 ) -> dict[str, int | str]:
     """Compile-time settings of the decode kernel."""
-    chosen = paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
-    block_m = max(16, triton.next_power_of_2(num_heads // num_kv_heads))
     return {
-        **chosen,
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
+        **paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype),
+        **launch("decode", arch, dtype, num_heads // num_kv_heads).settings(),
         "SPLIT": SPLIT_SIZE,
-        "num_warps": 4,
-        "num_stages": 2,
+        "MAX_SPLITS": MAX_SPLITS,
     }
 
 
@@ -150,24 +158,33 @@ def join_settings(num_heads: int, head_dim: int) -> dict[str, int]:
         "HEAD_DIM": head_dim,
         "BLOCK_D": block,
         "SPLIT": SPLIT_SIZE,
-        "num_warps": 1,
+        "MAX_SPLITS": MAX_SPLITS,
+        "num_warps": 4,
     }
 
 
-def launch_decode(
+def num_splits(table_width: int, block_size: int) -> int:
+    """Splits that the grid has for each row: as many as the longest row of such a table needs.
+    What the rows hold plays no part, so a captured grid serves them all."""
+    return min(MAX_SPLITS, triton.cdiv(table_width * block_size, SPLIT_SIZE))
+
+
+def paged_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     batch: AttentionBatch,
     scale: float,
     out: torch.Tensor,
-    chosen: dict[str, int | str],
 ) -> None:
+    """Writes `out` [n, heads, d] at the tokens of the batch's decode rows."""
     count, heads, head_dim = len(batch.decode_rows), q.shape[1], q.shape[2]
-    splits = triton.cdiv(batch.block_tables.shape[1] * k_cache.shape[2], SPLIT_SIZE)
+    kv_heads, block_size = k_cache.shape[1:3]
+    splits = num_splits(batch.block_tables.shape[1], block_size)
     partial = torch.empty((count, heads, splits, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((count, heads, splits), dtype=torch.float32, device=q.device)
-    _paged_decode_kernel[(count, k_cache.shape[1], splits)](
+    arch = architecture(q.device)
+    _paged_decode_kernel[(count, kv_heads, splits)](
         q,
         k_cache,
         v_cache,
@@ -179,7 +196,7 @@ def launch_decode(
         batch.block_tables,
         batch.block_tables.stride(0),
         scale * LOG2_E,
-        **chosen,
+        **decode_settings(heads, kv_heads, head_dim, block_size, q.dtype, arch),
     )
     _join_splits_kernel[(count, heads)](
         partial,

@@ -12,18 +12,77 @@ import triton.language as tl
 
 from . import native
 from .device import uses_triton
-
-LOG2_E = 1.4426950408889634
+from .launch import architecture, launch
+from .online_softmax import LOG2_E, fold
+from .tiles import cut_tiles
 
 
 @triton.jit
-def _load_rows(base_ptr, rows, row_stride, mask, START: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Columns [START, START + BLOCK) of some rows, zero from column END on."""
+def _load_rows(
+    base_ptr,
+    rows,
+    row_stride,
+    end,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Columns [START, START + BLOCK) of some rows: zero from column HEAD_DIM on and, if MASKED,
+    from row `end` on."""
     offs = START + tl.arange(0, BLOCK)
     at = rows[:, None].to(tl.int64) * row_stride + offs[None, :]
-    if START + BLOCK <= END:
-        return tl.load(base_ptr + at, mask=mask[:, None], other=0.0)
-    return tl.load(base_ptr + at, mask=mask[:, None] & (offs < END)[None, :], other=0.0)
+    if MASKED or START + BLOCK > HEAD_DIM:
+        mask = (rows < end)[:, None] & (offs < HEAD_DIM)[None, :]
+        return tl.load(base_ptr + at, mask=mask, other=0.0)
+    return tl.load(base_ptr + at)
+
+
+@triton.jit
+def _attend_frame(
+    q,
+    q_rest,
+    acc,
+    acc_rest,
+    top,
+    total,
+    begin,
+    end,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_MAIN: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Folds keys [begin, end) into the sums; without MASKED they fill whole tiles."""
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, keys, k_stride, end, 0, BLOCK_MAIN, HEAD_DIM, MASKED)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if BLOCK_REST > 0:
+            k_rest = _load_rows(
+                k_ptr, keys, k_stride, end, BLOCK_MAIN, BLOCK_REST, HEAD_DIM, MASKED
+            )
+            scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION)
+        scores = scores * scale
+        if MASKED:
+            scores = tl.where((keys < end)[None, :], scores, float("-inf"))
+        weights, fade, top, total = fold(scores, top, total)
+        v = _load_rows(v_ptr, keys, v_stride, end, 0, BLOCK_MAIN, HEAD_DIM, MASKED)
+        weights = weights.to(v.dtype)
+        acc = tl.dot(weights, v, acc * fade[:, None], input_precision=PRECISION)
+        if BLOCK_REST > 0:
+            v_rest = _load_rows(
+                v_ptr, keys, v_stride, end, BLOCK_MAIN, BLOCK_REST, HEAD_DIM, MASKED
+            )
+            acc_rest = tl.dot(weights, v_rest, acc_rest * fade[:, None], input_precision=PRECISION)
+    return acc, acc_rest, top, total
 
 
 @triton.jit
@@ -57,36 +116,24 @@ def _vision_attention_kernel(
     v_ptr += head * HEAD_DIM
     out_ptr += head * HEAD_DIM
 
+    REST: tl.constexpr = max(BLOCK_REST, 16)  # without a rest these are never used
     rows = first + tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
     row_mask = rows < last
-    q = _load_rows(q_ptr, rows, q_stride, row_mask, 0, BLOCK_MAIN, HEAD_DIM)
+    q = _load_rows(q_ptr, rows, q_stride, last, 0, BLOCK_MAIN, HEAD_DIM, True)
+    q_rest = _load_rows(q_ptr, rows, q_stride, last, BLOCK_MAIN, REST, HEAD_DIM, True)
     acc = tl.zeros((BLOCK_M, BLOCK_MAIN), tl.float32)
-    if BLOCK_REST > 0:
-        q_rest = _load_rows(q_ptr, rows, q_stride, row_mask, BLOCK_MAIN, BLOCK_REST, HEAD_DIM)
-        acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
+    acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-
-    for start in range(first, last, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        key_mask = keys < last
-        k = _load_rows(k_ptr, keys, k_stride, key_mask, 0, BLOCK_MAIN, HEAD_DIM)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        if BLOCK_REST > 0:
-            k_rest = _load_rows(k_ptr, keys, k_stride, key_mask, BLOCK_MAIN, BLOCK_REST, HEAD_DIM)
-            scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION)
-        scores = tl.where(key_mask[None, :], scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        top = new_top
-        weights = weights.to(v_ptr.dtype.element_ty)
-        v = _load_rows(v_ptr, keys, v_stride, key_mask, 0, BLOCK_MAIN, HEAD_DIM)
-        acc = tl.dot(weights, v, acc * fade[:, None], input_precision=PRECISION)
-        if BLOCK_REST > 0:
-            v_rest = _load_rows(v_ptr, keys, v_stride, key_mask, BLOCK_MAIN, BLOCK_REST, HEAD_DIM)
-            acc_rest = tl.dot(weights, v_rest, acc_rest * fade[:, None], input_precision=PRECISION)
+    whole = first + (last - first) // BLOCK_N * BLOCK_N
+    acc, acc_rest, top, total = _attend_frame(
+        q, q_rest, acc, acc_rest, top, total, first, whole, k_ptr, v_ptr, k_stride, v_stride, scale,
+        HEAD_DIM, BLOCK_MAIN, BLOCK_REST, BLOCK_N, PRECISION, False,
+    )  # fmt: skip
+    acc, acc_rest, top, total = _attend_frame(
+        q, q_rest, acc, acc_rest, top, total, whole, last, k_ptr, v_ptr, k_stride, v_stride, scale,
+        HEAD_DIM, BLOCK_MAIN, BLOCK_REST, BLOCK_N, PRECISION, True,
+    )  # fmt: skip
 
     offs = tl.arange(0, BLOCK_MAIN)
     out = out_ptr + rows[:, None].to(tl.int64) * out_stride
@@ -100,7 +147,7 @@ def _vision_attention_kernel(
         tl.store(out + offs_rest[None, :], value, mask=mask_rest)
 
 
-def settings(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+def settings(head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, int | str]:
     """Compile-time settings: the head in a power of two and a rest of at least 16."""
     main = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - main
@@ -108,11 +155,8 @@ def settings(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
         "HEAD_DIM": head_dim,
         "BLOCK_MAIN": main,
         "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
-        "BLOCK_M": 128 if dtype.itemsize == 2 else 32,
-        "BLOCK_N": 32,
         "PRECISION": "tf32" if dtype.itemsize == 2 else "ieee",
-        "num_warps": 8 if dtype.itemsize == 2 else 4,
-        "num_stages": 2,
+        **launch("vision", arch, dtype).settings(),
     }
 
 
@@ -136,19 +180,17 @@ def vision_attention(
     n, heads, head_dim = q.shape
     for part in (q, k, v):
         assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
-    chosen = settings(head_dim, q.dtype)
-    size = int(chosen["BLOCK_M"])
-    tiles = [(i, at) for i, length in enumerate(seqlens) for at in range(0, length, size)]
-    frames, starts = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2).T.to(q.device)
+    chosen = settings(head_dim, q.dtype, architecture(q.device))
+    frames, starts = cut_tiles(seqlens, int(chosen["BLOCK_M"]), q.device)
     out = torch.empty((n, heads, head_dim), dtype=q.dtype, device=q.device)
-    _vision_attention_kernel[(len(tiles), heads)](
+    _vision_attention_kernel[(len(frames), heads)](
         q,
         k,
         v,
         out,
         cu_seqlens,
-        frames.contiguous(),
-        starts.contiguous(),
+        frames,
+        starts,
         q.stride(0),
         k.stride(0),
         v.stride(0),

@@ -184,6 +184,15 @@ def test_decode_over_many_splits_with_large_scores(device: torch.device) -> None
     close(paged_attention(*args), paged_attention_ref(*args))
 
 
+def test_decode_over_more_keys_than_splits_of_256_hold(device: torch.device) -> None:
+    """A row has at most 64 splits: from 16,385 keys on they are of 512, for that row alone."""
+    batch, num_blocks = make_batch(device, [(16_384, 1), (16_383, 1), (700, 1)], 128)
+    q = torch.randn(3, 2, 16, device=device)
+    k_cache, v_cache = (torch.randn(num_blocks, 1, 128, 16, device=device) for _ in range(2))
+    args = (q, k_cache, v_cache, batch, 0.25)
+    close(paged_attention(*args), paged_attention_ref(*args))
+
+
 def test_a_row_does_not_depend_on_its_batch(device: torch.device) -> None:
     """Bit for bit: splits have a fixed size, tiles hold one row."""
     q = torch.randn(1, 4, 32, device=device)
