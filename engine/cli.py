@@ -259,6 +259,32 @@ def throughput(
         print(json.dumps(report.as_dict()) if as_json else report.as_text())
 
 
+@bench_app.command()
+def kernels(
+    paper: Annotated[
+        bool, typer.Option("--paper", help="From shapes and compiled code alone; needs no GPU.")
+    ] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help="2B, 7B or 72B; may be repeated. Default: all.")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="With --paper: H100, H200, A100 or B200; may be repeated. Default: all."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="With --paper: a table of all rows.")
+    ] = None,
+) -> None:
+    """Run the Triton kernels on the GPU of this machine: against their oracles, torch's own, and
+    the device's rates. Or, on paper, tell what each launch has to do and what its code proves."""
+    from ..benchmarks.kernel_bench import run
+
+    with user_errors():
+        if not run(paper, model, gpu, json_file, markdown):
+            raise typer.Exit(1)
+
+
 @trace_app.command("draw")
 def trace_draw(
     trace: Annotated[Path, typer.Argument(help="A recorded run.")],

@@ -31,6 +31,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 @pytest.fixture(params=["cpu", "plain", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """ "plain" is a CPU without the compiled kernels."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     torch.manual_seed(0)
     if request.param != "plain":
         return torch.device(request.param)
