@@ -7,6 +7,8 @@ transformers. Angles and products are float32 here.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +22,15 @@ def mrope_cos_sin(
     positions: torch.Tensor, inv_freq: torch.Tensor, mrope_section: tuple[int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines float32 [n, head_dim / 2] of positions int32 [3, n]."""
-    device = positions.device
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).to(device)
-    angles = positions.float()[axis].T * inv_freq.to(device)
+    axis = _axis_of_frequency(mrope_section, positions.device)
+    angles = positions.float()[axis].T * inv_freq.to(positions.device)
     return angles.cos(), angles.sin()
+
+
+@lru_cache  # a captured step cannot copy from the host
+def _axis_of_frequency(mrope_section: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """int64 [head_dim / 2]"""
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).to(device)
 
 
 @triton.jit

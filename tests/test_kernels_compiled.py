@@ -26,7 +26,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 def test_kernels_in_the_interpreter() -> None:
     """The tests of kernels once more, with the kernels instead of the CPU paths."""
-    files = ("test_kernels.py", "test_gpu.py")
+    files = ("test_kernels.py", "test_gpu.py", "test_decode_graph.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)

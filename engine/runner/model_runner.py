@@ -18,6 +18,7 @@ from ..model.decoder import LayerCache
 from ..model.parallel import TensorParallel
 from ..model.qwen2_vl import Qwen2VL
 from .batch import BatchResult, EncodeTask, InputBatch, Int32
+from .decode_graph import DecodeGraphs, decode_graphs
 from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_bytes
 from .loader import OnProgress, load_weights
 from .pending import SKIPPED, PendingResult
@@ -38,6 +39,7 @@ class ModelRunner:
     quantization: str | None = None  # of weights and activations, on loading; None or "int8"
     embeddings: dict[UnitKey, torch.Tensor] = field(default_factory=dict)
     caches: list[LayerCache] = field(default_factory=list)
+    graphs: DecodeGraphs | None = None  # on CUDA alone
 
     def __post_init__(self) -> None:
         """Raises ConfigError where the ranks cannot share the checkpoint's heads."""
@@ -73,6 +75,9 @@ class ModelRunner:
         self.caches = allocate_kv_cache(
             self.config, self.parallel.size, num_blocks, self.block_size, self.dtype, self.device
         )
+        if self.device.type == "cuda":
+            longest = self.config.max_position_embeddings
+            self.graphs = decode_graphs(self.model.decoder, self.caches, longest, self.device)
 
     def step(self, batch: InputBatch) -> BatchResult:
         """Runs one step and waits for it."""
@@ -97,9 +102,7 @@ class ModelRunner:
             self._sampled = self._sampled.new_empty(0)
             return PendingResult.of(self._sampled, batch, (), errors)
         token_ids, lost = self._resolve(self._to_device(checked), batch)
-        hidden = self.model.decoder.embed_tokens(token_ids)
-        missing = self._overlay(hidden, batch, errors)
-        logits = self._decode(hidden, batch)
+        logits, missing = self._compute(token_ids, batch, errors)
         sampled = self._sample(logits, batch, token_ids)
         skipped = {row for row, _ in missing} | {row for row, _ in errors}
         rows = batch.sampling.rows
@@ -107,6 +110,17 @@ class ModelRunner:
             lost[list(skipped)] = True
         self._sampled = sampled.masked_fill_(lost[self._to_device(rows)], SKIPPED)
         return PendingResult.of(self._sampled, batch, missing, errors)
+
+    def _compute(
+        self, token_ids: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
+    ) -> tuple[torch.Tensor | None, list[tuple[int, UnitKey]]]:
+        """Logits of the rows that sample, on rank 0, and the embeddings that were missing."""
+        bucket = self.graphs.bucket_of(batch) if self.graphs is not None else None
+        if self.graphs is not None and bucket is not None:
+            return self.graphs.logits(token_ids, batch, bucket), []
+        hidden = self.model.decoder.embed_tokens(token_ids)
+        missing = self._overlay(hidden, batch, errors)
+        return self._decode(hidden, batch), missing
 
     def _resolve(
         self, token_ids: torch.Tensor, batch: InputBatch
