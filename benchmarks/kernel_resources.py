@@ -106,7 +106,7 @@ def kernels(
 ) -> dict[str, tuple[Any, list[str], Constants]]:
     """Name -> (kernel, argument types in order, compile-time settings)."""
     heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE)
-    rms = {"SIZE": shape.hidden, **norm.settings(shape.hidden)}
+    rms = {"SIZE": shape.hidden, **norm.settings(shape.hidden, dtype)}
     i, f, long = "*i32", "*fp32", "*i64"
     b = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: f}[dtype]
     norm_types = [b] * 5 + ["fp32"]

@@ -44,7 +44,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         "sm_80": Launch(128, 64, 8, 3),
         "sm_90": Launch(128, 64, 8, 3),
         "sm_100": Launch(128, 64, 8, 3),
-        "gfx942": Launch(128, 64, 8, 2),
+        "gfx942": Launch(128, 32, 8, 2),
         "other": Launch(64, 32, 4, 3),
     },
     "chunk_small": {

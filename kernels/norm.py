@@ -41,10 +41,11 @@ def _rms_norm_kernel(
     tl.store(out_ptr + at, normed * weight, mask=mask)
 
 
-def settings(size: int) -> dict[str, int]:
-    """Compile-time settings for rows of `size`."""
+def settings(size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Compile-time settings for rows of `size`: a thread has 32 bytes, up to 16 warps."""
     block = triton.next_power_of_2(size)
-    return {"BLOCK_SIZE": block, "num_warps": min(16, max(1, block // 512))}
+    warps = block * dtype.itemsize // (32 * 32)
+    return {"BLOCK_SIZE": block, "num_warps": min(16, max(1, warps))}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -56,10 +57,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     size = x.shape[-1]
-    grid = (x.numel() // size,)
-    _rms_norm_kernel[grid](
-        x, x, weight, out, out, eps, SIZE=size, HAS_RESIDUAL=False, **settings(size)
-    )
+    grid, chosen = (x.numel() // size,), settings(size, x.dtype)
+    _rms_norm_kernel[grid](x, x, weight, out, out, eps, SIZE=size, HAS_RESIDUAL=False, **chosen)
     return out
 
 
@@ -74,9 +73,9 @@ def add_rms_norm(
     x, residual = x.contiguous(), residual.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
-    grid = (x.numel() // size,)
+    grid, chosen = (x.numel() // size,), settings(size, x.dtype)
     _rms_norm_kernel[grid](
-        x, residual, weight, out, total, eps, SIZE=size, HAS_RESIDUAL=True, **settings(size)
+        x, residual, weight, out, total, eps, SIZE=size, HAS_RESIDUAL=True, **chosen
     )
     return out, total
 
