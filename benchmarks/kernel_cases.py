@@ -17,6 +17,7 @@ from octavo.kernels.norm import add_rms_norm, add_rms_norm_ref
 from octavo.kernels.paged_attention import AttentionBatch, paged_attention, paged_attention_ref
 from octavo.kernels.paged_chunk import chunk_settings
 from octavo.kernels.patches import cut_patches, cut_patches_ref
+from octavo.kernels.tiles import chunk_splits
 from octavo.kernels.vision_attention import settings as vision_settings
 from octavo.kernels.vision_attention import vision_attention, vision_attention_ref
 
@@ -69,8 +70,9 @@ def attention_case(
         made = F.scaled_dot_product_attention(queries, k, v, mask, scale=scale, enable_gqa=True)
         return made.transpose(1, 2).reshape(q.shape)
 
-    heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE, dtype)
-    block_m = int(chunk_settings(*heads_of, architecture(device), (tokens,) * rows)["BLOCK_M"])
+    heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE, dtype, architecture(device))
+    split = chunk_splits(tokens, context, shape.heads // shape.kv_heads, shape.kv_heads) > 1
+    block_m = int(chunk_settings(*heads_of, (tokens,) * rows, split)["BLOCK_M"])
     one = chunk_work(shape, tokens, context, block_m)
     return Case(
         kernel="paged_decode" if tokens == 1 else "paged_chunk",

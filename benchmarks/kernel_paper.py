@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from octavo.kernels.paged_chunk import chunk_settings
+from octavo.kernels.tiles import chunk_splits
 
 from .kernel_resources import (
     BLOCK_SIZE,
@@ -29,7 +30,15 @@ from .kernel_resources import (
     examine,
     kernels,
 )
-from .kernel_work import IMAGES, Work, chunk_cases, chunk_work, token_works, vision_work
+from .kernel_work import (
+    IMAGES,
+    Work,
+    chunk_cases,
+    chunk_work,
+    join_chunks_work,
+    token_works,
+    vision_work,
+)
 
 
 @dataclass(frozen=True)
@@ -137,9 +146,13 @@ def works(shape: Shape, target: str) -> Iterator[tuple[str, Work]]:
     settings = {name: constants for name, (_, _, constants) in kernels(shape, target).items()}
     for tokens, context in chunk_cases():
         heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE, torch.bfloat16)
-        chosen = chunk_settings(*heads_of, target, (tokens,))
-        name = "paged_chunk" if chosen == settings["paged_chunk"] else "paged_chunk_small"
-        yield name, chunk_work(shape, tokens, context, int(chosen["BLOCK_M"]))
+        split = chunk_splits(tokens, context, shape.heads // shape.kv_heads, shape.kv_heads) > 1
+        chosen = chunk_settings(*heads_of, target, (tokens,), split)
+        name = next(name for name, constants in settings.items() if constants == chosen)
+        sizes = (shape, tokens, context, int(chosen["BLOCK_M"]))
+        yield name, chunk_work(*sizes)
+        if split:
+            yield "join_chunks", join_chunks_work(*sizes)
     for side in IMAGES:
         block_m = settings["vision_attention"]["BLOCK_M"]
         yield "vision_attention", vision_work((side // 14) ** 2, block_m)

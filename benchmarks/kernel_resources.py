@@ -110,11 +110,12 @@ def kernels(
     i, f, long = "*i32", "*fp32", "*i64"
     b = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: f}[dtype]
     norm_types = [b] * 5 + ["fp32"]
-    chunk_types = [b, b, b, b, i, i, i, i, i, "i32", "fp32"]
+    chunk_types = [b, b, b, b, f, f, i, i, i, i, "i32", "fp32"]
     many, few = (
         paged_chunk.chunk_settings(*heads_of, dtype, target, tokens)
         for tokens in (MANY_TOKENS, FEW_TOKENS)
     )
+    split = paged_chunk.chunk_settings(*heads_of, dtype, target, FEW_TOKENS, split=True)
     patch = {"PATCH": 14, "TEMPORAL": 2, "MERGE": 2, "BLOCK_SIZE": 2048, **patches.SETTINGS}
     return {
         "rms_norm": (norm._rms_norm_kernel, norm_types, {**rms, "HAS_RESIDUAL": False}),
@@ -131,6 +132,12 @@ def kernels(
         ),
         "paged_chunk": (paged_chunk._paged_chunk_kernel, chunk_types, many),
         "paged_chunk_small": (paged_chunk._paged_chunk_kernel, chunk_types, few),
+        "paged_chunk_split": (paged_chunk._paged_chunk_kernel, chunk_types, split),
+        "join_chunks": (
+            paged_chunk._join_chunks_kernel,
+            [f, f, b, i, i],
+            paged_chunk.join_settings(split),
+        ),
         "paged_decode": (
             paged_decode._paged_decode_kernel,
             [b, b, b, f, f, i, i, i, i, "i32", "fp32"],

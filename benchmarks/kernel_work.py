@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from octavo.kernels.activation import SETTINGS as SWIGLU
 from octavo.kernels.paged_decode import MAX_SPLITS, SPLIT_SIZE, num_splits
-from octavo.kernels.tiles import count_tiles
+from octavo.kernels.tiles import chunk_splits, count_tiles
 
 from .kernel_resources import BLOCK_SIZE, HEAD_DIM, VISION_HEAD_DIM, VISION_HEADS, Shape
 
@@ -39,15 +39,28 @@ class Work:
 def chunk_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
     """The last `tokens` of `context`: each sees itself and what is before it."""
     pairs = tokens * (context - tokens) + tokens * (tokens + 1) // 2
-    numbers = 2 * tokens * shape.heads * HEAD_DIM + 2 * context * shape.kv_heads * HEAD_DIM
+    group = shape.heads // shape.kv_heads
+    splits = chunk_splits(tokens, context, group, shape.kv_heads)
+    keys = 2 * context * shape.kv_heads * HEAD_DIM
+    rows = tokens * shape.heads  # a query head of a token
+    written = rows * (4 * splits * (HEAD_DIM + 1) if splits > 1 else 2 * HEAD_DIM)
     table = 4 * -(-context // BLOCK_SIZE)
-    tile = block_m // (shape.heads // shape.kv_heads)
     return Work(
         f"{tokens} of {context}",
-        2 * numbers + table,
+        2 * rows * HEAD_DIM + 2 * keys + written + table,
         4 * HEAD_DIM * shape.heads * pairs,
-        count_tiles((tokens,), tile) * shape.kv_heads,
+        count_tiles((tokens,), block_m // group) * splits * shape.kv_heads,
     )
+
+
+def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
+    """Of a chunk whose keys are split."""
+    group = shape.heads // shape.kv_heads
+    splits = chunk_splits(tokens, context, group, shape.kv_heads)
+    rows = tokens * shape.heads
+    moved = rows * (4 * splits * (HEAD_DIM + 1) + 2 * HEAD_DIM)
+    grid = count_tiles((tokens,), block_m // group) * shape.kv_heads
+    return Work(f"{tokens} of {context}", moved, 2 * rows * splits * HEAD_DIM, grid)
 
 
 def decode_work(shape: Shape, rows: int, context: int) -> Work:

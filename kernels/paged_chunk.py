@@ -14,7 +14,10 @@ from .attention_batch import AttentionBatch
 from .launch import FEW_PROGRAMS, architecture, launch, paged_settings
 from .online_softmax import LOG2_E
 from .paged_tile import attend_keys
-from .tiles import count_tiles, cut_tiles
+from .tiles import chunk_splits, count_tiles, cut_chunks
+
+LOWEST = tl.constexpr(-1e30)
+SPLIT_STEP = tl.constexpr(128)  # a split has whole tiles of keys, whatever the tile
 
 
 @triton.jit
@@ -23,11 +26,12 @@ def _paged_chunk_kernel(
     k_cache_ptr,
     v_cache_ptr,
     out_ptr,
+    partial_ptr,
+    lse_ptr,
     cu_seqlens_q_ptr,
     context_lens_ptr,
     block_tables_ptr,
-    tile_row_ptr,
-    tile_start_ptr,
+    tiles_ptr,
     table_stride,
     scale,
     GROUP: tl.constexpr,
@@ -38,14 +42,16 @@ def _paged_chunk_kernel(
     BLOCK_N: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """One program: BLOCK_M // GROUP query tokens of a row, with the heads of one KV head."""
+    """One program: BLOCK_M // GROUP query tokens of a row, with the heads of one KV head, and if
+    SPLIT one split of the keys that they see, whose part is joined with the others later."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    row = tl.load(tile_row_ptr + tile)
+    row = tl.load(tiles_ptr + tile * 4)
+    start = tl.load(tiles_ptr + tile * 4 + 1)
     first = tl.load(cu_seqlens_q_ptr + row)
     length = tl.load(cu_seqlens_q_ptr + row + 1) - first
     context = tl.load(context_lens_ptr + row)
-    start = tl.load(tile_start_ptr + tile)
     TOKENS: tl.constexpr = BLOCK_M // GROUP
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -63,22 +69,83 @@ def _paged_chunk_kernel(
     k_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
     v_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
     table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)  # finite: a split may hold no key of a query
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first_place = context - length + start
-    end = tl.minimum(context, first_place + TOKENS)
+    last = tl.minimum(context, first_place + TOKENS)
     seen_by_all = (first_place + 1) // BLOCK_N * BLOCK_N
+    begin, end = 0, last
+    if SPLIT:
+        split = tl.load(tiles_ptr + tile * 4 + 2)
+        splits = tl.load(tiles_ptr + tile * 4 + 3)
+        keys = tl.cdiv(last, splits * SPLIT_STEP) * SPLIT_STEP
+        begin = tl.minimum(split * keys, last)
+        end = tl.minimum(begin + keys, last)
+        seen_by_all = tl.maximum(begin, tl.minimum(seen_by_all, end))
     acc, top, total = attend_keys(
-        q, acc, top, total, place, 0, seen_by_all, k_cache_ptr, v_cache_ptr, table_ptr, scale,
+        q, acc, top, total, place, begin, seen_by_all, k_cache_ptr, v_cache_ptr, table_ptr, scale,
         LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, False,
     )  # fmt: skip
     acc, top, total = attend_keys(
         q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr, table_ptr, scale,
         LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, True,
     )  # fmt: skip
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at[:, None] + offs_d[None, :], out, mask=q_mask)
+    acc = acc / tl.maximum(total, 1.0)[:, None]  # the largest weight is 1
+    if SPLIT:
+        line = (tile * NUM_KV_HEADS + kv_head).to(tl.int64) * BLOCK_M + offs_m
+        tl.store(lse_ptr + line, tl.where(total > 0, top + tl.log2(total), float("-inf")))
+        to = partial_ptr + line[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(to, acc, mask=q_mask)
+    else:
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at[:, None] + offs_d[None, :], out, mask=q_mask)
+
+
+@triton.jit
+def _join_chunks_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    cu_seqlens_q_ptr,
+    joins_ptr,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program: the splits of a tile and a KV head, weighted by their sums."""
+    joins_ptr += tl.program_id(0) * 4
+    kv_head = tl.program_id(1)
+    row = tl.load(joins_ptr)
+    start = tl.load(joins_ptr + 1)
+    splits = tl.load(joins_ptr + 2)
+    part = tl.load(joins_ptr + 3)
+    first = tl.load(cu_seqlens_q_ptr + row)
+    length = tl.load(cu_seqlens_q_ptr + row + 1) - first
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    token = start + offs_m // GROUP
+    valid = (offs_m < TOKENS * GROUP) & (token < length)
+    mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for split in range(splits):
+        line = ((part + split) * NUM_KV_HEADS + kv_head).to(tl.int64) * BLOCK_M + offs_m
+        lse = tl.load(lse_ptr + line)
+        at = partial_ptr + line[:, None] * HEAD_DIM + offs_d[None, :]
+        new_top = tl.maximum(top, lse)
+        fade, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
+        acc = acc * fade[:, None] + tl.load(at, mask=mask, other=0.0) * weight[:, None]
+        total = total * fade + weight
+        top = new_top
+    head = kv_head * GROUP + offs_m % GROUP
+    to = ((first + token) * (NUM_KV_HEADS * GROUP) + head).to(tl.int64) * HEAD_DIM
+    out = (acc / tl.maximum(total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + to[:, None] + offs_d[None, :], out, mask=mask)
 
 
 def chunk_settings(
@@ -89,14 +156,23 @@ def chunk_settings(
     dtype: torch.dtype,
     arch: str,
     lengths: tuple[int, ...],
+    split: bool = False,
 ) -> dict[str, int | str]:
-    """Compile-time settings for chunks of these lengths: smaller tiles where they are few."""
+    """Compile-time settings for chunks of these lengths: smaller tiles where they are few, as they
+    are if `split`."""
     group = num_heads // num_kv_heads
     found = launch("chunk", arch, dtype, group)
-    if count_tiles(lengths, found.block_m // group) * num_kv_heads < FEW_PROGRAMS:
+    few = count_tiles(lengths, found.block_m // group) * num_kv_heads < FEW_PROGRAMS
+    if split or few:
         found = launch("chunk_small", arch, dtype, group)
     shape = paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
-    return {**shape, **found.settings()}
+    return {**shape, **found.settings(), "SPLIT": split}
+
+
+def join_settings(chunk: dict[str, int | str]) -> dict[str, int | str]:
+    """Compile-time settings of the joining kernel for those of the chunk kernel."""
+    names = ("GROUP", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_D", "BLOCK_M")
+    return {name: chunk[name] for name in names} | {"num_warps": 8}
 
 
 def paged_chunks(
@@ -107,23 +183,56 @@ def paged_chunks(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Writes `out` [n, heads, d] at the tokens of the batch's chunk rows."""
-    lengths = tuple(0 if count == 1 else count for count in batch.num_scheduled_tokens)
-    shape = (q.shape[1], k_cache.shape[1], q.shape[2], k_cache.shape[2], q.dtype)
-    chosen = chunk_settings(*shape, architecture(q.device), lengths)
-    size = int(chosen["BLOCK_M"]) // int(chosen["GROUP"])
-    rows, starts = cut_tiles(lengths, size, q.device)
-    _paged_chunk_kernel[(len(rows), k_cache.shape[1])](
+    """Writes `out` [n, heads, d] at the tokens of the batch's chunk rows: first of those whose keys
+    are taken whole, then of those whose keys are split."""
+    kv_heads = k_cache.shape[1]
+    shape = (q.shape[1] // kv_heads, kv_heads)
+    counts = [0 if count == 1 else count for count in batch.num_scheduled_tokens]
+    rows = list(zip(counts, batch.host_context_lens, strict=True))
+    splits = tuple(chunk_splits(count, context, *shape) for count, context in rows)
+    for split in (False, True):
+        taken = zip(counts, splits, strict=True)
+        lengths = tuple(count if (number > 1) == split else 0 for count, number in taken)
+        if any(lengths):
+            _launch(q, k_cache, v_cache, batch, scale, out, lengths, splits, split)
+
+
+def _launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    out: torch.Tensor,
+    lengths: tuple[int, ...],
+    splits: tuple[int, ...],
+    split: bool,
+) -> None:
+    """Of the rows that have a length."""
+    heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    shape = (heads, kv_heads, head_dim, k_cache.shape[2], q.dtype)
+    chosen = chunk_settings(*shape, architecture(q.device), lengths, split)
+    block_m = int(chosen["BLOCK_M"])
+    cut = cut_chunks(lengths, splits, block_m // (heads // kv_heads), q.device)
+    lines = len(cut.tiles) * kv_heads * block_m if split else 0
+    partial = torch.empty(lines, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(lines, dtype=torch.float32, device=q.device)
+    _paged_chunk_kernel[(len(cut.tiles), kv_heads)](
         q,
         k_cache,
         v_cache,
         out,
+        partial,
+        lse,
         batch.cu_seqlens_q,
         batch.context_lens,
         batch.block_tables,
-        rows,
-        starts,
+        cut.tiles,
         batch.block_tables.stride(0),
         scale * LOG2_E,
         **chosen,
     )
+    if split:
+        _join_chunks_kernel[(len(cut.joins), kv_heads)](
+            partial, lse, out, batch.cu_seqlens_q, cut.joins, **join_settings(chosen)
+        )

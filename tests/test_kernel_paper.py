@@ -16,6 +16,7 @@ from octavo.benchmarks.kernel_work import (
     Work,
     chunk_work,
     decode_work,
+    join_chunks_work,
     join_work,
     mrope_work,
     norm_work,
@@ -43,6 +44,16 @@ def test_chunk_by_hand() -> None:
     assert work.bytes == 2 * (q_and_out + k_and_v) + 4
     assert work.grid == 1 * 2
     assert chunk_work(TINY, 5, 5, 7).grid == 3 * 2
+
+
+def test_split_chunk_by_hand() -> None:
+    """Two tokens of 4,096: a tile of 2 × 3 heads in 4 splits, whose parts are joined."""
+    work, join = chunk_work(TINY, 2, 4096, 7), join_chunks_work(TINY, 2, 4096, 7)
+    parts = 2 * 6 * 4 * (128 + 1) * 4
+    assert work.bytes == 2 * 6 * 128 * 2 + 2 * 4096 * 2 * 128 * 2 + parts + 4 * 256
+    assert (work.grid, join.grid) == (1 * 4 * 2, 1 * 2)
+    assert join.bytes == parts + 2 * 6 * 128 * 2
+    assert join.operations == 2 * 6 * 4 * 128 * 2
 
 
 def test_decode_by_hand() -> None:
@@ -127,7 +138,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows = json.loads(json_file.read_text())
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 10 and all(kernel in done.output for kernel in kernels)
+    assert len(kernels) == 12 and all(kernel in done.output for kernel in kernels)
     assert len(markdown.read_text().splitlines()) == len(rows) + 2
     assert {row["tensor"] for row in rows} == {"-", "HGMMA", "HMMA"}
     for row in rows:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from octavo.kernels import native
+from octavo.kernels import native, paged_chunk
 from octavo.kernels.activation import swiglu, swiglu_ref
 from octavo.kernels.kv_cache import copy_blocks, gather_kv, write_kv
 from octavo.kernels.linear import linear, linear_ref
@@ -193,6 +193,29 @@ def test_decode_over_more_keys_than_splits_of_256_hold(device: torch.device) -> 
     k_cache, v_cache = (torch.randn(num_blocks, 1, 128, 16, device=device) for _ in range(2))
     args = (q, k_cache, v_cache, batch, 0.25)
     close(paged_attention(*args), paged_attention_ref(*args))
+
+
+def test_chunks_whose_keys_are_split(device: torch.device) -> None:
+    """Late in a long prompt, few tokens: several splits, beside rows whose keys are taken whole."""
+    rows = [(2048, 5), (4092, 9), (40, 7), (3000, 1)]
+    batch, num_blocks = make_batch(device, rows, 64)
+    q = 3 * torch.randn(sum(count for _, count in rows), 4, 16, device=device)
+    k_cache, v_cache = (torch.randn(num_blocks, 2, 64, 16, device=device) for _ in range(2))
+    args = (q, k_cache, v_cache, batch, 0.25)
+    close(paged_attention(*args), paged_attention_ref(*args))
+
+
+def test_a_split_of_which_some_tokens_see_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three splits of 128 keys: the last begins at 256, the chunk at 251. A fourth has no key."""
+    q = torch.randn(9, 4, 16, device=device)
+    k_cache, v_cache = (torch.randn(20, 2, 16, 16, device=device) for _ in range(2))
+    batch, _ = make_batch(device, [(251, 9)], 16)
+    for splits in (3, 4):
+        monkeypatch.setattr(paged_chunk, "chunk_splits", lambda *args, n=splits: n)
+        args = (q, k_cache, v_cache, batch, 0.25)
+        close(paged_attention(*args), paged_attention_ref(*args))
 
 
 def test_a_row_does_not_depend_on_its_batch(device: torch.device) -> None:

@@ -18,7 +18,8 @@ from octavo.benchmarks.kernel_resources import SHAPES, SHARED_LIMIT, TARGETS
 from octavo.benchmarks.kernel_sass import read_gcn, read_sass
 
 HERE = Path(__file__).parent
-ATTENTION = ("paged_chunk", "paged_chunk_small", "paged_decode", "vision_attention")
+CHUNK = ("paged_chunk", "paged_chunk_small", "paged_chunk_split")
+ATTENTION = (*CHUNK, "paged_decode", "vision_attention")
 SCALAR = ("cut_patches",)  # reads single bytes, a pixel's channel at a time
 WHOLE = ("2B", "7B", "72B")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -49,7 +50,15 @@ def compiled(target: str, shapes: tuple[str, ...], dtype: str = "bfloat16") -> l
 def check_resources(rows: list[dict[str, Any]], shapes: tuple[str, ...]) -> None:
     """Nothing spills, and a block fits; `-s` prints the rows."""
     kernels = {row["kernel"] for row in rows}
-    assert {*ATTENTION, *SCALAR, "join_splits", "rms_norm", "swiglu", "mrope_write_kv"} <= kernels
+    assert {
+        *ATTENTION,
+        *SCALAR,
+        "join_splits",
+        "join_chunks",
+        "rms_norm",
+        "swiglu",
+        "mrope_write_kv",
+    } <= kernels
     assert {(row["kernel"], row["shape"]) for row in rows} == {
         (kernel, shape) for kernel in kernels for shape in shapes
     }

@@ -8,7 +8,7 @@ from octavo.kernels import launch as table
 from octavo.kernels.launch import FLOAT32, TABLE, architecture, launch
 from octavo.kernels.paged_chunk import chunk_settings
 from octavo.kernels.paged_decode import MAX_SPLITS, SPLIT_SIZE, num_splits
-from octavo.kernels.tiles import count_tiles, cut_tiles
+from octavo.kernels.tiles import chunk_splits, count_tiles, cut_chunks, cut_tiles
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "other")
@@ -100,3 +100,20 @@ def test_splits_of_a_grid_follow_from_the_table_alone() -> None:
         64,
     ]
     assert SPLIT_SIZE * MAX_SPLITS == 16 * 1024
+
+
+def test_splits_of_a_chunk() -> None:
+    """7B on four ranks, 512 tokens × 7 heads: 56 tiles of 64, so 4 splits, if there are keys."""
+    contexts = (512, 1024, 2047, 2048, 4096, 131_072)
+    assert [chunk_splits(512, context, 7, 1) for context in contexts] == [1, 1, 1, 2, 4, 4]
+    assert chunk_splits(2048, 131_072, 7, 4) == 1, "896 programs are enough"
+    assert chunk_splits(64, 131_072, 3, 1) == 8
+    assert chunk_splits(0, 500, 7, 4) == 1
+
+
+def test_split_tiles_and_what_joins_them() -> None:
+    cut = cut_chunks((0, 40, 33), (1, 2, 1), 32, CPU)
+    assert cut.tiles.tolist() == [
+        [1, 32, 0, 2], [1, 32, 1, 2], [1, 0, 0, 2], [1, 0, 1, 2], [2, 32, 0, 1], [2, 0, 0, 1]
+    ]  # fmt: skip
+    assert cut.joins.tolist() == [[1, 32, 2, 0], [1, 0, 2, 2], [2, 32, 1, 4], [2, 0, 1, 5]]
