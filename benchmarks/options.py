@@ -27,6 +27,7 @@ from octavo.engine.cli_options import (
     MaxPixels,
     Model,
     OverlapSteps,
+    Quantization,
     TensorParallelSize,
     TraceFile,
 )
@@ -149,6 +150,7 @@ class EngineOptions:
     model: Model = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    quantization: Quantization = None
     tensor_parallel_size: TensorParallelSize = 1
     max_model_len: MaxModelLen = None
     max_num_seqs: MaxNumSeqs = 64
@@ -181,6 +183,17 @@ def counts(text: str, option: str) -> list[int]:
     except ValueError:
         raise ValueError(f"--{option} {text}: must be a number, or several as 1,2,4") from None
     return [at_least_one(number, option) for number in found]
+
+
+def rates(text: str, option: str) -> list[float]:
+    """ "0.5,1,inf" as numbers over 0. Raises ValueError naming the option."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(rate > 0 for rate in found):
+        raise ValueError(f"--{option} {text}: must be a number over 0, or several as 0.5,1,inf")
+    return found
 
 
 def at_least_one(value: int, option: str) -> int:

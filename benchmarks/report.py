@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from .engines import RequestTimes
 
@@ -150,3 +152,73 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def latency_table(report: Report, title: str) -> Table:
+    """A row a latency, in milliseconds."""
+    table = Table(title=title, title_justify="left", caption=rates_line(report))
+    table.add_column("milliseconds")
+    for column in ("mean", *(f"p{number}" for number in PERCENTILES)):
+        table.add_column(column, justify="right")
+    rows = {
+        "time to first token (TTFT)": report.ttft,
+        "per token after it (TPOT)": report.tpot,
+        "between tokens (ITL)": report.itl,
+        "to the last token": report.e2e,
+    }
+    for name, latency in rows.items():
+        values = (latency.mean, latency.p50, latency.p90, latency.p99)
+        table.add_row(name, *(f"{value * 1e3:,.1f}" for value in values))
+    return table
+
+
+def rates_line(report: Report) -> str:
+    failed = f", {report.failed} failed" if report.failed else ""
+    return (
+        f"{report.num_requests} requests{failed}, {report.prompt_tokens:,} tokens in, "
+        f"{report.output_tokens:,} out, {report.seconds:.2f} s: "
+        f"{report.requests_per_second:.2f} req/s, {report.output_tokens_per_second:.1f} tok/s out, "
+        f"{report.total_tokens_per_second:.1f} in all"
+    )
+
+
+def sweep_table(reports: Mapping[str, Report], heading: str, **more: Sequence[str]) -> Table:
+    """A row a run; `more` columns after the common ones."""
+    table = Table()
+    columns = (
+        "req/s",
+        "tok/s out",
+        "prefill tok/s",
+        "TTFT p50",
+        "TTFT p99",
+        "TPOT p50",
+        "TPOT p99",
+    )
+    for column in (heading, *columns, *more):
+        table.add_column(column, justify="right")
+    for (name, report), *extra in zip(reports.items(), *more.values(), strict=True):
+        latencies = (report.ttft.p50, report.ttft.p99, report.tpot.p50, report.tpot.p99)
+        table.add_row(
+            name,
+            f"{report.requests_per_second:.2f}",
+            f"{report.output_tokens_per_second:.1f}",
+            f"{report.prefill_tokens_per_second:.0f}",
+            *(f"{value * 1e3:,.1f} ms" for value in latencies),
+            *extra,
+        )
+    return table
+
+
+def publish(
+    tables: Sequence[Table],
+    found: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    path: Path | None,
+) -> None:
+    """Prints the tables, to stderr where stdout is JSON's, and writes the JSON."""
+    console = Console(stderr=str(path) == "-")
+    for table in tables:
+        console.print(table)
+    if path is not None:
+        given = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+        write_json(path, {"machine": machine(), "settings": given, **found})

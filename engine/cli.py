@@ -7,13 +7,13 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..benchmarks.cli import bench_app
+from .cli_errors import user_errors
 from .cli_options import (
     Device,
     Dtype,
@@ -44,7 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # its table cuts long option names off
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(
     help="Shows what the scheduler does: record a run with `octavo serve --trace-file FILE` (or "
@@ -53,23 +52,6 @@ trace_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(trace_app, name="trace")
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What the user can mend ends with one line on stderr and status 2; a dead engine with 1."""
-    from .client import ClientError
-    from .engine import EngineDead
-    from .worker.group import WorkerGroupError
-
-    try:
-        yield
-    except (EngineDead, WorkerGroupError) as error:
-        print(f"octavo: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except (ValueError, OSError, ClientError) as error:
-        print(f"octavo: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -189,100 +171,6 @@ def info(
     with user_errors():
         found = checkpoint_info(model, hub, dtype, tensor_parallel_size)
         print(json.dumps(found.as_dict(), indent=2) if as_json else found.as_text())
-
-
-@bench_app.command()
-def scheduler(
-    num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 256,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Time the scheduler alone: schedule() and update() of a step in which all requests decode."""
-    from ..benchmarks.scheduler_latency import run
-
-    with user_errors():
-        report = run(num_requests, prompt_len)
-        print(json.dumps(report.as_dict()) if as_json else report.as_text())
-
-
-@bench_app.command()
-def overhead(
-    ranks: Annotated[list[int] | None, typer.Option(help="Default: 1, 2 and 4.")] = None,
-    num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 16,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps to time.")] = 400,
-    sleep_ms: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that a worker's step takes.")
-    ] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-) -> None:
-    """Time what the engine and gRPC add to a step: real processes, workers that only sleep; with
-    steps overlapped and in turn."""
-    from ..benchmarks.step_overhead import run
-
-    with user_errors():
-        for num_ranks in ranks or (1, 2, 4):
-            for overlap in (True, False):
-                report = run(num_ranks, num_requests, overlap, prompt_len, sleep_ms, steps)
-                print(json.dumps(report.as_dict()) if as_json else report.as_text(), flush=True)
-
-
-@bench_app.command()
-def throughput(
-    model: Model = None,
-    input_len: Annotated[int, typer.Option(help="Text tokens of each prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
-    num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.")] = 16,
-    image_size: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT of one random image in each prompt.")
-    ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantization: Quantization = None,
-    tensor_parallel_size: TensorParallelSize = 1,
-    max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = 64,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
-    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
-    trace_file: TraceFile = None,
-    hub: Hub = "huggingface",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Run random prompts through the engine; print requests and tokens a second, TTFT and TPOT."""
-    own = {"input_len", "output_len", "num_prompts", "image_size", "as_json"}
-    settings = {name: value for name, value in locals().items() if name not in {*own, "own"}}
-    from ..benchmarks.throughput import Workload, run
-
-    with user_errors():
-        workload = Workload.parse(input_len, output_len, num_prompts, image_size)
-        report = run(workload, settings)
-        print(json.dumps(report.as_dict()) if as_json else report.as_text())
-
-
-@bench_app.command()
-def kernels(
-    paper: Annotated[
-        bool, typer.Option("--paper", help="From shapes and compiled code alone; needs no GPU.")
-    ] = False,
-    model: Annotated[
-        list[str] | None, typer.Option(help="2B, 7B or 72B; may be repeated. Default: all.")
-    ] = None,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(help="With --paper: H100, H200, A100 or B200; may be repeated. Default: all."),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="With --paper: a table of all rows.")
-    ] = None,
-) -> None:
-    """Run the Triton kernels on the GPU of this machine: against their oracles, torch's own, and
-    the device's rates. Or, on paper, tell what each launch has to do and what its code proves."""
-    from ..benchmarks.kernel_bench import run
-
-    with user_errors():
-        if not run(paper, model, gpu, json_file, markdown):
-            raise typer.Exit(1)
 
 
 @trace_app.command("draw")

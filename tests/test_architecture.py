@@ -33,7 +33,7 @@ LAYERS = [
     ("engine.engine",),
     ("engine.info", "engine.loop"),
     ("engine.async_llm", "engine.llm", "engine.client"),
-    ("engine.server",),
+    ("engine.server", "engine.cli_errors"),
     ("benchmarks", "engine.cli"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,214 @@
+"""Load on a server: requests arrive when they are due, whether it keeps up or not.
+
+Arrivals are a Poisson process: the gaps between them are drawn from an exponential distribution
+whose mean is 1 / rate. They do not wait for answers, and every latency counts from when a request
+was due. So a server that stalls is charged for all who came meanwhile (leaving that out is known as
+coordinated omission). Only a conversation's later turn waits: it is due when the one before it has
+been answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from octavo.engine.client import Client, ClientError
+from octavo.engine.hub import resolve_model
+
+from .engines import RequestTimes
+from .options import WorkloadOptions
+from .progress import request_bar
+from .report import Report, tpot, ttft
+from .request_file import png
+from .startup import ServerProcess, serve_arguments
+from .throughput import WARM_UP
+from .workload import BenchRequest
+
+# What a request's answer is to the load: (new tokens, tokens of the prompt or None) as it comes.
+Answer = Iterator[tuple[int, int | None]]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a good answer keeps, in milliseconds; None is no bound."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def are_kept(self, seen: RequestTimes) -> bool:
+        if seen.error or not seen.times:
+            return False
+        first, later = ttft(seen) * 1e3, tpot(seen) * 1e3
+        return (self.ttft_ms is None or first <= self.ttft_ms) and (
+            self.tpot_ms is None or later <= self.tpot_ms
+        )
+
+    def __bool__(self) -> bool:
+        return self != Bounds()
+
+
+@dataclass(frozen=True)
+class LoadPoint:
+    """What one request rate came to."""
+
+    request_rate: float  # requests a second asked for; inf: all at once
+    bounds: Bounds
+    goodput: float | None  # requests a second that kept the bounds; None without bounds
+    good_share: float | None
+    report: Report
+
+    @classmethod
+    def of(cls, rate: float, bounds: Bounds, seen: Sequence[RequestTimes]) -> LoadPoint:
+        report = Report.of(seen)
+        good = sum(map(bounds.are_kept, seen))
+        rates = (good / report.seconds, good / len(seen)) if bounds else (None, None)
+        return cls(rate, bounds, *rates, report)
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {"request_rate": self.request_rate, "bounds": asdict(self.bounds)}
+        return {**own, "goodput": self.goodput, "good_share": self.good_share} | (
+            self.report.as_dict()
+        )
+
+
+def arrivals(rate: float, count: int, seed: int) -> list[float]:
+    """When each request is due, in seconds; the first at once. An infinite rate is all at once."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, max(0, count - 1))
+    return [0.0, *np.cumsum(gaps).tolist()][:count]
+
+
+class Load:
+    """Requests on their way to one server."""
+
+    def __init__(
+        self,
+        send: Callable[[BenchRequest], Answer],
+        requests: Sequence[BenchRequest],
+        max_concurrency: int | None,
+        on_tokens: Callable[[int, int], None] = lambda tokens, ended: None,
+    ) -> None:
+        """`send` asks for one request's answer and may raise ClientError."""
+        self._send, self._requests, self._on_tokens = send, requests, on_tokens
+        self._seen = [RequestTimes(len(request.prompt_token_ids)) for request in requests]
+        self._pool = ThreadPoolExecutor(max_concurrency or max(1, len(requests)))
+        self._ended = threading.Semaphore(0)
+        self._faults: list[BaseException] = []
+
+    def run(self, due: Sequence[float]) -> list[RequestTimes]:
+        """Sends each request that comes after no other when it is due, the others in their turn;
+        `due` is for the former, in order. Waits for all."""
+        self._began = time.perf_counter()
+        first = [i for i, request in enumerate(self._requests) if request.after is None]
+        with self._pool:
+            for index, at in zip(first, due, strict=True):
+                time.sleep(max(0.0, at - self._now()))
+                self._submit(index, at)
+            for _ in self._requests:
+                self._ended.acquire()
+        if self._faults:
+            raise self._faults[0]
+        return self._seen
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _submit(self, index: int, due: float) -> None:
+        self._seen[index].due = due
+        self._pool.submit(self._ask, index)
+
+    def _ask(self, index: int) -> None:
+        """On a thread of its own: one request, to its end."""
+        seen = self._seen[index]
+        try:
+            for count, prompt_tokens in self._send(self._requests[index]):
+                if count:
+                    seen.times.append(self._now())
+                    seen.output_tokens += count
+                    self._on_tokens(count, 0)
+                seen.prompt_tokens = prompt_tokens or seen.prompt_tokens
+            if not seen.times:
+                seen.error = "no token came"
+        except ClientError as error:
+            seen.error = str(error)
+        except BaseException as error:
+            self._faults.append(error)
+            seen.error = str(error)
+        self._on_tokens(0, 1)
+        for later, request in enumerate(self._requests):
+            if request.after == index:
+                self._submit(later, self._now())
+        self._ended.release()
+
+
+def sender(client: Client) -> Callable[[BenchRequest], Answer]:
+    """Sends over gRPC. Pictures are packed as PNG once, before anything is measured, by `pack`."""
+
+    def send(request: BenchRequest) -> Answer:
+        deltas = client.generate(
+            request.prompt_token_ids,
+            images=request.images,
+            videos=request.videos,
+            temperature=0,
+            max_tokens=request.max_tokens,
+            ignore_eos=True,
+        )
+        for delta in deltas:
+            yield len(delta.token_ids), delta.usage.prompt_tokens if delta.usage else None
+
+    return send
+
+
+def pack(requests: Sequence[BenchRequest]) -> list[BenchRequest]:
+    """The requests with pictures as the PNG bytes that travel; one that several have is packed
+    once."""
+    packed: dict[int, Any] = {}
+    for request in requests:
+        for image in (*request.images, *(frame for video in request.videos for frame in video)):
+            if id(image) not in packed:
+                packed[id(image)] = png(image)
+    return [
+        replace(
+            request,
+            images=tuple(packed[id(image)] for image in request.images),
+            videos=tuple(tuple(packed[id(each)] for each in video) for video in request.videos),
+        )
+        for request in requests
+    ]
+
+
+def measure(
+    options: WorkloadOptions,
+    settings: dict[str, Any],
+    server: str | None,
+    rates: Sequence[float],
+    num_prompts: int,
+    max_concurrency: int | None,
+    bounds: Bounds,
+) -> list[tuple[LoadPoint, list[RequestTimes]]]:
+    """A run for each rate, on the server at `server` or one that is started. Raises ValueError,
+    ClientError."""
+    options.workload(num_prompts)  # a wrong option is told before a server is started
+    model_dir = resolve_model(settings["model"], settings["hub"])
+    found = []
+    with contextlib.ExitStack() as stack:
+        if server is None:
+            server = stack.enter_context(ServerProcess(serve_arguments(settings))).address
+        client = stack.enter_context(Client(server))
+        warm_up = replace(options.make(model_dir, 1, WARM_UP)[0], max_tokens=2)
+        for _ in sender(client)(pack([warm_up])[0]):
+            pass
+        for number, rate in enumerate(rates):
+            requests = pack(options.make(model_dir, num_prompts, number))
+            due = arrivals(rate, sum(each.after is None for each in requests), options.seed)
+            title = f"{rate:g} requests a second"
+            with request_bar(title, len(requests)) as on_tokens:
+                seen = Load(sender(client), requests, max_concurrency, on_tokens).run(due)
+            found.append((LoadPoint.of(rate, bounds, seen), seen))
+    return found

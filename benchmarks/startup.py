@@ -1,0 +1,172 @@
+"""`octavo serve` as a process of its own: how long it takes to be ready, and where the time goes.
+
+The phases are seen from outside, so that nothing is measured but what a user starts:
+
+    imports         until the engine's process has started a worker
+    worker imports  until the first worker listens
+    load            until the engine logs what memory it has (weights read, KV cache allocated)
+    ready           until the ready line: a first step, and the server's port
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .process_memory import anonymous_bytes, shared_bytes, tree
+
+PHASES = ("imports", "worker imports", "load", "ready")
+READY = re.compile(r"ready grpc=(\S+) pid=\d+")
+CAPACITY = "KV blocks of"  # of the engine's log line once its memory is allocated
+LOOK = 0.01  # seconds between two looks at its processes
+
+
+class ServerProcess:
+    """A server that is ready. A context manager."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Starts it on a free port; `arguments` are those of `octavo serve`. Raises ValueError with
+        its last words when it ends instead."""
+        command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", "0"]
+        self._began = time.perf_counter()
+        self._marks: dict[str, float] = {}
+        self._log: list[str] = []
+        self._process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        reading = threading.Thread(target=self._read_log, name="log", daemon=True)
+        reading.start()
+        threading.Thread(target=self._look, name="look", daemon=True).start()
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        self._mark("ready")
+        match = READY.match(line)
+        if match is None:
+            self._process.wait()
+            reading.join(5)
+            raise ValueError(
+                self._log[-1].removeprefix("octavo: ") if self._log else "no ready line"
+            )
+        self.address = match[1]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def memory_bytes(self) -> int:
+        """Anonymous and shared memory of all its processes."""
+        return anonymous_bytes(self.pid) + shared_bytes(self.pid)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase whose end was seen; one that was not is in the next."""
+        found, before = {}, 0.0
+        for name in PHASES:
+            if name in self._marks:
+                found[name] = self._marks[name] - before
+                before = self._marks[name]
+        return found
+
+    @property
+    def seconds(self) -> float:
+        return self._marks["ready"]
+
+    def _mark(self, name: str) -> None:
+        self._marks.setdefault(name, time.perf_counter() - self._began)
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if CAPACITY in line:
+                self._mark("load")
+            self._log.append(line.strip())
+
+    def _look(self) -> None:
+        """Until a worker listens."""
+        socket: Path | None = None
+        while "ready" not in self._marks:
+            if socket is None:
+                socket = _worker_socket(self.pid)
+                if socket is not None:
+                    self._mark("imports")
+            if socket is not None and socket.exists():
+                self._mark("worker imports")
+                return
+            time.sleep(LOOK)
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _worker_socket(pid: int) -> Path | None:
+    """Where the server's first worker is going to listen; None before it is started."""
+    for child in tree(pid)[1:]:
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if "--socket" in words:
+            return Path(words[words.index("--socket") + 1])
+    return None
+
+
+def serve_arguments(settings: dict[str, Any]) -> list[str]:
+    """An engine's settings as arguments of `octavo serve`; None is left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is False:
+            words.append(option.replace("--", "--no-", 1))
+        elif value is True:
+            words.append(option)
+        elif value is not None:
+            words += [option, str(value)]
+    return words
+
+
+def measure(settings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """Starts the server so many times. Seconds of each start and of its phases, and bytes."""
+    found = []
+    for _ in range(rounds):
+        with ServerProcess(serve_arguments(settings)) as server:
+            found.append(
+                {
+                    "seconds": server.seconds,
+                    "phases": server.phases,
+                    "memory_bytes": server.memory_bytes,
+                }
+            )
+    return found
+
+
+def table(starts: Sequence[dict[str, Any]]) -> Table:
+    """A row a start."""
+    found = Table(title="seconds from the process's start to its ready line")
+    names = [name for name in PHASES if any(name in start["phases"] for start in starts)]
+    for column in ("start", *names, "in all", "GB"):
+        found.add_column(column, justify="right")
+    for number, start in enumerate(starts, 1):
+        phases = [f"{start['phases'].get(name, 0.0):.2f}" for name in names]
+        memory = f"{start['memory_bytes'] / 1e9:.2f}"
+        found.add_row(str(number), *phases, f"{start['seconds']:.2f}", memory)
+    return found
