@@ -170,8 +170,8 @@ def serve(
     With --request-rate 0.5,1,2,4 a table and a plot of TTFT and TPOT against the rate.
     """
     from . import plots
-    from .report import latency_table, publish, sweep_table
-    from .serve_load import Bounds, measure
+    from .report import publish
+    from .serve_load import Bounds, load_tables, measure
 
     with user_errors():
         plots.check(output.plot)
@@ -186,15 +186,9 @@ def serve(
             bounds,
         )
         points = [point for point, _ in found]
-        named = {f"{point.request_rate:g}": point.report for point in points}
-        more: dict[str, list[str]] = {}
-        if bounds:
-            more["good req/s"] = [f"{p.goodput:.2f} ({p.good_share:.0%})" for p in points]
-        tables = [sweep_table(named, "rate", **more)]
-        if len(points) == 1:
-            tables.insert(0, latency_table(points[0].report, "from when each request was due"))
+        runs = [point.as_dict() for point in points]
         settings = asdict(workload) | asdict(engine) | {"server": server}
-        publish(tables, {"runs": [p.as_dict() for p in points]}, settings, output.json_file)
+        publish(load_tables(points), {"runs": runs}, settings, output.json_file)
         if output.plot and len(points) > 1:
             plots.draw_rates(points, _title(workload, engine), output.plot)
         elif output.plot:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .serve_load import LoadPoint
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6fb5", "#e08a1e", "#3f9c57", "#9aa0a6", "#2b2f33"
-SHADES = {"p50": 1.0, "p90": 0.6, "p99": 0.3}
-STYLE: dict[str, Any] = {
+SHADES = {"p99": 0.3, "p90": 0.6, "p50": 1.0}  # the darkest last, on top
+STYLE: Any = {  # matplotlib has a type of 300 names for it
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -67,8 +67,8 @@ def _panels(count: int, draw: Callable[[Sequence[Axes]], None], title: str, path
         figure: Figure
         figure, axes = plt.subplots(1, count, figsize=(9.0, 3.6), squeeze=False)
         draw(list(axes[0]))
-        figure.suptitle(title, x=0.01, y=0.98, ha="left", fontsize=10, color="#5f6368")
-        figure.tight_layout(rect=(0, 0, 1, 0.97), w_pad=3)
+        figure.suptitle(title, x=0.01, y=0.995, ha="left", fontsize=10, color="#5f6368")
+        figure.tight_layout(rect=(0, 0, 1, 1.04), w_pad=3)
         figure.savefig(path, facecolor="white")
         plt.close(figure)
 
@@ -81,7 +81,7 @@ def draw_batches(reports: Mapping[int, Report], title: str, path: Path) -> None:
         rate = [report.output_tokens_per_second for report in reports.values()]
         _line(axes[0], sizes, rate, BLUE, "output tok/s")
         for x, y in zip(sizes, rate, strict=True):
-            axes[0].annotate(_short(y), (x, y), (0, 7), textcoords="offset points", ha="center")
+            axes[0].annotate(_short(y), (x, y), (-3, 8), textcoords="offset points", ha="center")
         axes[0].set_title("Output throughput, tokens a second")
         axes[0].set_ylim(0, max(rate) * 1.18)
         _percentiles(axes[1], sizes, [report.tpot for report in reports.values()], ORANGE)
@@ -109,16 +109,10 @@ def draw_rates(points: Sequence[LoadPoint], title: str, path: Path) -> None:
         bounds = points[0].bounds
         for each, bound in ((axes[0], _over(bounds.ttft_ms, 1e3)), (axes[1], bounds.tpot_ms)):
             if bound is not None:
-                each.axhline(bound, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
-                each.annotate(
-                    "bound",
-                    (0.99, bound),
-                    (0, 3),
-                    ha="right",
-                    color="#5f6368",
-                    xycoords=("axes fraction", "data"),
-                    textcoords="offset points",
-                )
+                style: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.2}
+                each.axhline(bound, label="bound", **style)
+                handles, labels = each.get_legend_handles_labels()
+                each.legend([*handles[2::-1], handles[3]], [*labels[2::-1], labels[3]])
             each.set_xlabel("requests a second, Poisson")
             each.set_xlim(0, max(rates) * 1.05)
 
@@ -173,11 +167,18 @@ def _percentiles(
     axes: Axes, x: Sequence[float], latencies: Sequence[Latency], color: str, unit: float = 1e3
 ) -> None:
     """p50, p90 and p99 in shades of one color, each named at its end."""
-    for name, alpha in SHADES.items():
+    for name, shade in SHADES.items():
         y = [getattr(latency, name) * unit for latency in latencies]
-        axes.plot(x, y, "-o", color=color, alpha=alpha, markeredgecolor="white", label=name)
+        axes.plot(x, y, "-o", color=_lighter(color, shade), markeredgecolor="white", label=name)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left")
+    axes.legend(*(each[::-1] for each in axes.get_legend_handles_labels()), loc="upper left")
+
+
+def _lighter(color: str, shade: float) -> tuple[float, ...]:
+    """The color mixed with white, so that lines that cross stay apart."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - shade * (1 - part) for part in to_rgb(color))
 
 
 def _shares(axes: Axes, seconds: Sequence[float], color: str, title: str) -> None:

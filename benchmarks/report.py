@@ -184,26 +184,21 @@ def rates_line(report: Report) -> str:
 
 def sweep_table(reports: Mapping[str, Report], heading: str, **more: Sequence[str]) -> Table:
     """A row a run; `more` columns after the common ones."""
-    table = Table()
-    columns = (
-        "req/s",
-        "tok/s out",
-        "prefill tok/s",
-        "TTFT p50",
-        "TTFT p99",
-        "TPOT p50",
-        "TPOT p99",
-    )
+    table = Table(title="TTFT and TPOT in milliseconds", title_justify="left")
+    columns = ["req/s", "tok/s out", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"]
     for column in (heading, *columns, *more):
         table.add_column(column, justify="right")
     for (name, report), *extra in zip(reports.items(), *more.values(), strict=True):
-        latencies = (report.ttft.p50, report.ttft.p99, report.tpot.p50, report.tpot.p99)
+        latencies = [
+            getattr(latency, f"p{number}")
+            for latency in (report.ttft, report.tpot)
+            for number in PERCENTILES
+        ]
         table.add_row(
             name,
             f"{report.requests_per_second:.2f}",
             f"{report.output_tokens_per_second:.1f}",
-            f"{report.prefill_tokens_per_second:.0f}",
-            *(f"{value * 1e3:,.1f} ms" for value in latencies),
+            *(f"{value * 1e3:,.1f}" for value in latencies),
             *extra,
         )
     return table

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from octavo.engine.client import Client, ClientError
 from octavo.engine.hub import resolve_model
@@ -25,7 +26,7 @@ from octavo.engine.hub import resolve_model
 from .engines import RequestTimes
 from .options import WorkloadOptions
 from .progress import request_bar
-from .report import Report, tpot, ttft
+from .report import Report, latency_table, sweep_table, tpot, ttft
 from .request_file import png
 from .startup import ServerProcess, serve_arguments
 from .throughput import WARM_UP
@@ -68,8 +69,9 @@ class LoadPoint:
     def of(cls, rate: float, bounds: Bounds, seen: Sequence[RequestTimes]) -> LoadPoint:
         report = Report.of(seen)
         good = sum(map(bounds.are_kept, seen))
-        rates = (good / report.seconds, good / len(seen)) if bounds else (None, None)
-        return cls(rate, bounds, *rates, report)
+        if not bounds:
+            return cls(rate, bounds, None, None, report)
+        return cls(rate, bounds, good / report.seconds, good / len(seen), report)
 
     def as_dict(self) -> dict[str, Any]:
         own = {"request_rate": self.request_rate, "bounds": asdict(self.bounds)}
@@ -194,14 +196,14 @@ def measure(
 ) -> list[tuple[LoadPoint, list[RequestTimes]]]:
     """A run for each rate, on the server at `server` or one that is started. Raises ValueError,
     ClientError."""
-    options.workload(num_prompts)  # a wrong option is told before a server is started
     model_dir = resolve_model(settings["model"], settings["hub"])
+    # Before a server is started: what is wrong with an option, or with a line of a file, is told.
+    warm_up = replace(options.make(model_dir, 1, WARM_UP)[0], max_tokens=2)
     found = []
     with contextlib.ExitStack() as stack:
         if server is None:
             server = stack.enter_context(ServerProcess(serve_arguments(settings))).address
         client = stack.enter_context(Client(server))
-        warm_up = replace(options.make(model_dir, 1, WARM_UP)[0], max_tokens=2)
         for _ in sender(client)(pack([warm_up])[0]):
             pass
         for number, rate in enumerate(rates):
@@ -212,3 +214,16 @@ def measure(
                 seen = Load(sender(client), requests, max_concurrency, on_tokens).run(due)
             found.append((LoadPoint.of(rate, bounds, seen), seen))
     return found
+
+
+def load_tables(points: Sequence[LoadPoint]) -> list[Table]:
+    """A table of the rates; for one alone also of its latencies."""
+    more: dict[str, list[str]] = {}
+    if points[0].bounds:
+        more["good req/s"] = [f"{point.goodput:.2f}" for point in points]
+        more["good"] = [f"{point.good_share:.0%}" for point in points]
+    named = {f"{point.request_rate:g}": point.report for point in points}
+    tables = [sweep_table(named, "rate", **more)]
+    if len(points) == 1:
+        tables.insert(0, latency_table(points[0].report, "from when each request was due"))
+    return tables

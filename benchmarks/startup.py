@@ -3,8 +3,9 @@
 The phases are seen from outside, so that nothing is measured but what a user starts:
 
     imports         until the engine's process has started a worker
-    worker imports  until the first worker listens
-    load            until the engine logs what memory it has (weights read, KV cache allocated)
+    worker starts   until the first worker listens
+    load            until the engine logs what memory it has: the worker has imported torch, read
+                    the weights and allocated the KV cache
     ready           until the ready line: a first step, and the server's port
 """
 
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from .process_memory import anonymous_bytes, shared_bytes, tree
 
-PHASES = ("imports", "worker imports", "load", "ready")
+PHASES = ("imports", "worker starts", "load", "ready")
 READY = re.compile(r"ready grpc=(\S+) pid=\d+")
 CAPACITY = "KV blocks of"  # of the engine's log line once its memory is allocated
 LOOK = 0.01  # seconds between two looks at its processes
@@ -99,7 +100,7 @@ class ServerProcess:
                 if socket is not None:
                     self._mark("imports")
             if socket is not None and socket.exists():
-                self._mark("worker imports")
+                self._mark("worker starts")
                 return
             time.sleep(LOOK)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from octavo.engine.hub import resolve_model
 from octavo.engine.progress import loading_bar
 
 from .engines import OctavoEngine, RequestTimes, run
@@ -17,11 +18,11 @@ WARM_UP = 1_000_000  # added to the seed: requests that no measured run has
 
 def start_engine(options: WorkloadOptions, settings: dict[str, Any]) -> OctavoEngine:
     """An engine that has answered one request, which is not of the workload."""
-    options.workload(1)  # a wrong option is told before the model is loaded
+    # Before the model is loaded: what is wrong with an option, or with a line of a file, is told.
+    first = options.make(resolve_model(settings["model"], settings["hub"]), 1, WARM_UP)[0]
     with loading_bar() as on_progress:
         engine = OctavoEngine(on_progress=on_progress, **settings)
     try:
-        first = options.make(engine.engine.config.model, 1, WARM_UP)[0]
         run(engine, [replace(first, max_tokens=2, after=None)])
     except BaseException:
         engine.close()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.throughput import Workload
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -70,16 +69,6 @@ def test_chat_here(checkpoint: str, tmp_path: Path) -> None:
     assert done.stdout.endswith("\n")
 
 
-def test_bench_throughput(checkpoint: str) -> None:
-    options = ["--input-len", "20", "--output-len", "6", "--num-prompts", "5", "--json"]
-    done = octavo("bench", "throughput", "--model", checkpoint, *options, "--image-size", "84x56")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["output_tokens"] == 30
-    assert found["prompt_tokens"] == 5 * (20 + 2 + 6)
-    assert found["output_tokens_per_second"] > 0 and found["ttft_p50"] > 0
-
-
 @pytest.mark.parametrize("num_requests", [1, 40])
 def test_bench_scheduler(num_requests: int) -> None:
     options = ["--num-requests", str(num_requests), "--prompt-len", "50"]
@@ -124,8 +113,3 @@ def test_what_the_user_can_mend_is_one_line(arguments: list[str], words: str) ->
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-
-
-def test_workload_is_the_same_in_every_run() -> None:
-    assert Workload.parse(1, 2, 3, None) == Workload(1, 2, 3, None)
-    assert Workload.parse(1, 2, 3, "448x224").image_size == (448, 224)
