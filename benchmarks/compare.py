@@ -5,7 +5,11 @@
 
 Each engine is a process that loads the model once and then runs when told (`engines.py`; vLLM is
 installed as that file says). The ratios are to the engine named last, of the same round. A round's
-prompts are the same for all engines and new in each round.
+prompts are the same for all engines and new in each round (those of a file are the same).
+
+Give sizes that no engine resizes, else they do not have the same tokens to compute: images of at
+most 1,003,520 pixels (vLLM's limit here), video frames of at least 100,352 (qwen-vl-utils' limit,
+which Octavo keeps and vLLM does not), sides in multiples of 28.
 """
 
 from __future__ import annotations
