@@ -1,0 +1,125 @@
+"""Weights of four bits: the layouts of AWQ and GPTQ checkpoints, and the one our kernel reads.
+
+All of them say the same: weight[k, o] = (q[k, o] - zero[g, o]) × scale[g, o], q and zero whole
+numbers, g the group of input k. They differ in where the four bits of q lie.
+
+AWQ (`version` "gemm"): int32 [in, out / 8]; the bits from 4 i on are column AWQ_ORDER[i] of eight.
+GPTQ: int32 [in / 8, out]; the bits from 4 i on are row i of eight. Its zeros, int32
+[groups, out / 8] in plain order, are stored minus one.
+Sources: the packers of AutoAWQ (`WQLinear_GEMM`) and AutoGPTQ (`QuantLinear.pack`).
+
+Ours: blocks of 256 inputs, int32 [blocks, out, 32]. Word w of a row has inputs 64 j + 2 w and
+64 j + 2 w + 1 of the block at the bits from 4 j and from 4 j + 16 on, j in 0 … 3: one shift and one
+mask of a word take out two neighbours, each in its half of the word, where a 16-bit number is then
+made of it without moving it. Rows are 128 bytes, and four words of 16 bytes are loaded at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BLOCK, WORDS, CHUNK = 256, 32, 64  # inputs of a block, words of its row, inputs of one shift
+GROUPS = (64, 128)  # inputs that share a scale in our layout
+
+
+@dataclass(frozen=True)
+class Int4Groups:
+    """Weights of four bits, a number an element."""
+
+    numbers: torch.Tensor  # uint8 [in, out], 0 … 15
+    zeros: torch.Tensor  # uint8 [groups, out], 0 … 16
+    scales: torch.Tensor  # [groups, out]
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out, in], as a dense layer's weight lies."""
+        group_size = self.numbers.shape[0] // self.scales.shape[0]
+        zeros, scales = (
+            x.float().repeat_interleave(group_size, 0) for x in (self.zeros, self.scales)
+        )
+        return ((self.numbers.float() - zeros) * scales).T.contiguous()
+
+
+@dataclass(frozen=True)
+class PackedInt4:
+    """Weights of four bits in our layout, the last block filled up with zeros."""
+
+    words: torch.Tensor  # int32 [blocks, out, WORDS]
+    scales: torch.Tensor  # float16 [blocks × groups of a block, out]
+    zeros: torch.Tensor  # uint8, like scales
+    in_size: int
+
+    @property
+    def out_size(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return len(self.words) * BLOCK // len(self.scales)
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+
+def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Groups:
+    """From an AWQ checkpoint's three tensors of a layer."""
+    at = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=qweight.device)
+    numbers, zeros = (
+        _nibbles(words)[..., at].flatten(1) for words in (qweight, qzeros)
+    )  # [rows, out / 8, 8] -> [rows, out]
+    return Int4Groups(numbers, zeros, scales)
+
+
+def unpack_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Groups:
+    """From a GPTQ checkpoint's tensors of a layer; `g_idx` must be in order (`check_g_idx`)."""
+    numbers = _nibbles(qweight).transpose(1, 2).flatten(0, 1)  # [in / 8, out, 8] -> [in, out]
+    return Int4Groups(numbers, _nibbles(qzeros).flatten(1) + 1, scales)
+
+
+def in_order(g_idx: torch.Tensor, group_size: int) -> bool:
+    """Whether a GPTQ layer's inputs are in their groups' order (`desc_act` off)."""
+    expected = torch.arange(len(g_idx), device=g_idx.device) // group_size
+    return bool((g_idx == g_idx[0] + expected).all())
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    """int32 [...] -> uint8 [..., 8], the lowest four bits first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts) & 15).to(torch.uint8)
+
+
+def pack_int4(groups: Int4Groups) -> PackedInt4:
+    """In our layout. Groups must be of 64, or of a multiple of 128."""
+    in_size, out_size = groups.numbers.shape
+    group_size = in_size // len(groups.scales)
+    size = min(group_size, max(GROUPS))
+    assert size in GROUPS and group_size % size == 0, group_size
+    blocks = -(-in_size // BLOCK)
+    scales, zeros = (
+        _padded(x.repeat_interleave(group_size // size, 0), blocks * BLOCK // size)
+        for x in (groups.scales.to(torch.float16), groups.zeros)
+    )
+    numbers = _padded(groups.numbers, blocks * BLOCK)
+    words = torch.zeros((blocks, out_size, WORDS), dtype=torch.int32, device=numbers.device)
+    for j, chunk in enumerate(numbers.view(blocks, 4, CHUNK, out_size).unbind(1)):
+        for half in range(2):
+            words |= chunk[:, half::2].transpose(1, 2).int() << (4 * j + 16 * half)
+    return PackedInt4(words, scales, zeros, in_size)
+
+
+def unpack_int4(packed: PackedInt4) -> Int4Groups:
+    """The inverse of `pack_int4`, groups of 64 or 128."""
+    chunks = []
+    for j in range(4):
+        pair = [(packed.words >> (4 * j + 16 * half)) & 15 for half in range(2)]
+        chunks.append(torch.stack(pair, dim=-1).flatten(2).transpose(1, 2))
+    numbers = torch.cat(chunks, dim=1).flatten(0, 1)[: packed.in_size].to(torch.uint8)
+    groups = packed.in_size // packed.group_size
+    return Int4Groups(numbers, packed.zeros[:groups], packed.scales[:groups])
+
+
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x))).contiguous()

@@ -1,0 +1,160 @@
+"""Weights of four bits: layouts against packers written out here, the kernel against its oracle,
+and what it compiles to. The kernel runs in Triton's interpreter, in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from octavo.benchmarks.kernel_resources import _amd_usage, _nvidia_usage, compile_kernel
+from octavo.kernels import int4_linear as kernel
+from octavo.kernels.int4_layout import (
+    Int4Groups,
+    PackedInt4,
+    in_order,
+    pack_int4,
+    unpack_awq,
+    unpack_gptq,
+    unpack_int4,
+)
+from octavo.kernels.int4_linear import int4_linear, int4_linear_ref
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def along_columns(rows: list[list[int]], order: tuple[int, ...]) -> torch.Tensor:
+    """[rows, out] -> int32 [rows, out / 8]; four bits i of a word are column order[i] of eight."""
+    words = [
+        [signed(sum(row[at + order[i]] << 4 * i for i in range(8))) for at in range(0, len(row), 8)]
+        for row in rows
+    ]
+    return torch.tensor(words, dtype=torch.int32)
+
+
+def random_groups(in_size: int, out_size: int, group: int, most_zero: int = 15) -> Int4Groups:
+    shape = (in_size // group, out_size)
+    return Int4Groups(
+        torch.randint(0, 16, (in_size, out_size), dtype=torch.uint8),
+        torch.randint(1, most_zero + 1, shape, dtype=torch.uint8),
+        (torch.rand(shape) * 0.02 + 0.001).half(),
+    )
+
+
+def same(found: Int4Groups, expected: Int4Groups) -> None:
+    assert torch.equal(found.numbers, expected.numbers)
+    assert torch.equal(found.zeros, expected.zeros)
+    assert torch.equal(found.scales, expected.scales.half())
+
+
+def test_awq_layout() -> None:
+    groups = random_groups(256, 24, 128)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    words, zeros = (along_columns(x.tolist(), order) for x in (groups.numbers, groups.zeros))
+    assert words.shape == (256, 3) and zeros.shape == (2, 3)
+    same(unpack_awq(words, zeros, groups.scales), groups)
+
+
+def test_gptq_layout() -> None:
+    groups = random_groups(256, 24, 128, most_zero=16)
+    plain = tuple(range(8))
+    words = along_columns(groups.numbers.T.tolist(), plain).T.contiguous()
+    zeros = along_columns((groups.zeros - 1).tolist(), plain)
+    assert words.shape == (32, 24) and zeros.shape == (2, 3)
+    same(unpack_gptq(words, zeros, groups.scales), groups)
+
+
+def test_g_idx() -> None:
+    plain = torch.arange(512) // 128
+    assert in_order(plain, 128) and in_order(plain[256:], 128)
+    assert not in_order(plain[torch.randperm(512, generator=torch.Generator())], 128)
+
+
+@pytest.mark.parametrize(("in_size", "group"), [(256, 128), (384, 128), (192, 64), (512, 64)])
+def test_our_layout_and_back(in_size: int, group: int) -> None:
+    groups = random_groups(in_size, 24, group)
+    packed = pack_int4(groups)
+    assert packed.group_size == group and packed.words.shape == (-(-in_size // 256), 24, 32)
+    same(unpack_int4(packed), groups)
+    word = int(packed.words[0, 5, 9])  # inputs 64 j + 18 and 64 j + 19
+    for j in range(min(4, in_size // 64)):
+        assert word >> 4 * j & 15 == int(groups.numbers[64 * j + 18, 5])
+        assert word >> 4 * j + 16 & 15 == int(groups.numbers[64 * j + 19, 5])
+
+
+def test_large_groups_are_cut() -> None:
+    groups = random_groups(512, 8, 512)
+    packed = pack_int4(groups)
+    assert packed.group_size == 128
+    assert torch.equal(unpack_int4(packed).dequantize(), groups.dequantize())
+
+
+def make(n: int, in_size: int, out_size: int, group: int) -> tuple[torch.Tensor, PackedInt4]:
+    torch.manual_seed(n)
+    return torch.randn(n, in_size).half(), pack_int4(random_groups(in_size, out_size, group))
+
+
+# q, k, v of the 2B scaled down; its MLP on two ranks (a last block half full); few, some, many rows
+SHAPES = [
+    (1, 1536, 256, 128),
+    (3, 896, 136, 128),
+    (16, 512, 64, 64),
+    (20, 384, 200, 128),
+    (40, 512, 72, 64),
+    (70, 640, 136, 128),
+]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int4_linear(shape: tuple[int, int, int, int], has_bias: bool) -> None:
+    x, weight = make(*shape)
+    bias = torch.randn(shape[2]).half() if has_bias else None
+    found, expected = (f(x, weight, bias) for f in (int4_linear, int4_linear_ref))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-k", "test_int4_linear"],
+        cwd=Path(__file__).parent, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize("n", [16, 32, 512])
+@pytest.mark.parametrize("target", CAPABILITY)
+def test_compiles_to_tensor_cores_without_spills(target: str, n: int) -> None:
+    chosen = kernel.settings(n, 3584, 4608, 132, CAPABILITY[target])
+    types = ["*bf16", "*i32", "*fp16", "*u8", "*bf16", "*bf16", "i32", "i32", "i32"]
+    fixed = {"IN": 3584, "OUT": 4608, "GROUP": 128, "PLACE": 3, "HAS_BIAS": True}
+    compiled = compile_kernel(kernel._int4_linear_kernel, types, {**fixed, **chosen}, target)
+    if target == "gfx942":
+        assert _amd_usage(compiled.asm)[1] == 0 and "mfma" in compiled.asm["amdgcn"]
+        return
+    assert _nvidia_usage(compiled.asm)[1] == 0
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"\b{TENSOR_CORE[target]}\b", sass)
+    assert re.search(r"LDGSTS\S*\.128", sass), "words come in 16 bytes, asynchronously"
