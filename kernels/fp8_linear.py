@@ -1,0 +1,156 @@
+"""Products in FP8 (e4m3, W8A8): a weight scale for each output channel, activations quantised on
+the fly with a scale for each token, or with a static one. On sm_90 and sm_100, whose tensor cores
+multiply FP8.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import uses_triton
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+LEAST_SCALE = 1e-12  # of a row of zeros
+
+
+@triton.jit
+def _quantize_rows_kernel(x_ptr, out_ptr, scale_ptr, x_stride, SIZE: tl.constexpr,
+                          BLOCK: tl.constexpr, STATIC: tl.constexpr):  # fmt: skip
+    """One program: a token. STATIC: its scale is given, and what is too large is cut off."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < SIZE
+    x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0).to(tl.float32)
+    if STATIC:
+        scale = tl.load(scale_ptr + row)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(x)) / 448.0, 1e-12)
+        tl.store(scale_ptr + row, scale)
+    x = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    tl.store(out_ptr + row * SIZE + offs, x.to(tl.float8e4nv), mask=mask)
+
+
+@triton.jit
+def _fp8_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    x_scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    n,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: BLOCK_N outputs of BLOCK_M tokens; turned round, out^T = weight × x^T, so that
+    few tokens make a narrow tile. Sums go to float32 every BLOCK_K inputs: sm_90 adds in less."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    n_mask, m_mask = offs_n < OUT, offs_m < n
+    weight_at = weight_ptr + offs_n[:, None].to(tl.int64) * IN + offs_k[None, :]
+    x_at = x_ptr + offs_m[:, None].to(tl.int64) * IN + offs_k[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, IN, BLOCK_K):
+        k_mask = (k + offs_k < IN)[None, :]
+        weight = tl.load(weight_at + k, mask=n_mask[:, None] & k_mask, other=0.0)
+        x = tl.load(x_at + k, mask=m_mask[:, None] & k_mask, other=0.0)
+        acc = tl.dot(weight, x.T, acc, max_num_imprecise_acc=BLOCK_K)
+    x_scale = tl.load(x_scale_ptr + offs_m, mask=m_mask, other=0.0)
+    scale = tl.load(weight_scale_ptr + offs_n, mask=n_mask, other=0.0)
+    acc = acc * scale[:, None] * x_scale[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + offs_m[None, :].to(tl.int64) * OUT + offs_n[:, None]
+    mask = n_mask[:, None] & m_mask[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def settings(n: int) -> dict[str, int]:
+    """Compile-time settings for n tokens."""
+    rows = min(128, max(16, triton.next_power_of_2(n)))
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises ValueError where tensor cores do not multiply e4m3."""
+    if device.type == "cuda" and (
+        torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)
+    ):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"{name}: has no e4m3 products; serve a bfloat16, AWQ or GPTQ checkpoint")
+
+
+def quantize_rows_fp8(
+    x: torch.Tensor, static_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, in] in e4m3, and the scale of each row, float32 [n]."""
+    if not uses_triton(x):
+        return quantize_rows_fp8_ref(x, static_scale)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    n, size = x.shape
+    out = torch.empty((n, size), dtype=FP8, device=x.device)
+    static = static_scale is not None
+    scale = torch.empty(n, dtype=torch.float32, device=x.device)
+    if static_scale is not None:
+        scale.copy_(static_scale.expand(n))
+    block = triton.next_power_of_2(size)
+    _quantize_rows_kernel[(n,)](
+        x, out, scale, x.stride(0), SIZE=size, BLOCK=block, STATIC=static, num_warps=8
+    )
+    return out, scale
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    static_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [n, in] × weight e4m3 [out, in] transposed, times scale float32 [out], plus bias [out].
+
+    `static_scale` [1] is the activations'; without it each token has its own.
+    """
+    if not uses_triton(x):
+        return fp8_linear_ref(x, weight, scale, bias, static_scale)
+    check_fp8(x.device)
+    rows, row_scale = quantize_rows_fp8(x, static_scale)
+    n, (out_size, in_size) = len(x), weight.shape
+    out = torch.empty((n, out_size), dtype=x.dtype, device=x.device)
+    chosen = settings(n)
+    grid = (triton.cdiv(out_size, chosen["BLOCK_N"]), triton.cdiv(n, chosen["BLOCK_M"]))
+    _fp8_linear_kernel[grid](
+        rows, weight, row_scale, scale, x if bias is None else bias, out, n,
+        IN=in_size, OUT=out_size, HAS_BIAS=bias is not None, **chosen,
+    )  # fmt: skip
+    return out
+
+
+def quantize_rows_fp8_ref(
+    x: torch.Tensor, static_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.float()
+    scale = (wide.abs().amax(1) / FP8_MAX).clamp(min=LEAST_SCALE)
+    if static_scale is not None:
+        scale = static_scale.float().expand(len(x))
+    return (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def fp8_linear_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    static_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows, row_scale = quantize_rows_fp8_ref(x, static_scale)
+    product = (rows.double() * row_scale[:, None]) @ (weight.double() * scale[:, None]).T
+    return (product if bias is None else product + bias.double()).to(x.dtype)
