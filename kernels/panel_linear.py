@@ -12,7 +12,7 @@ import torch
 
 from . import native
 
-ZERO = 128  # what stands for 0 in activations: the processor multiplies unsigned by signed numbers
+ZERO = 128  # stands for 0 in activations: the processor multiplies unsigned by signed numbers
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def pack_panels(weight: torch.Tensor) -> PanelWeight:
 
 def quantize_panels(weight: torch.Tensor) -> PanelWeight:
     """In eight bits, each row by a scale of its own."""
-    numbers, scale = quantize_activations(weight)
+    weight = weight.contiguous()
+    numbers, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(len(weight))
+    native.call("octavo_quantize_rows", weight, numbers, scale, *weight.shape)
     signed = (numbers ^ ZERO).view(torch.int8)
     zero = signed.sum(dim=1, dtype=torch.int32) * ZERO
     return PanelWeight(_panels(signed), len(weight), scale, zero)
@@ -55,14 +57,6 @@ def _panels(rows: torch.Tensor) -> torch.Tensor:
     return panels
 
 
-def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of x [n, in] (bfloat16) as whole numbers around ZERO (uint8), and their scales [n]."""
-    x = x.contiguous()
-    numbers, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
-    native.call("octavo_quantize_rows", x, numbers, scale, *x.shape)
-    return numbers, scale
-
-
 def panel_linear(
     x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -72,7 +66,8 @@ def panel_linear(
     if weight.scale is None:
         native.call("octavo_linear", x.contiguous(), weight.panels, bias, out, *sizes)
         return out
-    numbers, scale = quantize_activations(x)
-    scales = (scale, weight.scale, weight.zero)
-    native.call("octavo_linear_int8", numbers, weight.panels, bias, *scales, out, *sizes)
+    numbers = torch.empty(x.shape, dtype=torch.uint8)
+    into = (out, numbers, torch.empty(len(x)))
+    scales = (weight.scale, weight.zero)
+    native.call("octavo_linear_int8", x.contiguous(), weight.panels, bias, *scales, *into, *sizes)
     return out

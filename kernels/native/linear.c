@@ -97,12 +97,14 @@ EXPORT void octavo_linear(const int32_t *x, const int32_t *panels, const bf16 *b
   multiply(BF16, &p, threads);
 }
 
-// The same of unsigned rows, whose numbers are 128 too large, and signed panels.
-EXPORT void octavo_linear_int8(const int32_t *x, const int32_t *panels, const bf16 *bias,
-                               const float *row_scale, const float *column_scale,
-                               const int32_t *zero, bf16 *out, long m, long n, long words,
+// The same with panels of eight bits: x [m, 4 words] is quantised first, to numbers [m, 4 words]
+// and row_scale [m].
+EXPORT void octavo_linear_int8(const bf16 *x, const int32_t *panels, const bf16 *bias,
+                               const float *column_scale, const int32_t *zero, bf16 *out,
+                               uint8_t *numbers, float *row_scale, long m, long n, long words,
                                int threads) {
-  const Product p = {x, panels, bias, row_scale, column_scale, zero, out, m, n, words};
+  octavo_quantize_rows(x, numbers, row_scale, m, 4 * words, threads);
+  const Product p = {(const int32_t *)numbers, panels, bias, row_scale, column_scale, zero, out, m, n, words};
   multiply(INT8, &p, threads);
 }
 
