@@ -40,15 +40,23 @@ INLINE void finish(const int kind, const Product *p, long row, long column, __m5
 
 enum { ROWS = 6, PANELS = 4 };  // at once: their sums and a word of each panel fill the registers
 
+// Panels that this thread is likely to need next: they come from memory while these are multiplied.
+typedef struct {
+  const int32_t *panels;
+  long count;
+} Ahead;
+
 // R rows from `row` on and Z panels from `panel` on. R and Z are known where this is inlined.
-INLINE void block(const int kind, const int R, const int Z, const Product *p, long row,
-                  long panel) {
+INLINE void block(const int kind, const int R, const int Z, const Product *p, long row, long panel,
+                  Ahead ahead) {
   __m512i sum[ROWS * PANELS];
 #pragma GCC unroll 24
   for (int i = 0; i < R * Z; i++) sum[i] = _mm512_setzero_si512();
   const int32_t *x = p->x + row * p->words, *columns = p->panels + panel * p->words * 16;
   for (long w = 0; w < p->words; w++) {
     __m512i column[PANELS];
+    for (long i = 0; i < ahead.count; i++)
+      _mm_prefetch((const void *)(ahead.panels + (i * p->words + w) * 16), _MM_HINT_T1);
 #pragma GCC unroll 4
     for (int z = 0; z < Z; z++) column[z] = _mm512_loadu_si512(columns + (z * p->words + w) * 16);
 #pragma GCC unroll 6
@@ -63,19 +71,27 @@ INLINE void block(const int kind, const int R, const int Z, const Product *p, lo
 }
 
 INLINE void rows_by_panels(const int kind, const int Z, const Product *p, long row, long rows,
-                           long panel) {
+                           long panel, Ahead ahead) {
   switch (rows) {
-    case 6: block(kind, 6, Z, p, row, panel); break;
-    case 5: block(kind, 5, Z, p, row, panel); break;
-    case 4: block(kind, 4, Z, p, row, panel); break;
-    case 3: block(kind, 3, Z, p, row, panel); break;
-    case 2: block(kind, 2, Z, p, row, panel); break;
-    case 1: block(kind, 1, Z, p, row, panel); break;
+    case 6: block(kind, 6, Z, p, row, panel, ahead); break;
+    case 5: block(kind, 5, Z, p, row, panel, ahead); break;
+    case 4: block(kind, 4, Z, p, row, panel, ahead); break;
+    case 3: block(kind, 3, Z, p, row, panel, ahead); break;
+    case 2: block(kind, 2, Z, p, row, panel, ahead); break;
+    case 1: block(kind, 1, Z, p, row, panel, ahead); break;
   }
 }
 
+INLINE Ahead ahead_of(const Product *p, long panel, long b, long blocks, int threads) {
+  long next = panel + threads * PANELS, size = p->words * 16;
+  if (b == 0 || next + PANELS > (p->n + 15) / 16) return (Ahead){0, 0};
+  long count = (PANELS + blocks - 2) / (blocks - 1), done = (b - 1) * count;
+  if (done >= PANELS) return (Ahead){0, 0};
+  return (Ahead){p->panels + (next + done) * size, done + count > PANELS ? PANELS - done : count};
+}
+
 // A thread takes PANELS panels and goes over all rows, which are cut evenly: the panels come from
-// memory for the first of them, and from the cache for the others.
+// memory for the first of them, and from the cache for the others, while the next ones are fetched.
 INLINE void multiply(const int kind, const Product *p, int threads) {
   long panels = (p->n + 15) / 16, blocks = (p->m + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -83,10 +99,10 @@ INLINE void multiply(const int kind, const Product *p, int threads) {
     for (long b = 0; b < blocks; b++) {
       long row = p->m * b / blocks, rows = p->m * (b + 1) / blocks - row;
       if (panel + PANELS <= panels)
-        rows_by_panels(kind, PANELS, p, row, rows, panel);
+        rows_by_panels(kind, PANELS, p, row, rows, panel, ahead_of(p, panel, b, blocks, threads));
       else
         for (long rest = panel; rest < panels; rest++)
-          rows_by_panels(kind, 1, p, row, rows, rest);
+          rows_by_panels(kind, 1, p, row, rows, rest, (Ahead){0, 0});
     }
 }
 
