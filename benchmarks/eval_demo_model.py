@@ -130,10 +130,12 @@ def questions(kind: str, seed: int) -> Iterator[Question]:
         yield KINDS[kind](rng)
 
 
-def answer_with_octavo(model: Path) -> Callable[[list[Question]], list[str]]:
+def answer_with_octavo(
+    model: Path, quantization: str | None
+) -> Callable[[list[Question]], list[str]]:
     from octavo.engine.llm import LLM
 
-    llm = LLM(model)
+    llm = LLM(model, quantization=quantization)
     params = SamplingParams(temperature=0, max_tokens=12)
 
     def answer(asked: list[Question]) -> list[str]:
@@ -178,10 +180,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--backend", choices=["octavo", "transformers"], default="octavo")
+    parser.add_argument("--quantization", choices=["int8"], help="of octavo's weights")
     parser.add_argument("--json", action="store_true", help="a JSON object a kind")
     args = parser.parse_args()
-    backend = answer_with_octavo if args.backend == "octavo" else answer_with_transformers
-    answer = backend(args.model)
+    if args.backend == "octavo":
+        answer = answer_with_octavo(args.model, args.quantization)
+    else:
+        answer = answer_with_transformers(args.model)
     for kind in args.kinds:
         found = measure(answer, kind, args.num, args.seed)
         if args.json:
