@@ -1,0 +1,122 @@
+"""What this machine can do: bytes read from memory a second, and operations of matrix products.
+
+A multiply and an add are two operations. All threads of torch take part; each figure is the best
+of several repeats, since a limit is what nothing gets past.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels import native
+from octavo.kernels.linear import (
+    PACKED_ROWS,
+    ZERO,
+    PackedWeight,
+    linear,
+    quantize_rows,
+)
+from octavo.kernels.panel_linear import pack_panels, quantize_panels
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+INT8 = "int8"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured on. The buffer must be far larger than the last cache."""
+
+    buffer_bytes: int = 2_200_000_000
+    rows: int = 512
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (17920, 1536), (5120, 1280))  # [out, in]
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The limits measured."""
+
+    bandwidth: float  # bytes a second, read
+    peaks: dict[str, float]  # operations a second, by the numbers multiplied: bfloat16, int8, ...
+
+    def seconds(self, nbytes: int, operations: int, numbers: str) -> float:
+        """The least that work of so many bytes and operations takes."""
+        return max(nbytes / self.bandwidth, operations / self.peaks[numbers])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure_machine(dtype: torch.dtype, sizes: Sizes) -> Machine:
+    """The peaks of bfloat16 and int8, and of `dtype` where it is neither."""
+    kinds = {dtype, torch.bfloat16}
+    peaks = {name_of(kind): matrix_peak(kind, None, sizes) for kind in kinds}
+    return Machine(
+        bandwidth=read_bandwidth(sizes.buffer_bytes, sizes.repeats),
+        peaks=peaks | {INT8: matrix_peak(torch.bfloat16, INT8, sizes)},
+    )
+
+
+def read_bandwidth(nbytes: int, repeats: int) -> float:
+    """Bytes a second that a reduction reads: a sum, or a maximum where adding takes longer."""
+    buffer = torch.ones(nbytes // 4)
+    fastest = min(best_seconds(buffer.sum, repeats), best_seconds(buffer.max, repeats))
+    return buffer.nbytes / fastest
+
+
+@torch.inference_mode()
+def matrix_peak(dtype: torch.dtype, quantization: str | None, sizes: Sizes) -> float:
+    """Operations a second of the fastest product, over forms of the weight and shapes."""
+    best = 0.0
+    for out, size in sizes.shapes:
+        x = torch.randn(sizes.rows, size).to(dtype)
+        weight = torch.randn(out, size).to(dtype)
+        for product in _products(x, weight, quantization):
+            seconds = best_seconds(lambda product=product, x=x: product(x), sizes.repeats)
+            best = max(best, 2 * sizes.rows * out * size / seconds)
+    return best
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor, quantization: str | None) -> Iterator[Product]:
+    """Every form of the product that this machine has; one at a time, as each holds a weight."""
+    panels = native.serves(weight)
+    if quantization == INT8:
+        yield _onednn_int8(x, weight)
+        if panels:
+            quantized = quantize_panels(weight)
+            yield lambda x: linear(x, quantized)
+        return
+    yield lambda x: torch.nn.functional.linear(x, weight)
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        yield lambda x: linear(x, PackedWeight(reordered, weight.nbytes))
+    if panels:
+        packed = pack_panels(weight)
+        yield lambda x: linear(x, packed)
+
+
+def _onednn_int8(x: torch.Tensor, weight: torch.Tensor) -> Product:
+    """oneDNN's product of numbers that are quantised already: the multiplications alone."""
+    numbers, scale = quantize_rows(weight)
+    packed = torch.ops.onednn.qlinear_prepack(numbers, list(x.shape))
+    zeros = torch.zeros(len(scale), dtype=torch.int32)
+    unsigned = quantize_rows(x)[0].view(torch.uint8) ^ ZERO
+    return lambda _: torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, ZERO, packed, scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "",
+    )  # fmt: skip
+
+
+def best_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The fastest of `repeats` calls, after one that is not counted."""
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
