@@ -137,8 +137,9 @@ class Roofline:
 
     def as_dict(self) -> dict[str, Any]:
         names = ("decode_fraction", "prefill_fraction", "vision_fraction")
-        found = asdict(self) | {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = asdict(self) | {name: getattr(self, name) for name in names}
         stages = [asdict(stage) | {"fraction": stage.fraction} for stage in self.stages]
+        found["limits"] = found.pop("machine")  # which is whose they are, in a report
         per_second = self.prefill_tokens / self.prefill_seconds
         return found | {"stages": stages, "prefill_tokens_per_second": per_second}
 
