@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -77,7 +78,7 @@ def matrix_peak(dtype: torch.dtype, quantization: str | None, sizes: Sizes) -> f
         x = torch.randn(sizes.rows, size).to(dtype)
         weight = torch.randn(out, size).to(dtype)
         for product in _products(x, weight, quantization):
-            seconds = best_seconds(lambda product=product, x=x: product(x), sizes.repeats)
+            seconds = best_seconds(partial(product, x), sizes.repeats)
             best = max(best, 2 * sizes.rows * out * size / seconds)
     return best
 

@@ -155,7 +155,8 @@ class StageClock:
             out = self._timed(stage, lambda: forward(layer, x))
             weight_bytes = 0 if id(layer) in self.read else layer.weight.nbytes
             self.read.add(id(layer))
-            self._count(stage, linear_work(*x.shape, out.shape[1], x.itemsize, weight_bytes))
+            sizes = (x.shape[0], x.shape[1], out.shape[1], x.itemsize)
+            self._count(stage, linear_work(*sizes, weight_bytes))
             return out
 
         return timed
@@ -174,7 +175,7 @@ class StageClock:
 
     def _vision(self, attention: Callable[..., Any]) -> Callable[..., Any]:
         def timed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
-            work = vision_work(rest[1], *q.shape[1:], q.itemsize)
+            work = vision_work(rest[1], q.shape[1], q.shape[2], q.itemsize)
             self._count(f"{VISION} {ATTENTION}", work)
             return self._timed(f"{VISION} {ATTENTION}", lambda: attention(q, k, v, *rest))
 
@@ -182,7 +183,7 @@ class StageClock:
 
     def _sample(self, sample: Callable[..., Any]) -> Callable[..., Any]:
         def timed(sampler: Sampler, logits: torch.Tensor, *rest: Any) -> Any:
-            self._count(SAMPLING, sampling_work(*logits.shape, logits.itemsize))
+            self._count(SAMPLING, sampling_work(logits.shape[0], logits.shape[1], logits.itemsize))
             return self._timed(SAMPLING, lambda: sample(sampler, logits, *rest))
 
         return timed

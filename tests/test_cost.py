@@ -1,0 +1,214 @@
+"""What must not creep up, in counts and ratios: the engine's cost of a step, copies of the weights,
+operators of a decoder layer. Each bound is a little over what was counted when it was written.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.benchmarks.scheduler_latency import filled, step
+from octavo.benchmarks.step_overhead import sleeping
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.tiny_requests import TinyDriver, text, tiny_request
+from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.engine.engine import Engine
+from octavo.engine.model.decoder import DecoderLayer
+from octavo.engine.model.parallel import TensorParallel
+from octavo.engine.runner.loader import stored_tensors
+from octavo.engine.runner.model_runner import ModelRunner
+from octavo.kernels import native
+from octavo.scheduler.params import SamplingParams
+from octavo.scheduler.scheduler import Scheduler
+
+CPU = torch.device("cpu")
+FORMS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
+
+
+def make_runner(folder: Path, dtype: str, quantization: str | None = None) -> ModelRunner:
+    config, preprocess = ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)
+    kind: torch.dtype = getattr(torch, dtype)
+    alone = TensorParallel()
+    return ModelRunner(folder, config, preprocess, CPU, kind, 16, alone, quantization)
+
+
+# The engine's cost of a step
+
+
+def decoding(num_requests: int) -> Scheduler:
+    scheduler = filled(num_requests, 32)
+    while step(scheduler)[0].num_tokens != num_requests:
+        pass
+    return scheduler
+
+
+def python_calls(work: Callable[[], Any]) -> int:
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def sixteen_steps(scheduler: Scheduler) -> None:
+    """Each request seals a block and gets another."""
+    for _ in range(16):
+        step(scheduler)
+
+
+def test_scheduler_calls_a_request() -> None:
+    some, more = (python_calls(partial(sixteen_steps, decoding(n))) for n in (64, 128))
+    print(some / 16 / 64, more / some)
+    assert some / 16 / 64 < 12
+    assert more < 2.05 * some  # no worse than in proportion
+
+
+@contextmanager
+def counted_calls(engine: Engine) -> Iterator[list[Any]]:
+    """The messages that the engine sends its workers, by whatever method."""
+    sent: list[Any] = []
+    (worker,) = engine.group._workers
+
+    class Method:
+        def __init__(self, method: Any) -> None:
+            self.method = method
+
+        def __call__(self, request: Any, **how: Any) -> Any:
+            sent.append(request)
+            return self.method(request, **how)
+
+        def future(self, request: Any, **how: Any) -> Any:
+            sent.append(request)
+            return self.method.future(request, **how)
+
+    stub = worker.stub
+    methods = {name: Method(method) for name, method in vars(stub).items()}
+    with mock.patch.multiple(stub, **methods):
+        yield sent
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_step_is_one_small_message_a_rank(overlap: bool) -> None:
+    settings: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
+    params = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    with sleeping(0), Engine(overlap_steps=overlap, **settings) as engine:
+        for index in range(64):
+            engine.add_request(None, {"prompt_token_ids": [index] * 32}, params)
+        requests = list(engine.scheduler.requests.values())
+        while any(request.num_output_tokens < 2 for request in requests):
+            engine.step()
+        before = sum(request.num_output_tokens for request in requests)
+        with counted_calls(engine) as sent:
+            for _ in range(10):
+                engine.step()
+        assert sum(request.num_output_tokens for request in requests) - before == 64 * 10
+    print(max(message.ByteSize() for message in sent) / 64)
+    assert len(sent) == 10
+    assert max(message.ByteSize() for message in sent) / 64 < 100  # bytes of a request
+
+
+# Copies of the weights
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return sum(int(n) * 1024 for n in re.findall(r"RssAnon:\s+(\d+) kB", status))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that its copies stand out."""
+    folder = tmp_path_factory.mktemp("cost")
+    size: dict[str, Any] = {"heads": 16, "kv_heads": 4, "head_dim": 64, "vocab_size": 4000}
+    tower: dict[str, Any] = {"vision_heads": 8, "vision_head_dim": 64}
+    return write_tiny_checkpoint(
+        folder, layers=6, vision_layers=6, dtype="bfloat16", **size, **tower
+    )
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), FORMS)
+def test_weights_are_held_once(checkpoint: Path, dtype: str, quantization: str | None) -> None:
+    """But for a tied head, which is packed beside the embedding's rows."""
+    make_runner(EMBEDDED_MODEL, dtype, quantization).load()  # what comes with the first use
+    runner = make_runner(checkpoint, dtype, quantization)
+    before = anonymous_bytes()
+    runner.load()
+    config, item = runner.config, 1 if quantization else runner.dtype.itemsize
+    numbers = sum(torch.Size(each.shape).numel() for each in stored_tensors(checkpoint).values())
+    embedding = config.vocab_size * config.hidden_size
+    once = (numbers - embedding) * item + 2 * embedding * runner.dtype.itemsize
+    print(once / 1e6, runner.model.weight_bytes / once, (anonymous_bytes() - before) / once)
+    assert runner.model.weight_bytes < 1.03 * once
+    assert anonymous_bytes() - before < 1.1 * once
+
+
+# Operators of a decoder layer
+
+
+class Counter(TorchDispatchMode):
+    """Torch's operators and our compiled kernels that run while `on`; views cost next to nothing,
+    and count too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.operators, self.kernels = False, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += self.on
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "operators", "kernels"),
+    [
+        ("float32", None, 145, 0),
+        pytest.param(
+            "bfloat16", None, 25, 9,
+            marks=pytest.mark.skipif(native.library() is None, reason="no compiled kernels"),
+        ),
+    ],
+)  # fmt: skip
+def test_operators_of_a_layer_that_decodes(
+    dtype: str, quantization: str | None, operators: int, kernels: int
+) -> None:
+    runner = make_runner(EMBEDDED_MODEL, dtype, quantization)
+    runner.load()
+    runner.allocate(16)
+    driver, counter = TinyDriver(runner, 16), Counter()
+    requests = [tiny_request(runner.config, [text(seed, 20)]) for seed in range(4)]
+    driver.step(requests, [20] * 4)
+    forward, call = DecoderLayer.forward, native.call
+
+    def counted(*arguments: Any) -> Any:
+        counter.on = True
+        try:
+            return forward(*arguments)
+        finally:
+            counter.on = False
+
+    def counted_call(*arguments: Any) -> None:
+        counter.kernels += counter.on
+        call(*arguments)
+
+    with mock.patch.object(DecoderLayer, "forward", counted), counter:
+        with mock.patch.object(native, "call", counted_call):
+            driver.step(requests, [1] * 4)
+    layers = runner.config.num_hidden_layers
+    print(counter.operators / layers, counter.kernels / layers)
+    assert 0 < counter.operators / layers <= operators
+    assert counter.kernels / layers <= kernels
