@@ -2,6 +2,8 @@
 operators of a decoder layer. Each bound is a little over what was counted when it was written.
 """
 
+import ctypes
+import gc
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -73,8 +75,7 @@ def sixteen_steps(scheduler: Scheduler) -> None:
 
 def test_scheduler_calls_a_request() -> None:
     some, more = (python_calls(partial(sixteen_steps, decoding(n))) for n in (64, 128))
-    print(some / 16 / 64, more / some)
-    assert some / 16 / 64 < 12
+    assert some / 16 / 64 < 10
     assert more < 2.05 * some  # no worse than in proportion
 
 
@@ -117,15 +118,16 @@ def test_a_step_is_one_small_message_a_rank(overlap: bool) -> None:
             for _ in range(10):
                 engine.step()
         assert sum(request.num_output_tokens for request in requests) - before == 64 * 10
-    print(max(message.ByteSize() for message in sent) / 64)
     assert len(sent) == 10
-    assert max(message.ByteSize() for message in sent) / 64 < 100  # bytes of a request
+    assert max(message.ByteSize() for message in sent) / 64 < 90  # bytes of a request
 
 
 # Copies of the weights
 
 
 def anonymous_bytes() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed already is not to be reused unseen
     status = Path("/proc/self/status").read_text()
     return sum(int(n) * 1024 for n in re.findall(r"RssAnon:\s+(\d+) kB", status))
 
@@ -134,11 +136,9 @@ def anonymous_bytes() -> int:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough that its copies stand out."""
     folder = tmp_path_factory.mktemp("cost")
-    size: dict[str, Any] = {"heads": 16, "kv_heads": 4, "head_dim": 64, "vocab_size": 4000}
-    tower: dict[str, Any] = {"vision_heads": 8, "vision_head_dim": 64}
-    return write_tiny_checkpoint(
-        folder, layers=6, vision_layers=6, dtype="bfloat16", **size, **tower
-    )
+    size: dict[str, Any] = {"layers": 6, "heads": 16, "kv_heads": 4, "head_dim": 64}
+    tower: dict[str, Any] = {"vision_layers": 6, "vision_heads": 8, "vision_head_dim": 64}
+    return write_tiny_checkpoint(folder, vocab_size=4000, dtype="bfloat16", **size, **tower)
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), FORMS)
@@ -152,9 +152,8 @@ def test_weights_are_held_once(checkpoint: Path, dtype: str, quantization: str |
     numbers = sum(torch.Size(each.shape).numel() for each in stored_tensors(checkpoint).values())
     embedding = config.vocab_size * config.hidden_size
     once = (numbers - embedding) * item + 2 * embedding * runner.dtype.itemsize
-    print(once / 1e6, runner.model.weight_bytes / once, (anonymous_bytes() - before) / once)
     assert runner.model.weight_bytes < 1.03 * once
-    assert anonymous_bytes() - before < 1.1 * once
+    assert anonymous_bytes() - before < 1.05 * once
 
 
 # Operators of a decoder layer
@@ -205,10 +204,12 @@ def test_operators_of_a_layer_that_decodes(
         counter.kernels += counter.on
         call(*arguments)
 
-    with mock.patch.object(DecoderLayer, "forward", counted), counter:
-        with mock.patch.object(native, "call", counted_call):
-            driver.step(requests, [1] * 4)
+    with (
+        mock.patch.object(DecoderLayer, "forward", counted),
+        mock.patch.object(native, "call", counted_call),
+        counter,
+    ):
+        driver.step(requests, [1] * 4)
     layers = runner.config.num_hidden_layers
-    print(counter.operators / layers, counter.kernels / layers)
     assert 0 < counter.operators / layers <= operators
     assert counter.kernels / layers <= kernels
