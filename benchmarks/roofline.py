@@ -20,7 +20,7 @@ from octavo.engine.model.weights import DenseWeight
 from octavo.engine.runner.loader import resolve_dtype, resolve_quantization
 from octavo.engine.runner.model_runner import ModelRunner
 
-from .roofline_machine import INT8, Sizes, best_seconds, measure_machine, name_of
+from .roofline_machine import INT8, Moment, Sizes, best_seconds, measure_machine, name_of
 from .roofline_report import Alone, Roofline
 from .roofline_stages import DECODE, StageClock
 from .tiny_requests import TinyDriver, TinyRequest, image, text, tiny_request
@@ -83,6 +83,7 @@ def run(
     shapes = {m: _shape(m) for m in runner.model.decoder.modules() if isinstance(m, DenseWeight)}
     runner.load()  # packed weights have no shape
     say("measuring the machine")
+    start = Moment.now()
     machine = measure_machine(kind, sizes or Sizes())
     say("running the workload")
     clock, prefill_tokens = measure_run(runner, workload)
@@ -90,7 +91,9 @@ def run(
     rows = sorted({*ALONE_ROWS, workload.batch})
     alone = [linears_alone(shapes, kind, count) for count in rows]
     numbers = INT8 if quantization == INT8 else name_of(kind)
-    return Roofline.of(clock, machine, alone, prefill_tokens, workload.batch, numbers)
+    return Roofline.of(
+        clock, machine, alone, prefill_tokens, workload.batch, numbers, start.others_share()
+    )
 
 
 def _shape(layer: DenseWeight) -> tuple[int, int]:

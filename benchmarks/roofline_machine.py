@@ -6,10 +6,12 @@ of several repeats, since a limit is what nothing gets past.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -47,6 +49,28 @@ class Machine:
     def seconds(self, nbytes: int, operations: int, numbers: str) -> float:
         """The least that work of so many bytes and operations takes."""
         return max(nbytes / self.bandwidth, operations / self.peaks[numbers])
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the processors had done by then, in seconds of one of them."""
+
+    busy: float
+    ours: float
+    at: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        times = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        busy = sum(times) - sum(times[3:5])  # but for idling and waiting for disks
+        ours = sum(os.times()[:2])
+        return cls(busy / os.sysconf("SC_CLK_TCK"), ours, time.perf_counter())
+
+    def others_share(self) -> float:
+        """Of the machine's processors, what other processes have taken since."""
+        now = Moment.now()
+        others = now.busy - self.busy - (now.ours - self.ours)
+        return max(0.0, others / (now.at - self.at) / (os.cpu_count() or 1))
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -73,6 +73,7 @@ class Roofline:
     prefill_tokens: int
     decode_steps: list[float]
     batch: int
+    others_share: float  # of the processors' time, what other processes took meanwhile
 
     @classmethod
     def of(
@@ -83,6 +84,7 @@ class Roofline:
         prefill_tokens: int,
         batch: int,
         numbers: str,
+        others_share: float,
     ) -> Roofline:
         """`numbers`: what the linears multiply."""
         kinds = {name: name_of(clock.runner.dtype) for name in STAGES}
@@ -108,6 +110,7 @@ class Roofline:
             prefill_tokens=prefill_tokens,
             decode_steps=clock.steps[DECODE],
             batch=batch,
+            others_share=others_share,
         )
 
     @property
@@ -154,7 +157,8 @@ def tables(found: Roofline, title: str) -> list[Table]:
 
 
 def machine_table(found: Roofline) -> Table:
-    table = _table("this machine, and the packed linears alone", "gigabytes, 10⁹ operations")
+    others = f"other processes took {found.others_share:.0%} of the machine meanwhile"
+    table = _table("this machine, and the packed linears alone", others)
     for column in ("ms", "GB/s", "GOP/s", "rows/s"):
         table.add_column(column, justify="right")
     table.add_row("memory, read", "", f"{found.machine.bandwidth / 1e9:.1f}", "", "")

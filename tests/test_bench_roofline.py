@@ -17,7 +17,7 @@ from octavo.engine.config import EMBEDDED_MODEL, ModelConfig
 from octavo.engine.model import decoder
 from octavo.engine.model.weights import DenseWeight
 
-SMALL = Sizes(buffer_bytes=8_000_000, rows=128, shapes=((512, 512),), repeats=3)
+SMALL = Sizes(buffer_bytes=8_000_000, rows=128, shapes=((512, 512),), repeats=20)
 WORKLOAD = RooflineWorkload(3, 20, context=32, image_size=(56, 84), decode_steps=2)
 
 
@@ -95,6 +95,7 @@ def test_json_has_all(found: Roofline, tmp_path: Path) -> None:
     assert [stage["name"] for stage in written["stages"]] == [*STAGES, REST]
     assert written["stages"][-1]["fraction"] is None
     assert {each["rows"] for each in written["alone"]} == {1, 3, 16, 128}
+    assert 0 <= written["others_share"] < 1
     assert {"decode_fraction", "prefill_fraction", "prefill_tokens_per_second"} <= set(written)
 
 
