@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..scheduler.params import SamplingParams, shown
+from .config_error import ConfigError
+from .weight_format import WeightFormat, read_weight_format
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
 TOKEN_PIXELS = 28 * 28  # pixels behind one image token of the real models
-
-
-class ConfigError(ValueError):
-    """A setting or a checkpoint that cannot be served; the text names it and the way out."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class ModelConfig:
     image_token_id: int
     video_token_id: int
     vision: VisionConfig
+    weight_format: WeightFormat | None = None  # of a quantised checkpoint's decoder
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
@@ -108,6 +107,14 @@ class ModelConfig:
         sizes = (self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.vocab_size)
         if min(*sizes, self.vision.depth, self.vision.embed_dim) < 1:
             raise ConfigError("config.json: a size is less than 1")
+        inputs = (self.hidden_size, heads * self.head_dim, self.intermediate_size)
+        if self.weight_format and self.weight_format.group_size:
+            group, outputs = self.weight_format.group_size, (self.head_dim, self.intermediate_size)
+            if any(size % group for size in inputs) or any(size % 8 for size in outputs):
+                raise ConfigError(
+                    f"group_size={group}: must divide the inputs of every layer, {inputs}; and 8 "
+                    f"its outputs, head_dim and intermediate_size {outputs}"
+                )
         for token in self.vision_token_ids:
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(f"token id {token}: outside the vocabulary of {self.vocab_size}")
@@ -132,6 +139,7 @@ class ModelConfig:
         if kind not in ("default", "mrope"):
             raise ConfigError(f"rope type {kind!r}: only plain M-RoPE is served")
         tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        stored = text.get("quantization_config") or text.get("compression_config")
         return cls(
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
@@ -152,6 +160,7 @@ class ModelConfig:
             image_token_id=raw.get("image_token_id", text.get("image_token_id", 151655)),
             video_token_id=raw.get("video_token_id", text.get("video_token_id", 151656)),
             vision=_vision_config(raw["vision_config"], text["hidden_size"]),
+            weight_format=read_weight_format(stored, text["num_hidden_layers"]),
         )
 
 

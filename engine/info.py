@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class CheckpointInfo:
 
     model: str
     checkpoint_dtype: str
+    weight_format: str  # of a quantised checkpoint's decoder; "" where it is dense
     hidden_size: int
     layers: int
     attention_heads: int
@@ -57,7 +58,8 @@ class CheckpointInfo:
         return "\n".join(
             [
                 f"{self.model}: Qwen2-VL, {self.parameters / 1e6:,.1f} M parameters "
-                f"({self.vision_parameters / 1e6:,.1f} M of them vision), {self.checkpoint_dtype}",
+                f"({self.vision_parameters / 1e6:,.1f} M of them vision), "
+                + ", ".join(filter(None, (self.checkpoint_dtype, self.weight_format))),
                 f"  decoder    {self.layers} layers of {self.hidden_size}, "
                 f"{self.attention_heads} heads of {self.head_dim} over {self.kv_heads} KV heads, "
                 f"vocabulary {self.vocab_size:,}",
@@ -82,8 +84,10 @@ def checkpoint_info(model: str | None, hub: str, dtype: str, size: int) -> Check
     check_tensor_parallel_size(config, size)
     device = resolve_device("auto", 0)
     kind = resolve_dtype(dtype, device, config.dtype)
-    shard = Qwen2VL(config, TensorParallel(0, size), kind)
-    whole = Qwen2VL(config, TensorParallel(), kind) if size > 1 else shard
+    dense = replace(config, weight_format=None)  # what a CPU holds, and what parameters count as
+    held = dense if device.type == "cpu" else config
+    shard = Qwen2VL(held, TensorParallel(0, size), kind)
+    whole = Qwen2VL(dense, TensorParallel(), kind)
     weights = sum(p.nbytes for p in shard.parameters())
     free, _ = device_memory(device)
     room = max(0, free - weights)
@@ -95,6 +99,7 @@ def checkpoint_info(model: str | None, hub: str, dtype: str, size: int) -> Check
     return CheckpointInfo(
         model=model or _embedded_name(folder),
         checkpoint_dtype=config.dtype,
+        weight_format=config.weight_format.label if config.weight_format else "",
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         attention_heads=config.num_attention_heads,

@@ -20,6 +20,8 @@ FILES = sorted(
 # From bottom to top; a room imports from rooms before it, and from itself.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
+    ("engine.config_error",),
+    ("engine.weight_format",),
     ("engine.config", "engine.failpoint"),
     ("engine.hub", "engine.progress", "engine.cli_options"),
     ("engine.model",),

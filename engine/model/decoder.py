@@ -34,7 +34,7 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = QKVParallelLinear(config, parallel)
         width = config.num_attention_heads * config.head_dim
-        self.o_proj = RowParallelLinear(width, config.hidden_size, parallel)
+        self.o_proj = RowParallelLinear(width, config.hidden_size, parallel, config.weight_format)
         self.scale = config.head_dim**-0.5
 
     def forward(
@@ -58,8 +58,9 @@ class MLP(nn.Module):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         names = ("gate_proj", "up_proj")
-        self.gate_up = MergedColumnParallelLinear(hidden, inner, names, parallel)
-        self.down = RowParallelLinear(inner, hidden, parallel)
+        stored = config.weight_format
+        self.gate_up = MergedColumnParallelLinear(hidden, inner, names, parallel, stored)
+        self.down = RowParallelLinear(inner, hidden, parallel, stored)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down.reduce(by_rows(self._products, x))

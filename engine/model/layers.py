@@ -10,7 +10,9 @@ from torch import nn
 
 from ...kernels.norm import add_rms_norm, rms_norm
 from ..config import ModelConfig
+from ..weight_format import WeightFormat
 from .parallel import TensorParallel, kv_heads_of_rank
+from .quantized import make_weight
 from .weights import ALL, DenseWeight, WeightLoader, empty
 
 
@@ -84,10 +86,12 @@ class ColumnPart:
 class ColumnParallelLinear(nn.Module):
     """Output columns dealt out over the ranks; the rows of its parts lie one after another."""
 
-    def __init__(self, in_size: int, parts: tuple[ColumnPart, ...], bias: bool) -> None:
+    def __init__(
+        self, in_size: int, parts: tuple[ColumnPart, ...], bias: bool, stored: WeightFormat | None
+    ) -> None:
         super().__init__()
         self.in_size, self.parts = in_size, parts
-        self.weight = DenseWeight(sum(part.size for part in parts), in_size, bias)
+        self.weight = make_weight(stored, sum(part.size for part in parts), in_size, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight(x)
@@ -117,7 +121,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             ColumnPart("k_proj", kv_total, kv_rows),
             ColumnPart("v_proj", kv_total, kv_rows),
         )
-        super().__init__(config.hidden_size, parts, bias=True)
+        super().__init__(config.hidden_size, parts, bias=True, stored=config.weight_format)
         self.head_dim = head_dim
         self.sizes = (parts[0].size, parts[1].size, parts[2].size)
 
@@ -131,21 +135,28 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     """Layers of the same input and output size in one product, such as gate and up."""
 
     def __init__(
-        self, in_size: int, out_size: int, names: tuple[str, ...], parallel: TensorParallel
+        self,
+        in_size: int,
+        out_size: int,
+        names: tuple[str, ...],
+        parallel: TensorParallel,
+        stored: WeightFormat | None,
     ) -> None:
         rows = parallel.shard(out_size)
         parts = tuple(ColumnPart(name, out_size, (rows,)) for name in names)
-        super().__init__(in_size, parts, bias=False)
+        super().__init__(in_size, parts, bias=False, stored=stored)
 
 
 class RowParallelLinear(nn.Module):
     """Input columns dealt out over the ranks; the products are summed over them."""
 
-    def __init__(self, in_size: int, out_size: int, parallel: TensorParallel) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, parallel: TensorParallel, stored: WeightFormat | None
+    ) -> None:
         super().__init__()
         self.shape = (out_size, in_size)
         self.columns = parallel.shard(in_size)
-        self.weight = DenseWeight(out_size, self.columns.stop - self.columns.start)
+        self.weight = make_weight(stored, out_size, self.columns.stop - self.columns.start)
         self.parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

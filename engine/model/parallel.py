@@ -75,22 +75,35 @@ def connect(rank: int, size: int, rendezvous: str, device: torch.device) -> Tens
 
 def valid_tensor_parallel_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Rank counts that can serve the checkpoint: 1, 2 and 4 for the 2B and the 7B, for the 72B also
-    8. They share the attention heads evenly, and KV heads evenly or as copies."""
+    8. They share the attention heads evenly, and KV heads evenly or as copies; weights of four bits
+    are cut between groups of inputs and between words of eight outputs, which may exclude some."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return tuple(
         size
         for size in (1, 2, 4, 8)
-        if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+        if heads % size == 0
+        and (kv_heads % size == 0 or size % kv_heads == 0)
+        and _between_groups(config, size)
     )
 
 
+def _between_groups(config: ModelConfig, size: int) -> bool:
+    """Whether `size` ranks can share weights of four bits without cutting a group or a word."""
+    group = config.weight_format.group_size if config.weight_format else 0
+    cut = (config.num_attention_heads * config.head_dim, config.intermediate_size)  # o, down
+    words = config.intermediate_size % (8 * size) == 0  # gate, up; heads are whole words
+    return not group or (words and all(inputs % (group * size) == 0 for inputs in cut))
+
+
 def check_tensor_parallel_size(config: ModelConfig, size: int) -> None:
-    """Raises ConfigError where `size` ranks cannot share the attention heads evenly."""
+    """Raises ConfigError where `size` ranks cannot share the attention heads evenly, or would cut
+    through a group of a quantised weight."""
     valid = valid_tensor_parallel_sizes(config)
     if size not in valid:
+        stored = f" in {config.weight_format.label}" if config.weight_format else ""
         raise ConfigError(
             f"tensor_parallel_size={size}: this checkpoint, with {config.num_attention_heads} "
-            f"attention heads, is served by {', '.join(map(str, valid))} ranks"
+            f"attention heads{stored}, is served by {', '.join(map(str, valid))} ranks"
         )
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from ..config import ModelConfig
 from .decoder import Decoder
 from .parallel import TensorParallel, check_tensor_parallel_size
+from .quantized import LinearWeight
 from .vision import VisionTower
-from .weights import DenseWeight, WeightLoader
+from .weights import WeightLoader
 
 
 class Qwen2VL(nn.Module):
@@ -44,4 +45,4 @@ class Qwen2VL(nn.Module):
         """As they are held now, each once; a head that is packed apart from the embedding's rows
         counts beside them."""
         kept = sum(param.nbytes for param in self.parameters())
-        return kept + sum(m.packed_bytes for m in self.modules() if isinstance(m, DenseWeight))
+        return kept + sum(m.packed_bytes for m in self.modules() if isinstance(m, LinearWeight))

@@ -30,9 +30,10 @@ class WeightLoader:
     attribute: str  # the owner's parameter
     rows: slice = field(default_factory=lambda: ALL)  # of the parameter
     source: tuple[slice, ...] = (ALL,)  # of the checkpoint's tensor
+    columns: slice = field(default_factory=lambda: ALL)  # of the parameter, if it has any
 
     def load(self, part: torch.Tensor, device: torch.device) -> None:
-        """Copies `part`, which is `source` of the tensor, to its rows; makes the parameter first.
+        """Copies `part`, which is `source` of the tensor, to its place; makes the parameter first.
 
         On a CPU a large part that is the whole parameter, of its dtype, is taken as it is: a view
         of the mapped file, which costs no memory of its own.
@@ -45,7 +46,10 @@ class WeightLoader:
                 return
             param = self._assign(torch.empty_like(param, device=device))
         target = param.data[self.rows]
-        target.copy_(part.reshape(target.shape))
+        if self.columns != ALL:
+            target = target[:, self.columns]
+        # One number may fill many rows: the scale of a layer that is merged with others.
+        target.copy_(part if part.numel() == 1 else part.reshape(target.shape))
 
     def _can_map(self, part: torch.Tensor, param: torch.Tensor, device: torch.device) -> bool:
         same = device.type == "cpu" and part.dtype == param.dtype

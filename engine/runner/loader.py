@@ -6,7 +6,7 @@ Nothing but safetensors is read: other formats hold code (pickle).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ...kernels.fp8_linear import check_fp8
+from ...kernels.int4_layout import GROUPS, in_order
 from ..config import ConfigError, ModelConfig, read_json
 from ..model.layers import VocabParallelEmbedding
+from ..model.quantized import LinearWeight
 from ..model.qwen2_vl import Qwen2VL
-from ..model.weights import DenseWeight, WeightLoader
+from ..model.weights import WeightLoader
 
 INDEX = "model.safetensors.index.json"
-SERVED_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes of an element
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}  # safetensors' names
+FLOATS = ("BF16", "F16", "F32")  # are converted; others are served where a weight is just of those
+EXACT = {torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_NAMED = 5  # of missing or extra tensors, in one error
 
@@ -39,7 +44,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * SERVED_DTYPES.get(self.dtype, 0)
+        return torch.Size(self.shape).numel() * DTYPE_BYTES.get(self.dtype, 0)
 
 
 def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> torch.dtype:
@@ -60,6 +65,25 @@ def resolve_quantization(name: str, device: torch.device) -> str | None:
     if name and device.type != "cpu":
         raise ConfigError(f"quantization={name!r}: is for CPUs; leave it out on {device.type}")
     return name or None
+
+
+def check_weight_format(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError where a GPU has no product for the checkpoint's quantised weights. A CPU
+    makes dense ones of them."""
+    stored = config.weight_format
+    if stored is None or device.type == "cpu":
+        return
+    if stored.bits == 8:
+        try:
+            check_fp8(device)
+        except ValueError as error:
+            raise ConfigError(f"{stored.label}: {error}") from None
+    elif dtype == torch.float32:
+        raise ConfigError("dtype=float32: four-bit weights are served in bfloat16 or float16")
+    elif stored.group_size not in GROUPS and stored.group_size % max(GROUPS):
+        raise ConfigError(
+            f"group_size={stored.group_size}: on a GPU 64 and multiples of 128 are served"
+        )
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -119,13 +143,13 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def check_tensors(
-    wanted: dict[str, tuple[int, ...]], found: dict[str, StoredTensor], config: ModelConfig
+    wanted: dict[str, WeightLoader], found: dict[str, StoredTensor], config: ModelConfig
 ) -> None:
     """Raises ConfigError naming what is missing, extra, misshapen, or of a dtype not served.
 
     A tied head that is stored all the same is fine, and so are the rotary tables of old writers.
     """
-    missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+    missing = [f"{n} {list(part.shape)}" for n, part in wanted.items() if n not in found]
     if missing:
         raise ConfigError(f"the checkpoint lacks {_some(missing)}")
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -138,18 +162,49 @@ def check_tensors(
         raise ConfigError(
             f"the checkpoint holds what its config.json has no place for: {_some(extra)}"
         )
-    for name, shape in wanted.items():
+    for name, part in wanted.items():
         tensor = found[name]
-        if tensor.shape != shape:
+        if tensor.shape != part.shape and (tensor.shape, part.shape) != ((1,), ()):
             raise ConfigError(
                 f"{tensor.stored_name} in {tensor.file}: shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(shape)}"
+                f"but config.json asks for {list(part.shape)}"
             )
-        if tensor.dtype not in SERVED_DTYPES:
+        exact = EXACT.get(getattr(part.owner, part.attribute).dtype)
+        served = FLOATS if exact is None else (exact,)
+        if tensor.dtype not in served:
             raise ConfigError(
                 f"{tensor.stored_name} in {tensor.file}: dtype {tensor.dtype}; "
-                f"served are {', '.join(SERVED_DTYPES)}"
+                f"served are {', '.join(served)}"
             )
+
+
+def drop_gptq_extras(
+    wanted: Collection[str], found: dict[str, StoredTensor], config: ModelConfig
+) -> None:
+    """Takes out what GPTQ's packers add to a layer and no product needs, once it is read and seen
+    to be so: a `g_idx` in order, and a bias of zeros. Raises ConfigError where it is not."""
+    stored = config.weight_format
+    if stored is None or stored.method != "gptq":
+        return
+    for name in [name for name in wanted if name.endswith(".qweight")]:
+        layer = name.removesuffix(".qweight")
+        g_idx, bias = found.pop(f"{layer}.g_idx", None), f"{layer}.bias"
+        if g_idx is None and stored.reordered:
+            raise ConfigError(f"the checkpoint lacks {layer}.g_idx, and desc_act is true")
+        if g_idx is not None and not in_order(_read(g_idx), stored.group_size):
+            raise ConfigError(
+                f"{g_idx.stored_name} in {g_idx.file}: its inputs are not in their groups' order; "
+                "GPTQ is served with desc_act=false alone"
+            )
+        if bias not in wanted and bias in found:
+            if _read(found[bias]).any():
+                continue  # and `check_tensors` names it as one with no place
+            del found[bias]
+
+
+def _read(tensor: StoredTensor) -> torch.Tensor:
+    with safe_open(tensor.file, framework="pt") as opened:
+        return opened.get_tensor(tensor.stored_name)
 
 
 def _some(names: list[str]) -> str:
@@ -176,7 +231,8 @@ def load_weights(
     for loader in model.weight_loaders():
         loaders.setdefault(loader.name, []).append(loader)
     found = stored_tensors(folder)
-    check_tensors({name: each[0].shape for name, each in loaders.items()}, found, config)
+    drop_gptq_extras(loaders, found, config)
+    check_tensors({name: each[0] for name, each in loaders.items()}, found, config)
     total = sum(found[name].nbytes for name in loaders)
     done = 0
     parts_left = Counter(id(each.owner) for parts in loaders.values() for each in parts)
@@ -199,5 +255,5 @@ def load_weights(
 def _count_part(owner: nn.Module, parts_left: Counter[int], quantization: str | None) -> None:
     """Finishes a module, where it has more to do, when its last part is there."""
     parts_left[id(owner)] -= 1
-    if parts_left[id(owner)] == 0 and isinstance(owner, DenseWeight | VocabParallelEmbedding):
+    if parts_left[id(owner)] == 0 and isinstance(owner, LinearWeight | VocabParallelEmbedding):
         owner.finish(quantization)

@@ -76,13 +76,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
         from ..model.parallel import check_tensor_parallel_size, connect
-        from ..runner.loader import resolve_dtype, resolve_quantization
+        from ..runner.loader import check_weight_format, resolve_dtype, resolve_quantization
         from ..runner.model_runner import ModelRunner
 
         model_dir = Path(request.model)
         config = ModelConfig.from_dir(model_dir)
         check_tensor_parallel_size(config, request.tensor_parallel_size)
         device = resolve_device(request.device, request.rank)
+        dtype = resolve_dtype(request.dtype, device, config.dtype)
+        check_weight_format(config, device, dtype)
         self.epoch, self.rank = request.epoch, request.rank
         failpoint("worker.load", self.rank)
         self.runner = ModelRunner(
@@ -90,7 +92,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             config,
             PreprocessConfig.from_dir(model_dir),
             device,
-            resolve_dtype(request.dtype, device, config.dtype),
+            dtype,
             request.block_size,
             connect(request.rank, request.tensor_parallel_size, request.rendezvous, device),
             resolve_quantization(request.quantization, device),
