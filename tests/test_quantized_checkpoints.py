@@ -21,6 +21,7 @@ from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import TinyDriver, image, text, tiny_request
 from octavo.engine.config import ConfigError, ModelConfig, PreprocessConfig
 from octavo.engine.info import checkpoint_info
+from octavo.engine.model import quantized
 from octavo.engine.model.parallel import TensorParallel, valid_tensor_parallel_sizes
 from octavo.engine.model.quantized import Fp8Weight, Int4Weight
 from octavo.engine.model.qwen2_vl import Qwen2VL
@@ -28,7 +29,8 @@ from octavo.engine.runner import loader
 from octavo.engine.runner.loader import check_weight_format, load_weights
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import Sampler
-from octavo.kernels.int4_layout import PackedInt4
+from octavo.engine.weight_format import WeightFormat
+from octavo.kernels.int4_layout import PackedInt4, unpack_int4
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
@@ -381,3 +383,42 @@ def test_progress_counts_every_byte_of_the_file_once(tmp_path: Path) -> None:
     load_weights(model, folder, config, CPU, lambda done, total: seen.append((done, total)))
     stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     assert seen[-1] == (stored, stored)
+
+
+def test_one_layer_at_a_time_is_held_as_it_was_stored(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path, "awq", vision_layers=1)
+    config = ModelConfig.from_dir(folder)
+    model, most = Qwen2VL(config, TensorParallel(), torch.float32), 0
+
+    def held() -> int:
+        weights = [each for each in model.modules() if isinstance(each, Int4Weight)]
+        assert len(weights) == 8
+        stored = [each._parameters.get("qweight") for each in weights]
+        return sum(each is not None and not each.is_meta for each in stored)
+
+    def watch(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, held())
+
+    load_weights(model, folder, config, CPU, watch)
+    assert most == 1 and held() == 0
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_inputs_are_unpacked_some_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several slabs, the last one not whole: as one dense weight, and in the kernel's layout."""
+    monkeypatch.setattr(quantized, "SLAB", 256)
+    out_size, in_size = 24, 704
+    made, meant = pack_int4("x.weight", torch.randn(out_size, in_size), kind)
+    for finished in (False, True):
+        weight = Int4Weight(WeightFormat(kind, GROUP), out_size, in_size, bias=False)
+        for part in weight.loaders("x", (out_size, in_size)):
+            part.load(made[part.name], CPU)
+        if not finished:
+            packed = weight._packed()
+            assert packed.words.shape == (3, out_size, 32)
+            assert torch.equal(unpack_int4(packed).dequantize(), meant)
+        elif not INTERPRETED:
+            weight.finish(None)
+            x = torch.eye(in_size)
+            torch.testing.assert_close(weight(x), meant.T.contiguous())
