@@ -17,6 +17,7 @@ import torch
 import triton
 from safetensors.torch import load_file, save_file
 
+import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import TinyDriver, image, text, tiny_request
 from octavo.engine.config import ConfigError, ModelConfig, PreprocessConfig
@@ -422,3 +423,18 @@ def test_inputs_are_unpacked_some_at_a_time(kind: str, monkeypatch: pytest.Monke
             weight.finish(None)
             x = torch.eye(in_size)
             torch.testing.assert_close(weight(x), meant.T.contiguous())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the CPU's form")
+def test_two_ranks_answer_as_one_with_a_dense_checkpoint(tmp_path: Path) -> None:
+    quantised, dense = write(tmp_path, "gptq")
+    params = octavo.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    messages = [{"role": "user", "content": "Who are you, and what do you do all day?"}]
+    answers = []
+    for folder, size in ((quantised, 2), (dense, 1)):
+        settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 256}
+        with octavo.LLM(folder, tensor_parallel_size=size, **settings) as llm:
+            answers.append(llm.chat(messages, params)[0].outputs[0].token_ids)
+    assert answers[0] == answers[1] and len(set(answers[0])) > 3
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4: .* served by 1, 2 ranks"):
+        octavo.LLM(quantised, tensor_parallel_size=4)
