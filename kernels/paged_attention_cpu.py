@@ -73,7 +73,8 @@ def paged_attention_cpu(
 ) -> torch.Tensor:
     """`paged_attention` of queries [n, heads, d] on a CPU."""
     group = q.shape[1] // k_cache.shape[1]
-    if native.serves_heads(q) and q.dtype == k_cache.dtype and group <= native.TILE_ROWS:
+    fits = native.serves_heads(q) and q.dtype == k_cache.dtype and group <= native.TILE_ROWS
+    if fits and not (batch.chunk_rows and native.has_amx()):
         return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
     return _gathered(q, k_cache, v_cache, batch, scale)
 

@@ -33,7 +33,7 @@ class PanelWeight:
 def serves_panels(weight: torch.Tensor) -> bool:
     """Whether panels are the fastest form of `weight` [out, in] on this machine."""
     fits = weight.dim() == 2 and weight.shape[1] % 4 == 0
-    return fits and native.serves(weight) and not torch.cpu._is_amx_tile_supported()
+    return fits and native.serves(weight) and not native.has_amx()
 
 
 def pack_panels(weight: torch.Tensor) -> PanelWeight:

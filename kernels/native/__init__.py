@@ -57,6 +57,11 @@ def serves(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and library() is not None
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles: torch's products are then the faster ones."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def serves_heads(x: torch.Tensor) -> bool:
     """The same for attention over heads x [..., d]."""
     return serves(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= MOST_HEAD_DIM
