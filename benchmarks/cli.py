@@ -8,30 +8,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from octavo.engine.cli_errors import user_errors
-from octavo.engine.cli_options import Dtype, Hub, Model, Quantization
 
+from .cli_roofline import roofline
 from .options import (
-    IMAGE,
     EngineOptions,
-    JsonFile,
     OutputOptions,
     WorkloadOptions,
     at_least_one,
     counts,
     rates,
-    size,
     with_options,
 )
 
-if TYPE_CHECKING:
-    from .roofline import RooflineWorkload
-
 bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
+bench_app.command()(roofline)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -236,59 +231,6 @@ def _title(workload: WorkloadOptions, engine: EngineOptions) -> str:
     parts += [f"{workload.turns} turns"] if workload.turns > 1 else []
     how = f", {engine.quantization}" if engine.quantization else ""
     return f"{_model(engine)}{how}: " + ", ".join(parts)
-
-
-@bench_app.command()
-def roofline(
-    model: Model = None,
-    hub: Hub = "huggingface",
-    batch: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 16,
-    input_len: Annotated[int, typer.Option(min=1, help="Text tokens of each prompt.")] = 128,
-    context: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Tokens that each request's cache holds already, random ones: for attention over "
-            "long contexts without the time to prefill them.",
-        ),
-    ] = 0,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar=IMAGE, help="A random image in each prompt; its sides are multiples of 28."
-        ),
-    ] = None,
-    quantization: Quantization = None,
-    dtype: Dtype = "auto",
-    json_file: JsonFile = None,
-) -> None:
-    """Time each stage of a run on this CPU against its limit: bytes at the read bandwidth,
-    operations at the matrix peak, both measured first. Takes about 3 GB beside the model."""
-    from . import roofline as bench
-    from .report import publish
-    from .roofline_report import tables
-
-    with user_errors():
-        image = size(image_size, "image-size", IMAGE, "448x448") if image_size else None
-        workload = bench.RooflineWorkload(
-            batch, input_len, context, (image[0], image[1]) if image else None
-        )
-        found = bench.run_model(model, hub, workload, dtype, quantization)
-        settings = {"model": model, "dtype": dtype, "quantization": quantization}
-        publish(
-            tables(found, _roofline_title(model, quantization, workload)),
-            found.as_dict(),
-            settings | asdict(workload),
-            json_file,
-        )
-
-
-def _roofline_title(model: str | None, quantization: str | None, work: RooflineWorkload) -> str:
-    parts = [f"{work.batch} requests", f"{work.input_len} tokens in"]
-    parts += [f"{work.context} before them"] if work.context else []
-    parts += ["image {}x{}".format(*work.image_size)] if work.image_size else []
-    how = f", {quantization}" if quantization else ""
-    return f"{model or 'the embedded model'}{how}: {', '.join(parts)}"
 
 
 @bench_app.command()

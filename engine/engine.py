@@ -20,7 +20,8 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
-from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig, generation_defaults
+from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig
+from .generation_config import generation_defaults
 from .hub import resolve_model
 from .input.processor import InputProcessor, ProcessedInput, Prompt
 from .live import LiveRequest

@@ -117,21 +117,30 @@ def mrope_write_kv(
     q [n, heads, d], k and v [n, kv_heads, d], whose rows may lie apart (views of one product);
     cos and sin float32 [n, d / 2]; slot_mapping int64 [n]. Returns the turned queries.
     """
-    if native.serves(q) and q.dtype == k_cache.dtype:
-        return _native_mrope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
-    if not uses_triton(q):
+    compiled = native.serves(q) and q.dtype == k_cache.dtype
+    if not compiled and not uses_triton(q):
         return mrope_write_kv_ref(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     n, num_heads, head_dim = q.shape
     for part in (q, k, v):
         assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
     num_kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty((n, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    if compiled:
+        assert k.stride() == v.stride(), "keys and values must lie alike"
+        sizes = (n, num_heads, num_kv_heads, head_dim, block_size)
+        native.call(
+            "octavo_mrope_write_kv",
+            *(q, q.stride(0), k, v, k.stride(0), cos, sin, slot_mapping, out, k_cache, v_cache),
+            *sizes,
+        )
+        return out
     _mrope_write_kv_kernel[(n, num_kv_heads)](
         q,
         k,
         v,
-        cos.contiguous(),
-        sin.contiguous(),
+        cos,
+        sin,
         slot_mapping,
         out,
         k_cache,
@@ -140,30 +149,6 @@ def mrope_write_kv(
         k.stride(0),
         v.stride(0),
         **settings(num_heads, num_kv_heads, head_dim, block_size),
-    )
-    return out
-
-
-def _native_mrope_write_kv(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    n, num_heads, head_dim = q.shape
-    for part in (q, k, v):
-        assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
-    assert k.stride() == v.stride()
-    out = torch.empty((n, num_heads, head_dim), dtype=q.dtype)
-    cos, sin, slots = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
-    sizes = (n, num_heads, k.shape[1], head_dim, k_cache.shape[2])
-    native.call(
-        "octavo_mrope_write_kv",
-        *(q, q.stride(0), k, v, k.stride(0), cos, sin, slots, out, k_cache, v_cache, *sizes),
     )
     return out
 

@@ -23,6 +23,7 @@ LAYERS = [
     ("engine.config_error",),
     ("engine.weight_format",),
     ("engine.config", "engine.failpoint"),
+    ("engine.generation_config",),
     ("engine.hub", "engine.progress", "engine.cli_options"),
     ("engine.model",),
     ("engine.runner",),

@@ -5,10 +5,8 @@ operators of a decoder layer. Each bound is a little over what was counted when 
 import ctypes
 import gc
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +15,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.benchmarks.scheduler_latency import filled, step
 from octavo.benchmarks.step_overhead import sleeping
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import TinyDriver, text, tiny_request
@@ -29,7 +26,6 @@ from octavo.engine.runner.loader import stored_tensors
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.kernels import native
 from octavo.scheduler.params import SamplingParams
-from octavo.scheduler.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 FORMS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
@@ -43,40 +39,6 @@ def make_runner(folder: Path, dtype: str, quantization: str | None = None) -> Mo
 
 
 # The engine's cost of a step
-
-
-def decoding(num_requests: int) -> Scheduler:
-    scheduler = filled(num_requests, 32)
-    while step(scheduler)[0].num_tokens != num_requests:
-        pass
-    return scheduler
-
-
-def python_calls(work: Callable[[], Any]) -> int:
-    count = 0
-
-    def profile(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-def sixteen_steps(scheduler: Scheduler) -> None:
-    """Each request seals a block and gets another."""
-    for _ in range(16):
-        step(scheduler)
-
-
-def test_scheduler_calls_a_request() -> None:
-    some, more = (python_calls(partial(sixteen_steps, decoding(n))) for n in (64, 128))
-    assert some / 16 / 64 < 10
-    assert more < 2.05 * some  # no worse than in proportion
 
 
 @contextmanager

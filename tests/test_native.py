@@ -5,6 +5,7 @@ That they compute the right numbers is `test_kernels.py`'s, on the CPU path in b
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_parts_of_a_long_row_join(context: int) -> None:
     torch.manual_seed(context)
     blocks = -(-context // 16)
     kv = caches(blocks, 2, 16)
-    batch = AttentionBatch.from_lists([1], [context], [np.random.permutation(blocks)], 16, CPU)
+    batch = AttentionBatch.from_lists([1], [context], np.random.permutation(blocks)[None], 16, CPU)
     for size in (1, 20):  # large scores: the parts' sums differ by far
         q = (torch.randn(1, 12, 128) * size).bfloat16()
         found = paged_attention(q, *kv, batch, 128**-0.5)
@@ -124,6 +125,23 @@ def test_turns_and_gelu_in_place(dtype: torch.dtype) -> None:
         x = torch.randn(size).to(dtype) * 4
         expected = quick_gelu_ref(x)
         torch.testing.assert_close(quick_gelu(x), expected, rtol=0.01, atol=1e-4)
+
+
+def test_a_library_older_than_its_sources_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a `git pull`: the sources, and so the arguments, may be others."""
+    library = tmp_path / f"_kernels{native.EXTENSION_SUFFIXES[0]}"
+    library.touch()
+    (tmp_path / "rows.c").touch()
+    os.utime(library, (1, 1))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "pip install -e ." in caplog.text
+    finally:
+        native.library.cache_clear()
 
 
 def test_a_missing_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

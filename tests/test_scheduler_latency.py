@@ -12,22 +12,22 @@ from octavo.scheduler.scheduler import Scheduler
 NUM_REQUESTS = 24
 
 
-def decoding(prompt_len: int) -> Scheduler:
-    scheduler = filled(NUM_REQUESTS, prompt_len)
-    while step(scheduler)[0].num_tokens != NUM_REQUESTS:
+def decoding(prompt_len: int, num_requests: int = NUM_REQUESTS) -> Scheduler:
+    scheduler = filled(num_requests, prompt_len)
+    while step(scheduler)[0].num_tokens != num_requests:
         pass
     for _ in range(16 - prompt_len % 16 + 16):  # to the same place in a block
         step(scheduler)
     return scheduler
 
 
-def calls_of(work: Callable[[], Any]) -> int:
-    """Function calls, Python's and C's."""
+def calls_of(work: Callable[[], Any], kinds: tuple[str, ...] = ("call", "c_call")) -> int:
+    """Function calls: "call" are Python's, "c_call" C's."""
     count = 0
 
     def profile(frame: object, event: str, argument: object) -> None:
         nonlocal count
-        count += event in ("call", "c_call")
+        count += event in kinds
 
     sys.setprofile(profile)
     try:
@@ -38,6 +38,7 @@ def calls_of(work: Callable[[], Any]) -> int:
 
 
 def sixteen_steps(scheduler: Scheduler) -> None:
+    """Each request seals a block and gets another."""
     for _ in range(16):
         step(scheduler)
 
@@ -46,6 +47,14 @@ def test_a_step_calls_as_much_after_a_long_prompt_as_after_a_short_one() -> None
     short, long = (calls_of(partial(sixteen_steps, decoding(n))) for n in (32, 16384))
     assert abs(short - long) < 0.01 * short  # Python's own housekeeping calls now and then
     assert short / 16 / NUM_REQUESTS < 30  # calls of a row, sealing its blocks included
+
+
+def test_calls_a_request_at_many_requests() -> None:
+    some, more = (
+        calls_of(partial(sixteen_steps, decoding(32, count)), ("call",)) for count in (64, 128)
+    )
+    assert some / 16 / 64 < 10
+    assert more < 2.05 * some  # no worse than in proportion
 
 
 def test_a_step_copies_as_little_after_a_long_prompt_as_after_a_short_one() -> None:

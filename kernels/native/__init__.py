@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger("octavo.kernels")
 
 MOST_HEAD_DIM = 128  # this and the next as in attention.c
 TILE_ROWS = 96
@@ -32,6 +35,9 @@ def library() -> ctypes.CDLL | None:
     openmp = _loaded_openmp()
     if not found or openmp is None:
         return None
+    if any(source.stat().st_mtime > found[0].stat().st_mtime for source in here.glob("*.[ch]")):
+        log.warning("the CPU kernels are older than their sources: run `pip install -e .` again")
+        return None  # their arguments may be others
     try:
         ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)
         loaded = ctypes.CDLL(str(found[0]))
