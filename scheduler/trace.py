@@ -102,6 +102,7 @@ class TraceWriter:
         """The oldest step that is not done ran until `ran`; and how long taking it in took."""
         record, _ = self._planned.popleft()
         began = max(record["time"], self._free_at)
+        ran = max(ran, began)  # the answers of two steps may be seen in either order
         self._began, self._free_at = min(self._began, began), ran
         record["time"] = round(began - self._began, 6)
         record["run_ms"], record["update_ms"] = _ms(ran - began), _ms(update_seconds)

@@ -179,7 +179,9 @@ def test_a_real_run(real: tuple[Path, Any]) -> None:
     assert ended[stopped.request_id] == "stop" and ended["late"] == ended["last"] == "error"
     assert sorted(ended.values()) == ["abort", "error", "error", *["length"] * 4, "stop"]
     times = [step["time"] for step in trace.steps]
-    assert times == sorted(times) and all(step["run_ms"] > 0 for step in trace.steps[:-1])
+    run = [step["run_ms"] for step in trace.steps[:-1]]
+    assert times == sorted(times) and min(run) >= 0
+    assert sorted(run)[len(run) // 4] > 0  # 0 where the answers of two steps were seen at once
     assert trace.steps[-1]["rows"] == []  # the last end, which no step followed
 
 
