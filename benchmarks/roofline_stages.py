@@ -25,6 +25,7 @@ from octavo.engine.model.weights import DenseWeight
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import Sampler
 from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.decoder_layers import PanelLayers
 
 VISION, PREFILL, DECODE, HEAD, SAMPLING = "vision", "prefill", "decode", "head", "sampling"
 LINEARS, ATTENTION = "linears", "attention"
@@ -104,6 +105,7 @@ class StageClock:
                 (ModelRunner, "step", self._step),
                 (VisionTower, "forward", self._tower),
                 (DenseWeight, "forward", self._linear),
+                (PanelLayers, "__call__", self._layers),
                 (decoder, "paged_attention", self._paged),
                 (vision, "vision_attention", self._vision),
                 (Sampler, "sample", self._sample),
@@ -158,6 +160,25 @@ class StageClock:
             sizes = (x.shape[0], x.shape[1], out.shape[1], x.itemsize)
             self._count(stage, linear_work(*sizes, weight_bytes))
             return out
+
+        return timed
+
+    def _layers(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(
+            layers: PanelLayers, hidden: torch.Tensor, rotary: Any, batch: AttentionBatch
+        ) -> Any:
+            seconds = torch.zeros(2, dtype=torch.float64)
+            result = call(layers, hidden, rotary, batch, seconds)
+            for name, spent in zip((LINEARS, ATTENTION), seconds.tolist(), strict=True):
+                self.seconds[self.phase, f"{self.phase} {name}"] += spent
+            for weight in layers.weights:
+                sizes = (len(hidden), weight.in_size, weight.out_size, hidden.itemsize)
+                self._count(f"{self.phase} {LINEARS}", linear_work(*sizes, weight.nbytes))
+            shape = (layers.heads, layers.kv_heads, layers.head_dim, hidden.itemsize)
+            work = paged_work(batch.num_scheduled_tokens, batch.host_context_lens, *shape)
+            for _ in layers.layers:
+                self._count(f"{self.phase} {ATTENTION}", work)
+            return result
 
         return timed
 

@@ -31,7 +31,7 @@ class Tiles:
 
 
 @functools.lru_cache(maxsize=1)
-def _tiles(batch: AttentionBatch, group: int, kv_heads: int) -> Tiles:
+def plan_tiles(batch: AttentionBatch, group: int, kv_heads: int) -> Tiles:
     """Chunks in tiles of tokens and one KV head; rows of one token in parts with all heads, whose
     keys lie side by side. The longest come first, so that threads end together."""
     tiles: list[tuple[int, ...]] = []
@@ -64,6 +64,11 @@ def _tiles(batch: AttentionBatch, group: int, kv_heads: int) -> Tiles:
     )
 
 
+def reads_in_place(k_cache: torch.Tensor, group: int) -> bool:
+    """Whether the compiled kernel serves such a cache, whose KV heads have `group` queries each."""
+    return native.serves_heads(k_cache) and group <= native.TILE_ROWS
+
+
 def paged_attention_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -72,9 +77,8 @@ def paged_attention_cpu(
     scale: float,
 ) -> torch.Tensor:
     """`paged_attention` of queries [n, heads, d] on a CPU."""
-    group = q.shape[1] // k_cache.shape[1]
-    fits = native.serves_heads(q) and q.dtype == k_cache.dtype and group <= native.TILE_ROWS
-    if fits and not (batch.chunk_rows and native.has_amx()):
+    in_place = q.dtype == k_cache.dtype and reads_in_place(k_cache, q.shape[1] // k_cache.shape[1])
+    if in_place and not (batch.chunk_rows and native.has_amx()):
         return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
     return _gathered(q, k_cache, v_cache, batch, scale)
 
@@ -88,7 +92,7 @@ def _in_place(
 ) -> torch.Tensor:
     heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_cache.shape[1:3]
-    plan = _tiles(batch, heads // kv_heads, kv_heads)
+    plan = plan_tiles(batch, heads // kv_heads, kv_heads)
     out = torch.empty_like(q)
     partial = torch.empty(plan.num_parts, heads, head_dim)
     lse = torch.empty(plan.num_parts, heads)

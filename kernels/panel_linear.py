@@ -25,6 +25,10 @@ class PanelWeight:
     zero: torch.Tensor | None = None  # int32 [out]: ZERO × the sum of each row
 
     @property
+    def in_size(self) -> int:
+        return self.panels.shape[1] * (2 if self.scale is None else 4)
+
+    @property
     def nbytes(self) -> int:
         held = (self.panels, self.scale, self.zero)
         return sum(each.nbytes for each in held if each is not None)

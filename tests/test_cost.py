@@ -25,6 +25,8 @@ from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.loader import stored_tensors
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.kernels import native
+from octavo.kernels.decoder_layers import PanelLayers
+from octavo.kernels.panel_linear import serves_panels
 from octavo.scheduler.params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -135,19 +137,20 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "operators", "kernels"),
+    ("dtype", "operators", "kernels"),
     [
-        ("float32", None, 145, 0),
+        ("float32", 145, 0),
         pytest.param(
-            "bfloat16", None, 22, 9,
+            "bfloat16", 22, 9,
             marks=pytest.mark.skipif(native.library() is None, reason="no compiled kernels"),
         ),
     ],
 )  # fmt: skip
 def test_operators_of_a_layer_that_decodes(
-    dtype: str, quantization: str | None, operators: int, kernels: int
+    dtype: str, operators: int, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = make_runner(EMBEDDED_MODEL, dtype, quantization)
+    monkeypatch.setattr(PanelLayers, "serves", lambda hidden: False)  # which has none: next test
+    runner = make_runner(EMBEDDED_MODEL, dtype)
     runner.load()
     runner.allocate(16)
     driver, counter = TinyDriver(runner, 16), Counter()
@@ -175,3 +178,18 @@ def test_operators_of_a_layer_that_decodes(
     layers = runner.config.num_hidden_layers
     assert 0 < counter.operators / layers <= operators
     assert counter.kernels / layers <= kernels
+
+
+@pytest.mark.skipif(not serves_panels(torch.ones(4, 4).bfloat16()), reason="no panels here")
+def test_a_step_that_decodes_is_three_kernels() -> None:
+    """All layers, the last norm, the head."""
+    runner = make_runner(EMBEDDED_MODEL, "bfloat16")
+    runner.load()
+    runner.allocate(16)
+    driver = TinyDriver(runner, 16)
+    requests = [tiny_request(runner.config, [text(seed, 20)]) for seed in range(4)]
+    driver.step(requests, [20] * 4)
+    with mock.patch.object(native, "call", side_effect=native.call) as call:
+        driver.step(requests, [1] * 4)
+    names = [each.args[0] for each in call.call_args_list]
+    assert names == ["octavo_decoder_layers", "octavo_rms_norm", "octavo_linear"]

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from ...kernels.activation import swiglu
+from ...kernels.decoder_layers import PanelLayer, PanelLayers
 from ...kernels.linear import by_rows
 from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
 from ...kernels.paged_attention import AttentionBatch, paged_attention
+from ...kernels.paged_attention_cpu import reads_in_place
+from ...kernels.panel_linear import PanelWeight
 from ..config import ModelConfig
 from .layers import (
     MergedColumnParallelLinear,
@@ -98,6 +101,18 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_norm.add(x, residual)
         return self.mlp(x), residual
 
+    def panels(self, k_cache: torch.Tensor) -> PanelLayer | None:
+        """The weights for `PanelLayers`, where they are in panels, whole, and the heads fit."""
+        qkv, o_proj = self.attention.qkv, self.attention.o_proj
+        linears = (qkv, o_proj, self.mlp.gate_up, self.mlp.down)
+        held = [layer.weight.weight for layer in linears]
+        panels = [weight for weight in held if isinstance(weight, PanelWeight)]
+        whole = o_proj.parallel.size == 1 and len(panels) == len(held)
+        if not whole or not reads_in_place(k_cache, qkv.sizes[0] // qkv.sizes[1]):
+            return None
+        norms = (self.input_norm.weight, self.post_norm.weight)
+        return PanelLayer(*norms, panels[0], qkv.weight.bias, *panels[1:])
+
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.input_norm.weight_loaders(f"{name}.input_layernorm")
         yield from self.attention.weight_loaders(f"{name}.self_attn")
@@ -116,6 +131,7 @@ class Decoder(nn.Module):
         self.head = ParallelHead(self.embed_tokens, config.tie_word_embeddings)
         self.mrope_section = config.mrope_section
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+        self._panels: tuple[list[LayerCache], PanelLayers | None] | None = None
         self.inv_freq = 1.0 / config.rope_theta ** (exponents / config.head_dim)
 
     def forward(
@@ -132,13 +148,38 @@ class Decoder(nn.Module):
         other ranks, and where s is 0.
         """
         rotary = mrope_cos_sin(positions, self.inv_freq, self.mrope_section)
-        residual = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            hidden, residual = layer(hidden, residual, rotary, cache, batch)
-        if sample_at.numel() == 0 or residual is None:
+        hidden, residual = self._run_layers(hidden, rotary, caches, batch)
+        if sample_at.numel() == 0:
             return None
         normed, _ = self.norm.add(hidden[sample_at], residual[sample_at])
         return self.head(normed)
+
+    def _run_layers(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        caches: list[LayerCache],
+        batch: AttentionBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's output and its residual."""
+        if PanelLayers.serves(hidden) and (together := self._together(caches)) is not None:
+            return together(hidden, rotary, batch)
+        residual = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden, residual = layer(hidden, residual, rotary, cache, batch)
+        assert residual is not None, "a decoder has layers"
+        return hidden, residual
+
+    def _together(self, caches: list[LayerCache]) -> PanelLayers | None:
+        """The layers as one call runs them, where their weights are such."""
+        if self._panels is None or self._panels[0] is not caches:
+            layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+            parts = [layer.panels(k) for layer, (k, _) in zip(layers, caches, strict=True)]
+            fit = [part for part in parts if part is not None]
+            settings = (layers[0].input_norm.eps, layers[0].attention.scale)
+            whole = len(fit) == len(parts)
+            self._panels = (caches, PanelLayers.of(fit, caches, *settings) if whole else None)
+        return self._panels[1]
 
     def weight_loaders(self) -> Iterator[WeightLoader]:
         yield from self.embed_tokens.weight_loaders("model.embed_tokens")

@@ -88,6 +88,7 @@ SIGNATURES = {
     "octavo_quick_gelu": "p" + "l",
     "octavo_rotate": "pl" + "pp" + "lll",
     "octavo_mrope_write_kv": "plppl" + "pppppp" + "lllll",
+    "octavo_decoder_layers": "plp",
 }
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 

@@ -33,9 +33,6 @@ INLINE void store_first(bf16 *p, __mmask16 mask, __m512 x) {
 // What a bfloat16 would keep of x.
 INLINE __m512 rounded(__m512 x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
 
-void octavo_quantize_rows(const bf16 *x, uint8_t *out, float *scale, long n, long size,
-                          int threads);
-
 // 2^x within 2e-6 of itself; 0 far below.
 INLINE __m512 exp2_16(__m512 x) {
   __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "kernels.h"
 #include "transpose.h"
 
 enum { BF16, INT8 };  // of weights and of the rows that they are multiplied with

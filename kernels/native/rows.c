@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "bf16.h"
+#include "kernels.h"
 
 enum { ALONE = 1 << 14 };  // so many numbers are not worth a second thread
 

@@ -1,0 +1,183 @@
+"""All layers of a decoder over few rows in one call: for CPUs, with weights in panels.
+
+It runs the same kernels as the layers do one by one (`engine/model/decoder.py`), with the same
+results to the bit. Between two of them there is then no Python, which took a tenth of a step: its
+code and data have left the processor's cache each time that a weight has gone through.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import native
+from .attention_batch import AttentionBatch
+from .linear import PACKED_ROWS
+from .paged_attention_cpu import LOG2_E, plan_tiles
+from .panel_linear import PanelWeight
+
+Address, Long, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+class _Linear(ctypes.Structure):  # these three as in native/layers.c
+    _fields_ = (
+        *((name, Address) for name in ("panels", "bias", "scale", "zero")),
+        *((name, Long) for name in ("n", "words")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, Address) for name in ("input_norm", "post_norm")),
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Address) for name in ("k_cache", "v_cache")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, Long) for name in ("rows", "size", "heads", "kv_heads", "dim", "block_size")),
+        *((name, Float) for name in ("eps", "scale")),
+        *((name, Address) for name in ("cos", "sin", "slots", "tables", "tiles", "joins")),
+        *((name, Long) for name in ("table_stride", "num_tiles", "num_joins")),
+        ("seconds", Address),
+        *((name, Address) for name in ("residual", "x", "normed", "qkv", "q", "attended")),
+        *((name, Address) for name in ("gate_up", "active")),
+        *((name, Address) for name in ("numbers", "row_scale", "partial", "lse")),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PanelLayer:
+    """A layer's weights; norms bfloat16 [size]."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    qkv: PanelWeight
+    qkv_bias: torch.Tensor | None  # bfloat16 [out]
+    o: PanelWeight
+    gate_up: PanelWeight
+    down: PanelWeight
+
+
+@dataclass(frozen=True, eq=False)
+class PanelLayers:
+    """The layers and their caches, each K and V [num_blocks, kv_heads, block_size, head_dim]."""
+
+    layers: Sequence[PanelLayer]
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    eps: float  # of the norms
+    scale: float  # of scores
+    addresses: ctypes.Array[_Layer]  # of all of these
+
+    @property
+    def weights(self) -> list[PanelWeight]:
+        return [w for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.caches[0][0].shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.caches[0][0].shape[3]
+
+    @property
+    def heads(self) -> int:
+        """Of queries."""
+        return self.layers[0].o.in_size // self.head_dim
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[PanelLayer],
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        eps: float,
+        scale: float,
+    ) -> PanelLayers:
+        pairs = zip(layers, caches, strict=True)
+        addresses = (_Layer * len(layers))(*(_layer(layer, cache) for layer, cache in pairs))
+        return cls(layers, caches, eps, scale, addresses)
+
+    @staticmethod
+    def serves(hidden: torch.Tensor) -> bool:
+        """Whether a step of `hidden` [n, size] is small enough; larger ones gain nothing."""
+        return 0 < len(hidden) <= PACKED_ROWS
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        batch: AttentionBatch,
+        seconds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [n, size] and their cosines and sines float32 [n, d / 2] -> the last layer's
+        output and the residual that it is to be added to, which takes the place of `hidden`.
+
+        The seconds of products and of attention are added to `seconds` float64 [2].
+        """
+        plan = plan_tiles(batch, self.heads // self.kv_heads, self.kv_heads)
+        memory = self._memory(hidden.contiguous(), plan.num_parts)
+        inputs = {
+            "cos": rotary[0].contiguous(),
+            "sin": rotary[1].contiguous(),
+            "slots": batch.slot_mapping,
+            "tables": batch.block_tables,
+            "tiles": plan.tiles,
+            "joins": plan.joins,
+        }
+        step = _Step(
+            rows=len(hidden),
+            size=hidden.shape[1],
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            dim=self.head_dim,
+            block_size=self.caches[0][0].shape[2],
+            eps=self.eps,
+            scale=self.scale * LOG2_E,
+            table_stride=batch.block_tables.stride(0),
+            num_tiles=len(plan.tiles),
+            num_joins=len(plan.joins),
+            seconds=None if seconds is None else seconds.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in (memory | inputs).items()},
+        )
+        at = ctypes.addressof(self.addresses)
+        native.call("octavo_decoder_layers", at, len(self.layers), ctypes.addressof(step))
+        return memory["x"], memory["residual"]
+
+    def _memory(self, hidden: torch.Tensor, num_parts: int) -> dict[str, torch.Tensor]:
+        """Where a step's numbers lie between two kernels."""
+        (n, size), layer, width = hidden.shape, self.layers[0], self.heads * self.head_dim
+        new, widest = hidden.new_empty, max(weight.in_size for weight in self.weights[:4])
+        return {
+            "residual": hidden,
+            "x": new(n, size),
+            "normed": new(n, size),
+            "qkv": new(n, layer.qkv.out_size),
+            "q": new(n, width),
+            "attended": new(n, width),
+            "gate_up": new(n, layer.gate_up.out_size),
+            "active": new(n, layer.down.in_size),
+            "numbers": torch.empty(n, widest, dtype=torch.uint8),
+            "row_scale": torch.empty(n),
+            "partial": torch.empty(num_parts, width),
+            "lse": torch.empty(num_parts, self.heads),
+        }
+
+
+def _layer(layer: PanelLayer, cache: tuple[torch.Tensor, torch.Tensor]) -> _Layer:
+    linears = (
+        _linear(layer.qkv, layer.qkv_bias),
+        *(_linear(weight, None) for weight in (layer.o, layer.gate_up, layer.down)),
+    )
+    norms = (layer.input_norm.data_ptr(), layer.post_norm.data_ptr())
+    return _Layer(*norms, *linears, *(each.data_ptr() for each in cache))
+
+
+def _linear(weight: PanelWeight, bias: torch.Tensor | None) -> _Linear:
+    held = (weight.panels, bias, weight.scale, weight.zero)
+    addresses = (None if each is None else each.data_ptr() for each in held)
+    return _Linear(*addresses, weight.out_size, weight.panels.shape[1])
