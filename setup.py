@@ -39,7 +39,9 @@ class BuildWithoutSetup(build_py):
 # OpenMP is compiled in and not linked: torch's own is used (kernels/native/__init__.py).
 NATIVE = Extension(
     "octavo.kernels.native._kernels",
-    sources=[f"kernels/native/{name}.c" for name in ("attention", "layers", "linear", "rows")],
+    sources=[
+        f"kernels/native/{name}.c" for name in ("attention", "decode", "layers", "linear", "rows")
+    ],
     depends=[f"kernels/native/{name}.h" for name in ("bf16", "kernels", "product", "transpose")],
     extra_compile_args=[
         "-O3",

@@ -16,7 +16,7 @@ import torch
 from . import native
 from .attention_batch import AttentionBatch
 from .linear import PACKED_ROWS
-from .paged_attention_cpu import LOG2_E, plan_tiles
+from .paged_attention_cpu import LOG2_E, plan_attention
 from .panel_linear import PanelWeight
 
 Address, Long, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -41,8 +41,8 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, Long) for name in ("rows", "size", "heads", "kv_heads", "dim", "block_size")),
         *((name, Float) for name in ("eps", "scale")),
-        *((name, Address) for name in ("cos", "sin", "slots", "tables", "tiles", "joins")),
-        *((name, Long) for name in ("table_stride", "num_tiles", "num_joins")),
+        *((name, Address) for name in ("cos", "sin", "slots", "tables", "tiles", "parts", "joins")),
+        *((name, Long) for name in ("table_stride", "num_tiles", "num_parts", "num_joins")),
         ("seconds", Address),
         *((name, Address) for name in ("residual", "x", "normed", "qkv", "q", "attended")),
         *((name, Address) for name in ("gate_up", "active")),
@@ -119,14 +119,15 @@ class PanelLayers:
 
         The seconds of products and of attention are added to `seconds` float64 [2].
         """
-        plan = plan_tiles(batch, self.heads // self.kv_heads, self.kv_heads)
-        memory = self._memory(hidden.contiguous(), plan.num_parts)
+        plan = plan_attention(batch, self.heads // self.kv_heads, self.kv_heads)
+        memory = self._memory(hidden.contiguous(), plan.num_joined)
         inputs = {
             "cos": rotary[0].contiguous(),
             "sin": rotary[1].contiguous(),
             "slots": batch.slot_mapping,
             "tables": batch.block_tables,
             "tiles": plan.tiles,
+            "parts": plan.parts,
             "joins": plan.joins,
         }
         step = _Step(
@@ -140,6 +141,7 @@ class PanelLayers:
             scale=self.scale * LOG2_E,
             table_stride=batch.block_tables.stride(0),
             num_tiles=len(plan.tiles),
+            num_parts=len(plan.parts),
             num_joins=len(plan.joins),
             seconds=None if seconds is None else seconds.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in (memory | inputs).items()},
@@ -148,7 +150,7 @@ class PanelLayers:
         native.call("octavo_decoder_layers", at, len(self.layers), ctypes.addressof(step))
         return memory["x"], memory["residual"]
 
-    def _memory(self, hidden: torch.Tensor, num_parts: int) -> dict[str, torch.Tensor]:
+    def _memory(self, hidden: torch.Tensor, num_joined: int) -> dict[str, torch.Tensor]:
         """Where a step's numbers lie between two kernels."""
         (n, size), layer, width = hidden.shape, self.layers[0], self.heads * self.head_dim
         new, widest = hidden.new_empty, max(weight.in_size for weight in self.weights[:4])
@@ -163,8 +165,8 @@ class PanelLayers:
             "active": new(n, layer.down.in_size),
             "numbers": torch.empty(n, widest, dtype=torch.uint8),
             "row_scale": torch.empty(n),
-            "partial": torch.empty(num_parts, width),
-            "lse": torch.empty(num_parts, self.heads),
+            "partial": torch.empty(num_joined, width),
+            "lse": torch.empty(num_joined, self.heads),
         }
 
 

@@ -22,45 +22,47 @@ SPLIT_SIZE = (
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Plan:
     """How a step's attention is dealt out over threads; the same for all layers."""
 
-    tiles: torch.Tensor  # int32 [t, 9], `Tile` of native/attention.c
+    tiles: torch.Tensor  # int32 [t, 6], `Tile` of native/attention.c: of chunks
+    parts: torch.Tensor  # int32 [p, 5], `Part` of native/decode.c: of rows that decode
     joins: torch.Tensor  # int32 [j, 3]: token, first part, number of parts
-    num_parts: int
+    num_joined: int  # parts that are joined
 
 
 @functools.lru_cache(maxsize=1)
-def plan_tiles(batch: AttentionBatch, group: int, kv_heads: int) -> Tiles:
-    """Chunks in tiles of tokens and one KV head; rows of one token in parts with all heads, whose
-    keys lie side by side. The longest come first, so that threads end together."""
+def plan_attention(batch: AttentionBatch, group: int, kv_heads: int) -> Plan:
+    """Chunks in tiles of tokens and one KV head; rows of one token in parts. The longest come
+    first, so that threads end together."""
     tiles: list[tuple[int, ...]] = []
+    parts: list[tuple[int, ...]] = []
     joins: list[tuple[int, ...]] = []
     size = native.TILE_ROWS // group
-    token = num_parts = 0
+    token = num_joined = 0
     for row, count in enumerate(batch.num_scheduled_tokens):
         context = batch.host_context_lens[row]
         if count == 1:
             starts = range(0, context, SPLIT_SIZE)
-            first = num_parts if len(starts) > 1 else -1
+            first = num_joined if len(starts) > 1 else -1
             for i, at in enumerate(starts):
                 part = -1 if first < 0 else first + i
-                end = min(at + SPLIT_SIZE, context)
-                tiles.append((row, token, 1, 0, kv_heads, at, end, context, part))
+                parts.append((row, token, at, min(at + SPLIT_SIZE, context), part))
             if first >= 0:
                 joins.append((token, first, len(starts)))
-                num_parts += len(starts)
+                num_joined += len(starts)
         for at in range(0, count if count > 1 else 0, size):
             some = min(size, count - at)
             seen = context - count + at + 1
-            where = (row, token + at, some)
-            tiles += [(*where, h, h + 1, 0, seen + some - 1, seen, -1) for h in range(kv_heads)]
+            tiles += [(row, token + at, some, h, seen + some - 1, seen) for h in range(kv_heads)]
         token += count
-    tiles.sort(key=lambda t: t[2] * (t[4] - t[3]) * (t[6] - t[5]), reverse=True)
-    return Tiles(
-        torch.tensor(tiles, dtype=torch.int32).reshape(-1, 9),
+    tiles.sort(key=lambda t: t[2] * t[4], reverse=True)
+    parts.sort(key=lambda p: p[3] - p[2], reverse=True)
+    return Plan(
+        torch.tensor(tiles, dtype=torch.int32).reshape(-1, 6),
+        torch.tensor(parts, dtype=torch.int32).reshape(-1, 5),
         torch.tensor(joins, dtype=torch.int32).reshape(-1, 3),
-        num_parts,
+        num_joined,
     )
 
 
@@ -92,18 +94,21 @@ def _in_place(
 ) -> torch.Tensor:
     heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_cache.shape[1:3]
-    plan = plan_tiles(batch, heads // kv_heads, kv_heads)
+    plan = plan_attention(batch, heads // kv_heads, kv_heads)
     out = torch.empty_like(q)
-    partial = torch.empty(plan.num_parts, heads, head_dim)
-    lse = torch.empty(plan.num_parts, heads)
-    tables, tiles, joins = batch.block_tables, plan.tiles, plan.joins
-    native.call(
-        "octavo_paged_attention",
-        *(q, out, k_cache, v_cache, tables, tables.stride(0), tiles, len(tiles)),
-        *(heads, kv_heads, head_dim, block_size, scale * LOG2_E, partial, lse),
-    )
-    if len(joins):
-        native.call("octavo_join_parts", out, partial, lse, joins, len(joins), heads, head_dim)
+    tables = batch.block_tables
+    where = (q, out, k_cache, v_cache, tables, tables.stride(0))
+    sizes = (heads, kv_heads, head_dim, block_size, scale * LOG2_E)
+    if len(plan.tiles):
+        native.call("octavo_paged_attention", *where, plan.tiles, len(plan.tiles), *sizes)
+    if len(plan.parts):
+        partial = torch.empty(plan.num_joined, heads, head_dim)
+        lse = torch.empty(plan.num_joined, heads)
+        parts = (plan.parts, len(plan.parts))
+        native.call("octavo_decode_attention", *where, *parts, *sizes, partial, lse)
+        if len(plan.joins):
+            joins = (plan.joins, len(plan.joins))
+            native.call("octavo_join_parts", out, partial, lse, *joins, heads, head_dim)
     return out
 
 

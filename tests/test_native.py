@@ -65,6 +65,44 @@ def test_parts_of_a_long_row_join(context: int) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("group", [*range(1, 9), 13, 48])
+@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 128), (64, 128), (5, 80), (16, 16)])
+def test_rows_that_decode(group: int, block_size: int, head_dim: int) -> None:
+    """Lengths that end anywhere in a step of 64 keys, in a block or in a part."""
+    torch.manual_seed(group)
+    lens = [1, 7, 63, 64, 65, 130, SPLIT_SIZE + 1, 2 * SPLIT_SIZE + 77]
+    blocks = [-(-length // block_size) for length in lens]
+    order = torch.randperm(sum(blocks)).tolist()
+    tables = np.zeros((len(lens), max(blocks)), np.int32)
+    for row, count in enumerate(blocks):
+        tables[row, :count] = [order.pop() for _ in range(count)]
+    batch = AttentionBatch.from_lists([1] * len(lens), lens, tables, block_size, CPU)
+    kv = [torch.randn(sum(blocks), 2, block_size, head_dim).bfloat16() for _ in "kv"]
+    q = (3 * torch.randn(len(lens), 2 * group, head_dim)).bfloat16()
+    found = paged_attention(q, *kv, batch, head_dim**-0.5)
+    expected = paged_attention_ref(q, *kv, batch, head_dim**-0.5)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+@needs_native
+def test_a_row_that_decodes_does_not_depend_on_its_batch() -> None:
+    """Bit for bit, also where other rows are longer and their parts come first."""
+    torch.manual_seed(0)
+    lens = [700, 33, 2000, 512]
+    kv, tables = caches(125, 2, 16), np.random.default_rng(0).integers(0, 125, (4, 125))
+    q = torch.randn(4, 14, 128).bfloat16()
+
+    def run(rows: list[int]) -> torch.Tensor:
+        counts, some = [1] * len(rows), [lens[row] for row in rows]
+        batch = AttentionBatch.from_lists(counts, some, tables[rows], 16, CPU)
+        return paged_attention(q[rows], *kv, batch, 0.1)
+
+    together = run([0, 1, 2, 3])
+    for row in range(4):
+        assert torch.equal(run([row])[0], together[row])
+
+
+@needs_native
 def test_a_token_s_bits_do_not_depend_on_its_chunk_or_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -76,7 +76,8 @@ def serves_heads(x: torch.Tensor) -> bool:
 # What the kernels take: an address (p: a tensor, or None), a whole number (l), a float (f); and
 # last, all of them, the number of threads.
 SIGNATURES = {
-    "octavo_paged_attention": "pppppl" + "pl" + "llll" + "fpp",
+    "octavo_paged_attention": "pppppl" + "pl" + "llll" + "f",
+    "octavo_decode_attention": "pppppl" + "pl" + "llll" + "fpp",
     "octavo_join_parts": "pppp" + "lll",
     "octavo_vision_attention": "pppl" + "pp" + "lll" + "f",
     "octavo_linear": "pppp" + "lll",

@@ -1,5 +1,6 @@
-// Attention with bfloat16 dot products: over a paged cache, whose blocks are read where they lie,
-// and inside the frames of a vision tower. Source: FlashAttention-2 (Dao, 2023).
+// Attention with bfloat16 dot products: of chunks over a paged cache, whose blocks are read where
+// they lie (rows of one token: decode.c), and inside the frames of a vision tower. Source:
+// FlashAttention-2 (Dao, 2023).
 //
 // A tile is a few query tokens with the heads of one KV head: its rows share every key. Keys come
 // KEYS at a time: scores, their weights by a running maximum, and the weighted sum of values.
@@ -60,18 +61,16 @@ static void begin(Scratch *s, long rows, long dim) {
   memset(s->sum, 0, rows * dim * sizeof(float));
 }
 
-// Adds KEYS keys and values to `rows` rows from `row` on, while the next ones come from memory. Row
-// r of them sees `seen` + r / group keys; where `group` is 0, `seen`.
-static void add_keys(Scratch *s, long row, long rows, long group, long dim, const Lines *lines,
+// Adds KEYS keys and values to `rows` rows, while the next ones come from memory. Row r sees
+// `seen` + r / group keys; where `group` is 0, `seen`.
+static void add_keys(Scratch *s, long rows, long group, long dim, const Lines *lines,
                      const Lines *next, long seen, float scale) {
   Ahead ahead = {next ? next->keys : 0, next ? 2 * KEYS : 0, dim, 0, 0};
   pair_transposed(KEYS, dim, lines->keys, &ahead, s->keys);
-  product(rows, KEYS, dim, s->q + row * dim, dim, s->keys, KEYS, s->scores + row * KEYS, KEYS, 0,
-          &ahead);
-  for (long r = 0; r < rows; r++) weigh(s, row + r, group ? seen + r / group : seen, scale);
+  product(rows, KEYS, dim, s->q, dim, s->keys, KEYS, s->scores, KEYS, 0, &ahead);
+  for (long r = 0; r < rows; r++) weigh(s, r, group ? seen + r / group : seen, scale);
   pair_rows(KEYS, dim, lines->values, &ahead, s->values);
-  product(rows, dim, KEYS, s->weights + row * KEYS, KEYS, s->values, dim, s->sum + row * dim, dim,
-          s->fade + row, &ahead);
+  product(rows, dim, KEYS, s->weights, KEYS, s->values, dim, s->sum, dim, s->fade, &ahead);
 }
 
 static void write_row(const Scratch *s, long row, long dim, bf16 *out) {
@@ -80,12 +79,10 @@ static void write_row(const Scratch *s, long row, long dim, bf16 *out) {
     store(out + i, _mm512_mul_ps(_mm512_loadu_ps(s->sum + row * dim + i), share));
 }
 
-// A part of a request's attention: `count` tokens from `token` on, with the KV heads
-// [head_begin, head_end), over the request's keys [begin, end). The first token sees `seen` keys of
-// the request, each next one more. `part` is -1, or the place of an unfinished result, which
-// `octavo_join_parts` adds up.
+// A part of a chunk's attention with one KV head: `count` tokens from `token` on, over the request's
+// first `end` keys. The first token sees `seen` of them, each next one more.
 typedef struct {
-  int32_t row, token, count, head_begin, head_end, begin, end, seen, part;
+  int32_t row, token, count, head, end, seen;
 } Tile;
 
 typedef struct {
@@ -94,102 +91,47 @@ typedef struct {
   long table_stride, heads, kv_heads, dim, block_size, group;
 } Cache;
 
-// Where a tile's keys of one step lie. The heads of the same keys follow each other, as they do in
-// memory; keys from `end` on are zeros.
-static void find_lines(Lines *lines, const Cache *c, const Tile *t, long step) {
-  long heads = t->head_end - t->head_begin, at = t->begin + step / heads * KEYS;
+// Where a tile's keys from `at` on lie; those from `end` on are zeros.
+static void find_lines(Lines *lines, const Cache *c, const Tile *t, long at) {
   const int32_t *table = c->tables + t->row * c->table_stride;
   for (long i = 0; i < KEYS; i++) {
     lines->keys[i] = lines->values[i] = zeros;
     if (at + i >= t->end) continue;
-    long block = table[(at + i) / c->block_size] * c->kv_heads + t->head_begin + step % heads;
+    long block = table[(at + i) / c->block_size] * c->kv_heads + t->head;
     long line = block * c->block_size + (at + i) % c->block_size;
     lines->keys[i] = c->k_cache + line * c->dim;
     lines->values[i] = c->v_cache + line * c->dim;
   }
 }
 
-// Row r of a tile belongs to a head of `rows` rows: to its token r / group.
-static void read_queries(Scratch *s, const Cache *c, const Tile *t, const bf16 *q) {
-  bf16 *to = s->q;
-  for (long head = t->head_begin; head < t->head_end; head++)
-    for (long i = 0; i < t->count; i++, to += c->group * c->dim)
-      memcpy(to, q + ((t->token + i) * c->heads + head * c->group) * c->dim,
-             c->group * c->dim * sizeof(bf16));
-}
-
-static void write_results(const Scratch *s, const Cache *c, const Tile *t, bf16 *out,
-                          float *partial, float *lse) {
-  long row = 0;
-  for (long kv_head = t->head_begin; kv_head < t->head_end; kv_head++)
-    for (long r = 0; r < t->count * c->group; r++, row++) {
-      long token = t->token + r / c->group, head = kv_head * c->group + r % c->group;
-      if (t->part < 0) {
-        write_row(s, row, c->dim, out + (token * c->heads + head) * c->dim);
-        continue;
-      }
-      long to = t->part * c->heads + head;
-      for (long i = 0; i < c->dim; i++)
-        partial[to * c->dim + i] = s->sum[row * c->dim + i] / s->total[row];
-      lse[to] = s->top[row] + __builtin_log2f(s->total[row]);
-    }
-}
-
-static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, float scale,
-                   float *partial, float *lse) {
+// Row r of a tile is query head r % group of token r / group.
+static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, float scale) {
   Scratch *s = &scratch;
   Lines lines[2];
-  long heads = t->head_end - t->head_begin, rows = t->count * c->group;
-  long steps = (t->end - t->begin + KEYS - 1) / KEYS * heads;
-  begin(s, rows * heads, c->dim);
-  read_queries(s, c, t, q);
+  long rows = t->count * c->group, token = c->heads * c->dim;
+  long from = t->token * token + t->head * c->group * c->dim;
+  begin(s, rows, c->dim);
+  for (long i = 0; i < t->count; i++)
+    memcpy(s->q + i * c->group * c->dim, q + from + i * token, c->group * c->dim * sizeof(bf16));
   find_lines(lines, c, t, 0);
-  for (long step = 0; step < steps; step++) {
-    Lines *next = step + 1 < steps ? lines + (step + 1) % 2 : 0;
-    if (next) find_lines(next, c, t, step + 1);
-    long at = t->begin + step / heads * KEYS, seen = t->seen - at;
-    if (t->count == 1 && t->end - at < seen) seen = t->end - at;  // a part ends before its token
-    add_keys(s, step % heads * rows, rows, c->group, c->dim, lines + step % 2, next, seen, scale);
+  for (long step = 0, at = 0; at < t->end; step++, at += KEYS) {
+    Lines *next = at + KEYS < t->end ? lines + (step + 1) % 2 : 0;
+    if (next) find_lines(next, c, t, at + KEYS);
+    add_keys(s, rows, c->group, c->dim, lines + step % 2, next, t->seen - at, scale);
   }
-  write_results(s, c, t, out, partial, lse);
+  for (long r = 0; r < rows; r++)
+    write_row(s, r, c->dim, out + from + r / c->group * token + r % c->group * c->dim);
 }
 
-// q, out [n, heads, dim]; caches [blocks, kv_heads, block_size, dim]; tables [rows, table_stride];
-// partial [parts, heads, dim] and lse [parts, heads]: of the tiles that are parts.
+// q, out [n, heads, dim]; caches [blocks, kv_heads, block_size, dim]; tables [rows, table_stride].
 EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache,
                                    const bf16 *v_cache, const int32_t *tables, long table_stride,
                                    const Tile *tiles, long num_tiles, long heads, long kv_heads,
-                                   long dim, long block_size, float scale, float *partial,
-                                   float *lse, int threads) {
+                                   long dim, long block_size, float scale, int threads) {
   const Cache cache = {k_cache, v_cache, tables,     table_stride,    heads,
                        kv_heads, dim,    block_size, heads / kv_heads};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale, partial, lse);
-}
-
-// Rows of `joins` [num_joins, 3]: a token, its first part and how many there are.
-EXPORT void octavo_join_parts(bf16 *out, const float *partial, const float *lse,
-                              const int32_t *joins, long num_joins, long heads, long dim,
-                              int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (long item = 0; item < num_joins * heads; item++) {
-    const int32_t *join = joins + 3 * (item / heads);
-    long head = item % heads;
-    float top = -FLT_MAX, total = 0, sum[MOST_DIM] = {0};
-    for (long i = 0; i < join[2]; i++) {
-      float one = lse[(join[1] + i) * heads + head];
-      if (one > top) top = one;
-    }
-    for (long i = 0; i < join[2]; i++) {
-      long from = (join[1] + i) * heads + head;
-      float weight = __builtin_exp2f(lse[from] - top);
-      total += weight;
-      for (long j = 0; j < dim; j++) sum[j] += weight * partial[from * dim + j];
-    }
-    for (long j = 0; j < dim; j += 16)
-      store(out + (join[0] * heads + head) * dim + j,
-            _mm512_mul_ps(_mm512_loadu_ps(sum + j), _mm512_set1_ps(1 / total)));
-  }
+  for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale);
 }
 
 // q, k, v [n, heads, dim], whose tokens lie `stride` numbers apart; out [n, heads, dim]. Rows of
@@ -212,7 +154,7 @@ EXPORT void octavo_vision_attention(const bf16 *q, const bf16 *k, const bf16 *v,
         lines.keys[i] = at + i < t[1] ? k + from : zeros;
         lines.values[i] = at + i < t[1] ? v + from : zeros;
       }
-      add_keys(s, 0, count, 0, dim, &lines, 0, t[1] - at, scale);
+      add_keys(s, count, 0, dim, &lines, 0, t[1] - at, scale);
     }
     for (long i = 0; i < count; i++) write_row(s, i, dim, out + ((t[2] + i) * heads + head) * dim);
   }

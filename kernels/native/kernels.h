@@ -21,6 +21,10 @@ void octavo_linear_int8(const bf16 *x, const int32_t *panels, const bf16 *bias,
 void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache, const bf16 *v_cache,
                             const int32_t *tables, long table_stride, const int32_t *tiles,
                             long num_tiles, long heads, long kv_heads, long dim, long block_size,
-                            float scale, float *partial, float *lse, int threads);
+                            float scale, int threads);
+void octavo_decode_attention(const bf16 *q, bf16 *out, const bf16 *k_cache, const bf16 *v_cache,
+                             const int32_t *tables, long table_stride, const int32_t *parts,
+                             long num_parts, long heads, long kv_heads, long dim, long block_size,
+                             float scale, float *partial, float *lse, int threads);
 void octavo_join_parts(bf16 *out, const float *partial, const float *lse, const int32_t *joins,
                        long num_joins, long heads, long dim, int threads);

@@ -26,8 +26,8 @@ typedef struct {
   float eps, scale;
   const float *cos, *sin;
   const int64_t *slots;
-  const int32_t *tables, *tiles, *joins;
-  long table_stride, num_tiles, num_joins;
+  const int32_t *tables, *tiles, *parts, *joins;
+  long table_stride, num_tiles, num_parts, num_joins;
   double *seconds;
   bf16 *residual, *x, *normed, *qkv, *q, *attended, *gate_up, *active;
   uint8_t *numbers;
@@ -46,9 +46,13 @@ static void linear(const Step *s, const Linear *l, const bf16 *x, bf16 *out, int
 
 static void attend(const Step *s, const Layer *l, int threads) {
   double began = omp_get_wtime();
-  octavo_paged_attention(s->q, s->attended, l->k_cache, l->v_cache, s->tables, s->table_stride,
-                         s->tiles, s->num_tiles, s->heads, s->kv_heads, s->dim, s->block_size,
-                         s->scale, s->partial, s->lse, threads);
+  if (s->num_tiles)
+    octavo_paged_attention(s->q, s->attended, l->k_cache, l->v_cache, s->tables, s->table_stride,
+                           s->tiles, s->num_tiles, s->heads, s->kv_heads, s->dim, s->block_size,
+                           s->scale, threads);
+  octavo_decode_attention(s->q, s->attended, l->k_cache, l->v_cache, s->tables, s->table_stride,
+                          s->parts, s->num_parts, s->heads, s->kv_heads, s->dim, s->block_size,
+                          s->scale, s->partial, s->lse, threads);
   octavo_join_parts(s->attended, s->partial, s->lse, s->joins, s->num_joins, s->heads, s->dim,
                     threads);
   if (s->seconds) s->seconds[1] += omp_get_wtime() - began;
