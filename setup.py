@@ -39,8 +39,8 @@ class BuildWithoutSetup(build_py):
 # OpenMP is compiled in and not linked: torch's own is used (kernels/native/__init__.py).
 NATIVE = Extension(
     "octavo.kernels.native._kernels",
-    sources=[f"kernels/native/{name}.c" for name in ("attention", "linear", "rows")],
-    depends=[f"kernels/native/{name}.h" for name in ("bf16", "product", "transpose")],
+    sources=[f"kernels/native/{name}.c" for name in ("amx", "attention", "linear", "rows")],
+    depends=[f"kernels/native/{name}.h" for name in ("amx", "bf16", "product", "transpose")],
     extra_compile_args=[
         "-O3",
         "-march=x86-64-v4",

@@ -74,7 +74,7 @@ def paged_attention_cpu(
     """`paged_attention` of queries [n, heads, d] on a CPU."""
     group = q.shape[1] // k_cache.shape[1]
     fits = native.serves_heads(q) and q.dtype == k_cache.dtype and group <= native.TILE_ROWS
-    if fits and not (batch.chunk_rows and native.has_amx()):
+    if fits and (native.attends_chunks() or not batch.chunk_rows):
         return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
     return _gathered(q, k_cache, v_cache, batch, scale)
 
@@ -97,6 +97,7 @@ def _in_place(
         "octavo_paged_attention",
         *(q, out, k_cache, v_cache, tables, tables.stride(0), tiles, len(tiles)),
         *(heads, kv_heads, head_dim, block_size, scale * LOG2_E, partial, lse),
+        native.has_tiles(),
     )
     if len(joins):
         native.call("octavo_join_parts", out, partial, lse, joins, len(joins), heads, head_dim)

@@ -68,6 +68,23 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether attention multiplies tiles: there is AMX, and it computed what it should."""
+    kernels = library()
+    if kernels is None or not has_amx():
+        return False
+    found = int(kernels.octavo_check_amx())
+    if found < 0:
+        log.warning("products by AMX failed their check here: attention stays torch's")
+    return found > 0
+
+
+def attends_chunks() -> bool:
+    """Whether many queries' attention is for these kernels: with AMX torch has tiles, so must we."""
+    return has_tiles() or not has_amx()
+
+
 def serves_heads(x: torch.Tensor) -> bool:
     """The same for attention over heads x [..., d]."""
     return serves(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= MOST_HEAD_DIM
@@ -76,9 +93,9 @@ def serves_heads(x: torch.Tensor) -> bool:
 # What the kernels take: an address (p: a tensor, or None), a whole number (l), a float (f); and
 # last, all of them, the number of threads.
 SIGNATURES = {
-    "octavo_paged_attention": "pppppl" + "pl" + "llll" + "fpp",
+    "octavo_paged_attention": "pppppl" + "pl" + "llll" + "fppl",
     "octavo_join_parts": "pppp" + "lll",
-    "octavo_vision_attention": "pppl" + "pp" + "lll" + "f",
+    "octavo_vision_attention": "pppl" + "pp" + "lll" + "fl",
     "octavo_linear": "pppp" + "lll",
     "octavo_linear_int8": "pppppp" + "pp" + "lll",
     "octavo_pack_panels": "pp" + "ll",

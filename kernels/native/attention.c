@@ -8,14 +8,18 @@
 #include <float.h>
 #include <string.h>
 
+#include "amx.h"
 #include "product.h"
 
 enum { ROWS = 96, KEYS = 64, MOST_DIM = 128 };
 
-// The memory of one thread.
+// The memory of one thread. With `amx` products go by tiles: rows of q then have zeros up to `width`,
+// a multiple of a tile's depth.
 typedef struct {
   bf16 q[ROWS * MOST_DIM], weights[ROWS * KEYS], keys[KEYS * MOST_DIM], values[KEYS * MOST_DIM];
   float scores[ROWS * KEYS], sum[ROWS * MOST_DIM], top[ROWS], total[ROWS], fade[ROWS];
+  long width;
+  int amx;
 } Scratch;
 
 static _Thread_local Scratch scratch __attribute__((aligned(64)));
@@ -55,9 +59,27 @@ typedef struct {
   const bf16 *keys[KEYS], *values[KEYS];  // one after the other
 } Lines;
 
-static void begin(Scratch *s, long rows, long dim) {
+static void begin(Scratch *s, long rows, long dim, int amx) {
+  s->amx = amx;
+  s->width = amx ? amx_padded(dim, AMX_DEPTH) : dim;
+  memset(s->keys + KEYS * dim, 0, KEYS * (s->width - dim) * sizeof(bf16));
   for (long r = 0; r < rows; r++) s->top[r] = -FLT_MAX, s->total[r] = 0;
   memset(s->sum, 0, rows * dim * sizeof(float));
+}
+
+static void read_query(Scratch *s, long row, long dim, const bf16 *q) {
+  bf16 *to = s->q + row * s->width;
+  memcpy(to, q, dim * sizeof(bf16));
+  memset(to + dim, 0, (s->width - dim) * sizeof(bf16));
+}
+
+// Either product, of rows that begin a tile. Only AVX512's has the time to fetch.
+INLINE void multiply(const Scratch *s, long m, long n, long k, const bf16 *a, const bf16 *b, float *c,
+                     const float *fade, Ahead *ahead) {
+  if (s->amx)
+    amx_product(m, n, k, a, k, b, n, c, n, fade);
+  else
+    product(m, n, k, a, k, b, n, c, n, fade, ahead);
 }
 
 // Adds KEYS keys and values to `rows` rows from `row` on, while the next ones come from memory. Row
@@ -66,12 +88,14 @@ static void add_keys(Scratch *s, long row, long rows, long group, long dim, cons
                      const Lines *next, long seen, float scale) {
   Ahead ahead = {next ? next->keys : 0, next ? 2 * KEYS : 0, dim, 0, 0};
   pair_transposed(KEYS, dim, lines->keys, &ahead, s->keys);
-  product(rows, KEYS, dim, s->q + row * dim, dim, s->keys, KEYS, s->scores + row * KEYS, KEYS, 0,
-          &ahead);
-  for (long r = 0; r < rows; r++) weigh(s, row + r, group ? seen + r / group : seen, scale);
+  multiply(s, rows, KEYS, s->width, s->q + row * s->width, s->keys, s->scores + row * KEYS, 0, &ahead);
+  for (long r = 0; r < rows; r++) {
+    if (s->amx) fetch(&ahead, 4);
+    weigh(s, row + r, group ? seen + r / group : seen, scale);
+  }
   pair_rows(KEYS, dim, lines->values, &ahead, s->values);
-  product(rows, dim, KEYS, s->weights + row * KEYS, KEYS, s->values, dim, s->sum + row * dim, dim,
-          s->fade + row, &ahead);
+  multiply(s, rows, dim, KEYS, s->weights + row * KEYS, s->values, s->sum + row * dim, s->fade + row,
+           &ahead);
 }
 
 static void write_row(const Scratch *s, long row, long dim, bf16 *out) {
@@ -111,11 +135,12 @@ static void find_lines(Lines *lines, const Cache *c, const Tile *t, long step) {
 
 // Row r of a tile belongs to a head of `rows` rows: to its token r / group.
 static void read_queries(Scratch *s, const Cache *c, const Tile *t, const bf16 *q) {
-  bf16 *to = s->q;
+  long row = 0;
   for (long head = t->head_begin; head < t->head_end; head++)
-    for (long i = 0; i < t->count; i++, to += c->group * c->dim)
-      memcpy(to, q + ((t->token + i) * c->heads + head * c->group) * c->dim,
-             c->group * c->dim * sizeof(bf16));
+    for (long i = 0; i < t->count * c->group; i++, row++) {
+      long token = t->token + i / c->group, its = head * c->group + i % c->group;
+      read_query(s, row, c->dim, q + (token * c->heads + its) * c->dim);
+    }
 }
 
 static void write_results(const Scratch *s, const Cache *c, const Tile *t, bf16 *out,
@@ -136,12 +161,12 @@ static void write_results(const Scratch *s, const Cache *c, const Tile *t, bf16 
 }
 
 static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, float scale,
-                   float *partial, float *lse) {
+                   float *partial, float *lse, int amx) {
   Scratch *s = &scratch;
   Lines lines[2];
   long heads = t->head_end - t->head_begin, rows = t->count * c->group;
   long steps = (t->end - t->begin + KEYS - 1) / KEYS * heads;
-  begin(s, rows * heads, c->dim);
+  begin(s, rows * heads, c->dim, amx && heads == 1);
   read_queries(s, c, t, q);
   find_lines(lines, c, t, 0);
   for (long step = 0; step < steps; step++) {
@@ -160,11 +185,17 @@ EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache
                                    const bf16 *v_cache, const int32_t *tables, long table_stride,
                                    const Tile *tiles, long num_tiles, long heads, long kv_heads,
                                    long dim, long block_size, float scale, float *partial,
-                                   float *lse, int threads) {
+                                   float *lse, long amx, int threads) {
   const Cache cache = {k_cache, v_cache, tables,     table_stride,    heads,
                        kv_heads, dim,    block_size, heads / kv_heads};
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale, partial, lse);
+#pragma omp parallel num_threads(threads)
+  {
+    AmxConfig before;
+    if (amx) amx_begin(&before);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale, partial, lse, amx);
+    if (amx) amx_end(&before);
+  }
 }
 
 // Rows of `joins` [num_joins, 3]: a token, its first part and how many there are.
@@ -192,28 +223,45 @@ EXPORT void octavo_join_parts(bf16 *out, const float *partial, const float *lse,
   }
 }
 
+// Where frames' queries, keys and values lie: [n, heads, dim], tokens `stride` numbers apart.
+typedef struct {
+  const bf16 *q, *k, *v;
+  long stride, heads, dim;
+} Frames;
+
+// t: a row of `octavo_vision_attention`'s tiles.
+static void attend_frame(const Frames *f, const int32_t *t, long head, bf16 *out, float scale,
+                         int amx) {
+  Scratch *s = &scratch;
+  long count = t[3], dim = f->dim;
+  begin(s, count, dim, amx);
+  for (long i = 0; i < count; i++) read_query(s, i, dim, f->q + (t[2] + i) * f->stride + head * dim);
+  for (long at = t[0]; at < t[1]; at += KEYS) {
+    Lines lines;
+    for (long i = 0; i < KEYS; i++) {
+      long from = (at + i) * f->stride + head * dim;
+      lines.keys[i] = at + i < t[1] ? f->k + from : zeros;
+      lines.values[i] = at + i < t[1] ? f->v + from : zeros;
+    }
+    add_keys(s, 0, count, 0, dim, &lines, 0, t[1] - at, scale);
+  }
+  for (long i = 0; i < count; i++)
+    write_row(s, i, dim, out + ((t[2] + i) * f->heads + head) * dim);
+}
+
 // q, k, v [n, heads, dim], whose tokens lie `stride` numbers apart; out [n, heads, dim]. Rows of
 // `tiles` [num_tiles, 4]: a frame's first and last token + 1, a first query and how many there are.
 EXPORT void octavo_vision_attention(const bf16 *q, const bf16 *k, const bf16 *v, long stride,
                                     bf16 *out, const int32_t *tiles, long num_tiles, long heads,
-                                    long dim, float scale, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long item = 0; item < num_tiles * heads; item++) {
-    const int32_t *t = tiles + 4 * (item % num_tiles);
-    long head = item / num_tiles, count = t[3];
-    Scratch *s = &scratch;
-    begin(s, count, dim);
-    for (long i = 0; i < count; i++)
-      memcpy(s->q + i * dim, q + (t[2] + i) * stride + head * dim, dim * sizeof(bf16));
-    for (long at = t[0]; at < t[1]; at += KEYS) {
-      Lines lines;
-      for (long i = 0; i < KEYS; i++) {
-        long from = (at + i) * stride + head * dim;
-        lines.keys[i] = at + i < t[1] ? k + from : zeros;
-        lines.values[i] = at + i < t[1] ? v + from : zeros;
-      }
-      add_keys(s, 0, count, 0, dim, &lines, 0, t[1] - at, scale);
-    }
-    for (long i = 0; i < count; i++) write_row(s, i, dim, out + ((t[2] + i) * heads + head) * dim);
+                                    long dim, float scale, long amx, int threads) {
+  const Frames frames = {q, k, v, stride, heads, dim};
+#pragma omp parallel num_threads(threads)
+  {
+    AmxConfig before;
+    if (amx) amx_begin(&before);
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < num_tiles * heads; item++)
+      attend_frame(&frames, tiles + 4 * (item % num_tiles), item / num_tiles, out, scale, amx);
+    if (amx) amx_end(&before);
   }
 }
