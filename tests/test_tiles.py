@@ -24,7 +24,12 @@ from octavo.kernels.vision_attention import vision_attention, vision_attention_r
 
 CPU = torch.device("cpu")
 TRAP = Path(__file__).with_name("tile_trap.c")
-FLAGS = "-shared -fPIC -O2 -march=x86-64-v4 -mavx512bf16 -mavx512vnni -fopenmp".split()
+FLAGS = ("-shared", "-fPIC", "-O2", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-fopenmp")
+MIXES = {
+    "prompt": [(0, 37)],
+    "chunks": [(16, 16), (3, 20), (61, 7)],
+    "mixed": [(40, 1), (9, 13), (150, 2)],
+}
 NO_AMX = not torch.cpu._is_amx_tile_supported()
 needs_native = pytest.mark.skipif(native.library() is None, reason="no kernels for this processor")
 needs_trap = pytest.mark.skipif(not NO_AMX, reason="this processor has AMX itself")
@@ -80,7 +85,11 @@ def count_of(trap: ctypes.CDLL) -> int:
 
 
 def product(
-    kernels: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, fade: torch.Tensor | None
+    kernels: ctypes.CDLL,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    fade: torch.Tensor | None,
 ) -> None:
     """c [m, n] = a [m, k] b [k, n], or fade c + a b; rows of padding follow a's and c's."""
     (m, k), n = a.shape, b.shape[1]
@@ -128,13 +137,19 @@ def batch_of(rows: list[tuple[int, int]], block_size: int) -> tuple[AttentionBat
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [[(0, 37)], [(16, 16), (3, 20), (61, 7)], [(40, 1), (9, 13), (150, 2)]])
+@pytest.mark.parametrize(
+    "rows", [[(0, 37)], [(16, 16), (3, 20), (61, 7)], [(40, 1), (9, 13), (150, 2)]]
+)
 @pytest.mark.parametrize(
     ("heads", "head_dim", "block_size"),
     [((12, 2), 128, 16), ((28, 4), 128, 32), ((3, 1), 128, 16), ((2, 2), 80, 16), ((6, 2), 16, 7)],
 )
 def test_chunks(
-    amx: ctypes.CDLL, heads: tuple[int, int], head_dim: int, block_size: int, rows: list[tuple[int, int]]
+    amx: ctypes.CDLL,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    rows: list[tuple[int, int]],
 ) -> None:
     torch.manual_seed(0)
     batch, blocks = batch_of(rows, block_size)

@@ -2,7 +2,7 @@
 // it from the program's own bytes and does what Intel's manual says (Instruction Set Extensions
 // Programming Reference, chapter 3), or tells why the processor would refuse it and lets it kill.
 
-#define _GNU_SOURCE
+#define _GNU_SOURCE  // the names of registers
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -85,7 +85,7 @@ static const char *refuses(const Config *c) {
 
 static float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? x * 0 : x; }
 
-static float number(const uint8_t *at) {  // of a bfloat16
+static float widened(const uint8_t *at) {  // of a bfloat16
   uint32_t bits = (at[0] | at[1] << 8) << 16;
   float x;
   memcpy(&x, &bits, 4);
@@ -101,8 +101,8 @@ static void dot(int to, int a, int b) {
       float even = 0, odd = 0, sum;
       for (int k = 0; k < config.bytes[a] / 4; k++) {
         const uint8_t *left = tiles[a][m] + 4 * k, *right = tiles[b][k] + 4 * n;
-        even = multiply_add(even, number(left), number(right));
-        odd = multiply_add(odd, number(left + 2), number(right + 2));
+        even = multiply_add(even, widened(left), widened(right));
+        odd = multiply_add(odd, widened(left + 2), widened(right + 2));
       }
       memcpy(&sum, tiles[to][m] + 4 * n, 4);
       sum = flushed(flushed(sum) + flushed(even + odd));
@@ -184,8 +184,8 @@ static const char *execute(const Instruction *i) {
   return "an instruction that is none of AMX's";
 }
 
-static void trap(int signal, siginfo_t *info, void *context) {
-  (void)signal, (void)info;
+static void trap(int number, siginfo_t *info, void *context) {
+  (void)number, (void)info;
   greg_t *gregs = ((ucontext_t *)context)->uc_mcontext.gregs;
   Instruction i;
   const char *why = "an instruction that is none of AMX's";
@@ -197,7 +197,7 @@ static void trap(int signal, siginfo_t *info, void *context) {
   }
   char text[100];
   if (trap_fault != 2) write(2, text, snprintf(text, sizeof text, "AMX refuses: %s\n", why));
-  sigaction(SIGILL, &before, 0);  // and it is executed again
+  signal(SIGILL, SIG_DFL);  // and it is executed again
 }
 
 void trap_install(void) {
@@ -205,7 +205,10 @@ void trap_install(void) {
   sigaction(SIGILL, &ours, &before);
 }
 
-void trap_remove(void) { sigaction(SIGILL, &before, 0); }
+void trap_remove(void) {
+  memset(&config, 0, sizeof config);
+  sigaction(SIGILL, &before, 0);
+}
 
 // Instructions for the tests, one by one.
 void trap_configure(const Config *c) { __asm__ volatile("ldtilecfg %0" ::"m"(*c) : "memory"); }

@@ -81,7 +81,7 @@ def has_tiles() -> bool:
 
 
 def attends_chunks() -> bool:
-    """Whether many queries' attention is for these kernels: with AMX torch has tiles, so must we."""
+    """Whether many queries' attention is for these kernels: where torch has tiles, so must we."""
     return has_tiles() or not has_amx()
 
 
