@@ -25,33 +25,43 @@ typedef struct {
 static _Thread_local Scratch scratch __attribute__((aligned(64)));
 static const bf16 zeros[MOST_DIM];
 
-// Turns one row's scores into weights. `seen` of the KEYS keys are its own.
-static void weigh(Scratch *s, long row, long seen, float scale) {
-  const float *scores = s->scores + row * KEYS;
-  __m512 each[KEYS / 16], most = _mm512_set1_ps(-FLT_MAX);
+// Turns the scores of up to sixteen rows from `row` on into weights. Row r sees the first `seen` +
+// (`after` + r) / group of the KEYS keys; where `group` is 0, `seen`. `scale` is above 0.
+static void weigh(Scratch *s, long row, long rows, long after, long group, long seen, float scale) {
+  __m512 each[16];
+  __mmask16 own[16][KEYS / 16], all = first(rows);
+  for (long r = 0; r < 16; r++) {
+    each[r] = _mm512_set1_ps(-FLT_MAX);
+    if (r >= rows) continue;
+    long sees = seen < KEYS && group ? seen + (after + r) / group : seen;
 #pragma GCC unroll 4
-  for (int i = 0; i < KEYS / 16; i++) {
-    each[i] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * i), _mm512_set1_ps(scale));
-    if (seen < KEYS) {
-      __mmask16 own = seen > 16 * i ? first(seen - 16 * i) : 0;
-      each[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), own, each[i]);
+    for (int i = 0; i < KEYS / 16; i++) {
+      own[r][i] = sees > 16 * i ? first(sees - 16 * i) : 0;
+      __m512 scores = _mm512_loadu_ps(s->scores + (row + r) * KEYS + 16 * i);
+      each[r] = _mm512_mask_max_ps(each[r], own[r][i], each[r], scores);
     }
-    most = _mm512_max_ps(most, each[i]);
   }
-  float top = _mm512_reduce_max_ps(most);
-  if (top < s->top[row]) top = s->top[row];
-  __m512 sum = _mm512_setzero_ps();
+  __m512 before = _mm512_maskz_loadu_ps(all, s->top + row);
+  __m512 tops = _mm512_max_ps(_mm512_mul_ps(across(0, each), _mm512_set1_ps(scale)), before);
+  __m512 fade = exp2_16(_mm512_sub_ps(before, tops));
+  _mm512_mask_storeu_ps(s->top + row, all, tops);
+  _mm512_mask_storeu_ps(s->fade + row, all, fade);
+  for (long r = 0; r < 16; r++) {
+    each[r] = _mm512_setzero_ps();
+    if (r >= rows) continue;
+    __m512 top = _mm512_set1_ps(s->top[row + r]);
 #pragma GCC unroll 4
-  for (int i = 0; i < KEYS / 16; i++) {
-    each[i] = exp2_16(_mm512_sub_ps(each[i], _mm512_set1_ps(top)));
-    if (seen < KEYS) each[i] = _mm512_maskz_mov_ps(seen > 16 * i ? first(seen - 16 * i) : 0, each[i]);
-    sum = _mm512_add_ps(sum, each[i]);
-    store(s->weights + row * KEYS + 16 * i, each[i]);
+    for (int i = 0; i < KEYS / 16; i++) {
+      __m512 scores = _mm512_loadu_ps(s->scores + (row + r) * KEYS + 16 * i);
+      __m512 below = _mm512_sub_ps(_mm512_mul_ps(scores, _mm512_set1_ps(scale)), top);
+      __m512 weights = _mm512_maskz_mov_ps(own[r][i], exp2_16(below));
+      each[r] = _mm512_add_ps(each[r], weights);
+      store(s->weights + (row + r) * KEYS + 16 * i, weights);
+    }
   }
-  float fade = _mm512_cvtss_f32(exp2_16(_mm512_set1_ps(s->top[row] - top)));
-  s->top[row] = top;
-  s->fade[row] = fade;
-  s->total[row] = s->total[row] * fade + _mm512_reduce_add_ps(sum);
+  __m512 total = _mm512_maskz_loadu_ps(all, s->total + row);
+  total = _mm512_fmadd_ps(total, fade, across(1, each));
+  _mm512_mask_storeu_ps(s->total + row, all, total);
 }
 
 // Where KEYS keys and values lie.
@@ -89,9 +99,9 @@ static void add_keys(Scratch *s, long row, long rows, long group, long dim, cons
   Ahead ahead = {next ? next->keys : 0, next ? 2 * KEYS : 0, dim, 0, 0};
   pair_transposed(KEYS, dim, lines->keys, &ahead, s->keys);
   multiply(s, rows, KEYS, s->width, s->q + row * s->width, s->keys, s->scores + row * KEYS, 0, &ahead);
-  for (long r = 0; r < rows; r++) {
-    if (s->amx) fetch(&ahead, 4);
-    weigh(s, row + r, group ? seen + r / group : seen, scale);
+  for (long r = 0; r < rows; r += 16) {
+    if (s->amx) fetch(&ahead, 48);
+    weigh(s, row + r, rows - r < 16 ? rows - r : 16, r, group, seen, scale);
   }
   pair_rows(KEYS, dim, lines->values, &ahead, s->values);
   multiply(s, rows, dim, KEYS, s->weights + row * KEYS, s->values, s->sum + row * dim, s->fade + row,
