@@ -97,7 +97,6 @@ def _in_place(
         "octavo_paged_attention",
         *(q, out, k_cache, v_cache, tables, tables.stride(0), tiles, len(tiles)),
         *(heads, kv_heads, head_dim, block_size, scale * LOG2_E, partial, lse),
-        native.has_tiles(),
     )
     if len(joins):
         native.call("octavo_join_parts", out, partial, lse, joins, len(joins), heads, head_dim)

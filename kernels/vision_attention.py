@@ -217,7 +217,6 @@ def _native_vision_attention(
     native.call(
         "octavo_vision_attention",
         *(q, k, v, q.stride(0), out, table, len(tiles), heads, head_dim, scale * LOG2_E),
-        native.has_tiles(),
     )
     return out
 

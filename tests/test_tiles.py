@@ -97,13 +97,15 @@ def product(
     padded = [torch.full((m + 16, x.shape[1] + 16), torch.nan, dtype=x.dtype) for x in (a, c)]
     for to, x in zip(padded, (a, c), strict=True):
         to[:m, : x.shape[1]] = x
-    before = [ctypes.create_string_buffer(64) for _ in range(2)]
-    kernels.amx_begin(*before[:1])
+    before = ctypes.create_string_buffer(128)
+    aligned = ctypes.c_void_p(-(-ctypes.addressof(before) // 64) * 64)
+    assert native.has_tiles()
+    kernels.amx_begin(aligned)
     kernels.amx_product(
         *(m, n, k, padded[0].data_ptr(), k + 16, pairs.data_ptr(), n, padded[1].data_ptr(), n + 16),
         None if fade is None else fade.data_ptr(),
     )
-    kernels.amx_end(*before[:1])
+    kernels.amx_end(aligned)
     assert padded[1][:, n:].isnan().all(), "columns that are not C's"
     c.copy_(padded[1][:m, :n])
 

@@ -70,7 +70,8 @@ def has_amx() -> bool:
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether attention multiplies tiles: there is AMX, and it computed what it should."""
+    """Whether attention multiplies tiles, as it does once this was asked: there is AMX, and it
+    computes what it should."""
     kernels = library()
     if kernels is None or not has_amx():
         return False
@@ -82,7 +83,7 @@ def has_tiles() -> bool:
 
 def attends_chunks() -> bool:
     """Whether many queries' attention is for these kernels: where torch has tiles, so must we."""
-    return has_tiles() or not has_amx()
+    return not has_amx() or has_tiles()
 
 
 def serves_heads(x: torch.Tensor) -> bool:
@@ -93,9 +94,9 @@ def serves_heads(x: torch.Tensor) -> bool:
 # What the kernels take: an address (p: a tensor, or None), a whole number (l), a float (f); and
 # last, all of them, the number of threads.
 SIGNATURES = {
-    "octavo_paged_attention": "pppppl" + "pl" + "llll" + "fppl",
+    "octavo_paged_attention": "pppppl" + "pl" + "llll" + "fpp",
     "octavo_join_parts": "pppp" + "lll",
-    "octavo_vision_attention": "pppl" + "pp" + "lll" + "fl",
+    "octavo_vision_attention": "pppl" + "pp" + "lll" + "f",
     "octavo_linear": "pppp" + "lll",
     "octavo_linear_int8": "pppppp" + "pp" + "lll",
     "octavo_pack_panels": "pp" + "ll",

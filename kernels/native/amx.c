@@ -6,6 +6,8 @@
 
 #include "amx.h"
 
+int amx_usable;
+
 // The compiler's header tells that it, and so its assembler, knows the instructions.
 #if defined(__linux__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>)
@@ -211,6 +213,7 @@ static int succeeds(pid_t pid) {
 // other libraries, its end signals and is waited for by nobody else, and no signal interrupts it; one
 // that is blocked kills when an instruction is its cause.
 EXPORT int octavo_check_amx(void) {
+  amx_usable = 0;
   if (!TRAPPED && !permitted()) return 0;
   sigset_t all, before;
   sigfillset(&all);
@@ -222,13 +225,14 @@ EXPORT int octavo_check_amx(void) {
     _exit(computes() ? 0 : 1);
   }
   pthread_sigmask(SIG_SETMASK, &before, 0);
-  return pid > 0 && succeeds(pid) ? 1 : -1;
+  amx_usable = pid > 0 && succeeds(pid);
+  return amx_usable ? 1 : -1;
 }
 
 #else
 
-void amx_begin(AmxConfig *before) {}
-void amx_end(const AmxConfig *before) {}
+void amx_begin(AmxConfig *before) { (void)before; }
+void amx_end(const AmxConfig *before) { (void)before; }
 void amx_product(long m, long n, long k, const bf16 *a, long a_stride, const bf16 *b, long b_stride,
                  float *c, long c_stride, const float *fade) {}
 EXPORT int octavo_check_amx(void) { return 0; }

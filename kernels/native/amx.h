@@ -1,7 +1,7 @@
 // Products of small bfloat16 matrices by AMX: the same as product.h's, a tile at a time.
 //
-// Usable only where `octavo_check_amx` said so, between `amx_begin` and `amx_end` of the same thread.
-// A tile is 16 rows of 64 bytes. `product.h`'s pairs are what one of B's must be.
+// To be used where `amx_usable`, between `amx_begin` and `amx_end` of the same thread. A tile is 16
+// rows of 64 bytes; `product.h`'s pairs are what one of B must be.
 #pragma once
 
 #include "bf16.h"
@@ -9,6 +9,8 @@
 enum { AMX_ROWS = 16, AMX_DEPTH = 32 };  // of a tile of A
 
 INLINE long amx_padded(long count, long unit) { return (count + unit - 1) / unit * unit; }
+
+extern int amx_usable;  // once `octavo_check_amx` has found it so
 
 // What a thread's eight tiles are configured for.
 typedef struct {

@@ -195,9 +195,10 @@ EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache
                                    const bf16 *v_cache, const int32_t *tables, long table_stride,
                                    const Tile *tiles, long num_tiles, long heads, long kv_heads,
                                    long dim, long block_size, float scale, float *partial,
-                                   float *lse, long amx, int threads) {
+                                   float *lse, int threads) {
   const Cache cache = {k_cache, v_cache, tables,     table_stride,    heads,
                        kv_heads, dim,    block_size, heads / kv_heads};
+  const int amx = amx_usable;
 #pragma omp parallel num_threads(threads)
   {
     AmxConfig before;
@@ -263,8 +264,9 @@ static void attend_frame(const Frames *f, const int32_t *t, long head, bf16 *out
 // `tiles` [num_tiles, 4]: a frame's first and last token + 1, a first query and how many there are.
 EXPORT void octavo_vision_attention(const bf16 *q, const bf16 *k, const bf16 *v, long stride,
                                     bf16 *out, const int32_t *tiles, long num_tiles, long heads,
-                                    long dim, float scale, long amx, int threads) {
+                                    long dim, float scale, int threads) {
   const Frames frames = {q, k, v, stride, heads, dim};
+  const int amx = amx_usable;
 #pragma omp parallel num_threads(threads)
   {
     AmxConfig before;
