@@ -40,9 +40,12 @@ class BuildWithoutSetup(build_py):
 NATIVE = Extension(
     "octavo.kernels.native._kernels",
     sources=[
-        f"kernels/native/{name}.c" for name in ("attention", "decode", "layers", "linear", "rows")
+        f"kernels/native/{name}.c"
+        for name in ("amx", "attention", "decode", "layers", "linear", "rows")
     ],
-    depends=[f"kernels/native/{name}.h" for name in ("bf16", "kernels", "product", "transpose")],
+    depends=[
+        f"kernels/native/{name}.h" for name in ("amx", "bf16", "kernels", "product", "transpose")
+    ],
     extra_compile_args=[
         "-O3",
         "-march=x86-64-v4",

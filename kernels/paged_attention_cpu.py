@@ -80,7 +80,7 @@ def paged_attention_cpu(
 ) -> torch.Tensor:
     """`paged_attention` of queries [n, heads, d] on a CPU."""
     in_place = q.dtype == k_cache.dtype and reads_in_place(k_cache, q.shape[1] // k_cache.shape[1])
-    if in_place and not (batch.chunk_rows and native.has_amx()):
+    if in_place and (native.attends_chunks() or not batch.chunk_rows):
         return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
     return _gathered(q, k_cache, v_cache, batch, scale)
 

@@ -68,6 +68,24 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether attention multiplies tiles, as it does once this was asked: there is AMX, and it
+    computes what it should."""
+    kernels = library()
+    if kernels is None or not has_amx():
+        return False
+    found = int(kernels.octavo_check_amx())
+    if found < 0:
+        log.warning("products by AMX failed their check here: attention stays torch's")
+    return found > 0
+
+
+def attends_chunks() -> bool:
+    """Whether many queries' attention is for these kernels: where torch has tiles, so must we."""
+    return not has_amx() or has_tiles()
+
+
 def serves_heads(x: torch.Tensor) -> bool:
     """The same for attention over heads x [..., d]."""
     return serves(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= MOST_HEAD_DIM

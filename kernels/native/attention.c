@@ -9,46 +9,60 @@
 #include <float.h>
 #include <string.h>
 
+#include "amx.h"
 #include "product.h"
 
 enum { ROWS = 96, KEYS = 64, MOST_DIM = 128 };
 
-// The memory of one thread.
+// The memory of one thread. With `amx` products go by tiles: rows of q then have zeros up to `width`,
+// a multiple of a tile's depth.
 typedef struct {
   bf16 q[ROWS * MOST_DIM], weights[ROWS * KEYS], keys[KEYS * MOST_DIM], values[KEYS * MOST_DIM];
   float scores[ROWS * KEYS], sum[ROWS * MOST_DIM], top[ROWS], total[ROWS], fade[ROWS];
+  long width;
+  int amx;
 } Scratch;
 
 static _Thread_local Scratch scratch __attribute__((aligned(64)));
 static const bf16 zeros[MOST_DIM];
 
-// Turns one row's scores into weights. `seen` of the KEYS keys are its own.
-static void weigh(Scratch *s, long row, long seen, float scale) {
-  const float *scores = s->scores + row * KEYS;
-  __m512 each[KEYS / 16], most = _mm512_set1_ps(-FLT_MAX);
+// Turns the scores of up to sixteen rows from `row` on into weights. Row r of all sees the first
+// `seen` + r / group of the KEYS keys; where `group` is 0, `seen`. `scale` is above 0.
+static void weigh(Scratch *s, long row, long rows, long group, long seen, float scale) {
+  __m512 each[16];
+  __mmask16 own[16][KEYS / 16], all = first(rows);
+  for (long r = 0; r < 16; r++) {
+    each[r] = _mm512_set1_ps(-FLT_MAX);
+    if (r >= rows) continue;
+    long sees = seen < KEYS && group ? seen + (row + r) / group : seen;
 #pragma GCC unroll 4
-  for (int i = 0; i < KEYS / 16; i++) {
-    each[i] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * i), _mm512_set1_ps(scale));
-    if (seen < KEYS) {
-      __mmask16 own = seen > 16 * i ? first(seen - 16 * i) : 0;
-      each[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), own, each[i]);
+    for (int i = 0; i < KEYS / 16; i++) {
+      own[r][i] = sees > 16 * i ? first(sees - 16 * i) : 0;
+      __m512 scores = _mm512_loadu_ps(s->scores + (row + r) * KEYS + 16 * i);
+      each[r] = _mm512_mask_max_ps(each[r], own[r][i], each[r], scores);
     }
-    most = _mm512_max_ps(most, each[i]);
   }
-  float top = _mm512_reduce_max_ps(most);
-  if (top < s->top[row]) top = s->top[row];
-  __m512 sum = _mm512_setzero_ps();
+  __m512 before = _mm512_maskz_loadu_ps(all, s->top + row);
+  __m512 tops = _mm512_max_ps(_mm512_mul_ps(across(0, each), _mm512_set1_ps(scale)), before);
+  __m512 fade = exp2_16(_mm512_sub_ps(before, tops));
+  _mm512_mask_storeu_ps(s->top + row, all, tops);
+  _mm512_mask_storeu_ps(s->fade + row, all, fade);
+  for (long r = 0; r < 16; r++) {
+    each[r] = _mm512_setzero_ps();
+    if (r >= rows) continue;
+    __m512 top = _mm512_set1_ps(s->top[row + r]);
 #pragma GCC unroll 4
-  for (int i = 0; i < KEYS / 16; i++) {
-    each[i] = exp2_16(_mm512_sub_ps(each[i], _mm512_set1_ps(top)));
-    if (seen < KEYS) each[i] = _mm512_maskz_mov_ps(seen > 16 * i ? first(seen - 16 * i) : 0, each[i]);
-    sum = _mm512_add_ps(sum, each[i]);
-    store(s->weights + row * KEYS + 16 * i, each[i]);
+    for (int i = 0; i < KEYS / 16; i++) {
+      __m512 scores = _mm512_loadu_ps(s->scores + (row + r) * KEYS + 16 * i);
+      __m512 below = _mm512_sub_ps(_mm512_mul_ps(scores, _mm512_set1_ps(scale)), top);
+      __m512 weights = _mm512_maskz_mov_ps(own[r][i], exp2_16(below));
+      each[r] = _mm512_add_ps(each[r], weights);
+      store(s->weights + (row + r) * KEYS + 16 * i, weights);
+    }
   }
-  float fade = _mm512_cvtss_f32(exp2_16(_mm512_set1_ps(s->top[row] - top)));
-  s->top[row] = top;
-  s->fade[row] = fade;
-  s->total[row] = s->total[row] * fade + _mm512_reduce_add_ps(sum);
+  __m512 total = _mm512_maskz_loadu_ps(all, s->total + row);
+  total = _mm512_fmadd_ps(total, fade, across(1, each));
+  _mm512_mask_storeu_ps(s->total + row, all, total);
 }
 
 // Where KEYS keys and values lie.
@@ -56,9 +70,27 @@ typedef struct {
   const bf16 *keys[KEYS], *values[KEYS];  // one after the other
 } Lines;
 
-static void begin(Scratch *s, long rows, long dim) {
+static void begin(Scratch *s, long rows, long dim, int amx) {
+  s->amx = amx;
+  s->width = amx ? amx_padded(dim, AMX_DEPTH) : dim;
+  memset(s->keys + KEYS * dim, 0, KEYS * (s->width - dim) * sizeof(bf16));
   for (long r = 0; r < rows; r++) s->top[r] = -FLT_MAX, s->total[r] = 0;
   memset(s->sum, 0, rows * dim * sizeof(float));
+}
+
+static void read_query(Scratch *s, long row, long dim, const bf16 *q) {
+  bf16 *to = s->q + row * s->width;
+  memcpy(to, q, dim * sizeof(bf16));
+  memset(to + dim, 0, (s->width - dim) * sizeof(bf16));
+}
+
+// Either product, of rows that begin a tile. Only AVX512's has the time to fetch.
+INLINE void multiply(const Scratch *s, long m, long n, long k, const bf16 *a, const bf16 *b, float *c,
+                     const float *fade, Ahead *ahead) {
+  if (s->amx)
+    amx_product(m, n, k, a, k, b, n, c, n, fade);
+  else
+    product(m, n, k, a, k, b, n, c, n, fade, ahead);
 }
 
 // Adds KEYS keys and values to `rows` rows, while the next ones come from memory. Row r sees
@@ -67,10 +99,13 @@ static void add_keys(Scratch *s, long rows, long group, long dim, const Lines *l
                      const Lines *next, long seen, float scale) {
   Ahead ahead = {next ? next->keys : 0, next ? 2 * KEYS : 0, dim, 0, 0};
   pair_transposed(KEYS, dim, lines->keys, &ahead, s->keys);
-  product(rows, KEYS, dim, s->q, dim, s->keys, KEYS, s->scores, KEYS, 0, &ahead);
-  for (long r = 0; r < rows; r++) weigh(s, r, group ? seen + r / group : seen, scale);
+  multiply(s, rows, KEYS, s->width, s->q, s->keys, s->scores, 0, &ahead);
+  for (long row = 0; row < rows; row += 16) {
+    if (s->amx) fetch(&ahead, 48);
+    weigh(s, row, rows - row < 16 ? rows - row : 16, group, seen, scale);
+  }
   pair_rows(KEYS, dim, lines->values, &ahead, s->values);
-  product(rows, dim, KEYS, s->weights, KEYS, s->values, dim, s->sum, dim, s->fade, &ahead);
+  multiply(s, rows, dim, KEYS, s->weights, s->values, s->sum, s->fade, &ahead);
 }
 
 static void write_row(const Scratch *s, long row, long dim, bf16 *out) {
@@ -105,14 +140,14 @@ static void find_lines(Lines *lines, const Cache *c, const Tile *t, long at) {
 }
 
 // Row r of a tile is query head r % group of token r / group.
-static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, float scale) {
+static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, float scale, int amx) {
   Scratch *s = &scratch;
   Lines lines[2];
   long rows = t->count * c->group, token = c->heads * c->dim;
   long from = t->token * token + t->head * c->group * c->dim;
-  begin(s, rows, c->dim);
-  for (long i = 0; i < t->count; i++)
-    memcpy(s->q + i * c->group * c->dim, q + from + i * token, c->group * c->dim * sizeof(bf16));
+  begin(s, rows, c->dim, amx);
+  for (long r = 0; r < rows; r++)
+    read_query(s, r, c->dim, q + from + r / c->group * token + r % c->group * c->dim);
   find_lines(lines, c, t, 0);
   for (long step = 0, at = 0; at < t->end; step++, at += KEYS) {
     Lines *next = at + KEYS < t->end ? lines + (step + 1) % 2 : 0;
@@ -130,8 +165,41 @@ EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache
                                    long dim, long block_size, float scale, int threads) {
   const Cache cache = {k_cache, v_cache, tables,     table_stride,    heads,
                        kv_heads, dim,    block_size, heads / kv_heads};
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale);
+  const int amx = amx_usable;
+#pragma omp parallel num_threads(threads)
+  {
+    AmxConfig before;
+    if (amx) amx_begin(&before);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale, amx);
+    if (amx) amx_end(&before);
+  }
+}
+
+// Where frames' queries, keys and values lie: [n, heads, dim], tokens `stride` numbers apart.
+typedef struct {
+  const bf16 *q, *k, *v;
+  long stride, heads, dim;
+} Frames;
+
+// t: a row of `octavo_vision_attention`'s tiles.
+static void attend_frame(const Frames *f, const int32_t *t, long head, bf16 *out, float scale,
+                         int amx) {
+  Scratch *s = &scratch;
+  long count = t[3], dim = f->dim;
+  begin(s, count, dim, amx);
+  for (long i = 0; i < count; i++) read_query(s, i, dim, f->q + (t[2] + i) * f->stride + head * dim);
+  for (long at = t[0]; at < t[1]; at += KEYS) {
+    Lines lines;
+    for (long i = 0; i < KEYS; i++) {
+      long from = (at + i) * f->stride + head * dim;
+      lines.keys[i] = at + i < t[1] ? f->k + from : zeros;
+      lines.values[i] = at + i < t[1] ? f->v + from : zeros;
+    }
+    add_keys(s, count, 0, dim, &lines, 0, t[1] - at, scale);
+  }
+  for (long i = 0; i < count; i++)
+    write_row(s, i, dim, out + ((t[2] + i) * f->heads + head) * dim);
 }
 
 // q, k, v [n, heads, dim], whose tokens lie `stride` numbers apart; out [n, heads, dim]. Rows of
@@ -139,23 +207,15 @@ EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache
 EXPORT void octavo_vision_attention(const bf16 *q, const bf16 *k, const bf16 *v, long stride,
                                     bf16 *out, const int32_t *tiles, long num_tiles, long heads,
                                     long dim, float scale, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long item = 0; item < num_tiles * heads; item++) {
-    const int32_t *t = tiles + 4 * (item % num_tiles);
-    long head = item / num_tiles, count = t[3];
-    Scratch *s = &scratch;
-    begin(s, count, dim);
-    for (long i = 0; i < count; i++)
-      memcpy(s->q + i * dim, q + (t[2] + i) * stride + head * dim, dim * sizeof(bf16));
-    for (long at = t[0]; at < t[1]; at += KEYS) {
-      Lines lines;
-      for (long i = 0; i < KEYS; i++) {
-        long from = (at + i) * stride + head * dim;
-        lines.keys[i] = at + i < t[1] ? k + from : zeros;
-        lines.values[i] = at + i < t[1] ? v + from : zeros;
-      }
-      add_keys(s, count, 0, dim, &lines, 0, t[1] - at, scale);
-    }
-    for (long i = 0; i < count; i++) write_row(s, i, dim, out + ((t[2] + i) * heads + head) * dim);
+  const Frames frames = {q, k, v, stride, heads, dim};
+  const int amx = amx_usable;
+#pragma omp parallel num_threads(threads)
+  {
+    AmxConfig before;
+    if (amx) amx_begin(&before);
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < num_tiles * heads; item++)
+      attend_frame(&frames, tiles + 4 * (item % num_tiles), item / num_tiles, out, scale, amx);
+    if (amx) amx_end(&before);
   }
 }

@@ -37,3 +37,29 @@ INLINE void transpose(const int32_t *const *rows, long words, int32_t *out, long
   }
   for (int i = 0; i < 16 && i < words; i++) _mm512_storeu_si512(out + i * stride, x[i]);
 }
+
+// The sum of each of sixteen vectors, or the most in it, in the order in which they lie. Halves are
+// folded as _mm512_reduce_add_ps does, but two vectors at a time: a third of the instructions.
+INLINE __m512 across(const int adds, const __m512 *v) {
+#define FOLD(a, b) (adds ? _mm512_add_ps(a, b) : _mm512_max_ps(a, b))
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  __m512 halves[8], quarters[4], pairs[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++)
+    halves[i] = FOLD(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
+                     _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    quarters[i] = FOLD(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
+                       _mm512_shuffle_f32x4(halves[i], halves[i + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    __m512d a = _mm512_castps_pd(quarters[i]), b = _mm512_castps_pd(quarters[i + 2]);
+    pairs[i] = FOLD(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  __m512 all = FOLD(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
+                    _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+  return _mm512_permutexvar_ps(order, all);
+#undef FOLD
+}
