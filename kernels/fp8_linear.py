@@ -52,9 +52,9 @@ def _fp8_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of BLOCK_M tokens, over SPLIT times BLOCK_K inputs; turned round,
-    out^T = weight × x^T, so that few tokens make a narrow tile. Sums go to float32 every BLOCK_K
-    inputs: sm_90 adds in less. With one split `out` is [n, out]; else float32 [splits, n, out]."""
+    """One program: BLOCK_N outputs of BLOCK_M tokens, over SPLIT times BLOCK_K inputs; turned
+    round, out^T = weight × x^T, so that few tokens make a narrow tile. Sums go to float32 every
+    BLOCK_K inputs: sm_90 adds in less. `out` is [n, out], or of splits float32 [splits, n, out]."""
     split = tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -77,10 +77,10 @@ FLOAT32 = {
     "decode": Launch(16, 16, 4, 2),
     "vision": Launch(32, 32, 4, 2),
 }
-# Products with weights of four bits and in e4m3 -> architecture -> launch. The first of "few", "some"
-# and "many" that holds all tokens serves them; more are served by "wide" if its tiles give every
-# processor work, else by "many". Outputs are the rows of wgmma and tcgen05, which take no fewer than
-# 64, so that they multiply a tile of 16 tokens too.
+# Products with weights of four bits and in e4m3 -> architecture -> launch. The first of "few",
+# "some" and "many" that holds all tokens serves them; more are served by "wide" if its tiles give
+# every processor work, else by "many". Outputs are the rows of wgmma and tcgen05, which take no
+# fewer than 64, so that they multiply a tile of 16 tokens too.
 LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
     "int4": {
         "sm_80": {
@@ -125,7 +125,7 @@ LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
             "few": Launch(16, 64, 4, 4),
             "some": Launch(64, 64, 4, 4),
             "many": Launch(64, 128, 8, 4),
-            "wide": Launch(128, 256, 8, 3),
+            "wide": Launch(256, 128, 8, 3),
         },
         "other": {
             "few": Launch(16, 64, 4, 3),

@@ -38,15 +38,18 @@ def _join_parts_kernel(
     tl.store(out_ptr + row * OUT + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_launch(kernel: str, arch: str, n: int, out_size: int, processors: int) -> Launch:
-    """Tiles for n rows: the narrowest that holds them; of more rows the large ones, if those give
-    every processor work."""
-    rows = LINEARS[kernel][arch]
+def linear_size(kernel: str, arch: str, n: int, out_size: int, processors: int) -> str:
+    """Which of the table's tiles serve n rows: the narrowest that hold them; of more rows the large
+    ones, if those give every processor work."""
+    sizes = LINEARS[kernel][arch]
     for name in ("few", "some", "many"):
-        if n <= rows[name].block_m:
-            return rows[name]
-    full = count_tiles(rows["wide"], n, out_size) >= processors
-    return rows["wide" if full else "many"]
+        if n <= sizes[name].block_m:
+            return name
+    return "wide" if count_tiles(sizes["wide"], n, out_size) >= processors else "many"
+
+
+def linear_launch(kernel: str, arch: str, n: int, out_size: int, processors: int) -> Launch:
+    return LINEARS[kernel][arch][linear_size(kernel, arch, n, out_size, processors)]
 
 
 def count_tiles(chosen: Launch, n: int, out_size: int) -> int:
@@ -76,10 +79,14 @@ def make_parts(splits: int, out: torch.Tensor) -> torch.Tensor:
 def join_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """Writes the sum of `parts` and the bias to `out`."""
     n, out_size = out.shape
-    _join_parts_kernel[(n, triton.cdiv(out_size, JOIN_BLOCK))](
-        parts, out if bias is None else bias, out, n,
-        OUT=out_size, SPLITS=len(parts), HAS_BIAS=bias is not None, BLOCK_N=JOIN_BLOCK,
-    )  # fmt: skip
+    chosen = join_settings(out_size, len(parts), bias is not None)
+    grid = (n, triton.cdiv(out_size, JOIN_BLOCK))
+    _join_parts_kernel[grid](parts, out if bias is None else bias, out, n, **chosen)
+
+
+def join_settings(out_size: int, splits: int, has_bias: bool) -> dict[str, int | bool]:
+    """Compile-time settings of the kernel that adds up parts."""
+    return {"OUT": out_size, "SPLITS": splits, "HAS_BIAS": has_bias, "BLOCK_N": JOIN_BLOCK}
 
 
 def place(device: torch.device) -> tuple[int, str]:

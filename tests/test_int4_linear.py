@@ -1,5 +1,5 @@
 """Weights of four bits: layouts against packers written out here, the kernel against its oracle
-in Triton's interpreter, in a process of its own. What it compiles to: `test_kernels_compiled.py`."""
+in Triton's interpreter, in a process of its own. `test_kernels_compiled.py` has its code."""
 
 import os
 import subprocess

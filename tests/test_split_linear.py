@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.kernels.launch import LINEARS, TABLE
-from octavo.kernels.split_linear import count_tiles, linear_launch, split_size
+from octavo.kernels.split_linear import count_tiles, linear_launch, linear_size, split_size
 
 H100 = 132
 
@@ -30,7 +30,7 @@ def test_every_architecture_has_a_row() -> None:
     ],
 )  # fmt: skip
 def test_tiles_by_the_number_of_rows(n: int, out_size: int, expected: str) -> None:
-    assert linear_launch("int4", "sm_90", n, out_size, H100) == LINEARS["int4"]["sm_90"][expected]
+    assert linear_size("int4", "sm_90", n, out_size, H100) == expected
 
 
 def test_a_split_follows_from_the_layer_alone() -> None:
