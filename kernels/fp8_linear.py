@@ -60,17 +60,19 @@ def _fp8_linear_kernel(
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     n_mask, m_mask = offs_n < OUT, offs_m < n
-    weight_at = weight_ptr + offs_n[:, None].to(tl.int64) * IN + offs_k[None, :]
+    # What the last tile has too many are rows read once more, which costs no mask.
+    weight_at = weight_ptr + (offs_n % OUT)[:, None].to(tl.int64) * IN + offs_k[None, :]
     x_at = x_ptr + offs_m[:, None].to(tl.int64) * IN + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = split * SPLIT * BLOCK_K
     for k in range(first, tl.minimum(first + SPLIT * BLOCK_K, IN), BLOCK_K):
-        weight_mask, x_mask = n_mask[:, None], m_mask[:, None]
         if IN % BLOCK_K:
-            weight_mask &= (k + offs_k < IN)[None, :]
-            x_mask &= (k + offs_k < IN)[None, :]
-        weight = tl.load(weight_at + k, mask=weight_mask, other=0.0)
-        x = tl.load(x_at + k, mask=x_mask, other=0.0)
+            k_mask = (k + offs_k < IN)[None, :]
+            weight = tl.load(weight_at + k, mask=k_mask, other=0.0)
+            x = tl.load(x_at + k, mask=m_mask[:, None] & k_mask, other=0.0)
+        else:
+            weight = tl.load(weight_at + k)
+            x = tl.load(x_at + k, mask=m_mask[:, None], other=0.0)
         acc = tl.dot(weight, x.T, acc, max_num_imprecise_acc=BLOCK_K)
     x_scale = tl.load(x_scale_ptr + offs_m, mask=m_mask, other=0.0)
     scale = tl.load(weight_scale_ptr + offs_n, mask=n_mask, other=0.0)
@@ -93,7 +95,8 @@ def settings(
 
 def quantize_settings(size: int) -> dict[str, int]:
     """Compile-time settings of the kernel that quantises rows of `size` numbers."""
-    return {"SIZE": size, "BLOCK": triton.next_power_of_2(size), "num_warps": 8}
+    block = triton.next_power_of_2(size)
+    return {"SIZE": size, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
 
 def check_fp8(device: torch.device) -> None:
