@@ -77,62 +77,77 @@ FLOAT32 = {
     "decode": Launch(16, 16, 4, 2),
     "vision": Launch(32, 32, 4, 2),
 }
-# Products with weights of four bits and in e4m3 -> architecture -> launch. The first of "few",
-# "some" and "many" that holds all tokens serves them; more are served by "wide" if its tiles give
-# every processor work, else by "many". Outputs are the rows of wgmma and tcgen05, which take no
-# fewer than 64, so that they multiply a tile of 16 tokens too.
+
+
+def _sizes(*launches: Launch) -> dict[str, Launch]:
+    return dict(zip(LINEAR_SIZES, launches, strict=True))
+
+
+# Products with weights of four bits and in e4m3 -> architecture -> size -> launch. The first size
+# but "wide" that holds all tokens serves them; more are served by "wide" if its tiles give every
+# processor work, else by "many". Outputs are the rows of wgmma and tcgen05, which take no fewer
+# than 64, so that they multiply a tile of 16 tokens too.
+LINEAR_SIZES = ("few", "some", "more", "many", "wide")
 LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
     "int4": {
-        "sm_80": {
-            "few": Launch(16, 64, 4, 4),
-            "some": Launch(32, 128, 8, 2),
-            "many": Launch(64, 128, 8, 2),
-            "wide": Launch(64, 128, 8, 2),
-        },
-        "sm_90": {
-            "few": Launch(16, 64, 4, 4),
-            "some": Launch(32, 64, 4, 3),
-            "many": Launch(64, 128, 8, 2),
-            "wide": Launch(128, 256, 8, 2),
-        },
-        "sm_100": {
-            "few": Launch(16, 64, 4, 4),
-            "some": Launch(32, 64, 4, 3),
-            "many": Launch(64, 128, 8, 3),
-            "wide": Launch(64, 128, 8, 3),
-        },
-        "gfx942": {
-            "few": Launch(16, 64, 4, 2),
-            "some": Launch(32, 128, 8, 2),
-            "many": Launch(64, 128, 8, 2),
-            "wide": Launch(64, 128, 8, 2),
-        },
-        "other": {
-            "few": Launch(16, 64, 4, 3),
-            "some": Launch(32, 128, 8, 2),
-            "many": Launch(32, 128, 8, 2),
-            "wide": Launch(32, 128, 8, 2),
-        },
+        "sm_80": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+        ),
+        "sm_90": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 3),
+            Launch(64, 64, 4, 2),
+            Launch(64, 128, 8, 2),
+            Launch(128, 256, 8, 2),
+        ),
+        "sm_100": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 3),
+            Launch(64, 64, 4, 2),
+            Launch(64, 128, 8, 3),
+            Launch(64, 128, 8, 3),
+        ),
+        "gfx942": _sizes(
+            Launch(16, 64, 4, 2),
+            Launch(32, 128, 8, 2),
+            Launch(64, 64, 4, 2),
+            Launch(64, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+        ),
+        "other": _sizes(
+            Launch(16, 64, 4, 3),
+            Launch(32, 128, 8, 2),
+            Launch(32, 128, 8, 2),
+            Launch(32, 128, 8, 2),
+            Launch(32, 128, 8, 2),
+        ),
     },
     "fp8": {
-        "sm_90": {
-            "few": Launch(16, 64, 4, 4),
-            "some": Launch(64, 64, 4, 4),
-            "many": Launch(64, 128, 8, 4),
-            "wide": Launch(128, 256, 8, 3),
-        },
-        "sm_100": {
-            "few": Launch(16, 64, 4, 4),
-            "some": Launch(64, 64, 4, 4),
-            "many": Launch(64, 128, 8, 4),
-            "wide": Launch(256, 128, 8, 3),
-        },
-        "other": {
-            "few": Launch(16, 64, 4, 3),
-            "some": Launch(64, 64, 4, 3),
-            "many": Launch(64, 64, 4, 3),
-            "wide": Launch(64, 64, 4, 3),
-        },
+        "sm_90": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 4),
+            Launch(64, 64, 4, 4),
+            Launch(64, 128, 8, 4),
+            Launch(128, 256, 8, 3),
+        ),
+        "sm_100": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 4),
+            Launch(64, 64, 4, 4),
+            Launch(64, 128, 8, 4),
+            Launch(256, 128, 8, 3),
+        ),
+        "other": _sizes(
+            Launch(16, 64, 4, 3),
+            Launch(32, 64, 4, 3),
+            Launch(64, 64, 4, 3),
+            Launch(64, 64, 4, 3),
+            Launch(64, 64, 4, 3),
+        ),
     },
 }
 CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}

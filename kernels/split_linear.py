@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LINEARS, Launch, architecture
+from .launch import LINEAR_SIZES, LINEARS, Launch, architecture
 
 MOST_SPLIT_ROWS = 64
 LEAST_INPUTS = 512  # of a split
@@ -42,7 +42,7 @@ def linear_size(kernel: str, arch: str, n: int, out_size: int, processors: int) 
     """Which of the table's tiles serve n rows: the narrowest that hold them; of more rows the large
     ones, if those give every processor work."""
     sizes = LINEARS[kernel][arch]
-    for name in ("few", "some", "many"):
+    for name in LINEAR_SIZES[:-1]:
         if n <= sizes[name].block_m:
             return name
     return "wide" if count_tiles(sizes["wide"], n, out_size) >= processors else "many"

@@ -1,8 +1,10 @@
 """Tiles and splits of the products with quantised weights: by the table, and by the layer alone."""
 
+import itertools
+
 import pytest
 
-from octavo.kernels.launch import LINEARS, TABLE
+from octavo.kernels.launch import LINEAR_SIZES, LINEARS, TABLE
 from octavo.kernels.split_linear import count_tiles, linear_launch, linear_size, split_size
 
 H100 = 132
@@ -13,7 +15,7 @@ def test_every_architecture_has_a_row() -> None:
     assert set(LINEARS["fp8"]) == {"sm_90", "sm_100", "other"}, "e4m3 products are theirs alone"
     for rows in LINEARS.values():
         for arch, sizes in rows.items():
-            assert list(sizes) == ["few", "some", "many", "wide"]
+            assert tuple(sizes) == LINEAR_SIZES
             tokens = [each.block_m for each in sizes.values()]
             assert tokens == sorted(tokens) and tokens[0] == 16
             for each in sizes.values():
@@ -25,7 +27,8 @@ def test_every_architecture_has_a_row() -> None:
     ("n", "out_size", "expected"),
     [
         (1, 3584, "few"), (16, 3584, "few"), (17, 3584, "some"), (32, 37_888, "some"),
-        (33, 37_888, "many"), (512, 3584, "many"), (512, 37_888, "wide"),
+        (33, 37_888, "more"), (64, 3584, "more"), (65, 3584, "many"),
+        (512, 3584, "many"), (512, 37_888, "wide"),
         (1280, 3584, "wide"), (1152, 3584, "many"),  # 140 and 126 wide tiles
     ],
 )  # fmt: skip
@@ -46,9 +49,9 @@ def test_a_split_follows_from_the_layer_alone() -> None:
 
 @pytest.mark.parametrize("kernel", LINEARS)
 def test_a_few_rows_give_every_processor_work(kernel: str) -> None:
-    """Decode of the 7B and the 72B: four of five processors have a program, and more inputs."""
-    for in_size, out_size in ((3584, 4608), (3584, 3584), (18_944, 3584), (8192, 8192)):
-        chosen = linear_launch(kernel, "sm_90", 1, out_size, H100)
-        units = -(-in_size // 128)
-        splits = -(-units // split_size(1, in_size, out_size, 128, H100))
-        assert count_tiles(chosen, 1, out_size) * splits >= 0.8 * H100
+    """Decode of the 7B and the 72B, up to 64 rows."""
+    layers = ((3584, 4608), (3584, 3584), (18_944, 3584), (8192, 8192), (29_568, 8192))
+    for n, (in_size, out_size) in itertools.product((1, 32, 64), layers):
+        chosen = linear_launch(kernel, "sm_90", n, out_size, H100)
+        splits = -(-in_size // 256 // split_size(n, in_size, out_size, 256, H100))
+        assert count_tiles(chosen, n, out_size) * splits >= 0.95 * H100
