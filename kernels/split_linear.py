@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LINEAR_SIZES, LINEARS, Launch, architecture
+from .launch import LINEARS, Launch, architecture
 
 MOST_SPLIT_ROWS = 64
 LEAST_INPUTS = 512  # of a split
@@ -39,13 +39,16 @@ def _join_parts_kernel(
 
 
 def linear_size(kernel: str, arch: str, n: int, out_size: int, processors: int) -> str:
-    """Which of the table's tiles serve n rows: the narrowest that hold them; of more rows the large
-    ones, if those give every processor work."""
+    """Which of the table's tiles serve n rows: the narrowest that hold them; of more rows the
+    largest that give every processor work."""
     sizes = LINEARS[kernel][arch]
-    for name in LINEAR_SIZES[:-1]:
+    for name in ("few", "some", "more"):
         if n <= sizes[name].block_m:
             return name
-    return "wide" if count_tiles(sizes["wide"], n, out_size) >= processors else "many"
+    for name in ("wide", "many"):
+        if count_tiles(sizes[name], n, out_size) >= processors:
+            return name
+    return "more"
 
 
 def linear_launch(kernel: str, arch: str, n: int, out_size: int, processors: int) -> Launch:
