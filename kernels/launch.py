@@ -83,10 +83,10 @@ def _sizes(*launches: Launch) -> dict[str, Launch]:
     return dict(zip(LINEAR_SIZES, launches, strict=True))
 
 
-# Products with weights of four bits and in e4m3 -> architecture -> size -> launch. The first of few,
-# some and more that holds all tokens serves them; of more tokens the largest size that gives every
-# processor work. Outputs are the rows of wgmma and tcgen05, which take no fewer than 64, so that
-# they multiply a tile of 16 tokens too.
+# Products with weights of four bits and in e4m3 -> architecture -> size -> launch. The first of
+# few, some and more that holds all tokens serves them; of more tokens the largest size that gives
+# every processor work. Outputs are the rows of wgmma and tcgen05, which take no fewer than 64, so
+# that they multiply a tile of 16 tokens too.
 LINEAR_SIZES = ("few", "some", "more", "many", "wide")
 LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
     "int4": {

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 
+from octavo.kernels import split_linear
 from octavo.kernels.fp8_linear import FP8, fp8_linear, quantize_rows_fp8, quantize_rows_fp8_ref
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -39,6 +40,12 @@ def test_fp8_linear(shape: tuple[int, int, int], static: float | None) -> None:
     product = (rows.double() * row_scale[:, None]) @ (weight.double() * scale[:, None]).T
     found = fp8_linear(x, weight, scale, bias, given)
     torch.testing.assert_close(found, (product + bias).half(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", ["many", "wide"])
+def test_fp8_linear_in_large_tiles(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_linear, "linear_size", lambda *args: size)
+    test_fp8_linear((70, 640, 264), None)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 
+from octavo.kernels import split_linear
 from octavo.kernels.int4_layout import (
     Int4Groups,
     PackedInt4,
@@ -137,6 +138,14 @@ def test_int4_linear(shape: tuple[int, int, int, int], has_bias: bool) -> None:
     x, weight = make(*shape)
     bias = torch.randn(shape[2]).half() if has_bias else None
     found, expected = (f(x, weight, bias) for f in (int4_linear, int4_linear_ref))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", ["many", "wide"])
+def test_int4_linear_in_large_tiles(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_linear, "linear_size", lambda *args: size)
+    x, weight = make(70, 640, 264, 128)
+    found, expected = (f(x, weight) for f in (int4_linear, int4_linear_ref))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 

@@ -27,8 +27,9 @@ def test_every_architecture_has_a_row() -> None:
     ("n", "out_size", "expected"),
     [
         (1, 3584, "few"), (16, 3584, "few"), (17, 3584, "some"), (32, 37_888, "some"),
-        (33, 37_888, "more"), (64, 3584, "more"), (65, 3584, "many"),
-        (512, 3584, "many"), (512, 37_888, "wide"), (512, 1280, "more"),
+        (33, 37_888, "more"), (65, 3584, "more"), (256, 3584, "more"),
+        (320, 3584, "many"), (512, 3584, "many"), (512, 1280, "more"),
+        (512, 37_888, "wide"),
         (1280, 3584, "wide"), (1152, 3584, "many"),  # 140 and 126 wide tiles
     ],
 )  # fmt: skip
