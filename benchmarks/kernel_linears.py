@@ -16,11 +16,12 @@ import triton
 
 from octavo.kernels import fp8_linear, int4_linear, split_linear
 from octavo.kernels.int4_layout import BLOCK, WORDS
+from octavo.kernels.launch import LINEAR_SIZES
 
 from .kernel_resources import HEAD_DIM, SHAPES, TARGETS, Compiled, Constants, Shape, examine
 from .kernel_work import Work
 
-ROWS = (1, 16, 64, 512, 2048, 8192)  # of a step that decodes, or has a chunk of a prompt
+ROWS = (1, 16, 32, 64, 512, 2048, 8192)  # of a step that decodes, or has a chunk of a prompt
 GROUP = 128  # inputs of a scale in four bits
 PADDED_INNER = {"72B": 29_696}  # Qwen pads the 72B's to whole groups
 FP8_TARGETS = ("sm_90", "sm_100")
@@ -158,6 +159,12 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+def _order(kernel: str) -> tuple[str, int]:
+    """Of a product's tiles the small ones first."""
+    family, _, size = kernel.partition("_")
+    return family, LINEAR_SIZES.index(size) if size in LINEAR_SIZES else 0
+
+
 def table_row(kernel: str, target: str, made: Sequence[Compiled]) -> str:
     """Of a page's table: what a kernel uses over the shapes."""
     cells = [
@@ -185,8 +192,8 @@ def main() -> None:
                 found.setdefault((each.kernel, target), []).append(examine(*each.code, target))
     print("| kernel | target | registers | spills | shared KB | matrix | loads | copies |")
     print("|---|---|---|---|---|---|---|---|")
-    for (kernel, target), made in sorted(found.items()):
-        print(table_row(kernel, target, made))
+    for kernel, target in sorted(found, key=lambda each: _order(each[0])):
+        print(table_row(kernel, target, found[kernel, target]))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def check_linear(found: LinearLaunch, target: str) -> None:
         ("sm_90", (16, 64, 8192), ("down",)),
         ("sm_90", (32,), ("o",)),
         ("sm_80", (16, 8192), ("o",)),
-        ("sm_100", (16, 8192), ("o",)),
+        ("sm_100", (16, 64, 8192), ("o",)),
         ("gfx942", (16, 8192), ("o",)),
     ],
 )
@@ -180,7 +180,7 @@ def test_linears_compile(target: str, rows: tuple[int, ...], layers: tuple[str, 
 def test_linears_compile_at_every_rank_count(target: str, dtype: str) -> None:
     shapes = SHAPES if dtype == "bfloat16" else ("7B",)
     for shape in shapes:
-        of = (SHAPES[shape], target, PROCESSORS[target], (16, 32, 64, 512, 8192))
+        of = (SHAPES[shape], target, PROCESSORS[target], (16, 32, 64, 512, 2048, 8192))
         for found in launches(*of, getattr(torch, dtype)):
             check_linear(found, target)
 
