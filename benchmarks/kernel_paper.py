@@ -21,6 +21,7 @@ from rich.table import Table
 from octavo.kernels.paged_chunk import chunk_settings
 from octavo.kernels.tiles import chunk_splits
 
+from .kernel_linears import launches as linear_launches
 from .kernel_resources import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -63,6 +64,7 @@ GPUS = (
     Gpu("B200", "sm_100", 148, 8.0e12, 2250e12, 228 << 10),
 )
 RESERVED_SHARED = 1024  # bytes that CUDA takes of each block
+E4M3_UNITS = ("QGMMA", "UTCQMMA")  # twice as fast as those of bfloat16
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,16 @@ def blocks_per_multiprocessor(gpu: Gpu, made: Compiled) -> int:
     return min(limits)
 
 
-def bound(gpu: Gpu, work: Work, multiplies: bool) -> tuple[float, str]:
-    """Seconds, and what sets them. Without matrix products only bytes are counted."""
+def bound(gpu: Gpu, work: Work, unit: str) -> tuple[float, str]:
+    """Seconds, and what sets them. Without a matrix instruction ("-") only bytes are counted."""
     memory = work.bytes / gpu.bytes_per_s
-    matrix = work.operations / gpu.operations_per_s if multiplies else 0.0
+    peak = gpu.operations_per_s * (2 if unit in E4M3_UNITS else 1)
+    matrix = work.operations / peak if unit != "-" else 0.0
     return max((memory, "memory"), (matrix, "matrix"))
 
 
 def paper_row(gpu: Gpu, shape: Shape, kernel: str, work: Work, made: Compiled) -> PaperRow:
-    seconds, by = bound(gpu, work, bool(made.evidence.tensor))
+    seconds, by = bound(gpu, work, made.evidence.unit)
     resident = blocks_per_multiprocessor(gpu, made)
     return PaperRow(
         kernel=kernel,
@@ -171,6 +174,10 @@ def paper(models: list[str], devices: list[str], console: Console) -> list[Paper
         made = {name: examine(*variant, gpu.target) for name, variant in variants}
         rows += [
             paper_row(gpu, shape, name, work, made[name]) for name, work in works(shape, gpu.target)
+        ]
+        rows += [
+            paper_row(gpu, shape, each.kernel, each.work, examine(*each.code, gpu.target))
+            for each in linear_launches(shape, gpu.target, gpu.multiprocessors)
         ]
     return sorted(rows, key=lambda row: (row.kernel, row.device))
 

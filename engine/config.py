@@ -72,6 +72,10 @@ class ModelConfig:
     vision: VisionConfig
     weight_format: WeightFormat | None = None  # of a quantised checkpoint's decoder
 
+    def stored(self, layer: int, name: str) -> WeightFormat | None:
+        """How the linear layer `name` of a decoder layer is stored; None: dense."""
+        return self.weight_format and self.weight_format.of(layer, name)
+
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
         """Tokens that are never sampled and never come from plain text."""

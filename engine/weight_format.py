@@ -1,35 +1,44 @@
 """How a checkpoint's decoder weights are quantised, from `quantization_config` in its config.json.
 
 Served: AWQ and GPTQ in four bits, FP8 (e4m3) with a scale for each tensor or output channel. Only
-the decoder's linear layers are so; vision tower, embedding and head are dense, as in Qwen's own.
+the decoder's linear layers are so, or those of them that the config does not leave dense; vision
+tower, embedding and head are dense, as in Qwen's own.
 Sources: the configs of AutoAWQ, AutoGPTQ, AutoFP8 and compressed-tensors.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config_error import ConfigError
 
 METHODS = ("awq", "gptq", "fp8", "compressed-tensors")
 DENSE_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")  # modules left as they were
-QUANTISED = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+PARENTS = ("model", "model.language_model")  # of the layers, in older and newer checkpoints
+MERGED = (  # layers of the decoder; those that are one product here
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
 )
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Of every linear layer of a checkpoint's decoder."""
+    """Of the linear layers of a checkpoint's decoder."""
 
     method: str  # one of METHODS
     group_size: int = 0  # inputs that share a scale, in four bits; 0: eight bits
     reordered: bool = False  # GPTQ's desc_act: g_idx says which group an input is of
     per_channel: bool = False  # FP8: a scale for each output, or one for the whole tensor
     static_scale: bool = False  # FP8: the activations' scale is in the checkpoint
+    dense: frozenset[str] = frozenset()  # what was left as it was, as "0.mlp.down_proj"
+
+    def of(self, layer: int, name: str) -> WeightFormat | None:
+        """The format of a linear layer, by its name in decoder layer `layer`; None if dense."""
+        return None if f"{layer}.{name}" in self.dense else self
 
     @property
     def bits(self) -> int:
@@ -39,7 +48,8 @@ class WeightFormat:
     def label(self) -> str:
         """For people."""
         groups = f"int4, groups of {self.group_size}" if self.group_size else "e4m3"
-        return f"{self.method} ({groups})"
+        some = f", {len(self.dense)} layers dense" if self.dense else ""
+        return f"{self.method} ({groups}{some})"
 
 
 def read_weight_format(raw: dict[str, Any] | None, num_layers: int) -> WeightFormat | None:
@@ -47,13 +57,9 @@ def read_weight_format(raw: dict[str, Any] | None, num_layers: int) -> WeightFor
     field that is not served, its value, and what is."""
     if not raw:
         return None
+    read = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed_tensors}
     method = _served(raw, "quant_method", METHODS)
-    _check_dense_modules(raw, num_layers)
-    if method == "awq":
-        return _awq(raw)
-    if method == "gptq":
-        return _gptq(raw)
-    return _fp8(raw) if method == "fp8" else _compressed_tensors(raw)
+    return replace(read[method](raw), dense=_dense_layers(raw, num_layers))
 
 
 def _served(raw: dict[str, Any], name: str, served: tuple[Any, ...], where: str = "") -> Any:
@@ -139,30 +145,34 @@ def _e4m3(group: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     return part
 
 
-def _check_dense_modules(raw: dict[str, Any], num_layers: int) -> None:
-    """Raises ConfigError where a layer of the decoder is to be left dense: either all are, or none.
-
-    An entry is a part of a module's name, or after "re:" what its beginning must match.
-    """
-    names = [
-        f"{parent}.layers.{layer}.{name}"
-        for parent in ("model", "model.language_model")
-        for layer in range(num_layers)
-        for name in QUANTISED
-    ]
-    for field in DENSE_LISTS:
-        for entry in raw.get(field) or ():
-            touched = next((name for name in names if _covers(field, str(entry), name)), None)
-            if touched:
+def _dense_layers(raw: dict[str, Any], num_layers: int) -> frozenset[str]:
+    """The decoder's linear layers that the config leaves dense. Raises ConfigError where that
+    parts layers that are merged here."""
+    entries = [(field, str(entry)) for field in DENSE_LISTS for entry in raw.get(field) or ()]
+    dense: set[str] = set()
+    for layer in range(num_layers) if entries else ():
+        for names in MERGED:
+            left = {name for name in names if _is_dense(entries, f"layers.{layer}.{name}")}
+            if len(left) not in (0, len(names)):
+                part, rest = sorted(left)[0], sorted({*names} - left)[0]
                 raise ConfigError(
-                    f"quantization_config: {field} has {entry!r}, which leaves {touched} dense: "
-                    "served are checkpoints with all of the decoder's linear layers quantised"
+                    f"quantization_config: in layer {layer} {part} is left dense and {rest} is "
+                    f"not: {', '.join(names)} are one product, so all must be dense or none"
                 )
+            dense |= {f"{layer}.{name}" for name in left}
+    return frozenset(dense)
+
+
+def _is_dense(entries: list[tuple[str, str]], name: str) -> bool:
+    names = [f"{parent}.{name}" for parent in PARENTS]
+    return any(_covers(field, entry, each) for field, entry in entries for each in names)
 
 
 def _covers(field: str, entry: str, name: str) -> bool:
+    """Whether a module's name matches: after "re:" its beginning; by AWQ's list any part of it; by
+    the others one of its modules, or a path of them."""
     if not entry.startswith("re:"):
-        return entry in name
+        return entry in name if field == DENSE_LISTS[0] else f".{entry}." in f".{name}."
     try:
         return re.match(entry.removeprefix("re:"), name) is not None
     except re.error as error:

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from .device import uses_triton
+from .split_linear import join_parts, linear_launch, make_parts, place, split_size
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 LEAST_SCALE = 1e-12  # of a row of zeros
+BLOCK_K = 128
 
 
 @triton.jit
@@ -48,35 +50,53 @@ def _fp8_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of BLOCK_M tokens; turned round, out^T = weight × x^T, so that
-    few tokens make a narrow tile. Sums go to float32 every BLOCK_K inputs: sm_90 adds in less."""
+    """One program: BLOCK_N outputs of BLOCK_M tokens, over SPLIT times BLOCK_K inputs; turned
+    round, out^T = weight × x^T, so that few tokens make a narrow tile. Sums go to float32 every
+    BLOCK_K inputs: sm_90 adds in less. `out` is [n, out], or of splits float32 [splits, n, out]."""
+    split = tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     n_mask, m_mask = offs_n < OUT, offs_m < n
-    weight_at = weight_ptr + offs_n[:, None].to(tl.int64) * IN + offs_k[None, :]
+    # What the last tile has too many are rows read once more, which costs no mask.
+    weight_at = weight_ptr + (offs_n % OUT)[:, None].to(tl.int64) * IN + offs_k[None, :]
     x_at = x_ptr + offs_m[:, None].to(tl.int64) * IN + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for k in range(0, IN, BLOCK_K):
-        k_mask = (k + offs_k < IN)[None, :]
-        weight = tl.load(weight_at + k, mask=n_mask[:, None] & k_mask, other=0.0)
-        x = tl.load(x_at + k, mask=m_mask[:, None] & k_mask, other=0.0)
+    first = split * SPLIT * BLOCK_K
+    for k in range(first, tl.minimum(first + SPLIT * BLOCK_K, IN), BLOCK_K):
+        if IN % BLOCK_K:
+            k_mask = (k + offs_k < IN)[None, :]
+            weight = tl.load(weight_at + k, mask=k_mask, other=0.0)
+            x = tl.load(x_at + k, mask=m_mask[:, None] & k_mask, other=0.0)
+        else:
+            weight = tl.load(weight_at + k)
+            x = tl.load(x_at + k, mask=m_mask[:, None], other=0.0)
         acc = tl.dot(weight, x.T, acc, max_num_imprecise_acc=BLOCK_K)
     x_scale = tl.load(x_scale_ptr + offs_m, mask=m_mask, other=0.0)
     scale = tl.load(weight_scale_ptr + offs_n, mask=n_mask, other=0.0)
     acc = acc * scale[:, None] * x_scale[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-    out = out_ptr + offs_m[None, :].to(tl.int64) * OUT + offs_n[:, None]
+    out = out_ptr + (split * n + offs_m[None, :]).to(tl.int64) * OUT + offs_n[:, None]
     mask = n_mask[:, None] & m_mask[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def settings(n: int) -> dict[str, int]:
-    """Compile-time settings for n tokens."""
-    rows = min(128, max(16, triton.next_power_of_2(n)))
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+def settings(
+    n: int, in_size: int, out_size: int, processors: int, arch: str
+) -> dict[str, int | str]:
+    """Compile-time settings for n tokens on a GPU of so many processors."""
+    chosen = linear_launch("fp8", arch, n, out_size, processors)
+    split = split_size(n, in_size, out_size, BLOCK_K, processors)
+    return {**chosen.settings(), "BLOCK_K": BLOCK_K, "SPLIT": split}
+
+
+def quantize_settings(size: int) -> dict[str, int]:
+    """Compile-time settings of the kernel that quantises rows of `size` numbers."""
+    block = triton.next_power_of_2(size)
+    return {"SIZE": size, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
 
 def check_fp8(device: torch.device) -> None:
@@ -101,9 +121,8 @@ def quantize_rows_fp8(
     scale = torch.empty(n, dtype=torch.float32, device=x.device)
     if static_scale is not None:
         scale.copy_(static_scale.expand(n))
-    block = triton.next_power_of_2(size)
     _quantize_rows_kernel[(n,)](
-        x, out, scale, x.stride(0), SIZE=size, BLOCK=block, STATIC=static, num_warps=8
+        x, out, scale, x.stride(0), STATIC=static, **quantize_settings(size)
     )
     return out, scale
 
@@ -125,12 +144,16 @@ def fp8_linear(
     rows, row_scale = quantize_rows_fp8(x, static_scale)
     n, (out_size, in_size) = len(x), weight.shape
     out = torch.empty((n, out_size), dtype=x.dtype, device=x.device)
-    chosen = settings(n)
-    grid = (triton.cdiv(out_size, chosen["BLOCK_N"]), triton.cdiv(n, chosen["BLOCK_M"]))
-    _fp8_linear_kernel[grid](
-        rows, weight, row_scale, scale, x if bias is None else bias, out, n,
-        IN=in_size, OUT=out_size, HAS_BIAS=bias is not None, **chosen,
+    chosen = settings(n, in_size, out_size, *place(x.device))
+    splits = triton.cdiv(in_size, BLOCK_K * int(chosen["SPLIT"]))
+    parts = make_parts(splits, out)
+    tiles = (triton.cdiv(out_size, chosen["BLOCK_N"]), triton.cdiv(n, chosen["BLOCK_M"]))
+    _fp8_linear_kernel[(*tiles, splits)](
+        rows, weight, row_scale, scale, x if bias is None else bias, parts, n,
+        IN=in_size, OUT=out_size, HAS_BIAS=bias is not None and splits == 1, **chosen,
     )  # fmt: skip
+    if splits > 1:
+        join_parts(parts, bias, out)
     return out
 
 

@@ -47,7 +47,7 @@ class PackedInt4:
     """Weights of four bits in our layout, the last block filled up with zeros."""
 
     words: torch.Tensor  # int32 [blocks, out, WORDS]
-    scales: torch.Tensor  # float16 [blocks × groups of a block, out]
+    scales: torch.Tensor  # float16 [blocks × groups of a block, out], none of them zero
     zeros: torch.Tensor  # uint8, like scales
     in_size: int
 
@@ -95,12 +95,13 @@ def pack_int4(groups: Int4Groups) -> PackedInt4:
     """In our layout. Groups must be of 64, or of a multiple of 128."""
     in_size, out_size = groups.numbers.shape
     group_size = in_size // len(groups.scales)
+    groups = _without_zero_scales(groups, group_size)
     size = min(group_size, max(GROUPS))
     assert size in GROUPS and group_size % size == 0, group_size
     blocks = -(-in_size // BLOCK)
     scales, zeros = (
-        _padded(x.repeat_interleave(group_size // size, 0), blocks * BLOCK // size)
-        for x in (groups.scales.to(torch.float16), groups.zeros)
+        _padded(x.repeat_interleave(group_size // size, 0), blocks * BLOCK // size, filler)
+        for x, filler in ((groups.scales.to(torch.float16), 1), (groups.zeros, 0))
     )
     numbers = _padded(groups.numbers, blocks * BLOCK)
     words = torch.zeros((blocks, out_size, WORDS), dtype=torch.int32, device=numbers.device)
@@ -108,6 +109,18 @@ def pack_int4(groups: Int4Groups) -> PackedInt4:
         for half in range(2):
             words |= chunk[:, half::2].transpose(1, 2).int() << (4 * j + 16 * half)
     return PackedInt4(words, scales, zeros, in_size)
+
+
+def _without_zero_scales(groups: Int4Groups, group_size: int) -> Int4Groups:
+    """The same weights: where the scale is zero, it is one and every number is its zero."""
+    none = groups.scales.to(torch.float16) == 0
+    if not none.any():
+        return groups
+    return Int4Groups(
+        groups.numbers.masked_fill(none.repeat_interleave(group_size, 0), 0),
+        groups.zeros.masked_fill(none, 0),
+        groups.scales.masked_fill(none, 1),
+    )
 
 
 def unpack_int4(packed: PackedInt4) -> Int4Groups:
@@ -121,5 +134,5 @@ def unpack_int4(packed: PackedInt4) -> Int4Groups:
     return Int4Groups(numbers, packed.zeros[:groups], packed.scales[:groups])
 
 
-def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x))).contiguous()
+def _padded(x: torch.Tensor, rows: int, filler: int = 0) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)), value=filler).contiguous()

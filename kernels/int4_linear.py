@@ -4,8 +4,11 @@ The product is turned round, out^T = weight × x^T: a tile of weights is unpacke
 tensor cores take their first operand from (HGMMA on sm_90), and few tokens make a narrow tile. A
 word gives two weights by a shift and a mask: the four bits become the highest of a 16-bit float's
 mantissa, which is then 16 + q, exactly. What that is too much, 16 + zero, is taken off a group's
-sum, (16 + zero) × (sum of x in the group), so that no arithmetic is done on single weights; scales
-are applied to a group's sum in float32, so that they are not rounded.
+sum, (16 + zero) × (sum of x in the group), so that no arithmetic is done on single weights.
+
+Scales are not rounded: they are applied in float32. One sum is kept, in units of the scale of the
+group at hand, and is changed to the next group's before that is added: a second sum for the group
+alone would take as many registers again. So no scale may be zero (`pack_int4` sees to it).
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ import triton.language as tl
 
 from .device import uses_triton
 from .int4_layout import BLOCK, PackedInt4, unpack_int4
+from .split_linear import join_parts, linear_launch, make_parts, place, split_size
 
 # The bits of 16.0, and where the highest four bits of the mantissa begin.
 SIXTEEN = {torch.float16: (0x4C00, 6), torch.bfloat16: (0x4180, 3)}
-JOIN_BLOCK = 1024
 
 
 @triton.jit
@@ -75,14 +78,16 @@ def _int4_linear_kernel(
     words_at = words_ptr + offs_n[:, None] * 32 + tl.arange(0, 32)[None, :]
     x_at = x_ptr + offs_m[:, None].to(tl.int64) * x_stride + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    unit = tl.full((BLOCK_N,), 1.0, tl.float32)
     first = split * SPLIT
     for block in range(first, tl.minimum(first + SPLIT, BLOCKS)):
         words = tl.load(words_at + block * (OUT * 32), mask=n_mask[:, None], other=0)
         for group in tl.static_range(GROUPS):
             to = (block * GROUPS + group) * OUT + offs_n
-            scale = tl.load(scales_ptr + to, mask=n_mask, other=0.0).to(tl.float32)
+            scale = tl.load(scales_ptr + to, mask=n_mask, other=1.0).to(tl.float32)
             zero = tl.load(zeros_ptr + to, mask=n_mask, other=0).to(tl.float32) + 16.0
-            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            acc *= (unit / scale)[:, None]
+            unit = scale
             if ONES:
                 total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for chunk in tl.static_range(CHUNKS):
@@ -98,10 +103,10 @@ def _int4_linear_kernel(
                     total = tl.dot(ones, x.T, total)
                 else:
                     weights -= zero.to(dtype)[:, None]
-                part = tl.dot(weights, x.T, part)
+                acc = tl.dot(weights, x.T, acc)
             if ONES:
-                part -= zero[:, None] * total
-            acc += part * scale[:, None]
+                acc -= zero[:, None] * total
+    acc *= unit[:, None]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + (split * n + offs_m[None, :]).to(tl.int64) * OUT + offs_n[:, None]
@@ -109,47 +114,13 @@ def _int4_linear_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _join_parts_kernel(
-    parts_ptr,
-    bias_ptr,
-    out_ptr,
-    n,
-    OUT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program: BLOCK_N outputs of a token, the sum of its parts float32 [SPLITS, n, out]."""
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs < OUT
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + (split * n + row) * OUT + offs, mask=mask, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * OUT + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def settings(
-    n: int, in_size: int, out_size: int, num_processors: int, capability: int
-) -> dict[str, int | bool]:
-    """Compile-time settings for n tokens on a GPU of so many processors; `capability` is 80, 90 or
-    100, and 0 on AMD. Few tokens are split over their inputs until every processor has work."""
-    few = n <= 16
-    if few:
-        chosen = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4}
-    elif n <= 32 or capability == 80:  # wider tiles of tokens spill on sm_80
-        chosen = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    else:
-        chosen = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    if capability == 0:
-        chosen["num_stages"] = 2
-    blocks = triton.cdiv(in_size, BLOCK)
-    tiles = triton.cdiv(out_size, chosen["BLOCK_N"]) * triton.cdiv(n, chosen["BLOCK_M"])
-    splits = min(max(1, 2 * num_processors // tiles), max(1, blocks // 2)) if n <= 64 else 1
-    return {**chosen, "SPLIT": triton.cdiv(blocks, splits), "ONES": few and capability == 90}
+    n: int, in_size: int, out_size: int, processors: int, arch: str
+) -> dict[str, int | str | bool]:
+    """Compile-time settings for n tokens on a GPU of so many processors."""
+    chosen = linear_launch("int4", arch, n, out_size, processors)
+    split = split_size(n, in_size, out_size, BLOCK, processors)
+    return {**chosen.settings(), "SPLIT": split, "ONES": chosen.block_m == 16 and arch == "sm_90"}
 
 
 def int4_linear(
@@ -160,23 +131,19 @@ def int4_linear(
         return int4_linear_ref(x, weight, bias)
     assert x.dtype in SIXTEEN, f"{x.dtype}: four-bit weights are served in bfloat16 or float16"
     x = x if x.stride(1) == 1 else x.contiguous()
-    bits, place = SIXTEEN[x.dtype]
+    bits, moved = SIXTEEN[x.dtype]
     n, (blocks, out_size, _) = len(x), weight.words.shape
-    processors, capability = _processors(x.device)
-    chosen = settings(n, weight.in_size, out_size, processors, capability)
+    chosen = settings(n, weight.in_size, out_size, *place(x.device))
     splits = triton.cdiv(blocks, int(chosen["SPLIT"]))
     out = torch.empty((n, out_size), dtype=x.dtype, device=x.device)
-    parts = out
-    if splits > 1:
-        parts = torch.empty((splits, n, out_size), dtype=torch.float32, device=x.device)
+    parts = make_parts(splits, out)
     tiles = (triton.cdiv(out_size, chosen["BLOCK_N"]), triton.cdiv(n, chosen["BLOCK_M"]))
-    has_bias = bias is not None
     _int4_linear_kernel[(*tiles, splits)](
         x,
         weight.words,
         weight.scales,
         weight.zeros,
-        bias if bias is not None and splits == 1 else x,
+        x if bias is None else bias,
         parts,
         n,
         x.stride(0),
@@ -184,25 +151,13 @@ def int4_linear(
         IN=weight.in_size,
         OUT=out_size,
         GROUP=weight.group_size,
-        PLACE=place,
-        HAS_BIAS=has_bias and splits == 1,
+        PLACE=moved,
+        HAS_BIAS=bias is not None and splits == 1,
         **chosen,
     )
     if splits > 1:
-        grid = (n, triton.cdiv(out_size, JOIN_BLOCK))
-        _join_parts_kernel[grid](
-            parts, bias if bias is not None else x, out, n,
-            OUT=out_size, SPLITS=splits, HAS_BIAS=has_bias, BLOCK_N=JOIN_BLOCK,
-        )  # fmt: skip
+        join_parts(parts, bias, out)
     return out
-
-
-def _processors(device: torch.device) -> tuple[int, int]:
-    """Processors and capability (0 on AMD); of an H100 in the interpreter."""
-    if device.type != "cuda":
-        return 132, 90
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, 0 if torch.version.hip else 10 * found.major
 
 
 def int4_linear_ref(

@@ -1,10 +1,11 @@
-"""Launch settings of the attention kernels: a table by kernel and architecture, read at launch.
+"""Launch settings of attention and of quantised products: tables by kernel and architecture.
 
 Nothing is tuned at start. The rows were chosen on paper, from what the compiler makes of them
 (`octavo bench kernels --paper`), and have not been timed on hardware: no spills; 16-byte
 asynchronous copies of keys and values; on sm_90 wgmma (which wants 64 queries for every four warps)
 for chunks and vision. At three stages the block table is fetched one tile before its keys. The
-first two numbers hold for head sizes up to 128 and any group of query heads.
+first two numbers hold for head sizes up to 128 and any group of query heads. Of a product they are
+tokens and outputs.
 """
 
 from __future__ import annotations
@@ -75,6 +76,79 @@ FLOAT32 = {
     "chunk_small": Launch(32, 16, 8, 2),
     "decode": Launch(16, 16, 4, 2),
     "vision": Launch(32, 32, 4, 2),
+}
+
+
+def _sizes(*launches: Launch) -> dict[str, Launch]:
+    return dict(zip(LINEAR_SIZES, launches, strict=True))
+
+
+# Products with weights of four bits and in e4m3 -> architecture -> size -> launch. The first of
+# few, some and more that holds all tokens serves them; of more tokens the largest size that gives
+# every processor work. Outputs are the rows of wgmma and tcgen05, which take no fewer than 64, so
+# that they multiply a tile of 16 tokens too.
+LINEAR_SIZES = ("few", "some", "more", "many", "wide")
+LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
+    "int4": {
+        "sm_80": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+        ),
+        "sm_90": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 3),
+            Launch(64, 64, 4, 2),
+            Launch(64, 128, 8, 2),
+            Launch(128, 256, 8, 2),
+        ),
+        "sm_100": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 3),
+            Launch(64, 64, 8, 3),
+            Launch(64, 128, 8, 3),
+            Launch(64, 128, 8, 3),
+        ),
+        "gfx942": _sizes(
+            Launch(16, 64, 4, 2),
+            Launch(32, 128, 8, 2),
+            Launch(64, 64, 4, 2),
+            Launch(64, 128, 8, 2),
+            Launch(64, 128, 8, 2),
+        ),
+        "other": _sizes(
+            Launch(16, 64, 4, 3),
+            Launch(32, 128, 8, 2),
+            Launch(32, 128, 8, 2),
+            Launch(32, 128, 8, 2),
+            Launch(32, 128, 8, 2),
+        ),
+    },
+    "fp8": {
+        "sm_90": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 4),
+            Launch(64, 64, 4, 4),
+            Launch(64, 128, 8, 4),
+            Launch(128, 256, 8, 3),
+        ),
+        "sm_100": _sizes(
+            Launch(16, 64, 4, 4),
+            Launch(32, 64, 4, 4),
+            Launch(64, 64, 4, 4),
+            Launch(64, 128, 8, 4),
+            Launch(256, 128, 8, 3),
+        ),
+        "other": _sizes(
+            Launch(16, 64, 4, 3),
+            Launch(32, 64, 4, 3),
+            Launch(64, 64, 4, 3),
+            Launch(64, 64, 4, 3),
+            Launch(64, 64, 4, 3),
+        ),
+    },
 }
 CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 

@@ -1,24 +1,27 @@
-"""FP8 products against their oracle in Triton's interpreter, and what they compile to."""
+"""FP8 products against their oracle in Triton's interpreter. What they compile to:
+`test_kernels_compiled.py`."""
 
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 
-from octavo.benchmarks.kernel_resources import compile_kernel
-from octavo.kernels import fp8_linear as kernel
+from octavo.kernels import split_linear
 from octavo.kernels.fp8_linear import FP8, fp8_linear, quantize_rows_fp8, quantize_rows_fp8_ref
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
+# one block of inputs; splits of several; a last block that is not full; wide tiles of many rows
+SHAPES = [(1, 256, 128), (20, 896, 136), (3, 100, 72), (2, 2176, 200), (70, 640, 136)]
+
+
 @pytest.mark.parametrize("static", [None, 0.004])
-@pytest.mark.parametrize("shape", [(1, 256, 128), (20, 896, 136), (3, 100, 72)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_fp8_linear(shape: tuple[int, int, int], static: float | None) -> None:
     torch.manual_seed(0)
     n, in_size, out_size = shape
@@ -39,6 +42,12 @@ def test_fp8_linear(shape: tuple[int, int, int], static: float | None) -> None:
     torch.testing.assert_close(found, (product + bias).half(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("size", ["many", "wide"])
+def test_fp8_linear_in_large_tiles(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_linear, "linear_size", lambda *args: size)
+    test_fp8_linear((70, 640, 264), None)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
@@ -46,25 +55,3 @@ def test_in_the_interpreter() -> None:
     here = Path(__file__).parent
     done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("n", [16, 64, 512])
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_compiles_to_fp8_products(target: str, n: int) -> None:
-    types = ["*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*bf16", "*bf16", "i32"]
-    fixed = {"IN": 3584, "OUT": 4608, "HAS_BIAS": True, **kernel.settings(n)}
-    asm = compile_kernel(kernel._fp8_linear_kernel, types, fixed, target).asm
-    word = "wgmma.mma_async.sync.aligned" if target == "sm_90" else "tcgen05.mma"
-    lines = [line for line in asm["ptx"].splitlines() if word in line]
-    assert lines and all("e4m3" in line or "f8f6f4" in line for line in lines)
-    assert "LOCAL:0" in usage(asm["cubin"])
-
-
-def usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

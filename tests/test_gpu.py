@@ -13,7 +13,11 @@ from rich.console import Console
 from octavo.benchmarks import kernel_gpu
 from octavo.benchmarks.kernel_cases import Case, cases
 from octavo.benchmarks.kernel_gpu import Peaks, as_table, check, gpu_row, measure_peaks
+from octavo.benchmarks.kernel_linears import int4_layers
 from octavo.benchmarks.kernel_resources import SHAPES, Shape
+from octavo.kernels.fp8_linear import FP8, fp8_linear, quantize_rows_fp8
+from octavo.kernels.int4_layout import Int4Groups, pack_int4
+from octavo.kernels.int4_linear import int4_linear, int4_linear_ref
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -62,6 +66,41 @@ def test_a_wrong_kernel_is_told() -> None:
     wrong = Case(**{**vars(case), "run": lambda: case.oracle() + 1})
     error, right = check(wrong)
     assert not right and error == pytest.approx(1.0)
+
+
+def check_linears(shape: Shape, n: int, device: torch.device) -> None:
+    """Products with weights of four bits and in e4m3, against the same sums in float64."""
+    torch.manual_seed(n)
+    for layer in int4_layers(shape):
+        sizes, groups = (layer.in_size, layer.out_size), layer.in_size // 128
+        x = torch.randn(n, layer.in_size, dtype=torch.float16, device=device)
+        bias = torch.randn(layer.out_size, dtype=torch.float16, device=device)
+        numbers = torch.randint(0, 16, sizes, dtype=torch.uint8, device=device)
+        zeros = torch.randint(1, 16, (groups, sizes[1]), dtype=torch.uint8, device=device)
+        scales = torch.rand(groups, sizes[1], device=device) * 1e-3 + 1e-4
+        int4 = pack_int4(Int4Groups(numbers, zeros, scales.half()))
+        found, expected = (f(x, int4, bias) for f in (int4_linear, int4_linear_ref))
+        torch.testing.assert_close(found, expected, rtol=3e-3, atol=3e-3)
+        if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            continue  # has no e4m3 products
+        weight, scale = torch.randn(sizes[::-1], device=device).to(FP8), scales[0] + 1e-3
+        found = fp8_linear(x, weight, scale, bias)
+        rows, row_scale = quantize_rows_fp8(x)
+        expected = (rows.double() * row_scale[:, None]) @ (weight.double() * scale[:, None]).T
+        torch.testing.assert_close(found, (expected + bias).half(), rtol=3e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize("n", [2, 70])
+def test_linears_on_the_cpu(n: int) -> None:
+    check_linears(Shape("tiny", 1, 1152, 128, 1, 1), n, CPU)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("n", [1, 16, 40, 64, 512, 2048])
+def test_linears_at_real_shapes_on_a_gpu(n: int) -> None:
+    """With every row of the table: a few rows split over inputs, and chunks."""
+    check_linears(SHAPES["7B"], n, CUDA)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

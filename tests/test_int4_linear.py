@@ -1,19 +1,16 @@
-"""Weights of four bits: layouts against packers written out here, the kernel against its oracle,
-and what it compiles to. The kernel runs in Triton's interpreter, in a process of its own."""
+"""Weights of four bits: layouts against packers written out here, the kernel against its oracle
+in Triton's interpreter, in a process of its own. `test_kernels_compiled.py` has its code."""
 
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 
-from octavo.benchmarks.kernel_resources import _amd_usage, _nvidia_usage, compile_kernel
-from octavo.kernels import int4_linear as kernel
+from octavo.kernels import split_linear
 from octavo.kernels.int4_layout import (
     Int4Groups,
     PackedInt4,
@@ -98,6 +95,15 @@ def test_large_groups_are_cut() -> None:
     assert torch.equal(unpack_int4(packed).dequantize(), groups.dequantize())
 
 
+def test_no_scale_is_zero_in_our_layout() -> None:
+    """Neither one that was stored, nor those of the inputs that fill up the last block."""
+    groups = random_groups(384, 8, 128)
+    groups.scales[1, 3] = 0
+    packed = pack_int4(groups)
+    assert packed.scales.shape == (4, 8) and (packed.scales != 0).all()
+    assert torch.equal(unpack_int4(packed).dequantize(), groups.dequantize())
+
+
 def make(n: int, in_size: int, out_size: int, group: int) -> tuple[torch.Tensor, PackedInt4]:
     torch.manual_seed(n)
     return torch.randn(n, in_size).half(), pack_int4(random_groups(in_size, out_size, group))
@@ -114,12 +120,32 @@ SHAPES = [
 ]
 
 
+def test_int4_linear_whose_scales_differ_widely() -> None:
+    """The sum changes its unit at every group: by far, in both directions, and past a zero."""
+    torch.manual_seed(0)
+    groups = random_groups(1024, 64, 64)
+    groups.scales.mul_(10.0 ** torch.randint(-4, 2, groups.scales.shape))
+    groups.scales[::5, 1::7] = 0
+    groups.scales[1::3, ::2] *= -1
+    x, weight = torch.randn(4, 1024).half(), pack_int4(groups)
+    found, expected = (f(x, weight) for f in (int4_linear, int4_linear_ref))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int4_linear(shape: tuple[int, int, int, int], has_bias: bool) -> None:
     x, weight = make(*shape)
     bias = torch.randn(shape[2]).half() if has_bias else None
     found, expected = (f(x, weight, bias) for f in (int4_linear, int4_linear_ref))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", ["many", "wide"])
+def test_int4_linear_in_large_tiles(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_linear, "linear_size", lambda *args: size)
+    x, weight = make(70, 640, 264, 128)
+    found, expected = (f(x, weight) for f in (int4_linear, int4_linear_ref))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -132,29 +158,3 @@ def test_in_the_interpreter() -> None:
         cwd=Path(__file__).parent, env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("n", [16, 32, 512])
-@pytest.mark.parametrize("target", CAPABILITY)
-def test_compiles_to_tensor_cores_without_spills(target: str, n: int) -> None:
-    chosen = kernel.settings(n, 3584, 4608, 132, CAPABILITY[target])
-    types = ["*bf16", "*i32", "*fp16", "*u8", "*bf16", "*bf16", "i32", "i32", "i32"]
-    fixed = {"IN": 3584, "OUT": 4608, "GROUP": 128, "PLACE": 3, "HAS_BIAS": True}
-    compiled = compile_kernel(kernel._int4_linear_kernel, types, {**fixed, **chosen}, target)
-    if target == "gfx942":
-        assert _amd_usage(compiled.asm)[1] == 0 and "mfma" in compiled.asm["amdgcn"]
-        return
-    assert _nvidia_usage(compiled.asm)[1] == 0
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "-c", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(rf"\b{TENSOR_CORE[target]}\b", sass)
-    assert re.search(r"LDGSTS\S*\.128", sass), "words come in 16 bytes, asynchronously"

@@ -8,7 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from octavo.benchmarks import kernel_paper
+from octavo.benchmarks import kernel_linears, kernel_paper
+from octavo.benchmarks.kernel_linears import int4_layers
+from octavo.benchmarks.kernel_linears import launches as linear_launches
 from octavo.benchmarks.kernel_paper import GPUS, Gpu, blocks_per_multiprocessor, bound, paper_row
 from octavo.benchmarks.kernel_resources import SHAPES, Compiled, Shape, shape_of
 from octavo.benchmarks.kernel_sass import Evidence
@@ -91,6 +93,34 @@ def test_the_others_by_hand() -> None:
     assert (patches.bytes, patches.grid) == (28 * 28 * 3 + 4 * 1176 * 2, 4)
 
 
+def test_linears_by_hand() -> None:
+    """Tiny's gate and up, 64 inputs to 2 × 48 outputs, three rows; of the 7B the down layer."""
+    tiny = {each.work.case: each for each in linear_launches(TINY, "sm_90", 132, (3,))}
+    assert int4_layers(TINY) == [], "48 inputs are no whole groups"
+    gate_up = tiny["gate-up, 3 rows"]
+    assert gate_up.kernel == "fp8_few"
+    weights, rows, out = 96 * (64 + 4), 3 * (64 + 4), 3 * 96 * 2
+    assert gate_up.work.bytes == weights + rows + out
+    assert (gate_up.work.operations, gate_up.work.grid) == (2 * 3 * 64 * 96, 2)
+    cases = list(linear_launches(SHAPES["7B"], "sm_90", 132, (16,)))
+    down, joined = (
+        next(each for each in cases if (each.kernel, each.work.case) == found)
+        for found in (("int4_few", "down, 16 rows"), ("join_parts", "down, 16 rows, 4 parts"))
+    )
+    words, scales_and_zeros = 18_944 * 3584 // 2, 18_944 // 128 * 3584 * 3
+    parts = 4 * 16 * 3584 * 4
+    assert down.work.bytes == words + scales_and_zeros + 16 * 18_944 * 2 + parts
+    assert (down.work.grid, joined.work.grid) == (56 * 4, 16 * 4)
+    assert joined.work.bytes == parts + 16 * 3584 * 2
+
+
+def test_which_ranks_share_weights_of_four_bits() -> None:
+    """As `test_shards_fall_between_groups` has it of the engine; 72B padded as Qwen does."""
+    served = [name for name, shape in SHAPES.items() if int4_layers(shape)]
+    assert served == ["2B", "2B/2", "7B", "7B/2", "7B/4", "72B", "72B/2", "72B/4", "72B/8"]
+    assert int4_layers(SHAPES["72B/8"])[3].in_size == 3712
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "threads", "blocks"),
     [
@@ -109,8 +139,9 @@ def test_blocks_of_a_multiprocessor(registers: int, shared: int, threads: int, b
 def test_bound_is_the_slower_of_memory_and_matrix() -> None:
     gpu = Gpu("slow", "sm_90", 10, 100.0, 1000.0, 1 << 16)
     work = Work("case", 50, 2000, 40)
-    assert bound(gpu, work, True) == (2.0, "matrix")
-    assert bound(gpu, work, False) == (0.5, "memory")
+    assert bound(gpu, work, "HGMMA") == (2.0, "matrix")
+    assert bound(gpu, work, "QGMMA") == (1.0, "matrix")
+    assert bound(gpu, work, "-") == (0.5, "memory")
     made = Compiled(32, 0, 0, 1024, Evidence({"HGMMA": 1}, {16: 1}, {}, 0, 0))
     row = paper_row(gpu, TINY, "kernel", work, made)
     assert (row.intensity, row.waves, row.occupancy) == (40.0, 40 / (10 * 2), 1.0)
@@ -126,6 +157,7 @@ def test_every_valid_rank_count_is_there() -> None:
 @pytest.fixture
 def one_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernel_paper, "SHAPES", {"2B": SHAPES["2B"]})
+    monkeypatch.setattr(kernel_linears, "ROWS", (16,))
     yield
 
 
@@ -138,9 +170,10 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows = json.loads(json_file.read_text())
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 12 and all(kernel in done.output for kernel in kernels)
+    assert {"int4_few", "fp8_few", "join_parts", "quantize_rows"} <= kernels
+    assert len(kernels) == 16 and all(kernel in done.output for kernel in kernels)
     assert len(markdown.read_text().splitlines()) == len(rows) + 2
-    assert {row["tensor"] for row in rows} == {"-", "HGMMA", "HMMA"}
+    assert {row["tensor"] for row in rows} == {"-", "HGMMA", "HMMA", "QGMMA"}
     for row in rows:
         assert row["spills"] == row["local"] == 0
         assert row["bound_us"] > 0 and row["waves"] > 0 and 0 < row["occupancy"] <= 1

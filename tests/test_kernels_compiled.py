@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import triton
 
-from octavo.benchmarks.kernel_resources import SHAPES, SHARED_LIMIT, TARGETS
+from octavo.benchmarks.kernel_linears import PROCESSORS, LinearLaunch, launches
+from octavo.benchmarks.kernel_resources import SHAPES, SHARED_LIMIT, TARGETS, examine
 from octavo.benchmarks.kernel_sass import read_gcn, read_sass
 
 HERE = Path(__file__).parent
@@ -124,6 +127,62 @@ def test_kernels_compile_at_every_rank_count(target: str) -> None:
 def test_other_precisions_do_not_spill_either(target: str, dtype: str) -> None:
     rows = compiled(target, ("7B",), dtype)
     check_resources(rows, ("7B",))
+
+
+def linear_unit(kernel: str, target: str) -> list[str]:
+    """The matrix instruction of a product with quantised weights. They are its 64 or 128 rows, so
+    that wgmma and tcgen05 serve decode too."""
+    tiles = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+    e4m3 = {"sm_90": "QGMMA", "sm_100": "UTCQMMA"}
+    found = {"int4": tiles, "fp8": e4m3}.get(kernel.partition("_")[0], {}).get(target)
+    return [found] if found else []
+
+
+def check_linear(found: LinearLaunch, target: str) -> None:
+    """As `check_resources` and `check_code` of the others."""
+    made, row = examine(*found.code, target), f"{target} {found}"
+    code = made.evidence
+    assert made.spills == 0 and code.local == 0, row
+    assert 0 < made.registers <= 255 and made.shared <= SHARED_LIMIT[target], row
+    assert list(code.tensor) == linear_unit(found.kernel, target), row
+    if target in NVIDIA:
+        assert code.widest_load == 16, row
+    if target in NVIDIA and code.tensor:
+        assert set(code.async_bytes) == {16}, row
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled")
+@pytest.mark.parametrize(
+    ("target", "rows", "layers"),
+    [
+        ("sm_90", (16, 64, 8192), ("down",)),
+        ("sm_90", (32,), ("o",)),
+        ("sm_80", (16, 8192), ("o",)),
+        ("sm_100", (16, 64, 8192), ("o",)),
+        ("gfx942", (16, 8192), ("o",)),
+    ],
+)
+def test_linears_compile(target: str, rows: tuple[int, ...], layers: tuple[str, ...]) -> None:
+    kernels = set()
+    for found in launches(SHAPES["7B"], target, PROCESSORS[target], rows):
+        if found.work.case.startswith(layers):
+            check_linear(found, target)
+            kernels.add(found.kernel)
+    expected = {"int4_some"} if rows == (32,) else {"int4_few", "int4_wide", "join_parts"}
+    if target in ("sm_90", "sm_100"):
+        expected |= {"quantize_rows", "fp8_wide" if 8192 in rows else "fp8_some"}
+    assert expected <= kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_linears_compile_at_every_rank_count(target: str, dtype: str) -> None:
+    shapes = SHAPES if dtype == "bfloat16" else ("7B",)
+    for shape in shapes:
+        of = (SHAPES[shape], target, PROCESSORS[target], (16, 32, 64, 512, 2048, 8192))
+        for found in launches(*of, getattr(torch, dtype)):
+            check_linear(found, target)
 
 
 SASS = """

@@ -30,7 +30,7 @@ from octavo.engine.runner import loader
 from octavo.engine.runner.loader import check_weight_format, load_weights
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import Sampler
-from octavo.engine.weight_format import WeightFormat
+from octavo.engine.weight_format import MERGED, WeightFormat, read_weight_format
 from octavo.kernels.int4_layout import PackedInt4, unpack_int4
 
 CPU = torch.device("cpu")
@@ -109,14 +109,15 @@ def pack_fp8(name: str, weight: torch.Tensor, kind: str) -> tuple[Tensors, torch
     return made, stored.float() * scale
 
 
-def write(folder: Path, kind: str, **shape: Any) -> tuple[Path, Path]:
-    """A quantised checkpoint, and a dense one of the weights that it means."""
+def write(folder: Path, kind: str, left: str = "", **shape: Any) -> tuple[Path, Path]:
+    """A quantised checkpoint, and a dense one of the weights that it means. What matches `left` is
+    dense in both."""
     plain = {"heads": 8, "kv_heads": 4, "tied": False}
     dense = write_tiny_checkpoint(folder / "dense", **{**plain, **shape})
     quantised = write_tiny_checkpoint(folder / kind, **{**plain, **shape})
     kept, tensors = load_file(dense / "model.safetensors"), {}
     for name, tensor in list(kept.items()):
-        if not LINEAR.fullmatch(name):
+        if not LINEAR.fullmatch(name) or (left and re.search(left, name)):
             tensors[name] = tensor
             continue
         pack = pack_int4 if kind in ("awq", "gptq") else pack_fp8
@@ -262,6 +263,69 @@ def test_shards_fall_between_groups(tmp_path: Path) -> None:
         checkpoint_info(str(quantised), "huggingface", "float32", 4)
 
 
+LEFT: list[tuple[str, dict[str, Any], str]] = [
+    ("awq", {"modules_to_not_convert": ["visual", "mlp.down_proj"]}, r"mlp\.down"),
+    ("gptq", {"modules_to_not_convert": ["visual", "layers.1.self_attn"]}, r"layers\.1\.self_attn"),
+    ("fp8", {"ignored_layers": ["lm_head", "model.layers.0.mlp.gate_proj",
+                                "model.layers.0.mlp.up_proj"]}, r"layers\.0\.mlp\.(gate|up)"),
+    ("static", {"ignored_layers": ["o_proj"]}, "o_proj"),
+    ("channel", {"ignore": ["re:.*lm_head", "re:model.language_model.layers.0.*"]}, r"layers\.0\."),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the CPU's form")
+@pytest.mark.parametrize(("kind", "fields", "left"), LEFT, ids=[each[0] for each in LEFT])
+def test_layers_that_the_config_leaves_dense(
+    kind: str, fields: dict[str, Any], left: str, tmp_path: Path
+) -> None:
+    quantised, dense = write(tmp_path, kind, left)
+    configure(quantised, {**CONFIGS[kind], **fields})
+    found, expected = (logits(folder, torch.float32) for folder in (quantised, dense))
+    assert torch.equal(found, expected)
+    config = ModelConfig.from_dir(quantised)
+    names = [f"{layer}.{name}" for layer in range(2) for parts in MERGED for name in parts]
+    there = {name for name in names if re.search(left, f"model.layers.{name}")}
+    assert config.weight_format and config.weight_format.dense == there and there
+    assert f"{len(there)} layers dense" in config.weight_format.label
+    shards = [dict(load(each, size=2).named_parameters()) for each in (quantised, dense)]
+    assert all(torch.equal(shards[0][name], shards[1][name]) for name in shards[1])
+    configure(quantised, CONFIGS[kind])
+    with pytest.raises(ConfigError, match=r"the checkpoint (lacks|holds)"):
+        load(quantised)
+
+
+def test_a_name_is_matched_as_its_list_means_it() -> None:
+    """AWQ's by any part; the others' by whole modules, so that layer 1 is not 10 to 19."""
+    cases = [("modules_to_not_convert", 11), ("ignored_layers", 1), ("ignore", 1)]
+    for field, layers in cases:
+        stored = read_weight_format({**AWQ, field: ["model.layers.1"]}, 28)
+        assert stored is not None and len(stored.dense) == 7 * layers, field
+    assert stored.of(1, "mlp.down_proj") is None and stored.of(10, "mlp.down_proj") is stored
+
+
+# As Qwen publishes them (72B's AWQ, and what optimum and AutoGPTQ write for GPTQ-Int4).
+QWEN_AWQ = {"bits": 4, "group_size": 128, "modules_to_not_convert": ["visual"],
+            "quant_method": "awq", "version": "gemm", "zero_point": True}  # fmt: skip
+QWEN_GPTQ = {"bits": 4, "damp_percent": 0.1, "dataset": None, "desc_act": False, "group_size": 128,
+             "modules_in_block_to_quantize": None, "quant_method": "gptq", "sym": True,
+             "true_sequential": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", [QWEN_AWQ, QWEN_GPTQ], ids=["awq", "gptq"])
+def test_configs_as_qwen_publishes_them(stored: dict[str, Any]) -> None:
+    raw = json.loads((DATA / "config-72b.json").read_text())
+    raw |= {"intermediate_size": 29696, "quantization_config": stored}
+    found = ModelConfig.from_dict(raw).weight_format
+    assert found == WeightFormat(stored["quant_method"], 128)
+    model = Qwen2VL(ModelConfig.from_dict(raw), TensorParallel(0, 8), torch.bfloat16)
+    names = {each.name for each in model.weight_loaders()}
+    assert {
+        f"model.layers.79.mlp.down_proj.{part}" for part in ("qweight", "qzeros", "scales")
+    } < names
+    assert {"visual.blocks.0.attn.qkv.weight", "lm_head.weight"} < names
+    assert "model.layers.0.self_attn.q_proj.bias" in names
+
+
 def nested(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     copy = json.loads(json.dumps(CHANNEL))
     change(copy["config_groups"]["group_0"])
@@ -276,8 +340,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**AWQ, "zero_point": False}, "zero_point=False: True"),
     ({**AWQ, "group_size": -1}, "group_size=-1"),
     ({**AWQ, "group_size": 100}, "group_size=100: must divide"),
-    ({**AWQ, "modules_to_not_convert": ["o_proj"]}, "'o_proj', which leaves model.layers.0.self"),
-    ({**GPTQ, "bits": 3}, "bits=3"),
+    (
+        {**AWQ, "modules_to_not_convert": ["k_proj"]},
+        "in layer 0 self_attn.k_proj is left dense and",
+    ),
+    (
+        {**FP8, "ignored_layers": ["layers.7.mlp.up_proj"]},
+        "layer 7 mlp.up_proj .* mlp.gate_proj is",
+    ),
+    ({**GPTQ, "bits": 8}, "bits=8: 4 is served"),  # Qwen's GPTQ-Int8
     ({**GPTQ, "checkpoint_format": "gptq_v2"}, "checkpoint_format='gptq_v2': 'gptq' is served"),
     ({**GPTQ, "lm_head": True}, "lm_head=True"),
     ({**GPTQ, "dynamic": {"-:x": {}}}, "dynamic="),
@@ -288,7 +359,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**CHANNEL, "kv_cache_scheme": E4M3}, "kv_cache_scheme="),
     ({**CHANNEL, "sparsity_config": {"format": "sparse-24"}}, "sparsity_config.format='sparse-24'"),
     ({**CHANNEL, "config_groups": {}}, "config_groups="),
-    ({**CHANNEL, "ignore": [r"re:.*layers\.1\."]}, r"leaves model.layers.1.self_attn.q_proj dense"),
+    (
+        {**CHANNEL, "ignore": [r"re:.*layers\.1\..*v_proj"]},
+        r"layer 1 self_attn.v_proj is left dense",
+    ),
     ({**CHANNEL, "ignore": ["re:("]}, "no regular expression"),
     (nested(lambda g: g["weights"].update(num_bits=4)), "group_0.weights.num_bits=4"),
     (nested(lambda g: g["weights"].update(type="int")), "group_0.weights.type='int': 'float'"),

@@ -33,11 +33,12 @@ LayerCache = tuple[torch.Tensor, torch.Tensor]  # K and V [num_blocks, kv_heads,
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, layer: int) -> None:
         super().__init__()
-        self.qkv = QKVParallelLinear(config, parallel)
+        self.qkv = QKVParallelLinear(config, parallel, config.stored(layer, "self_attn.q_proj"))
         width = config.num_attention_heads * config.head_dim
-        self.o_proj = RowParallelLinear(width, config.hidden_size, parallel, config.weight_format)
+        stored = config.stored(layer, "self_attn.o_proj")
+        self.o_proj = RowParallelLinear(width, config.hidden_size, parallel, stored)
         self.scale = config.head_dim**-0.5
 
     def forward(
@@ -57,13 +58,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, layer: int) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         names = ("gate_proj", "up_proj")
-        stored = config.weight_format
+        stored = config.stored(layer, "mlp.gate_proj")
         self.gate_up = MergedColumnParallelLinear(hidden, inner, names, parallel, stored)
-        self.down = RowParallelLinear(inner, hidden, parallel, stored)
+        self.down = RowParallelLinear(
+            inner, hidden, parallel, config.stored(layer, "mlp.down_proj")
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down.reduce(by_rows(self._products, x))
@@ -77,12 +80,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, layer: int) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, parallel)
+        self.attention = Attention(config, parallel, layer)
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, parallel)
+        self.mlp = MLP(config, parallel, layer)
 
     def forward(
         self,
@@ -125,7 +128,7 @@ class Decoder(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, hidden, parallel)
-        layers = [DecoderLayer(config, parallel) for _ in range(config.num_hidden_layers)]
+        layers = [DecoderLayer(config, parallel, at) for at in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.head = ParallelHead(self.embed_tokens, config.tie_word_embeddings)

@@ -110,7 +110,9 @@ class ColumnParallelLinear(nn.Module):
 class QKVParallelLinear(ColumnParallelLinear):
     """Query, key and value in one product: [n, (heads + 2 × KV heads of this rank) × head_dim]."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, parallel: TensorParallel, stored: WeightFormat | None
+    ) -> None:
         head_dim, heads = config.head_dim, config.num_attention_heads
         kv_heads = kv_heads_of_rank(config, parallel)
         kv_rows = tuple(slice(head * head_dim, (head + 1) * head_dim) for head in kv_heads)
@@ -121,7 +123,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             ColumnPart("k_proj", kv_total, kv_rows),
             ColumnPart("v_proj", kv_total, kv_rows),
         )
-        super().__init__(config.hidden_size, parts, bias=True, stored=config.weight_format)
+        super().__init__(config.hidden_size, parts, bias=True, stored=stored)
         self.head_dim = head_dim
         self.sizes = (parts[0].size, parts[1].size, parts[2].size)
 
