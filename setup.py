@@ -54,6 +54,7 @@ NATIVE = Extension(
         "-fopenmp",
         "-fvisibility=hidden",
     ],
+    libraries=["m"],
     optional=True,
 )
 

@@ -145,10 +145,18 @@ def _e4m3(group: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     return part
 
 
+def _names(raw: dict[str, Any], field: str) -> list[str]:
+    """Raises ConfigError for what is no list of names."""
+    names = raw.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"quantization_config: {field}={names!r}: must be a list of names")
+    return names
+
+
 def _dense_layers(raw: dict[str, Any], num_layers: int) -> frozenset[str]:
     """The decoder's linear layers that the config leaves dense. Raises ConfigError where that
     parts layers that are merged here."""
-    entries = [(field, str(entry)) for field in DENSE_LISTS for entry in raw.get(field) or ()]
+    entries = [(field, name) for field in DENSE_LISTS for name in _names(raw, field)]
     dense: set[str] = set()
     for layer in range(num_layers) if entries else ():
         for names in MERGED:

@@ -153,7 +153,7 @@ class PanelLayers:
     def _memory(self, hidden: torch.Tensor, num_joined: int) -> dict[str, torch.Tensor]:
         """Where a step's numbers lie between two kernels."""
         (n, size), layer, width = hidden.shape, self.layers[0], self.heads * self.head_dim
-        new, widest = hidden.new_empty, max(weight.in_size for weight in self.weights[:4])
+        new, widest = hidden.new_empty, max(layer.qkv.in_size, layer.o.in_size, layer.down.in_size)
         return {
             "residual": hidden,
             "x": new(n, size),
@@ -164,9 +164,9 @@ class PanelLayers:
             "gate_up": new(n, layer.gate_up.out_size),
             "active": new(n, layer.down.in_size),
             "numbers": torch.empty(n, widest, dtype=torch.uint8),
-            "row_scale": torch.empty(n),
-            "partial": torch.empty(num_joined, width),
-            "lse": torch.empty(num_joined, self.heads),
+            "row_scale": torch.empty(n, dtype=torch.float32),
+            "partial": torch.empty(num_joined, width, dtype=torch.float32),
+            "lse": torch.empty(num_joined, self.heads, dtype=torch.float32),
         }
 
 

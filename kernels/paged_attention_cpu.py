@@ -80,7 +80,7 @@ def paged_attention_cpu(
 ) -> torch.Tensor:
     """`paged_attention` of queries [n, heads, d] on a CPU."""
     in_place = q.dtype == k_cache.dtype and reads_in_place(k_cache, q.shape[1] // k_cache.shape[1])
-    if in_place and (native.attends_chunks() or not batch.chunk_rows):
+    if in_place:  # whatever is beside it: a row has the same bits alone
         return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
     return _gathered(q, k_cache, v_cache, batch, scale)
 
@@ -102,8 +102,8 @@ def _in_place(
     if len(plan.tiles):
         native.call("octavo_paged_attention", *where, plan.tiles, len(plan.tiles), *sizes)
     if len(plan.parts):
-        partial = torch.empty(plan.num_joined, heads, head_dim)
-        lse = torch.empty(plan.num_joined, heads)
+        partial = torch.empty(plan.num_joined, heads, head_dim, dtype=torch.float32)
+        lse = torch.empty(plan.num_joined, heads, dtype=torch.float32)
         parts = (plan.parts, len(plan.parts))
         native.call("octavo_decode_attention", *where, *parts, *sizes, partial, lse)
         if len(plan.joins):

@@ -47,7 +47,10 @@ def pack_panels(weight: torch.Tensor) -> PanelWeight:
 def quantize_panels(weight: torch.Tensor) -> PanelWeight:
     """In eight bits, each row by a scale of its own."""
     weight = weight.contiguous()
-    numbers, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(len(weight))
+    numbers, scale = (
+        torch.empty(weight.shape, dtype=torch.uint8),
+        torch.empty(len(weight), dtype=torch.float32),
+    )
     native.call("octavo_quantize_rows", weight, numbers, scale, *weight.shape)
     signed = (numbers ^ ZERO).view(torch.int8)
     zero = signed.sum(dim=1, dtype=torch.int32) * ZERO
@@ -71,7 +74,7 @@ def panel_linear(
         native.call("octavo_linear", x.contiguous(), weight.panels, bias, out, *sizes)
         return out
     numbers = torch.empty(x.shape, dtype=torch.uint8)
-    into = (out, numbers, torch.empty(len(x)))
+    into = (out, numbers, torch.empty(len(x), dtype=torch.float32))
     scales = (weight.scale, weight.zero)
     native.call("octavo_linear_int8", x.contiguous(), weight.panels, bias, *scales, *into, *sizes)
     return out

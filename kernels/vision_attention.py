@@ -173,7 +173,7 @@ def vision_attention(
     Frame i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), int32 on the device; `seqlens` are the
     frames' lengths on the host. Returns [n, heads, d].
     """
-    if native.serves_heads(q) and native.attends_chunks():
+    if native.serves_heads(q) and native.attends_frames():
         return _native_vision_attention(q, k, v, seqlens, scale)
     if not uses_triton(q):
         return _vision_attention_cpu(q, k, v, seqlens, scale)

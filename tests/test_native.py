@@ -103,12 +103,14 @@ def test_a_row_that_decodes_does_not_depend_on_its_batch() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("amx", [False, True])
 def test_a_token_s_bits_do_not_depend_on_its_chunk_or_batch(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, amx: bool
 ) -> None:
     """A prompt of 300 tokens as one chunk, as pieces, and beside others."""
     torch.manual_seed(0)
-    monkeypatch.setattr(native, "has_amx", lambda: False)  # where chunks are torch's
+    monkeypatch.setattr(native, "has_amx", lambda: amx)
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
     kv, table = caches(64, 2, 16), torch.randperm(64)[:19].tolist()
     q = torch.randn(300, 12, 128).bfloat16()
 
@@ -123,6 +125,8 @@ def test_a_token_s_bits_do_not_depend_on_its_chunk_or_batch(
     assert torch.equal(torch.cat(pieces), whole)
     beside = run([40, 300, 2], [90, 300, 2], torch.cat((q[:40], q, q[:2])))
     assert torch.equal(beside[40:340], whole)
+    alone = run([1], [300], q[299:])
+    assert torch.equal(run([40, 1], [90, 300], torch.cat((q[:40], q[299:])))[40:], alone)
 
 
 @needs_native

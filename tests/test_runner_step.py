@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import GREEDY, TinyDriver, TinyMedia, TinyRequest, tiny_request
 from octavo.engine.config import ModelConfig, PreprocessConfig, read_json
 from octavo.engine.model.parallel import TensorParallel
+from octavo.engine.runner import model_runner
 from octavo.engine.runner.kv_cache import activation_bytes, device_memory, kv_block_bytes
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import NOT_FINITE
@@ -290,3 +292,24 @@ def test_a_row_that_awaits_what_was_not_drawn_draws_nothing_and_is_no_error(
         for row in rows:
             row.num_computed_tokens += 1
             row.token_ids.append(0)
+
+
+def test_units_that_pass_the_tower_apart_are_the_same(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound on the patches of a pass; a unit that is larger goes alone."""
+    runs = []
+    for most in (1 << 20, 16, 1):
+        monkeypatch.setattr(model_runner, "CPU_PATCHES", most)
+        runner.embeddings.clear()
+        tower = mock.Mock(side_effect=runner.model.visual.forward)
+        monkeypatch.setattr(runner.model.visual, "forward", tower)
+        driver = TinyDriver(runner, NUM_BLOCKS)
+        batch = driver.build([mixed(runner.config, 1), mixed(runner.config, 5)], [20, 20])
+        runner.step(batch)
+        monkeypatch.undo()
+        runs.append((tower.call_count, {k: v.clone() for k, v in runner.embeddings.items()}))
+    counts = [count for count, _ in runs]
+    assert counts[0] == 1 < counts[1] <= counts[2] == len(runs[0][1])
+    for _, embeddings in runs[1:]:
+        assert all(torch.equal(embeddings[key], each) for key, each in runs[0][1].items())

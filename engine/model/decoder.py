@@ -134,8 +134,8 @@ class Decoder(nn.Module):
         self.head = ParallelHead(self.embed_tokens, config.tie_word_embeddings)
         self.mrope_section = config.mrope_section
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-        self._panels: tuple[list[LayerCache], PanelLayers | None] | None = None
         self.inv_freq = 1.0 / config.rope_theta ** (exponents / config.head_dim)
+        self._panels: tuple[list[LayerCache], PanelLayers | None] | None = None  # of which caches
 
     def forward(
         self,

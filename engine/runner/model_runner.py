@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ...kernels import native
 from ...kernels.kv_cache import copy_blocks
 from ...kernels.paged_attention import AttentionBatch
 from ...kernels.patches import cut_patches
@@ -23,6 +25,10 @@ from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_b
 from .loader import OnProgress, load_weights
 from .pending import SKIPPED, PendingResult
 from .sampler import Sampler, SeenTokens
+
+# Patches of one pass of the tower. Measured at the 2B shape on two cores: eight images of 1,024
+# patches take 1.07 times as long in one pass as in eight.
+CPU_PATCHES = 1024
 
 
 @dataclass(eq=False)
@@ -52,6 +58,7 @@ class ModelRunner:
     @torch.inference_mode()
     def load(self, on_progress: OnProgress | None = None) -> None:
         """Reads the weights. Raises ConfigError naming the tensor or file that is not right."""
+        native.has_tiles()  # checked in a child, which costs less before the weights are there
         load_weights(
             self.model, self.model_dir, self.config, self.device, on_progress, self.quantization
         )
@@ -177,6 +184,13 @@ class ModelRunner:
                 self.embeddings[task.key] = part.clone() if len(units) > 1 else part
 
     def _encode_units(self, units: list[EncodeTask]) -> torch.Tensor:
+        """On a CPU few patches go through the tower at a time: what lies between two products of
+        it then stays in the cache."""
+        passes = passes_of(units, CPU_PATCHES) if self.device.type == "cpu" else [units]
+        made = [self._encode_pass(some) for some in passes]
+        return torch.cat(made) if len(made) > 1 else made[0]
+
+    def _encode_pass(self, units: list[EncodeTask]) -> torch.Tensor:
         patches = torch.cat([self._patches(task) for task in units])
         return self.model.visual(patches, [task.grid_thw for task in units])
 
@@ -249,3 +263,15 @@ class ModelRunner:
             last_token_ids = token_ids[self._to_device(last[rows])].long()
             sampled = self.sampler.sample(logits, batch.sampling, last_token_ids)
         return self.parallel.broadcast(sampled, 0)
+
+
+def passes_of(units: list[EncodeTask], most: int) -> list[list[EncodeTask]]:
+    """The units in order, as many at a time as have `most` patches, and at least one."""
+    passes: list[list[EncodeTask]] = []
+    for unit in units:
+        some = passes[-1] if passes else []
+        if some and sum(math.prod(each.grid_thw) for each in (*some, unit)) <= most:
+            some.append(unit)
+        else:
+            passes.append([unit])
+    return passes

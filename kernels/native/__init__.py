@@ -17,7 +17,7 @@ import torch
 
 log = logging.getLogger("octavo.kernels")
 
-MOST_HEAD_DIM = 128  # this and the next as in attention.c
+MOST_HEAD_DIM = 128  # this and the next as in attention.c and decode.c
 TILE_ROWS = 96
 
 
@@ -63,9 +63,11 @@ def serves(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and library() is not None
 
 
+@functools.cache
 def has_amx() -> bool:
-    """Whether the processor multiplies tiles: torch's products are then the faster ones."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether this process multiplies tiles: torch's products are then the faster ones. A kernel
+    before Linux 5.16 refuses, whatever the processor has."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 @functools.cache
@@ -76,13 +78,14 @@ def has_tiles() -> bool:
     if kernels is None or not has_amx():
         return False
     found = int(kernels.octavo_check_amx())
-    if found < 0:
-        log.warning("products by AMX failed their check here: attention stays torch's")
+    if found < 1:
+        why = "failed their check" if found < 0 else "could not be checked"
+        log.warning("products by AMX %s: attention over pictures stays torch's", why)
     return found > 0
 
 
-def attends_chunks() -> bool:
-    """Whether many queries' attention is for these kernels: where torch has tiles, so must we."""
+def attends_frames() -> bool:
+    """Whether the attention of pictures is for these kernels: where torch has tiles, so must we."""
     return not has_amx() or has_tiles()
 
 

@@ -18,6 +18,7 @@ int amx_usable;
 #ifdef HAS_AMX
 
 #include <cpuid.h>
+#include <errno.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -204,16 +205,15 @@ static int succeeds(pid_t pid) {
     nanosleep(&pause, 0);
   }
   kill(pid, SIGKILL);
-  waitpid(pid, &status, __WALL);
+  while (waitpid(pid, &status, __WALL) < 0 && errno == EINTR) continue;
   return 0;
 }
 
-// 1 if products by tiles come out right on this machine, 0 if it has none, -1 if they do not: found in
-// a child, which may die of it. The child runs nothing but this: clone itself runs no handlers of
-// other libraries, its end signals and is waited for by nobody else, and no signal interrupts it; one
-// that is blocked kills when an instruction is its cause.
+// 1 if products by tiles come out right on this machine, 0 if it has none or no child can be had, -1
+// if they do not: found in a child, which may die of it. The child runs nothing but this: clone itself
+// runs no handlers of other libraries, its end signals and is waited for by nobody else, and no signal
+// interrupts it; one that is blocked kills when an instruction is its cause.
 EXPORT int octavo_check_amx(void) {
-  amx_usable = 0;
   if (!TRAPPED && !permitted()) return 0;
   sigset_t all, before;
   sigfillset(&all);
@@ -225,7 +225,8 @@ EXPORT int octavo_check_amx(void) {
     _exit(computes() ? 0 : 1);
   }
   pthread_sigmask(SIG_SETMASK, &before, 0);
-  amx_usable = pid > 0 && succeeds(pid);
+  if (pid < 0) return 0;
+  amx_usable = succeeds(pid);
   return amx_usable ? 1 : -1;
 }
 

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "amx.h"
+#include "kernels.h"
 #include "product.h"
 
 enum { ROWS = 96, KEYS = 64, MOST_DIM = 128 };
@@ -67,7 +68,7 @@ static void weigh(Scratch *s, long row, long rows, long group, long seen, float 
 
 // Where KEYS keys and values lie.
 typedef struct {
-  const bf16 *keys[KEYS], *values[KEYS];  // one after the other
+  const bf16 *rows[2 * KEYS];  // the keys, then the values
 } Lines;
 
 static void begin(Scratch *s, long rows, long dim, int amx) {
@@ -97,14 +98,14 @@ INLINE void multiply(const Scratch *s, long m, long n, long k, const bf16 *a, co
 // `seen` + r / group keys; where `group` is 0, `seen`.
 static void add_keys(Scratch *s, long rows, long group, long dim, const Lines *lines,
                      const Lines *next, long seen, float scale) {
-  Ahead ahead = {next ? next->keys : 0, next ? 2 * KEYS : 0, dim, 0, 0};
-  pair_transposed(KEYS, dim, lines->keys, &ahead, s->keys);
+  Ahead ahead = {next ? next->rows : 0, next ? 2 * KEYS : 0, dim, 0, 0};
+  pair_transposed(KEYS, dim, lines->rows, &ahead, s->keys);
   multiply(s, rows, KEYS, s->width, s->q, s->keys, s->scores, 0, &ahead);
   for (long row = 0; row < rows; row += 16) {
     if (s->amx) fetch(&ahead, 48);
     weigh(s, row, rows - row < 16 ? rows - row : 16, group, seen, scale);
   }
-  pair_rows(KEYS, dim, lines->values, &ahead, s->values);
+  pair_rows(KEYS, dim, lines->rows + KEYS, &ahead, s->values);
   multiply(s, rows, dim, KEYS, s->weights, s->values, s->sum, s->fade, &ahead);
 }
 
@@ -130,12 +131,12 @@ typedef struct {
 static void find_lines(Lines *lines, const Cache *c, const Tile *t, long at) {
   const int32_t *table = c->tables + t->row * c->table_stride;
   for (long i = 0; i < KEYS; i++) {
-    lines->keys[i] = lines->values[i] = zeros;
+    lines->rows[i] = lines->rows[KEYS + i] = zeros;
     if (at + i >= t->end) continue;
     long block = table[(at + i) / c->block_size] * c->kv_heads + t->head;
     long line = block * c->block_size + (at + i) % c->block_size;
-    lines->keys[i] = c->k_cache + line * c->dim;
-    lines->values[i] = c->v_cache + line * c->dim;
+    lines->rows[i] = c->k_cache + line * c->dim;
+    lines->rows[KEYS + i] = c->v_cache + line * c->dim;
   }
 }
 
@@ -161,7 +162,7 @@ static void attend(const Cache *c, const Tile *t, const bf16 *q, bf16 *out, floa
 // q, out [n, heads, dim]; caches [blocks, kv_heads, block_size, dim]; tables [rows, table_stride].
 EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache,
                                    const bf16 *v_cache, const int32_t *tables, long table_stride,
-                                   const Tile *tiles, long num_tiles, long heads, long kv_heads,
+                                   const int32_t *tiles, long num_tiles, long heads, long kv_heads,
                                    long dim, long block_size, float scale, int threads) {
   const Cache cache = {k_cache, v_cache, tables,     table_stride,    heads,
                        kv_heads, dim,    block_size, heads / kv_heads};
@@ -171,7 +172,7 @@ EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache
     AmxConfig before;
     if (amx) amx_begin(&before);
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < num_tiles; i++) attend(&cache, tiles + i, q, out, scale, amx);
+    for (long i = 0; i < num_tiles; i++) attend(&cache, (const Tile *)tiles + i, q, out, scale, amx);
     if (amx) amx_end(&before);
   }
 }
@@ -193,8 +194,8 @@ static void attend_frame(const Frames *f, const int32_t *t, long head, bf16 *out
     Lines lines;
     for (long i = 0; i < KEYS; i++) {
       long from = (at + i) * f->stride + head * dim;
-      lines.keys[i] = at + i < t[1] ? f->k + from : zeros;
-      lines.values[i] = at + i < t[1] ? f->v + from : zeros;
+      lines.rows[i] = at + i < t[1] ? f->k + from : zeros;
+      lines.rows[KEYS + i] = at + i < t[1] ? f->v + from : zeros;
     }
     add_keys(s, count, 0, dim, &lines, 0, t[1] - at, scale);
   }

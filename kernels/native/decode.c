@@ -8,9 +8,10 @@
 // A row's result depends on its own keys alone, in their order: not on what else is in the batch.
 
 #include <float.h>
+#include <omp.h>
 #include <string.h>
 
-#include "bf16.h"
+#include "kernels.h"
 
 enum { KEYS = 64, MOST_DIM = 128, MOST_GROUP = 96, TOGETHER = 6 };
 
@@ -272,39 +273,28 @@ static void attend(const Job *job, long item, long following, Step *step) {
   finish(s, job, part, kv_head);
 }
 
-static long claim(long *claimed) { return __atomic_fetch_add(claimed, 1, __ATOMIC_RELAXED); }
-
 // q, out [n, heads, dim]; caches [blocks, kv_heads, block_size, dim]; tables [rows, table_stride];
 // partial [parts, heads, dim] and lse [parts, heads]: of the parts that are not whole rows.
 EXPORT void octavo_decode_attention(const bf16 *q, bf16 *out, const bf16 *k_cache,
                                     const bf16 *v_cache, const int32_t *tables, long table_stride,
-                                    const Part *parts, long num_parts, long heads, long kv_heads,
+                                    const int32_t *parts, long num_parts, long heads, long kv_heads,
                                     long dim, long block_size, float scale, float *partial,
                                     float *lse, int threads) {
-  const Job job = {q,
-                   k_cache,
-                   v_cache,
-                   out,
-                   tables,
-                   parts,
-                   table_stride,
-                   num_parts * kv_heads,
-                   heads,
-                   kv_heads,
-                   dim,
-                   block_size,
-                   heads / kv_heads,
-                   scale,
-                   partial,
-                   lse};
-  long claimed = 0;
+  const Job job = {
+      .q = q, .k_cache = k_cache, .v_cache = v_cache, .out = out, .tables = tables,
+      .parts = (const Part *)parts, .table_stride = table_stride, .num_items = num_parts * kv_heads,
+      .heads = heads, .kv_heads = kv_heads, .dim = dim, .block_size = block_size,
+      .group = heads / kv_heads, .scale = scale, .partial = partial, .lse = lse};
+  long claimed;
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp single
+    claimed = omp_get_num_threads();
     Step step;
-    long item = claim(&claimed), following;
-    if (item < job.num_items) find_step(&step, &job, item, parts[item / kv_heads].begin);
+    long item = omp_get_thread_num(), following;
+    if (item < job.num_items) find_step(&step, &job, item, job.parts[item / kv_heads].begin);
     for (; item < job.num_items; item = following) {
-      following = claim(&claimed);
+      following = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
       attend(&job, item, following, &step);
     }
   }
