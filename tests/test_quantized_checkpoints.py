@@ -294,6 +294,13 @@ def test_layers_that_the_config_leaves_dense(
         load(quantised)
 
 
+def test_a_name_that_is_no_list_is_refused() -> None:
+    """A text would be taken for a list of its letters, and "l" is in every name."""
+    for wrong in ("lm_head", [1]):
+        with pytest.raises(ConfigError, match=r"modules_to_not_convert=.*must be a list of names"):
+            read_weight_format({**AWQ, "modules_to_not_convert": wrong}, 28)
+
+
 def test_a_name_is_matched_as_its_list_means_it() -> None:
     """AWQ's by any part; the others' by whole modules, so that layer 1 is not 10 to 19."""
     cases = [("modules_to_not_convert", 11), ("ignored_layers", 1), ("ignore", 1)]
