@@ -168,12 +168,13 @@ def mrope_write_kv(
     num_kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty((n, num_heads, head_dim), dtype=q.dtype, device=q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
+    parts = kernel_arguments(k_cache, v_cache, torch.uint8)
     if compiled:
         assert k.stride() == v.stride(), "keys and values must lie alike"
         sizes = (n, num_heads, num_kv_heads, head_dim, block_size)
         native.call(
             "octavo_mrope_write_kv",
-            *(q, q.stride(0), k, v, k.stride(0), cos, sin, slot_mapping, out, k_cache, v_cache),
+            *(q, q.stride(0), k, v, k.stride(0), cos, sin, slot_mapping, out, *parts[:2]),
             *sizes,
         )
         return out
@@ -185,7 +186,7 @@ def mrope_write_kv(
         sin,
         slot_mapping,
         out,
-        *kernel_arguments(k_cache, v_cache, torch.uint8),
+        *parts,
         q.stride(0),
         k.stride(0),
         v.stride(0),

@@ -95,12 +95,14 @@ def _paged_chunk_kernel(
         end = tl.minimum(begin + keys, last)
         seen_by_all = tl.maximum(begin, tl.minimum(seen_by_all, end))
     acc, top, total = attend_keys(
-        q, acc, top, total, place, begin, seen_by_all, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
-        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, False, FP8,
+        q, acc, top, total, place, begin, seen_by_all, k_cache_ptr, v_cache_ptr,
+        k_scale_ptr, v_scale_ptr, table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK,
+        PRECISION, False, FP8,
     )  # fmt: skip
     acc, top, total = attend_keys(
-        q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
-        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, True, FP8,
+        q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr,
+        k_scale_ptr, v_scale_ptr, table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK,
+        PRECISION, True, FP8,
     )  # fmt: skip
     if FP8 and q.dtype == tl.bfloat16:
         acc = acc * BFLOAT16_LIFT

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from .online_softmax import fold
 
-
 # e4m3 has 4 bits of exponent, over a bias of 7. Its bits at the place of a wider format's make a
 # number that is too small by the difference of the biases: by 2^8 in float16, by 2^120 in bfloat16.
 # Scales make up for it, and no number is multiplied. In bfloat16 queries and results take half of

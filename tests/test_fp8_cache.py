@@ -11,7 +11,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_kernels import HEADS, MIXES, make_batch
 
 from octavo.kernels import paged_chunk
 from octavo.kernels.attention_batch import AttentionBatch
@@ -26,6 +25,12 @@ CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+HEADS = [(64, 8), (28, 4), (12, 2), (3, 1)]  # 72B, 7B, 2B; 2B on four ranks
+MIXES = {  # (tokens computed before, tokens of this step) of each row
+    "chunks": [(0, 37), (16, 16), (61, 7)],
+    "decode": [(0, 1), (15, 1), (16, 1), (77, 1)],
+    "mixed": [(40, 1), (9, 13), (0, 2), (300, 1)],
+}
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
 
@@ -45,7 +50,7 @@ def empty(shape: tuple[int, ...], device: torch.device) -> Fp8Cache:
 def filled(shape: tuple[int, ...], device: torch.device) -> Fp8Cache:
     """Any numbers of e4m3, and scales that differ by a lot."""
     numbers = (torch.randn(shape, device=device) * 100).clamp(-448, 448).to(FP8)
-    scales = torch.exp2(torch.randint(-12, -2, shape[:3], device=device)) * 1.3
+    scales = torch.exp2(torch.randint(-12, -6, shape[:3], device=device)) * 1.3
     return Fp8Cache(numbers.view(torch.uint8), scales)
 
 
@@ -53,6 +58,18 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = TOLERANCE[found.dtype]
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def make_batch(
+    device: torch.device, rows: list[tuple[int, int]], block_size: int
+) -> tuple[AttentionBatch, int]:
+    """Over scattered blocks, none of them block 0, which pads the tables."""
+    lens = [start + count for start, count in rows]
+    blocks = [-(-length // block_size) for length in lens]
+    order = (1 + torch.randperm(sum(blocks) + 2)).tolist()
+    tables = [[order.pop() if i < count else 0 for i in range(max(blocks))] for count in blocks]
+    counts = [count for _, count in rows]
+    return AttentionBatch.from_lists(counts, lens, tables, block_size, device), sum(blocks) + 3
 
 
 @triton.jit
@@ -188,8 +205,8 @@ def test_a_row_does_not_see_what_is_not_its(device: torch.device) -> None:
 
 def test_the_oracle_by_hand(device: torch.device) -> None:
     """Numbers and scales against float32 keys and values that were never in e4m3."""
-    k, v = (torch.randn(40, 2, 32, device=device) * (1 + 30 * (torch.arange(32, device=device) == 5))
-            for _ in "kv")  # fmt: skip
+    outlier = 1 + 30 * (torch.arange(32, device=device) == 5)
+    k, v = (torch.randn(40, 2, 32, device=device) * outlier for _ in "kv")
     caches = [empty((3, 2, 16, 32), device) for _ in "kv"]
     write_kv(k, v, *caches, torch.arange(40, device=device))
     found = gather_kv(caches[0], torch.arange(3, device=device), 40)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...kernels.activation import swiglu
+from ...kernels.kv_cache import Cache
 from ...kernels.linear import by_rows
 from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
 from ...kernels.paged_attention import AttentionBatch, paged_attention
@@ -26,7 +27,7 @@ from .layers import (
 from .parallel import TensorParallel
 from .weights import WeightLoader
 
-LayerCache = tuple[torch.Tensor, torch.Tensor]  # K and V [num_blocks, kv_heads, block_size, d]
+LayerCache = tuple[Cache, Cache]  # K and V [num_blocks, kv_heads, block_size, d]
 
 
 class Attention(nn.Module):
