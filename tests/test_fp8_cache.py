@@ -1,42 +1,18 @@
-"""Keys and values in e4m3: kernels in Triton's interpreter and their oracles, what they compile to,
-a whole model over such a cache, and its settings.
+"""Keys and values in e4m3: the kernels in Triton's interpreter, and their oracles.
+
+`test_kernels_compiled.py` has what they compile to, `test_fp8_serving.py` a model over it.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-import octavo
-from octavo.benchmarks.eval_demo_model import KINDS, questions
-from octavo.benchmarks.kernel_resources import MODELS, shape_of
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_engine import TinyEngine
-from octavo.benchmarks.tiny_requests import TinyRequest, image, text, tiny_request
-from octavo.engine.capacity import plan_capacity
-from octavo.engine.config import (
-    EMBEDDED_MODEL,
-    ConfigError,
-    EngineConfig,
-    ModelConfig,
-    PreprocessConfig,
-)
-from octavo.engine.model.parallel import TensorParallel
-from octavo.engine.runner.decode_graph import DecodeGraphs, StaticDecode
-from octavo.engine.runner.kv_cache import kv_block_bytes
-from octavo.engine.runner.loader import resolve_kv_cache_dtype
-from octavo.engine.runner.model_runner import ModelRunner
-from octavo.engine.worker import process
-from octavo.engine.worker.loading import GroupMemory
 from octavo.kernels import paged_chunk
 from octavo.kernels.attention_batch import AttentionBatch
 from octavo.kernels.fp8_linear import FP8
@@ -44,7 +20,6 @@ from octavo.kernels.kv_cache import Fp8Cache, copy_blocks, gather_kv, write_kv
 from octavo.kernels.mrope import e4m3_bits, mrope_cos_sin, mrope_write_kv, mrope_write_kv_ref
 from octavo.kernels.paged_attention import paged_attention, paged_attention_ref
 from octavo.kernels.paged_tile import e4m3_bits_moved
-from octavo.scheduler.admission import SchedulerConfig
 
 INTERPRETED = triton.knobs.runtime.interpret
 CPU = torch.device("cpu")
@@ -255,122 +230,10 @@ def test_a_forked_block_takes_its_scales_along(device: torch.device) -> None:
     assert torch.equal(after, before)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-def make_runner(folder: Path, num_blocks: int) -> ModelRunner:
-    config, preprocess = ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)
-    args = (folder, config, preprocess, CPU, torch.float32, 16, TensorParallel())
-    runner = ModelRunner(*args, kv_cache_dtype=FP8)
-    runner.load()
-    runner.allocate(num_blocks)
-    return runner
-
-
-def outputs(runner: ModelRunner, limits: dict[str, int], names: list[str]) -> dict[str, list[int]]:
-    """Two prompts, one with a picture and two forks that draw, through the scheduler."""
-    engine = TinyEngine(runner, SchedulerConfig(**limits))
-    for i, name in enumerate(names):
-        parts: list[Any] = [text(i, 20), *image(i, 56, 56), text(5, 3)] if i else [text(9, 40)]
-        request: TinyRequest = tiny_request(runner.config, parts)
-        request.params = replace(request.params, temperature=1.0, seed=4)
-        engine.add(name, request, 9, num_forks=2 if i else 0)
-    engine.run()
-    return {name: engine.output(name) for name in engine.requests}
-
-
-@pytest.mark.skipif(INTERPRETED, reason="slow there")
-def test_chunks_preemption_and_forks_change_no_token(folder: Path) -> None:
-    """Scales are each token's own: how a prompt is cut, and what lies beside it, does not matter."""
-    whole = make_runner(folder, 64)
-    plain = {"num_blocks": 64, "max_model_len": 256}
-    expected = outputs(whole, plain, ["a", "b"])
-    assert len({tuple(tokens) for tokens in expected.values()}) == 4
-    cut = {**plain, "max_num_batched_tokens": 7}
-    assert outputs(make_runner(folder, 64), cut, ["a", "b"]) == expected
-    tight = {"num_blocks": 8, "max_model_len": 128}
-    assert outputs(make_runner(folder, 8), tight, ["a", "b"]) == expected
-    assert outputs(make_runner(folder, 64), plain, ["a"])["a"] == expected["a"]
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
-def test_static_decode_steps_are_the_plain_ones(folder: Path) -> None:
-    """What CUDA graphs repeat, over a cache in e4m3."""
-    limits = {"num_blocks": 64, "max_model_len": 256}
-    plain, static = make_runner(folder, 64), make_runner(folder, 64)
-    decode = StaticDecode(static.model.decoder, static.caches, 256, CPU)
-    static.graphs = DecodeGraphs(decode, lambda compute: compute)
-    assert outputs(static, limits, ["a", "b"]) == outputs(plain, limits, ["a", "b"])
-    assert static.graphs.replays
-
-
-def test_a_block_is_what_is_allocated(folder: Path) -> None:
-    runner = make_runner(folder, 4)
-    held = sum(k.nbytes + v.nbytes for k, v in runner.caches)
-    assert runner.measure().kv_block_bytes * 4 == held
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_the_same_memory_holds_nearly_twice_the_tokens(model: str) -> None:
-    shape = shape_of(model, 1)
-    config = replace(
-        ModelConfig.from_dir(EMBEDDED_MODEL), num_hidden_layers=28, head_dim=128,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-    )  # fmt: skip
-    bytes_of = {kind: kv_block_bytes(config, 1, 16, kind) for kind in (torch.bfloat16, FP8)}
-    assert bytes_of[FP8] == 2 * 28 * 16 * shape.kv_heads * (128 + 4)
-    asked = EngineConfig(kv_cache_memory_bytes=1 << 30, max_model_len=8192)
-    tokens = []
-    for size in bytes_of.values():
-        memory = GroupMemory(1, 1 << 36, 1 << 36, size, "bfloat16", "cuda")
-        tokens.append(16 * plan_capacity(asked, config, memory)[0])
-    assert tokens[1] / tokens[0] == pytest.approx(256 / 132, rel=0.01)
-
-
-def test_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp9': must be auto or fp8"):
-        EngineConfig(kv_cache_dtype="fp9")
-    for device in (CPU, torch.device("cuda")):
-        for name in ("auto", ""):
-            assert resolve_kv_cache_dtype(name, device, torch.float16) == torch.float16
-    assert resolve_kv_cache_dtype("fp8", torch.device("cuda"), torch.float16) == FP8
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8': is for GPUs; leave it out on cpu"):
-        resolve_kv_cache_dtype("fp8", CPU, torch.float32)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="an engine's workers would be interpreted too")
-def test_a_cpu_refuses_it() -> None:
-    """The setting reaches the worker, whose text reaches the caller."""
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8': is for GPUs"):
-        octavo.LLM(device="cpu", kv_cache_dtype="fp8")
-
-
-@pytest.fixture
-def oracle_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(process, "WORKER_MODULE", "octavo.benchmarks.fp8_cache_worker")
-    yield
-
-
-@pytest.mark.skipif(INTERPRETED, reason="an engine's workers would be interpreted too")
-@pytest.mark.usefixtures("oracle_worker")
-def test_the_embedded_model_answers_as_without() -> None:
-    """By the oracles, on the CPU, through an engine and its worker."""
-    asked = [question for kind in KINDS for question in islice(questions(kind, 7), 10)]
-    greedy = octavo.SamplingParams(temperature=0, max_tokens=32)
-    found = []
-    for kind in ("auto", "fp8"):
-        with octavo.LLM(device="cpu", dtype="float32", kv_cache_dtype=kind) as llm:
-            answers = llm.chat([question.messages for question in asked], greedy)
-            found.append([answer.outputs[0].token_ids for answer in answers])
-    same = sum(a == b for a, b in zip(*found, strict=True))
-    assert same >= 0.95 * len(asked)
-
-
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
+    files = (Path(__file__).name, "test_fp8_serving.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     here = Path(__file__).parent
     done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
