@@ -70,6 +70,8 @@ def outputs(runner: ModelRunner, limits: dict[str, int], names: list[str]) -> di
         request.params = replace(request.params, temperature=1.0, seed=4)
         engine.add(name, request, 9, num_forks=2 if i else 0)
     engine.run()
+    if limits.get("num_blocks", 64) < 64:
+        assert any(request.num_preemptions for request in engine.requests.values())
     return {name: engine.output(name) for name in engine.requests}
 
 
