@@ -110,7 +110,8 @@ def kernels(
     i, f, long = "*i32", "*fp32", "*i64"
     b = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: f}[dtype]
     norm_types = [b] * 5 + ["fp32"]
-    chunk_types = [b, b, b, b, f, f, i, i, i, i, "i32", "fp32"]
+    chunk_types = [b, b, b, b, b, b, f, f, i, i, i, i, "i32", "fp32"]
+    decode_types = [b, b, b, b, b, f, f, i, i, i, i, "i32", "fp32"]
     many, few = (
         paged_chunk.chunk_settings(*heads_of, dtype, target, tokens)
         for tokens in (MANY_TOKENS, FEW_TOKENS)
@@ -127,7 +128,7 @@ def kernels(
         ),
         "mrope_write_kv": (
             mrope._mrope_write_kv_kernel,
-            [b, b, b, f, f, long, b, b, b, "i32", "i32", "i32"],
+            [b, b, b, f, f, long, b, b, b, b, b, "i32", "i32", "i32"],
             mrope.settings(*heads_of),
         ),
         "paged_chunk": (paged_chunk._paged_chunk_kernel, chunk_types, many),
@@ -140,7 +141,7 @@ def kernels(
         ),
         "paged_decode": (
             paged_decode._paged_decode_kernel,
-            [b, b, b, f, f, i, i, i, i, "i32", "fp32"],
+            decode_types,
             paged_decode.decode_settings(*heads_of, dtype, target),
         ),
         "join_splits": (
@@ -158,7 +159,37 @@ def kernels(
             ["*u8", b, "i32", "i32", "i32"] + ["fp32"] * 6,
             patch,
         ),
+        **fp8_kernels(shape, target, dtype),
     }
+
+
+def fp8_kernels(
+    shape: Shape, target: str, dtype: torch.dtype
+) -> dict[str, tuple[Any, list[str], Constants]]:
+    """Those that write and read a cache in e4m3."""
+    heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE)
+    b = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    i, f = "*i32", "*fp32"
+    read = [b, "*i16", "*i16", f, f]
+    written = ["*i64", b, "*u8", "*u8", f, f, "i32", "i32", "i32"]
+    chunk = (paged_chunk._paged_chunk_kernel, [*read, b, f, f, i, i, i, i, "i32", "fp32"])
+    made: dict[str, tuple[Any, list[str], Constants]] = {
+        "mrope_write_kv_fp8": (
+            mrope._mrope_write_kv_kernel,
+            [b, b, b, f, f, *written],
+            mrope.settings(*heads_of, fp8=True),
+        ),
+        "paged_decode_fp8": (
+            paged_decode._paged_decode_kernel,
+            [*read, f, f, i, i, i, i, "i32", "fp32"],
+            paged_decode.decode_settings(*heads_of, dtype, target, fp8=True),
+        ),
+    }
+    forms = {"": (MANY_TOKENS, False), "_small": (FEW_TOKENS, False), "_split": (FEW_TOKENS, True)}
+    for name, (tokens, split) in forms.items():
+        chosen = paged_chunk.chunk_settings(*heads_of, dtype, target, tokens, split, fp8=True)
+        made[f"paged_chunk{name}_fp8"] = (*chunk, chosen)
+    return made
 
 
 def compile_kernel(kernel: Any, types: list[str], constants: Constants, target: str) -> Any:

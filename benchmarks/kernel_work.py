@@ -63,15 +63,17 @@ def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> W
     return Work(f"{tokens} of {context}", moved, 2 * rows * splits * HEAD_DIM, grid)
 
 
-def decode_work(shape: Shape, rows: int, context: int) -> Work:
-    """The splits' sums and results, float32, are written for the join to read."""
+def decode_work(shape: Shape, rows: int, context: int, fp8: bool = False) -> Work:
+    """The splits' sums and results, float32, are written for the join to read. `fp8`: keys and
+    values take a byte, and each one a scale, float32."""
     splits = used_splits(context)
-    numbers = rows * (shape.heads + 2 * context * shape.kv_heads) * HEAD_DIM
+    keys = 2 * rows * context * shape.kv_heads
+    numbers = rows * shape.heads * HEAD_DIM * 2 + keys * (HEAD_DIM + 4 if fp8 else 2 * HEAD_DIM)
     table = 4 * rows * -(-context // BLOCK_SIZE)
     partial = 4 * rows * shape.heads * splits * (HEAD_DIM + 1)
     grid = rows * shape.kv_heads * num_splits(-(-context // BLOCK_SIZE), BLOCK_SIZE)
     operations = 4 * HEAD_DIM * shape.heads * context * rows
-    return Work(f"{rows} × {context}", 2 * numbers + table + partial, operations, grid)
+    return Work(f"{rows} × {context}", numbers + table + partial, operations, grid)
 
 
 def join_work(shape: Shape, rows: int, context: int) -> Work:
@@ -131,6 +133,7 @@ def token_works(shape: Shape) -> Iterator[tuple[str, Work]]:
         yield "mrope_write_kv", mrope_work(shape, tokens)
     for rows, context in DECODES:
         yield "paged_decode", decode_work(shape, rows, context)
+        yield "paged_decode_fp8", decode_work(shape, rows, context, fp8=True)
         yield "join_splits", join_work(shape, rows, context)
     for side in IMAGES:
         yield "cut_patches", patches_work(side)

@@ -20,6 +20,7 @@ from octavo.engine.cli_options import (
     Device,
     Dtype,
     Hub,
+    KvCacheDtype,
     KvCacheMemoryBytes,
     MaxModelLen,
     MaxNumBatchedTokens,
@@ -151,6 +152,7 @@ class EngineOptions:
     device: Device = "auto"
     dtype: Dtype = "auto"
     quantization: Quantization = None
+    kv_cache_dtype: KvCacheDtype = "auto"
     tensor_parallel_size: TensorParallelSize = 1
     max_model_len: MaxModelLen = None
     max_num_seqs: MaxNumSeqs = 64

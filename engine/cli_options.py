@@ -30,6 +30,13 @@ Quantization = Annotated[
         "memory, nearly the same answers. Default: as --dtype says."
     ),
 ]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto or fp8, on a GPU: keys and values in eight bits (e4m3), each token's with a "
+        "scale of its own, so that the same memory holds nearly twice the tokens. auto: as --dtype."
+    ),
+]
 TensorParallelSize = Annotated[
     int, typer.Option(help="Worker processes that share each layer: 1, 2 or 4; 8 for the 72B.")
 ]

@@ -250,6 +250,7 @@ GPU_LONG_PREFILL = 256
 
 
 QUANTIZATIONS = (None, "int8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,7 @@ class EngineConfig:
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"
     quantization: str | None = None  # "int8": of weights on loading and of activations, on a CPU
+    kv_cache_dtype: str = "auto"  # "auto": as `dtype`; "fp8": e4m3 with a scale a token, on a GPU
     tensor_parallel_size: int = 1
     max_model_len: int | None = None  # tokens of prompt and output; None: what positions allow
     max_num_seqs: int = 64  # requests that run at once
@@ -293,6 +295,9 @@ class EngineConfig:
         if self.quantization not in QUANTIZATIONS:
             text = "must be int8, or left out"
             raise ConfigError(f"quantization={shown(self.quantization)}: {text}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            text = "must be auto or fp8"
+            raise ConfigError(f"kv_cache_dtype={shown(self.kv_cache_dtype)}: {text}")
         if not isinstance(self.overlap_steps, bool):
             raise ConfigError(f"overlap_steps={shown(self.overlap_steps)}: must be true or false")
         if not isinstance(self.gpu_memory_utilization, int | float):

@@ -48,6 +48,13 @@ TABLE: dict[str, dict[str, Launch]] = {
         "gfx942": Launch(128, 32, 8, 2),
         "other": Launch(64, 32, 4, 3),
     },
+    "chunk_fp8": {  # e4m3 in the cache; with 64 keys sm_80 would spill
+        "sm_80": Launch(128, 32, 8, 3),
+        "sm_90": Launch(128, 64, 8, 3),
+        "sm_100": Launch(128, 64, 8, 3),
+        "gfx942": Launch(128, 32, 8, 2),
+        "other": Launch(64, 32, 4, 3),
+    },
     "chunk_small": {
         "sm_80": Launch(64, 64, 8, 3),
         "sm_90": Launch(64, 64, 4, 3),
@@ -73,6 +80,7 @@ TABLE: dict[str, dict[str, Launch]] = {
 # float32 serves comparisons only: the same everywhere, small enough not to spill.
 FLOAT32 = {
     "chunk": Launch(32, 16, 8, 2),
+    "chunk_fp8": Launch(32, 16, 8, 2),
     "chunk_small": Launch(32, 16, 8, 2),
     "decode": Launch(16, 16, 4, 2),
     "vision": Launch(32, 32, 4, 2),
@@ -172,7 +180,12 @@ def launch(kernel: str, arch: str, dtype: torch.dtype, group: int = 1) -> Launch
 
 
 def paged_settings(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    fp8: bool = False,
 ) -> dict[str, int | str]:
     """What the shape fixes in the kernels over the paged cache."""
     return {
@@ -182,4 +195,5 @@ def paged_settings(
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "CACHE_BLOCK": block_size,
         "PRECISION": "tf32" if dtype.itemsize == 2 else "ieee",
+        "FP8": fp8,
     }

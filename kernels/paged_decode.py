@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from .attention_batch import AttentionBatch
+from .kv_cache import Cache, Fp8Cache, kernel_arguments
 from .launch import architecture, launch, paged_settings
 from .online_softmax import LOG2_E
-from .paged_tile import attend_keys
+from .paged_tile import BFLOAT16_LIFT, attend_keys
 
 SPLIT_SIZE = 256  # keys of one split, or a multiple of it
 MAX_SPLITS = 64  # of a row: what one program joins, and what bounds the grid
@@ -31,6 +32,8 @@ def _paged_decode_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     partial_ptr,
     lse_ptr,
     decode_rows_ptr,
@@ -49,6 +52,7 @@ def _paged_decode_kernel(
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """One program: one split of a row's keys, with the query heads of one KV head.
 
@@ -70,9 +74,16 @@ def _paged_decode_kernel(
     at = (token * (NUM_KV_HEADS * GROUP) + head) * HEAD_DIM
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
 
-    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * HEAD_DIM
-    k_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
-    v_cache_ptr += kv_head * CACHE_BLOCK * HEAD_DIM
+    ROW: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
+    BLOCK_ROW: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
+    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * ROW
+    k_cache_ptr += kv_head * CACHE_BLOCK * ROW
+    v_cache_ptr += kv_head * CACHE_BLOCK * ROW
+    if FP8:
+        k_scale_ptr += kv_head * CACHE_BLOCK
+        v_scale_ptr += kv_head * CACHE_BLOCK
+        if q.dtype == tl.bfloat16:
+            q = q * BFLOAT16_LIFT
     table_ptr = block_tables_ptr + row * table_stride
     place = tl.full((BLOCK_M,), context - 1, tl.int32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -81,13 +92,15 @@ def _paged_decode_kernel(
     end = tl.minimum(context, begin + size)
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
     acc, top, total = attend_keys(
-        q, acc, top, total, place, begin, whole, k_cache_ptr, v_cache_ptr, table_ptr, scale,
-        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, False,
+        q, acc, top, total, place, begin, whole, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
+        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, False, FP8,
     )  # fmt: skip
     acc, top, total = attend_keys(
-        q, acc, top, total, place, whole, end, k_cache_ptr, v_cache_ptr, table_ptr, scale,
-        LINE, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK, PRECISION, True,
+        q, acc, top, total, place, whole, end, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
+        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, True, FP8,
     )  # fmt: skip
+    if FP8 and q.dtype == tl.bfloat16:
+        acc = acc * BFLOAT16_LIFT
     to = (index * (NUM_KV_HEADS * GROUP) + head) * tl.num_programs(2) + split
     m_mask = offs_m < GROUP
     tl.store(lse_ptr + to, top + tl.log2(total), mask=m_mask)
@@ -140,10 +153,11 @@ def decode_settings(
     block_size: int,
     dtype: torch.dtype,
     arch: str,
+    fp8: bool = False,
 ) -> dict[str, int | str]:
-    """Compile-time settings of the decode kernel."""
+    """Compile-time settings of the decode kernel. `fp8`: what the cache holds."""
     return {
-        **paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype),
+        **paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype, fp8),
         **launch("decode", arch, dtype, num_heads // num_kv_heads).settings(),
         "SPLIT": SPLIT_SIZE,
         "MAX_SPLITS": MAX_SPLITS,
@@ -171,8 +185,8 @@ def num_splits(table_width: int, block_size: int) -> int:
 
 def paged_decode(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     batch: AttentionBatch,
     scale: float,
     out: torch.Tensor,
@@ -183,11 +197,10 @@ def paged_decode(
     splits = num_splits(batch.block_tables.shape[1], block_size)
     partial = torch.empty((count, heads, splits, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((count, heads, splits), dtype=torch.float32, device=q.device)
-    arch = architecture(q.device)
+    arch, fp8 = architecture(q.device), isinstance(k_cache, Fp8Cache)
     _paged_decode_kernel[(count, kv_heads, splits)](
         q,
-        k_cache,
-        v_cache,
+        *kernel_arguments(k_cache, v_cache, torch.int16),
         partial,
         lse,
         batch.decode_rows,
@@ -196,7 +209,7 @@ def paged_decode(
         batch.block_tables,
         batch.block_tables.stride(0),
         scale * LOG2_E,
-        **decode_settings(heads, kv_heads, head_dim, block_size, q.dtype, arch),
+        **decode_settings(heads, kv_heads, head_dim, block_size, q.dtype, arch, fp8),
     )
     _join_splits_kernel[(count, heads)](
         partial,

@@ -7,6 +7,27 @@ import triton.language as tl
 
 from .online_softmax import fold
 
+# e4m3 has 4 bits of exponent, over a bias of 7. Its bits at the place of a wider format's make a
+# number that is too small by the difference of the biases: by 2^8 in float16, by 2^120 in bfloat16.
+# Scales make up for it, and no number is multiplied. In bfloat16 queries and results take half of
+# it, so that no product leaves the range of float32.
+FLOAT16_LIFT = tl.constexpr(2.0**8)
+BFLOAT16_LIFT = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def e4m3_bits_moved(words, like):
+    """The numbers [n, d] of e4m3 in int16 words [n, d / 2], each times 2^-8 or 2^-120. Exact, also
+    for the smallest; by integers alone, which every GPU has. 0x87F0, 0xBF80: sign, exponent and
+    fraction, without the copies of the sign that a shift leaves."""
+    if like.dtype == tl.bfloat16:
+        low = (((words << 8) >> 4) & -0x7810).to(tl.bfloat16, bitcast=True)
+        high = ((words >> 4) & -0x7810).to(tl.bfloat16, bitcast=True)
+    else:
+        low = (((words << 8) >> 1) & -0x4080).to(tl.float16, bitcast=True)
+        high = ((words >> 1) & -0x4080).to(tl.float16, bitcast=True)
+    return tl.interleave(low, high).to(like.dtype)
+
 
 @triton.jit
 def attend_keys(
@@ -19,40 +40,57 @@ def attend_keys(
     end,
     k_cache_ptr,
     v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     table_ptr,
     scale,
     LINE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """Folds keys [begin, end) of one KV head into the sums of queries [m, d] at places [m].
 
     Without MASKED every query sees every key, and they fill whole tiles: nothing is compared.
-    LINE: numbers from one cache block to the next. The head's offset is in the cache pointers.
+    LINE: elements from one cache block to the next; ROW: of a slot, the head size, or half of it
+    where FP8 has two numbers in one. The head's offset is in the pointers to cache and scales.
     """
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_ROW)
+    LIFT: tl.constexpr = BFLOAT16_LIFT if q.dtype == tl.bfloat16 else FLOAT16_LIFT
     for at in range(begin, end, BLOCK_N):
         keys = at + tl.arange(0, BLOCK_N)
         if MASKED:
             block = tl.load(table_ptr + keys // CACHE_BLOCK, mask=keys < end, other=0)
         else:
             block = tl.load(table_ptr + keys // CACHE_BLOCK)
-        line = block.to(tl.int64) * LINE + keys % CACHE_BLOCK * HEAD_DIM
+        line = block.to(tl.int64) * LINE + keys % CACHE_BLOCK * ROW
         kv_at = line[:, None] + offs_d[None, :]
-        if MASKED or HEAD_DIM < BLOCK_D:
-            mask = (keys < end)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        if MASKED or ROW < BLOCK_ROW:
+            mask = (keys < end)[:, None] & (offs_d < ROW)[None, :]
             k = tl.load(k_cache_ptr + kv_at, mask=mask, other=0.0)
             v = tl.load(v_cache_ptr + kv_at, mask=mask, other=0.0)
         else:
             k = tl.load(k_cache_ptr + kv_at)
             v = tl.load(v_cache_ptr + kv_at)
+        if FP8:
+            slot = block.to(tl.int64) * (LINE // ROW) + keys % CACHE_BLOCK
+            k_scale = tl.load(k_scale_ptr + slot)  # block 0's where there is no key: not used
+            if MASKED:
+                v_scale = tl.load(v_scale_ptr + slot, mask=keys < end, other=0.0)
+            else:
+                v_scale = tl.load(v_scale_ptr + slot)
+            k, v = e4m3_bits_moved(k, q), e4m3_bits_moved(v, q)
         scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
+        if FP8:
+            scores = scores * (k_scale * LIFT)[None, :]
         if MASKED:
             scores = tl.where(keys[None, :] <= place[:, None], scores, float("-inf"))
         weights, fade, top, total = fold(scores, top, total)
+        if FP8:
+            weights = weights * (v_scale * LIFT)[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, top, total

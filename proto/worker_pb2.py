@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/worker.proto\x12\x10octavo.worker.v1\"\x1c\n\x0bPingRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"+\n\tPingReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"\xb4\x01\n\x0bLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x12\n\nrendezvous\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x14\n\x0cquantization\x18\t \x01(\t\"g\n\x0cLoadProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12.\n\x06memory\x18\x03 \x01(\x0b\x32\x1e.octavo.worker.v1.MemoryReport\"\x84\x01\n\x0cMemoryReport\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x16\n\x0ekv_block_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\"4\n\x0f\x41llocateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\x0f\n\rAllocateReply\"\x86\x03\n\x0bStepRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x11\n\tpositions\x18\x04 \x01(\x0c\x12\x1c\n\x14num_scheduled_tokens\x18\x05 \x01(\x0c\x12\x14\n\x0c\x63ontext_lens\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62lock_tables\x18\x07 \x01(\x0c\x12,\n\x08sampling\x18\x08 \x01(\x0b\x32\x1a.octavo.worker.v1.Sampling\x12(\n\x06\x65ncode\x18\t \x03(\x0b\x32\x18.octavo.worker.v1.Encode\x12/\n\nembeddings\x18\n \x03(\x0b\x32\x1b.octavo.worker.v1.Embedding\x12$\n\x04\x64rop\x18\x0b \x03(\x0b\x32\x16.octavo.worker.v1.Unit\x12\x0e\n\x06\x63opies\x18\x0c \x01(\x0c\x12\x18\n\x10previous_step_id\x18\x0e \x01(\x04\x12\x0e\n\x06\x61waits\x18\r \x01(\x0c\"\xc1\x01\n\x08Sampling\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\x13\n\x0btemperature\x18\x02 \x01(\x0c\x12\r\n\x05top_k\x18\x03 \x01(\x0c\x12\r\n\x05top_p\x18\x04 \x01(\x0c\x12\r\n\x05min_p\x18\x05 \x01(\x0c\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x0c\x12\x0c\n\x04seed\x18\x07 \x01(\x0c\x12\x14\n\x0coutput_index\x18\x08 \x01(\x0c\x12\x16\n\x0eseen_token_ids\x18\t \x03(\x0c\x12\r\n\x05slots\x18\n \x01(\x0c\")\n\x04Unit\x12\x12\n\nmedia_hash\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\"m\n\x06\x45ncode\x12$\n\x04unit\x18\x01 \x01(\x0b\x32\x16.octavo.worker.v1.Unit\x12\x10\n\x08grid_thw\x18\x02 \x03(\r\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05shape\x18\x04 \x03(\r\x12\x0e\n\x06pixels\x18\x05 \x01(\x0c\"o\n\tEmbedding\x12$\n\x04unit\x18\x01 \x01(\x0b\x32\x16.octavo.worker.v1.Unit\x12\r\n\x05start\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x65st\x18\x04 \x01(\r\x12\x0b\n\x03row\x18\x05 \x01(\r\"\xa2\x01\n\tStepReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x0f\n\x07sampled\x18\x03 \x01(\x0c\x12\'\n\x07missing\x18\x04 \x03(\x0b\x32\x16.octavo.worker.v1.Unit\x12*\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x1a.octavo.worker.v1.RowError\x12\x0f\n\x07seconds\x18\x06 \x01(\x02\"%\n\x08RowError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t2\xa9\x02\n\x06Worker\x12G\n\x04Load\x12\x1d.octavo.worker.v1.LoadRequest\x1a\x1e.octavo.worker.v1.LoadProgress0\x01\x12N\n\x08\x41llocate\x12!.octavo.worker.v1.AllocateRequest\x1a\x1f.octavo.worker.v1.AllocateReply\x12\x42\n\x04Step\x12\x1d.octavo.worker.v1.StepRequest\x1a\x1b.octavo.worker.v1.StepReply\x12\x42\n\x04Ping\x12\x1d.octavo.worker.v1.PingRequest\x1a\x1b.octavo.worker.v1.PingReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/worker.proto\x12\x10octavo.worker.v1\"\x1c\n\x0bPingRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"+\n\tPingReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"\xcc\x01\n\x0bLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x12\n\nrendezvous\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x14\n\x0cquantization\x18\t \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\n \x01(\t\"g\n\x0cLoadProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12.\n\x06memory\x18\x03 \x01(\x0b\x32\x1e.octavo.worker.v1.MemoryReport\"\x84\x01\n\x0cMemoryReport\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x16\n\x0ekv_block_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\"4\n\x0f\x41llocateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\x0f\n\rAllocateReply\"\x86\x03\n\x0bStepRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x11\n\tpositions\x18\x04 \x01(\x0c\x12\x1c\n\x14num_scheduled_tokens\x18\x05 \x01(\x0c\x12\x14\n\x0c\x63ontext_lens\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62lock_tables\x18\x07 \x01(\x0c\x12,\n\x08sampling\x18\x08 \x01(\x0b\x32\x1a.octavo.worker.v1.Sampling\x12(\n\x06\x65ncode\x18\t \x03(\x0b\x32\x18.octavo.worker.v1.Encode\x12/\n\nembeddings\x18\n \x03(\x0b\x32\x1b.octavo.worker.v1.Embedding\x12$\n\x04\x64rop\x18\x0b \x03(\x0b\x32\x16.octavo.worker.v1.Unit\x12\x0e\n\x06\x63opies\x18\x0c \x01(\x0c\x12\x18\n\x10previous_step_id\x18\x0e \x01(\x04\x12\x0e\n\x06\x61waits\x18\r \x01(\x0c\"\xc1\x01\n\x08Sampling\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\x13\n\x0btemperature\x18\x02 \x01(\x0c\x12\r\n\x05top_k\x18\x03 \x01(\x0c\x12\r\n\x05top_p\x18\x04 \x01(\x0c\x12\r\n\x05min_p\x18\x05 \x01(\x0c\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x0c\x12\x0c\n\x04seed\x18\x07 \x01(\x0c\x12\x14\n\x0coutput_index\x18\x08 \x01(\x0c\x12\x16\n\x0eseen_token_ids\x18\t \x03(\x0c\x12\r\n\x05slots\x18\n \x01(\x0c\")\n\x04Unit\x12\x12\n\nmedia_hash\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\"m\n\x06\x45ncode\x12$\n\x04unit\x18\x01 \x01(\x0b\x32\x16.octavo.worker.v1.Unit\x12\x10\n\x08grid_thw\x18\x02 \x03(\r\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05shape\x18\x04 \x03(\r\x12\x0e\n\x06pixels\x18\x05 \x01(\x0c\"o\n\tEmbedding\x12$\n\x04unit\x18\x01 \x01(\x0b\x32\x16.octavo.worker.v1.Unit\x12\r\n\x05start\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x65st\x18\x04 \x01(\r\x12\x0b\n\x03row\x18\x05 \x01(\r\"\xa2\x01\n\tStepReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x0f\n\x07sampled\x18\x03 \x01(\x0c\x12\'\n\x07missing\x18\x04 \x03(\x0b\x32\x16.octavo.worker.v1.Unit\x12*\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x1a.octavo.worker.v1.RowError\x12\x0f\n\x07seconds\x18\x06 \x01(\x02\"%\n\x08RowError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t2\xa9\x02\n\x06Worker\x12G\n\x04Load\x12\x1d.octavo.worker.v1.LoadRequest\x1a\x1e.octavo.worker.v1.LoadProgress0\x01\x12N\n\x08\x41llocate\x12!.octavo.worker.v1.AllocateRequest\x1a\x1f.octavo.worker.v1.AllocateReply\x12\x42\n\x04Step\x12\x1d.octavo.worker.v1.StepRequest\x1a\x1b.octavo.worker.v1.StepReply\x12\x42\n\x04Ping\x12\x1d.octavo.worker.v1.PingRequest\x1a\x1b.octavo.worker.v1.PingReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -26,29 +26,29 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_PINGREPLY']._serialized_start=77
   _globals['_PINGREPLY']._serialized_end=120
   _globals['_LOADREQUEST']._serialized_start=123
-  _globals['_LOADREQUEST']._serialized_end=303
-  _globals['_LOADPROGRESS']._serialized_start=305
-  _globals['_LOADPROGRESS']._serialized_end=408
-  _globals['_MEMORYREPORT']._serialized_start=411
-  _globals['_MEMORYREPORT']._serialized_end=543
-  _globals['_ALLOCATEREQUEST']._serialized_start=545
-  _globals['_ALLOCATEREQUEST']._serialized_end=597
-  _globals['_ALLOCATEREPLY']._serialized_start=599
-  _globals['_ALLOCATEREPLY']._serialized_end=614
-  _globals['_STEPREQUEST']._serialized_start=617
-  _globals['_STEPREQUEST']._serialized_end=1007
-  _globals['_SAMPLING']._serialized_start=1010
-  _globals['_SAMPLING']._serialized_end=1203
-  _globals['_UNIT']._serialized_start=1205
-  _globals['_UNIT']._serialized_end=1246
-  _globals['_ENCODE']._serialized_start=1248
-  _globals['_ENCODE']._serialized_end=1357
-  _globals['_EMBEDDING']._serialized_start=1359
-  _globals['_EMBEDDING']._serialized_end=1470
-  _globals['_STEPREPLY']._serialized_start=1473
-  _globals['_STEPREPLY']._serialized_end=1635
-  _globals['_ROWERROR']._serialized_start=1637
-  _globals['_ROWERROR']._serialized_end=1674
-  _globals['_WORKER']._serialized_start=1677
-  _globals['_WORKER']._serialized_end=1974
+  _globals['_LOADREQUEST']._serialized_end=327
+  _globals['_LOADPROGRESS']._serialized_start=329
+  _globals['_LOADPROGRESS']._serialized_end=432
+  _globals['_MEMORYREPORT']._serialized_start=435
+  _globals['_MEMORYREPORT']._serialized_end=567
+  _globals['_ALLOCATEREQUEST']._serialized_start=569
+  _globals['_ALLOCATEREQUEST']._serialized_end=621
+  _globals['_ALLOCATEREPLY']._serialized_start=623
+  _globals['_ALLOCATEREPLY']._serialized_end=638
+  _globals['_STEPREQUEST']._serialized_start=641
+  _globals['_STEPREQUEST']._serialized_end=1031
+  _globals['_SAMPLING']._serialized_start=1034
+  _globals['_SAMPLING']._serialized_end=1227
+  _globals['_UNIT']._serialized_start=1229
+  _globals['_UNIT']._serialized_end=1270
+  _globals['_ENCODE']._serialized_start=1272
+  _globals['_ENCODE']._serialized_end=1381
+  _globals['_EMBEDDING']._serialized_start=1383
+  _globals['_EMBEDDING']._serialized_end=1494
+  _globals['_STEPREPLY']._serialized_start=1497
+  _globals['_STEPREPLY']._serialized_end=1659
+  _globals['_ROWERROR']._serialized_start=1661
+  _globals['_ROWERROR']._serialized_end=1698
+  _globals['_WORKER']._serialized_start=1701
+  _globals['_WORKER']._serialized_end=1998
 # @@protoc_insertion_point(module_scope)

@@ -20,7 +20,7 @@ class PingReply(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("epoch", "model", "device", "dtype", "rank", "tensor_parallel_size", "rendezvous", "block_size", "quantization")
+    __slots__ = ("epoch", "model", "device", "dtype", "rank", "tensor_parallel_size", "rendezvous", "block_size", "quantization", "kv_cache_dtype")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class LoadRequest(_message.Message):
     RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     model: str
     device: str
@@ -39,7 +40,8 @@ class LoadRequest(_message.Message):
     rendezvous: str
     block_size: int
     quantization: str
-    def __init__(self, epoch: _Optional[int] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., rendezvous: _Optional[str] = ..., block_size: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, epoch: _Optional[int] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., rendezvous: _Optional[str] = ..., block_size: _Optional[int] = ..., quantization: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("done_bytes", "total_bytes", "memory")

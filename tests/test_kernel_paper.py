@@ -66,6 +66,9 @@ def test_decode_by_hand() -> None:
     partial = 3 * 6 * 2 * (128 + 1) * 4
     assert work.bytes == kv + q + partial + 3 * 19 * 4
     assert work.grid == 3 * 2 * 2
+    halved = decode_work(TINY, 3, 300, fp8=True)
+    assert (halved.operations, halved.grid) == (work.operations, work.grid)
+    assert work.bytes - halved.bytes == 3 * 2 * 300 * 2 * (128 - 4)
     join = join_work(TINY, 3, 300)
     assert (join.bytes, join.grid) == (partial + 3 * 6 * 128 * 2, 18)
     assert join.operations == 3 * 6 * 2 * 128 * 2
@@ -171,7 +174,7 @@ def test_command(tmp_path: Path) -> None:
     rows = json.loads(json_file.read_text())
     kernels = {row["kernel"] for row in rows}
     assert {"int4_few", "fp8_few", "join_parts", "quantize_rows"} <= kernels
-    assert len(kernels) == 16 and all(kernel in done.output for kernel in kernels)
+    assert len(kernels) == 17 and all(kernel in done.output for kernel in kernels)
     assert len(markdown.read_text().splitlines()) == len(rows) + 2
     assert {row["tensor"] for row in rows} == {"-", "HGMMA", "HMMA", "QGMMA"}
     for row in rows:

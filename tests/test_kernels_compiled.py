@@ -22,7 +22,8 @@ from octavo.benchmarks.kernel_sass import read_gcn, read_sass
 
 HERE = Path(__file__).parent
 CHUNK = ("paged_chunk", "paged_chunk_small", "paged_chunk_split")
-ATTENTION = (*CHUNK, "paged_decode", "vision_attention")
+FP8 = tuple(f"{kernel}_fp8" for kernel in (*CHUNK, "paged_decode"))  # over a cache in e4m3
+ATTENTION = (*CHUNK, "paged_decode", "vision_attention", *FP8)
 SCALAR = ("cut_patches",)  # reads single bytes, a pixel's channel at a time
 WHOLE = ("2B", "7B", "72B")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -61,6 +62,7 @@ def check_resources(rows: list[dict[str, Any]], shapes: tuple[str, ...]) -> None
         "rms_norm",
         "swiglu",
         "mrope_write_kv",
+        "mrope_write_kv_fp8",
     } <= kernels
     assert {(row["kernel"], row["shape"]) for row in rows} == {
         (kernel, shape) for kernel in kernels for shape in shapes
@@ -79,8 +81,8 @@ def check_code(rows: list[dict[str, Any]]) -> None:
             assert "16" in {**row["load_bytes"], **row["async_bytes"]}, row
         if row["kernel"] in ATTENTION:
             copies = row["async_bytes"]
-            assert set(copies) <= {"4", "16"}, row  # 4: the block table's numbers
-            assert copies["16"] >= 4 * copies.get("4", 0), row
+            assert set(copies) <= {"4", "16"}, row  # 4: the block table's numbers, scales
+            assert copies["16"] >= (0.3 if row["kernel"] in FP8 else 4) * copies.get("4", 0), row
         wanted = unit(row["kernel"], row["target"])
         assert list(row["tensor"]) == wanted, row
 
@@ -93,7 +95,7 @@ def unit(kernel: str, target: str) -> list[str]:
     if target == "gfx942":
         return ["v_mfma"]
     wide = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[target]
-    return ["HMMA" if kernel == "paged_decode" else wide]
+    return ["HMMA" if kernel.startswith("paged_decode") else wide]
 
 
 def test_kernels_compile_for_hopper() -> None:

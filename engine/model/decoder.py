@@ -12,6 +12,7 @@ from torch import nn
 
 from ...kernels.activation import swiglu
 from ...kernels.decoder_layers import PanelLayer, PanelLayers
+from ...kernels.kv_cache import Cache
 from ...kernels.linear import by_rows
 from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
 from ...kernels.paged_attention import AttentionBatch, paged_attention
@@ -29,7 +30,7 @@ from .layers import (
 from .parallel import TensorParallel
 from .weights import WeightLoader
 
-LayerCache = tuple[torch.Tensor, torch.Tensor]  # K and V [num_blocks, kv_heads, block_size, d]
+LayerCache = tuple[Cache, Cache]  # K and V [num_blocks, kv_heads, block_size, d]
 
 
 class Attention(nn.Module):
@@ -104,7 +105,7 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_norm.add(x, residual)
         return self.mlp(x), residual
 
-    def panels(self, k_cache: torch.Tensor) -> PanelLayer | None:
+    def panels(self, k_cache: Cache) -> PanelLayer | None:
         """The weights for `PanelLayers`, where they are in panels, whole, and the heads fit."""
         qkv, o_proj = self.attention.qkv, self.attention.o_proj
         linears = (qkv, o_proj, self.mlp.gate_up, self.mlp.down)

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...kernels.fp8_linear import FP8
+from ...kernels.kv_cache import Cache, Fp8Cache
 from ..config import ModelConfig
 from ..model.decoder import LayerCache
 from ..model.parallel import num_kv_heads_per_rank
 
+SCALE = torch.float32  # of a token and a KV head in FP8
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -29,8 +32,10 @@ class MemoryReport:
 
 
 def kv_block_bytes(config: ModelConfig, size: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block, K and V in all layers, on each of `size` ranks."""
-    per_token = num_kv_heads_per_rank(config, size) * config.head_dim * dtype.itemsize
+    """Bytes of one block, K and V in all layers, on each of `size` ranks. In FP8 each token has a
+    scale for each KV head."""
+    per_head = config.head_dim * dtype.itemsize + (SCALE.itemsize if dtype == FP8 else 0)
+    per_token = num_kv_heads_per_rank(config, size) * per_head
     return 2 * config.num_hidden_layers * block_size * per_token
 
 
@@ -67,17 +72,20 @@ def allocate_kv_cache(
     """
     heads = num_kv_heads_per_rank(config, size)
     shape = (num_blocks, heads, block_size, config.head_dim)
-    return [
-        (_zeros(shape, dtype, device), _zeros(shape, dtype, device))
-        for _ in range(config.num_hidden_layers)
-    ]
+
+    def cache() -> Cache:
+        if dtype != FP8:
+            return _zeros(shape, dtype, device)
+        return Fp8Cache(_zeros(shape, torch.uint8, device), _zeros(shape[:3], SCALE, device))
+
+    return [(cache(), cache()) for _ in range(config.num_hidden_layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy leaves the zeroing to the kernel, page by page at first use; torch.zeros writes them all
-    whole = np.zeros(shape, np.uint16 if dtype.itemsize == 2 else np.float32)
+    whole = np.zeros(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(whole).view(dtype)
 
 

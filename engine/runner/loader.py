@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ...kernels.fp8_linear import check_fp8
+from ...kernels.fp8_linear import FP8, check_fp8
 from ...kernels.int4_layout import GROUPS, in_order
 from ..config import ConfigError, ModelConfig, read_json
 from ..model.layers import VocabParallelEmbedding
@@ -65,6 +65,15 @@ def resolve_quantization(name: str, device: torch.device) -> str | None:
     if name and device.type != "cpu":
         raise ConfigError(f"quantization={name!r}: is for CPUs; leave it out on {device.type}")
     return name or None
+
+
+def resolve_kv_cache_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What the KV cache holds; "auto" (or "") is `dtype`. Raises ConfigError for a CPU."""
+    if name in ("", "auto"):
+        return dtype
+    if device.type == "cpu":
+        raise ConfigError(f"kv_cache_dtype={name!r}: is for GPUs; leave it out on cpu")
+    return FP8
 
 
 def check_weight_format(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -43,6 +43,7 @@ class ModelRunner:
     block_size: int
     parallel: TensorParallel
     quantization: str | None = None  # of weights and activations, on loading; None or "int8"
+    kv_cache_dtype: torch.dtype | None = None  # None: `dtype`; or float8_e4m3fn
     embeddings: dict[UnitKey, torch.Tensor] = field(default_factory=dict)
     caches: list[LayerCache] = field(default_factory=list)
     graphs: DecodeGraphs | None = None  # on CUDA alone
@@ -71,7 +72,7 @@ class ModelRunner:
             total_bytes=total,
             free_bytes=free,
             kv_block_bytes=kv_block_bytes(
-                self.config, self.parallel.size, self.block_size, self.dtype
+                self.config, self.parallel.size, self.block_size, self.kv_cache_dtype or self.dtype
             ),
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
@@ -80,7 +81,12 @@ class ModelRunner:
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache."""
         self.caches = allocate_kv_cache(
-            self.config, self.parallel.size, num_blocks, self.block_size, self.dtype, self.device
+            self.config,
+            self.parallel.size,
+            num_blocks,
+            self.block_size,
+            self.kv_cache_dtype or self.dtype,
+            self.device,
         )
         if self.device.type == "cuda":
             longest = self.config.max_position_embeddings

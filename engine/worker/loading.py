@@ -65,6 +65,7 @@ def start_loading(
                 rendezvous=str(rendezvous),
                 block_size=config.block_size,
                 quantization=config.quantization or "",
+                kv_cache_dtype=config.kv_cache_dtype,
             )
         )
         args = (worker.rank, call)

@@ -76,7 +76,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
         from ..model.parallel import check_tensor_parallel_size, connect
-        from ..runner.loader import check_weight_format, resolve_dtype, resolve_quantization
+        from ..runner.loader import (
+            check_weight_format,
+            resolve_dtype,
+            resolve_kv_cache_dtype,
+            resolve_quantization,
+        )
         from ..runner.model_runner import ModelRunner
 
         model_dir = Path(request.model)
@@ -84,6 +89,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         check_tensor_parallel_size(config, request.tensor_parallel_size)
         device = resolve_device(request.device, request.rank)
         dtype = resolve_dtype(request.dtype, device, config.dtype)
+        kv_cache_dtype = resolve_kv_cache_dtype(request.kv_cache_dtype, device, dtype)
         check_weight_format(config, device, dtype)
         self.epoch, self.rank = request.epoch, request.rank
         failpoint("worker.load", self.rank)
@@ -96,6 +102,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             request.block_size,
             connect(request.rank, request.tensor_parallel_size, request.rendezvous, device),
             resolve_quantization(request.quantization, device),
+            kv_cache_dtype,
         )
         self.runner.load(report)
         memory = self.runner.measure()
