@@ -52,23 +52,24 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class PanelLayer:
-    """A layer's weights; norms bfloat16 [size]."""
+    """A layer's weights and its cache; all else is bfloat16."""
 
-    input_norm: torch.Tensor
+    input_norm: torch.Tensor  # [size]
     post_norm: torch.Tensor
     qkv: PanelWeight
-    qkv_bias: torch.Tensor | None  # bfloat16 [out]
+    qkv_bias: torch.Tensor | None  # [out]
     o: PanelWeight
     gate_up: PanelWeight
     down: PanelWeight
+    k_cache: torch.Tensor  # [num_blocks, kv_heads, block_size, head_dim]
+    v_cache: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class PanelLayers:
-    """The layers and their caches, each K and V [num_blocks, kv_heads, block_size, head_dim]."""
+    """The layers of a decoder."""
 
     layers: Sequence[PanelLayer]
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
     eps: float  # of the norms
     scale: float  # of scores
     addresses: ctypes.Array[_Layer]  # of all of these
@@ -79,11 +80,11 @@ class PanelLayers:
 
     @property
     def kv_heads(self) -> int:
-        return self.caches[0][0].shape[1]
+        return self.layers[0].k_cache.shape[1]
 
     @property
     def head_dim(self) -> int:
-        return self.caches[0][0].shape[3]
+        return self.layers[0].k_cache.shape[3]
 
     @property
     def heads(self) -> int:
@@ -94,13 +95,11 @@ class PanelLayers:
     def of(
         cls,
         layers: Sequence[PanelLayer],
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
         eps: float,
         scale: float,
     ) -> PanelLayers:
-        pairs = zip(layers, caches, strict=True)
-        addresses = (_Layer * len(layers))(*(_layer(layer, cache) for layer, cache in pairs))
-        return cls(layers, caches, eps, scale, addresses)
+        addresses = (_Layer * len(layers))(*map(_layer, layers))
+        return cls(layers, eps, scale, addresses)
 
     @staticmethod
     def serves(hidden: torch.Tensor) -> bool:
@@ -136,7 +135,7 @@ class PanelLayers:
             heads=self.heads,
             kv_heads=self.kv_heads,
             dim=self.head_dim,
-            block_size=self.caches[0][0].shape[2],
+            block_size=self.layers[0].k_cache.shape[2],
             eps=self.eps,
             scale=self.scale * LOG2_E,
             table_stride=batch.block_tables.stride(0),
@@ -170,13 +169,13 @@ class PanelLayers:
         }
 
 
-def _layer(layer: PanelLayer, cache: tuple[torch.Tensor, torch.Tensor]) -> _Layer:
+def _layer(layer: PanelLayer) -> _Layer:
     linears = (
         _linear(layer.qkv, layer.qkv_bias),
         *(_linear(weight, None) for weight in (layer.o, layer.gate_up, layer.down)),
     )
     norms = (layer.input_norm.data_ptr(), layer.post_norm.data_ptr())
-    return _Layer(*norms, *linears, *(each.data_ptr() for each in cache))
+    return _Layer(*norms, *linears, layer.k_cache.data_ptr(), layer.v_cache.data_ptr())
 
 
 def _linear(weight: PanelWeight, bias: torch.Tensor | None) -> _Linear:

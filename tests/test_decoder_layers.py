@@ -99,9 +99,9 @@ def test_a_rank_among_others_goes_layer_by_layer() -> None:
     """Its products are summed over the ranks in between."""
     runner = make_runner(torch.bfloat16)
     layer = runner.model.decoder.layers[0]
-    assert layer.panels(runner.caches[0][0]) is not None
+    assert layer.panels(runner.caches[0]) is not None
     layer.attention.o_proj.parallel = replace(layer.attention.o_proj.parallel, size=2)
-    assert layer.panels(runner.caches[0][0]) is None
+    assert layer.panels(runner.caches[0]) is None
 
 
 @needs_panels

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...kernels.activation import swiglu
 from ...kernels.decoder_layers import PanelLayer, PanelLayers
-from ...kernels.kv_cache import Cache
+from ...kernels.kv_cache import Cache, Fp8Cache
 from ...kernels.linear import by_rows
 from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
 from ...kernels.paged_attention import AttentionBatch, paged_attention
@@ -105,17 +105,20 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_norm.add(x, residual)
         return self.mlp(x), residual
 
-    def panels(self, k_cache: Cache) -> PanelLayer | None:
+    def panels(self, cache: LayerCache) -> PanelLayer | None:
         """The weights for `PanelLayers`, where they are in panels, whole, and the heads fit."""
         qkv, o_proj = self.attention.qkv, self.attention.o_proj
         linears = (qkv, o_proj, self.mlp.gate_up, self.mlp.down)
         held = [layer.weight.weight for layer in linears]
         panels = [weight for weight in held if isinstance(weight, PanelWeight)]
         whole = o_proj.parallel.size == 1 and len(panels) == len(held)
-        if not whole or not reads_in_place(k_cache, qkv.sizes[0] // qkv.sizes[1]):
+        k_cache, v_cache = cache
+        if not whole or isinstance(k_cache, Fp8Cache) or isinstance(v_cache, Fp8Cache):
+            return None
+        if not reads_in_place(k_cache, qkv.sizes[0] // qkv.sizes[1]):
             return None
         norms = (self.input_norm.weight, self.post_norm.weight)
-        return PanelLayer(*norms, panels[0], qkv.weight.bias, *panels[1:])
+        return PanelLayer(*norms, panels[0], qkv.weight.bias, *panels[1:], k_cache, v_cache)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.input_norm.weight_loaders(f"{name}.input_layernorm")
@@ -178,11 +181,11 @@ class Decoder(nn.Module):
         """The layers as one call runs them, where their weights are such."""
         if self._panels is None or self._panels[0] is not caches:
             layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-            parts = [layer.panels(k) for layer, (k, _) in zip(layers, caches, strict=True)]
+            parts = [layer.panels(cache) for layer, cache in zip(layers, caches, strict=True)]
             fit = [part for part in parts if part is not None]
             settings = (layers[0].input_norm.eps, layers[0].attention.scale)
             whole = len(fit) == len(parts)
-            self._panels = (caches, PanelLayers.of(fit, caches, *settings) if whole else None)
+            self._panels = (caches, PanelLayers.of(fit, *settings) if whole else None)
         return self._panels[1]
 
     def weight_loaders(self) -> Iterator[WeightLoader]:
