@@ -118,7 +118,8 @@ class DecoderLayer(nn.Module):
         if not reads_in_place(k_cache, qkv.sizes[0] // qkv.sizes[1]):
             return None
         norms = (self.input_norm.weight, self.post_norm.weight)
-        return PanelLayer(*norms, panels[0], qkv.weight.bias, *panels[1:], k_cache, v_cache)
+        first, o, gate_up, down = panels
+        return PanelLayer(*norms, first, qkv.weight.bias, o, gate_up, down, k_cache, v_cache)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.input_norm.weight_loaders(f"{name}.input_layernorm")
