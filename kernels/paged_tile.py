@@ -30,6 +30,19 @@ def e4m3_bits_moved(words, like):
 
 
 @triton.jit
+def lifted_scales(k_scale_ptr, v_scale_ptr, slot, there, like, MASKED: tl.constexpr):
+    """Of keys and values in slots [n]. A key that is not there has the scale of block 0, which
+    nothing uses; its value's is 0, as its weight."""
+    LIFT: tl.constexpr = BFLOAT16_LIFT if like.dtype == tl.bfloat16 else FLOAT16_LIFT
+    k_scale = tl.load(k_scale_ptr + slot)
+    if MASKED:
+        v_scale = tl.load(v_scale_ptr + slot, mask=there, other=0.0)
+    else:
+        v_scale = tl.load(v_scale_ptr + slot)
+    return k_scale * LIFT, v_scale * LIFT
+
+
+@triton.jit
 def attend_keys(
     q,
     acc,
@@ -60,7 +73,6 @@ def attend_keys(
     where FP8 has two numbers in one. The head's offset is in the pointers to cache and scales.
     """
     offs_d = tl.arange(0, BLOCK_ROW)
-    LIFT: tl.constexpr = BFLOAT16_LIFT if q.dtype == tl.bfloat16 else FLOAT16_LIFT
     for at in range(begin, end, BLOCK_N):
         keys = at + tl.arange(0, BLOCK_N)
         if MASKED:
@@ -78,19 +90,15 @@ def attend_keys(
             v = tl.load(v_cache_ptr + kv_at)
         if FP8:
             slot = block.to(tl.int64) * (LINE // ROW) + keys % CACHE_BLOCK
-            k_scale = tl.load(k_scale_ptr + slot)  # block 0's where there is no key: not used
-            if MASKED:
-                v_scale = tl.load(v_scale_ptr + slot, mask=keys < end, other=0.0)
-            else:
-                v_scale = tl.load(v_scale_ptr + slot)
+            k_scale, v_scale = lifted_scales(k_scale_ptr, v_scale_ptr, slot, keys < end, q, MASKED)
             k, v = e4m3_bits_moved(k, q), e4m3_bits_moved(v, q)
         scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
         if FP8:
-            scores = scores * (k_scale * LIFT)[None, :]
+            scores = scores * k_scale[None, :]
         if MASKED:
             scores = tl.where(keys[None, :] <= place[:, None], scores, float("-inf"))
         weights, fade, top, total = fold(scores, top, total)
         if FP8:
-            weights = weights * (v_scale * LIFT)[None, :]
+            weights = weights * v_scale[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, top, total

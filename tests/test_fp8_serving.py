@@ -83,7 +83,7 @@ def test_chunks_preemption_and_forks_change_no_token(folder: Path) -> None:
     assert len({tuple(tokens) for tokens in expected.values()}) == 4
     cut = {"max_num_batched_tokens": 7}
     assert outputs(make_runner(folder, 64), cut, ["a", "b"]) == expected
-    assert outputs(make_runner(folder, 9), {"num_blocks": 9}, ["a", "b"]) == expected
+    assert outputs(make_runner(folder, 4), {"num_blocks": 4}, ["a", "b"]) == expected
     assert outputs(make_runner(folder, 64), {}, ["a"])["a"] == expected["a"]
 
 
