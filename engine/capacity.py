@@ -91,11 +91,12 @@ def log_capacity(config: EngineConfig, memory: GroupMemory, num_blocks: int) -> 
             "Octavo is installed, and a processor with AVX512-BF16"
         )
     log.info(
-        "%s, %s on %s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB a rank), "
+        "%s, %s on %s%s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB a rank), "
         "max_model_len %d",
         config.model.name,
         memory.dtype,
         memory.device,
+        f" ({native.instructions()})" if memory.device == "cpu" else "",
         memory.weight_bytes / 1e9,
         num_blocks,
         config.block_size,

@@ -119,15 +119,15 @@ def chat(
         str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
     ] = None,
     model: Model = None,
-    image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="A video; may be repeated.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="An image; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video; may be repeated.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     hub: Hub = "huggingface",
 ) -> None:
     """Ask one question, of a server or of a model loaded here."""
-    media = [{"type": "image", "image": str(path)} for path in image or ()]
-    media += [{"type": "video", "video": str(path)} for path in video or ()]
+    media = [{"type": "image", "image": path} for path in image or ()]
+    media += [{"type": "video", "video": path} for path in video or ()]
     messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():

@@ -26,8 +26,8 @@ Dtype = Annotated[
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="int8: weights and activations in eight bits, on a CPU: twice as fast, half the "
-        "memory, nearly the same answers. Default: as --dtype says."
+        help="int8: weights and activations in eight bits, on a CPU: about twice as fast, half "
+        "the memory of the weights, nearly the same answers. Default: as --dtype says."
     ),
 ]
 KvCacheDtype = Annotated[

@@ -101,6 +101,7 @@ def test_bench_overhead() -> None:
         (["chat", "--server", "127.0.0.1:1", "hi"], "UNAVAILABLE"),
         (["chat", "--server", "x:1", "--model", "y", "hi"], "give one"),
         (["chat", "--image", "/no/such.png", "hi"], "No such file"),
+        (["chat", "--image", "http://x.org/a.png", "hi"], "http"),
         (["chat", "--temperature", "-3", "hi"], "temperature=-3.0"),
         (["info", "--model", "/no/such"], "/no/such: no such folder"),
         (["info", "--tensor-parallel-size", "3"], "1, 2, 4"),

@@ -84,6 +84,13 @@ def has_tiles() -> bool:
     return found > 0
 
 
+def instructions() -> str:
+    """What the kernels multiply with, for people."""
+    if library() is None:
+        return "no compiled kernels"
+    return "AMX" if has_amx() else "AVX512-BF16"
+
+
 def attends_frames() -> bool:
     """Whether the attention of pictures is for these kernels: where torch has tiles, so must we."""
     return not has_amx() or has_tiles()
