@@ -7,12 +7,18 @@ from dataclasses import fields
 
 from ..kernels import native
 from ..scheduler.admission import SchedulerConfig
-from .config import CPU_LONG_PREFILL, GPU_LONG_PREFILL, ConfigError, EngineConfig, ModelConfig
+from .config import ConfigError, EngineConfig, ModelConfig
 from .runner.kv_cache import activation_bytes
 from .runner.loader import DTYPES
 from .worker.group import GroupMemory
 
 log = logging.getLogger("octavo.engine")
+
+# Tokens of a prompt whose computing takes about as long as reading the weights once: beside a
+# decoding step they make it at most twice as long. Measured on two AMX cores at the 2B shape; on
+# GPUs it follows from their matrix and memory rates (H100: 989 TF/s over 3.35 TB/s is 295).
+CPU_LONG_PREFILL = 96
+GPU_LONG_PREFILL = 256
 
 CPU_FRACTION = 0.25  # of free memory; the rest is the user's
 KEPT_PREFIXES = 16  # of the longest requests, beside those that run

@@ -242,15 +242,11 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
 
 
-# Tokens of a prompt whose computing takes about as long as reading the weights once: beside a
-# decoding step they make it at most twice as long. Measured on two AMX cores at the 2B shape; on
-# GPUs it follows from their matrix and memory rates (H100: 989 TF/s over 3.35 TB/s is 295).
-CPU_LONG_PREFILL = 96
-GPU_LONG_PREFILL = 256
-
-
-QUANTIZATIONS = (None, "int8")
-KV_CACHE_DTYPES = ("auto", "fp8")
+CHOICES = {  # of a setting, and how they are told
+    "quantization": ((None, "int8"), "int8, or left out"),
+    "kv_cache_dtype": (("auto", "fp8"), "auto or fp8"),
+    "overlap_steps": ((True, False), "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -292,16 +288,11 @@ class EngineConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 text = f"must be a whole number from {least} on"
                 raise ConfigError(f"{field.name}={shown(value)}: {text}")
-        if self.quantization not in QUANTIZATIONS:
-            text = "must be int8, or left out"
-            raise ConfigError(f"quantization={shown(self.quantization)}: {text}")
-        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            text = "must be auto or fp8"
-            raise ConfigError(f"kv_cache_dtype={shown(self.kv_cache_dtype)}: {text}")
-        if not isinstance(self.overlap_steps, bool):
-            raise ConfigError(f"overlap_steps={shown(self.overlap_steps)}: must be true or false")
-        if not isinstance(self.gpu_memory_utilization, int | float):
-            raise ConfigError("gpu_memory_utilization: must be a number")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            text = f"gpu_memory_utilization={self.gpu_memory_utilization}"
-            raise ConfigError(f"{text}: must be over 0 and at most 1")
+        for name, (choices, text) in CHOICES.items():
+            value = getattr(self, name)
+            if (type(value), value) not in [(type(each), each) for each in choices]:  # 1, True
+                raise ConfigError(f"{name}={shown(value)}: must be {text}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            text = "must be a number over 0 and at most 1"
+            raise ConfigError(f"gpu_memory_utilization={shown(share)}: {text}")

@@ -80,9 +80,9 @@ TABLE: dict[str, dict[str, Launch]] = {
 # float32 serves comparisons only: the same everywhere, small enough not to spill.
 FLOAT32 = {
     "chunk": Launch(32, 16, 8, 2),
-    "chunk_fp8": Launch(32, 16, 8, 2),
-    "chunk_small": Launch(32, 16, 8, 2),
-    "decode": Launch(16, 16, 4, 2),
+    "chunk_fp8": Launch(16, 16, 8, 2),
+    "chunk_small": Launch(16, 16, 8, 2),
+    "decode": Launch(16, 16, 8, 2),
     "vision": Launch(32, 32, 4, 2),
 }
 
@@ -101,7 +101,7 @@ LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
         "sm_80": _sizes(
             Launch(16, 64, 4, 4),
             Launch(32, 128, 8, 2),
-            Launch(64, 128, 8, 2),
+            Launch(64, 64, 4, 3),
             Launch(64, 128, 8, 2),
             Launch(64, 128, 8, 2),
         ),
