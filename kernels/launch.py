@@ -101,7 +101,7 @@ LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
         "sm_80": _sizes(
             Launch(16, 64, 4, 4),
             Launch(32, 128, 8, 2),
-            Launch(64, 64, 4, 3),
+            Launch(64, 64, 8, 3),
             Launch(64, 128, 8, 2),
             Launch(64, 128, 8, 2),
         ),

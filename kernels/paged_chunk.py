@@ -14,7 +14,7 @@ from .attention_batch import AttentionBatch
 from .kv_cache import Cache, Fp8Cache, kernel_arguments
 from .launch import FEW_PROGRAMS, architecture, launch, paged_settings
 from .online_softmax import LOG2_E
-from .paged_tile import BFLOAT16_LIFT, attend_keys
+from .paged_tile import attend_cache
 from .tiles import chunk_splits, count_tiles, cut_chunks
 
 LOWEST = tl.constexpr(-1e30)
@@ -68,21 +68,8 @@ def _paged_chunk_kernel(
     d_mask = offs_d < HEAD_DIM
     q_mask = valid[:, None] & d_mask[None, :]
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
-
-    ROW: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
-    BLOCK_ROW: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
-    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * ROW
-    k_cache_ptr += kv_head * CACHE_BLOCK * ROW
-    v_cache_ptr += kv_head * CACHE_BLOCK * ROW
-    if FP8:
-        k_scale_ptr += kv_head * CACHE_BLOCK
-        v_scale_ptr += kv_head * CACHE_BLOCK
-        if q.dtype == tl.bfloat16:
-            q = q * BFLOAT16_LIFT
     table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)  # finite: a split may hold no key of a query
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first_place = context - length + start
     last = tl.minimum(context, first_place + TOKENS)
     seen_by_all = (first_place + 1) // BLOCK_N * BLOCK_N
@@ -94,18 +81,11 @@ def _paged_chunk_kernel(
         begin = tl.minimum(split * keys, last)
         end = tl.minimum(begin + keys, last)
         seen_by_all = tl.maximum(begin, tl.minimum(seen_by_all, end))
-    acc, top, total = attend_keys(
-        q, acc, top, total, place, begin, seen_by_all, k_cache_ptr, v_cache_ptr,
-        k_scale_ptr, v_scale_ptr, table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK,
-        PRECISION, False, FP8,
+    acc, top, total = attend_cache(
+        q, top, place, begin, seen_by_all, end, kv_head, k_cache_ptr, v_cache_ptr, k_scale_ptr,
+        v_scale_ptr, table_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK,
+        PRECISION, FP8,
     )  # fmt: skip
-    acc, top, total = attend_keys(
-        q, acc, top, total, place, seen_by_all, end, k_cache_ptr, v_cache_ptr,
-        k_scale_ptr, v_scale_ptr, table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK,
-        PRECISION, True, FP8,
-    )  # fmt: skip
-    if FP8 and q.dtype == tl.bfloat16:
-        acc = acc * BFLOAT16_LIFT
     acc = acc / tl.maximum(total, 1.0)[:, None]  # the largest weight is 1
     if SPLIT:
         line = (tile * NUM_KV_HEADS + kv_head).to(tl.int64) * BLOCK_M + offs_m

@@ -15,7 +15,7 @@ from .attention_batch import AttentionBatch
 from .kv_cache import Cache, Fp8Cache, kernel_arguments
 from .launch import architecture, launch, paged_settings
 from .online_softmax import LOG2_E
-from .paged_tile import BFLOAT16_LIFT, attend_keys
+from .paged_tile import attend_cache
 
 SPLIT_SIZE = 256  # keys of one split, or a multiple of it
 MAX_SPLITS = 64  # of a row: what one program joins, and what bounds the grid
@@ -73,34 +73,16 @@ def _paged_decode_kernel(
     token = tl.load(cu_seqlens_q_ptr + row).to(tl.int64)
     at = (token * (NUM_KV_HEADS * GROUP) + head) * HEAD_DIM
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
-
-    ROW: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
-    BLOCK_ROW: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
-    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * ROW
-    k_cache_ptr += kv_head * CACHE_BLOCK * ROW
-    v_cache_ptr += kv_head * CACHE_BLOCK * ROW
-    if FP8:
-        k_scale_ptr += kv_head * CACHE_BLOCK
-        v_scale_ptr += kv_head * CACHE_BLOCK
-        if q.dtype == tl.bfloat16:
-            q = q * BFLOAT16_LIFT
     table_ptr = block_tables_ptr + row * table_stride
     place = tl.full((BLOCK_M,), context - 1, tl.int32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = tl.minimum(context, begin + size)
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
-    acc, top, total = attend_keys(
-        q, acc, top, total, place, begin, whole, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
-        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, False, FP8,
+    acc, top, total = attend_cache(
+        q, top, place, begin, whole, end, kv_head, k_cache_ptr, v_cache_ptr, k_scale_ptr,
+        v_scale_ptr, table_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK,
+        PRECISION, FP8,
     )  # fmt: skip
-    acc, top, total = attend_keys(
-        q, acc, top, total, place, whole, end, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
-        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, True, FP8,
-    )  # fmt: skip
-    if FP8 and q.dtype == tl.bfloat16:
-        acc = acc * BFLOAT16_LIFT
     to = (index * (NUM_KV_HEADS * GROUP) + head) * tl.num_programs(2) + split
     m_mask = offs_m < GROUP
     tl.store(lse_ptr + to, top + tl.log2(total), mask=m_mask)

@@ -102,3 +102,54 @@ def attend_keys(
             weights = weights * v_scale[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, top, total
+
+
+@triton.jit
+def attend_cache(
+    q,
+    top,
+    place,
+    begin,
+    whole,
+    end,
+    kv_head,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    table_ptr,
+    scale,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """The weighted values [m, d] of keys [begin, end) of a KV head, for queries [m, d] at places
+    [m] whose largest scores so far are `top`; beside it the new `top` and the sums of weights [m].
+    Keys before `whole` fill whole tiles, and every query sees them."""
+    ROW: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
+    BLOCK_ROW: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
+    LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * ROW
+    k_cache_ptr += kv_head * CACHE_BLOCK * ROW
+    v_cache_ptr += kv_head * CACHE_BLOCK * ROW
+    if FP8:
+        k_scale_ptr += kv_head * CACHE_BLOCK
+        v_scale_ptr += kv_head * CACHE_BLOCK
+        if q.dtype == tl.bfloat16:
+            q = q * BFLOAT16_LIFT
+    total = tl.zeros_like(top)
+    acc = tl.zeros(q.shape, tl.float32)
+    acc, top, total = attend_keys(
+        q, acc, top, total, place, begin, whole, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
+        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, False, FP8,
+    )  # fmt: skip
+    acc, top, total = attend_keys(
+        q, acc, top, total, place, whole, end, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
+        table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, True, FP8,
+    )  # fmt: skip
+    if FP8 and q.dtype == tl.bfloat16:
+        acc = acc * BFLOAT16_LIFT
+    return acc, top, total
