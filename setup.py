@@ -15,6 +15,7 @@ PACKAGES = [
     "octavo.engine",
     "octavo.engine.embedded",
     "octavo.engine.input",
+    "octavo.engine.media",
     "octavo.engine.model",
     "octavo.engine.runner",
     "octavo.engine.server",

@@ -23,11 +23,14 @@ from typing import Any
 from PIL import Image
 
 from octavo.engine.input.chat import ChatTemplate, read_messages
-from octavo.engine.input.image import load_image
 from octavo.engine.input.tokenizer import TextTokenizer
+from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import open_here
+from octavo.engine.media.source import MediaAccess, open_source
 
 from .workload import BenchRequest, Frames
 
+ANY, LIMITS = MediaAccess(), MediaLimits()
 FIELDS = ("prompt", "messages", "prompt_token_ids", "images", "videos", "max_tokens", "after")
 
 
@@ -131,7 +134,10 @@ class _Reader:
     def _image(self, source: Any, field: str) -> Image.Image:
         if isinstance(source, str) and not source.startswith(("data:", "file://")):
             source = str(self._folder / source)
-        return load_image(source, field, allow_local_files=True)
+        reader = open_here("image", open_source(source, ANY, LIMITS, field), LIMITS, field)
+        with reader:
+            size = reader.header
+            return Image.fromarray(next(reader.frames([0], size.height, size.width)).pixels)
 
     def _frames(self, source: Any, field: str) -> Frames:
         if not isinstance(source, list) or not source:

@@ -13,7 +13,7 @@ import math
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams
@@ -24,6 +24,7 @@ from octavo.scheduler.request import (
     RequestStatus,
     UnitKey,
     overlapping,
+    salted,
 )
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import RequestUpdate, StepPlan, StepResult
@@ -66,7 +67,8 @@ def make_request(
     units: list[EncodeUnit] = []
     for offset, count, media_hash, *frames in spans:
         grid = (int(frames[0]) if frames else 1, 2, 2 * count)
-        units += MediaSpan(offset, count, grid, media_hash).units(1, cache_salt)
+        name = salted(media_hash, cache_salt)
+        units += [replace(u, media_hash=name) for u in MediaSpan(offset, count, grid).units(1)]
     params = SamplingParams(**{**vars(PARAMS), "max_tokens": max_tokens, "seed": seed})
     tokens = array("i", prompt)
     return Request(request_id, tokens, params, tuple(units), cache_salt, **more)  # type: ignore[arg-type]

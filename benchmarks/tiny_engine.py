@@ -9,23 +9,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from ..engine.media.item import UnitContent
 from ..engine.runner.model_runner import ModelRunner
 from ..engine.sampling_slots import SamplingSlots
-from ..engine.step_input import UnitPixels, build_batch, step_result
+from ..engine.step_input import build_batch, step_result
 from ..scheduler.admission import SchedulerConfig
 from ..scheduler.request import Request, UnitKey
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import StepPlan, StepResult
 from .tiny_requests import TinyRequest
-
-
-@dataclass(frozen=True, eq=False)
-class TinyItem:
-    """What step input reads of a media item."""
-
-    kind: str
-    pixels: object
-    grid_thw: tuple[int, int, int]
 
 
 @dataclass(eq=False)
@@ -36,7 +28,7 @@ class TinyEngine:
     config: SchedulerConfig
     overlap: bool = True  # a step is planned, and runs, before the one before it is taken in
     requests: dict[str, Request] = field(default_factory=dict)
-    pixels: dict[str, dict[UnitKey, UnitPixels]] = field(default_factory=dict)
+    pixels: dict[str, dict[UnitKey, UnitContent]] = field(default_factory=dict)
     num_encoded: int = 0
 
     def __post_init__(self) -> None:
@@ -93,18 +85,18 @@ def _request(name: str, tiny: TinyRequest, max_tokens: int, fork: int, priority:
     )
 
 
-def _pixels(tiny: TinyRequest, runner: ModelRunner) -> dict[UnitKey, UnitPixels]:
+def _pixels(tiny: TinyRequest, runner: ModelRunner) -> dict[UnitKey, UnitContent]:
     both = runner.config.vision.temporal_patch_size
-    found: dict[UnitKey, UnitPixels] = {}
+    found: dict[UnitKey, UnitContent] = {}
     done: dict[bytes, int] = dict.fromkeys(tiny.media, 0)
     for unit in _once(tiny):
-        media, (_, height, width) = tiny.media[unit.media_hash], tiny.grids[unit.media_hash]
-        kind = "video" if media.is_video else "image"
-        item = TinyItem(kind, media.pixels, tiny.grids[unit.media_hash])
-        frames = unit.num_patches // (height * width)
-        first = done[unit.media_hash]
-        found[unit.key] = UnitPixels(item, first, (frames, height, width), both)  # type: ignore[arg-type]
-        done[unit.media_hash] += frames
+        name = unit.media_hash
+        media, (_, height, width) = tiny.media[name], tiny.grids[name]
+        grid = (unit.num_patches // (height * width), height, width)
+        start = done[name] * both
+        done[name] += grid[0]
+        pixels = media.pixels[start : start + grid[0] * both] if media.is_video else media.pixels
+        found[unit.key] = UnitContent(name, grid, pixels)
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -121,9 +121,11 @@ def tiny_request(
         shape = (grid[0], grid[1] // merge, grid[2] // merge)
         placeholder = config.video_token_id if part.is_video else config.image_token_id
         media_hash = hashlib.sha256(part.pixels.tobytes() + bytes(shape)).digest()
-        span = MediaSpan(len(token_ids), int(np.prod(shape)), grid, media_hash)
+        span = MediaSpan(len(token_ids), int(np.prod(shape)), grid)
         media[media_hash], grids[media_hash] = part, grid
-        units += span.units(max_unit_temporal_patches)
+        units += [
+            replace(unit, media_hash=media_hash) for unit in span.units(max_unit_temporal_patches)
+        ]
         positions.append(np.indices(shape, np.int32).reshape(3, -1) + np.int32(position))
         token_ids += [placeholder] * span.num_tokens
         position += max(shape)

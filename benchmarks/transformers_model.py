@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.engine.config import ModelConfig, PreprocessConfig
 from octavo.engine.input.processor import InputProcessor, ProcessedInput
+from octavo.engine.media.item import MediaItem
 from octavo.kernels.patches import cut_patches_ref
 
 
@@ -26,7 +30,7 @@ class TransformersModel:
         )
 
     def answer(self, messages: list[dict[str, Any]], max_tokens: int) -> str:
-        tokens = self.generate(self.processor.from_messages(messages), max_tokens)
+        tokens = self.generate(self.processor.from_prompt(messages), max_tokens)
         return self.processor.tokenizer.backend.decode(tokens)
 
     @torch.inference_mode()
@@ -62,12 +66,12 @@ class TransformersModel:
         found: dict[str, torch.Tensor] = {}
         vision = self.config.vision
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            items = [item for item in ready.media if item.kind == kind]
+            items = [pair for pair in _pixels(ready) if pair[0].kind == kind]
             if not items:
                 continue
             patches = [
                 cut_patches_ref(
-                    torch.from_numpy(item.pixels.copy()),
+                    torch.from_numpy(pixels),
                     self.preprocess.image_mean,
                     self.preprocess.image_std,
                     vision.patch_size,
@@ -75,8 +79,18 @@ class TransformersModel:
                     vision.spatial_merge_size,
                     torch.float32,
                 )
-                for item in items
+                for _, pixels in items
             ]
             found[name] = torch.cat(patches)
-            found[f"{kind}_grid_thw"] = torch.tensor([item.grid_thw for item in items])
+            found[f"{kind}_grid_thw"] = torch.tensor([item.grid_thw for item, _ in items])
         return found
+
+
+def _pixels(ready: ProcessedInput) -> Iterator[tuple[MediaItem, npt.NDArray[np.uint8]]]:
+    """Each item with its pixels, of all its units."""
+    units = iter(ready.units)
+    for item in ready.media:
+        parts = [next(units)]
+        while sum(part.grid_thw[0] for part in parts) < item.grid_thw[0]:
+            parts.append(next(units))
+        yield item, np.concatenate([part.pixels for part in parts])

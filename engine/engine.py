@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,14 +26,16 @@ from .generation_config import generation_defaults
 from .hub import resolve_model
 from .input.processor import InputProcessor, ProcessedInput, Prompt
 from .live import LiveRequest
+from .media.source import MediaAccess
 from .output import OutputDelta
 from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
-from .step_input import unit_pixels
 from .worker.group import WorkerGroup, WorkerGroupError
 from .worker.restarts import Restarts
 
 log = logging.getLogger("octavo.engine")
+
+MEDIA_WAIT = 0.02  # seconds at most that a step waits when only media could move things on
 
 LOST = "INTERNAL: the scheduler does not know the request"
 
@@ -91,7 +94,8 @@ class Engine:
             self.model_config,
             PreprocessConfig.from_dir(asked.model).limited(asked.min_pixels, asked.max_pixels),
             max_model_len,
-            allow_local_files=allow_local_files,
+            asked.max_unit_temporal_patches,
+            MediaAccess(roots=None if allow_local_files else ()),
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
@@ -107,6 +111,7 @@ class Engine:
         self._live: dict[str, LiveRequest] = {}
         self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
         self._names = itertools.count()
+        self._arrived = threading.Event()  # units of a video were made
         log_capacity(self.config, memory, self.num_blocks)
 
     @property
@@ -163,11 +168,13 @@ class Engine:
                 raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         ready = self.preprocess(prompt)
         requests = self._maker.make(names, ready, params, options, deadline)
-        patch = self.model_config.vision.temporal_patch_size
-        pixels = unit_pixels(requests[0].units, ready.media, patch)
         infos = tuple(item.info for item in ready.media)
-        live = LiveRequest(request_id, requests, pixels, infos, self.processor.tokenizer.backend)
+        tokenizer = self.processor.tokenizer.backend
+        live = LiveRequest(request_id, requests, infos, tokenizer, ready.stream)
+        live.supply(ready.units)
         self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
+        if ready.stream is not None:
+            ready.stream.on_arrival = self._arrived.set
         self._live[request_id] = live
         self._answers |= {name: (live, index) for index, name in enumerate(names)}
         return request_id
@@ -191,7 +198,7 @@ class Engine:
         Raises `EngineDead` when the workers fail too often.
         """
         self.check_alive()
-        updates = self.scheduler.expire()
+        updates = [*self._take_media(), *self.scheduler.expire()]
         try:
             updates += self._pipeline.step()
         except WorkerGroupError as error:
@@ -203,7 +210,21 @@ class Engine:
                 RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, LOST)
                 for name in tuple(self._answers)  # there should be none
             )
+        if self._pipeline.is_starved and any(live.stream for live in self._live.values()):
+            self._arrived.wait(MEDIA_WAIT)
         return deltas
+
+    def _take_media(self) -> list[RequestUpdate]:
+        """Hands on the units that were made since; the ends of requests whose media are broken."""
+        self._arrived.clear()
+        failed = []
+        for live in self._live.values():
+            if live.stream is not None and (error := live.take_units()):
+                failed += [
+                    RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
+                    for name in live.unfinished_names
+                ]
+        return failed
 
     def check_workers(self) -> None:
         """For a loop that has nothing to step: starts workers that have ended anew."""
@@ -253,6 +274,7 @@ class Engine:
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
+                live.close()
                 del self._live[live.request_id]
         return delta
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
 from ..scheduler.request import Request, RequestStatus, UnitKey
 from ..scheduler.step import RequestUpdate
-from .input.media import MediaInfo
+from .media.item import MediaInfo, UnitContent
+from .media.units import UnitStream
 from .output import OutputDelta, TextStream, Usage
-from .step_input import UnitPixels
 
 
 @dataclass(eq=False)
@@ -20,9 +20,10 @@ class LiveRequest:
 
     request_id: str
     requests: tuple[Request, ...]  # one an answer; all after the first share its prompt
-    pixels: Mapping[UnitKey, UnitPixels]
     media: tuple[MediaInfo, ...]  # echoed with the first delta, then empty
     tokenizer: Tokenizer
+    stream: UnitStream | None = None  # of the units that are still being made
+    pixels: dict[UnitKey, UnitContent] = field(default_factory=dict)
     streams: tuple[TextStream, ...] = ()
     unfinished: set[int] = field(default_factory=set)  # indexes of answers
 
@@ -35,6 +36,31 @@ class LiveRequest:
     def unfinished_names(self) -> list[str]:
         """What the scheduler calls the answers that are not done."""
         return [self.requests[index].request_id for index in sorted(self.unfinished)]
+
+    def supply(self, units: Sequence[UnitContent]) -> None:
+        """The next units of the prompt."""
+        hashes = [unit.media_hash for unit in units]
+        for request in self.requests:
+            request.supply(hashes)
+        first = self.requests[0]
+        keys = [unit.key for unit in first.units[: first.num_ready_units][-len(units) :]]
+        self.pixels |= dict(zip(keys, units, strict=True)) if units else {}
+
+    def take_units(self) -> str:
+        """Takes what its stream has made since; what is wrong with the media, if anything is."""
+        stream = self.stream
+        if stream is None:
+            return ""
+        is_done = stream.is_done  # before they are taken: then nothing comes after
+        self.supply(stream.take())
+        if is_done:
+            self.stream = None
+        return f"INVALID_ARGUMENT: {stream.error}" if is_done and stream.error else ""
+
+    def close(self) -> None:
+        """It is over: what is not made yet nobody needs."""
+        if self.stream is not None:
+            self.stream.cancel()
 
     def delta(self, index: int, update: RequestUpdate) -> OutputDelta:
         """What an update adds to answer `index`, as text. A stop string found in it ends the

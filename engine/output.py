@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from .input.media import MediaInfo
+from .media.item import MediaInfo
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from ..scheduler.trace import TraceWriter
 from .failpoint import failpoint
+from .media.item import UnitContent
 from .sampling_slots import SamplingSlots
-from .step_input import UnitPixels, build_batch, step_result
+from .step_input import build_batch, step_result
 from .worker.group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.engine")
@@ -33,7 +34,7 @@ class StepPipeline:
         self,
         scheduler: Scheduler,
         group: WorkerGroup,
-        pixels_of: Callable[[str], Mapping[UnitKey, UnitPixels]],
+        pixels_of: Callable[[str], Mapping[UnitKey, UnitContent]],
         trace: TraceWriter | None,
         overlap: bool,
     ) -> None:
@@ -43,12 +44,18 @@ class StepPipeline:
         self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
         self._on_way: deque[StepPlan] = deque()
         self._slots = SamplingSlots()
+        self._was_empty = False
         self._taken_in: tuple[float, float] | None = None  # when the latest step was done, and
         # seconds that taking it in took
 
     @property
     def is_idle(self) -> bool:
         return not self._on_way
+
+    @property
+    def is_starved(self) -> bool:
+        """Nothing is on its way, and the latest plan had nothing for the workers to do."""
+        return self.is_idle and self._was_empty
 
     def step(self) -> list[RequestUpdate]:
         """Sends the next step, where there is one, and takes in the result of the one before it.
@@ -85,6 +92,7 @@ class StepPipeline:
         if self._trace is not None:
             self._trace.plan(plan, before, planned)
         self._on_way.append(plan)
+        self._was_empty = plan.is_empty
         if not plan.is_empty:
             pixels = {each.request_id: self._pixels_of(each.request_id) for each in plan.encode}
             requests = self._scheduler.requests

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..scheduler.params import RequestOptions, SamplingParams
 from ..scheduler.request import Request
-from .input.errors import InputError
 from .input.processor import ProcessedInput
+from .input_error import InputError
 
 
 def check_params(params: Any) -> None:
@@ -61,7 +61,7 @@ class RequestMaker:
         ends = frozenset() if chosen.ignore_eos else self.end_token_ids
         salt = options.cache_salt.encode("utf-8", "surrogatepass")
         size = self.max_unit_temporal_patches
-        units = tuple(unit for span in ready.spans for unit in span.units(size, salt))
+        units = tuple(unit for span in ready.spans for unit in span.units(size))
         return tuple(
             Request(
                 request_id=name,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 
-from ..scheduler.request import EncodeUnit, Request, overlapping
+from ..scheduler.request import Request, UnitKey, overlapping
 from ..scheduler.step import EncodePlan, StepPlan, StepResult
-from .input.media import MediaItem
+from .media.item import UnitContent
 from .runner.batch import (
     BatchResult,
     EmbeddingSlice,
@@ -19,7 +18,6 @@ from .runner.batch import (
     InputBatch,
     Int32,
     SamplingBatch,
-    UInt8,
 )
 from .sampling_slots import SamplingSlots
 
@@ -29,49 +27,14 @@ NONE = np.empty(0, INT32)
 Bounds = tuple[Request, int, int]  # whose row it is, its first token and how many it computes
 
 
-@dataclass(frozen=True)
-class UnitPixels:
-    """Where a unit's pixels are: temporal patches [first, first + grid_thw[0]) of an item."""
-
-    item: MediaItem
-    first: int
-    grid_thw: tuple[int, int, int]
-    temporal_patch_size: int
-
-    @property
-    def pixels(self) -> UInt8:
-        """uint8 [frames, height, width, 3]; an image has one frame."""
-        if self.item.kind == "image":
-            return self.item.pixels
-        start = self.first * self.temporal_patch_size
-        return self.item.pixels[start : start + self.grid_thw[0] * self.temporal_patch_size]
-
-
-def unit_pixels(
-    units: Sequence[EncodeUnit], media: Sequence[MediaItem], temporal_patch_size: int
-) -> dict[tuple[bytes, int], UnitPixels]:
-    """Maps each unit's key to its pixels; both in prompt order. Equal items share their units."""
-    found: dict[tuple[bytes, int], UnitPixels] = {}
-    items = iter(media)
-    for unit in units:
-        if unit.index == 0:
-            item, done = next(items), 0  # temporal patches of the item in the units so far
-        _, height, width = item.grid_thw
-        frames = unit.num_patches // (height * width)
-        whole = UnitPixels(item, done, (frames, height, width), temporal_patch_size)
-        found.setdefault(unit.key, whole)
-        done += frames
-    return found
-
-
 def build_batch(
     plan: StepPlan,
     requests: Mapping[str, Request],
-    pixels: Mapping[str, Mapping[tuple[bytes, int], UnitPixels]],
+    pixels: Mapping[str, Mapping[UnitKey, UnitContent]],
     slots: SamplingSlots,
     num_ranks: int,
 ) -> InputBatch:
-    """The arrays of a step. `pixels` has each request's units by key."""
+    """The arrays of a step. `pixels` has each request's units, as far as they are made."""
     rows = [requests[request_id] for request_id in plan.request_ids]
     starts = np.asarray(plan.num_computed_tokens, INT32)
     counts = np.asarray(plan.num_scheduled_tokens, INT32)
@@ -156,7 +119,7 @@ def _slot(slots: SamplingSlots, request: Request, start: int, count: int) -> tup
 
 def _encode_tasks(
     encode: Sequence[EncodePlan],
-    pixels: Mapping[str, Mapping[tuple[bytes, int], UnitPixels]],
+    pixels: Mapping[str, Mapping[UnitKey, UnitContent]],
     num_ranks: int,
 ) -> tuple[EncodeTask, ...]:
     """Deals the units out by patch count: the largest first, each to the rank with least to do."""

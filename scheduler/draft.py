@@ -47,7 +47,8 @@ class StepDraft:
 
     def add_row(self, request: Request, count: int, left: int) -> None:
         """Sends `count` of the `left` tokens that a request has still to compute."""
-        start, samples = request.num_sent_tokens, count == left
+        start = request.num_sent_tokens
+        samples = count == left and not request.awaits_media
         self.token_budget -= count
         self.num_pieces += not samples
         self.rows.append(request)

@@ -43,12 +43,14 @@ class Planner:
     def _fill(self, running: Sequence[Request], waiting: Sequence[Request]) -> StepDraft:
         """A draft of what these requests may do in a step."""
         left = [request.num_left for request in running]
-        decoding = left.count(1)
+        decoding, done = left.count(1), left.count(0)
+        if done:  # else nobody waits for frames of a video
+            done -= sum(r.awaits_media for r, n in zip(running, left, strict=True) if n == 0)
         draft = StepDraft(
             self.config.max_num_batched_tokens,
             self.config.max_encode_tokens,
             num_decoding=decoding,
-            num_ending=left.count(0),
+            num_ending=done,
             num_prefilling=len(left) - decoding - left.count(0),
             others_decode=decoding > 0,
             num_waiting=len(waiting),
@@ -65,8 +67,8 @@ class Planner:
 
     def _continue(self, request: Request, left: int, draft: StepDraft) -> None:
         """Plans a running request's next tokens, of which `left` are known or on their way: one,
-        and it decodes; none, and its last is on its way. One whose turn it is not keeps its
-        blocks."""
+        and it decodes; none, and its last is on its way, or its next unit still being made. One
+        whose turn it is not keeps its blocks."""
         if left == 0:
             return
         start = request.num_sent_tokens
@@ -99,9 +101,9 @@ class Planner:
         """Moves a waiting request to `running` if this step can begin it.
 
         If it cannot, either it is passed over, since what it lacks others could not take from it:
-        its parent's prompt, its turn among prompts in pieces, or encoding, which then nobody who
-        is behind it gets. Or `may_start` ends: it lacks a place, blocks or tokens, and nothing
-        less urgent may take those first.
+        its parent's prompt, its turn among prompts in pieces, the next frames of its video, or
+        encoding, which then nobody who is behind it gets. Or `may_start` ends: it lacks a place,
+        blocks or tokens, and nothing less urgent may take those first.
         """
         full = len(self.running) >= self.config.max_num_seqs and not self._outranked(request)
         if full or draft.tokens_left < 1 or request.urgency > draft.last_victim:
@@ -110,7 +112,11 @@ class Planner:
         if self._awaits_parent(request):
             return
         hit, start = self._find_prefix(request)
-        left = request.num_tokens - start
+        left = min(request.num_tokens, request.num_ready_tokens) - start
+        if request.awaits_media and left < self.config.block_size:
+            # Perhaps more of it is cached: that shows when its next unit is there.
+            draft.pass_over(MOST_PASSED_OVER, wants_encoding=False)
+            return
         chunk = self._chunk(left, draft, joins=True)
         count = self._cut(request, start, chunk, draft)
         if count <= 0 or (start < request.media_end and not draft.may_encode):
@@ -172,7 +178,7 @@ class Planner:
             count = request.num_prompt_tokens - 1
             return parent.block_table[: self.blocks.num_needed(count)], count
         found: list[int] = []
-        for index in range(request.num_tokens // size):
+        for index in range(min(request.num_tokens, request.num_ready_tokens) // size):
             block = self.blocks.find(block_hash(request, index, size))
             if block is None:
                 break

@@ -11,12 +11,13 @@ import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from .params import DEFAULT_PRIORITY, SamplingParams
 
 UnitKey = tuple[bytes, int]  # (media_hash, index of the encode unit in its item)
+ALL_TOKENS = 1 << 62
 
 
 class RequestStatus(enum.Enum):
@@ -36,7 +37,8 @@ class RequestStatus(enum.Enum):
 class EncodeUnit:
     """What is encoded whole: an image, or a few temporal patches of a video."""
 
-    media_hash: bytes  # SHA-256 of the item, and of the caller's salt where there is one
+    media_hash: bytes  # SHA-256 of its pixels, and of the caller's salt where there is one; empty
+    # while they are being made
     index: int  # of this unit in its item
     offset: int  # first placeholder token in the prompt
     num_tokens: int  # embeddings it makes, one a placeholder
@@ -58,16 +60,15 @@ class MediaSpan:
     offset: int
     num_tokens: int
     grid_thw: tuple[int, int, int]  # in patches, before merging
-    media_hash: bytes
 
-    def units(self, max_temporal_patches: int, cache_salt: bytes = b"") -> tuple[EncodeUnit, ...]:
-        """Cuts the item in units of at most `max_temporal_patches`; an image is one unit."""
+    def units(self, max_temporal_patches: int) -> tuple[EncodeUnit, ...]:
+        """Cuts the item in units of at most `max_temporal_patches`, whose pixels are still to come;
+        an image is one unit."""
         frames, height, width = self.grid_thw
         tokens = self.num_tokens // frames
-        name = salted(self.media_hash, cache_salt)
         return tuple(
             EncodeUnit(
-                media_hash=name,
+                media_hash=b"",
                 index=index,
                 offset=self.offset + first * tokens,
                 num_tokens=min(max_temporal_patches, frames - first) * tokens,
@@ -78,7 +79,7 @@ class MediaSpan:
 
 
 def salted(media_hash: bytes, cache_salt: bytes) -> bytes:
-    """What an item is called under a salt: other salts' requests never find its embeddings."""
+    """What a unit is called under a salt: other salts' requests never find its embedding."""
     if not cache_salt:
         return media_hash
     size = len(cache_salt).to_bytes(8, "little")
@@ -123,11 +124,35 @@ class Request:
     num_misses: int = 0  # steps in a row that lacked an embedding
     error: str = ""
     media_end: int = field(init=False)  # first token after the last unit
+    num_ready_units: int = field(init=False)  # whose pixels are there
+    num_ready_tokens: int = field(init=False)  # before the first unit whose pixels are not
 
     def __post_init__(self) -> None:
         self.media_end = self.units[-1].end if self.units else 0
+        self._set_ready(sum(unit.media_hash != b"" for unit in self.units))
         if not self.token_ids:
             self.token_ids = array("i", self.prompt_token_ids)
+
+    def supply(self, media_hashes: Sequence[bytes]) -> None:
+        """The pixels of its next units are there."""
+        first, count = self.num_ready_units, len(media_hashes)
+        ready = tuple(
+            replace(unit, media_hash=salted(media_hash, self.cache_salt))
+            for unit, media_hash in zip(self.units[first:], media_hashes, strict=False)
+        )
+        assert len(ready) == count, "more units than the request has"
+        self.units = (*self.units[:first], *ready, *self.units[first + count :])
+        self._set_ready(first + count)
+
+    def _set_ready(self, count: int) -> None:
+        self.num_ready_units = count
+        waits = count < len(self.units)
+        self.num_ready_tokens = self.units[count].offset if waits else ALL_TOKENS
+
+    @property
+    def awaits_media(self) -> bool:
+        """Whether pixels of some unit are still being made."""
+        return self.num_ready_tokens < ALL_TOKENS
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -139,8 +164,10 @@ class Request:
 
     @property
     def num_left(self) -> int:
-        """Tokens that the next step may take up: known, or drawn by a step on its way. The last
-        that the request may have is never computed."""
+        """Tokens that the next step may take up: known, or drawn by a step on its way, and before
+        what still awaits its pixels. The last that the request may have is never computed."""
+        if self.num_ready_tokens < ALL_TOKENS:
+            return self.num_ready_tokens - self.num_sent_tokens
         known = len(self.token_ids) + self.num_awaited_tokens
         last = len(self.prompt_token_ids) + self.max_tokens - 1
         return (known if known < last else last) - self.num_sent_tokens

@@ -69,6 +69,12 @@ class Scheduler:
             each.urgency = (due, next(self._arrivals))
             self.state.add(each)
 
+    def supply(self, request_id: str, media_hashes: Sequence[bytes]) -> None:
+        """The pixels of a request's next units are there; nothing where it has ended."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.supply(media_hashes)
+
     def expire(self) -> list[RequestUpdate]:
         """Ends every request whose deadline has passed. To be called before each `schedule`."""
         ended: list[RequestUpdate] = []
@@ -194,7 +200,9 @@ class Scheduler:
     def _watch(self, plan: StepPlan) -> Updates:
         """Fails the head when nothing has run for many steps; that should never happen, and if it
         does it must not be silent."""
-        if plan.request_ids or plan.encode or not self.requests:
+        requests = self.requests.values()
+        awaits_media = any(each.awaits_media for each in requests)  # pixels come in their own time
+        if plan.request_ids or plan.encode or awaits_media or not requests:
             self._num_empty_steps = 0
             return ()
         self._num_empty_steps += 1

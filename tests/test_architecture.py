@@ -20,7 +20,7 @@ FILES = sorted(
 # From bottom to top; a room imports from rooms before it, and from itself.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
-    ("engine.config_error",),
+    ("engine.config_error", "engine.input_error"),
     ("engine.weight_format",),
     ("engine.config", "engine.failpoint"),
     ("engine.generation_config",),
@@ -28,6 +28,7 @@ LAYERS = [
     ("engine.model",),
     ("engine.runner",),
     ("engine.worker",),
+    ("engine.media",),
     ("engine.input",),
     ("engine.output",),
     ("engine.sampling_slots",),

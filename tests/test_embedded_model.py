@@ -61,7 +61,7 @@ def test_transformers_gives_the_same_tokens(llm: octavo.LLM) -> None:
     asked = [WHO, *(question for kind in KINDS for question in islice(questions(kind, 11), 3))]
     outputs = llm.chat([question.messages for question in asked], GREEDY)
     for question, output in zip(asked, outputs, strict=True):
-        ready = reference.processor.from_messages(question.messages)
+        ready = reference.processor.from_prompt(question.messages)
         assert output.outputs[0].token_ids == reference.generate(ready, 32), question
 
 

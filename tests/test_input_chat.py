@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
-from octavo.engine.input.errors import InputError
 from octavo.engine.input.processor import InputProcessor
+from octavo.engine.input_error import InputError
 
 
 def make_processor(folder: Path, max_model_len: int = 4096) -> InputProcessor:
@@ -61,7 +61,7 @@ def test_ids_are_transformers_ids(folder: Path, model: str, messages: list[dict[
     reference = AutoTokenizer.from_pretrained(where)
     rendered = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = reference.encode(rendered, add_special_tokens=False)
-    assert make_processor(where).from_messages(messages).prompt_token_ids.tolist() == expected
+    assert make_processor(where).from_prompt(messages).prompt_token_ids.tolist() == expected
 
 
 @pytest.mark.parametrize("where", ["user", "system", "assistant"])
@@ -76,8 +76,8 @@ def test_L01_placeholder_text_of_every_added_token_is_plain(
         {"role": "user", "content": "x"},
     ]
     plain = [{**messages[0], "content": [text("y")]}, messages[1]]
-    found = processor.from_messages(messages).prompt_token_ids.tolist()
-    base = processor.from_messages(plain).prompt_token_ids.tolist()
+    found = processor.from_prompt(messages).prompt_token_ids.tolist()
+    base = processor.from_prompt(plain).prompt_token_ids.tolist()
     specials = set(added.values())
     assert [t for t in found if t in specials] == [t for t in base if t in specials]
     shown = processor.tokenizer.backend.decode(found, skip_special_tokens=False)
@@ -88,7 +88,7 @@ def test_L20_url_in_text(processor: InputProcessor) -> None:
     messages = ask(
         text("See http://169.254.169.254/ and file:///etc/passwd and data:image;base64,")
     )
-    assert processor.from_messages(messages).media == ()
+    assert processor.from_prompt(messages).media == ()
 
 
 def test_media_in_any_order(processor: InputProcessor) -> None:
@@ -103,7 +103,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
             {"type": "image", "image": still(84, 56)},
         ),
     ]
-    ready = processor.from_messages(messages)
+    ready = processor.from_prompt(messages)
     assert [item.kind for item in ready.media] == ["image", "video", "image"]
     config = processor.config
     for span, item in zip(ready.spans, ready.media, strict=True):
@@ -112,7 +112,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         assert set(ids) == {pad} and len(ids) == item.num_tokens
         assert ready.prompt_token_ids[span.offset - 1] == config.vision_start_token_id
         assert ready.prompt_token_ids[span.offset + span.num_tokens] == config.vision_end_token_id
-        assert span.media_hash == item.media_hash
+        assert span.grid_thw == item.grid_thw
     assert [span.num_tokens for span in ready.spans] == [4, 8, 6]
     last = [axis[-1] for axis in ready.mrope_positions]
     assert last == [len(ready.prompt_token_ids) + ready.mrope_position_delta - 1] * 3
@@ -146,7 +146,7 @@ def test_L16_client_assert_bad_messages_are_input_errors(
     processor: InputProcessor, messages: Any, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        processor.from_messages(messages)
+        processor.from_prompt(messages)
 
 
 def follow(advice: str, part: dict[str, Any]) -> dict[str, Any]:
@@ -185,9 +185,9 @@ def test_what_is_too_long_names_the_settings_that_fit(
     processor: InputProcessor, parts: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(InputError, match=r"would fit, or raise max_model_len$") as refused:
-        processor.from_messages(ask(*parts, text("?")))
+        processor.from_prompt(ask(*parts, text("?")))
     followed = [follow(str(refused.value), part) for part in parts]
-    assert len(processor.from_messages(ask(*followed, text("?"))).prompt_token_ids) < 4096
+    assert len(processor.from_prompt(ask(*followed, text("?"))).prompt_token_ids) < 4096
 
 
 def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
@@ -210,17 +210,17 @@ def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
     ]  # fmt: skip
     for messages in huge:
         with pytest.raises(InputError, match="max_model_len=4096"):
-            processor.from_messages(messages)
+            processor.from_prompt(messages)
     with pytest.raises(InputError, match="max_model_len=4096"):
-        processor.from_text("x" * (4096 * processor.tokenizer.longest + 1))
+        processor.from_prompt("x" * (4096 * processor.tokenizer.longest + 1))
     with pytest.raises(InputError, match="5000 of them"):
-        processor.from_token_ids([1] * 5000)
+        processor.from_prompt({"prompt_token_ids": [1] * 5000})
 
 
 def test_total_pixels_default_leaves_room_in_max_model_len(processor: InputProcessor) -> None:
     """0.9 × max_model_len × 784: a long video fits by itself."""
     frames = [still(448, 448)] * 48
-    ready = processor.from_messages(ask({"type": "video", "video": frames}))
+    ready = processor.from_prompt(ask({"type": "video", "video": frames}))
     assert 3000 < ready.media[0].num_tokens <= 0.9 * 4096
 
 
@@ -229,21 +229,26 @@ def test_the_position_limit_is_on_positions_not_on_tokens(tmp_path: Path) -> Non
     small = write_tiny_checkpoint(tmp_path, max_position_embeddings=512)
     processor = make_processor(small, max_model_len=4096)
     large = {"type": "image", "image": still(840, 840)}
-    ready = processor.from_messages(ask(large, text("?")))
+    ready = processor.from_prompt(ask(large, text("?")))
     assert len(ready.prompt_token_ids) > 900
     assert max(map(max, ready.mrope_positions)) < 512
     with pytest.raises(InputError, match="512 positions"):
-        processor.from_messages(ask(large, text("x" * 500)))
+        processor.from_prompt(ask(large, text("x" * 500)))
 
 
 def test_prompt_token_ids_need_their_media(processor: InputProcessor) -> None:
     pad = processor.config.image_token_id
-    expanded = processor.from_token_ids([5, pad, 6], images=[still()])
+    expanded = processor.from_prompt({"prompt_token_ids": [5, pad, 6], "images": [still()]})
     assert expanded.prompt_token_ids.tolist() == [5, pad, pad, pad, pad, 6]
-    again = processor.from_token_ids(expanded.prompt_token_ids, images=[still()])
+    again = processor.from_prompt(
+        {"prompt_token_ids": expanded.prompt_token_ids, "images": [still()]}
+    )
     assert again.prompt_token_ids == expanded.prompt_token_ids
     sized = {"image": still(), "min_pixels": 12544, "max_pixels": 12544}
-    assert processor.from_token_ids([pad], images=[sized]).media[0].num_tokens == 16
+    assert (
+        processor.from_prompt({"prompt_token_ids": [pad], "images": [sized]}).media[0].num_tokens
+        == 16
+    )
     for ids, images, words in (
         ([5, pad], None, "images="),
         ([5, pad], [still()] * 2, "1 more"),
@@ -258,23 +263,23 @@ def test_prompt_token_ids_need_their_media(processor: InputProcessor) -> None:
         ([pad], "abc", "must be a list"),
     ):
         with pytest.raises(InputError, match=words):
-            processor.from_token_ids(ids, images=images)
+            processor.from_prompt({"prompt_token_ids": ids, "images": images})
 
 
 def test_raw_prompts_parse_specials(processor: InputProcessor) -> None:
     config = processor.config
-    ready = processor.from_text("a<|vision_start|><|image_pad|><|vision_end|>b", images=[still()])
+    ready = processor.from_prompt("a<|vision_start|><|image_pad|><|vision_end|>b", images=[still()])
     assert ready.prompt_token_ids[1] == config.vision_start_token_id
     assert ready.spans[0].offset == 2
     with pytest.raises(InputError, match="placeholder"):
-        processor.from_text("<|image_pad|>")
+        processor.from_prompt("<|image_pad|>")
     with pytest.raises(InputError, match="empty"):
-        processor.from_text("")
+        processor.from_prompt("")
 
 
 def test_images_fill_the_placeholders_in_order(processor: InputProcessor) -> None:
     messages = ask({"type": "image"}, {"type": "image", "image": still(84, 84)}, {"type": "image"})
-    ready = processor.from_messages(messages, images=[still(), still(112, 56)])
+    ready = processor.from_prompt(messages, images=[still(), still(112, 56)])
     assert [item.num_tokens for item in ready.media] == [4, 9, 8]
 
 
@@ -286,7 +291,10 @@ def test_L26_quadratic(folder: Path) -> None:
 
     def cost(count: int) -> float:
         ids = [5, pad] * count + [7] * (2000 * count)
-        media = tuple(processor.from_token_ids([pad], images=[image]).media) * count
+        media = (
+            tuple(processor.from_prompt({"prompt_token_ids": [pad], "images": [image]}).media)
+            * count
+        )
         times = []
         for _ in range(3):
             started = time.process_time()
@@ -305,12 +313,12 @@ def test_L32_template_code(tmp_path: Path) -> None:
         (evil / "chat_template.json").write_text(f'{{"chat_template": "{source}"}}')
         processor = make_processor(evil)
         with pytest.raises(InputError, match="template"):
-            processor.from_messages([{"role": "user", "content": "x"}])
+            processor.from_prompt([{"role": "user", "content": "x"}])
 
 
 def test_preprocessing_is_deterministic(processor: InputProcessor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
     messages = ask({"type": "image", "image": Image.fromarray(pixels)}, text("?"))
-    one, two = processor.from_messages(messages), processor.from_messages(messages)
-    assert one.media[0].media_hash == two.media[0].media_hash
+    one, two = processor.from_prompt(messages), processor.from_messages(messages)
+    assert one.units[0].media_hash == two.units[0].media_hash
     assert one.mrope_positions == two.mrope_positions

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from octavo.benchmarks.media_cases import load
 from octavo.engine.config import PreprocessConfig
-from octavo.engine.input.errors import InputError
-from octavo.engine.input.image import image_size, load_image, resize, smart_resize
-from octavo.engine.input.media import MediaOptions
 from octavo.engine.input.mrope import mrope_positions
-from octavo.engine.input.room import TokenRoom
-from octavo.engine.input.video import frame_indices, load_video, smart_nframes
+from octavo.engine.input_error import InputError
+from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.options import MediaOptions
+from octavo.engine.media.sizes import frame_indices, image_size, smart_nframes, smart_resize
 from octavo.kernels.patches import cut_patches
 from octavo.scheduler.request import MediaSpan
 
@@ -45,7 +45,7 @@ def test_L10_extreme_images_smart_resize(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", recorded("smart_nframes"), ids=str)
 def test_smart_nframes(case: dict[str, Any]) -> None:
     options = MediaOptions(**case["options"])
-    args = (options, case["total_frames"], case["video_fps"], DEFAULTS, "video")
+    args = (options, case["total_frames"], case["video_fps"], DEFAULTS, MediaLimits(), "video")
     if case["nframes"] == "error":
         with pytest.raises(InputError, match="frames"):
             smart_nframes(*args)
@@ -53,7 +53,7 @@ def test_smart_nframes(case: dict[str, Any]) -> None:
     count = smart_nframes(*args)
     assert count == case["nframes"]
     if case["frame_indices"] is not None:
-        assert frame_indices(count, case["total_frames"]) == case["frame_indices"]
+        assert frame_indices(count, 0, case["total_frames"] - 1) == case["frame_indices"]
 
 
 def test_frame_indices_are_torchs() -> None:
@@ -63,7 +63,7 @@ def test_frame_indices_are_torchs() -> None:
         count = min(total, 2 * int(rng.integers(1, 384)))
         if count >= 2:
             expected = torch.linspace(0, total - 1, count).round().long().tolist()
-            assert frame_indices(count, total) == expected
+            assert frame_indices(count, 0, total - 1) == expected
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -75,13 +75,9 @@ def test_pixels_are_transformers_pixels(case: dict[str, Any]) -> None:
     """Within 2 of 255 levels before normalisation, on every row that was recorded."""
     options = MediaOptions(**case["options"])
     if case["kind"] == "image":
-        image = load_image(DATA / case["file"], "image", True)
-        size = image_size(image.height, image.width, options, DEFAULTS, 28, "image")
-        pixels = resize(image, *size)[None]
+        _, pixels = load("image", DATA / case["file"], options)
     else:
-        files = [DATA / name for name in case["files"]]
-        room = TokenRoom(128_000, 0, 1, 28)
-        pixels = load_video(files, options, DEFAULTS, room, "video", True).pixels
+        _, pixels = load("video", [DATA / name for name in case["files"]], options)
         assert list(pixels.shape[1:3]) == case["resized"]
     patches = cut_patches(
         torch.from_numpy(pixels.copy()),
@@ -110,7 +106,7 @@ def test_L33_mrope_resume(case: dict[str, Any]) -> None:
         if ids[at] in grids:
             grid = tuple(next(grids[ids[at]]))
             count = int(np.prod(grid)) // 4
-            spans.append(MediaSpan(at, count, grid, b""))
+            spans.append(MediaSpan(at, count, grid))
             at += count
         else:
             at += 1
@@ -136,6 +132,6 @@ def test_L10_extreme_images_of_every_size() -> None:
 
 @pytest.mark.parametrize("size", [(26, 28), (332, 27), (1, 150), (200, 1), (1, 1), (5000, 30)])
 def test_L10_extreme_images_decode(size: tuple[int, int]) -> None:
-    image = load_image(Image.new("RGB", size, "red"), "image", True)
-    goal = image_size(image.height, image.width, MediaOptions(), DEFAULTS, 28, "image")
-    assert resize(image, *goal).shape == (*goal, 3)
+    _, pixels = load("image", Image.new("RGB", size, "red"))
+    goal = image_size(size[1], size[0], MediaOptions(), DEFAULTS, 28, "image")
+    assert pixels.shape == (1, *goal, 3) and (pixels == [255, 0, 0]).all()

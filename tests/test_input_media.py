@@ -1,7 +1,6 @@
 """Where images and videos come from, and what is refused."""
 
 import base64
-import io
 import subprocess
 import sys
 import zlib
@@ -13,29 +12,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
+from octavo.benchmarks.media_cases import load as load_media
 from octavo.engine.config import PreprocessConfig
-from octavo.engine.input.errors import InputError
-from octavo.engine.input.image import load_image
-from octavo.engine.input.media import MAX_LISTED_FRAMES, MediaOptions, make_item, media_hash
-from octavo.engine.input.room import TokenRoom
-from octavo.engine.input.video import Clip, load_video
+from octavo.engine.input_error import InputError
+from octavo.engine.media.item import MediaInfo, make_unit, media_hash
+from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import open_here
+from octavo.engine.media.options import MediaOptions
+from octavo.engine.media.reader import MediaHeader, Pixels
+from octavo.engine.media.source import MediaAccess, open_source
+from octavo.engine.media.video import VideoFile
 
 DEFAULTS = PreprocessConfig(video_min_pixels=28 * 28 * 4)
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+NOTHING = MediaAccess(roots=())
 
 
-def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-
-
-def load(source: Any, local: bool = True) -> Image.Image:
-    return load_image(source, "image", local)
+def load(source: Any, access: MediaAccess | None = None) -> Pixels:
+    """The picture at its own size."""
+    limits = MediaLimits()
+    file = open_source(source, access or MediaAccess(), limits, "image")
+    with open_here("image", file, limits, "image") as reader:
+        size = reader.header
+        return next(iter(reader.frames([0], size.height, size.width))).pixels
 
 
 def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
     sources = [path, str(path), f"file://{uri_path}", data, bytearray(data), image]
     sources += [f"data:image/png;base64,{text}", f"data:image;base64,{text}"]
     for source in sources:
-        np.testing.assert_array_equal(np.asarray(load(source)), np.asarray(image))
+        np.testing.assert_array_equal(load(source), np.asarray(image))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_a_server_reads_no_files(tmp_path: Path) -> None:
     path.write_bytes(encoded(noise()))
     for source in (str(path), path, f"file://{path}"):
         with pytest.raises(InputError, match="send the bytes"):
-            load(source, local=False)
-    load(path.read_bytes(), local=False)
+            load(source, NOTHING)
+    load(path.read_bytes(), NOTHING)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -96,10 +97,10 @@ def test_L18_exif_alpha_pictures_are_upright(turn: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = turn
     loaded = load(encoded(image, "PNG", exif=exif))
-    assert loaded.size == ((32, 16) if turn < 5 else (16, 32))
+    assert loaded.shape[:2] == ((16, 32) if turn < 5 else (32, 16))
     if turn == 6:
         turned = image.transpose(Image.Transpose.ROTATE_270)
-        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(turned))
+        np.testing.assert_array_equal(loaded, np.asarray(turned))
 
 
 def test_L18_exif_alpha_transparency_is_white() -> None:
@@ -108,8 +109,8 @@ def test_L18_exif_alpha_transparency_is_white() -> None:
     palette.putpalette([0, 0, 255] * 256)
     forms = [encoded(clear), encoded(clear.convert("LA")), encoded(palette, transparency=0)]
     for data in forms:
-        assert np.asarray(load(data)).min() == 255
-    half = np.asarray(load(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)))))[0, 0]
+        assert load(data).min() == 255
+    half = load(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128))))[0, 0]
     assert half[0] == 255 and 120 <= half[1] <= 135
 
 
@@ -118,8 +119,8 @@ def test_modes_become_rgb(mode: str) -> None:
     image = Image.fromarray(np.full((8, 8), 40_000, np.uint16)) if mode == "I;16" else None
     image = image or Image.new("L", (8, 8), 156).convert(mode)
     loaded = load(image)
-    assert loaded.mode == "RGB"
-    assert abs(int(np.asarray(loaded)[0, 0, 0]) - (255 if mode == "1" else 156)) <= 1
+    assert loaded.shape == (8, 8, 3)
+    assert abs(int(loaded[0, 0, 0]) - (255 if mode == "1" else 156)) <= 1
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -141,8 +142,8 @@ def test_L22_bombs_are_refused_by_their_size(size: tuple[int, int]) -> None:
 
 
 def test_L22_bombs_lists_of_frames_are_bounded() -> None:
-    with pytest.raises(InputError, match=str(MAX_LISTED_FRAMES)):
-        video([noise()] * (MAX_LISTED_FRAMES + 1))
+    with pytest.raises(InputError, match="max-video-frames"):
+        video([noise()] * (MediaLimits().max_video_frames + 1))
 
 
 def test_L05_media_hash() -> None:
@@ -156,26 +157,15 @@ def test_L05_media_hash() -> None:
     assert len(set(hashes)) == 4
     assert media_hash("image", np.asfortranarray(flat)) == hashes[0]
     assert all(len(digest) == 32 for digest in hashes)
-    item = make_item("image", flat, 14, 2, 2)
-    assert (item.media_hash, item.grid_thw, item.num_tokens) == (hashes[0], (1, 2, 4), 2)
+    unit = make_unit("image", flat, SHAPE)
+    assert (unit.media_hash, unit.grid_thw) == (hashes[0], (1, 2, 4))
 
 
-def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
-    """A clip whose frame i has level 8 * i, from 0 again after 255."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as file:
-        stream = file.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for i in range(num_frames):
-            level = np.full((size[1], size[0], 3), 8 * i % 256, np.uint8)
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")))
-        file.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def video(source: Any, **options: Any) -> Clip:
-    room = TokenRoom(10_000, 0, 1, 28)
-    return load_video(source, MediaOptions(**options), DEFAULTS, room, "video", True)
+def video(source: Any, **options: Any) -> tuple[MediaInfo, Pixels]:
+    item, pixels = load_media(
+        "video", source, MediaOptions(**options), DEFAULTS, max_model_len=9000
+    )
+    return item.info, pixels
 
 
 @pytest.mark.parametrize(
@@ -189,21 +179,27 @@ def video(source: Any, **options: Any) -> Clip:
     ],
 )
 def test_frames_of_a_file(options: dict[str, Any], indices: list[int]) -> None:
-    clip = video(mp4(30), **options)
-    assert list(clip.frame_indices) == indices
-    assert clip.sample_fps == pytest.approx(len(indices) / 3.0)
-    for frame, index in zip(clip.pixels, indices, strict=True):
+    info, pixels = video(mp4(30), **options)
+    assert list(info.frame_indices) == indices
+    assert info.sample_fps == pytest.approx(len(indices) / 3.0)
+    for frame, index in zip(pixels, indices, strict=True):
         assert abs(float(frame.mean()) - 8 * index) < 6
 
 
 def test_a_file_with_fewer_frames_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few are lacking: frames are chosen again among those that are there. Many are: refused."""
-    monkeypatch.setattr("octavo.engine.input.video._count_frames", lambda *a: (32, 10.0))
-    clip = video(mp4(30), nframes=4)
-    assert (clip.pixels.shape[0], clip.frame_indices) == (4, (0, 10, 19, 29))
-    monkeypatch.setattr("octavo.engine.input.video._count_frames", lambda *a: (90, 10.0))
-    with pytest.raises(InputError, match="30 of its 90 frames"):
-        video(mp4(30), nframes=4)
+    """A few are lacking: the last that is there stands for them. Many are: refused."""
+
+    def says(count: int) -> None:
+        header = MediaHeader(48, 64, count, 10.0)
+        monkeypatch.setattr(VideoFile, "_read_header", lambda self: header)
+
+    says(32)
+    info, pixels = video(mp4(30), nframes=16)
+    assert info.frame_indices[-2:] == (29, 31) and pixels.shape[0] == 16
+    np.testing.assert_array_equal(pixels[-1], pixels[-2])
+    says(90)
+    with pytest.raises(InputError, match="6 of the 16 frames"):
+        video(mp4(30), nframes=16)
 
 
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
@@ -216,7 +212,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
             file.mux(stream.encode(av.VideoFrame.from_image(noise(320, 240, seed=i))))
         file.mux(stream.encode(None))
     data = path.read_bytes()
-    assert len(video(data).pixels) == 6
+    assert len(video(data)[1]) == 6
     for share in (0.3, 0.6):
         with pytest.raises(InputError, match="broken"):
             video(data[: int(len(data) * share)])
@@ -225,10 +221,10 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
 def test_frames_of_a_list(tmp_path: Path) -> None:
     stills = [noise(seed=i) for i in range(3)]
     stills[1].save(tmp_path / "b.png")
-    clip = video([encoded(stills[0]), f"file://{tmp_path}/b.png", stills[2]], fps=1.0)
-    assert clip.frame_indices == (0, 1, 2, 2)  # an odd list ends with its last frame twice
-    assert clip.sample_fps == 1.0
-    np.testing.assert_array_equal(clip.pixels[2], clip.pixels[3])
+    info, pixels = video([encoded(stills[0]), f"file://{tmp_path}/b.png", stills[2]], fps=1.0)
+    assert info.frame_indices == (0, 1, 2, 2)  # an odd list ends with its last frame twice
+    assert (info.sample_fps, info.frame_times) == (1.0, (0.0, 1.0, 2.0, 2.0))
+    np.testing.assert_array_equal(pixels[2], pixels[3])
 
 
 @pytest.mark.parametrize(
@@ -289,17 +285,12 @@ def test_video_options() -> None:
 
 
 LONG_VIDEO = """
-import io, resource, sys
-from pathlib import Path
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.input.media import MediaOptions
-from octavo.engine.input.room import TokenRoom
-from octavo.engine.input.video import load_video
-data = Path(sys.argv[1]).read_bytes()
+import resource, sys
+from octavo.benchmarks.media_cases import load
+from octavo.engine.media.options import MediaOptions
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-room = TokenRoom(5000, 0, 1, 28)
-clip = load_video(data, MediaOptions(fps=1.0), PreprocessConfig(), room, "video", True)
-print(len(clip.pixels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+_, pixels = load("video", sys.argv[1], MediaOptions(fps=1.0), max_model_len=5000)
+print(len(pixels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 

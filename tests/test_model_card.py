@@ -13,7 +13,7 @@ from PIL import Image
 
 import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.input.errors import InputError
+from octavo.engine.input_error import InputError
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=4)
 

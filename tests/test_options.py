@@ -21,7 +21,7 @@ import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.client import Client, ClientDelta, ClientError
 from octavo.engine.engine import DuplicateRequest
-from octavo.engine.input.errors import InputError
+from octavo.engine.input_error import InputError
 from octavo.engine.output import TextStream
 from octavo.engine.server.grpc_server import InferenceServicer
 from octavo.proto import octavo_pb2 as pb
@@ -383,7 +383,7 @@ def test_what_is_not_admitted_leaves_nothing_behind(
     llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("octavo.engine.engine.unit_pixels", lambda *args: 1 / 0)
+        patch.setattr("octavo.engine.live.LiveRequest.supply", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llm.engine.add_request("bad", ask("Hi", 3), GREEDY)
     assert not llm.engine.has_requests and not llm.engine.scheduler.requests

@@ -6,7 +6,7 @@ import pytest
 
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
 from octavo.scheduler.block_hash import block_hash, next_hash, root_hash
-from octavo.scheduler.request import EncodeUnit, MediaSpan, Request, RequestStatus, salted
+from octavo.scheduler.request import EncodeUnit, Request, RequestStatus, salted
 
 CAT, DOG = b"cat!" * 8, b"dog!" * 8
 
@@ -151,8 +151,8 @@ def test_L29_cache_timing() -> None:
         run_one(simulation, request)
         assert request.num_cached_tokens == cached
         assert simulation.worker.encoded - encoded == (0 if cached else 6)
-    units = MediaSpan(0, 6, (1, 4, 6), CAT).units(4, b"one")
-    assert units[0].media_hash == salted(CAT, b"one") != salted(CAT, b"two")
+    request = make_request("x", tokens, (8, 6, CAT), cache_salt=b"one")
+    assert request.units[0].media_hash == salted(CAT, b"one") != salted(CAT, b"two")
     assert salted(CAT, b"") == CAT
     assert root_hash(b"one") != root_hash(b"two") != root_hash(b"")
 

@@ -7,40 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.engine.media.item import UnitContent
 from octavo.engine.runner.batch import InputBatch
 from octavo.engine.sampling_slots import SamplingSlots
-from octavo.engine.step_input import build_batch, unit_pixels
+from octavo.engine.step_input import build_batch
 from octavo.scheduler.params import SamplingParams
-from octavo.scheduler.request import MediaSpan, Request
+from octavo.scheduler.request import MediaSpan, Request, UnitKey
 from octavo.scheduler.step import EncodePlan, StepPlan
 
 GREEDY = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=7
 )
-IMAGE, VIDEO = b"i" * 32, b"v" * 32
+Units = dict[UnitKey, UnitContent]
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeItem:
-    """What step_input reads of a MediaItem."""
-
-    kind: str
-    pixels: Any
-    grid_thw: tuple[int, int, int]
-    media_hash: bytes
-
-
-def make_request(params: SamplingParams = GREEDY) -> tuple[Request, list[FakeItem]]:
+def make_request(params: SamplingParams = GREEDY) -> tuple[Request, Units]:
     """30 tokens: text, an image of 6 tokens at 4, text, a video of 5 × 2 tokens at 14, text."""
-    spans = [MediaSpan(4, 6, (1, 4, 6), IMAGE), MediaSpan(14, 10, (5, 2, 4), VIDEO)]
-    media = [
-        FakeItem("image", np.full((1, 56, 84, 3), 9, np.uint8), (1, 4, 6), IMAGE),
-        FakeItem(
-            "video",
-            np.arange(10, dtype=np.uint8).repeat(28 * 56 * 3).reshape(10, 28, 56, 3),
-            (5, 2, 4),
-            VIDEO,
-        ),
+    spans = [MediaSpan(4, 6, (1, 4, 6)), MediaSpan(14, 10, (5, 2, 4))]
+    sizes = [(1, 56, 84), (4, 28, 56), (4, 28, 56), (2, 28, 56)]
+    contents = [
+        UnitContent(
+            bytes([i]) * 32, (-(-n // 2), h // 14, w // 14), np.zeros((n, h, w, 3), np.uint8)
+        )
+        for i, (n, h, w) in enumerate(sizes)
     ]
     positions = np.random.default_rng(0).integers(0, 99, (3, 30)).astype(np.int32)
     request = Request(
@@ -52,7 +41,8 @@ def make_request(params: SamplingParams = GREEDY) -> tuple[Request, list[FakeIte
         mrope_position_delta=-11,
     )
     request.block_table = array("i", [3, 1, 2])
-    return request, media
+    request.supply([content.media_hash for content in contents])
+    return request, dict(zip((unit.key for unit in request.units), contents, strict=True))
 
 
 def plan_for(request: Request, start: int, count: int, **more: Any) -> StepPlan:
@@ -103,17 +93,8 @@ def test_L17_prefix_encode_embeds_exactly_the_overlap(size: int) -> None:
     assert owner.tolist() == expected
 
 
-def test_units_cut_the_pixels_by_time() -> None:
-    request, media = make_request()
-    pixels = unit_pixels(request.units, media, 2)  # type: ignore[arg-type]
-    frames = [sorted({int(v) for v in pixels[u.key].pixels.flat}) for u in request.units]
-    assert frames == [[9], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert [pixels[u.key].grid_thw[0] for u in request.units] == [1, 2, 2, 1]
-
-
 def test_units_are_dealt_out_by_patches() -> None:
-    request, media = make_request()
-    pixels = unit_pixels(request.units, media, 2)  # type: ignore[arg-type]
+    request, pixels = make_request()
     encode = tuple(EncodePlan(unit, "a") for unit in request.units)
     batch = build(plan_for(request, 0, 30, encode=encode), request, pixels, 2)
     load = [0, 0]

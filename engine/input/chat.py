@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
-from .errors import InputError, shown
+from ..input_error import InputError, shown
 from .tokenizer import TextTokenizer
 
 ROLES = ("system", "user", "assistant")

@@ -6,8 +6,8 @@ from typing import Any
 
 from ...proto import octavo_pb2 as pb
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, SamplingParams
-from ..input.errors import InputError
-from ..input.media import MediaInfo
+from ..input_error import InputError
+from ..media.item import MediaInfo
 from ..output import OutputDelta
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}

@@ -18,7 +18,7 @@ from ...scheduler.admission import QueueFull
 from ...scheduler.params import SamplingParams
 from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
-from ..input.errors import InputError
+from ..input_error import InputError
 from .convert import read_options, read_prompt, read_sampling, write_delta
 
 log = logging.getLogger("octavo.server")
@@ -111,7 +111,7 @@ def status_of(error: ValueError | EngineDead) -> grpc.StatusCode:
 def status_of_failure(error: str) -> tuple[grpc.StatusCode, str]:
     """Code and text of a request that failed after admission: its error may begin with a code."""
     code, _, text = error.partition(": ")
-    if code in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "INTERNAL"):
+    if code in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "INTERNAL"):
         return grpc.StatusCode[code], _short(text)
     return grpc.StatusCode.INTERNAL, _short(error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...scheduler.params import shown
+from ..scheduler.params import shown
 
 __all__ = ["InputError", "shown"]
 

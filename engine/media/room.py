@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import InputError
-from .media import MediaOptions
+from ..input_error import InputError
+from .options import MediaOptions
 
 
 @dataclass

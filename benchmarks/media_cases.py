@@ -1,0 +1,66 @@
+"""Made-up images and videos, and how tests load them: whole, without an engine."""
+
+from __future__ import annotations
+
+import io
+from contextlib import ExitStack
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from octavo.engine.config import PreprocessConfig
+from octavo.engine.media.item import MediaItem, PatchShape
+from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import MediaLoader
+from octavo.engine.media.options import MediaOptions
+from octavo.engine.media.reader import Pixels
+from octavo.engine.media.room import TokenRoom
+from octavo.engine.media.source import MediaAccess
+
+SHAPE = PatchShape(14, 2, 2, 4)  # the real models'
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
+    """A clip whose frame i has level 8 * i, from 0 again after 255."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(num_frames):
+            level = np.full((size[1], size[0], 3), 8 * i % 256, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def load(
+    kind: str,
+    source: Any,
+    options: MediaOptions | None = None,
+    preprocess: PreprocessConfig | None = None,
+    access: MediaAccess | None = None,
+    limits: MediaLimits | None = None,
+    max_model_len: int = 128_000,
+) -> tuple[MediaItem, Pixels]:
+    """An item, and its pixels [frames, height, width, 3] of all its units."""
+    loader = MediaLoader(
+        preprocess or PreprocessConfig(), SHAPE, access or MediaAccess(), limits or MediaLimits()
+    )
+    room = TokenRoom(max_model_len, 0, 1, SHAPE.factor)
+    with ExitStack() as files:
+        opened = loader.open(kind, source, options or MediaOptions(), room, kind, files)
+        units = list(loader.units([opened], files.pop_all()))
+    return opened.item, np.concatenate([unit.pixels for unit in units])

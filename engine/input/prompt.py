@@ -1,0 +1,170 @@
+"""Any form of a prompt read: token ids with placeholders, and the media that they stand for."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from ..input_error import InputError, shown
+from .chat import ChatTemplate, MediaPart, check_text, read_messages
+from .tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPrompt:
+    """`parts` has the media of each run of placeholder tokens, in order."""
+
+    token_ids: Sequence[int]
+    parts: list[MediaPart]
+
+
+class PromptReader:
+    """Thread-safe: it changes nothing once made."""
+
+    def __init__(self, model_dir: Path, config: ModelConfig, max_model_len: int) -> None:
+        self.config, self.max_model_len = config, max_model_len
+        self.tokenizer = TextTokenizer(model_dir)
+        self._template = ChatTemplate(model_dir, self.tokenizer)
+        self._pads = {config.image_token_id: "image", config.video_token_id: "video"}
+
+    def read(self, prompt: Any, images: Any = None, videos: Any = None) -> ReadPrompt:
+        """Messages, a raw text, or a dict with one of `messages`, `prompt` and `prompt_token_ids`
+        and maybe `images` and `videos`. Raises `InputError`."""
+        if isinstance(prompt, Mapping):
+            return self._from_dict(prompt)
+        if isinstance(prompt, str):
+            return self.from_text(prompt, images, videos)
+        return self.from_messages(prompt, images, videos)
+
+    def _from_dict(self, prompt: Mapping[str, Any]) -> ReadPrompt:
+        known = {"prompt", "prompt_token_ids", "messages", "images", "videos"}
+        for name in prompt:
+            if name not in known:
+                raise InputError(name, f"{name}: unknown; a prompt has {', '.join(sorted(known))}")
+        media = (prompt.get("images"), prompt.get("videos"))
+        kinds = [name for name in ("prompt", "prompt_token_ids", "messages") if name in prompt]
+        if len(kinds) != 1:
+            raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
+        if kinds == ["prompt"]:
+            return self.from_text(prompt["prompt"], *media)
+        if kinds == ["messages"]:
+            return self.from_messages(prompt["messages"], *media)
+        return self.from_token_ids(prompt["prompt_token_ids"], *media)
+
+    def from_messages(
+        self,
+        messages: Any,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+    ) -> ReadPrompt:
+        """A conversation, as the model card writes it. Raises `InputError`."""
+        conversation = read_messages(messages)
+        parts = _fill(conversation.media, {"image": images, "video": videos})
+        self._check_text(sum(map(len, conversation.texts)))
+        return ReadPrompt(self._template.encode(conversation), parts)
+
+    def from_text(
+        self, text: Any, images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
+    ) -> ReadPrompt:
+        """A raw prompt, in which special tokens are parsed. Raises `InputError`."""
+        if not check_text(text, "prompt"):
+            raise InputError("prompt", "is empty")
+        self._check_text(len(text))
+        token_ids = self.tokenizer.encode_marked(text)
+        return ReadPrompt(token_ids, self._parts_of(token_ids, images, videos))
+
+    def from_token_ids(
+        self,
+        token_ids: Any,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+    ) -> ReadPrompt:
+        """Token ids, placeholders expanded or not. Raises `InputError`."""
+        ids = self._check_token_ids(token_ids)
+        return ReadPrompt(ids, self._parts_of(ids, images, videos))
+
+    def _check_text(self, size: int) -> None:
+        """Refuses what cannot fit before it is encoded, which takes 240 bytes a character."""
+        most = self.max_model_len * self.tokenizer.longest
+        if size > most:
+            raise InputError(
+                "prompt",
+                f"{size} characters are over max_model_len={self.max_model_len} tokens of at most "
+                f"{self.tokenizer.longest} characters; shorten the text",
+            )
+
+    def _check_token_ids(self, token_ids: Any) -> list[int]:
+        field = "prompt_token_ids"
+        if not isinstance(token_ids, Sequence | array) or isinstance(token_ids, str | bytes):
+            raise InputError(field, f"must be a list, not {type(token_ids).__name__}")
+        if len(token_ids) == 0:
+            raise InputError(field, "is empty")
+        if len(token_ids) >= self.max_model_len:
+            text = f"{len(token_ids)} of them, max_model_len is {self.max_model_len}"
+            raise InputError(field, f"{text}; shorten the prompt, or raise max_model_len")
+        for token in token_ids:
+            whole = isinstance(token, int) and not isinstance(token, bool)
+            if not whole or not 0 <= token < self.config.vocab_size:
+                raise InputError(
+                    field, f"{shown(token)}: must be whole numbers under {self.config.vocab_size}"
+                )
+        return list(token_ids)
+
+    def _parts_of(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[Any] | None,
+        videos: Sequence[Any] | None,
+    ) -> list[MediaPart]:
+        """A part for each run of placeholder tokens, with its media."""
+        runs = [(kind, at) for kind, at, _ in self.runs(token_ids)]
+        bare = [MediaPart(f"the placeholder at token {at}", kind, {}) for kind, at in runs]
+        return _fill(bare, {"image": images, "video": videos})
+
+    def runs(self, token_ids: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+        """(kind, first, end) of each run of one placeholder token."""
+        at = 0
+        while at < len(token_ids):
+            kind = self._pads.get(token_ids[at])
+            end = at + 1
+            if kind is not None:
+                while end < len(token_ids) and token_ids[end] == token_ids[at]:
+                    end += 1
+                yield kind, at, end
+            at = end
+
+
+def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None]) -> list[MediaPart]:
+    """Gives each part without a source the next of the call's images or videos."""
+    left = {}
+    for kind, sources in given.items():
+        if sources is not None and (
+            isinstance(sources, str | bytes) or not isinstance(sources, Sequence)
+        ):
+            raise InputError(f"{kind}s", f"must be a list, not {type(sources).__name__}")
+        left[kind] = iter(sources or ())
+    filled = []
+    for part in parts:
+        if part.source is None:
+            source = next(left[part.kind], None)
+            if source is None:
+                raise InputError(
+                    part.field, f"needs {part.kind}s=[...]: a placeholder has no {part.kind}"
+                )
+            part = _with_source(part, source)
+        filled.append(part)
+    for kind, rest in left.items():
+        count = sum(1 for _ in rest)
+        if count:
+            raise InputError(f"{kind}s", f"{count} more than the prompt has placeholders for")
+    return filled
+
+
+def _with_source(part: MediaPart, source: Any) -> MediaPart:
+    """A source may bring options: a dict in the form of a message's part."""
+    beside = source if isinstance(source, Mapping) else {part.kind: source}
+    return MediaPart(part.field, part.kind, {**part.part, **beside})

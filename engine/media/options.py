@@ -1,0 +1,73 @@
+"""What shapes an item: the options that may stand beside an image or a video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..input_error import InputError, shown
+
+IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+NUMBERS = ("fps", "video_start", "video_end")  # that need not be whole
+FROM_ZERO = ("video_start", "video_end")
+MOST = 1 << 40
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """Each with the meaning that qwen-vl-utils gives its name."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    total_pixels: int | None = None
+    video_start: float | None = None  # seconds
+    video_end: float | None = None
+
+    @classmethod
+    def from_part(cls, part: Mapping[str, Any], kind: str, field: str) -> MediaOptions:
+        """The options written beside an image or a video. Raises `InputError`."""
+        known = IMAGE_OPTIONS if kind == "image" else tuple(f.name for f in fields(cls))
+        found: dict[str, Any] = {}
+        for name, value in part.items():
+            if name in ("type", kind) or value is None:
+                continue
+            if name not in known:
+                raise InputError(
+                    field, f"{shown(name)} is no option; {kind}s have {', '.join(known)}"
+                )
+            found[name] = _number(value, name, f"{field}.{name}")
+        options = cls(**found)
+        options._check(field)
+        return options
+
+    def _check(self, field: str) -> None:
+        if self.fps is not None and self.nframes is not None:
+            raise InputError(f"{field}.fps", "give fps or nframes, not both")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise InputError(f"{field}.resized_height", "goes with resized_width: give both")
+        for low, high in (
+            ("min_pixels", "max_pixels"),
+            ("min_frames", "max_frames"),
+            ("video_start", "video_end"),
+        ):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise InputError(f"{field}.{low}", f"{least} is over {high}={most}")
+
+
+def _number(value: Any, name: str, field: str) -> float:
+    kinds = (int, float) if name in NUMBERS else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+        kind = "a number" if name in NUMBERS else "a whole number"
+        raise InputError(field, f"{shown(value)}: must be {kind}")
+    if not (0 < value <= MOST or (value == 0 and name in FROM_ZERO)):
+        least = "at least 0" if name in FROM_ZERO else "over 0"
+        raise InputError(field, f"{shown(value)}: must be {least} and at most {MOST}")
+    return value
