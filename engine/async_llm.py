@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
@@ -18,6 +16,7 @@ from ..scheduler.request import RequestStatus
 from .config import EngineConfig, ModelConfig
 from .engine import DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
+from .input_pool import InputJob, InputPool
 from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta, Usage
 from .progress import loading_bar
@@ -30,7 +29,8 @@ class _Stream:
 
     num_answers: int
     events: asyncio.Queue[Event | EngineDead] = field(default_factory=asyncio.Queue)
-    work: asyncio.Future[ProcessedInput] | None = None  # its input, while that is made ready
+    work: InputJob | None = None  # its input
+    ready: asyncio.Future[ProcessedInput] | None = None  # that input, as it is waited for
     is_aborted: bool = False  # before that was done
     is_admitted: bool = False  # the step thread knows it
 
@@ -52,7 +52,7 @@ class AsyncLLM:
         """Starts the workers and loads the weights; takes seconds. Raises `ConfigError`."""
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
-        self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="media")
+        self._pool = InputPool(self.engine.processor)
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
         self._keys: dict[str, str] = {}  # request_id: key
@@ -141,6 +141,8 @@ class AsyncLLM:
                 yield replace(event, request_id=name)
         finally:
             del self._streams[key], self._keys[name]
+            if stream.work is not None:
+                stream.work.cancel()
             if stream.is_admitted and not finished:
                 self._steps.abort(key)
 
@@ -150,29 +152,17 @@ class AsyncLLM:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""
         self._check_alive()
-        box = [prompt]
-        loop = asyncio.get_running_loop()
-        work = stream.work = loop.run_in_executor(self._pool, self._open, box)
-        try:
-            await asyncio.wait([work], timeout=clock.left.timeout_s)
-            self._check_alive()  # `close` empties the pool
-            if stream.is_aborted:
-                stream.end(RequestStatus.FINISHED_ABORTED)
-                return None
-            if not work.done():
-                stream.end(RequestStatus.FINISHED_ERROR, str(OutOfTime()))
-                return None
-            return work.result()
-        finally:
-            stream.work = None
-            work.cancel()
-            box.clear()  # the pool may come to it much later: it keeps nothing till then
-
-    def _open(self, box: list[Prompt]) -> ProcessedInput:
-        """In the pool."""
-        if not box:
-            raise OutOfTime
-        return self.engine.preprocess(box.pop())
+        stream.work = self._pool.submit(prompt)
+        future = stream.ready = asyncio.wrap_future(stream.work.future)
+        await asyncio.wait([future], timeout=clock.left.timeout_s)
+        self._check_alive()  # `close` empties the pool
+        if stream.is_aborted:
+            stream.end(RequestStatus.FINISHED_ABORTED)
+            return None
+        if not future.done():
+            stream.end(RequestStatus.FINISHED_ERROR, str(OutOfTime()))
+            return None
+        return future.result()
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
@@ -182,9 +172,9 @@ class AsyncLLM:
         stream = self._streams[key]
         if stream.is_admitted:
             self._steps.abort(key)
-        elif stream.work is not None:
+        elif stream.ready is not None:
             stream.is_aborted = True
-            stream.work.cancel()
+            stream.ready.cancel()
         return True
 
     async def wait_failed(self) -> str:
@@ -202,7 +192,7 @@ class AsyncLLM:
             return
         self._closed = True
         self._steps.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         self.engine.close()
         if self._asyncio and not self._asyncio.is_closed():
             self._asyncio.call_soon_threadsafe(self._end_streams, self.failed)

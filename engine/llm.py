@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 from collections import deque
@@ -17,6 +16,7 @@ from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
+from .input_pool import InputJob, InputPool
 from .output import Output, OutputDelta, RequestOutput
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
@@ -34,18 +34,14 @@ class LLM:
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
         """Starts the workers and loads the weights. Raises `ConfigError`."""
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="media")
         # Steps have a thread of their own, so that Ctrl-C never lands inside one.
         self._stepper = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._step: Future[list[OutputDelta]] = Future()  # the latest
         self._step.set_result([])
         self._in_use = threading.Lock()
-        try:
-            with loading_bar() as on_progress:
-                self.engine = Engine(model, on_progress=on_progress, **settings)
-        except BaseException:
-            self._pool.shutdown(wait=False)
-            raise
+        with loading_bar() as on_progress:
+            self.engine = Engine(model, on_progress=on_progress, **settings)
+        self._pool = InputPool(self.engine.processor)
 
     def chat(
         self,
@@ -112,10 +108,8 @@ class LLM:
             name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
             for name, p in zip(names, each, strict=True)
         }
-        waiting = deque(
-            (name, self._pool.submit(self.engine.preprocess, prompt), sampling)
-            for name, prompt, sampling in zip(names, prompts, each, strict=True)
-        )
+        jobs = [self._pool.submit(prompt) for prompt in prompts]
+        waiting = deque(zip(names, jobs, each, strict=True))
         try:
             with _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
@@ -126,34 +120,35 @@ class LLM:
                             results[delta.request_id].add(delta)
                     advance(sum(result.is_finished for result in results.values()))
         except BaseException:
-            for _, ready, _ in waiting:
-                ready.cancel()
             wait([self._step])
             for name in names:
                 self.engine.abort(name)
             raise
+        finally:
+            for job in jobs:
+                job.cancel()
         return [results[name] for name in names]
 
     def _admit(
         self,
-        waiting: deque[tuple[str, Future[ProcessedInput], SamplingParams | None]],
+        waiting: deque[tuple[str, InputJob, SamplingParams | None]],
         results: dict[str, RequestOutput],
         clock: Countdown,
         alone: bool,
     ) -> None:
         """Admits, in order, what is ready, as far as there is room in the queue; waits for the
         first when nothing else is to do."""
-        while waiting and (waiting[0][1].done() or not self.engine.has_requests):
-            name, future, sampling = waiting.popleft()
+        while waiting and (waiting[0][1].future.done() or not self.engine.has_requests):
+            name, job, sampling = waiting.popleft()
             try:
-                ready = _wait_ready(future, clock)
+                ready = _wait_ready(job.future, clock)
                 results[name].prompt_token_ids = ready.prompt_token_ids.tolist()
                 self.engine.add_request(name, ready, sampling, **vars(clock.left))
             except QueueFull:
-                waiting.appendleft((name, future, sampling))
+                waiting.appendleft((name, job, sampling))
                 return
             except OutOfTime as error:
-                future.cancel()
+                job.cancel()
                 results[name].fail(str(error))
             except Exception as error:  # mostly InputError or AdmissionError: this prompt's alone
                 if alone or isinstance(error, EngineDead):
@@ -162,8 +157,9 @@ class LLM:
 
     def close(self) -> None:
         """Ends the workers. Safe to call twice."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._stepper.shutdown(wait=False)
+        if hasattr(self, "_pool"):
+            self._pool.close()
         if hasattr(self, "engine"):
             self.engine.close()
 

@@ -30,6 +30,7 @@ LAYERS = [
     ("engine.worker",),
     ("engine.media",),
     ("engine.input",),
+    ("engine.input_pool",),
     ("engine.output",),
     ("engine.sampling_slots",),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),

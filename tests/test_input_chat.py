@@ -146,7 +146,7 @@ def test_L16_client_assert_bad_messages_are_input_errors(
     processor: InputProcessor, messages: Any, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        processor.from_prompt(messages)
+        processor.from_prompt({"messages": messages})
 
 
 def follow(advice: str, part: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +198,8 @@ def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
     def never(*args: Any) -> Any:
         raise AssertionError("it was resized")
 
-    monkeypatch.setattr("octavo.engine.input.processor.resize", never)
-    monkeypatch.setattr("octavo.engine.input.video.resize_frame", never)
+    monkeypatch.setattr("octavo.engine.media.image.resize", never)
+    monkeypatch.setattr("octavo.engine.media.frames.resize_frame", never)
     monkeypatch.setattr(processor.tokenizer, "encode_marked", never)
     huge = [
         ask({**IMAGE, "min_pixels": 1 << 40}),
@@ -319,6 +319,6 @@ def test_L32_template_code(tmp_path: Path) -> None:
 def test_preprocessing_is_deterministic(processor: InputProcessor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
     messages = ask({"type": "image", "image": Image.fromarray(pixels)}, text("?"))
-    one, two = processor.from_prompt(messages), processor.from_messages(messages)
+    one, two = processor.from_prompt(messages), processor.from_prompt(messages)
     assert one.units[0].media_hash == two.units[0].media_hash
     assert one.mrope_positions == two.mrope_positions

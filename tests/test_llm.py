@@ -430,17 +430,18 @@ def test_L11_cpu_preprocess(
 
     async def run() -> None:
         async with octavo.AsyncLLM(checkpoint, dtype="float32", max_model_len=1024) as engine:
-            preprocess, may_go_on = engine.engine.preprocess, threading.Event()
+            processor, may_go_on = engine.engine.processor, threading.Event()
+            begin = processor.begin
 
-            def slow(prompt: Any) -> Any:
+            def slow(prompt: Any, **more: Any) -> Any:
                 if isinstance(prompt, dict) and prompt["messages"] is CONVERSATIONS[1]:
                     assert may_go_on.wait(30)
-                return preprocess(prompt)
+                return begin(prompt, **more)
 
             async def collect(messages: Any) -> list[int]:
                 return [t async for d in engine.chat(messages, GREEDY) for t in d.token_ids]
 
-            monkeypatch.setattr(engine.engine, "preprocess", slow)
+            monkeypatch.setattr(processor, "begin", slow)
             held = asyncio.create_task(collect(CONVERSATIONS[1]))
             assert await asyncio.wait_for(collect(CONVERSATIONS[0]), 30) == alone[0]
             assert not held.done()

@@ -294,14 +294,14 @@ def test_a_deadline_over_grpc(served: Served, limit: dict[str, float]) -> None:
 def test_a_deadline_that_passes_before_the_input_is_ready(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preprocess = served.engine.engine.preprocess
+    begin = served.engine.engine.processor.begin
     free = threading.Event()
 
-    def slow(prompt: Any) -> Any:
+    def slow(*args: Any, **more: Any) -> Any:
         free.wait(30)
-        return preprocess(prompt)
+        return begin(*args, **more)
 
-    monkeypatch.setattr(served.engine.engine, "preprocess", slow)
+    monkeypatch.setattr(served.engine.engine.processor, "begin", slow)
 
     async def collect() -> list[Any]:
         return [delta async for delta in served.engine.chat(ask("Hi"), GREEDY, timeout_s=0.1)]
@@ -334,7 +334,9 @@ def test_an_abort_ends_a_request_whose_input_is_being_made_ready(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
-    monkeypatch.setattr(served.engine.engine, "preprocess", lambda prompt: free.wait(30))
+    monkeypatch.setattr(
+        served.engine.engine.processor, "begin", lambda *args, **more: free.wait(30)
+    )
 
     async def collect() -> list[Any]:
         stream = served.engine.chat(ask("Hi"), replace(GREEDY, n=3), request_id="a")
@@ -355,7 +357,7 @@ def test_the_library_s_timeout_holds_while_input_is_made_ready(
     llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
-    monkeypatch.setattr(llm.engine, "preprocess", lambda prompt: free.wait(30))
+    monkeypatch.setattr(llm.engine.processor, "begin", lambda *args, **more: free.wait(30))
     out = llm.chat(ask("Hi"), GREEDY, timeout_s=0.1)[0]
     free.set()
     assert out.error == "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
@@ -363,9 +365,9 @@ def test_the_library_s_timeout_holds_while_input_is_made_ready(
 
 def test_a_timeout_counts_from_the_call(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What making ready took is gone from it."""
-    preprocess = llm.engine.preprocess
+    begin = llm.engine.processor.begin
     monkeypatch.setattr(
-        llm.engine, "preprocess", lambda prompt: time.sleep(0.2) or preprocess(prompt)
+        llm.engine.processor, "begin", lambda *args, **more: time.sleep(0.2) or begin(*args, **more)
     )
     seen: list[float] = []
     add = llm.engine.scheduler.add
@@ -383,7 +385,7 @@ def test_what_is_not_admitted_leaves_nothing_behind(
     llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("octavo.engine.live.LiveRequest.supply", lambda *args: 1 / 0)
+        patch.setattr("octavo.engine.live.LiveRequest.supply", lambda *args, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llm.engine.add_request("bad", ask("Hi", 3), GREEDY)
     assert not llm.engine.has_requests and not llm.engine.scheduler.requests
@@ -443,7 +445,9 @@ def test_a_full_queue_is_resource_exhausted(
         while len(served.engine.engine._live) < 6:  # the step thread has them all
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        monkeypatch.setattr(served.engine.engine, "preprocess", lambda prompt: 1 / 0)  # not reached
+        monkeypatch.setattr(
+            served.engine.engine.processor, "begin", lambda *args, **more: 1 / 0
+        )  # not reached
         with pytest.raises(ClientError, match="max_queue_len=2; try again later") as caught:
             list(client.chat(ask("more"), **asked))
         monkeypatch.undo()

@@ -25,6 +25,14 @@ from .mrope import mrope_positions
 from .prompt import PromptReader
 
 
+@dataclass(frozen=True)
+class InputTimes:
+    """Seconds that a request's input took until the request could begin."""
+
+    queued_s: float  # waiting for a thread
+    spent_s: float  # being made ready
+
+
 @dataclass(frozen=True, eq=False)
 class ProcessedInput:
     """What a request is made of. `spans` and `media` are parallel, in prompt order.
@@ -39,6 +47,12 @@ class ProcessedInput:
     mrope_position_delta: int
     units: tuple[UnitContent, ...] = ()  # of all items, in prompt order, as far as they are made
     stream: UnitStream | None = None  # makes the rest, in a thread of whoever asked for it
+    times: InputTimes | None = None
+
+    def drop(self) -> None:
+        """Its request is over: what is not made yet nobody needs."""
+        if self.stream is not None:
+            self.stream.cancel()
 
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput
@@ -80,6 +94,8 @@ class InputProcessor:
     ) -> ProcessedInput:
         """Any form of a prompt: messages, a raw text, or a dict with one of `messages`, `prompt`
         and `prompt_token_ids` and maybe `images` and `videos`. Raises `InputError`."""
+        if isinstance(prompt, ProcessedInput):
+            return prompt
         ready = self.begin(prompt, images, videos, open_reader)
         if ready.stream is None:
             return ready

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -141,7 +141,9 @@ class MediaLoader:
                 file.close()
             raise
 
-    def units(self, opened: Sequence[OpenItem], files: ExitStack) -> Iterator[UnitContent]:
+    def units(
+        self, opened: Sequence[OpenItem], files: ExitStack
+    ) -> Generator[UnitContent, None, None]:
         """All units of the items, in order, decoded as they are asked for; then closes `files`."""
         with files:
             for each in opened:
