@@ -4,8 +4,8 @@
     python -m octavo.benchmarks.simulate --seed 17 --keep 3,8,12      # one failure again
 
 A seed draws the limits (mostly tight ones) and a list of events: requests with shared beginnings,
-images, forks, priorities, deadlines and salts; aborts; rows that fail; embeddings that are lost;
-workers that end. Most runs plan a step while the one before it is on its way.
+images, forks, priorities, deadlines and salts; videos whose later frames come while it runs;
+aborts; rows that fail; embeddings that are lost; workers that end. Most runs plan a step while the one before it is on its way.
 Whatever happens, each admitted request must end exactly once, with the tokens that it would get
 alone, and leave nothing behind.
 """
@@ -97,14 +97,17 @@ class _Run:
         self.aborted_in_step: list[str] = []  # between a step's plan and its result
         self.num_forgotten = 0
         self.num_kills = 0
+        self.unmade: list[Unmade] = []
 
     def run(self) -> None:
         for step in range(NUM_STEPS):
             while self.events and self.events[-1][1].step <= step:
                 self._apply(*self.events.pop())
+            self._supply(0.3)
             plan = self.simulation.step()
             if plan is not None:
                 self._check_plan(plan)
+        self._supply(1.0)
         self.simulation.run()
         assert self.simulation.ended.keys() == self.admitted.keys(), "not all have ended"
         for request in self.admitted.values():
@@ -112,7 +115,10 @@ class _Run:
 
     def _apply(self, number: int, event: Event) -> None:
         if event.kind == "add":
-            requests = draw_requests(f"r{number}", random.Random(event.seed), self.simulation.now)
+            rng = random.Random(event.seed)
+            requests, media_hashes = draw_requests(f"r{number}", rng, self.simulation.now)
+            if rng.random() < 0.3:
+                self.unmade.append(withhold(requests, media_hashes, rng))
             try:
                 self.simulation.scheduler.add(*requests)
             except AdmissionError:
@@ -131,6 +137,15 @@ class _Run:
             self.num_kills += 1
             self.simulation.lose_workers()
 
+    def _supply(self, chance: float) -> None:
+        """Of each video the next units are made, or not yet."""
+        for unmade in self.unmade:
+            while unmade.media_hashes and unmade.rng.random() < chance:
+                media_hash = unmade.media_hashes.pop(0)
+                for request in unmade.requests:
+                    if request.request_id in self.simulation.scheduler.requests:
+                        self.simulation.scheduler.supply(request.request_id, [media_hash])
+
     def _spoil(self, plan: StepPlan, result: StepResult) -> StepResult:
         for name in self.aborted_in_step:
             self.simulation.finish(name)
@@ -141,7 +156,8 @@ class _Run:
     def _check_plan(self, plan: StepPlan) -> None:
         """Something runs; victims are less urgent than all that does; nothing runs past its
         deadline."""
-        assert plan.request_ids, "a step in which nothing runs"
+        if not any(self.unmade):
+            assert plan.request_ids, "a step in which nothing runs"
         rows = [self.admitted[name] for name in plan.request_ids]
         for name in plan.preempted:
             assert all(row.urgency < self.admitted[name].urgency for row in rows), "wrong victim"
@@ -169,8 +185,31 @@ class _Run:
             assert late or missed or failed or killed, update.error
 
 
-def draw_requests(name: str, rng: random.Random, now: float) -> list[Request]:
-    """A request and its forks. Prompts are drawn from a small tree, so that many begin alike."""
+@dataclass(frozen=True, eq=False)
+class Unmade:
+    """Requests with one prompt, whose later units are still being made."""
+
+    requests: Sequence[Request]
+    media_hashes: list[bytes]  # of those units
+    rng: random.Random
+
+    def __bool__(self) -> bool:
+        return bool(self.media_hashes)
+
+
+def withhold(requests: Sequence[Request], media_hashes: list[bytes], rng: random.Random) -> Unmade:
+    """Takes the content of later units away, as it is before they are made."""
+    count = rng.randint(0, len(media_hashes))
+    for request in requests:
+        later = (replace(unit, media_hash=b"") for unit in request.units[count:])
+        request.units = (*request.units[:count], *later)
+        request.supply([])
+    return Unmade(requests, media_hashes[count:], rng)
+
+
+def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Request], list[bytes]]:
+    """A request and its forks, and what each of their units is made of. Prompts are drawn from a
+    small tree, so that many begin alike."""
     prompt: list[int] = []
     spans: list[Span] = []
     depth = rng.randint(1, 8)
@@ -196,10 +235,11 @@ def draw_requests(name: str, rng: random.Random, now: float) -> list[Request]:
     }
     num_forks = rng.choice([0, 0, 0, 0, 1, 3])
     names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
-    return [
+    requests = [
         make_request(each, prompt, *spans, seed=rng.choice([i, 0]), **common)
         for i, each in enumerate(names)
     ]
+    return requests, [media_hash for _, _, media_hash, frames in spans for _ in range(frames)]
 
 
 def shrink(scenario: Scenario) -> Scenario:

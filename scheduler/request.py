@@ -129,7 +129,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.media_end = self.units[-1].end if self.units else 0
-        self._set_ready(sum(unit.media_hash != b"" for unit in self.units))
+        self._count_ready()
         if not self.token_ids:
             self.token_ids = array("i", self.prompt_token_ids)
 
@@ -142,12 +142,11 @@ class Request:
         )
         assert len(ready) == count, "more units than the request has"
         self.units = (*self.units[:first], *ready, *self.units[first + count :])
-        self._set_ready(first + count)
+        self._count_ready()
 
-    def _set_ready(self, count: int) -> None:
-        self.num_ready_units = count
-        waits = count < len(self.units)
-        self.num_ready_tokens = self.units[count].offset if waits else ALL_TOKENS
+    def _count_ready(self) -> None:
+        ready = self.num_ready_units = sum(unit.media_hash != b"" for unit in self.units)
+        self.num_ready_tokens = self.units[ready].offset if ready < len(self.units) else ALL_TOKENS
 
     @property
     def awaits_media(self) -> bool:

@@ -13,7 +13,7 @@ from octavo.scheduler.block_manager import BlockManager
 from octavo.scheduler.draft import StepDraft
 from octavo.scheduler.encoder_cache import EncoderCache
 from octavo.scheduler.planner import Planner
-from octavo.scheduler.request import Request
+from octavo.scheduler.request import ALL_TOKENS, Request
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.state import SchedulerState
 
@@ -39,6 +39,10 @@ def test_the_runs_go_where_it_is_tight(monkeypatch: pytest.MonkeyPatch) -> None:
     def watched(simulation: Simulation) -> Any:
         waiting = len(simulation.scheduler.waiting)
         before = dict(simulation.ended)
+        running = simulation.scheduler.running
+        seen["computed before its last frames"] += any(
+            request.awaits_media and request.num_sent_tokens for request in running
+        )
         plan = step(simulation)
         if plan is not None:
             seen["preempted"] += len(plan.preempted)
@@ -57,7 +61,14 @@ def test_the_runs_go_where_it_is_tight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Simulation, "step", watched)
     for seed in range(150):
         Scenario.draw(seed).run()
-    expected = ("preempted", "copied", "evicted", "chunked", "began past the first token")
+    expected = (
+        "computed before its last frames",
+        "preempted",
+        "copied",
+        "evicted",
+        "chunked",
+        "began past the first token",
+    )
     for name in (*expected, "waited", "stop", "length", "DEADLINE_EXCEEDED", "its row failed"):
         assert seen[name] >= 20, (name, seen)
 
@@ -100,6 +111,10 @@ def never_stops(self: Scheduler, request: Request, token: int) -> Any:
     return update
 
 
+def ready_at_once(self: Request) -> None:
+    self.num_ready_units, self.num_ready_tokens = 0, ALL_TOKENS
+
+
 find_prefix, copy_on_write = Planner._find_prefix, BlockManager.copy_on_write
 free, append = BlockManager.free, Scheduler._append
 
@@ -119,6 +134,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "cuts are not made before a unit": (Planner, "_cut", lambda self, r, start, count, d: count),
     "the first is preempted": (Planner, "_get_blocks", takes_the_first),
     "stop tokens are not seen": (Scheduler, "_append", never_stops),
+    "a prompt draws before its last frames": (
+        Request, "awaits_media", property(lambda self: False)
+    ),
+    "tokens run ahead of their frames": (Request, "_count_ready", ready_at_once),
 }  # fmt: skip
 
 
