@@ -5,7 +5,8 @@
 
 A seed draws the limits (mostly tight ones) and a list of events: requests with shared beginnings,
 images, forks, priorities, deadlines and salts; videos whose later frames come while it runs;
-aborts; rows that fail; embeddings that are lost; workers that end. Most runs plan a step while the one before it is on its way.
+aborts; rows that fail; embeddings that are lost; workers that end. Most runs plan a step while the
+one before it is on its way.
 Whatever happens, each admitted request must end exactly once, with the tokens that it would get
 alone, and leave nothing behind.
 """

@@ -1,0 +1,248 @@
+"""A video's prefill starts while its later frames are still being decoded."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import octavo
+from octavo.benchmarks.media_cases import mp4, noise
+from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
+from octavo.engine.input_error import InputError
+from octavo.engine.input_pool import has_video
+from octavo.engine.media.video import VideoFile
+from octavo.scheduler.request import Request
+
+GREEDY = octavo.SamplingParams(temperature=0, max_tokens=6)
+CAT, DOG = b"c" * 32, b"d" * 32
+
+
+def ask(video: Any, text: str = "What is it?") -> list[dict[str, Any]]:
+    options = {} if isinstance(video, list) else {"nframes": 12}
+    parts = [{"type": "video", "video": video, **options}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+def unmade(name: str, hashes: list[bytes], num_ready: int = 1) -> Request:
+    """20 tokens: 4 of text, then a unit of 4 tokens for each of up to 3 hashes, then text."""
+    tokens = [7, 8, 9, 10, *[49] * 12, 11, 12, 13, 14]
+    request = make_request(name, tokens, *((4 + 4 * i, 4, each) for i, each in enumerate(hashes)))
+    named, request.units = request.units, ()
+    request.units = tuple(
+        unit if i < num_ready else type(unit)(b"", *[getattr(unit, n) for n in FIELDS])
+        for i, unit in enumerate(named)
+    )
+    request.supply([])
+    return request
+
+
+FIELDS = ("index", "offset", "num_tokens", "num_patches")
+
+
+def test_tokens_are_computed_up_to_the_first_unit_that_is_not_made() -> None:
+    simulation = Simulation(make_config())
+    request = unmade("a", [CAT, DOG, CAT])
+    simulation.scheduler.add(request)
+    plan = simulation.step()
+    assert plan is not None and plan.num_scheduled_tokens == (8,) and plan.samples == (False,)
+    plan = simulation.step()
+    assert plan is not None and plan.is_empty  # nothing to do: that is no dead end
+    for _ in range(300):
+        simulation.step()
+    simulation.scheduler.supply("a", [DOG])
+    plan = simulation.step()
+    assert plan is not None and plan.num_computed_tokens == (8,)
+    assert (plan.num_scheduled_tokens, plan.samples) == ((4,), (False,))
+    simulation.scheduler.supply("a", [CAT])
+    plan = simulation.step()
+    assert plan is not None and (plan.num_scheduled_tokens, plan.samples) == ((8,), (True,))
+    simulation.run()
+
+
+def test_others_run_while_one_waits_for_its_frames() -> None:
+    simulation = Simulation(make_config(max_num_seqs=2))
+    simulation.scheduler.add(unmade("a", [CAT, DOG]))
+    simulation.scheduler.add(make_request("b", 30))
+    for _ in range(20):
+        simulation.step()
+    assert list(simulation.scheduler.requests) == ["a"] and "b" in simulation.ended
+    simulation.scheduler.supply("a", [DOG])
+    simulation.run()
+
+
+def test_a_video_seen_before_waits_until_it_knows_how_much_is_cached() -> None:
+    """What is made of it is all cached: nothing is computed until more of it is made, so that the
+    whole prefix is found."""
+    simulation = Simulation(make_config(block_size=4))
+    simulation.scheduler.add(unmade("a", [CAT, DOG, CAT], num_ready=3))
+    simulation.run()
+    again = unmade("b", [CAT, DOG, CAT])
+    simulation.scheduler.add(again)
+    for media_hash in (DOG, CAT):
+        plan = simulation.step()
+        assert plan is not None and plan.is_empty
+        simulation.scheduler.supply("b", [media_hash])
+    simulation.run()
+    assert again.num_cached_tokens == 19  # all but the one whose logits are wanted
+    other = unmade("c", [CAT, CAT, CAT])  # differs from its second unit on
+    simulation.scheduler.add(other)
+    for _ in range(2):
+        simulation.scheduler.supply("c", [CAT])
+    simulation.run()
+    assert other.num_cached_tokens == 8
+
+
+class Gate:
+    """Frames of a video come up to a place, and on once it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.opened, self.reached, self.most = threading.Event(), threading.Event(), most
+        self.num_frames = 0
+        self.error = ""
+        frames = VideoFile.frames
+
+        def gated(reader: VideoFile, *args: Any) -> Iterator[Any]:
+            for count, frame in enumerate(frames(reader, *args)):
+                if count == self.most:
+                    self.reached.set()
+                    assert self.opened.wait(60)
+                    if self.error:
+                        raise InputError("video", self.error)
+                self.num_frames += 1
+                yield frame
+
+        monkeypatch.setattr(VideoFile, "frames", gated)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[octavo.AsyncLLM]:
+    with octavo.AsyncLLM(dtype="float32", max_unit_temporal_patches=1) as made:
+        yield made
+
+
+async def collect(engine: octavo.AsyncLLM, messages: Any, **more: Any) -> list[int]:
+    return [token async for d in engine.chat(messages, GREEDY, **more) for token in d.token_ids]
+
+
+async def wait_until(condition: Any) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def test_prefill_starts_while_frames_are_decoded(
+    engine: octavo.AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives the tokens that it gives when the video was made whole first; so does the cache."""
+    clip = mp4(24, size=(112, 84))
+
+    async def run() -> None:
+        whole = engine.engine.preprocess(ask(clip))
+        assert whole.stream is None and len(whole.units) == 6
+        expected = [
+            token
+            async for delta in engine.generate(whole, GREEDY, cache_salt="alone")
+            for token in delta.token_ids
+        ]
+        gate = Gate(monkeypatch, most=7)
+        task = asyncio.create_task(collect(engine, ask(clip)))
+        scheduler = engine.engine.scheduler
+        await wait_until(lambda: any(r.num_computed_tokens for r in scheduler.running))
+        (request,) = scheduler.running
+        assert request.awaits_media and not gate.opened.is_set()
+        assert await collect(engine, ask([noise()] * 2)) != []  # others are answered meanwhile
+        gate.opened.set()
+        assert await task == expected
+        assert await collect(engine, ask(clip)) == expected
+
+    asyncio.run(run())
+
+
+def test_a_video_that_breaks_later_ends_its_request_alone(
+    engine: octavo.AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        gate = Gate(monkeypatch, most=6)
+        gate.error = "the video is broken: it cannot be decoded"
+        stream = engine.chat(ask(mp4(26)), GREEDY)
+        task = asyncio.create_task(anext(stream))
+        assert await asyncio.to_thread(gate.reached.wait, 30)
+        gate.opened.set()
+        delta = await task
+        assert delta.finish_reason == "error" and delta.token_ids == ()
+        assert delta.error == "INVALID_ARGUMENT: video: the video is broken: it cannot be decoded"
+        assert not engine.engine.has_requests
+        assert await collect(engine, ask([noise()] * 2)) != []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["abort", "close", "timeout"])
+def test_nothing_more_is_decoded_of_a_request_that_is_over(
+    engine: octavo.AsyncLLM, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def run() -> None:
+        gate = Gate(monkeypatch, most=4)
+        timeout = {"timeout_s": 1.0} if how == "timeout" else {}
+        stream = engine.chat(ask(mp4(28)), GREEDY, request_id="gone", **timeout)
+        task = asyncio.create_task(anext(stream))
+        assert await asyncio.to_thread(gate.reached.wait, 30)
+        await wait_until(lambda: engine.engine.has_requests)
+        if how == "abort":
+            assert await engine.abort("gone")
+        elif how == "close":
+            task.cancel()
+            await asyncio.wait([task])
+            await stream.aclose()
+        await wait_until(lambda: not engine.engine.has_requests)
+        if how != "close":
+            assert (await task).finish_reason == ("abort" if how == "abort" else "error")
+            await stream.aclose()
+        gate.opened.set()
+        await asyncio.sleep(0.2)
+        assert gate.num_frames <= 6  # of 12: the unit in hand, no more
+
+    asyncio.run(run())
+
+
+def test_answers_of_one_prompt_share_its_frames(engine: octavo.AsyncLLM) -> None:
+    params = octavo.SamplingParams(temperature=0, max_tokens=6, n=3)
+
+    async def run() -> None:
+        tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        async for delta in engine.chat(ask(mp4(30)), params):
+            tokens[delta.index] += delta.token_ids
+        assert tokens[0] == tokens[1] == tokens[2] == await collect(engine, ask(mp4(30)))
+
+    asyncio.run(run())
+
+
+def test_the_engine_alone_makes_the_input_whole() -> None:
+    """A stack with a loop of its own gives the prompt itself; nothing is left to a pool."""
+    with octavo.Engine(dtype="float32", max_unit_temporal_patches=1) as engine:
+        engine.add_request("a", ask(mp4(24)), GREEDY)
+        tokens: list[int] = []
+        while engine.has_requests:
+            tokens += [token for delta in engine.step() for token in delta.token_ids]
+        assert tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        (ask(b""), True),
+        ({"messages": ask(b"")}, True),
+        ({"prompt": "x", "videos": [b""]}, True),
+        ({"prompt": "x", "images": [b""], "videos": None}, False),
+        ("a video", False),
+        ([{"role": "user", "content": "video"}], False),
+        ([{"role": "user", "content": [{"type": "image"}, 5]}, 7], False),
+        (None, False),
+    ],
+)
+def test_prompts_with_videos_are_known(prompt: Any, found: bool) -> None:
+    assert has_video(prompt) is found
