@@ -240,7 +240,8 @@ def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Reque
         make_request(each, prompt, *spans, seed=rng.choice([i, 0]), **common)
         for i, each in enumerate(names)
     ]
-    return requests, [media_hash for _, _, media_hash, frames in spans for _ in range(frames)]
+    hashes = [hashed for _, _, hashed, *frames in spans for _ in range(int(frames[0]))]
+    return requests, hashes
 
 
 def shrink(scenario: Scenario) -> Scenario:
