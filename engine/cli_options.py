@@ -74,6 +74,13 @@ MaxRestarts = Annotated[
     ),
 ]
 MaxQueueTokens = Annotated[int, typer.Option(help="Tokens of the requests that may wait.")]
+MaxQueueBytes = Annotated[
+    int,
+    typer.Option(
+        help="Bytes of images and videos, as they came, that may wait to be decoded; requests "
+        "beyond are refused with RESOURCE_EXHAUSTED."
+    ),
+]
 GpuMemoryUtilization = Annotated[
     float, typer.Option(help="Share of each GPU's memory for weights and KV cache.")
 ]

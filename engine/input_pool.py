@@ -7,13 +7,17 @@ own, so that a long video keeps no image waiting.
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from ..scheduler.admission import QueueFull
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
+
+KINDS = ("image", "video")
 
 
 class InputJob:
@@ -58,18 +62,37 @@ class InputJob:
 
 
 class InputPool:
-    def __init__(self, processor: InputProcessor) -> None:
-        self._processor = processor
+    def __init__(self, processor: InputProcessor, max_bytes: int | None = None) -> None:
+        """`max_bytes`: of sources that wait or are being made ready; None: no bound."""
+        self._processor, self._max_bytes = processor, max_bytes
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(2, cores), thread_name_prefix="media")
         self._video_threads = ThreadPoolExecutor(max(2, cores // 2), thread_name_prefix="video")
+        self._num_bytes = 0
+        self._lock = threading.Lock()
 
     def submit(self, prompt: Prompt) -> InputJob:
+        """Raises `QueueFull` where too many bytes are waiting already."""
+        size = source_bytes(prompt)
+        with self._lock:
+            total = self._num_bytes + size
+            most = self._max_bytes
+            if most is not None and 0 < size < total and total > most:  # one alone may be larger
+                raise QueueFull(
+                    f"{self._num_bytes} bytes of images and videos are being made ready, and "
+                    f"{size} more are over max_queue_bytes={self._max_bytes}; try again later"
+                )
+            self._num_bytes = total
         job = InputJob(prompt)
+        job.future.add_done_callback(lambda future: self._release(size))
         threads = self._video_threads if has_video(prompt) else self._threads
         work = threads.submit(job.run, self._processor)
         work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
         return job
+
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self._num_bytes -= size
 
     def close(self) -> None:
         """What has not begun is cancelled; nothing is waited for."""
@@ -79,14 +102,36 @@ class InputPool:
 
 def has_video(prompt: Any) -> bool:
     """Whether a prompt in any form brings a video. What is no prompt brings none."""
+    return any(kind == "video" for kind, _ in _sources(prompt))
+
+
+def source_bytes(prompt: Any) -> int:
+    """Bytes that a prompt's media hold as they came: of files, data URIs and arrays."""
+    return sum(_num_bytes(source) for _, source in _sources(prompt))
+
+
+def _sources(prompt: Any) -> Iterator[tuple[str, Any]]:
+    """("image" or "video", source) of each item of a prompt in any form, which may be wrong."""
     if isinstance(prompt, Mapping):
-        return bool(prompt.get("videos")) or has_video(prompt.get("messages"))
-    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
-        return False
-    parts = [message.get("content") for message in prompt if isinstance(message, Mapping)]
-    return any(
-        isinstance(part, Mapping) and part.get("type") == "video"
-        for content in parts
-        if isinstance(content, Sequence)
-        for part in content
-    )
+        for kind in KINDS:
+            for source in _list(prompt.get(f"{kind}s")):
+                yield kind, source.get(kind) if isinstance(source, Mapping) else source
+        prompt = prompt.get("messages")
+    for message in _list(prompt):
+        for part in _list(message.get("content")) if isinstance(message, Mapping) else ():
+            if isinstance(part, Mapping) and part.get("type") in KINDS:
+                yield part["type"], part.get(part["type"])
+
+
+def _list(value: Any) -> Sequence[Any]:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return value if is_list else ()
+
+
+def _num_bytes(source: Any) -> int:
+    if isinstance(source, str | bytes | bytearray | memoryview):
+        return len(source)
+    if isinstance(source, Sequence):
+        return sum(map(_num_bytes, source))
+    size = getattr(source, "nbytes", 0)
+    return size if isinstance(size, int) else 0

@@ -5,14 +5,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import octavo
 from octavo.benchmarks.media_cases import mp4, noise
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
 from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import has_video
+from octavo.engine.input_pool import InputPool, has_video, source_bytes
 from octavo.engine.media.video import VideoFile
+from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.request import Request
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=6)
@@ -229,6 +231,46 @@ def test_the_engine_alone_makes_the_input_whole() -> None:
         while engine.has_requests:
             tokens += [token for delta in engine.step() for token in delta.token_ids]
         assert tokens
+
+
+def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
+    """What is in hand counts; one prompt alone may be larger; what is done or dropped is let go."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def begin(self, prompt: Any) -> Any:
+            begun.set()
+            assert goes_on.wait(30)
+            raise InputError("prompt", "bad")
+
+    pool = InputPool(Slow(), max_bytes=100)  # type: ignore[arg-type]
+    first = pool.submit(ask(b"x" * 150))
+    assert begun.wait(30)
+    with pytest.raises(QueueFull, match=r"150 bytes.*60 more are over max_queue_bytes=100"):
+        pool.submit(ask([b"x" * 30] * 2))
+    pool.submit("no media").cancel()
+    goes_on.set()
+    with pytest.raises(InputError):
+        first.future.result(30)
+    pool.submit(ask(b"x" * 90)).cancel()
+    last = pool.submit({"prompt": "x", "images": [b"x" * 90]})
+    assert isinstance(last.future.exception(30), InputError)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "size"),
+    [
+        (ask(b"123"), 3),
+        (ask([b"12", "data:,"]), 8),
+        ({"prompt": "x", "images": [np.zeros((2, 2, 3), np.uint8)]}, 12),
+        ({"prompt": "x", "images": [{"image": b"1234"}], "videos": 5}, 4),
+        (ask(noise()), 0),
+        (ask(None), 0),
+    ],
+)
+def test_bytes_of_a_prompt(prompt: Any, size: int) -> None:
+    assert source_bytes(prompt) == size
 
 
 @pytest.mark.parametrize(
