@@ -136,7 +136,7 @@ class World:
         with pytest.raises(InputError) as error:
             self.fetch(url, **more)
         assert error.value.field == "image"
-        text = str(error.value)
+        text = str(error.value).replace(without_secrets(url), "URL")
         for leak in ("secret", "127.0.0.1:", "0x", "Errno", "urllib3", "HTTPConnection", "[SSL"):
             assert leak not in text
         return text
@@ -407,7 +407,7 @@ def test_L19_ssrf_tricks_with_urls(url: str) -> None:
         with world(answer) as net:
             net.names["b.example"] = [PUBLIC]
             net.refused("http://b.example/", domains=("b.example", "a.example", "127.0.0.1"))
-            assert net.dialled == [(PUBLIC, 80)]
+            assert set(net.dialled) == {(PUBLIC, 80)}
 
 
 def test_L19_ssrf_plain_urls_are_read() -> None:
@@ -701,8 +701,6 @@ def test_L19_ssrf_certificates_are_checked_by_name(tmp_path: Path) -> None:
         net.tls = fetching.tls  # the system's authorities, who do not know it
         assert "certificate" in net.refused("https://a.example/")
         assert len(net.servers[PUBLIC].asked) == 1
-    with world(reply()) as net:  # no TLS there at all
-        assert "connection" in net.refused("https://a.example/")
 
 
 def test_L19_ssrf_https_is_not_left_and_not_dripped(tmp_path: Path) -> None:
@@ -716,15 +714,19 @@ def test_L19_ssrf_https_is_not_left_and_not_dripped(tmp_path: Path) -> None:
         assert "--fetch-timeout-s" in net.refused("https://a.example/", limits=HURRY)
 
 
-def test_L19_ssrf_a_handshake_is_cut_off() -> None:
-    """A TLS record of which a byte comes now and then."""
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [(b"\x16\x03\x03\x40\x00", "--fetch-timeout-s"), (b"HTTP/1.1 400 Bad\r\n\r\n", "connection")],
+)
+def test_L19_ssrf_no_handshake(first: bytes, words: str) -> None:
+    """A TLS record of which a byte comes now and then; and no TLS at all."""
     stop = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
     def talk() -> None:
         sock, _ = listener.accept()
         with suppress(OSError), sock:
-            sock.sendall(b"\x16\x03\x03\x40\x00")
+            sock.sendall(first)
             while not stop.wait(0.02):
                 sock.sendall(b"\x02")
 
@@ -733,7 +735,7 @@ def test_L19_ssrf_a_handshake_is_cut_off() -> None:
     network = Network(
         lambda host, port: [PUBLIC], lambda *_: socket.create_connection(listener.getsockname())
     )
-    with listener, pytest.raises(InputError, match="--fetch-timeout-s"):
+    with listener, pytest.raises(InputError, match=words):
         fetch("https://a.example/", ("*",), HURRY, "image", network)
     stop.set()
     thread.join(10)

@@ -95,8 +95,8 @@ def read_host(host: str) -> str | None:
     only four plain decimals are taken.
     """
     try:
-        if host.startswith("["):
-            address = IPv6Address(host.removeprefix("[").removesuffix("]"))
+        if host.startswith("[") and host.endswith("]"):
+            address = IPv6Address(host[1:-1])
             return None if address.scope_id else str(address)
         labels = host.lower().split(".")
         if _NUMBER.fullmatch(labels[-1]):
