@@ -188,22 +188,26 @@ class _Fetch:
         with closing(plain), _cut_off(plain, self._left()):
             with self._talking():
                 sock = self._secure(plain, target)
-                connection = HTTPConnection(target.host, target.port, timeout=self._left())
-                connection.sock, connection.auto_open = sock, 0  # never dials by itself
-            with closing(sock), closing(connection):
-                with self._talking():
-                    headers = {"Host": target.netloc, "User-Agent": "octavo", "Accept": "*/*"}
-                    headers["Accept-Encoding"] = "identity"
-                    connection.request(
-                        "GET",
-                        target.path,
-                        headers=headers,
-                        preload_content=False,
-                        decode_content=False,
-                    )
-                    response = connection.getresponse()
-                with closing(response):
-                    return self._take(response)
+            with closing(sock):
+                return self._talk(sock, target)
+
+    def _talk(self, sock: socket.socket, target: Target) -> BinaryIO | str:
+        connection = HTTPConnection(target.host, target.port, timeout=self._left())
+        connection.sock, connection.auto_open = sock, 0  # never dials by itself
+        headers = {"Host": target.netloc, "User-Agent": "octavo", "Accept": "*/*"}
+        headers["Accept-Encoding"] = "identity"
+        with closing(connection):
+            with self._talking():
+                connection.request(
+                    "GET",
+                    target.path,
+                    headers=headers,
+                    preload_content=False,
+                    decode_content=False,
+                )
+                response = connection.getresponse()
+            with closing(response):
+                return self._take(response)
 
     def _secure(self, sock: socket.socket, target: Target) -> socket.socket:
         sock.settimeout(self._left())
