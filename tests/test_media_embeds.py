@@ -284,7 +284,8 @@ def test_alone_batched_and_cached_give_the_tokens_of_the_image(
     assert tokens(outputs) == expected
     for output in outputs:
         assert output.usage is not None
-        assert output.usage.cached_tokens == output.usage.prompt_tokens - 1
+        size = output.usage.prompt_tokens
+        assert output.usage.cached_tokens == min(size // 16 * 16, size - 1)
     llm.engine.scheduler.check_integrity()
 
 
@@ -293,7 +294,11 @@ def test_alone_batched_and_cached_give_the_tokens_of_the_image(
     [
         pytest.param({"block_size": 8, "max_unit_temporal_patches": 1}, id="small-units"),
         pytest.param({"tensor_parallel_size": 2}, id="two-ranks"),
-        pytest.param({"tensor_parallel_size": 4, "max_num_batched_tokens": 23}, id="four-ranks"),
+        pytest.param(
+            {"tensor_parallel_size": 4, "max_num_batched_tokens": 23},
+            id="four-ranks",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_setting_gives_the_tokens_of_the_image(
@@ -349,20 +354,25 @@ def test_L04_prefix_media_two_embeddings_under_one_text(llm: octavo.LLM) -> None
     values[-1, -1] += 1
     text = "The same words over both of them, and long enough for blocks of their own."
 
-    def cached(embeds: octavo.MediaEmbeds, salt: str = "") -> tuple[int, int]:
+    def cached(embeds: octavo.MediaEmbeds, salt: str = "") -> int:
         content = ask(text, {"type": "image", "image": embeds})
-        usage = llm.chat(content, GREEDY, cache_salt=salt)[0].usage
-        assert usage is not None
-        return usage.cached_tokens, usage.prompt_tokens
+        (output,) = llm.chat(content, GREEDY, cache_salt=salt)
+        assert output.usage is not None
+        prompts.append(output.prompt_token_ids)
+        return output.usage.cached_tokens
 
+    prompts: list[Any] = []
     cached(one)
-    again, size = cached(one)
-    assert again == size - 1
-    before_item = 32  # blocks of 16 before the image, of the system's turn
-    assert cached(octavo.MediaEmbeds(values, one.grid_thw))[0] <= before_item < size - 16
-    assert cached(octavo.MediaEmbeds(one.values, (1, 6, 4)))[0] <= before_item
-    assert cached(one, salt="mine")[0] == 0  # another tenant's
-    assert cached(one, salt="mine")[0] == size - 1
+    prompt = prompts[0]
+    before = prompt.index(llm.engine.model_config.image_token_id) // 16 * 16
+    whole = len(prompt) // 16 * 16
+    assert 0 < before < whole - 32
+    assert cached(one) == whole
+    assert cached(octavo.MediaEmbeds(values, one.grid_thw)) == before
+    assert cached(octavo.MediaEmbeds(one.values, (1, 6, 4))) == before
+    assert cached(one, salt="mine") == 0  # another tenant's
+    assert cached(one, salt="mine") == whole
+    assert all(each == prompt for each in prompts)
 
 
 def test_one_bad_request_is_its_own(
@@ -403,6 +413,7 @@ def test_every_dtype_and_form_of_the_same_numbers_is_one_item(
         numbers.clone().requires_grad_(),
         numbers.numpy(),
         numbers.numpy().astype(np.float16),
+        numbers.numpy().astype(">f4"),
         np.asfortranarray(numbers.numpy()),
         wide[:, ::2],
     ]
@@ -467,7 +478,6 @@ def with_number(number: float) -> np.ndarray:
         (torch.from_numpy(with_number(np.nan)).bfloat16(), "NaN"),
         (VALUES.astype(np.float64), "float64.*float32"),
         (VALUES.astype(np.int32), "int32"),
-        (VALUES.astype(">f4"), "dtype|>f4|must be a numpy array"),
         (VALUES.astype(object), "object"),
         (VALUES.astype(np.complex64), "complex64"),
         (torch.from_numpy(VALUES).double(), "float64"),
@@ -490,8 +500,7 @@ def test_values_that_are_refused(
     """Each names the field, and costs nobody else anything."""
     if getattr(values, "ndim", 0) and values.shape[-1] == 2:
         values = widened(values, hidden)
-        words = words.replace("(2,)", f"({hidden},)").replace("6, 2", f"6, {hidden}")
-        words = words.replace(r"\(2,\)", rf"\({hidden},\)")
+        words = words.replace("(2,", f"({hidden},").replace("6, 2", f"6, {hidden}")
     with pytest.raises(InputError, match=words) as caught:
         read(processor, octavo.MediaEmbeds(values, (1, 4, 6)))
     assert caught.value.field == "messages[0].content[0].image.values"

@@ -110,7 +110,7 @@ def check_values(
 def _dtype_of(values: Any) -> str | None:
     """The name of an array's or a plain tensor's dtype; None: it is neither."""
     if isinstance(values, np.ndarray):
-        return values.dtype.name if values.dtype.isnative else None
+        return values.dtype.name
     if hasattr(values, "detach") and str(getattr(values, "layout", "")) == "torch.strided":
         return str(values.dtype).removeprefix("torch.")
     return None
