@@ -12,6 +12,7 @@ _WHERE = {
     "AsyncLLM": ".engine.async_llm",
     "Client": ".engine.client",
     "Engine": ".engine.engine",
+    "MediaEmbeds": ".engine.media.embeds",
     "RequestOptions": ".scheduler.params",
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .engine.client import Client
     from .engine.engine import Engine
     from .engine.llm import LLM
+    from .engine.media.embeds import MediaEmbeds
     from .engine.output import RequestOutput
     from .scheduler.params import RequestOptions, SamplingParams
 
@@ -30,6 +32,7 @@ __all__ = [
     "AsyncLLM",
     "Client",
     "Engine",
+    "MediaEmbeds",
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
