@@ -54,7 +54,7 @@ class ImageFile:
 
     def __init__(self, file: BinaryIO | Image.Image, limits: MediaLimits, field: str) -> None:
         """Reads the header. Raises `InputError`."""
-        self._file, self._field = file, field
+        self._file, self._limits, self._field = file, limits, field
         image = self._open()
         width, height = image.size
         limits.check_size(width, height, field)
@@ -68,13 +68,16 @@ class ImageFile:
             self._file.seek(0)
             return Image.open(self._file, formats=FORMATS)
         except Image.DecompressionBombError:
-            raise InputError(self._field, "decodes to too many pixels") from None
+            found = f"over {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
+            self._limits.refuse("max_media_pixels", self._field, found)
         except Exception:  # decoders raise all kinds; their texts may tell of memory
             text = f"not an image that is read ({', '.join(FORMATS)})"
             raise InputError(self._field, text) from None
 
     def _orientation(self, image: Image.Image) -> int:
         """1 to 8, by EXIF or XMP; 1 where neither can be read, as viewers have it."""
+        if image.format == "TIFF":
+            return 1  # Pillow turns it as it decodes it, and its size beforehand
         try:
             if image.format != "PNG" or isinstance(self._file, Image.Image):
                 turn = image.getexif().get(ORIENTATION, 1)
