@@ -38,7 +38,7 @@ def _clip(form: str, codec: str) -> Callable[[], bytes]:
     def make() -> bytes:
         buffer = io.BytesIO()
         with av.open(buffer, "w", format=form) as file:
-            stream = file.add_stream(codec, rate=10)
+            stream: Any = file.add_stream(codec, rate=10)
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             for i in range(12):
                 frame = av.VideoFrame.from_image(noise(64, 48, seed=i))
@@ -128,7 +128,7 @@ def _flipped(data: bytes, rng: np.random.Generator, size: int) -> bytes:
 
 def _overwrite(data: bytes, rng: np.random.Generator) -> bytes:
     """A run of zeros, of ones, or of noise."""
-    at, size = rng.integers(len(data)), rng.integers(1, 64)
+    at, size = int(rng.integers(len(data))), int(rng.integers(1, 64))
     fill = [bytes(size), b"\xff" * size, rng.bytes(size)][rng.integers(3)]
     return data[:at] + fill + data[at + size :]
 

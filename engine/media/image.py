@@ -37,7 +37,7 @@ TURNS = {
 REDUCED, REDUCED_MARGIN, FINE = 2, 4, 12.0
 
 PNG_CHUNKS = 1 << 16  # looked at; a PNG of more is decoded to find its orientation
-PNG_TEXTS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 PNG_TURNS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may tell of one
 
 # Pillow's remarks on odd files are no business of the server's log. Not `catch_warnings`, which
@@ -127,9 +127,10 @@ def _has_late_turn(file: BinaryIO) -> bool:
             return False
         length, kind = struct.unpack(">I4s", head)
         is_late = is_late or kind == b"IDAT"
-        if is_late and kind in PNG_TEXTS:
-            if kind == b"eXIf" or file.read(22).startswith(PNG_TURNS):
-                return True
+        if is_late and kind == b"eXIf":
+            return True
+        if is_late and kind in PNG_TEXTS and file.read(22).startswith(PNG_TURNS):
+            return True
         place += 12 + length
     return True
 
