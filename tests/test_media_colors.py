@@ -104,6 +104,7 @@ def test_16_bits_of_either_order_are_the_same() -> None:
         (np.int32, [0, 1 << 23, 2**31 - 1], [0, 1, 255]),
         (np.float32, [-1, 0.5, 1], [0, 128, 255]),
         (np.float32, [0, 7.9, 255], [0, 7, 255]),
+        (np.float32, [float("nan"), 1, 2], [0, 1, 2]),
         (np.float32, [float("nan"), 300, 65535], [0, 1, 255]),
         (np.float32, [float("-inf"), 0, float("inf")], [0, 0, 255]),
     ],
