@@ -43,7 +43,7 @@ def test_the_command_writes_a_row_a_case(tmp_path: Path, monkeypatch: pytest.Mon
     done = CliRunner().invoke(bench_app, ["media", "--rounds", "1", "--json", str(path)])
     assert done.exit_code == 0, done.output
     (row,) = json.loads(path.read_text())["rows"]
-    assert row["name"] == "small → 84×56" and row["times_bare"] > 0 and row["pool"] > 0
+    assert row["name"] == "small → 56×56" and row["times_bare"] > 0 and row["pool"] > 0
 
 
 def test_damaged_files_are_of_every_form_and_the_same_for_a_seed() -> None:
