@@ -4,6 +4,8 @@ import io
 import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from typing import Any
@@ -136,6 +138,32 @@ def test_of_many_frames_the_first_is_taken(form: str) -> None:
 def test_L23_codec_other_formats_are_refused(form: str) -> None:
     with pytest.raises(InputError, match=r"not an image that is read \(JPEG, PNG, WEBP, GIF"):
         load(encoded(noise(), form))
+
+
+OPENED = """
+import io, sys
+import octavo.engine.media.image as image
+from octavo.engine.input_error import InputError
+from octavo.engine.media.limits import MediaLimits
+before = set(sys.modules)
+for text in sys.stdin:
+    try:
+        reader = image.ImageFile(io.BytesIO(bytes.fromhex(text)), MediaLimits(), "image")
+        list(reader.frames([0], 28, 28))
+    except InputError:
+        pass
+print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_L23_codec_no_module_is_loaded_for_a_file() -> None:
+    """No plugin of another format, and nothing that a closed process could not read."""
+    files = [whole_file(form) for form in IMAGES] + [data for _, data in broken_files(5, 60)]
+    lab = encoded(Image.merge("LAB", noise().split()), "TIFF")
+    text = "\n".join(data.hex() for data in [*files, lab])
+    command = [sys.executable, "-P", "-c", OPENED]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def text_page(size: tuple[int, int]) -> Image.Image:

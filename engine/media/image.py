@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Self
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ..input_error import InputError
@@ -39,6 +39,10 @@ REDUCED, REDUCED_MARGIN, FINE = 2, 4, 12.0
 PNG_CHUNKS = 1 << 16  # looked at; a PNG of more is decoded to find its orientation
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 PNG_TURNS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may tell of one
+
+# With the imports above, all that Pillow needs for FORMATS: it neither looks for other formats'
+# plugins nor reads a module later on, where a process may no longer open files.
+Image.preinit()
 
 # Pillow's remarks on odd files are no business of the server's log. Not `catch_warnings`, which
 # threads must not use at once.
