@@ -166,6 +166,11 @@ def test_L23_codec_no_module_is_loaded_for_a_file() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_large_image_is_copied_whole() -> None:
+    image = photo(2051, 2003)
+    np.testing.assert_array_equal(load(image), np.asarray(image))
+
+
 def text_page(size: tuple[int, int]) -> Image.Image:
     page = Image.new("RGB", size, "white")
     pen, rng = ImageDraw.Draw(page), np.random.default_rng(0)

@@ -36,6 +36,8 @@ TURNS = {
 # white; and at a quarter of the size coloured text is off by over 2 up to quality 91.
 REDUCED, REDUCED_MARGIN, FINE = 2, 4, 12.0
 
+BAND, LARGE = 128, 4_000_000  # rows that are copied at once; pixels of an image that is worth it
+
 PNG_CHUNKS = 1 << 16  # looked at; a PNG of more is decoded to find its orientation
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 PNG_TURNS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may tell of one
@@ -159,4 +161,16 @@ def resize(image: Image.Image, height: int, width: int) -> Pixels:
     """uint8 [height, width, 3], bicubic, as transformers' PIL processor resizes."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return _pixels(image)
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    """As `np.asarray`; a large image in a third of its time, by bands that stay in the cache."""
+    width, height = image.size
+    if width * height < LARGE:
+        return np.asarray(image)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, BAND):
+        bottom = min(top + BAND, height)
+        pixels[top:bottom] = image.crop((0, top, width, bottom))
+    return pixels

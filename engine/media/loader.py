@@ -160,6 +160,9 @@ class MediaLoader:
         size = 1 if info.kind == "image" else self.shape.unit_frames
         for first in range(0, info.num_frames, size):
             count = min(size, info.num_frames - first)
+            if count == 1:
+                yield make_unit(info.kind, next(frames)[None], self.shape)
+                continue
             pixels = np.empty((count, info.height, info.width, 3), np.uint8)
             for index, frame in enumerate(islice(frames, count)):
                 pixels[index] = frame
