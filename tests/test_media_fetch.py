@@ -695,6 +695,7 @@ def test_L19_ssrf_certificates_are_checked_by_name(tmp_path: Path) -> None:
         net.tls = lambda: client
         assert net.fetch("https://a.example/") == b"hello"
         assert net.dialled == [(PUBLIC, 443)] and heard == ["a.example"]
+        assert "Host: a.example\r\n" in net.servers[PUBLIC].asked[0]
         net.names["b.example"] = [PUBLIC]
         assert "certificate" in net.refused("https://b.example/")
         assert "certificate" in net.refused(f"https://{PUBLIC}/")
