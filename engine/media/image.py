@@ -177,5 +177,5 @@ def _pixels(image: Image.Image) -> Pixels:
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, BAND):
         bottom = min(top + BAND, height)
-        pixels[top:bottom] = image.crop((0, top, width, bottom))
+        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
     return pixels
