@@ -113,7 +113,8 @@ class ImageFile:
         image = to_rgb(image)
         if self._turn in TURNS:
             image = image.transpose(TURNS[self._turn])
-        return resize(image, height, width)
+        image = _resized(image, height, width)  # the whole one goes before pixels are copied
+        return _pixels(image)
 
     def __enter__(self) -> Self:
         return self
@@ -159,9 +160,13 @@ def _reduce(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, fl
 
 def resize(image: Image.Image, height: int, width: int) -> Pixels:
     """uint8 [height, width, 3], bicubic, as transformers' PIL processor resizes."""
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _pixels(image)
+    return _pixels(_resized(image, height, width))
+
+
+def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _pixels(image: Image.Image) -> Pixels:
@@ -172,5 +177,5 @@ def _pixels(image: Image.Image) -> Pixels:
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, BAND):
         bottom = min(top + BAND, height)
-        pixels[top:bottom] = image.crop((0, top, width, bottom))
+        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
     return pixels
