@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18octavo/proto/media.proto\x12\x0foctavo.media.v1\"\xa1\x02\n\x07Request\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.octavo.media.v1.OpenH\x00\x12.\n\tget_times\x18\x02 \x01(\x0b\x32\x19.octavo.media.v1.GetTimesH\x00\x12\x30\n\nget_frames\x18\x03 \x01(\x0b\x32\x1a.octavo.media.v1.GetFramesH\x00\x12\x32\n\x0b\x66rame_taken\x18\x04 \x01(\x0b\x32\x1b.octavo.media.v1.FrameTakenH\x00\x12%\n\x04stop\x18\x05 \x01(\x0b\x32\x15.octavo.media.v1.StopH\x00\x12\'\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x16.octavo.media.v1.CloseH\x00\x42\t\n\x07request\"\x98\x01\n\x04Open\x12\x11\n\treader_id\x18\x01 \x01(\r\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x31\n\x06limits\x18\x04 \x03(\x0b\x32!.octavo.media.v1.Open.LimitsEntry\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\".\n\x08GetTimes\x12\x11\n\treader_id\x18\x01 \x01(\r\x12\x0f\n\x07indices\x18\x02 \x03(\r\"w\n\tGetFrames\x12\x11\n\treader_id\x18\x01 \x01(\r\x12\x0f\n\x07indices\x18\x02 \x03(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x14\n\x0c\x62uffer_bytes\x18\x06 \x01(\x04\"\x0c\n\nFrameTaken\"\x06\n\x04Stop\"\x1a\n\x05\x43lose\x12\x11\n\treader_id\x18\x01 \x01(\r\"\x91\x02\n\x05Reply\x12\'\n\x05ready\x18\x01 \x01(\x0b\x32\x16.octavo.media.v1.ReadyH\x00\x12)\n\x06header\x18\x02 \x01(\x0b\x32\x17.octavo.media.v1.HeaderH\x00\x12\'\n\x05times\x18\x03 \x01(\x0b\x32\x16.octavo.media.v1.TimesH\x00\x12\x32\n\x0b\x66rame_ready\x18\x04 \x01(\x0b\x32\x1b.octavo.media.v1.FrameReadyH\x00\x12%\n\x04\x64one\x18\x05 \x01(\x0b\x32\x15.octavo.media.v1.DoneH\x00\x12\'\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x16.octavo.media.v1.ErrorH\x00\x42\x07\n\x05reply\"\x18\n\x05Ready\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\"H\n\x06Header\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x0b\n\x03\x66ps\x18\x04 \x01(\x01\"\x16\n\x05Times\x12\r\n\x05times\x18\x01 \x03(\x01\"\x1b\n\nFrameReady\x12\r\n\x05index\x18\x01 \x01(\r\"\x06\n\x04\x44one\"\x15\n\x05\x45rror\x12\x0c\n\x04text\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18octavo/proto/media.proto\x12\x0foctavo.media.v1\"\xa1\x02\n\x07Request\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.octavo.media.v1.OpenH\x00\x12.\n\tget_times\x18\x02 \x01(\x0b\x32\x19.octavo.media.v1.GetTimesH\x00\x12\x30\n\nget_frames\x18\x03 \x01(\x0b\x32\x1a.octavo.media.v1.GetFramesH\x00\x12\x32\n\x0b\x66rame_taken\x18\x04 \x01(\x0b\x32\x1b.octavo.media.v1.FrameTakenH\x00\x12%\n\x04stop\x18\x05 \x01(\x0b\x32\x15.octavo.media.v1.StopH\x00\x12\'\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x16.octavo.media.v1.CloseH\x00\x42\t\n\x07request\"\x98\x01\n\x04Open\x12\x11\n\treader_id\x18\x01 \x01(\r\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x31\n\x06limits\x18\x04 \x03(\x0b\x32!.octavo.media.v1.Open.LimitsEntry\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\".\n\x08GetTimes\x12\x11\n\treader_id\x18\x01 \x01(\r\x12\x0f\n\x07indices\x18\x02 \x03(\r\"w\n\tGetFrames\x12\x11\n\treader_id\x18\x01 \x01(\r\x12\x0f\n\x07indices\x18\x02 \x03(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x14\n\x0c\x62uffer_bytes\x18\x06 \x01(\x04\"\x0c\n\nFrameTaken\"\x06\n\x04Stop\"\x1a\n\x05\x43lose\x12\x11\n\treader_id\x18\x01 \x01(\r\"\xbe\x02\n\x05Reply\x12\'\n\x05ready\x18\x01 \x01(\x0b\x32\x16.octavo.media.v1.ReadyH\x00\x12)\n\x06header\x18\x02 \x01(\x0b\x32\x17.octavo.media.v1.HeaderH\x00\x12\'\n\x05times\x18\x03 \x01(\x0b\x32\x16.octavo.media.v1.TimesH\x00\x12\x32\n\x0b\x66rame_ready\x18\x04 \x01(\x0b\x32\x1b.octavo.media.v1.FrameReadyH\x00\x12%\n\x04\x64one\x18\x05 \x01(\x0b\x32\x15.octavo.media.v1.DoneH\x00\x12+\n\x07stopped\x18\x06 \x01(\x0b\x32\x18.octavo.media.v1.StoppedH\x00\x12\'\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x16.octavo.media.v1.ErrorH\x00\x42\x07\n\x05reply\"\x18\n\x05Ready\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\"H\n\x06Header\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x0b\n\x03\x66ps\x18\x04 \x01(\x01\"\x16\n\x05Times\x12\r\n\x05times\x18\x01 \x03(\x01\"\x1b\n\nFrameReady\x12\r\n\x05index\x18\x01 \x01(\r\"\x06\n\x04\x44one\"\t\n\x07Stopped\"\x15\n\x05\x45rror\x12\x0c\n\x04text\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,17 +40,19 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_CLOSE']._serialized_start=683
   _globals['_CLOSE']._serialized_end=709
   _globals['_REPLY']._serialized_start=712
-  _globals['_REPLY']._serialized_end=985
-  _globals['_READY']._serialized_start=987
-  _globals['_READY']._serialized_end=1011
-  _globals['_HEADER']._serialized_start=1013
-  _globals['_HEADER']._serialized_end=1085
-  _globals['_TIMES']._serialized_start=1087
-  _globals['_TIMES']._serialized_end=1109
-  _globals['_FRAMEREADY']._serialized_start=1111
-  _globals['_FRAMEREADY']._serialized_end=1138
-  _globals['_DONE']._serialized_start=1140
-  _globals['_DONE']._serialized_end=1146
-  _globals['_ERROR']._serialized_start=1148
-  _globals['_ERROR']._serialized_end=1169
+  _globals['_REPLY']._serialized_end=1030
+  _globals['_READY']._serialized_start=1032
+  _globals['_READY']._serialized_end=1056
+  _globals['_HEADER']._serialized_start=1058
+  _globals['_HEADER']._serialized_end=1130
+  _globals['_TIMES']._serialized_start=1132
+  _globals['_TIMES']._serialized_end=1154
+  _globals['_FRAMEREADY']._serialized_start=1156
+  _globals['_FRAMEREADY']._serialized_end=1183
+  _globals['_DONE']._serialized_start=1185
+  _globals['_DONE']._serialized_end=1191
+  _globals['_STOPPED']._serialized_start=1193
+  _globals['_STOPPED']._serialized_end=1202
+  _globals['_ERROR']._serialized_start=1204
+  _globals['_ERROR']._serialized_end=1225
 # @@protoc_insertion_point(module_scope)

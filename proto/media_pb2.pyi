@@ -79,20 +79,22 @@ class Close(_message.Message):
     def __init__(self, reader_id: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("ready", "header", "times", "frame_ready", "done", "error")
+    __slots__ = ("ready", "header", "times", "frame_ready", "done", "stopped", "error")
     READY_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     FRAME_READY_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     ready: Ready
     header: Header
     times: Times
     frame_ready: FrameReady
     done: Done
+    stopped: Stopped
     error: Error
-    def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., frame_ready: _Optional[_Union[FrameReady, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., frame_ready: _Optional[_Union[FrameReady, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., stopped: _Optional[_Union[Stopped, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("sandbox",)
@@ -125,6 +127,10 @@ class FrameReady(_message.Message):
     def __init__(self, index: _Optional[int] = ...) -> None: ...
 
 class Done(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Stopped(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
