@@ -10,6 +10,7 @@ import argparse
 import codecs
 import fcntl
 import importlib
+import io
 import mmap
 import os
 import socket
@@ -115,13 +116,9 @@ class DecoderServer:
         except OSError:
             _end()
 
-    def _receive(self, *, wait: bool = True) -> tuple[pb.Request, list[int]]:
-        """Raises `BlockingIOError` where nothing is there and it should not wait."""
-        flags = 0 if wait else socket.MSG_DONTWAIT
+    def _receive(self) -> tuple[pb.Request, list[int]]:
         try:
-            data, descriptors, *_ = socket.recv_fds(self._channel, PACKET_BYTES, 1, flags)
-        except BlockingIOError:
-            raise
+            data, descriptors, *_ = socket.recv_fds(self._channel, PACKET_BYTES, 1)
         except OSError:
             _end()
         if not data:
@@ -147,7 +144,9 @@ class DecoderServer:
         return None
 
     def _open(self, asked: pb.Open, descriptor: int) -> pb.Reply:
-        file = open(descriptor, "rb", buffering=READ_AHEAD)  # noqa: SIM115 – the reader closes it
+        raw = io.FileIO(descriptor)
+        raw.name = asked.kind  # PyAV takes no number
+        file = io.BufferedReader(raw, READ_AHEAD)
         try:
             reader = open_here(asked.kind, file, MediaLimits(**asked.limits), asked.field)
         except BaseException:
@@ -189,11 +188,15 @@ class DecoderServer:
     def _wait_for_slot(self, free: int) -> int:
         """How many slots are free, at least one. Raises `_Stopped`."""
         while True:
-            try:
-                request, _ = self._receive(wait=free == 0)
+            try:  # not `recv_fds`: it passes no flags on
+                data = self._channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT if free else 0)
             except BlockingIOError:
                 return free
-            if not request.HasField("frame_taken"):
+            except OSError:
+                _end()
+            if not data:
+                _end()
+            if not pb.Request.FromString(data).HasField("frame_taken"):
                 raise _Stopped
             free += 1
 
