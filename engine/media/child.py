@@ -13,11 +13,12 @@ import importlib
 import io
 import mmap
 import os
+import pkgutil
 import socket
 from collections.abc import Sequence
 from typing import NoReturn
 
-import av  # noqa: F401 – nothing can be imported once the sandbox holds
+import av
 import numpy as np
 
 from ...proto import media_pb2 as pb
@@ -32,8 +33,10 @@ READ_AHEAD = 256 * 1024  # bytes of a file's buffer
 OUT_OF_MEMORY = "cannot be decoded within --decoder-memory-bytes"
 FAILED = "could not be decoded"
 
-# What decoders import or look up as they go.
+# What decoders import or look up as they go: nothing can be once the sandbox holds.
+UNUSED_MODULES = ("av.__main__", "av.datasets")
 LATE_MODULES = (
+    "glob",
     *(f"PIL.{form}ImagePlugin" for form in ("Bmp", "Gif", "Jpeg", "Png", "Ppm", "Tiff", "WebP")),
     "PIL.DibImageFile",
     "PIL.MpoImagePlugin",
@@ -68,7 +71,8 @@ def end_with_parent() -> None:
 
 
 def preload() -> None:
-    for name in LATE_MODULES:
+    of_av = (module.name for module in pkgutil.walk_packages(av.__path__, "av."))
+    for name in (*LATE_MODULES, *(name for name in of_av if name not in UNUSED_MODULES)):
         try:
             importlib.import_module(name)
         except ImportError:  # of another release of Pillow, or built without that format
