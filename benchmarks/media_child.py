@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import av
@@ -84,7 +84,7 @@ def compare(name: str, rounds: int, here: Callable[[], object], child: Callable[
     return Row(name, *map(statistics.median, times), statistics.median(ratios))
 
 
-def run(rounds: int = 40) -> list[Row]:
+def run(rounds: int = 20) -> Iterator[Row]:
     limits = MediaLimits()
     cases = [
         (f"JPEG {width}×{height}", "image", encoded(scene(width, height), "JPEG"), [0], rounds)
@@ -93,8 +93,8 @@ def run(rounds: int = 40) -> list[Row]:
     indices = list(range(0, VIDEO_FRAMES, VIDEO_STEP))
     clip = video_clip(*VIDEO_SIZE, VIDEO_FRAMES)
     name = f"H.264 1920×1080, {len(indices)} of {VIDEO_FRAMES} frames"
-    cases.append((name, "video", clip, indices, max(3, rounds // 5)))
-    pool, rows = DecoderPool(limits, 1), []
+    cases.append((name, "video", clip, indices, max(3, rounds // 4)))
+    pool = DecoderPool(limits, 1)
     for name, kind, data, wanted, count in cases:
 
         def here(kind: str = kind, data: bytes = data, wanted: list[int] = wanted) -> Pixels:
@@ -104,15 +104,17 @@ def run(rounds: int = 40) -> list[Row]:
             with pool.lease() as open_reader:
                 return load(kind, data, open_reader, wanted, limits)
 
-        rows.append(compare(name, count, here, child))
+        yield compare(name, count, here, child)
     pool.close()
-    return rows
 
 
 def main() -> None:
     print(f"{'file':<34} {'here':>9} {'process':>9}  ratio")
     for row in run():
-        print(f"{row.name:<34} {row.here_ms:>6.1f} ms {row.child_ms:>6.1f} ms  {row.ratio:.3f}")
+        print(
+            f"{row.name:<34} {row.here_ms:>6.1f} ms {row.child_ms:>6.1f} ms  {row.ratio:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

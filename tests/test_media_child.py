@@ -17,7 +17,7 @@ from PIL import Image
 
 from octavo.benchmarks.media_cases import encoded, mp4, noise
 from octavo.engine.input_error import InputError
-from octavo.engine.media import child, child_pool, child_process, child_reader
+from octavo.engine.media import child_pool, child_process, child_reader
 from octavo.engine.media.child_pool import DecoderPool
 from octavo.engine.media.child_process import DecoderProcess
 from octavo.engine.media.child_reader import clean
@@ -72,6 +72,11 @@ def pids(pool: DecoderPool) -> list[int]:
 def pid_of(lease: child_pool.Lease) -> int:
     """Of the process that it holds, which it starts where it must."""
     return lease._ready_process("image").pid
+
+
+def state(pid: int) -> str:
+    """R, S, Z, ... of a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 # Equal to decoding here
@@ -282,3 +287,377 @@ def test_L23_codec_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -
 def test_L23_codec_error_texts_are_short_and_plain() -> None:
     assert clean("a\nb\x1b[31m\u202ec") == "a b [31m c"
     assert len(clean("x" * 10_000)) < 600
+
+
+# L22, L13: bombs, crashes, floods: one request's error each
+
+
+def expect_stopped(lease: child_pool.Lease, data: bytes, limits: MediaLimits = LIMITS) -> str:
+    with pytest.raises(InputError) as caught:
+        look(lease, "image", data, limits)
+    assert caught.value.field == "image"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_L13_leaks_a_crash_is_one_requests(number: int) -> None:
+    pool, data = DecoderPool(LIMITS, 2), encoded(noise())
+    with pool.lease() as other, other("image", io.BytesIO(data), LIMITS, "image") as reader:
+        with pool.lease() as lease:
+            first = pid_of(lease)
+            with lease("image", io.BytesIO(data), LIMITS, "image") as mine:
+                os.kill(first, number)
+                with pytest.raises(InputError, match="image: could not be decoded: the decoder"):
+                    list(mine.frames([0], 30, 40))
+            assert look(lease, "image", data) == look(open_here, "image", data)
+            second = pid_of(lease)
+        assert second != first and not Path(f"/proc/{first}").exists()
+        assert np.array_equal(next(iter(reader.frames([0], 30, 40))).pixels, np.asarray(noise()))
+    with pool.lease() as lease:  # one that died while nobody used it
+        third = pid_of(lease)
+        os.kill(third, number)
+        os.waitid(os.P_PID, third, os.WEXITED | os.WNOWAIT)
+    with pool.lease() as lease:
+        assert look(lease, "image", data) == look(open_here, "image", data)
+    pool.close()
+
+
+def test_L22_bombs_memory() -> None:
+    """An image within the limit of pixels, and more than the process may hold."""
+    limits = MediaLimits(decoder_memory_bytes=700 << 20)
+    pool = DecoderPool(limits, 1)
+    bomb = encoded(Image.new("RGB", (12_000, 9_900)), "PNG")
+    assert len(bomb) < 1 << 20
+    with pool.lease() as lease:
+        expect_stopped(lease, bomb, limits)
+        good = encoded(noise())
+        assert look(lease, "image", good) == look(open_here, "image", good)
+    pool.close()
+
+
+def test_L22_bombs_time() -> None:
+    """A process that is still at it when the file's time is up is ended; the flag is named."""
+    limits = MediaLimits(media_timeout_s=1)
+    pool = DecoderPool(limits, 1)
+    with pool.lease() as lease:
+        first = pid_of(lease)
+        os.kill(first, signal.SIGSTOP)
+        text = expect_stopped(lease, encoded(noise()), limits)
+        assert "--media-timeout-s" in text and not Path(f"/proc/{first}").exists()
+        look(lease, "image", encoded(noise()), limits)
+    pool.close()
+
+
+def test_L22_bombs_cpu_time_is_given_anew(pool: DecoderPool) -> None:
+    with pool.lease() as lease:
+        look(lease, "image", encoded(noise()))
+        lines = Path(f"/proc/{pid_of(lease)}/limits").read_text().splitlines()
+    soft = next(int(line.split()[3]) for line in lines if line.startswith("Max cpu time"))
+    cores = os.cpu_count() or 1
+    assert LIMITS.media_timeout_s * cores < soft < LIMITS.media_timeout_s * cores + 60
+
+
+def test_L13_leaks_a_process_that_grew_or_is_old_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = DecoderPool(LIMITS, 1)
+    seen = []
+    for name, value in (("MOST_READERS", 10**9), ("MOST_READERS", 1), ("MOST_RESIDENT", 1)):
+        monkeypatch.setattr(child_pool, name, value)
+        with pool.lease() as lease:
+            look(lease, "image", encoded(noise()))
+            seen.append(pid_of(lease))
+    assert seen[0] == seen[1] and len({*seen, *pids(pool)}) == 3
+    pool.close()
+
+
+# A process that was taken over: it says what it likes
+
+
+class Liar:
+    """A `DecoderProcess` whose other end is the test's."""
+
+    def __init__(self, *replies: bytes) -> None:
+        self.process = DecoderProcess(LIMITS)
+        self.process.await_ready()
+        real, (ours, theirs) = (
+            self.process._channel,
+            child_process.socket.socketpair(
+                child_process.socket.AF_UNIX, child_process.socket.SOCK_SEQPACKET
+            ),
+        )
+        real.close()
+        self.process._channel, self.theirs = ours, theirs
+        for reply in replies:
+            theirs.send(reply)
+
+    def error(self) -> str:
+        try:
+            with pytest.raises(InputError) as caught:
+                file = io.BytesIO(encoded(noise()))
+                reader = child_reader.ChildReader(self.process, "video", file, LIMITS, "video")
+                reader.times([0, 1])
+                list(reader.frames([0, 1], 28, 28))
+        finally:
+            was_killed = self.process.is_killed
+            self.process.kill()
+            self.theirs.close()
+        assert was_killed or "pixels" in str(caught.value)
+        return str(caught.value)
+
+
+def header(height: int = 28, width: int = 28, fps: float = 1.0) -> bytes:
+    said = pb.Header(height=height, width=width, num_frames=2, fps=fps)
+    return pb.Reply(header=said).SerializeToString()
+
+
+def times(*values: float) -> bytes:
+    return pb.Reply(times=pb.Times(times=values)).SerializeToString()
+
+
+def frame(index: int) -> bytes:
+    return pb.Reply(frame_ready=pb.FrameReady(index=index)).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        (b"\xff" * 50,),
+        (times(1.0),),
+        (header(fps=float("nan")),),
+        (header(height=0),),
+        (header(height=1 << 20, width=1 << 20),),
+        (header(), times(1.0)),
+        (header(), times(0.0, float("inf"))),
+        (header(), times(0.0, 1.0), frame(5)),
+        (header(), times(0.0, 1.0), frame(1), frame(0)),
+        (header(), times(0.0, 1.0), frame(0), frame(0)),
+    ],
+)
+def test_L23_codec_lies_are_one_requests_error(replies: tuple[bytes, ...]) -> None:
+    assert Liar(*replies).error().startswith("video: ")
+
+
+# Streams
+
+
+def test_a_stream_is_stopped_and_the_process_goes_on(pool: DecoderPool) -> None:
+    data, indices = mp4(300), tuple(range(300))
+    with pool.lease() as lease:
+        pid = pid_of(lease)
+        with lease("video", io.BytesIO(data), LIMITS, "video") as reader:
+            for taken in (1, 3, 9, 299):
+                stream = reader.frames(indices, 28, 28)
+                assert [next(stream).index for _ in range(taken)] == list(range(taken))
+                stream.close()  # type: ignore[attr-defined]
+            assert len(list(reader.frames(indices, 28, 28))) == 300
+        assert pid_of(lease) == pid
+
+
+def test_a_stream_that_does_not_stop_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_reader, "STOP_SECONDS", 0.05)
+    pool = DecoderPool(LIMITS, 1)
+    with pool.lease() as lease:
+        first = pid_of(lease)
+        with lease("video", io.BytesIO(mp4(300)), LIMITS, "video") as reader:
+            stream = reader.frames(range(300), 28, 28)
+            next(stream)
+            os.kill(first, signal.SIGSTOP)
+            stream.close()  # type: ignore[attr-defined]
+        assert pid_of(lease) != first
+    pool.close()
+
+
+def test_no_more_frames_are_made_than_there_is_room_for(pool: DecoderPool) -> None:
+    """A reader that is not asked on leaves the process waiting, not decoding ahead."""
+    with pool.lease() as lease, lease("video", io.BytesIO(mp4(300)), LIMITS, "video") as reader:
+        stream = reader.frames(range(300), 28, 28)
+        next(stream)
+        assert lease._process is not None
+        waits = Path(f"/proc/{lease._process.pid}/stat")
+        deadline = time.monotonic() + 10
+        while waits.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline
+        came = 0
+        lease._process._channel.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            while lease._process._channel.recv(100):
+                came += 1
+        assert came <= child_process.MOST_SLOTS
+        lease._process.kill()
+        stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_lease_goes_from_thread_to_thread(pool: DecoderPool) -> None:
+    with pool.lease() as lease, lease("video", io.BytesIO(mp4(40)), LIMITS, "video") as reader:
+        stream = reader.frames(range(40), 28, 28)
+        seen = [next(stream).index]
+        thread = threading.Thread(target=lambda: seen.extend(f.index for f in stream))
+        thread.start()
+        thread.join()
+    assert seen == list(range(40))
+
+
+def test_a_file_with_fewer_frames_than_it_says_ends_early(pool: DecoderPool) -> None:
+    data = mp4(40)
+    with pool.lease() as lease:
+        there = look(lease, "video", data, indices=(0, 20, 39, 45, 60))
+    assert there == look(open_here, "video", data, indices=(0, 20, 39, 45, 60))
+    assert len(there[2]) == 3
+
+
+def test_lists_of_a_thousand_frames(pool: DecoderPool) -> None:
+    sources = [encoded(noise(28, 28, seed=i % 7), "BMP") for i in range(1000)]
+    with pool.lease() as lease:
+
+        def open_image(source: bytes, field: str) -> child_pool.MediaReader:
+            return lease("image", io.BytesIO(source), LIMITS, field)
+
+        with FrameList(sources, open_image, 2.0, "video") as reader:
+            for each in reader.frames(range(1000), 28, 28):
+                expected = np.asarray(noise(28, 28, seed=each.index % 7))
+                assert np.array_equal(each.pixels, expected)
+
+
+def test_many_items_of_one_request_are_open_at_once(pool: DecoderPool) -> None:
+    with pool.lease() as lease:
+        readers = [
+            lease("image", io.BytesIO(encoded(noise(seed=i))), LIMITS, "image")
+            for i in range(LIMITS.max_media_items)
+        ]
+        for i, reader in enumerate(readers):
+            with reader:
+                frame = next(iter(reader.frames([0], 30, 40)))
+            assert np.array_equal(frame.pixels, np.asarray(noise(seed=i)))
+
+
+# The pool
+
+
+def test_a_lease_waits_for_a_process_and_close_ends_the_wait() -> None:
+    pool, outcomes = DecoderPool(LIMITS, 1), []
+
+    def take() -> None:
+        try:
+            with pool.lease():
+                outcomes.append("taken")
+        except RuntimeError:
+            outcomes.append("closed")
+
+    with pool.lease() as lease:
+        first = pid_of(lease)
+        waiting = threading.Thread(target=take)
+        waiting.start()
+        assert not outcomes
+    waiting.join(10)
+    assert outcomes == ["taken"] and pids(pool) == [first]
+    with pool.lease() as lease, lease("image", io.BytesIO(encoded(noise())), LIMITS, "x") as reader:
+        waiting = threading.Thread(target=take)
+        waiting.start()
+        pool.close()
+        waiting.join(10)
+        with pytest.raises(InputError, match="the decoder stopped"):
+            list(reader.frames([0], 28, 28))
+    assert outcomes == ["taken", "closed"] and not Path(f"/proc/{first}").exists()
+
+
+def test_processes_end_with_their_parent() -> None:
+    """Also in the middle of work, and however the parent ends."""
+    code = """if True:
+        import io, time
+        from octavo.engine.media.child_pool import DecoderPool
+        from octavo.engine.media.limits import MediaLimits
+        lease = DecoderPool(MediaLimits(), 1).lease().__enter__()
+        print(lease._ready_process("x").pid, flush=True)
+        time.sleep(100)
+        """
+    command = [sys.executable, "-P", "-c", code]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/exe").is_symlink() and time.monotonic() < deadline:
+        if state(pid) == "Z":
+            return  # dead; nobody here collects it
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+# L13: nothing grows
+
+
+def broken(data: bytes, rng: np.random.Generator) -> bytes:
+    """Cut, or with a few bits turned."""
+    if rng.integers(3) == 0:
+        return data[: rng.integers(1, len(data))]
+    damaged = np.frombuffer(data, np.uint8).copy()
+    places = rng.integers(len(data) if rng.integers(2) else min(200, len(data)), size=5)
+    damaged[places] ^= 1 << rng.integers(0, 8, 5).astype(np.uint8)
+    return damaged.tobytes()
+
+
+def fuzz(pool: DecoderPool, seed: int, count: int) -> None:
+    """Each as it is decoded here, or refused as here; what makes no sense is never a crash."""
+    rng = np.random.default_rng(seed)
+    whole = [("image", encoded(noise(), form)) for form in FORMS]
+    whole += [("video", clip(codec, form)) for codec, form in CODECS[:3]]
+    for i in range(count):
+        kind, data = whole[i % len(whole)]
+        data = broken(data, rng)
+        with pool.lease() as lease:
+            first = pid_of(lease)
+            try:
+                look(lease, kind, data)
+            except InputError as error:
+                assert str(error).startswith(kind) and "--media-timeout-s" not in str(error)
+            assert pid_of(lease) == first, (seed, i)
+
+
+def test_L13_leaks_broken_files(pool: DecoderPool) -> None:
+    fuzz(pool, 1, 200)
+
+
+@pytest.mark.slow
+def test_L13_leaks_ten_thousand_broken_files(pool: DecoderPool) -> None:
+    fuzz(pool, 2, 10_000)
+
+
+def resident(pid: int | str) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+def soak(count: int) -> tuple[float, float]:
+    """Bytes an item that this process and the decoder grow by, of the second half."""
+    pool, data, video = DecoderPool(LIMITS, 1), encoded(noise(300, 200), "JPEG"), mp4(8)
+    sizes = []
+    with pool.lease() as lease:
+        for i in range(count):
+            look(lease, *(("video", video) if i % 5 == 0 else ("image", data)))
+            if i in (count // 2, count - 1):
+                sizes.append((resident("self"), resident(pid_of(lease))))
+        descriptors = len(os.listdir(f"/proc/{pid_of(lease)}/fd"))
+        assert descriptors < 10
+    pool.close()
+    (ours, theirs), (ours_last, theirs_last) = sizes
+    return (ours_last - ours) / (count / 2), (theirs_last - theirs) / (count / 2)
+
+
+def test_L13_leaks_descriptors_and_memory() -> None:
+    soak(20)
+    before = len(os.listdir("/proc/self/fd"))
+    slopes = soak(300)
+    assert max(slopes) < 20_000  # an image is 180,000
+    assert len(os.listdir("/proc/self/fd")) == before
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    states = [
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children
+    ]
+    assert "Z" not in states
+
+
+@pytest.mark.slow
+def test_L13_leaks_five_thousand_items() -> None:
+    assert max(soak(5_000)) < 500
