@@ -81,7 +81,8 @@ def compare(name: str, rounds: int, here: Callable[[], object], child: Callable[
             if i:  # the first round warms up
                 times[which].append((time.perf_counter() - began) * 1e3)
     ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
-    return Row(name, *map(statistics.median, times), statistics.median(ratios))
+    here_ms, child_ms = map(statistics.median, times)
+    return Row(name, here_ms, child_ms, statistics.median(ratios))
 
 
 def run(rounds: int = 20) -> Iterator[Row]:
