@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -252,6 +253,48 @@ def confined(code: str) -> int:
 @pytest.mark.parametrize("code", [SHUT, MEMORY, LIMITED, LANDLOCK_ALONE])
 def test_L23_codec_sandbox(code: str) -> None:
     assert confined(code) == 0
+
+
+def verdict(machine: str, number: int, *arguments: int) -> int:
+    """What the filter answers to a call, by an interpreter of the operations that it uses."""
+    architecture = seccomp.ARCHITECTURES[machine][1]
+    data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    operations, at, value = list(struct.iter_unpack("=HBBI", seccomp.program(machine))), 0, 0
+    while True:
+        code, if_true, if_false, operand = operations[at]
+        at += 1
+        if code == seccomp.LOAD:
+            (value,) = struct.unpack_from("=I", data, operand)
+        elif code == seccomp.AND:
+            value &= operand
+        elif code == seccomp.JUMP_EQUAL:
+            at += if_true if value == operand else if_false
+        else:
+            return operand
+
+
+@pytest.mark.parametrize(
+    ("machine", "read", "clone", "mmap", "prlimit", "denied"),
+    [
+        # open, socket, connect, execve, fork, ptrace, openat, kill, chmod, bpf, io_uring_setup
+        ("x86_64", 0, 56, 9, 302, (2, 41, 42, 59, 57, 101, 257, 62, 90, 321, 425)),
+        ("aarch64", 63, 220, 222, 261, (56, 198, 203, 221, 117, 129, 52, 280, 425)),
+    ],
+)
+def test_L23_codec_filter_of_each_machine(
+    machine: str, read: int, clone: int, mmap: int, prlimit: int, denied: tuple[int, ...]
+) -> None:
+    allow, deny = seccomp.ALLOW, seccomp.DENY
+    assert verdict(machine, read, 3, 0, 10) == allow
+    assert [verdict(machine, number) for number in denied] == [deny] * len(denied)
+    assert verdict(machine, read | 0x40000000) == deny  # x32's numbers
+    assert verdict(machine, clone, 0x3D0F00) == allow  # as pthread_create
+    assert verdict(machine, clone, 0x11) == deny  # as fork
+    assert verdict(machine, 435) == seccomp.UNKNOWN_CALL
+    assert [verdict(machine, mmap, 0, 4096, prot) for prot in (3, 5, 7)] == [allow, deny, deny]
+    assert verdict(machine, prlimit, 0, 7, 0) == allow
+    for arguments in ((1, 7, 0), (0, 7, 1), (0, 7, 1 << 32)):
+        assert verdict(machine, prlimit, *arguments) == deny
 
 
 def test_L23_codec_cpu_time() -> None:
