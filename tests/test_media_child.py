@@ -18,7 +18,7 @@ from PIL import Image
 
 from octavo.benchmarks.media_cases import encoded, mp4, noise
 from octavo.engine.input_error import InputError
-from octavo.engine.media import child_pool, child_process, child_reader
+from octavo.engine.media import child_pool, child_process, child_reader, seccomp
 from octavo.engine.media.child_pool import DecoderPool
 from octavo.engine.media.child_process import DecoderProcess
 from octavo.engine.media.child_reader import clean
