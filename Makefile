@@ -44,6 +44,8 @@ proto: .venv-proto/installed  ## make the stubs in proto/ again
 	rm -rf .venv-proto/src && mkdir .venv-proto/src && ln -s $(CURDIR) .venv-proto/src/octavo
 	.venv-proto/bin/python -m grpc_tools.protoc -I.venv-proto/src --python_out=$(OUT) \
 	  --pyi_out=$(OUT) --grpc_python_out=$(OUT) octavo/proto/octavo.proto octavo/proto/worker.proto
+	.venv-proto/bin/python -m grpc_tools.protoc -I.venv-proto/src --python_out=$(OUT) \
+	  --pyi_out=$(OUT) octavo/proto/media.proto
 
 clean:  ## remove the environments
 	rm -rf .venv .venv-proto

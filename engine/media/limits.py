@@ -20,6 +20,7 @@ class MediaLimits:
     max_media_items: int = 256  # images and videos of one request
     fetch_timeout_s: int = 60  # to fetch one URL: names, redirects, connection and all its bytes
     media_timeout_s: int = 600  # to make one item ready, from its first byte on
+    decoder_memory_bytes: int = 4 << 30  # address space of a process that decodes remote files
 
     def refuse(self, name: str, field: str, found: str) -> NoReturn:
         """Raises the `InputError` of limit `name`, which `found` is over."""

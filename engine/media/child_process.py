@@ -1,0 +1,206 @@
+"""A decoder process as the engine sees it: started, asked, watched, ended."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import resource
+import socket
+import subprocess
+import sys
+from typing import NoReturn
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from ...proto import media_pb2 as pb
+from .limits import MediaLimits
+from .reader import Pixels
+
+MODULE = "octavo.engine.media.child"
+START_SECONDS = 60.0
+PACKET_BYTES = 256 * 1024  # more than a socket pair takes in one
+MOST_SLOTS, SLOTS_BYTES = 4, 32 << 20  # frames that a process may be ahead by
+LEAST_MEMORY = 8 << 20  # bytes: that most images fit, so that it is made once
+FILES_BESIDE = 32  # open in a process beside those that it decodes
+# Its own: it must not see what else the engine's environment holds.
+KEPT_ENVIRONMENT = ("PYTHON", "LD_", "LC_", "LANG", "VIRTUAL_ENV")
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # no thread before the sandbox
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",  # heaps take address space
+    # Memory of one image is kept for the next: to have it from the kernel and clear it each time
+    # made decoding at 1080p 1.15 times as long, of videos 1.5 times.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+    "PILLOW_BLOCKS_MAX": "4",  # of 16 MB
+}
+
+
+class DecoderStoppedError(Exception):
+    """The process is gone, or what it sends makes no sense; it has been killed."""
+
+
+class PixelMemory:
+    """Memory that a decoder process writes and this one reads; its size is fixed."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.descriptor = os.memfd_create("octavo-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, num_bytes)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+            self._map = mmap.mmap(self.descriptor, num_bytes, prot=mmap.PROT_READ)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def copy(self, slot: int, height: int, width: int) -> Pixels:
+        """A frame, uint8 [height, width, 3], that the process can no longer change: what is
+        hashed must be what is computed with."""
+        size = height * width * 3
+        frame = np.frombuffer(self._map, np.uint8, size, slot * size)
+        return frame.reshape(height, width, 3).copy()
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        self._map.close()
+
+
+class DecoderProcess:
+    """A process that was just started; it is there a quarter of a second later."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self._cpu_seconds = limits.media_timeout_s * (os.cpu_count() or 1)
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = _start(theirs.fileno(), self._cpu_seconds, limits)
+        self._memory: PixelMemory | None = None
+        self._is_ready = False
+        self.sandbox = ""  # what holds it, once it is ready
+        self.open_readers: set[int] = set()
+        self.num_readers = 0  # that were opened in its life
+        self.is_killed = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.is_killed and self._process.poll() is None
+
+    @property
+    def resident_bytes(self) -> int:
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * mmap.PAGESIZE
+        except OSError:  # it is gone
+            return 0
+
+    def await_ready(self) -> None:
+        """Raises `DecoderStoppedError`."""
+        if self._is_ready:
+            return
+        try:
+            reply = self.receive(START_SECONDS)
+        except TimeoutError:
+            self.fail("did not start")
+        if not reply.HasField("ready"):
+            self.fail("did not start")
+        self.sandbox, self._is_ready = reply.ready.sandbox, True
+
+    def send(self, request: pb.Request, descriptors: tuple[int, ...] = ()) -> None:
+        """Raises `DecoderStoppedError`."""
+        try:
+            self._channel.settimeout(START_SECONDS)
+            socket.send_fds(self._channel, [request.SerializeToString()], descriptors)
+        except OSError:  # a time-out is one
+            self.fail("does not listen")
+
+    def receive(self, seconds: float) -> pb.Reply:
+        """The next reply. Raises `TimeoutError`, `DecoderStoppedError`."""
+        try:
+            self._channel.settimeout(max(seconds, 1e-3))
+            data = self._channel.recv(PACKET_BYTES)  # descriptors that come along are dropped
+        except TimeoutError:
+            raise
+        except OSError:
+            self.fail("is gone")
+        if not data:
+            self.fail("is gone")
+        try:
+            return pb.Reply.FromString(data)
+        except DecodeError:
+            self.fail("sends what is no reply")
+
+    def allow_cpu(self) -> None:
+        """CPU time for one more file: past it the kernel ends the process."""
+        try:
+            most = self._used_cpu_seconds() + self._cpu_seconds
+            hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
+            resource.prlimit(self.pid, resource.RLIMIT_CPU, (most, hard))
+        except OSError:  # it is gone, as who asks it next will see
+            pass
+
+    def _used_cpu_seconds(self) -> int:
+        with open(f"/proc/{self.pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) // os.sysconf("SC_CLK_TCK") + 1
+
+    def pixel_memory(self, frame_bytes: int, num_frames: int) -> tuple[PixelMemory, int, bool]:
+        """Memory, how many frames of that size it takes, and whether the process lacks it yet."""
+        wanted = min(num_frames, MOST_SLOTS, max(1, SLOTS_BYTES // frame_bytes))
+        memory = self._memory
+        is_new = memory is None or memory.num_bytes < wanted * frame_bytes
+        if memory is None or is_new:
+            if memory is not None:
+                memory.close()
+            memory = self._memory = PixelMemory(max(LEAST_MEMORY, wanted * frame_bytes))
+        return memory, min(num_frames, MOST_SLOTS, memory.num_bytes // frame_bytes), is_new
+
+    def fail(self, what: str) -> NoReturn:
+        """Kills the process. Raises `DecoderStoppedError`."""
+        self.kill()
+        raise DecoderStoppedError(f"the decoder {what}")
+
+    def interrupt(self) -> None:
+        """Ends it while another thread uses it, which is to `kill` it then."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """Ends it at once: it keeps nothing that would be missed."""
+        if self.is_killed:
+            return
+        self.is_killed = True
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+        if self._process.stdin:
+            self._process.stdin.close()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+
+def _start(socket_number: int, cpu_seconds: int, limits: MediaLimits) -> subprocess.Popen[bytes]:
+    """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
+    env = {name: text for name, text in os.environ.items() if name.startswith(KEPT_ENVIRONMENT)}
+    given = {
+        "socket": socket_number,
+        "memory-bytes": limits.decoder_memory_bytes,
+        "cpu-seconds": cpu_seconds,
+        "files": limits.max_media_items + FILES_BESIDE,
+    }
+    command = [sys.executable, "-P", "-m", MODULE]
+    return subprocess.Popen(
+        [*command, *(part for name, value in given.items() for part in (f"--{name}", str(value)))],
+        stdin=subprocess.PIPE,  # never written: it ends when this process does
+        stdout=subprocess.DEVNULL,
+        env={**env, **ENVIRONMENT},
+        pass_fds=(socket_number,),
+        start_new_session=True,  # Ctrl-C in a terminal reaches the engine alone
+    )
