@@ -12,16 +12,20 @@ _WHERE = {
     "AsyncLLM": ".engine.async_llm",
     "Client": ".engine.client",
     "Engine": ".engine.engine",
+    "MediaEmbeds": ".engine.media.embeds",
     "RequestOptions": ".scheduler.params",
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
+    "ServerFile": ".engine.client_media",
 }
 
 if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM
     from .engine.client import Client
+    from .engine.client_media import ServerFile
     from .engine.engine import Engine
     from .engine.llm import LLM
+    from .engine.media.embeds import MediaEmbeds
     from .engine.output import RequestOutput
     from .scheduler.params import RequestOptions, SamplingParams
 
@@ -30,9 +34,11 @@ __all__ = [
     "AsyncLLM",
     "Client",
     "Engine",
+    "MediaEmbeds",
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
+    "ServerFile",
     "__version__",
 ]
 

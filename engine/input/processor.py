@@ -70,11 +70,14 @@ class InputProcessor:
         max_unit_temporal_patches: int = 4,
         access: MediaAccess | None = None,
         limits: MediaLimits | None = None,
+        defaults: Mapping[str, MediaOptions] | None = None,
     ) -> None:
-        """`access`: what may be read, by default every local file and no URL."""
+        """`access`: what may be read, by default every local file and no URL. `defaults`: options
+        by kind, "image" and "video", of items that do not say otherwise."""
         vision = model_config.vision
         self.config, self.max_model_len = model_config, max_model_len
         self.limits = limits or MediaLimits()
+        self.defaults = defaults or {"image": MediaOptions(), "video": MediaOptions()}
         self.reader = PromptReader(model_dir, model_config, max_model_len)
         self.tokenizer = self.reader.tokenizer
         self.shape = PatchShape(
@@ -141,7 +144,8 @@ class InputProcessor:
         loader = replace(self.loader, open_reader=open_reader)
         opened = []
         for part in parts:
-            options = MediaOptions.from_part(part.part, part.kind, part.field)
+            own = MediaOptions.from_part(part.part, part.kind, part.field)
+            options = own.over(self.defaults[part.kind].that_suit(part.source))
             field = f"{part.field}.{part.kind}"
             opened.append(loader.open(part.kind, part.source, options, room, field, files))
         return opened
