@@ -13,6 +13,7 @@ AllowMediaDomains = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-media-domains",
+        metavar="HOST",
         help="A host whose http(s) URLs are fetched: example.com, *.example.com for all below it, "
         "or '*' for all. May be repeated. Addresses that are not public are refused in any case. "
         "Default: nothing is fetched.",
@@ -22,6 +23,7 @@ AllowMediaPath = Annotated[
     list[Path] | None,
     typer.Option(
         "--allow-media-path",
+        metavar="FOLDER",
         help="A folder whose files requests may name as file:///..., links followed. May be "
         "repeated. Default: no file of this machine is read.",
     ),
