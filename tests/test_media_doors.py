@@ -98,6 +98,7 @@ NAMES = ("height", "width", "num_frames", "num_tokens", "grid_thw", "frame_indic
 def echo(info: MediaInfo | pb.ResolvedMedia) -> dict[str, Any]:
     """What was used, from either side of the protocol."""
     found = {name: getattr(info, name) for name in (*NAMES, "frame_times")}
+    found["sample_fps"] = found["sample_fps"] or None  # absent is zero in the protocol
     return {k: v if isinstance(v, int | float | None) else tuple(v) for k, v in found.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,12 +14,13 @@ from typing import Any
 from ...scheduler.request import MediaSpan
 from ..config import ModelConfig, PreprocessConfig
 from ..input_error import InputError
+from ..media.embeds import MediaEmbeds
 from ..media.item import MediaItem, PatchShape, UnitContent
 from ..media.limits import MediaLimits
 from ..media.loader import MediaLoader, OpenItem, OpenReader, open_here
 from ..media.options import MediaOptions
 from ..media.room import TokenRoom
-from ..media.source import MediaAccess
+from ..media.source import BYTES, MediaAccess
 from ..media.units import UnitStream
 from .chat import MediaPart
 from .mrope import mrope_positions
@@ -144,11 +146,19 @@ class InputProcessor:
         loader = replace(self.loader, open_reader=open_reader)
         opened = []
         for part in parts:
-            own = MediaOptions.from_part(part.part, part.kind, part.field)
-            options = own.over(self.defaults[part.kind].that_suit(part.source))
+            options = self._options(part)
             field = f"{part.field}.{part.kind}"
             opened.append(loader.open(part.kind, part.source, options, room, field, files))
         return opened
+
+    def _options(self, part: MediaPart) -> MediaOptions:
+        """The item's own, and the server's as far as they suit its source and its own."""
+        own = MediaOptions.from_part(part.part, part.kind, part.field)
+        if isinstance(part.source, MediaEmbeds):
+            return own
+        defaults = self.defaults[part.kind]
+        is_file = isinstance(part.source, BYTES | os.PathLike)
+        return own.over(defaults if is_file else defaults.of_lists())
 
     def _num_at_once(self, media: Sequence[MediaItem]) -> int | None:
         """Units that are made before a request goes on: up to the first of the first video of

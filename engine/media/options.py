@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..input_error import InputError, shown
-from .embeds import MediaEmbeds
 
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 NUMBERS = ("fps", "video_start", "video_end")  # that need not be whole
@@ -74,12 +72,8 @@ class MediaOptions:
                 del merged[high if low in own else low]
         return MediaOptions(**merged)  # type: ignore[arg-type]
 
-    def that_suit(self, source: Any) -> MediaOptions:
-        """A server's defaults, without those that a source of another form knows nothing of."""
-        if isinstance(source, MediaEmbeds):
-            return MediaOptions()
-        if isinstance(source, str | bytes | bytearray | memoryview | os.PathLike):
-            return self
+    def of_lists(self) -> MediaOptions:
+        """A server's defaults, as far as they are of use for frames that are all taken."""
         return replace(self, **dict.fromkeys(OF_FILES))
 
     def _check(self, field: str) -> None:
