@@ -92,7 +92,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.5",
         "tokenizers>=0.21",
-        "pillow>=11",
+        "pillow>=11.1",
         "av>=14",
         "grpcio>=1.62",
         "grpcio-health-checking>=1.62",

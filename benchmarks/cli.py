@@ -14,6 +14,7 @@ import typer
 
 from octavo.engine.cli_errors import user_errors
 
+from .cli_media import media
 from .cli_roofline import roofline
 from .options import (
     EngineOptions,
@@ -27,6 +28,7 @@ from .options import (
 
 bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
 bench_app.command()(roofline)
+bench_app.command()(media)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -33,6 +33,15 @@ def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Soft shapes with a grain, which compress about as photographs do."""
+    rng = np.random.default_rng(seed)
+    shapes = rng.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
+    smooth = Image.fromarray(shapes).resize((width, height), Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 4, (height, width, 1)).astype(np.int16)
+    return Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
+
+
 def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
     """A clip whose frame i has level 8 * i, from 0 again after 255."""
     buffer = io.BytesIO()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..config import PreprocessConfig
 from ..input_error import InputError
+from .arrays import ArrayFile, is_array
 from .frames import LISTED_FPS, FrameList, pad
 from .image import ImageFile
 from .item import MediaItem, PatchShape, UnitContent, make_item, make_unit
@@ -84,9 +85,9 @@ class MediaLoader:
     def _open_video(
         self, source: Any, options: MediaOptions, room: TokenRoom, field: str, files: ExitStack
     ) -> OpenItem:
-        if isinstance(source, Sequence) and not isinstance(source, BYTES):
-            reader: MediaReader = self._frame_list(source, options, field)
-            indices = pad(range(len(source)), FRAME_FACTOR)
+        if is_array(source) or (isinstance(source, Sequence) and not isinstance(source, BYTES)):
+            reader = self._listed(source, options, field)
+            indices = pad(range(reader.header.num_frames), FRAME_FACTOR)
             rate = reader.header.fps
         else:
             reader = files.enter_context(self._reader("video", source, field))
@@ -117,22 +118,28 @@ class MediaLoader:
         count = smart_nframes(options, total, header.fps, self.preprocess, self.limits, field)
         return tuple(frame_indices(count, first, last)), count / total * header.fps
 
-    def _frame_list(self, sources: Sequence[Any], options: MediaOptions, field: str) -> FrameList:
-        if not sources:
-            raise InputError(field, "0 frames; a list has at least one")
-        self.limits.check_frames(len(sources), field)
+    def _listed(self, sources: Any, options: MediaOptions, field: str) -> MediaReader:
+        """A video whose frames are all there: a list of images, or an array."""
         for name in ("nframes", "min_frames", "max_frames", "video_start", "video_end"):
             if getattr(options, name) is not None:
                 raise InputError(
                     field, f"{name} is for video files; frames of a list are taken as they are"
                 )
+        fps = options.fps or LISTED_FPS
+        if is_array(sources):
+            return ArrayFile(sources, "video", self.limits, field, fps)
+        if not sources:
+            raise InputError(field, "0 frames; a list has at least one")
+        self.limits.check_frames(len(sources), field)
 
         def open_image(source: Any, field: str) -> MediaReader:
             return self._reader("image", source, field)
 
-        return FrameList(sources, open_image, options.fps or LISTED_FPS, field)
+        return FrameList(sources, open_image, fps, field)
 
     def _reader(self, kind: str, source: Any, field: str) -> MediaReader:
+        if is_array(source):
+            return ArrayFile(source, kind, self.limits, field)
         file = open_source(source, self.access, self.limits, field)
         try:
             return self.open_reader(kind, file, self.limits, field)

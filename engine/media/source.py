@@ -41,7 +41,8 @@ def open_source(
     if isinstance(source, os.PathLike):
         return _open_file(Path(source), access, limits, field)
     if not isinstance(source, str):
-        raise InputError(field, f"{type(source).__name__} is no path, data URI, bytes or PIL image")
+        text = "is no path, data URI, bytes, PIL image or array"
+        raise InputError(field, f"{type(source).__name__} {text}")
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
         raise InputError(

@@ -1,0 +1,28 @@
+"""`octavo bench media`, the command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from octavo.engine.cli_errors import user_errors
+
+from .options import JsonFile
+
+
+def media(
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Pairs of runs of each row: ours, bare, ours, bare, ...")
+    ] = 9,
+    json_file: JsonFile = None,
+) -> None:
+    """Time images from their bytes to hashed units against bare Pillow, which decodes and resizes
+    to the same size and checks and hashes nothing; then a pool of threads against one."""
+    from . import media_speed as bench
+    from .report import publish
+
+    with user_errors():
+        found = [bench.measure(case, rounds) for case in bench.cases()]
+        rows = {"rows": [row.as_dict() for row in found]}
+        publish([bench.table(found)], rows, {"rounds": rounds}, json_file)

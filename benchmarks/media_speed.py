@@ -1,0 +1,138 @@
+"""How fast items are made ready, against the bare library that decodes them."""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+from rich.table import Table
+
+from octavo.engine.config import PreprocessConfig
+from octavo.engine.media.item import MediaInfo
+from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import MediaLoader
+from octavo.engine.media.options import MediaOptions
+from octavo.engine.media.room import TokenRoom
+from octavo.engine.media.source import MediaAccess
+
+from .media_cases import SHAPE, encoded, photo
+
+SIZES = ((640, 480), (1920, 1080), (4000, 3000))
+SMALL = 448 * 336  # pixels; a JPEG of the largest size is decoded at half of it for this
+AT_LEAST = 0.04  # seconds of a run, by repeating it
+THREADS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two ways to the same pixels; what they return is thrown away."""
+
+    name: str
+    ours: Callable[[], object]
+    bare: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Items a second on one thread, and ratios: medians over pairs of runs, one after the other."""
+
+    name: str
+    ours: float
+    bare: float
+    times_bare: float  # our time as a multiple of the bare one
+    num_threads: int
+    pool: float  # what that many threads make in the time in which one makes 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prepare(kind: str, data: bytes, options: MediaOptions) -> MediaInfo:
+    """Our whole way: bytes, reader, size, pixels, hashes of units."""
+    loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(roots=()), MediaLimits())
+    room = TokenRoom(128_000, 0, 1, SHAPE.factor)
+    with ExitStack() as files:
+        opened = loader.open(kind, data, options, room, kind, files)
+        for _ in loader.units([opened], files.pop_all()):
+            pass
+    return opened.item.info
+
+
+def bare_image(data: bytes, height: int, width: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def image_case(name: str, data: bytes, max_pixels: int | None = None) -> Case:
+    options = MediaOptions(max_pixels=max_pixels)
+    info = prepare("image", data, options)
+    return Case(
+        f"{name} → {info.width}×{info.height}",
+        lambda: prepare("image", data, options),
+        lambda: bare_image(data, info.height, info.width),
+    )
+
+
+def cases() -> Iterator[Case]:
+    for width, height in SIZES:
+        image = photo(width, height)
+        jpeg = encoded(image, "JPEG", quality=90)
+        yield image_case(f"JPEG {width}×{height}", jpeg)
+        yield image_case(f"PNG {width}×{height}", encoded(image, "PNG", compress_level=1))
+        if (width, height) == SIZES[-1]:
+            yield image_case(f"JPEG {width}×{height}", jpeg, SMALL)
+
+
+def measure(case: Case, rounds: int) -> Speed:
+    """Ours and bare in turn, then one thread and `THREADS` of them in turn."""
+    repeats = max(1, round(AT_LEAST / seconds(case.bare, 1)))
+    pairs = [(seconds(case.ours, repeats), seconds(case.bare, repeats)) for _ in range(rounds)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        both = [
+            (seconds(case.ours, repeats * THREADS), _pooled(pool, case.ours, repeats))
+            for _ in range(rounds)
+        ]
+    return Speed(
+        case.name,
+        ours=repeats / statistics.median(ours for ours, _ in pairs),
+        bare=repeats / statistics.median(bare for _, bare in pairs),
+        times_bare=statistics.median(ours / bare for ours, bare in pairs),
+        num_threads=THREADS,
+        pool=statistics.median(one / many for one, many in both),
+    )
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return time.perf_counter() - begin
+
+
+def _pooled(pool: ThreadPoolExecutor, work: Callable[[], object], repeats: int) -> float:
+    """Seconds in which each of `THREADS` threads does the work `repeats` times."""
+    begin = time.perf_counter()
+    for done in [pool.submit(work) for _ in range(repeats * THREADS)]:
+        done.result()
+    return time.perf_counter() - begin
+
+
+def table(found: list[Speed]) -> Table:
+    found_threads = found[0].num_threads if found else THREADS
+    title = f"Items a second, on one thread; {found_threads} threads against one"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("item")
+    for column in ("ours", "bare", "our time / bare", f"{found_threads} threads"):
+        shown.add_column(column, justify="right")
+    for row in found:
+        numbers = (f"{row.ours:.1f}", f"{row.bare:.1f}", f"{row.times_bare:.2f}", f"{row.pool:.2f}")
+        shown.add_row(row.name, *numbers)
+    return shown

@@ -1,0 +1,53 @@
+"""`octavo bench media`: its two sides make the same pixels, and its figures are what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from octavo.benchmarks import media_speed
+from octavo.benchmarks.cli import bench_app
+from octavo.benchmarks.media_cases import encoded, load, photo
+from octavo.benchmarks.media_fuzz import FORMS, broken_files
+from octavo.benchmarks.media_speed import bare_image, image_case, measure
+
+
+def test_both_sides_make_the_same_pixels() -> None:
+    data = encoded(photo(200, 150), "JPEG", quality=90)
+    item, pixels = load("image", data)
+    bare = bare_image(data, item.info.height, item.info.width)
+    np.testing.assert_array_equal(pixels[0], np.asarray(bare))
+
+
+def test_a_row_is_a_ratio_of_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each of ours takes three seconds, each of the bare two."""
+    now = [0.0]
+    monkeypatch.setattr(media_speed.time, "perf_counter", lambda: now[0])
+
+    def takes(duration: float) -> None:
+        now[0] += duration
+
+    case = media_speed.Case("it", ours=lambda: takes(3.0), bare=lambda: takes(2.0))
+    found = measure(case, 3)
+    assert (found.ours, found.bare, found.times_bare) == (1 / 3, 1 / 2, 1.5)
+    assert found.pool == 1.0  # the clock knows no threads
+
+
+def test_the_command_writes_a_row_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(photo(64, 48), "JPEG")
+    monkeypatch.setattr(media_speed, "cases", lambda: iter([image_case("small", data)]))
+    monkeypatch.setattr(media_speed, "AT_LEAST", 0.001)
+    path = tmp_path / "found.json"
+    done = CliRunner().invoke(bench_app, ["media", "--rounds", "1", "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["name"] == "small → 56×56" and row["times_bare"] > 0 and row["pool"] > 0
+
+
+def test_damaged_files_are_of_every_form_and_the_same_for_a_seed() -> None:
+    once = list(broken_files(3, 2 * len(FORMS)))
+    assert once == list(broken_files(3, 2 * len(FORMS)))
+    assert once != list(broken_files(4, 2 * len(FORMS)))
+    assert [form for form, _ in once] == list(FORMS) * 2
