@@ -100,6 +100,7 @@ setup(
         "jinja2>=3.1",
         "typer>=0.15",
         "rich>=13",
+        "urllib3>=2.6,<3",
     ],
     extras_require={
         "test": TEST,

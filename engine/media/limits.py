@@ -18,6 +18,7 @@ class MediaLimits:
     max_video_frames: int = 2048  # taken of one video file, or given as a list
     max_video_seconds: int = 3 * 3600  # that a video file lasts
     max_media_items: int = 256  # images and videos of one request
+    fetch_timeout_s: int = 60  # to fetch one URL: names, redirects, connection and all its bytes
     media_timeout_s: int = 600  # to make one item ready, from its first byte on
 
     def refuse(self, name: str, field: str, found: str) -> NoReturn:

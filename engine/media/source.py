@@ -1,10 +1,13 @@
-"""Where an item's bytes come from: a path, `file://`, a data URI, bytes."""
+"""Where an item's bytes come from: a path, `file://`, a URL, a data URI, bytes."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
+import re
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,18 +15,50 @@ from urllib.parse import unquote
 
 from PIL import Image
 
+from ..config_error import ConfigError
 from ..input_error import InputError, shown
+from .fetch import fetch
 from .limits import MediaLimits
+from .urls import is_address, read_host
 
 BYTES = str | bytes | bytearray | memoryview  # sequences that are no lists of frames
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 
 
 @dataclass(frozen=True)
 class MediaAccess:
     """Which places a source may name, as who runs the engine has it."""
 
-    roots: tuple[Path, ...] | None = None  # folders of files that may be read; None: all files
-    domains: tuple[str, ...] = ()  # of URLs that may be fetched; "*": all
+    roots: tuple[Path, ...] | None = None  # folders of files that may be read, without links in
+    # their paths; None: all files
+    domains: tuple[str, ...] = ()  # of URLs that may be fetched, as `is_allowed` reads them
+
+
+def media_access(paths: Sequence[str | Path], domains: Sequence[str], local: bool) -> MediaAccess:
+    """Of --allow-media-path and --allow-media-domains. Raises `ConfigError`.
+
+    `local`: callers are who runs the engine and may read all files, unless `paths` says less.
+    """
+    for path in paths:
+        if not Path(path).is_dir():
+            raise ConfigError(f"--allow-media-path {shown(str(path))}: is no folder")
+    roots = None if local and not paths else tuple(Path(os.path.realpath(path)) for path in paths)
+    return MediaAccess(roots, tuple(_read_domain(domain) for domain in domains))
+
+
+def _read_domain(domain: str) -> str:
+    host = domain.strip().lower()
+    if host == "*":
+        return host
+    below = host.startswith("*.")
+    bare = f"[{host}]" if host.count(":") > 1 and "[" not in host else host[2 * below :]
+    read = read_host(bare)
+    if read is None or (below and is_address(read)):
+        raise ConfigError(
+            f"--allow-media-domains {shown(domain)}: give a host (example.com), *.example.com for "
+            "all below it, or * for all; no https://, port or path"
+        )
+    return "*." * below + read
 
 
 def open_source(
@@ -39,21 +74,22 @@ def open_source(
         limits.check_bytes(len(source), field)
         return io.BytesIO(source)
     if isinstance(source, os.PathLike):
-        return _open_file(Path(source), access, limits, field)
+        return _open_file(os.fsdecode(source), access, limits, field)
     if not isinstance(source, str):
         text = "is no path, data URI, bytes, PIL image or array"
         raise InputError(field, f"{type(source).__name__} {text}")
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
-        raise InputError(
-            field,
-            f"{shown(source)}: URLs are not fetched; they come with --allow-media-domains in a "
-            "later version. Send the bytes, or a data URI",
-        )
+        return fetch(source, access.domains, limits, field)
     if scheme.startswith("data:"):
         return io.BytesIO(_read_data_uri(source, limits, field))
-    path = unquote(source[7:]) if scheme.startswith("file://") else source
-    return _open_file(Path(path), access, limits, field)
+    if scheme.startswith("file://"):
+        rest = source[7:]
+        source = unquote(rest[9:] if rest.startswith("localhost/") else rest)
+    elif _SCHEME.match(source):
+        text = "of URLs, only http://, https://, file:// and data: are read"
+        raise InputError(field, f"{shown(source.partition(':')[0])}: {text}")
+    return _open_file(source, access, limits, field)
 
 
 def _read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
@@ -70,19 +106,52 @@ def _read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
     return data
 
 
-def _open_file(path: Path, access: MediaAccess, limits: MediaLimits, field: str) -> BinaryIO:
-    if access.roots is not None:
+def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) -> BinaryIO:
+    """A regular file that the caller may read."""
+    if access.roots == ():
         raise InputError(
-            field, "this server reads no files of its own; send the bytes (octavo.Client does)"
+            field,
+            "this server reads no files of its own (--allow-media-path names folders it may read); "
+            "send the bytes (octavo.Client does)",
         )
     try:
-        file = path.open("rb")
+        # A first look, so that what is elsewhere is neither opened nor told of.
+        _check_place(path, path, access, field)
+        # Nothing waits for a FIFO's other end, or becomes the process' terminal.
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(field, f"{shown(str(path))}: {reason}") from None
+        raise InputError(field, f"{shown(path)}: {reason}") from None
     try:
-        limits.check_bytes(os.fstat(file.fileno()).st_size, f"{field}: {shown(str(path))}")
-    except InputError:
-        file.close()
+        _check_file(number, path, access, limits, field)
+        return open(number, "rb")
+    except BaseException:
+        os.close(number)
         raise
-    return file
+
+
+def _check_file(
+    number: int, path: str, access: MediaAccess, limits: MediaLimits, field: str
+) -> None:
+    """An open file: what it is, and where, whatever the path leads to by now."""
+    state = os.fstat(number)
+    if not stat.S_ISREG(state.st_mode):
+        kind = "a directory" if stat.S_ISDIR(state.st_mode) else "no regular file"
+        raise InputError(field, f"{shown(path)}: is {kind}; give an image's or a video's file")
+    _check_place(f"/proc/self/fd/{number}", path, access, field)
+    limits.check_bytes(state.st_size, f"{field}: {shown(path)}")
+
+
+def _check_place(place: str, path: str, access: MediaAccess, field: str) -> None:
+    """Refuses what is under no root once links are followed. (Without /proc, that is all.)"""
+    if access.roots is None:
+        return
+    real = Path(os.path.realpath(place))
+    if not any(real.is_relative_to(root) for root in access.roots):
+        raise InputError(
+            field,
+            f"{shown(path)}: is not in a folder that this server may read (--allow-media-path); "
+            "send the bytes (octavo.Client does)",
+        )
