@@ -19,7 +19,7 @@ from octavo.engine.media.reader import Pixels
 from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.source import MediaAccess
 
-SHAPE = PatchShape(14, 2, 2, 4)  # the real models'
+SHAPE = PatchShape(14, 2, 2, 4, 1536)  # the 2B's
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:

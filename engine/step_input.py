@@ -122,17 +122,22 @@ def _encode_tasks(
     pixels: Mapping[str, Mapping[UnitKey, UnitContent]],
     num_ranks: int,
 ) -> tuple[EncodeTask, ...]:
-    """Deals the units out by patch count: the largest first, each to the rank with least to do."""
+    """Deals the units out by patch count: the largest first, each to the rank with least to do.
+    One that comes as an embedding is no work."""
+    sources = [pixels[plan.request_id][plan.unit.key] for plan in encode]
+    patches = [
+        plan.unit.num_patches if source.embeds is None else 0
+        for plan, source in zip(encode, sources, strict=True)
+    ]
     load = [0] * num_ranks
     ranks: dict[int, int] = {}
-    for i in sorted(range(len(encode)), key=lambda i: -encode[i].unit.num_patches):
+    for i in sorted(range(len(encode)), key=lambda i: -patches[i]):
         ranks[i] = load.index(min(load))
-        load[ranks[i]] += encode[i].unit.num_patches
-    tasks = []
-    for i, plan in enumerate(encode):
-        source = pixels[plan.request_id][plan.unit.key]
-        tasks.append(EncodeTask(plan.unit.key, source.grid_thw, ranks[i], source.pixels))
-    return tuple(tasks)
+        load[ranks[i]] += patches[i]
+    return tuple(
+        EncodeTask(plan.unit.key, source.grid_thw, ranks[i], source.pixels, source.embeds)
+        for i, (plan, source) in enumerate(zip(encode, sources, strict=True))
+    )
 
 
 def _embedding_slices(bounds: Sequence[Bounds]) -> tuple[EmbeddingSlice, ...]:

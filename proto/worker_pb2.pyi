@@ -146,18 +146,20 @@ class Unit(_message.Message):
     def __init__(self, media_hash: _Optional[bytes] = ..., index: _Optional[int] = ...) -> None: ...
 
 class Encode(_message.Message):
-    __slots__ = ("unit", "grid_thw", "rank", "shape", "pixels")
+    __slots__ = ("unit", "grid_thw", "rank", "shape", "pixels", "embeds")
     UNIT_FIELD_NUMBER: _ClassVar[int]
     GRID_THW_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDS_FIELD_NUMBER: _ClassVar[int]
     unit: Unit
     grid_thw: _containers.RepeatedScalarFieldContainer[int]
     rank: int
     shape: _containers.RepeatedScalarFieldContainer[int]
     pixels: bytes
-    def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., grid_thw: _Optional[_Iterable[int]] = ..., rank: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., pixels: _Optional[bytes] = ...) -> None: ...
+    embeds: bytes
+    def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., grid_thw: _Optional[_Iterable[int]] = ..., rank: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., pixels: _Optional[bytes] = ..., embeds: _Optional[bytes] = ...) -> None: ...
 
 class Embedding(_message.Message):
     __slots__ = ("unit", "start", "num_tokens", "dest", "row")

@@ -11,6 +11,7 @@ from octavo.engine.media.item import UnitContent
 from octavo.engine.runner.batch import InputBatch
 from octavo.engine.sampling_slots import SamplingSlots
 from octavo.engine.step_input import build_batch
+from octavo.engine.worker.bound import work_of
 from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import MediaSpan, Request, UnitKey
 from octavo.scheduler.step import EncodePlan, StepPlan
@@ -102,6 +103,21 @@ def test_units_are_dealt_out_by_patches() -> None:
         assert task.key == unit.key
         load[task.rank] += unit.num_patches
     assert load == [32, 32]  # 24 + 8 against 16 + 16
+
+
+def test_units_that_come_as_embeddings_are_no_work() -> None:
+    request, units = make_request()
+    image, *video = (unit.key for unit in request.units)
+    embeds = np.ones((6, 8), np.float32)
+    units[image] = UnitContent(image[0], (1, 4, 6), None, embeds)
+    encode = tuple(EncodePlan(unit, "a") for unit in request.units)
+    batch = build(plan_for(request, 0, 30, encode=encode), request, units, 2)
+    first, *others = batch.encode
+    assert first.pixels is None and first.embeds is embeds
+    assert [task.key for task in others] == video
+    assert [task.rank for task in others] == [0, 1, 0]  # the image's 24 patches weigh nothing
+    as_pixels = build(plan_for(request, 0, 30, encode=encode), request, make_request()[1], 2)
+    assert work_of(as_pixels) - work_of(batch) == 24
 
 
 def test_seen_tokens_travel_for_a_penalty_alone() -> None:

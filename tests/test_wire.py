@@ -76,6 +76,23 @@ def test_pixels_go_to_the_rank_that_encodes_alone() -> None:
     assert wire.unpack_step(first).encode[0].pixels is None
 
 
+def test_embeddings_go_to_one_rank_alone() -> None:
+    """Bit by bit; the others get it from that one, as they get what the tower makes."""
+    key, grid = (b"h" * 32, 1), (1, 4, 6)
+    numbers = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+    for embeds in (numbers[6:], np.asfortranarray(numbers)[:6]):
+        task = EncodeTask(key, grid, 1, None, embeds)
+        batch = dataclasses.replace(make_batch(), encode=(task,))
+        requests = wire.pack_steps(batch, epoch=1, step_id=1, previous_step_id=0, num_ranks=2)
+        first, second = (type(r).FromString(r.SerializeToString()) for r in requests)
+        assert_same(batch, wire.unpack_step(second))
+        assert first.encode[0].ByteSize() < 64
+        assert wire.unpack_step(first).encode == (EncodeTask(key, grid, 1, None),)
+        second.encode[0].embeds = second.encode[0].embeds[:-4]
+        with pytest.raises(wire.WireError):
+            wire.unpack_step(second)
+
+
 def test_a_result_comes_out_as_it_went_in() -> None:
     result = BatchResult(np.array([5, -1], np.int32), ((b"x" * 32, 2),), ((1, "bad row"),))
     assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))

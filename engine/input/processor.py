@@ -87,6 +87,7 @@ class InputProcessor:
             vision.temporal_patch_size,
             vision.spatial_merge_size,
             max_unit_temporal_patches,
+            vision.hidden_size,
         )
         self.loader = MediaLoader(preprocess, self.shape, access or MediaAccess(), self.limits)
 

@@ -7,20 +7,23 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .reader import Pixels
 
 Grid = tuple[int, int, int]
+Embeds = npt.NDArray[np.float32]  # [num_tokens, hidden_size]
 
 
 @dataclass(frozen=True)
 class PatchShape:
-    """How pixels are cut: into patches, encode units and tokens."""
+    """How pixels are cut: into patches, encode units and tokens; and what a token becomes."""
 
     patch_size: int  # pixels of a patch's side
     temporal_patch_size: int  # frames of a patch
     merge_size: int  # patches of a token's side
     max_unit_temporal_patches: int  # temporal patches of an encode unit, at most
+    hidden_size: int  # numbers of a token's embedding
 
     @property
     def factor(self) -> int:
@@ -73,11 +76,12 @@ class MediaItem:
 
 @dataclass(frozen=True, eq=False)
 class UnitContent:
-    """What an encode unit's embedding is made of."""
+    """What an encode unit's embedding is made of: pixels, or itself as a caller brought it."""
 
     media_hash: bytes
     grid_thw: Grid
-    pixels: Pixels  # uint8 [frames, height, width, 3]; an image has one frame
+    pixels: Pixels | None  # uint8 [frames, height, width, 3]; an image has one frame
+    embeds: Embeds | None = None  # where there are no pixels
 
 
 def make_item(
@@ -112,15 +116,31 @@ def make_unit(kind: str, pixels: Pixels, shape: PatchShape) -> UnitContent:
     return UnitContent(media_hash(kind, pixels), shape.grid(*pixels.shape[:3]), pixels)
 
 
+def make_embeds_unit(kind: str, embeds: Embeds, grid: Grid) -> UnitContent:
+    """A unit of embeddings [num_tokens, hidden_size] over a grid of patches."""
+    return UnitContent(embeds_hash(kind, embeds, grid), grid, None, embeds)
+
+
 def media_hash(kind: str, pixels: Pixels) -> bytes:
     """SHA-256 of a unit's canonical pixels, tagged and with every part's length.
 
     The resized pixels carry all that options did; so equal units of different options are one.
     """
-    digest = hashlib.sha256(b"octavo.media.v1")
-    for part in (kind.encode(), repr(pixels.shape).encode()):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    digest.update(pixels.nbytes.to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(pixels).data)
+    return _hash(b"octavo.media.v1", (kind, repr(pixels.shape)), pixels)
+
+
+def embeds_hash(kind: str, embeds: Embeds, grid: Grid) -> bytes:
+    """The same of embeddings as little-endian float32: never the hash of any pixels, since nobody
+    knows whether they are what the tower makes of those."""
+    numbers = embeds.astype("<f4", copy=False)
+    return _hash(b"octavo.embeds.v1", (kind, repr(embeds.shape), repr(grid)), numbers)
+
+
+def _hash(tag: bytes, parts: tuple[str, ...], content: npt.NDArray) -> bytes:
+    digest = hashlib.sha256(tag)
+    for part in parts:
+        digest.update(len(part.encode()).to_bytes(8, "little"))
+        digest.update(part.encode())
+    digest.update(content.nbytes.to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(content).data)
     return digest.digest()

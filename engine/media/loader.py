@@ -14,9 +14,19 @@ from PIL import Image
 from ..config import PreprocessConfig
 from ..input_error import InputError
 from .arrays import ArrayFile, is_array
+from .embeds import MediaEmbeds, check_options, check_values, read_grid, read_values
 from .frames import LISTED_FPS, FrameList, pad
 from .image import ImageFile
-from .item import MediaItem, PatchShape, UnitContent, make_item, make_unit
+from .item import (
+    Embeds,
+    MediaInfo,
+    MediaItem,
+    PatchShape,
+    UnitContent,
+    make_embeds_unit,
+    make_item,
+    make_unit,
+)
 from .limits import MediaLimits
 from .options import MediaOptions
 from .reader import MediaReader, Pixels
@@ -47,7 +57,7 @@ class OpenItem:
     """An item that was chosen and not yet decoded."""
 
     item: MediaItem
-    reader: MediaReader
+    reader: MediaReader | Embeds  # what its units are made of
     field: str
 
 
@@ -69,6 +79,8 @@ class MediaLoader:
         files: ExitStack,
     ) -> OpenItem:
         """Chooses size and frames. What it opens is closed with `files`. Raises `InputError`."""
+        if isinstance(source, MediaEmbeds):
+            return self._open_embeds(kind, source, options, room, field)
         if kind == "image":
             return self._open_image(source, options, room, field, files)
         return self._open_video(source, options, room, field, files)
@@ -107,6 +119,19 @@ class MediaLoader:
         times = tuple(reader.times(indices))
         item = make_item("video", count, *size, self.shape, indices, times, rate)
         return OpenItem(item, reader, field)
+
+    def _open_embeds(
+        self, kind: str, source: MediaEmbeds, options: MediaOptions, room: TokenRoom, field: str
+    ) -> OpenItem:
+        """Embeddings are copied here, so that what is wrong with them is told at once."""
+        shape, patch = self.shape, self.shape.patch_size
+        check_options(options, field)
+        grid = read_grid(source, kind, shape, self.limits, field)
+        check_values(source, grid, shape, self.limits, field)
+        count = 1 if kind == "image" else grid[0] * shape.temporal_patch_size
+        item = make_item(kind, count, grid[1] * patch, grid[2] * patch, shape)
+        room.take_embeds(item.num_tokens, field)
+        return OpenItem(item, read_values(source, field), field)
 
     def _choose(
         self, reader: MediaReader, options: MediaOptions, field: str
@@ -158,7 +183,10 @@ class MediaLoader:
 
     def _units(self, opened: OpenItem) -> Iterator[UnitContent]:
         info = opened.item.info
-        frames = _all_frames(opened)
+        if isinstance(opened.reader, np.ndarray):
+            yield from self._embeds_units(info, opened.reader)
+            return
+        frames = _all_frames(opened, opened.reader)
         size = 1 if info.kind == "image" else self.shape.unit_frames
         for first in range(0, info.num_frames, size):
             count = min(size, info.num_frames - first)
@@ -167,8 +195,17 @@ class MediaLoader:
                 pixels[index] = frame
             yield make_unit(info.kind, pixels, self.shape)
 
+    def _embeds_units(self, info: MediaInfo, embeds: Embeds) -> Iterator[UnitContent]:
+        """Cut as pixels are: frame by frame, so many temporal patches each."""
+        depth, height, width = info.grid_thw
+        tokens, size = len(embeds) // depth, self.shape.max_unit_temporal_patches
+        for first in range(0, depth, size):
+            last = min(first + size, depth)
+            part = embeds[first * tokens : last * tokens]
+            yield make_embeds_unit(info.kind, part, (last - first, height, width))
 
-def _all_frames(opened: OpenItem) -> Iterator[Pixels]:
+
+def _all_frames(opened: OpenItem, reader: MediaReader) -> Iterator[Pixels]:
     """As many frames as were chosen: the last one again where a list is odd or a file lacks some.
 
     Raises `InputError` for a file that lacks many.
@@ -177,7 +214,7 @@ def _all_frames(opened: OpenItem) -> Iterator[Pixels]:
     wanted = list(dict.fromkeys(info.frame_indices)) or [0]
     lacking = len(wanted)
     last = None
-    for frame in opened.reader.frames(wanted, info.height, info.width):
+    for frame in reader.frames(wanted, info.height, info.width):
         last, lacking = frame.pixels, lacking - 1
         yield last
     if last is None or lacking > len(wanted) * MOST_LACKING:

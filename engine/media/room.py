@@ -52,6 +52,18 @@ class TokenRoom:
             advice = self._advice("video", pixels, options)
         self._take(height, width, num_frames // 2, field, advice)
 
+    def take_embeds(self, num_tokens: int, field: str) -> None:
+        """The same for an item that comes as embeddings."""
+        left = self.total - self.taken
+        if num_tokens > left:
+            raise InputError(
+                field,
+                f"{num_tokens} tokens of embeddings, and {left} are left of "
+                f"max_model_len={self.max_model_len}; make them of fewer pixels, or raise "
+                "max_model_len",
+            )
+        self.taken += num_tokens
+
     def _take(self, height: int, width: int, depth: int, field: str, advice: str) -> None:
         num_tokens = height * width // self.factor**2 * depth
         left = self.total - self.taken

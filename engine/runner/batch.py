@@ -23,13 +23,15 @@ class EncodeTask:
     """A unit to encode: uint8 RGB frames [t, height, width, 3], already resized.
 
     An image has t = 1 and is seen twice by its temporal patch; a video unit has
-    t = temporal_patch_size × temporal patches.
+    t = temporal_patch_size × temporal patches. Or a unit whose embedding a caller brought, which is
+    kept as it is.
     """
 
     key: UnitKey
     grid_thw: tuple[int, int, int]  # of the unit, in patches
-    rank: int  # who encodes it
+    rank: int  # who encodes it, or has its embedding
     pixels: UInt8 | None  # None on the other ranks
+    embeds: Float32 | None = None  # [num_tokens, hidden_size] in place of pixels
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ class ModelRunner:
                 continue
             counts = [self._num_tokens(task) for task in units]
             if rank == self.parallel.rank:
-                joined = self._encode_units(units)
+                joined = self._embed_units(units)
             else:
                 shape = (sum(counts), self.config.hidden_size)
                 joined = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -188,6 +188,22 @@ class ModelRunner:
             for task, part in zip(units, joined.split(counts), strict=True):
                 # a part alone must not keep the memory of all
                 self.embeddings[task.key] = part.clone() if len(units) > 1 else part
+
+    def _embed_units(self, units: list[EncodeTask]) -> torch.Tensor:
+        """The units' embeddings in order: the tower's, or what a caller brought."""
+        seen = [task for task in units if task.embeds is None]
+        if len(seen) == len(units):
+            return self._encode_units(units)
+        counts = [self._num_tokens(task) for task in seen]
+        left = iter(self._encode_units(seen).split(counts) if seen else ())
+        return torch.cat([self._brought(t) if t.embeds is not None else next(left) for t in units])
+
+    def _brought(self, task: EncodeTask) -> torch.Tensor:
+        """An embedding from outside, in the model's dtype; NaN where it does not fit its grid."""
+        shape = (self._num_tokens(task), self.config.hidden_size)
+        if task.embeds is None or task.embeds.shape != shape:
+            return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+        return self._to_device(task.embeds).to(self.dtype)
 
     def _encode_units(self, units: list[EncodeTask]) -> torch.Tensor:
         """On a CPU few patches go through the tower at a time: what lies between two products of

@@ -27,5 +27,5 @@ class StepBound:
 
 def work_of(batch: InputBatch) -> float:
     """Tokens computed, patches encoded, and tokens read."""
-    patches = sum(math.prod(task.grid_thw) for task in batch.encode)
+    patches = sum(math.prod(task.grid_thw) for task in batch.encode if task.embeds is None)
     return 1 + batch.token_ids.size + patches + int(batch.context_lens.sum()) / 64

@@ -18,6 +18,7 @@ from ..runner.batch import (
     BatchResult,
     EmbeddingSlice,
     EncodeTask,
+    Float32,
     InputBatch,
     Int32,
     SamplingBatch,
@@ -88,14 +89,16 @@ def _pack_sampling(sampling: SamplingBatch) -> pb.Sampling:
 
 
 def _pack_encode(task: EncodeTask, rank: int) -> pb.Encode:
-    mine = task.pixels is not None and task.rank == rank
-    return pb.Encode(
-        unit=_pack_key(task.key),
-        grid_thw=task.grid_thw,
-        rank=task.rank,
-        shape=task.pixels.shape[:3] if mine and task.pixels is not None else (),
-        pixels=task.pixels.tobytes() if mine and task.pixels is not None else b"",
-    )
+    packed = pb.Encode(unit=_pack_key(task.key), grid_thw=task.grid_thw, rank=task.rank)
+    if task.rank != rank:
+        return packed
+    if task.pixels is not None:
+        packed.shape.extend(task.pixels.shape[:3])
+        packed.pixels = task.pixels.tobytes()
+    if task.embeds is not None:
+        packed.shape.extend(task.embeds.shape)
+        packed.embeds = task.embeds.tobytes()
+    return packed
 
 
 def _pack_key(key: UnitKey) -> pb.Unit:
@@ -148,10 +151,13 @@ def _unpack_sampling(sampling: pb.Sampling) -> SamplingBatch:
 
 def _unpack_encode(task: pb.Encode) -> EncodeTask:
     pixels: UInt8 | None = None
+    embeds: Float32 | None = None
     if task.pixels:
         pixels = _array(task.pixels, np.dtype("u1"), *task.shape, 3)
+    if task.embeds:
+        embeds = _array(task.embeds, FLOAT32, *task.shape)
     frames, height, width = task.grid_thw
-    return EncodeTask(_unpack_key(task.unit), (frames, height, width), task.rank, pixels)
+    return EncodeTask(_unpack_key(task.unit), (frames, height, width), task.rank, pixels, embeds)
 
 
 def _unpack_key(unit: pb.Unit) -> UnitKey:
