@@ -18,6 +18,7 @@ from .cli_errors import user_errors
 from .cli_media import (
     AllowMediaDomains,
     AllowMediaPath,
+    FetchTimeout,
     ImageOption,
     MaxMediaBytes,
     MaxMediaItems,
@@ -122,6 +123,7 @@ def serve(
     max_video_frames: MaxVideoFrames = MediaLimits.max_video_frames,
     max_video_seconds: MaxVideoSeconds = MediaLimits.max_video_seconds,
     max_media_items: MaxMediaItems = MediaLimits.max_media_items,
+    fetch_timeout_s: FetchTimeout = MediaLimits.fetch_timeout_s,
     media_timeout_s: MediaTimeout = MediaLimits.media_timeout_s,
     trace_file: TraceFile = None,
     hub: Hub = "huggingface",

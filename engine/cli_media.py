@@ -61,6 +61,9 @@ MaxVideoSeconds = Annotated[int, typer.Option(help="Limit of media: seconds that
 MaxMediaItems = Annotated[
     int, typer.Option(help="Limit of media: images and videos of one request.")
 ]
+FetchTimeout = Annotated[
+    int, typer.Option("--fetch-timeout-s", help="Limit of media: seconds to fetch a URL.")
+]
 MediaTimeout = Annotated[
     int, typer.Option("--media-timeout-s", help="Limit of media: seconds to make an item ready.")
 ]

@@ -238,6 +238,7 @@ class EngineConfig:
     max_video_frames: int = MediaLimits.max_video_frames
     max_video_seconds: int = MediaLimits.max_video_seconds
     max_media_items: int = MediaLimits.max_media_items
+    fetch_timeout_s: int = MediaLimits.fetch_timeout_s
     media_timeout_s: int = MediaLimits.media_timeout_s
     trace_file: Path | None = None  # record each step there, for `octavo trace draw`
 

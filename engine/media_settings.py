@@ -11,7 +11,7 @@ from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig
 from .input_error import InputError
 from .media.limits import MediaLimits
 from .media.options import MediaOptions
-from .media.source import MediaAccess
+from .media.source import MediaAccess, media_access
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,5 @@ def _read_access(config: EngineConfig) -> MediaAccess:
     paths: Any = config.allowed_media_paths
     domains: Any = config.allowed_media_domains
     paths = (paths,) if isinstance(paths, str | Path) else paths
-    domains = (domains,) if isinstance(domains, str) else tuple(domains)
-    roots = None if paths is None else tuple(Path(path) for path in paths)
-    return MediaAccess(roots, domains)
+    domains = (domains,) if isinstance(domains, str) else domains
+    return media_access(tuple(paths or ()), tuple(domains), local=paths is None)

@@ -202,16 +202,14 @@ def test_every_source_of_a_video_through_every_door(doors: list[Door], files: Pa
             assert door(video(source, fps=2)) == expected, source
 
 
-def test_a_list_of_frames_of_any_source_through_every_door(
-    doors: list[Door], tmp_path: Path
-) -> None:
+def test_a_list_of_frames_of_any_source_through_every_door(doors: list[Door], files: Path) -> None:
     pictures = [noise(56, 56, seed) for seed in range(5)]
-    pictures[3].save(tmp_path / "3.png")
+    pictures[3].save(files / "3.png")
     mixed = [
         pictures[0],
         encoded(pictures[1]),
         data_uri(encoded(pictures[2]), "image/png"),
-        tmp_path / "3.png",
+        files / "3.png",
         np.asarray(pictures[4]),
     ]
     whole = np.stack([np.asarray(picture) for picture in pictures])
@@ -245,6 +243,21 @@ def test_the_protocol_s_forms(served: Served, llm: octavo.LLM, files: Path) -> N
     picture = encoded(noise(84, 56))
     item = pb.MediaItem(kind=pb.MEDIA_KIND_IMAGE, data=picture, options=options)
     assert through_proto(served, item) == through_llm(llm, image(picture))
+
+
+def test_embeddings_through_every_door(doors: list[Door], served: Served) -> None:
+    values = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    still = {"type": "image", "image": octavo.MediaEmbeds(values, (1, 4, 6))}
+    moving = {"type": "video", "video": octavo.MediaEmbeds(torch.from_numpy(values), (3, 4, 2))}
+    for part, size in ((still, (56, 84)), (moving, (56, 28))):
+        answers = [door(part) for door in doors]
+        assert answers[1:] == answers[:1] * 2
+        assert (answers[0][1][0]["height"], answers[0][1][0]["width"]) == size
+    assert doors[0](still)[0] != doors[0](moving)[0]
+    item = embeddings(values.tobytes(), "float32", (6, 64), (1, 4, 6))
+    assert through_proto(served, item) == doors[0](still)
+    wrong = embeddings(values.tobytes(), "float32", (3, 128), (1, 4, 6))
+    assert "64 numbers a token" in refused(served, wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -335,7 +348,7 @@ IMAGE_OPTIONS: list[dict[str, Any]] = [
 ]
 VIDEO_OPTIONS: list[dict[str, Any]] = [
     {"min_pixels": 6272},
-    {"max_pixels": 3136},
+    {"min_pixels": None, "max_pixels": 1568},
     {"resized_height": 56, "resized_width": 140, **dict.fromkeys(SIZES)},
     {"fps": 5},
     {"nframes": 10},
@@ -350,7 +363,7 @@ VIDEO_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     "options",
-    [*(("image", o) for o in IMAGE_OPTIONS), *(("video", o) for o in VIDEO_OPTIONS)],
+    [("image", o) for o in IMAGE_OPTIONS] + [("video", o) for o in VIDEO_OPTIONS],
     ids=str,
 )
 def test_L09_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
@@ -488,17 +501,27 @@ def test_the_command_line(llm: octavo.LLM, served: Served, checkpoint: Path, fil
     params = replace(PARAMS, ignore_eos=None)
     path, clip = files / "a picture.png", files / "a clip.mp4"
     pictures = [str(path), file_uri(path), data_uri(path.read_bytes(), "image/png")]
-    expected = llm.chat(ask(image(path, min_pixels=None)), params)[0].outputs[0].text
-    moving = llm.chat(ask({**video(clip, nframes=4)}), params)[0].outputs[0].text
-    assert expected != moving
-    options = ["--image-option", "max_pixels=12544"]
+    options = ["--image-option", "max_pixels=3136"]
     beside = ["--video-option", "nframes=4"]
     for name, value in SIZES.items():
         beside += ["--video-option", f"{name}={value}"]
-    for door in (["--server", served.address], ["--model", str(checkpoint)]):
-        for source in pictures[:: 1 if "--server" in door else 3]:
-            assert chat(*door, "--image", source, *options, "?") == expected + "\n"
-        assert chat(*door, "--video", str(clip), *beside, "?") == moving + "\n"
+
+    def check(door: list[str], llm: octavo.LLM, pictures: list[str]) -> None:
+        still, moving = (
+            llm.chat(ask(part), params)[0].outputs[0].text + "\n"
+            for part in (
+                {"type": "image", "image": path, "max_pixels": 3136},
+                video(clip, nframes=4),
+            )
+        )
+        assert still != moving
+        for source in pictures:
+            assert chat(*door, "--image", source, *options, "?") == still
+        assert chat(*door, "--video", str(clip), *beside, "?") == moving
+
+    check(["--server", served.address], llm, pictures)
+    with octavo.LLM(checkpoint) as here:  # in the precision that `chat` takes
+        check(["--model", str(checkpoint)], here, pictures[1:2])
 
 
 @pytest.mark.parametrize(
