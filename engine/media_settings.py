@@ -60,9 +60,10 @@ def _read_options(config: EngineConfig, kind: str) -> MediaOptions:
 
 def _check_pixels(config: EngineConfig, images: MediaOptions) -> None:
     """`min_pixels` and `max_pixels` are image options too, and may be given once."""
-    own = {name: getattr(config, name) for name in ("min_pixels", "max_pixels")}
+    pixels = {name: getattr(config, name) for name in ("min_pixels", "max_pixels")}
+    own = {name: value for name, value in pixels.items() if value is not None}
     for name, value in own.items():
-        if value is not None and name in images.given:
+        if name in images.given:
             raise ConfigError(f"{name}={value}: stands in image_options too; give it once")
     try:
         MediaOptions.from_part(images.given | own, "image", "image_options")

@@ -101,7 +101,7 @@ def test_a_server_s_options(llm: octavo.LLM) -> None:
     assert used(llm, "image", picture).height == 56
     assert used(llm, "image", picture, max_pixels=12544).height == 84
     assert used(llm, "image", picture, min_pixels=12544).height == 112  # the server's is under it
-    assert used(llm, "image", picture, resized_height=28, resized_width=84).width == 84
+    assert used(llm, "image", picture, resized_height=56, resized_width=84).width == 84
     clip = mp4(20)
     assert used(llm, "video", clip).num_frames == 4
     assert used(llm, "video", clip, fps=5).num_frames == 10
@@ -244,6 +244,9 @@ def test_max_model_len_may_be_over_the_positions(tmp_path: Path) -> None:
         assert out.outputs[0].finish_reason == "length"
         with pytest.raises(ValueError, match="256 positions"):
             llm.generate("x" * 300, params)
-    with octavo.LLM(folder, **{**SETTINGS, "max_model_len": None}) as llm:  # the positions' number
-        with pytest.raises(ValueError, match="max_model_len=256"):
-            llm.chat(messages, params)
+    settings = {**SETTINGS, "max_model_len": None}  # as many as there are positions
+    with (
+        octavo.LLM(folder, **settings) as llm,
+        pytest.raises(ValueError, match="max_model_len=256"),
+    ):
+        llm.chat(messages, params)
