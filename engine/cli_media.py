@@ -88,4 +88,4 @@ def read_options(given: Sequence[str] | None, flag: str) -> dict[str, float]:
 def hosts_of(sources: Sequence[str]) -> tuple[str, ...]:
     """Hosts of the URLs among them: who typed a URL wants it fetched."""
     urls = [source for source in sources if source[:8].lower().startswith(("http://", "https://"))]
-    return tuple(dict.fromkeys(urlsplit(url).hostname or "" for url in urls))
+    return tuple(dict.fromkeys(filter(None, (urlsplit(url).hostname for url in urls))))

@@ -246,14 +246,14 @@ def test_the_protocol_s_forms(served: Served, llm: octavo.LLM, files: Path) -> N
 
 
 def test_embeddings_through_every_door(doors: list[Door], served: Served) -> None:
-    values = np.random.default_rng(0).normal(scale=8, size=(6, 64)).astype(np.float32)
+    values = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
     still = {"type": "image", "image": octavo.MediaEmbeds(values, (1, 4, 6))}
     moving = {"type": "video", "video": octavo.MediaEmbeds(torch.from_numpy(values), (3, 4, 2))}
     for part, size in ((still, (56, 84)), (moving, (56, 28))):
         answers = [door(part) for door in doors]
         assert answers[1:] == answers[:1] * 2
         assert (answers[0][1][0]["height"], answers[0][1][0]["width"]) == size
-    other = {"type": "image", "image": octavo.MediaEmbeds(values[::-1].copy(), (1, 4, 6))}
+    other = {"type": "image", "image": octavo.MediaEmbeds(-values, (1, 4, 6))}
     assert doors[0](still)[0] != doors[0](other)[0]
     item = embeddings(values.tobytes(), "float32", (6, 64), (1, 4, 6))
     assert through_proto(served, item) == doors[0](still)

@@ -15,6 +15,7 @@ import octavo
 from octavo.benchmarks.media_cases import encoded, mp4, noise
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Server, start
+from octavo.engine.cli_media import hosts_of
 from octavo.engine.client import ClientError
 from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
 from octavo.engine.media.limits import MediaLimits
@@ -219,6 +220,11 @@ def test_a_port_in_use_is_found_before_a_model_is_looked_for() -> None:
         port = str(taken.getsockname()[1])
         done = serve("serve", "--port", port, "--model", "/no/such")
     assert done.returncode == 2 and port in done.stderr and "in use" in done.stderr
+
+
+def test_who_types_a_url_wants_it_fetched() -> None:
+    typed = ["/a/http://b", "HTTP://A.org/x", "https://a.org", "data:x", "http:///", "https://b:8/"]
+    assert hosts_of(typed) == ("a.org", "b")
 
 
 def test_version() -> None:
