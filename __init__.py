@@ -16,11 +16,13 @@ _WHERE = {
     "RequestOptions": ".scheduler.params",
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
+    "ServerFile": ".engine.client_media",
 }
 
 if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM
     from .engine.client import Client
+    from .engine.client_media import ServerFile
     from .engine.engine import Engine
     from .engine.llm import LLM
     from .engine.media.embeds import MediaEmbeds
@@ -36,6 +38,7 @@ __all__ = [
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
+    "ServerFile",
     "__version__",
 ]
 

@@ -1,18 +1,26 @@
-"""`octavo serve` as a process of its own, for tests of what users meet."""
+"""Servers for tests: `octavo serve` as a process of its own, and one in the test's process."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import grpc
+
+from octavo.engine.async_llm import AsyncLLM
+from octavo.engine.server.grpc_server import MAX_MESSAGE_BYTES, InferenceServicer
+from octavo.proto import octavo_pb2_grpc
 
 SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
 READY = re.compile(r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)\n")
@@ -52,6 +60,39 @@ def start(model: Path, *options: str) -> Server:
     assert match, (line, log.seek(0), log.read())
     assert int(match[2]) == process.pid
     return Server(process, match[1], [int(pid) for pid in match[3].split(",")], log)
+
+
+class Served:
+    """An AsyncLLM behind its gRPC servicer, in this process, so that tests see both."""
+
+    def __init__(self, checkpoint: Path, **settings: Any) -> None:
+        self.engine = AsyncLLM(checkpoint, **settings)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
+
+    async def _start(self) -> None:
+        limit = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
+        self.server = grpc.aio.server(options=[limit])
+        servicer = InferenceServicer(self.engine)
+        octavo_pb2_grpc.add_InferenceServicer_to_server(servicer, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def wait_empty(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.engine.engine.has_requests or self.engine._streams:
+            assert time.monotonic() < deadline, "a request is left"
+            time.sleep(0.01)
+        self.engine.engine.scheduler.check_integrity()
+
+    def close(self) -> None:
+        self.run(self.server.stop(None))
+        self.engine.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 def alive(pid: int) -> bool:

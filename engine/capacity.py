@@ -28,11 +28,18 @@ CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory_bytes` asks for more
 def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> tuple[int, int]:
     """Number of KV blocks a rank, and the max_model_len that holds.
 
-    Raises `ConfigError` when memory or positions do not allow what was asked.
+    It may be over the model's positions, which a video's tokens share: each request's positions are
+    checked when it comes, and its answer ends where they do (`RequestMaker`). Raises `ConfigError` when memory or positions do not allow what was asked.
     """
     longest = config.max_model_len or model.max_position_embeddings
     if longest < 1:
         raise ConfigError(f"max_model_len={longest}: must be at least 1")
+    if longest > model.max_position_embeddings:
+        log.info(
+            "max_model_len %d is over the model's %d positions: for videos, whose tokens share them",
+            longest,
+            model.max_position_embeddings,
+        )
     budget = _kv_budget(config, model, memory)
     room = budget // memory.kv_block_bytes
     # What can run at once, and as many of the longest to be found again.

@@ -12,8 +12,24 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import __version__
 from ..benchmarks.cli import bench_app
 from .cli_errors import user_errors
+from .cli_media import (
+    AllowMediaDomains,
+    AllowMediaPath,
+    FetchTimeout,
+    ImageOption,
+    MaxMediaBytes,
+    MaxMediaItems,
+    MaxMediaPixels,
+    MaxVideoFrames,
+    MaxVideoSeconds,
+    MediaTimeout,
+    VideoOption,
+    hosts_of,
+    read_options,
+)
 from .cli_options import (
     Device,
     Dtype,
@@ -38,14 +54,32 @@ from .cli_options import (
     TensorParallelSize,
     TraceFile,
 )
+from .media.limits import MediaLimits
 
 app = typer.Typer(
-    help="Serves Qwen2-VL: images, videos and text in, streamed answers out.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # its table cuts long option names off
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"octavo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _octavo(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Serves Qwen2-VL: images, videos and text in, streamed answers out."""
+
+
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(
     help="Shows what the scheduler does: record a run with `octavo serve --trace-file FILE` (or "
@@ -82,6 +116,17 @@ def serve(
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    image_options: ImageOption = None,
+    video_options: VideoOption = None,
+    allowed_media_domains: AllowMediaDomains = None,
+    allowed_media_paths: AllowMediaPath = None,
+    max_media_bytes: MaxMediaBytes = MediaLimits.max_media_bytes,
+    max_media_pixels: MaxMediaPixels = MediaLimits.max_media_pixels,
+    max_video_frames: MaxVideoFrames = MediaLimits.max_video_frames,
+    max_video_seconds: MaxVideoSeconds = MediaLimits.max_video_seconds,
+    max_media_items: MaxMediaItems = MediaLimits.max_media_items,
+    fetch_timeout_s: FetchTimeout = MediaLimits.fetch_timeout_s,
+    media_timeout_s: MediaTimeout = MediaLimits.media_timeout_s,
     trace_file: TraceFile = None,
     hub: Hub = "huggingface",
 ) -> None:
@@ -103,10 +148,15 @@ def serve(
 
 def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
     from .async_llm import AsyncLLM
-    from .server.grpc_server import ready_line
+    from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
 
-    with AsyncLLM(allow_local_files=False, **settings) as engine:
+    for name in ("allowed_media_domains", "allowed_media_paths"):
+        settings[name] = tuple(settings[name] or ())
+    for kind in ("image", "video"):
+        settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
+    check_address(host, port)
+    with AsyncLLM(**settings) as engine:
 
         def on_ready(address: str) -> None:
             print(ready_line(engine, address), flush=True)
@@ -121,20 +171,29 @@ def chat(
         str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
     ] = None,
     model: Model = None,
-    image: Annotated[list[str] | None, typer.Option(help="An image; may be repeated.")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="An image: path, http(s) URL or data URI; may be repeated."),
+    ] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video, likewise.")] = None,
+    image_option: ImageOption = None,
+    video_option: VideoOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     hub: Hub = "huggingface",
 ) -> None:
-    """Ask one question, of a server or of a model loaded here."""
-    media = [{"type": "image", "image": path} for path in image or ()]
-    media += [{"type": "video", "video": path} for path in video or ()]
-    messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
+    """Ask one question, of a server or of a model loaded here.
+
+    Paths are read here; URLs are fetched by the server, where it allows them, or by the model
+    loaded here.
+    """
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():
+        media = _parts("image", image, image_option) + _parts("video", video, video_option)
+        messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
         if server is None:
-            asyncio.run(_chat_here(model, hub, messages, sampling))
+            domains = hosts_of([*(image or ()), *(video or ())])
+            asyncio.run(_chat_here(model, hub, domains, messages, sampling))
             return
         if model is not None:
             raise ValueError("--server and --model: give one; the server has its own model")
@@ -146,14 +205,26 @@ def chat(
         print()
 
 
+def _parts(kind: str, sources: list[str] | None, options: list[str] | None) -> list[dict[str, Any]]:
+    """A message's parts, each with the options."""
+    beside = read_options(options, f"--{kind}-option")
+    if {"type", kind} & beside.keys():
+        raise ValueError(f"--{kind}-option: type and {kind} are no options")
+    return [{"type": kind, kind: source, **beside} for source in sources or ()]
+
+
 async def _chat_here(
-    model: str | None, hub: str, messages: list[dict[str, Any]], sampling: dict[str, Any]
+    model: str | None,
+    hub: str,
+    domains: tuple[str, ...],
+    messages: list[dict[str, Any]],
+    sampling: dict[str, Any],
 ) -> None:
     from ..scheduler.params import SamplingParams
     from .async_llm import AsyncLLM
 
     params = SamplingParams(**sampling)
-    with AsyncLLM(model, hub=hub) as engine:
+    with AsyncLLM(model, hub=hub, allowed_media_domains=domains) as engine:
         async for delta in engine.chat(messages, params):
             print(delta.text, end="", flush=True)
             if delta.error:

@@ -41,7 +41,12 @@ TensorParallelSize = Annotated[
     int, typer.Option(help="Worker processes that share each layer: 1, 2 or 4; 8 for the 72B.")
 ]
 MaxModelLen = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and output. Default: what the model allows.")
+    int | None,
+    typer.Option(
+        help="Tokens of prompt and output. Default: as many as the model has positions. It may be "
+        "more: the frames of a video take positions far slower than tokens, so that long videos "
+        "fit; each request's positions are checked, and its answer ends where they do."
+    ),
 ]
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step.")]

@@ -1,23 +1,33 @@
 """Frozen settings: the checkpoint's shape, its preprocessing, and how the engine is to run.
 
-Sources: `config.json`, `generation_config.json`, `preprocessor_config.json` and
-`video_preprocessor_config.json` of a Hugging Face Qwen2-VL folder; constants of qwen-vl-utils.
+Source: `config.json` of a Hugging Face Qwen2-VL folder.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..scheduler.params import shown
 from .config_error import ConfigError
+from .json_files import read_json
+from .media.limits import MediaLimits
+from .preprocess_config import PreprocessConfig
 from .weight_format import WeightFormat, read_weight_format
 
-EMBEDDED_MODEL = Path(__file__).parent / "embedded"
+__all__ = [
+    "EMBEDDED_MODEL",
+    "ConfigError",
+    "EngineConfig",
+    "ModelConfig",
+    "PreprocessConfig",
+    "VisionConfig",
+    "read_json",
+]
 
-TOKEN_PIXELS = 28 * 28  # pixels behind one image token of the real models
+EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
 
 @dataclass(frozen=True)
@@ -182,66 +192,6 @@ def _vision_config(raw: dict[str, Any], hidden_size: int) -> VisionConfig:
     )
 
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """How pictures become patches. Pixels are height × width of one image or one video frame."""
-
-    min_pixels: int = 4 * TOKEN_PIXELS
-    max_pixels: int = 16384 * TOKEN_PIXELS
-    video_min_pixels: int = 128 * TOKEN_PIXELS
-    video_max_pixels: int = 768 * TOKEN_PIXELS
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    @classmethod
-    def from_dir(cls, path: Path) -> PreprocessConfig:
-        """The checkpoint's settings; what its files leave out is qwen-vl-utils' default.
-
-        Limits of videos come from a `video_preprocessor_config.json` that names them, as the
-        embedded model's does. What transformers writes under `size` there are the image's limits,
-        which qwen-vl-utils does not use for videos.
-        """
-        whole = read_json(path / "processor_config.json", missing_ok=True)  # newer writers
-        image = whole.get("image_processor") or {}
-        image = {**image, **read_json(path / "preprocessor_config.json", missing_ok=True)}
-        video = read_json(path / "video_preprocessor_config.json", missing_ok=True)
-        size = image.get("size") or {}  # newer writers keep the limits there
-        found: dict[str, Any] = {
-            "min_pixels": image.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": image.get("max_pixels") or size.get("longest_edge"),
-            "video_min_pixels": video.get("min_pixels"),
-            "video_max_pixels": video.get("max_pixels"),
-        }
-        found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
-        found |= {name: video.get(name) for name in ("fps", "min_frames", "max_frames")}
-        return cls(**{name: value for name, value in found.items() if value})
-
-    def limited(self, min_pixels: int | None, max_pixels: int | None) -> PreprocessConfig:
-        """With the caller's limits of an image in place of the checkpoint's."""
-        low = min_pixels or min(self.min_pixels, max_pixels or 2**62)
-        high = max_pixels or max(self.max_pixels, min_pixels or 0)
-        if low > high:
-            raise ConfigError(f"min_pixels={low}: over max_pixels={high}")
-        return replace(self, min_pixels=low, max_pixels=high)
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing_ok:
-            return {}
-        raise ConfigError(
-            f"{path}: no such file; --model takes a Qwen2-VL checkpoint folder "
-            "or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-
-
 CHOICES = {  # of a setting, and how they are told
     "quantization": ((None, "int8"), "int8, or left out"),
     "kv_cache_dtype": (("auto", "fp8"), "auto or fp8"),
@@ -278,17 +228,30 @@ class EngineConfig:
     max_unit_temporal_patches: int = 4  # a video is encoded in units of this many
     min_pixels: int | None = None  # for images; None: the checkpoint's
     max_pixels: int | None = None
+    allowed_media_domains: tuple[str, ...] = ()  # of URLs that are fetched; "*": all
+    allowed_media_paths: tuple[str | Path, ...] | None = None  # folders of files that callers may
+    # name; None: all files, as whoever runs the engine may read them
+    # What an item gets whose caller says nothing of it: fields of `MediaOptions` by name.
+    image_options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    video_options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    max_media_bytes: int = MediaLimits.max_media_bytes  # this and the next: see `MediaLimits`
+    max_media_pixels: int = MediaLimits.max_media_pixels
+    max_video_frames: int = MediaLimits.max_video_frames
+    max_video_seconds: int = MediaLimits.max_video_seconds
+    max_media_items: int = MediaLimits.max_media_items
+    fetch_timeout_s: int = MediaLimits.fetch_timeout_s
+    media_timeout_s: int = MediaLimits.media_timeout_s
     trace_file: Path | None = None  # record each step there, for `octavo trace draw`
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if "int" not in str(field.type) or (value is None and "None" in str(field.type)):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if "int" not in str(each.type) or (value is None and "None" in str(each.type)):
                 continue
-            least = 0 if field.name == "max_restarts" else 1
+            least = 0 if each.name == "max_restarts" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 text = f"must be a whole number from {least} on"
-                raise ConfigError(f"{field.name}={shown(value)}: {text}")
+                raise ConfigError(f"{each.name}={shown(value)}: {text}")
         for name, (choices, text) in CHOICES.items():
             value = getattr(self, name)
             if (type(value), value) not in [(type(each), each) for each in choices]:  # 1, True

@@ -21,12 +21,12 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
-from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig
+from .config import ConfigError, EngineConfig, ModelConfig
 from .generation_config import generation_defaults
 from .hub import resolve_model
-from .input.processor import InputProcessor, ProcessedInput, Prompt
+from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
-from .media.source import MediaAccess
+from .media_settings import MediaSettings, media_settings
 from .output import OutputDelta
 from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
@@ -56,7 +56,6 @@ class Engine:
         model: Any = None,
         *,
         hub: str = "huggingface",
-        allow_local_files: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> None:
@@ -71,15 +70,16 @@ class Engine:
                 raise ConfigError(f"{name}: unknown; settings are {', '.join(known)}")
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
         self.model_config = ModelConfig.from_dir(asked.model)
+        media = media_settings(asked, self.model_config)
         check_trace_file(asked.trace_file)
         self.group = WorkerGroup(asked, on_progress)
         try:
-            self._set_up(asked, allow_local_files)
+            self._set_up(asked, media)
         except BaseException:
             self.group.close()
             raise
 
-    def _set_up(self, asked: EngineConfig, allow_local_files: bool) -> None:
+    def _set_up(self, asked: EngineConfig, media: MediaSettings) -> None:
         memory = self.group.memory
         self.num_blocks, max_model_len = plan_capacity(asked, self.model_config, memory)
         self.config = replace(asked, max_model_len=max_model_len)
@@ -92,10 +92,12 @@ class Engine:
         self.processor = InputProcessor(
             asked.model,
             self.model_config,
-            PreprocessConfig.from_dir(asked.model).limited(asked.min_pixels, asked.max_pixels),
+            media.preprocess,
             max_model_len,
             asked.max_unit_temporal_patches,
-            MediaAccess(roots=None if allow_local_files else ()),
+            media.access,
+            media.limits,
+            media.defaults,
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
@@ -170,7 +172,8 @@ class Engine:
         requests = self._maker.make(names, ready, params, options, deadline)
         infos = tuple(item.info for item in ready.media)
         tokenizer = self.processor.tokenizer.backend
-        live = LiveRequest(request_id, requests, infos, tokenizer, ready.stream)
+        times = (ready.times if infos else None) or InputTimes(0.0, 0.0)
+        live = LiveRequest(request_id, requests, infos, tokenizer, times, ready.stream)
         live.supply(ready.units)
         self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
         if ready.stream is not None:

@@ -65,7 +65,8 @@ class CheckpointInfo:
                 f"vocabulary {self.vocab_size:,}",
                 f"  vision     {self.vision_layers} layers of {self.vision_width}; "
                 f"an image takes up to {self.max_image_tokens:,} tokens",
-                f"  positions  {self.max_position_embeddings:,}",
+                f"  positions  {self.max_position_embeddings:,}; --max-model-len may be more, "
+                "since a video's tokens share them",
                 f"  ranks      --tensor-parallel-size may be {sizes}",
                 f"On {self.device} in {self.dtype}, {self.tensor_parallel_size} rank(s), each with",
                 f"  weights    {self.weight_bytes / 1e9:.2f} GB",

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ..scheduler.request import Request, RequestStatus, UnitKey
 from ..scheduler.step import RequestUpdate
+from .input.processor import InputTimes
 from .media.item import MediaInfo, UnitContent
 from .media.units import UnitStream
 from .output import OutputDelta, TextStream, Usage
@@ -22,6 +23,7 @@ class LiveRequest:
     requests: tuple[Request, ...]  # one an answer; all after the first share its prompt
     media: tuple[MediaInfo, ...]  # echoed with the first delta, then empty
     tokenizer: Tokenizer
+    media_times: InputTimes | None  # likewise; then None
     stream: UnitStream | None = None  # of the units that are still being made
     pixels: dict[UnitKey, UnitContent] = field(default_factory=dict)
     streams: tuple[TextStream, ...] = ()
@@ -83,6 +85,7 @@ class LiveRequest:
         if status.is_finished:
             self.unfinished.discard(index)
         media, self.media = self.media, ()
+        times, self.media_times = self.media_times, None
         return OutputDelta(
             request_id=self.request_id,
             index=index,
@@ -91,6 +94,7 @@ class LiveRequest:
             finish_reason=status.value if status.is_finished else None,
             usage=None if self.unfinished else self._usage(),
             media=media,
+            media_times=times,
             error=error,
         )
 

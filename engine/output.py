@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from .input.processor import InputTimes
 from .media.item import MediaInfo
 
 
@@ -31,6 +32,7 @@ class OutputDelta:
     finish_reason: str | None = None  # "stop", "length", "abort" or "error": the answer's last
     usage: Usage | None = None  # over all answers, on the request's last delta
     media: tuple[MediaInfo, ...] = ()  # on the first delta
+    media_times: InputTimes | None = None  # on the first delta; zeros where there are no media
     error: str = ""
 
 
@@ -52,6 +54,7 @@ class RequestOutput:
     prompt_token_ids: list[int] = field(default_factory=list)  # after placeholder expansion
     outputs: list[Output] = field(default_factory=lambda: [Output()])
     media: tuple[MediaInfo, ...] = ()
+    media_times: InputTimes | None = None  # what they took; zeros where there are none
     usage: Usage | None = None
     error: str = ""
 
@@ -72,6 +75,7 @@ class RequestOutput:
         output.token_ids.extend(delta.token_ids)
         output.finish_reason = delta.finish_reason or output.finish_reason
         self.media = delta.media or self.media
+        self.media_times = delta.media_times or self.media_times
         self.usage = delta.usage or self.usage
         if delta.error:
             self.fail(delta.error)

@@ -77,27 +77,63 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MediaItem(_message.Message):
-    __slots__ = ("kind", "data", "url", "frames", "options")
+    __slots__ = ("kind", "data", "url", "frames", "pixels", "embeddings", "options")
     KIND_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     kind: MediaKind
     data: bytes
     url: str
     frames: Frames
+    pixels: Pixels
+    embeddings: Embeddings
     options: MediaOptions
-    def __init__(self, kind: _Optional[_Union[MediaKind, str]] = ..., data: _Optional[bytes] = ..., url: _Optional[str] = ..., frames: _Optional[_Union[Frames, _Mapping]] = ..., options: _Optional[_Union[MediaOptions, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[MediaKind, str]] = ..., data: _Optional[bytes] = ..., url: _Optional[str] = ..., frames: _Optional[_Union[Frames, _Mapping]] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., embeddings: _Optional[_Union[Embeddings, _Mapping]] = ..., options: _Optional[_Union[MediaOptions, _Mapping]] = ...) -> None: ...
 
 class Frames(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "frames")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     data: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, data: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, data: _Optional[_Iterable[bytes]] = ..., frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("data", "url", "pixels")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    url: str
+    pixels: Pixels
+    def __init__(self, data: _Optional[bytes] = ..., url: _Optional[str] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ...) -> None: ...
+
+class Pixels(_message.Message):
+    __slots__ = ("data", "shape")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Embeddings(_message.Message):
+    __slots__ = ("data", "dtype", "shape", "grid_thw")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    GRID_THW_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    grid_thw: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., grid_thw: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MediaOptions(_message.Message):
-    __slots__ = ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "min_frames", "max_frames", "total_pixels")
+    __slots__ = ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end")
     MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     RESIZED_HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +143,8 @@ class MediaOptions(_message.Message):
     MIN_FRAMES_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_START_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_END_FIELD_NUMBER: _ClassVar[int]
     min_pixels: int
     max_pixels: int
     resized_height: int
@@ -116,7 +154,9 @@ class MediaOptions(_message.Message):
     min_frames: int
     max_frames: int
     total_pixels: int
-    def __init__(self, min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., resized_height: _Optional[int] = ..., resized_width: _Optional[int] = ..., fps: _Optional[float] = ..., nframes: _Optional[int] = ..., min_frames: _Optional[int] = ..., max_frames: _Optional[int] = ..., total_pixels: _Optional[int] = ...) -> None: ...
+    video_start: float
+    video_end: float
+    def __init__(self, min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., resized_height: _Optional[int] = ..., resized_width: _Optional[int] = ..., fps: _Optional[float] = ..., nframes: _Optional[int] = ..., min_frames: _Optional[int] = ..., max_frames: _Optional[int] = ..., total_pixels: _Optional[int] = ..., video_start: _Optional[float] = ..., video_end: _Optional[float] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "n")
@@ -145,7 +185,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., n: _Optional[int] = ...) -> None: ...
 
 class GenerateDelta(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "media", "index")
+    __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "media", "index", "media_times")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +193,7 @@ class GenerateDelta(_message.Message):
     USAGE_FIELD_NUMBER: _ClassVar[int]
     MEDIA_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_TIMES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -160,7 +201,16 @@ class GenerateDelta(_message.Message):
     usage: Usage
     media: _containers.RepeatedCompositeFieldContainer[ResolvedMedia]
     index: int
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., media: _Optional[_Iterable[_Union[ResolvedMedia, _Mapping]]] = ..., index: _Optional[int] = ...) -> None: ...
+    media_times: MediaTimes
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., media: _Optional[_Iterable[_Union[ResolvedMedia, _Mapping]]] = ..., index: _Optional[int] = ..., media_times: _Optional[_Union[MediaTimes, _Mapping]] = ...) -> None: ...
+
+class MediaTimes(_message.Message):
+    __slots__ = ("queued_s", "spent_s")
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    SPENT_S_FIELD_NUMBER: _ClassVar[int]
+    queued_s: float
+    spent_s: float
+    def __init__(self, queued_s: _Optional[float] = ..., spent_s: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens")
@@ -173,7 +223,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ResolvedMedia(_message.Message):
-    __slots__ = ("kind", "height", "width", "num_frames", "num_tokens", "grid_thw", "frame_indices", "sample_fps")
+    __slots__ = ("kind", "height", "width", "num_frames", "num_tokens", "grid_thw", "frame_indices", "sample_fps", "frame_times")
     KIND_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +232,7 @@ class ResolvedMedia(_message.Message):
     GRID_THW_FIELD_NUMBER: _ClassVar[int]
     FRAME_INDICES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FPS_FIELD_NUMBER: _ClassVar[int]
+    FRAME_TIMES_FIELD_NUMBER: _ClassVar[int]
     kind: MediaKind
     height: int
     width: int
@@ -190,7 +241,8 @@ class ResolvedMedia(_message.Message):
     grid_thw: _containers.RepeatedScalarFieldContainer[int]
     frame_indices: _containers.RepeatedScalarFieldContainer[int]
     sample_fps: float
-    def __init__(self, kind: _Optional[_Union[MediaKind, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_tokens: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., frame_indices: _Optional[_Iterable[int]] = ..., sample_fps: _Optional[float] = ...) -> None: ...
+    frame_times: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, kind: _Optional[_Union[MediaKind, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_tokens: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., frame_indices: _Optional[_Iterable[int]] = ..., sample_fps: _Optional[float] = ..., frame_times: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

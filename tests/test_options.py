@@ -19,11 +19,11 @@ from PIL import Image
 
 import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.tiny_server import Served
 from octavo.engine.client import Client, ClientDelta, ClientError
 from octavo.engine.engine import DuplicateRequest
 from octavo.engine.input_error import InputError
 from octavo.engine.output import TextStream
-from octavo.engine.server.grpc_server import InferenceServicer
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 from octavo.scheduler.admission import QueueFull
@@ -67,41 +67,9 @@ def llm(checkpoint: Path) -> Iterator[octavo.LLM]:
         llm.engine.scheduler.check_integrity()
 
 
-class Served:
-    """An AsyncLLM behind its gRPC servicer, in this process, so that tests see both."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.engine = octavo.AsyncLLM(checkpoint, **SETTINGS)
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
-
-    async def _start(self) -> None:
-        self.server = grpc.aio.server()
-        servicer = InferenceServicer(self.engine)
-        octavo_pb2_grpc.add_InferenceServicer_to_server(servicer, self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-        await self.server.start()
-
-    def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
-
-    def wait_empty(self) -> None:
-        deadline = time.monotonic() + 10
-        while self.engine.engine.has_requests or self.engine._streams:
-            assert time.monotonic() < deadline, "a request is left"
-            time.sleep(0.01)
-        self.engine.engine.scheduler.check_integrity()
-
-    def close(self) -> None:
-        self.run(self.server.stop(None))
-        self.engine.close()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-
 @pytest.fixture(scope="module")
 def served(checkpoint: Path) -> Iterator[Served]:
-    served = Served(checkpoint)
+    served = Served(checkpoint, **SETTINGS)
     yield served
     served.wait_empty()
     served.close()

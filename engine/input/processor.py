@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,12 +14,13 @@ from typing import Any
 from ...scheduler.request import MediaSpan
 from ..config import ModelConfig, PreprocessConfig
 from ..input_error import InputError
+from ..media.embeds import MediaEmbeds
 from ..media.item import MediaItem, PatchShape, UnitContent
 from ..media.limits import MediaLimits
 from ..media.loader import MediaLoader, OpenItem, OpenReader, open_here
 from ..media.options import MediaOptions
 from ..media.room import TokenRoom
-from ..media.source import MediaAccess
+from ..media.source import BYTES, MediaAccess
 from ..media.units import UnitStream
 from .chat import MediaPart
 from .mrope import mrope_positions
@@ -70,11 +72,14 @@ class InputProcessor:
         max_unit_temporal_patches: int = 4,
         access: MediaAccess | None = None,
         limits: MediaLimits | None = None,
+        defaults: Mapping[str, MediaOptions] | None = None,
     ) -> None:
-        """`access`: what may be read, by default every local file and no URL."""
+        """`access`: what may be read, by default every local file and no URL. `defaults`: options
+        by kind, "image" and "video", of items that do not say otherwise."""
         vision = model_config.vision
         self.config, self.max_model_len = model_config, max_model_len
         self.limits = limits or MediaLimits()
+        self.defaults = defaults or {"image": MediaOptions(), "video": MediaOptions()}
         self.reader = PromptReader(model_dir, model_config, max_model_len)
         self.tokenizer = self.reader.tokenizer
         self.shape = PatchShape(
@@ -142,10 +147,19 @@ class InputProcessor:
         loader = replace(self.loader, open_reader=open_reader)
         opened = []
         for part in parts:
-            options = MediaOptions.from_part(part.part, part.kind, part.field)
+            options = self._options(part)
             field = f"{part.field}.{part.kind}"
             opened.append(loader.open(part.kind, part.source, options, room, field, files))
         return opened
+
+    def _options(self, part: MediaPart) -> MediaOptions:
+        """The item's own, and the server's as far as they suit its source and its own."""
+        own = MediaOptions.from_part(part.part, part.kind, part.field)
+        if isinstance(part.source, MediaEmbeds):
+            return own
+        defaults = self.defaults[part.kind]
+        is_file = isinstance(part.source, BYTES | os.PathLike)
+        return own.over(defaults if is_file else defaults.of_lists())
 
     def _num_at_once(self, media: Sequence[MediaItem]) -> int | None:
         """Units that are made before a request goes on: up to the first of the first video of

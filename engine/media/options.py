@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..input_error import InputError, shown
@@ -12,6 +12,14 @@ IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 NUMBERS = ("fps", "video_start", "video_end")  # that need not be whole
 FROM_ZERO = ("video_start", "video_end")
 MOST = 1 << 40
+ORDERED = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end"))
+# Where one of the first is given, the others have no say.
+DECIDING = (
+    (("resized_height", "resized_width"), ("min_pixels", "max_pixels", "total_pixels")),
+    (("nframes",), ("fps", "min_frames", "max_frames")),
+)
+# What says which frames of a file are taken. (The fps of a list says what it is.)
+OF_FILES = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
 
 @dataclass(frozen=True)
@@ -47,19 +55,49 @@ class MediaOptions:
         options._check(field)
         return options
 
+    @property
+    def given(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def over(self, defaults: MediaOptions) -> MediaOptions:
+        """An item's options, and of the server's those that do not contradict them."""
+        own, others = self.given, defaults.given
+        for pair in DECIDING:
+            for one, other in (pair, pair[::-1]):
+                if own.keys() & set(one):
+                    others = {k: v for k, v in others.items() if k not in other}
+        merged = others | own
+        for low, high in ORDERED:
+            if low in merged and high in merged and merged[low] > merged[high]:
+                del merged[high if low in own else low]
+        return MediaOptions(**merged)  # type: ignore[arg-type]
+
+    def of_lists(self) -> MediaOptions:
+        """A server's defaults, as far as they are of use for frames that are all taken."""
+        return replace(self, **dict.fromkeys(OF_FILES))
+
     def _check(self, field: str) -> None:
         if self.fps is not None and self.nframes is not None:
             raise InputError(f"{field}.fps", "give fps or nframes, not both")
         if (self.resized_height is None) != (self.resized_width is None):
             raise InputError(f"{field}.resized_height", "goes with resized_width: give both")
-        for low, high in (
-            ("min_pixels", "max_pixels"),
-            ("min_frames", "max_frames"),
-            ("video_start", "video_end"),
-        ):
+        for low, high in ORDERED:
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 raise InputError(f"{field}.{low}", f"{least} is over {high}={most}")
+        if self.resized_height is not None and self.resized_width is not None:
+            area = self.resized_height * self.resized_width
+            self._check_between("resized_height", "pixels", area, field)
+        if self.nframes is not None:
+            self._check_between("nframes", "frames", self.nframes, field)
+
+    def _check_between(self, name: str, what: str, value: int, field: str) -> None:
+        """`name` comes to `value`, which must lie between min_`what` and max_`what`."""
+        for limit, sign in ((f"min_{what}", 1), (f"max_{what}", -1)):
+            bound = getattr(self, limit)
+            if bound is not None and sign * bound > sign * value:
+                text = f"comes to {value} {what}, and {limit}={bound}: give one of the two"
+                raise InputError(f"{field}.{name}", text)
 
 
 def _number(value: Any, name: str, field: str) -> float:

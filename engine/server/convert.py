@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from ...proto import octavo_pb2 as pb
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, SamplingParams
 from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..output import OutputDelta
+from .read_media import read_source
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
 FINISH_REASONS = {
@@ -65,12 +68,11 @@ def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
     if kind is None:
         raise InputError(f"{field}.kind", f"{item.kind}: must be image or video")
     part: dict[str, Any] = {"type": kind}
-    form = item.WhichOneof("source")
-    if form == "frames":
-        part[kind] = list(item.frames.data)
-    elif form is not None:
-        part[kind] = getattr(item, form)
+    if item.WhichOneof("source") is not None:
+        part[kind] = read_source(item, f"{field}.{kind}")
     options = item.options
+    if len(UnknownFieldSet(options)):
+        raise InputError(f"{field}.options", "has a field that this server does not know")
     return part | {d.name: getattr(options, d.name) for d, _ in options.ListFields()}
 
 
@@ -103,6 +105,7 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
             output_tokens=delta.usage.output_tokens,
             cached_tokens=delta.usage.cached_tokens,
         )
+    times = delta.media_times
     return pb.GenerateDelta(
         request_id=delta.request_id,
         text=delta.text,
@@ -111,6 +114,7 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
         usage=usage,
         media=[_write_media(info) for info in delta.media],
         index=delta.index,
+        media_times=pb.MediaTimes(**vars(times)) if times else None,
     )
 
 
@@ -125,4 +129,5 @@ def _write_media(info: MediaInfo) -> pb.ResolvedMedia:
         grid_thw=info.grid_thw,
         frame_indices=info.frame_indices,
         sample_fps=info.sample_fps,
+        frame_times=info.frame_times,
     )

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -27,6 +28,7 @@ SERVICE = "octavo.v1.Inference"
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_REQUEST_ID = 256  # characters
 MAX_ERROR_TEXT = 2000  # characters; gRPC drops a status whose text is over some 8,000 bytes
+NO_ADDRESS = "the address is in use or not this machine's"
 GRACE = 10.0  # seconds that running requests get when the server is asked to stop
 
 OPTIONS = [
@@ -116,6 +118,19 @@ def status_of_failure(error: str) -> tuple[grpc.StatusCode, str]:
     return grpc.StatusCode.INTERNAL, _short(error)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises OSError when nothing could listen there: asked before a model is loaded."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+                probe.bind(address)
+    except OSError:
+        raise OSError(f"{host}:{port}: {NO_ADDRESS}") from None
+
+
 async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str], None]) -> int:
     """Serves until SIGTERM or SIGINT (returns 0) or until the worker group dies (returns 1).
 
@@ -131,7 +146,7 @@ async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str]
     try:
         port = server.add_insecure_port(f"{address}:{port}")
     except RuntimeError:
-        raise OSError(f"{host}:{port}: the address is in use or not this machine's") from None
+        raise OSError(f"{host}:{port}: {NO_ADDRESS}") from None
     asked_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
