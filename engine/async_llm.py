@@ -52,7 +52,11 @@ class AsyncLLM:
         """Starts the workers and loads the weights; takes seconds. Raises `ConfigError`."""
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
-        self._pool = InputPool(self.engine.processor, self.engine.config.max_queue_bytes)
+        self._pool = InputPool(
+            self.engine.processor,
+            self.engine.config.isolate_media,
+            self.engine.config.max_queue_bytes,
+        )
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
         self._keys: dict[str, str] = {}  # request_id: key

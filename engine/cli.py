@@ -18,6 +18,7 @@ from .cli_errors import user_errors
 from .cli_media import (
     AllowMediaDomains,
     AllowMediaPath,
+    DecoderMemory,
     FetchTimeout,
     ImageOption,
     MaxMediaBytes,
@@ -127,6 +128,7 @@ def serve(
     max_media_items: MaxMediaItems = MediaLimits.max_media_items,
     fetch_timeout_s: FetchTimeout = MediaLimits.fetch_timeout_s,
     media_timeout_s: MediaTimeout = MediaLimits.media_timeout_s,
+    decoder_memory_bytes: DecoderMemory = MediaLimits.decoder_memory_bytes,
     trace_file: TraceFile = None,
     hub: Hub = "huggingface",
 ) -> None:
@@ -156,7 +158,7 @@ def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
     for kind in ("image", "video"):
         settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
     check_address(host, port)
-    with AsyncLLM(**settings) as engine:
+    with AsyncLLM(**settings, isolate_media=True) as engine:
 
         def on_ready(address: str) -> None:
             print(ready_line(engine, address), flush=True)

@@ -67,6 +67,14 @@ FetchTimeout = Annotated[
 MediaTimeout = Annotated[
     int, typer.Option("--media-timeout-s", help="Limit of media: seconds to make an item ready.")
 ]
+DecoderMemory = Annotated[
+    int,
+    typer.Option(
+        "--decoder-memory-bytes",
+        help="Limit of media: address space of each process that decodes files. A request whose "
+        "file needs more is refused, and no other is touched.",
+    ),
+]
 
 
 def read_options(given: Sequence[str] | None, flag: str) -> dict[str, float]:

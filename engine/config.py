@@ -196,6 +196,7 @@ CHOICES = {  # of a setting, and how they are told
     "quantization": ((None, "int8"), "int8, or left out"),
     "kv_cache_dtype": (("auto", "fp8"), "auto or fp8"),
     "overlap_steps": ((True, False), "true or false"),
+    "isolate_media": ((True, False), "true or false"),
 }
 
 
@@ -241,6 +242,8 @@ class EngineConfig:
     max_media_items: int = MediaLimits.max_media_items
     fetch_timeout_s: int = MediaLimits.fetch_timeout_s
     media_timeout_s: int = MediaLimits.media_timeout_s
+    decoder_memory_bytes: int = MediaLimits.decoder_memory_bytes
+    isolate_media: bool = False  # decode files in processes of their own: for callers from outside
     trace_file: Path | None = None  # record each step there, for `octavo trace draw`
 
     def __post_init__(self) -> None:

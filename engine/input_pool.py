@@ -11,11 +11,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from ..scheduler.admission import QueueFull
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
+from .media.child_pool import DecoderPool
+from .media.loader import OpenReader, open_here
 
 KINDS = ("image", "video")
 
@@ -39,35 +42,41 @@ class InputJob:
         if self.future.done() and not self.future.cancelled() and not self.future.exception():
             self.future.result().drop()
 
-    def run(self, processor: InputProcessor) -> None:
-        """In the pool."""
+    def run(self, processor: InputProcessor, decoders: DecoderPool | None) -> None:
+        """In the pool. `decoders`: processes that open files; None: this one does."""
         if not self.future.set_running_or_notify_cancel():
             return
-        try:
-            ready = self._begin(processor)
-        except BaseException as error:
-            self.future.set_exception(error)
-            return
-        self.future.set_result(ready)
-        if ready.stream is not None:
-            if self._is_dropped:
-                ready.drop()
-            ready.stream.run()
+        with decoders.lease() if decoders else nullcontext(open_here) as open_reader:
+            try:
+                ready = self._begin(processor, open_reader)
+            except BaseException as error:
+                self.future.set_exception(error)
+                return
+            self.future.set_result(ready)
+            if ready.stream is not None:
+                if self._is_dropped:
+                    ready.drop()
+                ready.stream.run()
 
-    def _begin(self, processor: InputProcessor) -> ProcessedInput:
+    def _begin(self, processor: InputProcessor, open_reader: OpenReader) -> ProcessedInput:
         begun = time.monotonic()
-        ready = processor.begin(self._prompt.pop())
+        ready = processor.begin(self._prompt.pop(), open_reader=open_reader)
         times = InputTimes(begun - self._given, time.monotonic() - begun)
         return replace(ready, times=times)
 
 
 class InputPool:
-    def __init__(self, processor: InputProcessor, max_bytes: int | None = None) -> None:
-        """`max_bytes`: of sources that wait or are being made ready; None: no bound."""
+    def __init__(
+        self, processor: InputProcessor, isolate: bool = False, max_bytes: int | None = None
+    ) -> None:
+        """`isolate`: files are decoded in processes of their own. `max_bytes`: of sources that
+        wait or are being made ready; None: no bound."""
         self._processor, self._max_bytes = processor, max_bytes
         cores = os.cpu_count() or 1
-        self._threads = ThreadPoolExecutor(max(2, cores), thread_name_prefix="media")
-        self._video_threads = ThreadPoolExecutor(max(2, cores // 2), thread_name_prefix="video")
+        sizes = max(2, cores), max(2, cores // 2)
+        self._threads = ThreadPoolExecutor(sizes[0], thread_name_prefix="media")
+        self._video_threads = ThreadPoolExecutor(sizes[1], thread_name_prefix="video")
+        self._decoders = DecoderPool(processor.limits, sum(sizes)) if isolate else None
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -86,7 +95,7 @@ class InputPool:
         job = InputJob(prompt)
         job.future.add_done_callback(lambda future: self._release(size))
         threads = self._video_threads if has_video(prompt) else self._threads
-        work = threads.submit(job.run, self._processor)
+        work = threads.submit(job.run, self._processor, self._decoders)
         work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
         return job
 
@@ -98,6 +107,8 @@ class InputPool:
         """What has not begun is cancelled; nothing is waited for."""
         for threads in (self._threads, self._video_threads):
             threads.shutdown(wait=False, cancel_futures=True)
+        if self._decoders is not None:
+            self._decoders.close()
 
 
 def has_video(prompt: Any) -> bool:

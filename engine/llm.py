@@ -41,7 +41,7 @@ class LLM:
         self._in_use = threading.Lock()
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
-        self._pool = InputPool(self.engine.processor)
+        self._pool = InputPool(self.engine.processor, self.engine.config.isolate_media)
 
     def chat(
         self,

@@ -13,6 +13,7 @@ from octavo.benchmarks.media_cases import mp4, noise
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
 from octavo.engine.input_error import InputError
 from octavo.engine.input_pool import InputPool, has_video, source_bytes
+from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.video import VideoFile
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.request import Request
@@ -238,7 +239,9 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
     begun, goes_on = threading.Event(), threading.Event()
 
     class Slow:
-        def begin(self, prompt: Any) -> Any:
+        limits = MediaLimits()
+
+        def begin(self, prompt: Any, open_reader: Any) -> Any:
             begun.set()
             assert goes_on.wait(30)
             raise InputError("prompt", "bad")
