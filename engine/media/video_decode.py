@@ -41,13 +41,16 @@ def _by_groups(
     """The frames of all runs, with a seek before each. Raises `LostPlaceError`."""
     with open_container(file, field) as container:
         stream = video_stream(container, field)
-        stream.codec_context.thread_type = "AUTO"
+        context = stream.codec_context
+        context.thread_type = "AUTO"
         for run in runs:
             if run.start:
                 container.seek(int(index.pts[run.start]), stream=stream)
             packets = islice(_packets_from(container, stream, index, run.start), run.size)
             wanted = list(run.wanted)
-            for frame in frames_of(stream.codec_context, packets):
+            if context.name == "h264":
+                packets = _sparing(context, packets, {int(index.shown[place]) for place in wanted})
+            for frame in frames_of(context, packets):
                 place = index.frame_of(frame.pts)
                 if place is None or place < wanted[0]:
                     continue
@@ -73,6 +76,17 @@ def _packets_from(container: Any, stream: Any, index: VideoIndex, start: int) ->
         raise LostPlaceError
     yield packet
     yield from packets
+
+
+def _sparing(context: Any, packets: Iterator[Any], wanted: set[int]) -> Iterator[Any]:
+    """The packets; those of frames that nobody wants and no other frame needs are left undecoded.
+
+    In H.264 alone it is sure that no other frame needs them: HEVC's may serve a higher layer.
+    """
+    for packet in packets:
+        context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield packet
+    context.skip_frame = "DEFAULT"
 
 
 def _straight_through(
