@@ -20,6 +20,7 @@ from .video_open import open_container, video_stream
 BROKEN = "the video is broken: it cannot be decoded"
 MOST_LACKING = 0.1  # share of the frames a header speaks of that the file may lack
 RATE_DIFFERS = 0.01  # share by which a header's frame rate may differ from the time stamps
+AS_IT_IS, MIRRORED = slice(None), slice(None, None, -1)
 
 
 class VideoFile:
@@ -114,8 +115,8 @@ def turn_of(frame: Any) -> tuple[bool, tuple[slice, slice]]:
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
-        return False, (slice(None), slice(None))
+        return False, (AS_IT_IS, AS_IT_IS)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(int)
     is_sideways = abs(b) + abs(c) > abs(a) + abs(d)
     x, y = (c, b) if is_sideways else (a, d)
-    return is_sideways, (slice(None, None, -1 if y < 0 else 1), slice(None, None, -1 if x < 0 else 1))
+    return is_sideways, (MIRRORED if y < 0 else AS_IT_IS, MIRRORED if x < 0 else AS_IT_IS)

@@ -39,7 +39,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """Of the packets in decoding order; frames count from 0 in the order in which they are shown."""
+    """Of the packets in decoding order; frames count from 0 in the order they are shown in."""
 
     pts: Places  # of each packet
     keys: Places  # the packets of keyframes
