@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..config import PreprocessConfig
 from ..input_error import InputError
+from .animation import AnimationFile, is_animation
 from .frames import LISTED_FPS, FrameList, pad
 from .image import ImageFile
 from .item import MediaItem, PatchShape, UnitContent, make_item, make_unit
@@ -38,6 +39,13 @@ def open_here(
         return ImageFile(file, limits, field)
     if isinstance(file, Image.Image):
         raise InputError(field, "is one image; a video is a file or a list of frames")
+    return open_video(file, limits, field)
+
+
+def open_video(file: BinaryIO, limits: MediaLimits, field: str) -> MediaReader:
+    """A reader of a video file, or of an animated image. Raises `InputError`."""
+    if is_animation(file):
+        return AnimationFile(file, limits, field)
     return VideoFile(file, limits, field)
 
 
@@ -160,19 +168,21 @@ class MediaLoader:
 
 
 def _all_frames(opened: OpenItem) -> Iterator[Pixels]:
-    """As many frames as were chosen: the last one again where a list is odd or a file lacks some.
+    """As many frames as were chosen: the one before again where a list is odd or a file lacks some.
 
     Raises `InputError` for a file that lacks many.
     """
     info = opened.item.info
     wanted = list(dict.fromkeys(info.frame_indices)) or [0]
-    lacking = len(wanted)
-    last = None
+    found, came, last = 0, 0, None
     for frame in opened.reader.frames(wanted, info.height, info.width):
-        last, lacking = frame.pixels, lacking - 1
+        place = wanted.index(frame.index, came)
+        for _ in range(came, place):  # the first again, where nothing is before it
+            yield last if last is not None else frame.pixels
+        last, found, came = frame.pixels, found + 1, place + 1
         yield last
-    if last is None or lacking > len(wanted) * MOST_LACKING:
-        text = f"{len(wanted) - lacking} of the {len(wanted)} frames wanted of it can be decoded"
+    if last is None or len(wanted) - found > len(wanted) * MOST_LACKING:
+        text = f"{found} of the {len(wanted)} frames wanted of it can be decoded"
         raise InputError(opened.field, f"the {info.kind} is broken: {text}")
-    for _ in range(info.num_frames - (len(wanted) - lacking)):
+    for _ in range(info.num_frames - came):
         yield last
