@@ -74,17 +74,15 @@ def repeated(data: bytes, times: int, path: Path, form: str = "mp4") -> None:
         stream: Any = None
         shift = 0
         for _ in range(times):
-            with av.open(io.BytesIO(data)) as source:
+            source: Any = av.open(io.BytesIO(data))
+            with source:
                 video = source.streams.video[0]
-                if stream is None:
-                    stream = target.add_stream_from_template(video)
+                stream = stream or target.add_stream_from_template(video)
+                packets = [packet for packet in source.demux(video) if packet.size]
                 step = round(1 / (video.average_rate * video.time_base))
-                end = 0
-                for packet in source.demux(video):
-                    if not packet.size:
-                        continue
-                    end = max(end, packet.pts + step)
+                end = max(packet.pts for packet in packets) + step
+                for packet in packets:
                     packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
                     packet.stream = stream
                     target.mux(packet)
-                shift += end
+            shift += end

@@ -172,14 +172,15 @@ def remuxed(data: bytes, packets: slice, shift: int = 0, form: str = "mp4") -> b
 @pytest.mark.parametrize("first", [12, 17])
 def test_a_stream_that_begins_within_a_group(case: str, first: int) -> None:
     """What no keyframe of the file is for is not shown, nor counted."""
-    data = remuxed(made(case), slice(first, None), form="matroska")
-    _, pixels = all_frames(made(case))
+    whole = made(case)
+    data = remuxed(whole, slice(first, None), form="matroska")
+    _, pixels = all_frames(whole)
     with open_video(data) as reader:
         count = reader.header.num_frames
         found = [frame.pixels for frame in reader.frames(range(count), 64, 96)]
     assert 24 <= count <= 36 and len(found) == count
-    for ours, whole in zip(found, pixels[-count:], strict=True):
-        np.testing.assert_array_equal(ours, whole)
+    for ours, expected in zip(found, pixels[-count:], strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_what_an_edit_list_cuts_away_is_not_counted(no_way_back: None) -> None:
@@ -224,7 +225,7 @@ def test_without_time_stamps_frames_are_counted() -> None:
         np.testing.assert_array_equal(frame.pixels, pixels[place])
 
 
-@pytest.mark.parametrize("codec", ["mpeg2video", "ffv1", "libvpx", "huffyuv"])
+@pytest.mark.parametrize("codec", ["mpeg2video", "ffv1", "libvpx"])
 def test_L23_codec_others_are_refused_before_they_run(codec: str) -> None:
     """The text says which are read, and nothing that a decoder said."""
     with pytest.raises(InputError, match=r"H\.264, HEVC, VP9, AV1, MPEG-4 are") as refused:
@@ -282,24 +283,24 @@ def test_a_file_of_sound_is_refused() -> None:
 
 
 def damaged(data: bytes, places: range) -> bytes:
-    """The file with those packets made zeros."""
+    """The file with those packets' first bytes made other ones."""
     whole = bytearray(data)
     with av.open(io.BytesIO(data)) as file:
         for place, packet in enumerate(file.demux(video=0)):
             if place in places and packet.size:
-                whole[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+                whole[packet.pos : packet.pos + 64] = b"\xff" * 64
     return bytes(whole)
 
 
 def test_a_file_with_damaged_frames() -> None:
     """A few are lacking: the one before stands for each. Many are: refused."""
-    data = clip("libvpx-vp9", "webm", num_frames=40, gop=1, rate=10, options={"cpu-used": "8"})
+    data = clip("libvpx-vp9", "mp4", num_frames=40, gop=1, rate=10, options={"cpu-used": "8"})
     whole = video(data, nframes=40)[1]
     info, pixels = video(damaged(data, range(20, 22)), nframes=40)
     assert info.num_frames == len(pixels) == 40
     for place in range(40):
         np.testing.assert_array_equal(pixels[place], whole[19 if 20 <= place < 22 else place])
-    with pytest.raises(InputError, match="30 of the 40 frames"):
+    with pytest.raises(InputError, match="10 or more of the 40 frames"):
         video(damaged(data, range(20, 30)), nframes=40)
 
 
@@ -316,10 +317,11 @@ def test_L22_bombs_videos_are_bounded(limits: MediaLimits, words: str) -> None:
 
 
 def animated(form: str, durations: list[int]) -> bytes:
-    """Frame i has a square at column 2 * i, on a ground that is clear."""
+    """Frame i has a square at column 2 * i, on a ground that is clear; Pillow's WebP is white."""
     frames = []
     for i in range(len(durations)):
-        frame = Image.new("RGBA", (48, 32), (0, 0, 0, 0))
+        ground = (0, 0, 0, 0) if form == "GIF" else (255, 255, 255, 255)
+        frame = Image.new("RGBA", (48, 32), ground)
         frame.paste((200, 0, 0, 255), (2 * i, 8, 2 * i + 8, 16))
         frames.append(frame)
     options = {"lossless": True} if form == "WEBP" else {"disposal": 2}
@@ -347,7 +349,7 @@ def test_animations_are_videos(form: str) -> None:
 @pytest.mark.parametrize("form", ["GIF", "WEBP"])
 def test_broken_animations_are_refused(form: str) -> None:
     data = animated(form, [100] * 8)
-    with pytest.raises(InputError, match="broken|of a video of"):
+    with pytest.raises(InputError, match=r"broken|of a video of"):
         video(data[: len(data) // 4])
     with pytest.raises(InputError, match="--max-video-seconds"):
         open_video(data, MediaLimits(max_video_seconds=0))

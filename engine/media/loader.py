@@ -174,15 +174,23 @@ def _all_frames(opened: OpenItem) -> Iterator[Pixels]:
     """
     info = opened.item.info
     wanted = list(dict.fromkeys(info.frame_indices)) or [0]
-    found, came, last = 0, 0, None
+    lacking, came, last = 0, 0, None
     for frame in opened.reader.frames(wanted, info.height, info.width):
         place = wanted.index(frame.index, came)
-        for _ in range(came, place):  # the first again, where nothing is before it
-            yield last if last is not None else frame.pixels
-        last, found, came = frame.pixels, found + 1, place + 1
+        lacking += place - came
+        _check_lacking(lacking, len(wanted), opened)
+        for _ in range(came, place):  # the first frame itself, where none is before it
+            yield frame.pixels if last is None else last
+        last, came = frame.pixels, place + 1
         yield last
-    if last is None or len(wanted) - found > len(wanted) * MOST_LACKING:
-        text = f"{found} of the {len(wanted)} frames wanted of it can be decoded"
-        raise InputError(opened.field, f"the {info.kind} is broken: {text}")
+    _check_lacking(lacking + len(wanted) - came, len(wanted), opened)
     for _ in range(info.num_frames - came):
+        assert last is not None  # or all would be lacking
         yield last
+
+
+def _check_lacking(lacking: int, count: int, opened: OpenItem) -> None:
+    if lacking == count or lacking > count * MOST_LACKING:
+        kind = opened.item.info.kind
+        text = f"{lacking} or more of the {count} frames wanted of it cannot be decoded"
+        raise InputError(opened.field, f"the {kind} is broken: {text}")

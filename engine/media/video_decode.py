@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import Any, BinaryIO
 
 from av.error import InvalidDataError
@@ -46,7 +46,8 @@ def _by_groups(
         for run in runs:
             if run.start:
                 container.seek(int(index.pts[run.start]), stream=stream)
-            packets = islice(_packets_from(container, stream, index, run.start), run.size)
+            rest = _packets_from(container, stream, index, run.start)
+            packets: Iterator[Any] = islice(rest, run.size)
             wanted = list(run.wanted)
             if context.name == "h264":
                 packets = _sparing(context, packets, {int(index.shown[place]) for place in wanted})
@@ -98,7 +99,8 @@ def _straight_through(
         stream.codec_context.thread_type = "AUTO"
         wanted = iter(indices)
         expected = next(wanted, None)
-        frames = frames_of(stream.codec_context, packets_of(container, stream))
+        packets = dropwhile(lambda packet: not packet.is_keyframe, packets_of(container, stream))
+        frames = frames_of(stream.codec_context, packets)
         for count, frame in enumerate(frames):
             place = index.frame_of(frame.pts) if index.is_exact else count
             while place is not None and expected is not None and expected < place:

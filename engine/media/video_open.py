@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, BinaryIO, NoReturn
 
 import av
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 
 from ..input_error import InputError
 
@@ -67,7 +67,7 @@ def video_stream(container: Any, field: str) -> Any:
         raise InputError(field, f"its video is of a codec that is not read ({names} are)")
     for other in container.streams:
         if other is not stream:
-            other.discard = "all"
+            other.discard = Discard.all
     return stream
 
 
