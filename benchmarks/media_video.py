@@ -190,14 +190,21 @@ def table(folder: Path) -> Iterator[str]:
     for name in SIZES:
         for minutes in MINUTES:
             path = long_file(folder, name, minutes)
-            for fps in TABLE_FPS:
-                load = measure(path, fps)
+            for rates in _alike(minutes):
+                load = measure(path, rates[0])
                 yield (
-                    f"| {minutes} min | {name} | {fps:g} | {load.frames} "
-                    f"| {load.width}×{load.height} | {load.tokens} "
+                    f"| {minutes} min | {name} | {', '.join(f'{fps:g}' for fps in rates)} "
+                    f"| {load.frames} | {load.width}×{load.height} | {load.tokens} "
                     f"| {load.extra_mb:.0f} MB | {load.seconds:.1f} s |"
                 )
             path.unlink()
+
+
+def _alike(minutes: int) -> list[list[float]]:
+    """The table's rates; together those that are all cut to the most frames that are taken."""
+    most = PreprocessConfig().max_frames
+    full = [fps for fps in TABLE_FPS if minutes * 60 * fps >= most]
+    return [[fps] for fps in TABLE_FPS if fps not in full] + ([full] if full else [])
 
 
 def main() -> None:

@@ -46,8 +46,7 @@ class VideoFile:
     def _read_index(self) -> tuple[VideoIndex, float, Any]:
         """The index, the average frame rate, and the first frame."""
         with open_container(self._file, self._field) as container:
-            stream = video_stream(container, self._field)
-            self._limits.check_size(stream.width, stream.height, self._field)
+            stream = video_stream(container, self._limits, self._field)
             maker = IndexMaker(self._limits, stream.time_base, self._field)
             packets = maker.passed(packets_of(container, stream))
             stream.codec_context.thread_type = "NONE"  # so that the first frame comes at once
@@ -69,7 +68,8 @@ class VideoFile:
 
     def frames(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
         try:
-            for index, frame in chosen_frames(self._file, self._index, indices, self._field):
+            chosen = chosen_frames(self._file, self._index, indices, self._limits, self._field)
+            for index, frame in chosen:
                 self._limits.check_size(frame.width, frame.height, self._field)
                 yield Frame(index, self._upright(frame, height, width))
         except InputError:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 from av.error import InvalidDataError
 
+from .limits import MediaLimits
 from .video_index import Run, VideoIndex
 from .video_open import open_container, video_stream
 
@@ -17,7 +18,7 @@ class LostPlaceError(Exception):
 
 
 def chosen_frames(
-    file: BinaryIO, index: VideoIndex, indices: Sequence[int], field: str
+    file: BinaryIO, index: VideoIndex, indices: Sequence[int], limits: MediaLimits, field: str
 ) -> Iterator[tuple[int, Any]]:
     """Each of `indices`, which rise, with its av.VideoFrame; of a broken file some are lacking.
 
@@ -26,31 +27,25 @@ def chosen_frames(
     left = list(indices)
     if index.is_exact:
         try:
-            for place, frame in _by_groups(file, index, index.runs(indices), field):
+            for place, frame in _by_groups(file, index, index.runs(indices), limits, field):
                 yield place, frame
                 left.remove(place)
         except LostPlaceError:
             pass
     if left:
-        yield from _straight_through(file, index, left, field)
+        yield from _straight_through(file, index, left, limits, field)
 
 
 def _by_groups(
-    file: BinaryIO, index: VideoIndex, runs: Sequence[Run], field: str
+    file: BinaryIO, index: VideoIndex, runs: Sequence[Run], limits: MediaLimits, field: str
 ) -> Iterator[tuple[int, Any]]:
-    """The frames of all runs, with a seek before each. Raises `LostPlaceError`."""
+    """The frames of all runs. Raises `LostPlaceError`."""
     with open_container(file, field) as container:
-        stream = video_stream(container, field)
+        stream = video_stream(container, limits, field)
         context = stream.codec_context
         context.thread_type = "AUTO"
-        for run in runs:
-            if run.start:
-                container.seek(int(index.pts[run.start]), stream=stream)
-            rest = _packets_from(container, stream, index, run.start)
-            packets: Iterator[Any] = islice(rest, run.size)
-            wanted = list(run.wanted)
-            if context.name == "h264":
-                packets = _sparing(context, packets, {int(index.shown[place]) for place in wanted})
+        for places, packets in _passes(container, stream, index, runs):
+            wanted = list(places)
             for frame in frames_of(context, packets):
                 place = index.frame_of(frame.pts)
                 if place is None or place < wanted[0]:
@@ -62,6 +57,32 @@ def _by_groups(
                     break
             if wanted:
                 raise LostPlaceError
+
+
+def _passes(
+    container: Any, stream: Any, index: VideoIndex, runs: Sequence[Run]
+) -> Iterator[tuple[Sequence[int], Iterator[Any]]]:
+    """What goes through the decoder between two times that it is emptied, and the frames wanted."""
+    context = stream.codec_context
+    if context.name == "vp9":  # FFmpeg's crashes if it was emptied and the next keyframe is broken
+        yield [place for run in runs for place in run.wanted], _read_past(container, stream, runs)
+        return
+    for run in runs:
+        if run.start:
+            container.seek(int(index.pts[run.start]), stream=stream)  # empties the decoder
+        rest = _packets_from(container, stream, index, run.start)
+        packets: Iterator[Any] = islice(rest, run.size)
+        if context.name == "h264":
+            packets = _sparing(context, packets, {int(index.shown[place]) for place in run.wanted})
+        yield run.wanted, packets
+
+
+def _read_past(container: Any, stream: Any, runs: Sequence[Run]) -> Iterator[Any]:
+    """The packets of all runs; those between are read and left out."""
+    packets, at = packets_of(container, stream), 0
+    for run in runs:
+        yield from islice(packets, run.start - at, run.stop - at)
+        at = run.stop
 
 
 def _packets_from(container: Any, stream: Any, index: VideoIndex, start: int) -> Iterator[Any]:
@@ -91,11 +112,11 @@ def _sparing(context: Any, packets: Iterator[Any], wanted: set[int]) -> Iterator
 
 
 def _straight_through(
-    file: BinaryIO, index: VideoIndex, indices: Sequence[int], field: str
+    file: BinaryIO, index: VideoIndex, indices: Sequence[int], limits: MediaLimits, field: str
 ) -> Iterator[tuple[int, Any]]:
     """The same frames, where the whole file must be decoded for them."""
     with open_container(file, field) as container:
-        stream = video_stream(container, field)
+        stream = video_stream(container, limits, field)
         stream.codec_context.thread_type = "AUTO"
         wanted = iter(indices)
         expected = next(wanted, None)
@@ -109,6 +130,7 @@ def _straight_through(
                 return
             if place == expected:
                 yield place, frame
+                expected = next(wanted, None)
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:

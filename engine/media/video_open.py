@@ -8,6 +8,7 @@ import av
 from av.stream import Discard, Disposition
 
 from ..input_error import InputError
+from .limits import MediaLimits
 
 CONTAINERS = "MP4, MOV, MKV, WebM"
 CODECS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1", "mpeg4": "MPEG-4"}
@@ -52,10 +53,11 @@ def _open_nothing(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     raise PermissionError
 
 
-def video_stream(container: Any, field: str) -> Any:
+def video_stream(container: Any, limits: MediaLimits, field: str) -> Any:
     """The first stream of video, with no decoder open yet; all other streams are left out.
 
-    Raises `InputError` where there is none, or its codec is not one of those that are read.
+    Raises `InputError` where there is none, its codec is not one of those that are read, or its
+    frames are too large.
     """
     streams = [each for each in container.streams.video if not _is_cover(each)]
     if not streams:
@@ -65,6 +67,8 @@ def video_stream(container: Any, field: str) -> Any:
     if context is None or context.codec.canonical_name not in CODECS:
         names = ", ".join(CODECS.values())
         raise InputError(field, f"its video is of a codec that is not read ({names} are)")
+    limits.check_size(stream.width, stream.height, field)
+    context.options = {"max_pixels": str(limits.max_media_pixels)}  # frames may grow on the way
     for other in container.streams:
         if other is not stream:
             other.discard = Discard.all
