@@ -304,6 +304,26 @@ def test_a_file_with_damaged_frames() -> None:
         video(damaged(data, range(20, 30)), nframes=40)
 
 
+JUMP = """
+import io, sys
+from octavo.engine.input_error import InputError
+from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.video import VideoFile
+reader = VideoFile(io.BytesIO(open(sys.argv[1], "rb").read()), MediaLimits(), "video")
+print([frame.index for frame in reader.frames([0, 47], 64, 96)])
+"""
+
+
+@pytest.mark.parametrize("case", ["vp9-mp4", "h264-mp4", "hevc-mp4", "av1-mp4", "mpeg4-mp4"])
+def test_L23_codec_a_jump_to_a_broken_keyframe(case: str, tmp_path: Path) -> None:
+    """In a process of its own: FFmpeg's VP9 decoder has crashed of it."""
+    (tmp_path / "video").write_bytes(damaged(made(case), range(36, 37)))
+    command = [sys.executable, "-P", "-c", JUMP, str(tmp_path / "video")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("[0")
+
+
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
