@@ -17,7 +17,7 @@ from octavo.benchmarks.media_cases import SHAPE, encoded
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.media.child_pool import DecoderPool
 from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.loader import OpenReader, open_here
+from octavo.engine.media.opening import OpenReader, open_here
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.reader import Pixels
 from octavo.engine.media.sizes import image_size

@@ -25,7 +25,7 @@ from PIL import Image
 from octavo.engine.input.chat import ChatTemplate, read_messages
 from octavo.engine.input.tokenizer import TextTokenizer
 from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.loader import open_here
+from octavo.engine.media.opening import open_here
 from octavo.engine.media.source import MediaAccess, open_source
 
 from .workload import BenchRequest, Frames

@@ -18,7 +18,7 @@ from typing import Any
 from ..scheduler.admission import QueueFull
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .media.child_pool import DecoderPool
-from .media.loader import OpenReader, open_here
+from .media.opening import OpenReader, open_here
 
 KINDS = ("image", "video")
 

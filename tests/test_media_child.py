@@ -24,7 +24,7 @@ from octavo.engine.media.child_process import DecoderProcess
 from octavo.engine.media.child_reader import clean
 from octavo.engine.media.frames import FrameList
 from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.loader import OpenReader, open_here
+from octavo.engine.media.opening import OpenReader, open_here
 from octavo.engine.media.reader import MediaHeader
 from octavo.proto import media_pb2 as pb
 

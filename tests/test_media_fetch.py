@@ -32,7 +32,7 @@ from octavo.engine.media import source as sources
 from octavo.engine.media.addresses import is_public
 from octavo.engine.media.fetch import Network, fetch
 from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.loader import open_here
+from octavo.engine.media.opening import open_here
 from octavo.engine.media.source import MediaAccess, media_access, open_source
 from octavo.engine.media.urls import is_allowed, read_host, read_url, without_secrets
 

@@ -14,10 +14,12 @@ from typing import Any
 from ...scheduler.request import MediaSpan
 from ..config import ModelConfig, PreprocessConfig
 from ..input_error import InputError
+from ..media.decode import OpenItem
 from ..media.embeds import MediaEmbeds
 from ..media.item import MediaItem, PatchShape, UnitContent
 from ..media.limits import MediaLimits
-from ..media.loader import MediaLoader, OpenItem, OpenReader, open_here
+from ..media.loader import MediaLoader
+from ..media.opening import OpenReader, open_here
 from ..media.options import MediaOptions
 from ..media.room import TokenRoom
 from ..media.source import BYTES, MediaAccess

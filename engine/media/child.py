@@ -25,7 +25,7 @@ from ...proto import media_pb2 as pb
 from ..input_error import InputError
 from . import sandbox
 from .limits import MediaLimits
-from .loader import open_here
+from .opening import open_here
 from .reader import Frame, MediaReader, Pixels
 
 PACKET_BYTES = 256 * 1024  # more than a socket pair takes in one

@@ -12,7 +12,7 @@ from ..input_error import InputError
 from .child_process import DecoderProcess, DecoderStoppedError
 from .child_reader import STOPPED, ChildReader
 from .limits import MediaLimits
-from .loader import open_here
+from .opening import open_here
 from .reader import MediaReader
 
 log = logging.getLogger("octavo.media")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
-from PIL import Image
-
 from ..input_error import InputError
 from .reader import Frame, MediaHeader, MediaReader
-from .video import resize_frame
+from .resample import resize_frame
 
 LISTED_FPS = 2.0  # where the caller says nothing
 
@@ -46,7 +44,7 @@ class FrameList:
                         f"{first.height}; all must be of one size",
                     )
                 frame = next(iter(reader.frames([0], size.height, size.width)))
-            yield Frame(index, resize_frame(Image.fromarray(frame.pixels), height, width))
+            yield Frame(index, resize_frame(frame.pixels, height, width))
 
     def __enter__(self) -> Self:
         return self

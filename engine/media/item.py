@@ -52,7 +52,7 @@ class MediaInfo:
     grid_thw: Grid
     frame_indices: tuple[int, ...] = ()  # of the file's frames
     sample_fps: float | None = None
-    frame_times: tuple[float, ...] = ()  # seconds from the video's begin, by its average rate
+    frame_times: tuple[float, ...] = ()  # seconds from the video's first frame
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,11 @@ class MediaLimits:
         if seconds > self.max_video_seconds:
             self.refuse("max_video_seconds", field, f"{seconds:.0f} seconds of video")
 
+    def check_time(self, seconds: float, field: str) -> None:
+        """What making an item ready has taken so far."""
+        if seconds > self.media_timeout_s:
+            self.refuse("media_timeout_s", field, f"not ready after {seconds:.0f} seconds")
+
     def check_frames(self, count: int, field: str) -> None:
         if count > self.max_video_frames:
             self.refuse("max_video_frames", field, f"{count} frames")

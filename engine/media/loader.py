@@ -2,63 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..config import PreprocessConfig
 from ..input_error import InputError
 from .arrays import ArrayFile, is_array
+from .decode import OpenItem, decode_units
 from .embeds import MediaEmbeds, check_options, check_values, read_grid, read_values
 from .frames import LISTED_FPS, FrameList, pad
-from .image import ImageFile
-from .item import (
-    Embeds,
-    MediaInfo,
-    MediaItem,
-    PatchShape,
-    UnitContent,
-    make_embeds_unit,
-    make_item,
-    make_unit,
-)
+from .item import PatchShape, UnitContent, make_item
 from .limits import MediaLimits
+from .opening import OpenReader, open_here
 from .options import MediaOptions
-from .reader import MediaReader, Pixels
+from .reader import MediaReader
 from .room import TokenRoom
 from .sizes import FRAME_FACTOR, frame_indices, frame_range, frame_size, image_size, smart_nframes
 from .source import BYTES, MediaAccess, open_source
-from .video import VideoFile
-
-MOST_LACKING = 0.1  # share of the chosen frames that a file may lack and still count as whole
-
-# Opens an image's or a video's file: ("image" or "video", file, limits, field).
-OpenReader = Callable[[str, BinaryIO | Image.Image, MediaLimits, str], MediaReader]
-
-
-def open_here(
-    kind: str, file: BinaryIO | Image.Image, limits: MediaLimits, field: str
-) -> MediaReader:
-    """A reader in this process. Raises `InputError`."""
-    if kind == "image":
-        return ImageFile(file, limits, field)
-    if isinstance(file, Image.Image):
-        raise InputError(field, "is one image; a video is a file or a list of frames")
-    return VideoFile(file, limits, field)
-
-
-@dataclass(frozen=True, eq=False)
-class OpenItem:
-    """An item that was chosen and not yet decoded."""
-
-    item: MediaItem
-    reader: MediaReader | Embeds  # what its units are made of
-    field: str
 
 
 @dataclass(frozen=True)
@@ -88,15 +53,17 @@ class MediaLoader:
     def _open_image(
         self, source: Any, options: MediaOptions, room: TokenRoom, field: str, files: ExitStack
     ) -> OpenItem:
+        begun = time.monotonic()
         reader = files.enter_context(self._reader("image", source, field))
         header, factor = reader.header, self.shape.factor
         size = image_size(header.height, header.width, options, self.preprocess, factor, field)
         room.take_image(*size, options, field)
-        return OpenItem(make_item("image", 1, *size, self.shape), reader, field)
+        return OpenItem(make_item("image", 1, *size, self.shape), reader, field, begun)
 
     def _open_video(
         self, source: Any, options: MediaOptions, room: TokenRoom, field: str, files: ExitStack
     ) -> OpenItem:
+        begun = time.monotonic()
         if is_array(source) or (isinstance(source, Sequence) and not isinstance(source, BYTES)):
             reader = self._listed(source, options, field)
             indices = pad(range(reader.header.num_frames), FRAME_FACTOR)
@@ -118,7 +85,7 @@ class MediaLoader:
         room.take_video(*size, count, options, field)
         times = tuple(reader.times(indices))
         item = make_item("video", count, *size, self.shape, indices, times, rate)
-        return OpenItem(item, reader, field)
+        return OpenItem(item, reader, field, begun)
 
     def _open_embeds(
         self, kind: str, source: MediaEmbeds, options: MediaOptions, room: TokenRoom, field: str
@@ -131,7 +98,7 @@ class MediaLoader:
         count = 1 if kind == "image" else grid[0] * shape.temporal_patch_size
         item = make_item(kind, count, grid[1] * patch, grid[2] * patch, shape)
         room.take_embeds(item.num_tokens, field)
-        return OpenItem(item, read_values(source, field), field)
+        return OpenItem(item, read_values(source, field), field, time.monotonic())
 
     def _choose(
         self, reader: MediaReader, options: MediaOptions, field: str
@@ -176,52 +143,5 @@ class MediaLoader:
     def units(
         self, opened: Sequence[OpenItem], files: ExitStack
     ) -> Generator[UnitContent, None, None]:
-        """All units of the items, in order, decoded as they are asked for; then closes `files`."""
-        with files:
-            for each in opened:
-                yield from self._units(each)
-
-    def _units(self, opened: OpenItem) -> Iterator[UnitContent]:
-        info = opened.item.info
-        if isinstance(opened.reader, np.ndarray):
-            yield from self._embeds_units(info, opened.reader)
-            return
-        frames = _all_frames(opened, opened.reader)
-        size = 1 if info.kind == "image" else self.shape.unit_frames
-        for first in range(0, info.num_frames, size):
-            count = min(size, info.num_frames - first)
-            if count == 1:
-                yield make_unit(info.kind, next(frames)[None], self.shape)
-                continue
-            pixels = np.empty((count, info.height, info.width, 3), np.uint8)
-            for index, frame in enumerate(islice(frames, count)):
-                pixels[index] = frame
-            yield make_unit(info.kind, pixels, self.shape)
-
-    def _embeds_units(self, info: MediaInfo, embeds: Embeds) -> Iterator[UnitContent]:
-        """Cut as pixels are: frame by frame, so many temporal patches each."""
-        depth, height, width = info.grid_thw
-        tokens, size = len(embeds) // depth, self.shape.max_unit_temporal_patches
-        for first in range(0, depth, size):
-            last = min(first + size, depth)
-            part = embeds[first * tokens : last * tokens]
-            yield make_embeds_unit(info.kind, part, (last - first, height, width))
-
-
-def _all_frames(opened: OpenItem, reader: MediaReader) -> Iterator[Pixels]:
-    """As many frames as were chosen: the last one again where a list is odd or a file lacks some.
-
-    Raises `InputError` for a file that lacks many.
-    """
-    info = opened.item.info
-    wanted = list(dict.fromkeys(info.frame_indices)) or [0]
-    lacking = len(wanted)
-    last = None
-    for frame in reader.frames(wanted, info.height, info.width):
-        last, lacking = frame.pixels, lacking - 1
-        yield last
-    if last is None or lacking > len(wanted) * MOST_LACKING:
-        text = f"{len(wanted) - lacking} of the {len(wanted)} frames wanted of it can be decoded"
-        raise InputError(opened.field, f"the {info.kind} is broken: {text}")
-    for _ in range(info.num_frames - (len(wanted) - lacking)):
-        yield last
+        """What `decode_units` makes of them."""
+        return decode_units(opened, self.shape, self.limits, files)

@@ -79,6 +79,9 @@ class MediaOptions:
     def _check(self, field: str) -> None:
         if self.fps is not None and self.nframes is not None:
             raise InputError(f"{field}.fps", "give fps or nframes, not both")
+        for name in ("min_frames", "max_frames"):
+            if self.nframes is not None and getattr(self, name) is not None:
+                raise InputError(f"{field}.{name}", "bounds what fps asks for: nframes is exact")
         if (self.resized_height is None) != (self.resized_width is None):
             raise InputError(f"{field}.resized_height", "goes with resized_width: give both")
         for low, high in ORDERED:

@@ -77,13 +77,19 @@ def frame_range(options: MediaOptions, num_frames: int, fps: float, field: str) 
         return 0, num_frames - 1
     lasts = num_frames / fps
     first, last = 0, num_frames - 1
+    if options.video_start is not None and options.video_start >= lasts:
+        raise InputError(
+            f"{field}.video_start",
+            f"{options.video_start} is behind the end of a video of {lasts:.3f} seconds",
+        )
     if options.video_start is not None:
         first = math.ceil(min(options.video_start, lasts) * fps)
     if options.video_end is not None:
         last = min(math.floor(min(options.video_end, lasts) * fps), num_frames - 1)
     if first >= last:
+        name = "video_start" if options.video_end is None else "video_end"
         raise InputError(
-            field,
+            f"{field}.{name}",
             f"video_start={options.video_start} and video_end={options.video_end} leave less than "
             f"two frames of a video of {lasts:.3f} seconds",
         )
@@ -110,12 +116,21 @@ def smart_nframes(
         count = math.floor(bounded / FRAME_FACTOR) * FRAME_FACTOR
     if not FRAME_FACTOR <= count <= total_frames:
         raise InputError(
-            field,
+            _frames_field(options, total_frames, field),
             f"{count} frames asked of a video of {total_frames}; must be {FRAME_FACTOR} to "
             f"{total_frames}: change nframes, fps, min_frames or max_frames",
         )
     limits.check_frames(count, field)
     return count
+
+
+def _frames_field(options: MediaOptions, total_frames: int, field: str) -> str:
+    """The option that asks for more or fewer frames than a video can give, or the video itself."""
+    if options.nframes is not None:
+        return f"{field}.nframes"
+    if options.max_frames is not None and total_frames >= FRAME_FACTOR:
+        return f"{field}.max_frames"
+    return field
 
 
 def frame_indices(count: int, first: int, last: int) -> list[int]:

@@ -1,73 +1,89 @@
-"""Video files: decoded as a stream, so that only the frames that were chosen are held."""
+"""Video files: only the groups of pictures that hold chosen frames are decoded, as a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Self
 
-import av
 import numpy as np
-from PIL import Image
+from av.sidedata.sidedata import Type
+from av.video.reformatter import VideoReformatter
 
 from ..input_error import InputError
 from .limits import MediaLimits
 from .reader import Frame, MediaHeader, Pixels
+from .resample import resize_frame
+from .video_decode import chosen_frames, frames_of, packets_of
+from .video_index import IndexMaker, VideoIndex
+from .video_open import open_container, video_stream
 
 BROKEN = "the video is broken: it cannot be decoded"
+MOST_LACKING = 0.1  # share of the frames a header speaks of that the file may lack
+RATE_DIFFERS = 0.01  # share by which a header's frame rate may differ from the time stamps
+AS_IT_IS, MIRRORED = slice(None), slice(None, None, -1)
 
 
 class VideoFile:
     """A video file, as a `MediaReader`. It closes the file."""
 
     def __init__(self, file: BinaryIO, limits: MediaLimits, field: str) -> None:
-        """Reads the header and counts the frames, without decoding. Raises `InputError`."""
+        """Reads all packets and decodes the first frame. Raises `InputError`."""
         self._file, self._limits, self._field = file, limits, field
+        self._reformatter = VideoReformatter()
         try:
-            self.header = self._read_header()
+            self._index, rate, first = self._read_index()
+            self._turn = turn_of(first)
         except InputError:
             raise
         except Exception:  # decoders raise all kinds; their texts may tell of memory
             raise InputError(field, BROKEN) from None
+        size = (first.height, first.width)
+        if self._turn[0]:
+            size = (first.width, first.height)
+        self.header = MediaHeader(*size, self._index.num_frames, rate)
+        limits.check_duration(self.header.num_frames / rate, field)
 
-    def _read_header(self) -> MediaHeader:
-        with _open(self._file, self._field) as container:
-            if not container.streams.video:
-                raise InputError(self._field, "the file has no video")
-            stream = container.streams.video[0]
-            self._limits.check_size(stream.width, stream.height, self._field)
-            total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            rate = stream.average_rate or stream.guessed_rate
-            size = (stream.height, stream.width)
-        if not total or not rate:
-            text = "the video has no frames, or does not say how many a second"
-            raise InputError(self._field, text)
-        self._limits.check_duration(total / float(rate), self._field)
-        return MediaHeader(*size, total, float(rate))
+    def _read_index(self) -> tuple[VideoIndex, float, Any]:
+        """The index, the average frame rate, and the first frame."""
+        with open_container(self._file, self._field) as container:
+            stream = video_stream(container, self._limits, self._field)
+            maker = IndexMaker(self._limits, stream.time_base, self._field)
+            packets = maker.passed(packets_of(container, stream))
+            stream.codec_context.thread_type = "NONE"  # so that the first frame comes at once
+            first = next(frames_of(stream.codec_context, packets), None)
+            for _ in packets:
+                pass
+            index = maker.make()
+            rate = _frame_rate(index, stream)
+            lacking = stream.frames - len(index.pts)
+        if first is None or not rate or lacking > stream.frames * MOST_LACKING:
+            raise InputError(self._field, BROKEN)
+        self._limits.check_size(first.width, first.height, self._field)
+        return index, rate, first
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        return [index / self.header.fps for index in indices]
+        if not self._index.is_exact:
+            return [index / self.header.fps for index in indices]
+        return [self._index.seconds(index) for index in indices]
 
     def frames(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
         try:
-            yield from self._decode(indices, height, width)
+            chosen = chosen_frames(self._file, self._index, indices, self._limits, self._field)
+            for index, frame in chosen:
+                self._limits.check_size(frame.width, frame.height, self._field)
+                yield Frame(index, self._upright(frame, height, width))
         except InputError:
             raise
         except Exception:
             raise InputError(self._field, BROKEN) from None
 
-    def _decode(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
-        wanted = iter(indices)
-        next_index = next(wanted, None)
-        with _open(self._file, self._field) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for index, frame in enumerate(container.decode(stream)):
-                self._limits.check_size(frame.width, frame.height, self._field)
-                if index == next_index:
-                    yield Frame(index, resize_frame(frame.to_image(), height, width))
-                    next_index = next(wanted, None)
-                    if next_index is None:
-                        return
+    def _upright(self, frame: Any, height: int, width: int) -> Pixels:
+        """RGB, resized and then turned, which is less work than the other way round."""
+        is_sideways, flips = self._turn
+        pixels = rgb_pixels(self._reformatter.reformat(frame, format="rgb24"))
+        if is_sideways:
+            return resize_frame(pixels, width, height).swapaxes(0, 1)[flips]
+        return resize_frame(pixels, height, width)[flips]
 
     def __enter__(self) -> Self:
         return self
@@ -76,33 +92,31 @@ class VideoFile:
         self._file.close()
 
 
-def _open(file: BinaryIO, field: str) -> Any:
-    """The container, of a format that is allowed, named so that nothing else is probed."""
-    file.seek(0)
-    head = file.read(12)
-    file.seek(0)
-    form = None
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        form = "mov"
-    elif head[:4] == b"\x1aE\xdf\xa3":
-        form = "matroska"
-    elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        form = "avi"
-    if form is None:
-        raise InputError(field, "not a video that is read (mp4, mov, mkv, webm, avi)")
-    return av.open(file, format=form)
+def _frame_rate(index: VideoIndex, stream: Any) -> float:
+    """The header's, where time stamps agree: they may be rounded to milliseconds."""
+    said = float(stream.average_rate or stream.guessed_rate or 0)
+    found = index.rate() if index.is_exact else 0.0
+    if not found or abs(said - found) <= RATE_DIFFERS * found:
+        return said
+    return found
 
 
-def resize_frame(image: Image.Image, height: int, width: int) -> Pixels:
-    """uint8 [height, width, 3], bicubic in float with one rounding at the end.
+def rgb_pixels(frame: Any) -> Pixels:
+    """A view of an rgb24 frame, uint8 [height, width, 3]."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
+    return rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
 
-    So torchvision resizes frames for transformers; PIL's own RGB resize rounds and clips twice,
-    which differs by up to 16 levels at hard edges.
+
+def turn_of(frame: Any) -> tuple[bool, tuple[slice, slice]]:
+    """How a frame is made upright: whether rows and columns change places, then what is mirrored.
+
+    A phone held upright films sideways and says so by a matrix: x' = ax + cy, y' = bx + dy.
     """
-    pixels = np.asarray(image)
-    if image.size == (width, height):
-        return pixels
-    size, cubic = (width, height), Image.Resampling.BICUBIC
-    colors = (Image.fromarray(pixels[..., i].astype(np.float32)) for i in range(3))
-    resized = np.stack([np.asarray(color.resize(size, cubic)) for color in colors], axis=-1)
-    return resized.round().clip(0, 255).astype(np.uint8)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return False, (AS_IT_IS, AS_IT_IS)
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(int)
+    is_sideways = abs(b) + abs(c) > abs(a) + abs(d)
+    x, y = (c, b) if is_sideways else (a, d)
+    return is_sideways, (MIRRORED if y < 0 else AS_IT_IS, MIRRORED if x < 0 else AS_IT_IS)

@@ -1,0 +1,107 @@
+"""Decodes items that were chosen: encode units, one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from ..input_error import InputError
+from .item import (
+    Embeds,
+    MediaInfo,
+    MediaItem,
+    PatchShape,
+    UnitContent,
+    make_embeds_unit,
+    make_unit,
+)
+from .limits import MediaLimits
+from .reader import MediaReader, Pixels
+
+MOST_LACKING = 0.1  # share of the chosen frames that a file may lack and still count as whole
+
+
+@dataclass(frozen=True, eq=False)
+class OpenItem:
+    """An item that was chosen and not yet decoded."""
+
+    item: MediaItem
+    reader: MediaReader | Embeds  # what its units are made of
+    field: str
+    begun: float  # when its source was opened, on the monotonic clock
+
+
+def decode_units(
+    opened: Sequence[OpenItem], shape: PatchShape, limits: MediaLimits, files: ExitStack
+) -> Generator[UnitContent, None, None]:
+    """All units of the items, in order, decoded as they are asked for; then closes `files`.
+
+    Raises `InputError`.
+    """
+    with files:
+        for each in opened:
+            if isinstance(each.reader, np.ndarray):
+                yield from _cut_embeds(each.item.info, each.reader, shape)
+            else:
+                yield from _decode(each, each.reader, shape, limits)
+
+
+def _decode(
+    opened: OpenItem, reader: MediaReader, shape: PatchShape, limits: MediaLimits
+) -> Iterator[UnitContent]:
+    info = opened.item.info
+    frames = _all_frames(opened, reader, limits)
+    if info.kind == "image":
+        yield make_unit(info.kind, next(frames)[None], shape)
+        return
+    for first in range(0, info.num_frames, shape.unit_frames):
+        count = min(shape.unit_frames, info.num_frames - first)
+        pixels = np.empty((count, info.height, info.width, 3), np.uint8)
+        for index, frame in enumerate(islice(frames, count)):
+            pixels[index] = frame
+        yield make_unit(info.kind, pixels, shape)
+
+
+def _cut_embeds(info: MediaInfo, embeds: Embeds, shape: PatchShape) -> Iterator[UnitContent]:
+    """Cut as pixels are: frame by frame, so many temporal patches each."""
+    depth, height, width = info.grid_thw
+    tokens, size = len(embeds) // depth, shape.max_unit_temporal_patches
+    for first in range(0, depth, size):
+        last = min(first + size, depth)
+        part = embeds[first * tokens : last * tokens]
+        yield make_embeds_unit(info.kind, part, (last - first, height, width))
+
+
+def _all_frames(opened: OpenItem, reader: MediaReader, limits: MediaLimits) -> Iterator[Pixels]:
+    """As many frames as were chosen: the one before again where a list is odd or a file lacks some.
+
+    Raises `InputError` for a file that lacks many.
+    """
+    info = opened.item.info
+    wanted = list(dict.fromkeys(info.frame_indices)) or [0]
+    lacking, came, last = 0, 0, None
+    for frame in reader.frames(wanted, info.height, info.width):
+        limits.check_time(time.monotonic() - opened.begun, opened.field)
+        place = wanted.index(frame.index, came)
+        lacking += place - came
+        _check_lacking(lacking, len(wanted), opened)
+        for _ in range(came, place):  # the first frame itself, where none is before it
+            yield frame.pixels if last is None else last
+        last, came = frame.pixels, place + 1
+        yield last
+    _check_lacking(lacking + len(wanted) - came, len(wanted), opened)
+    for _ in range(info.num_frames - came):
+        assert last is not None  # or all would be lacking
+        yield last
+
+
+def _check_lacking(lacking: int, count: int, opened: OpenItem) -> None:
+    if lacking == count or lacking > count * MOST_LACKING:
+        kind = opened.item.info.kind
+        text = f"{lacking} or more of the {count} frames wanted of it cannot be decoded"
+        raise InputError(opened.field, f"the {kind} is broken: {text}")
