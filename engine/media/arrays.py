@@ -13,8 +13,8 @@ from ..input_error import InputError
 from .image import resize
 from .limits import MediaLimits
 from .reader import Frame, MediaHeader
+from .resample import resize_frame
 from .rgb import to_rgb
-from .video import resize_frame
 
 LAYOUTS = {"image": "height × width × channels", "video": "frames × height × width × channels"}
 CHANNELS = (3, 4)  # RGB, and RGBA, which is flattened onto white
@@ -36,7 +36,7 @@ class ArrayFile:
         array = _as_uint8(source, field)
         _check_shape(array.shape, kind, field)
         self._frames = array if kind == "video" else array[None]
-        self._resize = resize_frame if kind == "video" else resize
+        self._is_video = kind == "video"
         count, height, width, _ = self._frames.shape
         limits.check_frames(count, field)
         limits.check_size(width, height, field)
@@ -48,7 +48,10 @@ class ArrayFile:
     def frames(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
         for index in indices:
             image = to_rgb(Image.fromarray(self._frames[index]))
-            yield Frame(index, self._resize(image, height, width))
+            if self._is_video:
+                yield Frame(index, resize_frame(np.asarray(image), height, width))
+            else:
+                yield Frame(index, resize(image, height, width))
 
     def __enter__(self) -> Self:
         return self
