@@ -37,6 +37,7 @@ FAILED = "could not be decoded"
 UNUSED_MODULES = ("av.__main__", "av.datasets")
 LATE_MODULES = (
     "glob",
+    "numpy.ma",
     *(f"PIL.{form}ImagePlugin" for form in ("Bmp", "Gif", "Jpeg", "Png", "Ppm", "Tiff", "WebP")),
     "PIL.DibImageFile",
     "PIL.MpoImagePlugin",
