@@ -17,8 +17,10 @@ def media(
     ] = 9,
     json_file: JsonFile = None,
 ) -> None:
-    """Time images from their bytes to hashed units against bare Pillow, which decodes and resizes
-    to the same size and checks and hashes nothing; then a pool of threads against one."""
+    """Time images and videos from their bytes to hashed units against bare Pillow and PyAV, which
+    decode and resize the same frames to the same size and check and hash nothing; decoding in a
+    process of its own, as `octavo serve` does, against decoding in this one; and a pool of threads
+    against one."""
     from . import media_speed as bench
     from .report import publish
 

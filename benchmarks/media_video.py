@@ -22,7 +22,6 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image
 
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.media.item import MediaInfo
@@ -72,7 +71,7 @@ def load_kept(path: str, options: MediaOptions) -> tuple[MediaInfo, int]:
     with ExitStack() as files:
         opened = loader.open("video", path, options, room, "video", files)
         kept = list(loader.units([opened], files.pop_all()))
-    return opened.item.info, sum(unit.pixels.nbytes for unit in kept)
+    return opened.item.info, sum(unit.pixels.nbytes for unit in kept if unit.pixels is not None)
 
 
 def measure_here(path: str, fps: float | None) -> Load:
@@ -130,21 +129,6 @@ def _decode_frames(container: Any, stream: Any, count: int) -> None:
             return
 
 
-def bare_frames(path: Path, loaded: Load, fps: float | None) -> float:
-    """Seconds that bare PyAV and Pillow take for a short video: all decoded, the chosen resized."""
-    wanted = set(_chosen(path, fps))
-    size = (loaded.width, loaded.height)
-    start = time.perf_counter()
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for place, frame in enumerate(container.decode(stream)):
-            if place in wanted:
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    return time.perf_counter() - start
-
-
 def long_file(folder: Path, name: str, minutes: float, gop: int = GOP) -> Path:
     """A file of `minutes`, made of a clip that is encoded once."""
     path = folder / f"{name}-{gop}-{minutes}.mp4"
@@ -167,20 +151,6 @@ def video_rows(folder: Path) -> Iterator[Row]:
         load, bare = measure(path, fps), bare_groups(path, fps)
         label = f"{minutes} min {name}, groups of {gop}, fps={fps or 2.0}: bare decodes the groups"
         yield Row(label, load.seconds, bare, load.extra_mb)
-    for name in SIZES:
-        path = long_file(folder, name, 1 / 6)
-        load = measure(path, None)
-        pairs = [_short_pair(path, load) for _ in range(5)]
-        ours, bare = (min(times) for times in zip(*pairs, strict=True))
-        label = f"10 s {name}, fps=2.0: bare decodes all, makes RGB and resizes in Pillow"
-        yield Row(label, ours, bare, load.extra_mb)
-
-
-def _short_pair(path: Path, load: Load) -> tuple[float, float]:
-    """Seconds of ours and of bare PyAV and Pillow, in this process."""
-    start = time.perf_counter()
-    load_kept(str(path), MediaOptions())
-    return time.perf_counter() - start, bare_frames(path, load, None)
 
 
 def table(folder: Path) -> Iterator[str]:

@@ -77,6 +77,8 @@ class InputPool:
         self._threads = ThreadPoolExecutor(sizes[0], thread_name_prefix="media")
         self._video_threads = ThreadPoolExecutor(sizes[1], thread_name_prefix="video")
         self._decoders = DecoderPool(processor.limits, sum(sizes)) if isolate else None
+        if self._decoders is not None:
+            self._decoders.warm()
         self._num_bytes = 0
         self._lock = threading.Lock()
 

@@ -29,10 +29,10 @@ def test_a_row_is_a_ratio_of_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
     def takes(duration: float) -> None:
         now[0] += duration
 
-    case = media_speed.Case("it", ours=lambda: takes(3.0), bare=lambda: takes(2.0))
+    case = media_speed.Case("it", ours=lambda where: takes(3.0), bare=lambda: takes(2.0))
     found = measure(case, 3)
     assert (found.ours, found.bare, found.times_bare) == (1 / 3, 1 / 2, 1.5)
-    assert found.pool == 1.0  # the clock knows no threads
+    assert found.times_here == found.pool == 1.0  # the clock knows no threads
 
 
 def test_the_command_writes_a_row_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

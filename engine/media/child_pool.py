@@ -31,6 +31,16 @@ class DecoderPool:
         self._lent: set[DecoderProcess] = set()
         self._is_closed = self._is_logged = False
 
+    def warm(self) -> None:
+        """Starts one process, so that the first request does not wait for it. Takes a few ms."""
+        process = self._start_early()
+        with self._changed:
+            if process is not None and self._free and self._free[-1] is None:
+                self._free[-1] = process
+                process = None
+        if process is not None:
+            process.kill()
+
     def lease(self) -> Lease:
         """To be entered: then it holds a process, once one is free, until it is left."""
         return Lease(self)
