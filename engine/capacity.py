@@ -29,14 +29,15 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
     """Number of KV blocks a rank, and the max_model_len that holds.
 
     It may be over the model's positions, which a video's tokens share: each request's positions are
-    checked when it comes, and its answer ends where they do (`RequestMaker`). Raises `ConfigError` when memory or positions do not allow what was asked.
+    checked when it comes, and its answer ends where they do (`RequestMaker`). Raises `ConfigError`
+    when memory does not hold what was asked.
     """
     longest = config.max_model_len or model.max_position_embeddings
     if longest < 1:
         raise ConfigError(f"max_model_len={longest}: must be at least 1")
     if longest > model.max_position_embeddings:
         log.info(
-            "max_model_len %d is over the model's %d positions: for videos, whose tokens share them",
+            "max_model_len %d is over the model's %d positions, which a video's tokens share",
             longest,
             model.max_position_embeddings,
         )
