@@ -53,7 +53,7 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
         if name in ("type", kind) or value is None:
             continue
         if name not in known:
-            raise invalid(f"{shown(name)}: no option; {kind}s have {', '.join(known)}")
+            raise invalid(f"{name}: no option; {kind}s have {', '.join(known)}")
         try:
             setattr(item.options, name, value)
         except (TypeError, ValueError):
