@@ -286,13 +286,15 @@ def test_embeddings_through_every_door(doors: list[Door], served: Served) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("of", ["numpy", "torch"])
+@pytest.mark.parametrize("of", ["numpy", "big-endian", "torch"])
 def test_embeddings_travel_as_they_are(dtype: str, of: str) -> None:
     values = torch.randn((6, 64), generator=torch.Generator().manual_seed(0))
     values = values.to(getattr(torch, dtype))
     given: Any = values if of == "torch" else values.float().numpy()
-    if of == "numpy":
+    if of != "torch":
         given = given.astype("float32" if dtype == "bfloat16" else dtype)
+    if of == "big-endian":
+        given = given.astype(given.dtype.newbyteorder(">"))
     part = {"type": "image", "image": MediaEmbeds(given, (1, 4, 6))}
     item = pb.MediaItem.FromString(client_media.media_item(part).SerializeToString())
     found = read_source(item, "image")
