@@ -30,7 +30,7 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
 
     It may be over the model's positions, which a video's tokens share: each request's positions are
     checked when it comes, and its answer ends where they do (`RequestMaker`). Raises `ConfigError`
-    when memory does not allow what was asked.
+    when memory does not hold what was asked.
     """
     longest = config.max_model_len or model.max_position_embeddings
     if longest < 1:

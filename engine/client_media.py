@@ -53,7 +53,7 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
         if name in ("type", kind) or value is None:
             continue
         if name not in known:
-            raise invalid(f"{shown(name)}: no option; {kind}s have {', '.join(known)}")
+            raise invalid(f"{name}: no option; {kind}s have {', '.join(known)}")
         try:
             setattr(item.options, name, value)
         except (TypeError, ValueError):
@@ -122,7 +122,9 @@ def _embeddings(source: Any) -> pb.Embeddings:
 
 
 def _raw(array: Any) -> tuple[bytes, str, tuple[int, ...]]:
-    """An array's bytes in row-major order, its dtype's name, and its shape."""
+    """An array's little-endian bytes in row-major order, its dtype's name, and its shape."""
+    if getattr(array.dtype, "byteorder", "") == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
     dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
     itemsize = getattr(array, "itemsize", 4)
     _check_bytes(math.prod(shape) * itemsize, "the array")

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from octavo.benchmarks.media_cases import encoded, mp4, noise
+from octavo.benchmarks.media_fuzz import VIDEOS, broken_files
 from octavo.engine.input_error import InputError
 from octavo.engine.media import child_pool, child_process, child_reader, seccomp
 from octavo.engine.media.child_pool import DecoderPool
@@ -635,31 +636,17 @@ def test_processes_end_with_their_parent() -> None:
 # L13: nothing grows
 
 
-def broken(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut, or with a few bits turned."""
-    if rng.integers(3) == 0:
-        return data[: rng.integers(1, len(data))]
-    damaged = np.frombuffer(data, np.uint8).copy()
-    places = rng.integers(len(data) if rng.integers(2) else min(200, len(data)), size=5)
-    damaged[places] ^= 1 << rng.integers(0, 8, 5).astype(np.uint8)
-    return damaged.tobytes()
-
-
 def fuzz(pool: DecoderPool, seed: int, count: int) -> None:
-    """Each as it is decoded here, or refused as here; what makes no sense is never a crash."""
-    rng = np.random.default_rng(seed)
-    whole = [("image", encoded(noise(), form)) for form in FORMS]
-    whole += [("video", clip(codec, form)) for codec, form in CODECS[:3]]
-    for i in range(count):
-        kind, data = whole[i % len(whole)]
-        data = broken(data, rng)
+    """Damaged files of every format: decoded, or refused with a text of ours; never a crash."""
+    for number, (form, data) in enumerate(broken_files(seed, count)):
+        kind = "video" if form in VIDEOS else "image"
         with pool.lease() as lease:
             first = pid_of(lease)
             try:
                 look(lease, kind, data)
             except InputError as error:
                 assert str(error).startswith(kind) and "--media-timeout-s" not in str(error)
-            assert pid_of(lease) == first, (seed, i)
+            assert pid_of(lease) == first, (seed, number, form)
 
 
 def test_L13_leaks_broken_files(pool: DecoderPool) -> None:

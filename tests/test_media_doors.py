@@ -1,6 +1,7 @@
 """Images and videos through every door: LLM, AsyncLLM, Client over gRPC, the protocol, the CLI."""
 
 import base64
+import io
 import re
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[octavo.LLM]:
-    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+    with octavo.LLM(checkpoint, allowed_media_domains="a.org", **SETTINGS) as llm:
         yield llm
 
 
@@ -68,7 +69,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, files: Path) -> Iterator[Served]:
-    served = Served(checkpoint, allowed_media_paths=(files,), **SETTINGS)
+    places: dict[str, Any] = {"allowed_media_paths": (files,), "allowed_media_domains": ("a.org",)}
+    served = Served(checkpoint, **places, **SETTINGS)
     yield served
     served.wait_empty()
     served.close()
@@ -221,6 +223,28 @@ def test_a_list_of_frames_of_any_source_through_every_door(doors: list[Door], fi
             assert door(video(source, fps=5)) == expected
 
 
+def test_urls_through_every_door(
+    doors: list[Door], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each comes to the one function that fetches, with the domains that the engine was told."""
+    asked: list[tuple[str, Any]] = []
+    picture = encoded(noise(84, 56))
+
+    def fetch(url: str, domains: Any, limits: Any, field: str) -> io.BytesIO:
+        asked.append((url, tuple(domains)))
+        return io.BytesIO(picture)
+
+    monkeypatch.setattr("octavo.engine.media.source.fetch", fetch)
+    url = "https://a.org/a%20picture.png"
+    for door in doors:
+        assert door(image(url)) == doors[0](image(picture))
+        assert door(video([url, picture])) == doors[0](video([picture] * 2))
+    assert asked == [(url, ("a.org",))] * len(asked) and len(asked) >= 2 * len(doors)
+    asked.clear()
+    chat("--model", str(checkpoint), "--image", "http://B.net/x", "?")  # who types it wants it
+    assert asked == [("http://B.net/x", ("b.net",))]
+
+
 def test_the_protocol_s_forms(served: Served, llm: octavo.LLM, files: Path) -> None:
     """What the client never writes is read all the same."""
     pictures = [noise(56, 56, seed) for seed in range(4)]
@@ -262,13 +286,15 @@ def test_embeddings_through_every_door(doors: list[Door], served: Served) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("of", ["numpy", "torch"])
+@pytest.mark.parametrize("of", ["numpy", "big-endian", "torch"])
 def test_embeddings_travel_as_they_are(dtype: str, of: str) -> None:
     values = torch.randn((6, 64), generator=torch.Generator().manual_seed(0))
     values = values.to(getattr(torch, dtype))
     given: Any = values if of == "torch" else values.float().numpy()
-    if of == "numpy":
+    if of != "torch":
         given = given.astype("float32" if dtype == "bfloat16" else dtype)
+    if of == "big-endian":
+        given = given.astype(given.dtype.newbyteorder(">"))
     part = {"type": "image", "image": MediaEmbeds(given, (1, 4, 6))}
     item = pb.MediaItem.FromString(client_media.media_item(part).SerializeToString())
     found = read_source(item, "image")
