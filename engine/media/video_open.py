@@ -16,6 +16,7 @@ BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"styp", b"moof")
 EBML = b"\x1aE\xdf\xa3"
 DECODERS = "h264,hevc,vp9,libdav1d,av1,mpeg4"  # that FFmpeg may try, to know what a stream is
 BUFFER_BYTES = 1 << 18  # read at once: each read waits for the interpreter's lock
+EDGES = 1 << 22  # pixels that decoders may put around a frame
 
 
 def open_container(file: BinaryIO, field: str) -> Any:
@@ -68,7 +69,8 @@ def video_stream(container: Any, limits: MediaLimits, field: str) -> Any:
         names = ", ".join(CODECS.values())
         raise InputError(field, f"its video is of a codec that is not read ({names} are)")
     limits.check_size(stream.width, stream.height, field)
-    context.options = {"max_pixels": str(limits.max_media_pixels)}  # frames may grow on the way
+    # Frames may grow on the way. Decoders count the edges that they put around a frame.
+    context.options = {"max_pixels": str(2 * limits.max_media_pixels + EDGES)}
     for other in container.streams:
         if other is not stream:
             other.discard = Discard.all
