@@ -35,7 +35,7 @@ from octavo.engine.media.video import VideoFile
 from .media_cases import SHAPE
 from .video_cases import X264, clip, repeated
 
-MAX_MODEL_LEN = 65_536  # 768 frames of the smallest size a frame may have are 49,152 tokens
+MAX_MODEL_LEN = 32_768  # the models'
 SECONDS = 10  # of the clip
 RATE = 30
 GOP = 60

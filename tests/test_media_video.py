@@ -3,10 +3,11 @@
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from octavo.benchmarks.media_cases import encoded, mp4, noise
+from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
 from octavo.benchmarks.media_cases import load as load_media
 from octavo.benchmarks.video_cases import clip, moving, repeated
 from octavo.engine.config import PreprocessConfig
@@ -22,11 +23,14 @@ from octavo.engine.input_error import InputError
 from octavo.engine.media import video_decode
 from octavo.engine.media.item import MediaInfo
 from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import MediaLoader
 from octavo.engine.media.opening import open_video as open_reader
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media.reader import MediaReader, Pixels
+from octavo.engine.media.reader import Frame, MediaHeader, MediaReader, Pixels
 from octavo.engine.media.resample import resize_frame
+from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.sizes import frame_indices, frame_range
+from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.video import VideoFile
 from octavo.engine.media.video_index import VideoIndex
 
@@ -310,6 +314,7 @@ JUMP = """
 import io, sys
 from octavo.engine.input_error import InputError
 from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.video import VideoFile
 reader = VideoFile(io.BytesIO(open(sys.argv[1], "rb").read()), MediaLimits(), "video")
 print([frame.index for frame in reader.frames([0, 47], 64, 96)])
@@ -582,3 +587,44 @@ def test_L12_video_memory_of_half_an_hour(tmp_path: Path) -> None:
     frames, megabytes = map(int, done.stdout.split())
     assert frames == 180
     assert megabytes < 400
+
+
+class HalfAnHour:
+    """What is known of a file before it is decoded."""
+
+    header = MediaHeader(1080, 1920, 54_000, 30.0)
+
+    def times(self, indices: Sequence[int]) -> list[float]:
+        return [index / 30 for index in indices]
+
+    def frames(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
+        raise AssertionError("nothing is decoded")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("max_model_len", "count"), [(32768, 438), (65536, 768), (4096, 54)])
+def test_a_long_video_fits_by_itself(max_model_len: int, count: int) -> None:
+    """Half an hour would be 768 frames, 49,152 tokens at the least size that a frame may have."""
+    loader = MediaLoader(
+        PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits(), lambda *args: HalfAnHour()
+    )
+
+    def choose(**options: Any) -> MediaInfo:
+        room = TokenRoom(max_model_len, 30, 1, SHAPE.factor)
+        with ExitStack() as files:
+            asked = MediaOptions(**options)
+            return loader.open("video", b"x", asked, room, "video", files).item.info
+
+    info = choose()
+    assert info.num_frames == count
+    assert 0.75 * max_model_len < info.num_tokens < 0.9 * max_model_len
+    assert choose(fps=1.5).num_frames == count
+    assert choose(fps=0.01).num_frames == 18
+    if max_model_len < 65536:
+        with pytest.raises(InputError, match="max_model_len"):  # what a caller says stands
+            choose(nframes=768)

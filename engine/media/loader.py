@@ -22,7 +22,16 @@ from .opening import OpenReader, open_here
 from .options import MediaOptions
 from .reader import MediaReader
 from .room import TokenRoom
-from .sizes import FRAME_FACTOR, frame_indices, frame_range, frame_size, image_size, smart_nframes
+from .sizes import (
+    FRAME_FACTOR,
+    VIDEO_SHARE,
+    frame_indices,
+    frame_range,
+    frame_size,
+    image_size,
+    smart_nframes,
+    with_room,
+)
 from .source import BYTES, MediaAccess, open_source
 
 
@@ -70,7 +79,7 @@ class MediaLoader:
             rate = reader.header.fps
         else:
             reader = files.enter_context(self._reader("video", source, field))
-            indices, rate = self._choose(reader, options, field)
+            indices, rate = self._choose(reader, options, room, field)
         header, count = reader.header, len(indices)
         size = frame_size(
             header.height,
@@ -101,13 +110,15 @@ class MediaLoader:
         return OpenItem(item, read_values(source, field), field, time.monotonic())
 
     def _choose(
-        self, reader: MediaReader, options: MediaOptions, field: str
+        self, reader: MediaReader, options: MediaOptions, room: TokenRoom, field: str
     ) -> tuple[tuple[int, ...], float]:
         """The frames that are taken of a file, and how many of them make a second."""
         header = reader.header
         first, last = frame_range(options, header.num_frames, header.fps, field)
         total = last - first + 1
-        count = smart_nframes(options, total, header.fps, self.preprocess, self.limits, field)
+        most = int(VIDEO_SHARE * room.share) * self.shape.factor**2
+        preprocess = with_room(self.preprocess, options, most)
+        count = smart_nframes(options, total, header.fps, preprocess, self.limits, field)
         return tuple(frame_indices(count, first, last)), count / total * header.fps
 
     def _listed(self, sources: Any, options: MediaOptions, field: str) -> MediaReader:

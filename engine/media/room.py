@@ -34,19 +34,23 @@ class TokenRoom:
     def total(self) -> int:
         return self.max_model_len - 1 - self.num_text_tokens
 
+    @property
+    def share(self) -> int:
+        """What each item has if all have as much."""
+        return self.total // self.num_items
+
     def take_image(self, height: int, width: int, options: MediaOptions, field: str) -> None:
         """Raises `InputError` when an image of that size does not fit beside what is there."""
-        pixels = self.total // self.num_items * self.factor**2
+        pixels = self.share * self.factor**2
         self._take(height, width, 1, field, self._advice("image", pixels, options))
 
     def take_video(
         self, height: int, width: int, num_frames: int, options: MediaOptions, field: str
     ) -> None:
         """The same for a video of an even number of frames."""
-        share = self.total // self.num_items
-        pixels = share * self.factor**2 * 2 // num_frames
+        pixels = self.share * self.factor**2 * 2 // num_frames
         if pixels < 4 * self.factor**2:
-            most = max(2, share // 4 * 2)
+            most = max(2, self.share // 4 * 2)
             advice = f"at most {most} frames (fewer of a list, or a lower fps, nframes, max_frames)"
         else:
             advice = self._advice("video", pixels, options)

@@ -6,6 +6,7 @@ Rules: `smart_resize`, `smart_nframes` and `fetch_video` of qwen-vl-utils.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from .options import MediaOptions
 MAX_RATIO = 200
 FRAME_FACTOR = 2
 NO_LIMIT = 1 << 62
+VIDEO_SHARE = 0.9  # of max_model_len that a video takes at most, where its caller says nothing
+LEAST_SLACK = 1.05  # what a frame may have at least of pixels, as a multiple of min_pixels
 
 
 def smart_resize(
@@ -96,6 +99,20 @@ def frame_range(options: MediaOptions, num_frames: int, fps: float, field: str) 
     return first, last
 
 
+def with_room(
+    preprocess: PreprocessConfig, options: MediaOptions, num_pixels: int
+) -> PreprocessConfig:
+    """The settings, with a `max_frames` for which `num_pixels` are enough at the least size that a
+    frame may have: a long video fits by itself. What a caller says of frames stands."""
+    asked = (options.nframes, options.min_frames, options.max_frames, options.resized_height)
+    if any(value is not None for value in asked):
+        return preprocess
+    low = options.min_pixels or preprocess.video_min_pixels
+    least = min(int(low * LEAST_SLACK), options.max_pixels or NO_LIMIT)
+    most = num_pixels * FRAME_FACTOR // least
+    return replace(preprocess, max_frames=max(FRAME_FACTOR, min(preprocess.max_frames, most)))
+
+
 def smart_nframes(
     options: MediaOptions,
     total_frames: int,
@@ -156,9 +173,10 @@ def frame_size(
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
     low = options.min_pixels or preprocess.video_min_pixels
-    total = options.total_pixels or 0.9 * max_model_len * factor**2
+    total = options.total_pixels or VIDEO_SHARE * max_model_len * factor**2
     high: float = max(
-        min(preprocess.video_max_pixels, total / num_frames * FRAME_FACTOR), int(low * 1.05)
+        min(preprocess.video_max_pixels, total / num_frames * FRAME_FACTOR),
+        int(low * LEAST_SLACK),
     )
     if options.max_pixels is not None:
         high = min(high, options.max_pixels)
