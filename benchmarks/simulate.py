@@ -144,8 +144,7 @@ class _Run:
             while unmade.media_hashes and unmade.rng.random() < chance:
                 media_hash = unmade.media_hashes.pop(0)
                 for request in unmade.requests:
-                    if request.request_id in self.simulation.scheduler.requests:
-                        self.simulation.scheduler.supply(request.request_id, [media_hash])
+                    request.supply([media_hash])
 
     def _spoil(self, plan: StepPlan, result: StepResult) -> StepResult:
         for name in self.aborted_in_step:

@@ -88,7 +88,7 @@ def salted(media_hash: bytes, cache_salt: bytes) -> bytes:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request's state. Mutated by the scheduler alone.
+    """One request's state. Mutated by the scheduler alone, but for `supply`.
 
     Token ids [0, num_computed_tokens) have their keys and values in blocks, as the workers have
     reported; [num_computed_tokens, num_sent_tokens) are in steps on their way, which also draw
@@ -134,7 +134,7 @@ class Request:
             self.token_ids = array("i", self.prompt_token_ids)
 
     def supply(self, media_hashes: Sequence[bytes]) -> None:
-        """The pixels of its next units are there."""
+        """The pixels of its next units are there: to be told between two plans."""
         first, count = self.num_ready_units, len(media_hashes)
         ready = tuple(
             replace(unit, media_hash=salted(media_hash, self.cache_salt))

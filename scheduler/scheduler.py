@@ -69,12 +69,6 @@ class Scheduler:
             each.urgency = (due, next(self._arrivals))
             self.state.add(each)
 
-    def supply(self, request_id: str, media_hashes: Sequence[bytes]) -> None:
-        """The pixels of a request's next units are there; nothing where it has ended."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            request.supply(media_hashes)
-
     def expire(self) -> list[RequestUpdate]:
         """Ends every request whose deadline has passed. To be called before each `schedule`."""
         ended: list[RequestUpdate] = []

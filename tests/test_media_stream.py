@@ -41,6 +41,10 @@ def unmade(name: str, hashes: list[bytes], num_ready: int = 1) -> Request:
     return request
 
 
+def supply(simulation: Simulation, name: str, hashes: list[bytes]) -> None:
+    simulation.scheduler.requests[name].supply(hashes)
+
+
 FIELDS = ("index", "offset", "num_tokens", "num_patches")
 
 
@@ -54,11 +58,11 @@ def test_tokens_are_computed_up_to_the_first_unit_that_is_not_made() -> None:
     assert plan is not None and plan.is_empty  # nothing to do: that is no dead end
     for _ in range(300):
         simulation.step()
-    simulation.scheduler.supply("a", [DOG])
+    supply(simulation, "a", [DOG])
     plan = simulation.step()
     assert plan is not None and plan.num_computed_tokens == (8,)
     assert (plan.num_scheduled_tokens, plan.samples) == ((4,), (False,))
-    simulation.scheduler.supply("a", [CAT])
+    supply(simulation, "a", [CAT])
     plan = simulation.step()
     assert plan is not None and (plan.num_scheduled_tokens, plan.samples) == ((8,), (True,))
     simulation.run()
@@ -71,7 +75,7 @@ def test_others_run_while_one_waits_for_its_frames() -> None:
     for _ in range(20):
         simulation.step()
     assert list(simulation.scheduler.requests) == ["a"] and "b" in simulation.ended
-    simulation.scheduler.supply("a", [DOG])
+    supply(simulation, "a", [DOG])
     simulation.run()
 
 
@@ -86,13 +90,13 @@ def test_a_video_seen_before_waits_until_it_knows_how_much_is_cached() -> None:
     for media_hash in (DOG, CAT):
         plan = simulation.step()
         assert plan is not None and plan.is_empty
-        simulation.scheduler.supply("b", [media_hash])
+        supply(simulation, "b", [media_hash])
     simulation.run()
     assert again.num_cached_tokens == 19  # all but the one whose logits are wanted
     other = unmade("c", [CAT, CAT, CAT])  # differs from its second unit on
     simulation.scheduler.add(other)
     for _ in range(2):
-        simulation.scheduler.supply("c", [CAT])
+        supply(simulation, "c", [CAT])
     simulation.run()
     assert other.num_cached_tokens == 8
 
