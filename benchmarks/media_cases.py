@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from contextlib import ExitStack
 from typing import Any
 
 import av
@@ -18,6 +17,7 @@ from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.reader import Pixels
 from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
 
 SHAPE = PatchShape(14, 2, 2, 4, 1536)  # the 2B's
 
@@ -69,7 +69,11 @@ def load(
         preprocess or PreprocessConfig(), SHAPE, access or MediaAccess(), limits or MediaLimits()
     )
     room = TokenRoom(max_model_len, 0, 1, SHAPE.factor)
-    with ExitStack() as files:
-        opened = loader.open(kind, source, options or MediaOptions(), room, kind, files)
-        units = list(loader.units([opened], files.pop_all()))
+    task = MediaTask(limits or MediaLimits())
+    try:
+        opened = loader.open(kind, source, options or MediaOptions(), room, kind, task)
+    except BaseException:
+        task.close()
+        raise
+    units = list(loader.units([opened], task))
     return opened.item, np.concatenate([unit.pixels for unit in units])

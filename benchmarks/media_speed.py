@@ -26,6 +26,7 @@ from octavo.engine.media.opening import OpenReader, open_here
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
 
 from .media_cases import SHAPE, encoded, photo
 from .video_cases import X264, clip
@@ -68,12 +69,12 @@ def prepare(
 ) -> MediaInfo:
     """Our whole way: bytes, reader, size, pixels, hashes of units."""
     access, limits = MediaAccess(roots=()), MediaLimits()
-    loader = MediaLoader(PreprocessConfig(), SHAPE, access, limits, open_reader=open_reader)
+    loader = MediaLoader(PreprocessConfig(), SHAPE, access, limits)
     room = TokenRoom(128_000, 0, 1, SHAPE.factor)
-    with ExitStack() as files:
-        opened = loader.open(kind, data, options, room, kind, files)
-        for _ in loader.units([opened], files.pop_all()):
-            pass
+    task = MediaTask(limits, open_reader)
+    opened = loader.open(kind, data, options, room, kind, task)
+    for _ in loader.units([opened], task):
+        pass
     return opened.item.info
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from octavo.engine.media.loader import MediaLoader
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
 from octavo.engine.media.video import VideoFile
 
 from .media_cases import SHAPE
@@ -68,9 +69,9 @@ def load_kept(path: str, options: MediaOptions) -> tuple[MediaInfo, int]:
     """Loads a video as a server does and keeps all its frames; how many bytes those are."""
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
     room = TokenRoom(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
-    with ExitStack() as files:
-        opened = loader.open("video", path, options, room, "video", files)
-        kept = list(loader.units([opened], files.pop_all()))
+    task = MediaTask(MediaLimits())
+    opened = loader.open("video", path, options, room, "video", task)
+    kept = list(loader.units([opened], task))
     return opened.item.info, sum(unit.pixels.nbytes for unit in kept if unit.pixels is not None)
 
 
@@ -117,8 +118,8 @@ def bare_groups(path: Path, fps: float | None) -> float:
 def _chosen(path: Path, fps: float | None) -> list[int]:
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
     room = TokenRoom(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
-    with ExitStack() as files:
-        opened = loader.open("video", str(path), MediaOptions(fps=fps), room, "video", files)
+    with closing(MediaTask(MediaLimits())) as task:
+        opened = loader.open("video", str(path), MediaOptions(fps=fps), room, "video", task)
         return list(dict.fromkeys(opened.item.info.frame_indices))
 
 

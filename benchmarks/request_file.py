@@ -27,6 +27,7 @@ from octavo.engine.input.tokenizer import TextTokenizer
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.opening import open_here
 from octavo.engine.media.source import MediaAccess, open_source
+from octavo.engine.media.task import MediaTask
 
 from .workload import BenchRequest, Frames
 
@@ -134,8 +135,8 @@ class _Reader:
     def _image(self, source: Any, field: str) -> Image.Image:
         if isinstance(source, str) and not source.startswith(("data:", "file://")):
             source = str(self._folder / source)
-        reader = open_here("image", open_source(source, ANY, LIMITS, field), LIMITS, field)
-        with reader:
+        file = open_source(source, ANY, field, MediaTask(LIMITS))
+        with open_here("image", file, LIMITS, field) as reader:
             size = reader.header
             return Image.fromarray(next(reader.frames([0], size.height, size.width)).pixels)
 

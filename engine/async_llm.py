@@ -128,7 +128,10 @@ class AsyncLLM:
         stream = self._streams[key] = _Stream(1 if params is None else params.n)
         finished = False
         try:
-            ready = await self._preprocess(prompt, clock, stream)
+            self._check_alive()
+            stream.work = self._pool.submit(prompt)
+            del prompt  # it may be large, and is the pool's now
+            ready = await self._preprocess(stream.work, clock, stream)
             if ready is not None:
                 stream.is_admitted = True
                 self._steps.add(key, ready, params, clock)
@@ -147,17 +150,17 @@ class AsyncLLM:
             del self._streams[key], self._keys[name]
             if stream.work is not None:
                 stream.work.cancel()
+            if stream.ready is not None:
+                stream.ready.cancel()  # or asyncio tells of errors that nobody waits for
             if stream.is_admitted and not finished:
                 self._steps.abort(key)
 
     async def _preprocess(
-        self, prompt: Prompt, clock: Countdown, stream: _Stream
+        self, work: InputJob, clock: Countdown, stream: _Stream
     ) -> ProcessedInput | None:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""
-        self._check_alive()
-        stream.work = self._pool.submit(prompt)
-        future = stream.ready = asyncio.wrap_future(stream.work.future)
+        future = stream.ready = asyncio.wrap_future(work.future)
         await asyncio.wait([future], timeout=clock.left.timeout_s)
         self._check_alive()  # `close` empties the pool
         if stream.is_aborted:

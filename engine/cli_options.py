@@ -82,8 +82,8 @@ MaxQueueTokens = Annotated[int, typer.Option(help="Tokens of the requests that m
 MaxQueueBytes = Annotated[
     int,
     typer.Option(
-        help="Bytes of images and videos, as they came, that may wait to be decoded; requests "
-        "beyond are refused with RESOURCE_EXHAUSTED."
+        help="Bytes of images and videos, as they came, of all requests that wait or run; more "
+        "are refused with RESOURCE_EXHAUSTED."
     ),
 ]
 GpuMemoryUtilization = Annotated[

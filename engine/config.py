@@ -220,7 +220,7 @@ class EngineConfig:
     overlap_steps: bool = True  # plan and send a step while the one before it runs
     max_queue_len: int = 1024  # requests that wait for a place
     max_queue_tokens: int = 1 << 20  # their tokens
-    max_queue_bytes: int = 4 << 30  # of images and videos, as they came, that are being made ready
+    max_queue_bytes: int = 4 << 30  # of images and videos as they came, of all requests
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None  # bytes a rank; None: measured

@@ -1,7 +1,7 @@
 """Threads that make requests' input ready, beside the engine's loop.
 
-Decoding, resizing and hashing hold no lock of Python's. Prompts with videos have threads of their
-own, so that a long video keeps no image waiting.
+Decoding, resizing and hashing hold no lock of Python's. Each kind of prompt has threads of its own:
+text waits for no image, an image for no film, and nobody for another's server.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..scheduler.admission import QueueFull
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .media.child_pool import DecoderPool
-from .media.opening import OpenReader, open_here
+from .media.task import MediaTask
 
 KINDS = ("image", "video")
 
@@ -32,90 +32,134 @@ class InputJob:
         self._prompt = [prompt]
         self._given = time.monotonic()
         self._is_dropped = False
+        self._task: MediaTask | None = None  # once it has begun
+        self.on_cancel: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
-        """Nobody wants it, or what is left of it: nothing is kept, decoding stops soon. To be
-        called in any case once its request is over."""
+        """Its request is over: nothing is kept, what is under way ends soon. To be called in any
+        case, since the bytes of its prompt count until then."""
         self._is_dropped = True
         self._prompt.clear()  # the pool may come to it much later
         self.future.cancel()
-        if self.future.done() and not self.future.cancelled() and not self.future.exception():
-            self.future.result().drop()
+        if self._task is not None:
+            self._task.cancel()
+        self.on_cancel()
 
     def run(self, processor: InputProcessor, decoders: DecoderPool | None) -> None:
         """In the pool. `decoders`: processes that open files; None: this one does."""
         if not self.future.set_running_or_notify_cancel():
             return
-        with decoders.lease() if decoders else nullcontext(open_here) as open_reader:
+        with ExitStack() as stack:
             try:
-                ready = self._begin(processor, open_reader)
+                task = self._task = MediaTask(processor.limits)
+                if decoders is not None:
+                    lease = stack.enter_context(decoders.lease())
+                    stack.enter_context(task.watched(lease.interrupt))
+                    task.open_reader = lease
+                if self._is_dropped:
+                    task.cancel()
+                ready = self._begin(processor, task)
             except BaseException as error:
                 self.future.set_exception(error)
                 return
             self.future.set_result(ready)
             if ready.stream is not None:
-                if self._is_dropped:
-                    ready.drop()
                 ready.stream.run()
 
-    def _begin(self, processor: InputProcessor, open_reader: OpenReader) -> ProcessedInput:
+    def _begin(self, processor: InputProcessor, task: MediaTask) -> ProcessedInput:
         begun = time.monotonic()
-        ready = processor.begin(self._prompt.pop(), open_reader=open_reader)
+        prompt = self._prompt.pop() if self._prompt else ""  # it was dropped in this moment
+        ready = processor.begin(prompt, task=task)
         times = InputTimes(begun - self._given, time.monotonic() - begun)
         return replace(ready, times=times)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Threads for each kind of prompt, so that none waits for what takes longer by nature."""
+
+    text: int  # no images, no videos
+    images: int
+    videos: int
+    urls: int  # anything to be fetched: they mostly wait
+
+    @classmethod
+    def of(cls, cores: int) -> Lanes:
+        return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8)
+
+    @property
+    def num_decoders(self) -> int:
+        return self.images + self.videos + self.urls
 
 
 class InputPool:
     def __init__(
         self, processor: InputProcessor, isolate: bool = False, max_bytes: int | None = None
     ) -> None:
-        """`isolate`: files are decoded in processes of their own. `max_bytes`: of sources that
-        wait or are being made ready; None: no bound."""
+        """`isolate`: files are decoded in processes of their own. `max_bytes`: of the sources of
+        all requests until they are over; None: no bound."""
         self._processor, self._max_bytes = processor, max_bytes
-        cores = os.cpu_count() or 1
-        sizes = max(2, cores), max(2, cores // 2)
-        self._threads = ThreadPoolExecutor(sizes[0], thread_name_prefix="media")
-        self._video_threads = ThreadPoolExecutor(sizes[1], thread_name_prefix="video")
-        self._decoders = DecoderPool(processor.limits, sum(sizes)) if isolate else None
+        lanes = Lanes.of(os.cpu_count() or 1)
+        self._threads = {
+            name: ThreadPoolExecutor(size, thread_name_prefix=name)
+            for name, size in vars(lanes).items()
+        }
+        self._decoders = DecoderPool(processor.limits, lanes.num_decoders) if isolate else None
         if self._decoders is not None:
             self._decoders.warm()
         self._num_bytes = 0
+        self._jobs: dict[InputJob, int] = {}  # whose requests are not over; bytes of their sources
         self._lock = threading.Lock()
 
     def submit(self, prompt: Prompt) -> InputJob:
         """Raises `QueueFull` where too many bytes are waiting already."""
-        size = source_bytes(prompt)
+        job, size, lane = InputJob(prompt), source_bytes(prompt), lane_of(prompt)
         with self._lock:
-            total = self._num_bytes + size
-            most = self._max_bytes
+            total, most = self._num_bytes + size, self._max_bytes
             if most is not None and 0 < size < total and total > most:  # one alone may be larger
                 raise QueueFull(
-                    f"{self._num_bytes} bytes of images and videos are being made ready, and "
-                    f"{size} more are over max_queue_bytes={self._max_bytes}; try again later"
+                    f"requests have {self._num_bytes} bytes of images and videos, and {size} more "
+                    f"are over max_queue_bytes={self._max_bytes}; try again later"
                 )
             self._num_bytes = total
-        job = InputJob(prompt)
-        job.future.add_done_callback(lambda future: self._release(size))
-        threads = self._video_threads if has_video(prompt) else self._threads
-        work = threads.submit(job.run, self._processor, self._decoders)
+            self._jobs[job] = size
+        job.on_cancel = lambda: self._release(job)
+        decoders = None if lane == "text" else self._decoders
+        work = self._threads[lane].submit(job.run, self._processor, decoders)
         work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
         return job
 
-    def _release(self, size: int) -> None:
+    def _release(self, job: InputJob) -> None:
+        """Its request is over, and with it the message that brought its bytes."""
         with self._lock:
-            self._num_bytes -= size
+            self._num_bytes -= self._jobs.pop(job, 0)
 
     def close(self) -> None:
-        """What has not begun is cancelled; nothing is waited for."""
-        for threads in (self._threads, self._video_threads):
+        """What has not begun is cancelled, and what has begun ends soon; nothing is waited for."""
+        with self._lock:
+            jobs = tuple(self._jobs)
+        for job in jobs:
+            job.cancel()
+        for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
         if self._decoders is not None:
             self._decoders.close()
 
 
-def has_video(prompt: Any) -> bool:
-    """Whether a prompt in any form brings a video. What is no prompt brings none."""
-    return any(kind == "video" for kind, _ in _sources(prompt))
+def lane_of(prompt: Any) -> str:
+    """Which of `Lanes` a prompt in any form takes. What is no prompt is refused fastest as text."""
+    found = list(_sources(prompt))
+    if any(_has_url(source) for _, source in found):
+        return "urls"
+    if any(kind == "video" for kind, _ in found):
+        return "videos"
+    return "images" if found else "text"
+
+
+def _has_url(source: Any) -> bool:
+    if isinstance(source, str):
+        return source[:8].lower().startswith(("http://", "https://"))
+    return any(map(_has_url, _list(source)))
 
 
 def source_bytes(prompt: Any) -> int:
@@ -146,5 +190,5 @@ def _num_bytes(source: Any) -> int:
         return len(source)
     if isinstance(source, Sequence):
         return sum(map(_num_bytes, source))
-    size = getattr(source, "nbytes", 0)
+    size = getattr(getattr(source, "values", source), "nbytes", 0)
     return size if isinstance(size, int) else 0

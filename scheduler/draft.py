@@ -48,7 +48,7 @@ class StepDraft:
     def add_row(self, request: Request, count: int, left: int) -> None:
         """Sends `count` of the `left` tokens that a request has still to compute."""
         start = request.num_sent_tokens
-        samples = count == left and not request.awaits_media
+        samples = count == left and start + count < request.num_ready_tokens
         self.token_budget -= count
         self.num_pieces += not samples
         self.rows.append(request)

@@ -194,9 +194,7 @@ class Scheduler:
     def _watch(self, plan: StepPlan) -> Updates:
         """Fails the head when nothing has run for many steps; that should never happen, and if it
         does it must not be silent."""
-        requests = self.requests.values()
-        awaits_media = any(each.awaits_media for each in requests)  # pixels come in their own time
-        if plan.request_ids or plan.encode or awaits_media or not requests:
+        if plan.request_ids or plan.encode or self._may_be_empty():
             self._num_empty_steps = 0
             return ()
         self._num_empty_steps += 1
@@ -207,6 +205,11 @@ class Scheduler:
         steps = self.config.max_empty_steps
         text = f"RESOURCE_EXHAUSTED: nothing could run in {steps} steps; {self._state_of(head)}"
         return (self._fail(head, text),)
+
+    def _may_be_empty(self) -> bool:
+        """Whether there is nothing to run, or pixels are still being made, in their own time."""
+        requests = self.requests.values()
+        return not requests or any(each.awaits_media for each in requests)
 
     def _state_of(self, request: Request) -> str:
         """What the watchdog tells of a request and of what it may lack."""

@@ -199,7 +199,7 @@ def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
         raise AssertionError("it was resized")
 
     monkeypatch.setattr("octavo.engine.media.image.resize", never)
-    monkeypatch.setattr("octavo.engine.media.frames.resize_frame", never)
+    monkeypatch.setattr("octavo.engine.media.image.resize_frame", never)
     monkeypatch.setattr(processor.tokenizer, "encode_marked", never)
     huge = [
         ask({**IMAGE, "min_pixels": 1 << 40}),

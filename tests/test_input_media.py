@@ -17,6 +17,7 @@ from octavo.engine.media.opening import open_here
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.reader import Pixels
 from octavo.engine.media.source import MediaAccess, open_source
+from octavo.engine.media.task import MediaTask
 
 DEFAULTS = PreprocessConfig(video_min_pixels=28 * 28 * 4)
 
@@ -27,7 +28,7 @@ NOTHING = MediaAccess(roots=())
 def load(source: Any, access: MediaAccess | None = None) -> Pixels:
     """The picture at its own size."""
     limits = MediaLimits()
-    file = open_source(source, access or MediaAccess(), limits, "image")
+    file = open_source(source, access or MediaAccess(), "image", MediaTask(limits))
     with open_here("image", file, limits, "image") as reader:
         size = reader.header
         return next(iter(reader.frames([0], size.height, size.width))).pixels

@@ -12,11 +12,12 @@ from octavo.engine.media.image import ImageFile
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.reader import Pixels
 from octavo.engine.media.source import MediaAccess, open_source
+from octavo.engine.media.task import MediaTask
 
 
 def load(source: Any) -> Pixels:
     """The picture at its own size."""
-    file = open_source(source, MediaAccess(roots=()), MediaLimits(), "image")
+    file = open_source(source, MediaAccess(roots=()), "image", MediaTask(MediaLimits()))
     with ImageFile(file, MediaLimits(), "image") as reader:
         size = reader.header
         return next(iter(reader.frames([0], size.height, size.width))).pixels

@@ -34,6 +34,7 @@ from octavo.engine.media.fetch import Network, fetch
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.opening import open_here
 from octavo.engine.media.source import MediaAccess, media_access, open_source
+from octavo.engine.media.task import MediaTask
 from octavo.engine.media.urls import is_allowed, read_host, read_url, without_secrets
 
 PUBLIC, OTHER = "93.184.216.34", "2606:2800:220:1::1"
@@ -128,7 +129,7 @@ class World:
         domains: Sequence[str] = ("*",),
         limits: MediaLimits = LIMITS,
     ) -> bytes:
-        with fetch(url, domains, limits, "image", self.network) as file:
+        with fetch(url, domains, "image", MediaTask(limits), self.network) as file:
             assert file.seekable() and file.tell() == 0
             return file.read()
 
@@ -316,7 +317,7 @@ def test_L19_ssrf_this_machine_by_the_systems_own_resolver() -> None:
 
     for host in ("localhost", "LOCALHOST", "127.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]"):
         with pytest.raises(InputError, match="not public"):
-            fetch(f"http://{host}/", ("*",), LIMITS, "image", Network(dial=dial))
+            fetch(f"http://{host}/", ("*",), "image", MediaTask(LIMITS), Network(dial=dial))
     assert not dialled
 
 
@@ -439,17 +440,17 @@ def test_L19_ssrf_a_name_that_turns_is_dialled_where_it_was_checked() -> None:
     answers = iter([[PUBLIC], ["127.0.0.1"], ["127.0.0.1"]])
     with world(reply()) as net:
         network = Network(lambda host, port: next(answers), net.dial)
-        with fetch("http://a.example/", ("*",), LIMITS, "image", network) as file:
+        with fetch("http://a.example/", ("*",), "image", MediaTask(LIMITS), network) as file:
             assert file.read() == b"hello"
         assert net.dialled == [(PUBLIC, 80)]
         with pytest.raises(InputError, match="not public"):
-            fetch("http://a.example/", ("*",), LIMITS, "image", network)
+            fetch("http://a.example/", ("*",), "image", MediaTask(LIMITS), network)
         assert len(net.dialled) == 1
     answers = iter([[PUBLIC], ["10.0.0.1"]])  # between a URL and its redirect to the same name
     with world(moved("/again")) as net:
         network = Network(lambda host, port: next(answers), net.dial)
         with pytest.raises(InputError, match="not public"):
-            fetch("http://a.example/", ("*",), LIMITS, "image", network)
+            fetch("http://a.example/", ("*",), "image", MediaTask(LIMITS), network)
         assert net.dialled == [(PUBLIC, 80)]
 
 
@@ -646,7 +647,7 @@ def test_L19_ssrf_names_and_connections_that_take_for_ever() -> None:
     hold = threading.Event()
     network = Network(lambda host, port: [PUBLIC] if hold.wait(20) else [])
     with pytest.raises(InputError, match="--fetch-timeout-s"):
-        fetch("http://a.example/", ("*",), HURRY, "image", network)
+        fetch("http://a.example/", ("*",), "image", MediaTask(HURRY), network)
     hold.set()
     net = World({"a.example": [PUBLIC, OTHER, "1.1.1.1"]})
     shares = []
@@ -657,7 +658,7 @@ def test_L19_ssrf_names_and_connections_that_take_for_ever() -> None:
         raise TimeoutError
 
     with pytest.raises(InputError, match="--fetch-timeout-s"):
-        fetch("http://a.example/", ("*",), HURRY, "image", Network(net.resolve, dial))
+        fetch("http://a.example/", ("*",), "image", MediaTask(HURRY), Network(net.resolve, dial))
     assert len(shares) == 3 and sum(shares) <= HURRY.fetch_timeout_s
 
 
@@ -737,7 +738,7 @@ def test_L19_ssrf_no_handshake(first: bytes, words: str) -> None:
         lambda host, port: [PUBLIC], lambda *_: socket.create_connection(listener.getsockname())
     )
     with listener, pytest.raises(InputError, match=words):
-        fetch("https://a.example/", ("*",), HURRY, "image", network)
+        fetch("https://a.example/", ("*",), "image", MediaTask(HURRY), network)
     stop.set()
     thread.join(10)
 
@@ -747,7 +748,9 @@ def test_large_bodies_wait_on_disk_and_small_ones_do_not() -> None:
     for size in (1000, fetching.IN_MEMORY + 1):
         body = os.urandom(size)
         with world(reply(body)) as net:
-            with fetch("http://a.example/", ("*",), limits, "image", net.network) as file:
+            with fetch(
+                "http://a.example/", ("*",), "image", MediaTask(limits), net.network
+            ) as file:
                 assert isinstance(file, io.BytesIO) == (size == 1000)
                 assert file.read() == body and file.seek(5) == 5 and file.read(3) == body[5:8]
             if size > 1000:
@@ -775,7 +778,7 @@ def test_L19_ssrf_nothing_stays_open() -> None:
 
 
 def picture_at(url: str, access: MediaAccess, kind: str = "image") -> Any:
-    file = open_source(url, access, LIMITS, kind)
+    file = open_source(url, access, kind, MediaTask(LIMITS))
     with open_here(kind, file, LIMITS, kind) as reader:
         size = reader.header
         return next(iter(reader.frames([0], size.height, size.width))).pixels

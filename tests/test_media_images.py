@@ -27,6 +27,7 @@ from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.reader import Pixels
 from octavo.engine.media.rgb import to_rgb
 from octavo.engine.media.source import MediaAccess, open_source
+from octavo.engine.media.task import MediaTask
 
 LIMITS = MediaLimits()
 SMALL = PreprocessConfig(max_pixels=64 * 784)
@@ -34,7 +35,7 @@ SMALL = PreprocessConfig(max_pixels=64 * 784)
 
 def load(source: Any, height: int | None = None, width: int | None = None) -> Pixels:
     """The picture, at its own size if none is given."""
-    file = open_source(source, MediaAccess(roots=()), LIMITS, "image")
+    file = open_source(source, MediaAccess(roots=()), "image", MediaTask(LIMITS))
     with ImageFile(file, LIMITS, "image") as reader:
         size = reader.header
         frames = reader.frames([0], height or size.height, width or size.width)

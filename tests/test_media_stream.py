@@ -1,7 +1,9 @@
 """A video's prefill starts while its later frames are still being decoded."""
 
 import asyncio
+import base64
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +11,19 @@ import numpy as np
 import pytest
 
 import octavo
-from octavo.benchmarks.media_cases import mp4, noise
+from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
+from octavo.engine.config import PreprocessConfig
 from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import InputPool, has_video, source_bytes
+from octavo.engine.input_pool import InputPool, lane_of, source_bytes
+from octavo.engine.media.image import ImageFile
 from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import MediaLoader
+from octavo.engine.media.opening import open_here
+from octavo.engine.media.options import MediaOptions
+from octavo.engine.media.room import TokenRoom
+from octavo.engine.media.source import MediaAccess, open_source
+from octavo.engine.media.task import MediaTask
 from octavo.engine.media.video import VideoFile
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.request import Request
@@ -75,6 +85,18 @@ def test_others_run_while_one_waits_for_its_frames() -> None:
     for _ in range(20):
         simulation.step()
     assert list(simulation.scheduler.requests) == ["a"] and "b" in simulation.ended
+    supply(simulation, "a", [DOG])
+    simulation.run()
+
+
+def test_who_waits_for_blocks_of_one_that_waits_for_frames_is_not_failed() -> None:
+    simulation = Simulation(make_config(num_blocks=9, block_size=4))
+    simulation.scheduler.add(unmade("a", [CAT, DOG]))
+    simulation.step()
+    simulation.scheduler.add(make_request("b", 30))
+    for _ in range(300):
+        simulation.step()
+    assert set(simulation.scheduler.requests) == {"a", "b"}
     supply(simulation, "a", [DOG])
     simulation.run()
 
@@ -245,7 +267,7 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
     class Slow:
         limits = MediaLimits()
 
-        def begin(self, prompt: Any, open_reader: Any) -> Any:
+        def begin(self, prompt: Any, task: Any) -> Any:
             begun.set()
             assert goes_on.wait(30)
             raise InputError("prompt", "bad")
@@ -259,6 +281,9 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
     goes_on.set()
     with pytest.raises(InputError):
         first.future.result(30)
+    with pytest.raises(QueueFull):  # until its request is over, its message is there
+        pool.submit(ask(b"x" * 90))
+    first.cancel()
     pool.submit(ask(b"x" * 90)).cancel()
     last = pool.submit({"prompt": "x", "images": [b"x" * 90]})
     assert isinstance(last.future.exception(30), InputError)
@@ -281,17 +306,114 @@ def test_bytes_of_a_prompt(prompt: Any, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"),
+    ("prompt", "lane"),
     [
-        (ask(b""), True),
-        ({"messages": ask(b"")}, True),
-        ({"prompt": "x", "videos": [b""]}, True),
-        ({"prompt": "x", "images": [b""], "videos": None}, False),
-        ("a video", False),
-        ([{"role": "user", "content": "video"}], False),
-        ([{"role": "user", "content": [{"type": "image"}, 5]}, 7], False),
-        (None, False),
+        (ask(b""), "videos"),
+        ({"messages": ask(b"")}, "videos"),
+        ({"prompt": "x", "videos": [b""]}, "videos"),
+        ({"prompt": "x", "images": [b""], "videos": None}, "images"),
+        ({"prompt": "x", "images": ["HTTPS://a.org/b"], "videos": [b""]}, "urls"),
+        (ask([b"", "http://a.org/b"]), "urls"),
+        ("a video at http://a.org", "text"),
+        ([{"role": "user", "content": "video"}], "text"),
+        ([{"role": "user", "content": [{"type": "image"}, 5]}, 7], "images"),
+        (None, "text"),
     ],
 )
-def test_prompts_with_videos_are_known(prompt: Any, found: bool) -> None:
-    assert has_video(prompt) is found
+def test_each_kind_of_prompt_has_its_lane(prompt: Any, lane: str) -> None:
+    assert lane_of(prompt) == lane
+
+
+def test_text_waits_for_no_image(engine: octavo.AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, frames = threading.Event(), ImageFile.frames
+
+    def slow(reader: ImageFile, *args: Any) -> Iterator[Any]:
+        assert goes_on.wait(60)
+        yield from frames(reader, *args)
+
+    monkeypatch.setattr(ImageFile, "frames", slow)
+    picture = [{"role": "user", "content": [{"type": "image", "image": noise()}]}]
+
+    async def run() -> None:
+        held = [asyncio.create_task(collect(engine, picture)) for _ in range(40)]
+        assert await collect(engine, [{"role": "user", "content": "Hi"}])
+        assert not any(task.done() for task in held)
+        goes_on.set()
+        await asyncio.gather(*held)
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_over_stops_at_once() -> None:
+    """Between its items, and what it waits for is told to end."""
+    opened: list[str] = []
+    stopped, goes_on = threading.Event(), threading.Event()
+
+    def slow(kind: str, *args: Any) -> Any:
+        opened.append(kind)
+        assert goes_on.wait(30)
+        return open_here(kind, *args)
+
+    loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
+    room = TokenRoom(9000, 0, 8, SHAPE.factor)
+    task = MediaTask(MediaLimits(), slow)
+    error: list[InputError] = []
+
+    def work() -> None:
+        try:
+            with task.watched(stopped.set):
+                for _ in range(8):
+                    loader.open("image", encoded(noise()), MediaOptions(), room, "image", task)
+        except InputError as found:
+            error.append(found)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not opened:
+        time.sleep(0.01)
+    task.cancel()
+    assert stopped.wait(5)
+    goes_on.set()
+    thread.join(30)
+    assert opened == ["image"] and "the request is over" in str(error[0])
+    task.close()
+
+
+def test_the_time_of_a_request_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("octavo.engine.media.task.time.monotonic", lambda: now[0])
+    task = MediaTask(MediaLimits(media_timeout_s=60))
+    now[0] += 59
+    assert task.seconds_left("image") == pytest.approx(1)
+    now[0] += 1
+    with pytest.raises(InputError, match=r"not ready after 60 seconds.*--media-timeout-s"):
+        task.seconds_left("image")
+
+
+def test_the_bytes_of_a_request_are_bounded_together() -> None:
+    task = MediaTask(MediaLimits(max_media_bytes=250))
+    for _ in range(2):
+        open_source(b"x" * 100, MediaAccess(), "image", task)
+    uri = "data:image/png;base64," + base64.b64encode(b"x" * 100).decode()
+    with pytest.raises(InputError, match=r"300 bytes of files in one request.*--max-media-bytes"):
+        open_source(uri, MediaAccess(), "image", task)
+
+
+def test_a_pool_that_is_closed_ends_what_is_under_way() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Waits:
+        limits = MediaLimits()
+
+        def begin(self, prompt: Any, task: MediaTask) -> Any:
+            with task.watched(ended.set):
+                begun.set()
+                assert ended.wait(30)
+                task.seconds_left("image")
+
+    pool = InputPool(Waits())  # type: ignore[arg-type]
+    job = pool.submit(ask(b"x"))
+    assert begun.wait(30)
+    pool.close()
+    with pytest.raises(InputError, match="over"):
+        job.future.result(30)

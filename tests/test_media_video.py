@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +30,7 @@ from octavo.engine.media.resample import resize_frame
 from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.sizes import frame_indices, frame_range
 from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
 from octavo.engine.media.video import VideoFile
 from octavo.engine.media.video_index import VideoIndex
 
@@ -315,6 +315,7 @@ import io, sys
 from octavo.engine.input_error import InputError
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
 from octavo.engine.media.video import VideoFile
 reader = VideoFile(io.BytesIO(open(sys.argv[1], "rb").read()), MediaLimits(), "video")
 print([frame.index for frame in reader.frames([0, 47], 64, 96)])
@@ -610,15 +611,13 @@ class HalfAnHour:
 @pytest.mark.parametrize(("max_model_len", "count"), [(32768, 438), (65536, 768), (4096, 54)])
 def test_a_long_video_fits_by_itself(max_model_len: int, count: int) -> None:
     """Half an hour would be 768 frames, 49,152 tokens at the least size that a frame may have."""
-    loader = MediaLoader(
-        PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits(), lambda *args: HalfAnHour()
-    )
+    loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
 
     def choose(**options: Any) -> MediaInfo:
         room = TokenRoom(max_model_len, 30, 1, SHAPE.factor)
-        with ExitStack() as files:
-            asked = MediaOptions(**options)
-            return loader.open("video", b"x", asked, room, "video", files).item.info
+        task = MediaTask(MediaLimits(), lambda *args: HalfAnHour())
+        asked = MediaOptions(**options)
+        return loader.open("video", b"x", asked, room, "video", task).item.info
 
     info = choose()
     assert info.num_frames == count

@@ -19,10 +19,10 @@ from ..media.embeds import MediaEmbeds
 from ..media.item import MediaItem, PatchShape, UnitContent
 from ..media.limits import MediaLimits
 from ..media.loader import MediaLoader
-from ..media.opening import OpenReader, open_here
 from ..media.options import MediaOptions
 from ..media.room import TokenRoom
 from ..media.source import BYTES, MediaAccess
+from ..media.task import MediaTask
 from ..media.units import UnitStream
 from .chat import MediaPart
 from .mrope import mrope_positions
@@ -98,13 +98,12 @@ class InputProcessor:
         prompt: Prompt,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
-        open_reader: OpenReader = open_here,
     ) -> ProcessedInput:
         """Any form of a prompt: messages, a raw text, or a dict with one of `messages`, `prompt`
         and `prompt_token_ids` and maybe `images` and `videos`. Raises `InputError`."""
         if isinstance(prompt, ProcessedInput):
             return prompt
-        ready = self.begin(prompt, images, videos, open_reader)
+        ready = self.begin(prompt, images, videos)
         if ready.stream is None:
             return ready
         rest = ready.stream.finish()
@@ -115,20 +114,24 @@ class InputProcessor:
         prompt: Prompt,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
-        open_reader: OpenReader = open_here,
+        task: MediaTask | None = None,
     ) -> ProcessedInput:
         """The same, with all that can be told before a video's later frames are decoded: those are
-        left to `stream`, which the caller has to `run` or to `cancel`."""
+        left to `stream`, which the caller has to `run` or to `cancel`. `task`: its time, and what
+        ends it early."""
         if isinstance(prompt, ProcessedInput):
             return prompt
-        found = self.reader.read(prompt, images, videos)
-        with ExitStack() as files:
-            opened = self._open_all(found.token_ids, found.parts, open_reader, files)
+        task = task or MediaTask(self.limits)
+        with ExitStack() as on_failure:
+            on_failure.callback(task.close)
+            found = self.reader.read(prompt, images, videos)
+            opened = self._open_all(found.token_ids, found.parts, task)
             media = tuple(each.item for each in opened)
             expanded, spans = self._expand(found.token_ids, media)
             positions, delta = mrope_positions(len(expanded), spans, self.shape.merge_size)
             self._check_positions(len(expanded) + delta)
-            units = self.loader.units(opened, files.pop_all())
+            on_failure.pop_all()
+        units = self.loader.units(opened, task)  # they close it
         count = self._num_at_once(media)
         first = tuple(itertools.islice(units, count))
         rest = None if count is None else UnitStream(units)
@@ -138,20 +141,18 @@ class InputProcessor:
         self,
         token_ids: Sequence[int],
         parts: Sequence[MediaPart],
-        open_reader: OpenReader,
-        files: ExitStack,
+        task: MediaTask,
     ) -> list[OpenItem]:
         """The items of the parts, as long as there is room for them."""
         if len(parts) > self.limits.max_media_items:
             self.limits.refuse("max_media_items", "prompt", f"{len(parts)} images and videos")
         text = len(token_ids) - sum(end - at for _, at, end in self.reader.runs(token_ids))
         room = TokenRoom(self.max_model_len, text, len(parts), self.shape.factor)
-        loader = replace(self.loader, open_reader=open_reader)
         opened = []
         for part in parts:
             options = self._options(part)
             field = f"{part.field}.{part.kind}"
-            opened.append(loader.open(part.kind, part.source, options, room, field, files))
+            opened.append(self.loader.open(part.kind, part.source, options, room, field, task))
         return opened
 
     def _options(self, part: MediaPart) -> MediaOptions:

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import av
 import numpy as np
+import PIL.Image
 
 from ...proto import media_pb2 as pb
 from ..input_error import InputError
@@ -80,6 +81,7 @@ def preload() -> None:
             continue
     for name in LATE_CODECS:
         codecs.lookup(name)
+    PIL.Image.MAX_IMAGE_PIXELS = None  # the limit of pixels is the server's
 
 
 def silence() -> None:

@@ -143,6 +143,12 @@ class Lease:
         self._process, self._is_held = self._pool.take(), True
         return self
 
+    def interrupt(self) -> None:
+        """Ends what its process is at, while another thread waits for that."""
+        process = self._process
+        if process is not None:
+            process.interrupt()
+
     def __exit__(self, *exc: object) -> None:
         process, self._process = self._process, None
         if self._is_held:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,8 +18,8 @@ from .item import (
     make_embeds_unit,
     make_unit,
 )
-from .limits import MediaLimits
 from .reader import MediaReader, Pixels
+from .task import MediaTask
 
 MOST_LACKING = 0.1  # share of the chosen frames that a file may lack and still count as whole
 
@@ -33,29 +31,30 @@ class OpenItem:
     item: MediaItem
     reader: MediaReader | Embeds  # what its units are made of
     field: str
-    begun: float  # when its source was opened, on the monotonic clock
 
 
 def decode_units(
-    opened: Sequence[OpenItem], shape: PatchShape, limits: MediaLimits, files: ExitStack
+    opened: Sequence[OpenItem], shape: PatchShape, task: MediaTask
 ) -> Generator[UnitContent, None, None]:
-    """All units of the items, in order, decoded as they are asked for; then closes `files`.
+    """All units of the items, in order, decoded as they are asked for; then closes `task`.
 
     Raises `InputError`.
     """
-    with files:
+    try:
         for each in opened:
             if isinstance(each.reader, np.ndarray):
                 yield from _cut_embeds(each.item.info, each.reader, shape)
             else:
-                yield from _decode(each, each.reader, shape, limits)
+                yield from _decode(each, each.reader, shape, task)
+    finally:
+        task.close()
 
 
 def _decode(
-    opened: OpenItem, reader: MediaReader, shape: PatchShape, limits: MediaLimits
+    opened: OpenItem, reader: MediaReader, shape: PatchShape, task: MediaTask
 ) -> Iterator[UnitContent]:
     info = opened.item.info
-    frames = _all_frames(opened, reader, limits)
+    frames = _all_frames(opened, reader, task)
     if info.kind == "image":
         yield make_unit(info.kind, next(frames)[None], shape)
         return
@@ -77,7 +76,7 @@ def _cut_embeds(info: MediaInfo, embeds: Embeds, shape: PatchShape) -> Iterator[
         yield make_embeds_unit(info.kind, part, (last - first, height, width))
 
 
-def _all_frames(opened: OpenItem, reader: MediaReader, limits: MediaLimits) -> Iterator[Pixels]:
+def _all_frames(opened: OpenItem, reader: MediaReader, task: MediaTask) -> Iterator[Pixels]:
     """As many frames as were chosen: the one before again where a list is odd or a file lacks some.
 
     Raises `InputError` for a file that lacks many.
@@ -86,7 +85,7 @@ def _all_frames(opened: OpenItem, reader: MediaReader, limits: MediaLimits) -> I
     wanted = list(dict.fromkeys(info.frame_indices)) or [0]
     lacking, came, last = 0, 0, None
     for frame in reader.frames(wanted, info.height, info.width):
-        limits.check_time(time.monotonic() - opened.begun, opened.field)
+        task.seconds_left(opened.field)
         place = wanted.index(frame.index, came)
         lacking += place - came
         _check_lacking(lacking, len(wanted), opened)

@@ -12,7 +12,7 @@ import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,10 +28,13 @@ from urllib3.response import HTTPResponse
 from ..input_error import InputError
 from .addresses import is_public
 from .limits import MediaLimits
+from .task import MediaTask
 from .urls import OTHER_WAY, Target, is_allowed, read_url, without_secrets
 
 MOST_REDIRECTS = 5
 MOST_DIALLED = 4  # addresses of one host
+DIAL_SECONDS = 10.0  # that one of them may take
+LOOK = 0.2  # seconds between two looks at whether the task goes on
 IN_MEMORY = 8 << 20  # bytes: what is larger, videos mostly, waits in a file without a name
 READ = 256 << 10  # bytes at a time
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -68,27 +71,30 @@ class Network:
 def fetch(
     url: str,
     domains: Sequence[str],
-    limits: MediaLimits,
     field: str,
+    task: MediaTask,
     network: Network | None = None,
 ) -> BinaryIO:
-    """What a URL has, to be closed by the caller. Raises `InputError`.
+    """What a URL has, to be closed by the caller. Raises `InputError`, also when `task` ends.
 
     `domains`: hosts, "*.example.com" for all below, "*" for all; none: nothing is fetched.
     """
-    deadline = monotonic() + limits.fetch_timeout_s
-    own = _Fetch(url, tuple(domains), limits, field, network or Network(), deadline)
-    return own.run()
+    deadline = monotonic() + task.limits.fetch_timeout_s
+    return _Fetch(url, tuple(domains), task, field, network or Network(), deadline).run()
 
 
 @dataclass(frozen=True)
 class _Fetch:
     url: str
     domains: tuple[str, ...]
-    limits: MediaLimits
+    task: MediaTask
     field: str
     network: Network
     deadline: float  # of all that is done for this URL
+
+    @property
+    def limits(self) -> MediaLimits:
+        return self.task.limits
 
     def run(self) -> BinaryIO:
         if not self.domains:
@@ -110,7 +116,7 @@ class _Fetch:
         if left <= 0:
             found = f"{without_secrets(self.url)}: takes more seconds"
             self.limits.refuse("fetch_timeout_s", self.field, found)
-        return left
+        return min(left, self.task.seconds_left(self.field))
 
     def _read(self, url: str, how: str = "") -> Target:
         """Where a URL leads, if that is allowed."""
@@ -164,9 +170,11 @@ class _Fetch:
 
         # A resolver takes no timeout: where it is late, its thread is left to end by itself.
         threading.Thread(target=work, daemon=True).start()
+        while not found.done():
+            wait([found], min(LOOK, self._left()))
         try:
-            addresses = found.result(self._left())
-        except (OSError, UnicodeError):  # TimeoutError is one
+            addresses = found.result()
+        except (OSError, UnicodeError):
             addresses = ()
         self._left()
         if not addresses or not all(map(is_public, addresses)):
@@ -178,14 +186,14 @@ class _Fetch:
         for index, address in enumerate(addresses):
             with suppress(OSError):
                 share = self._left() / (len(addresses) - index)
-                return self.network.dial(address, target.port, share)
+                return self.network.dial(address, target.port, min(share, DIAL_SECONDS))
         self._left()
         raise self._error(f"{target.place} does not answer")
 
     def _ask(self, target: Target) -> BinaryIO | str:
         """What a target has, or where it redirects to."""
         plain = self._dial(target)
-        with closing(plain), _cut_off(plain, self._left()):
+        with closing(plain), _cut_off(plain, self._left(), self.task):
             with self._talking():
                 sock = self._secure(plain, target)
             with closing(sock):
@@ -276,9 +284,9 @@ def _on_disk(small: io.BytesIO) -> BinaryIO:
 
 
 @contextmanager
-def _cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Ends a connection after that time, whatever goes on there: a socket's own timeout begins
-    anew with each byte that comes."""
+def _cut_off(sock: socket.socket, seconds: float, task: MediaTask) -> Iterator[None]:
+    """Ends a connection after that time or with its task, whatever goes on there: a socket's own
+    timeout begins anew with each byte that comes."""
     watched = sock.dup()
 
     def cut() -> None:
@@ -289,7 +297,8 @@ def _cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with task.watched(cut):
+            yield
     finally:
         timer.cancel()
         timer.join()  # so that it never meets another socket under this number

@@ -7,7 +7,6 @@ from typing import Any, Protocol, Self
 
 from ..input_error import InputError
 from .reader import Frame, MediaHeader, MediaReader
-from .resample import resize_frame
 
 LISTED_FPS = 2.0  # where the caller says nothing
 
@@ -24,33 +23,41 @@ class FrameList:
     ) -> None:
         """Reads the first frame's header: all must be of its size. Raises `InputError`."""
         self._sources, self._open, self._field = sources, open_image, field
-        with open_image(sources[0], f"{field}[0]") as first:
-            size = first.header
+        self._first: MediaReader | None = open_image(sources[0], f"{field}[0]")  # until its turn
+        size = self._first.header
         self.header = MediaHeader(size.height, size.width, len(sources), fps)
 
     def times(self, indices: Sequence[int]) -> list[float]:
         return [index / self.header.fps for index in indices]
 
     def frames(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
-        first = self.header
         for index in indices:
-            field = f"{self._field}[{index}]"
-            with self._open(self._sources[index], field) as reader:
-                size = reader.header
-                if (size.height, size.width) != (first.height, first.width):
-                    raise InputError(
-                        field,
-                        f"{size.width}×{size.height} pixels, the first frame {first.width}×"
-                        f"{first.height}; all must be of one size",
-                    )
-                frame = next(iter(reader.frames([0], size.height, size.width)))
-            yield Frame(index, resize_frame(frame.pixels, height, width))
+            with self._reader(index) as reader:
+                pixels = next(iter(reader.frames([0], height, width))).pixels
+            yield Frame(index, pixels)
+
+    def _reader(self, index: int) -> MediaReader:
+        if index == 0 and self._first is not None:
+            reader, self._first = self._first, None
+            return reader
+        field = f"{self._field}[{index}]"
+        reader = self._open(self._sources[index], field)
+        size, first = reader.header, self.header
+        if (size.height, size.width) != (first.height, first.width):
+            with reader:
+                raise InputError(
+                    field,
+                    f"{size.width}×{size.height} pixels, the first frame {first.width}×"
+                    f"{first.height}; all must be of one size",
+                )
+        return reader
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        pass
+        if self._first is not None:
+            self._first.__exit__(*exc)
 
 
 def pad(indices: Sequence[int], factor: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from ..input_error import InputError
 from .limits import MediaLimits
 from .reader import Frame, MediaHeader, Pixels
+from .resample import resize_frame
 from .rgb import to_rgb
 
 BROKEN = "the image is broken: it cannot be decoded whole"
@@ -58,9 +59,17 @@ class ImageFile:
     Between its header and its frame it holds nothing but the file: a request has many images.
     """
 
-    def __init__(self, file: BinaryIO | Image.Image, limits: MediaLimits, field: str) -> None:
-        """Reads the header. Raises `InputError`."""
+    def __init__(
+        self,
+        file: BinaryIO | Image.Image,
+        limits: MediaLimits,
+        field: str,
+        is_frame: bool = False,
+    ) -> None:
+        """Reads the header. `is_frame`: of a video, whose frames are resized in another way.
+        Raises `InputError`."""
         self._file, self._limits, self._field = file, limits, field
+        self._is_frame = is_frame
         image = self._open()
         width, height = image.size
         limits.check_size(width, height, field)
@@ -75,7 +84,8 @@ class ImageFile:
             return Image.open(self._file, formats=FORMATS)
         except Image.DecompressionBombError:
             found = f"over {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
-            self._limits.refuse("max_media_pixels", self._field, found)
+            text = f"{found}, which Pillow refuses in this process (PIL.Image.MAX_IMAGE_PIXELS)"
+            raise InputError(self._field, text) from None
         except Exception:  # decoders raise all kinds; their texts may tell of memory
             text = f"not an image that is read ({', '.join(FORMATS)})"
             raise InputError(self._field, text) from None
@@ -108,11 +118,13 @@ class ImageFile:
     def _decode(self, height: int, width: int) -> Pixels:
         image = self._open()
         size = (height, width) if self._turn >= 5 else (width, height)  # before it is turned
-        if image is not self._file and (box := _reduce(image, size)):
+        if not self._is_frame and image is not self._file and (box := _reduce(image, size)):
             image = to_rgb(image).resize(size, Image.Resampling.BICUBIC, box)
         image = to_rgb(image)
         if self._turn in TURNS:
             image = image.transpose(TURNS[self._turn])
+        if self._is_frame:
+            return resize_frame(np.asarray(image), height, width)
         image = _resized(image, height, width)  # the whole one goes before pixels are copied
         return _pixels(image)
 

@@ -13,13 +13,13 @@ class MediaLimits:
     """One object for all sources. Each field is a setting of `EngineConfig` and a flag of
     `octavo serve`, which a refusal names."""
 
-    max_media_bytes: int = 1 << 30  # of one file
+    max_media_bytes: int = 1 << 30  # of one file, and of all that a request brings or has fetched
     max_media_pixels: int = 120_000_000  # of one image or one frame of a video, decoded
     max_video_frames: int = 2048  # taken of one video file, or given as a list
     max_video_seconds: int = 3 * 3600  # that a video file lasts
     max_media_items: int = 256  # images and videos of one request
     fetch_timeout_s: int = 60  # to fetch one URL: names, redirects, connection and all its bytes
-    media_timeout_s: int = 600  # to make one item ready, from its first byte on
+    media_timeout_s: int = 600  # to make all items of one request ready
     decoder_memory_bytes: int = 4 << 30  # address space of a process that decodes remote files
 
     def refuse(self, name: str, field: str, found: str) -> NoReturn:
@@ -43,11 +43,6 @@ class MediaLimits:
     def check_duration(self, seconds: float, field: str) -> None:
         if seconds > self.max_video_seconds:
             self.refuse("max_video_seconds", field, f"{seconds:.0f} seconds of video")
-
-    def check_time(self, seconds: float, field: str) -> None:
-        """What making an item ready has taken so far."""
-        if seconds > self.media_timeout_s:
-            self.refuse("media_timeout_s", field, f"not ready after {seconds:.0f} seconds")
 
     def check_frames(self, count: int, field: str) -> None:
         if count > self.max_video_frames:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,6 @@ from .embeds import MediaEmbeds, check_options, check_values, read_grid, read_va
 from .frames import LISTED_FPS, FrameList, pad
 from .item import PatchShape, UnitContent, make_item
 from .limits import MediaLimits
-from .opening import OpenReader, open_here
 from .options import MediaOptions
 from .reader import MediaReader
 from .room import TokenRoom
@@ -33,6 +30,7 @@ from .sizes import (
     with_room,
 )
 from .source import BYTES, MediaAccess, open_source
+from .task import MediaTask
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ class MediaLoader:
     shape: PatchShape
     access: MediaAccess
     limits: MediaLimits
-    open_reader: OpenReader = open_here
 
     def open(
         self,
@@ -50,35 +47,34 @@ class MediaLoader:
         options: MediaOptions,
         room: TokenRoom,
         field: str,
-        files: ExitStack,
+        task: MediaTask,
     ) -> OpenItem:
-        """Chooses size and frames. What it opens is closed with `files`. Raises `InputError`."""
+        """Chooses size and frames. What it opens is closed with `task`. Raises `InputError`."""
+        task.seconds_left(field)
         if isinstance(source, MediaEmbeds):
             return self._open_embeds(kind, source, options, room, field)
         if kind == "image":
-            return self._open_image(source, options, room, field, files)
-        return self._open_video(source, options, room, field, files)
+            return self._open_image(source, options, room, field, task)
+        return self._open_video(source, options, room, field, task)
 
     def _open_image(
-        self, source: Any, options: MediaOptions, room: TokenRoom, field: str, files: ExitStack
+        self, source: Any, options: MediaOptions, room: TokenRoom, field: str, task: MediaTask
     ) -> OpenItem:
-        begun = time.monotonic()
-        reader = files.enter_context(self._reader("image", source, field))
+        reader = task.files.enter_context(self._reader("image", source, field, task))
         header, factor = reader.header, self.shape.factor
         size = image_size(header.height, header.width, options, self.preprocess, factor, field)
         room.take_image(*size, options, field)
-        return OpenItem(make_item("image", 1, *size, self.shape), reader, field, begun)
+        return OpenItem(make_item("image", 1, *size, self.shape), reader, field)
 
     def _open_video(
-        self, source: Any, options: MediaOptions, room: TokenRoom, field: str, files: ExitStack
+        self, source: Any, options: MediaOptions, room: TokenRoom, field: str, task: MediaTask
     ) -> OpenItem:
-        begun = time.monotonic()
         if is_array(source) or (isinstance(source, Sequence) and not isinstance(source, BYTES)):
-            reader = self._listed(source, options, field)
+            reader = task.files.enter_context(self._listed(source, options, field, task))
             indices = pad(range(reader.header.num_frames), FRAME_FACTOR)
             rate = reader.header.fps
         else:
-            reader = files.enter_context(self._reader("video", source, field))
+            reader = task.files.enter_context(self._reader("video", source, field, task))
             indices, rate = self._choose(reader, options, room, field)
         header, count = reader.header, len(indices)
         size = frame_size(
@@ -94,7 +90,7 @@ class MediaLoader:
         room.take_video(*size, count, options, field)
         times = tuple(reader.times(indices))
         item = make_item("video", count, *size, self.shape, indices, times, rate)
-        return OpenItem(item, reader, field, begun)
+        return OpenItem(item, reader, field)
 
     def _open_embeds(
         self, kind: str, source: MediaEmbeds, options: MediaOptions, room: TokenRoom, field: str
@@ -107,7 +103,7 @@ class MediaLoader:
         count = 1 if kind == "image" else grid[0] * shape.temporal_patch_size
         item = make_item(kind, count, grid[1] * patch, grid[2] * patch, shape)
         room.take_embeds(item.num_tokens, field)
-        return OpenItem(item, read_values(source, field), field, time.monotonic())
+        return OpenItem(item, read_values(source, field), field)
 
     def _choose(
         self, reader: MediaReader, options: MediaOptions, room: TokenRoom, field: str
@@ -121,7 +117,9 @@ class MediaLoader:
         count = smart_nframes(options, total, header.fps, preprocess, self.limits, field)
         return tuple(frame_indices(count, first, last)), count / total * header.fps
 
-    def _listed(self, sources: Any, options: MediaOptions, field: str) -> MediaReader:
+    def _listed(
+        self, sources: Any, options: MediaOptions, field: str, task: MediaTask
+    ) -> MediaReader:
         """A video whose frames are all there: a list of images, or an array."""
         for name in ("nframes", "min_frames", "max_frames", "video_start", "video_end"):
             if getattr(options, name) is not None:
@@ -136,23 +134,23 @@ class MediaLoader:
         self.limits.check_frames(len(sources), field)
 
         def open_image(source: Any, field: str) -> MediaReader:
-            return self._reader("image", source, field)
+            return self._reader("frame", source, field, task)
 
         return FrameList(sources, open_image, fps, field)
 
-    def _reader(self, kind: str, source: Any, field: str) -> MediaReader:
+    def _reader(self, kind: str, source: Any, field: str, task: MediaTask) -> MediaReader:
         if is_array(source):
             return ArrayFile(source, kind, self.limits, field)
-        file = open_source(source, self.access, self.limits, field)
+        file = open_source(source, self.access, field, task)
         try:
-            return self.open_reader(kind, file, self.limits, field)
+            return task.open_reader(kind, file, self.limits, field)
         except BaseException:
             if not isinstance(file, Image.Image):
                 file.close()
             raise
 
     def units(
-        self, opened: Sequence[OpenItem], files: ExitStack
+        self, opened: Sequence[OpenItem], task: MediaTask
     ) -> Generator[UnitContent, None, None]:
         """What `decode_units` makes of them."""
-        return decode_units(opened, self.shape, self.limits, files)
+        return decode_units(opened, self.shape, task)

@@ -14,7 +14,7 @@ from .limits import MediaLimits
 from .reader import MediaReader
 from .video import VideoFile
 
-# Opens an image's or a video's file: ("image" or "video", file, limits, field).
+# Opens a file: ("image", "video" or "frame", which is an image of a video; file, limits, field).
 OpenReader = Callable[[str, BinaryIO | Image.Image, MediaLimits, str], MediaReader]
 
 
@@ -22,8 +22,8 @@ def open_here(
     kind: str, file: BinaryIO | Image.Image, limits: MediaLimits, field: str
 ) -> MediaReader:
     """A reader in this process. Raises `InputError`."""
-    if kind == "image":
-        return ImageFile(file, limits, field)
+    if kind in ("image", "frame"):
+        return ImageFile(file, limits, field, is_frame=kind == "frame")
     if isinstance(file, Image.Image):
         raise InputError(field, "is one image; a video is a file or a list of frames")
     return open_video(file, limits, field)

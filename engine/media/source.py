@@ -19,6 +19,7 @@ from ..config_error import ConfigError
 from ..input_error import InputError, shown
 from .fetch import fetch
 from .limits import MediaLimits
+from .task import MediaTask
 from .urls import is_address, read_host
 
 BYTES = str | bytes | bytearray | memoryview  # sequences that are no lists of frames
@@ -62,17 +63,17 @@ def _read_domain(domain: str) -> str:
 
 
 def open_source(
-    source: Any, access: MediaAccess, limits: MediaLimits, field: str
+    source: Any, access: MediaAccess, field: str, task: MediaTask
 ) -> BinaryIO | Image.Image:
     """The file behind a source, to be closed by the caller; a PIL image as it is.
 
     Raises `InputError` for what is no source, may not be read, or is too large.
     """
+    limits = task.limits
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, bytes | bytearray | memoryview):
-        limits.check_bytes(len(source), field)
-        return io.BytesIO(source)
+        return _in_memory(source, field, task)
     if isinstance(source, os.PathLike):
         return _open_file(os.fsdecode(source), access, limits, field)
     if not isinstance(source, str):
@@ -80,9 +81,9 @@ def open_source(
         raise InputError(field, f"{type(source).__name__} {text}")
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
-        return fetch(source, access.domains, limits, field)
+        return _fetched(fetch(source, access.domains, field, task), field, task)
     if scheme.startswith("data:"):
-        return io.BytesIO(_read_data_uri(source, limits, field))
+        return _in_memory(_read_data_uri(source, limits, field), field, task)
     if scheme.startswith("file://"):
         rest = source[7:]
         source = unquote(rest[9:] if rest.startswith("localhost/") else rest)
@@ -92,6 +93,22 @@ def open_source(
     return _open_file(source, access, limits, field)
 
 
+def _in_memory(data: bytes | bytearray | memoryview, field: str, task: MediaTask) -> BinaryIO:
+    task.limits.check_bytes(len(data), field)
+    task.charge(len(data), field)
+    return io.BytesIO(data)
+
+
+def _fetched(file: BinaryIO, field: str, task: MediaTask) -> BinaryIO:
+    try:
+        task.charge(file.seek(0, io.SEEK_END), field)
+    except InputError:
+        file.close()
+        raise
+    file.seek(0)
+    return file
+
+
 def _read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma or not head.endswith(";base64"):
@@ -99,11 +116,10 @@ def _read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
     if len(body) > limits.max_media_bytes * 4 // 3 + 4:
         limits.refuse("max_media_bytes", field, f"a data URI of {len(body)} characters")
     try:
-        data = base64.b64decode("".join(body.split()), validate=True)
+        letters = body.encode("ascii").translate(None, b" \t\r\n\f\v")
+        return base64.b64decode(letters, validate=True)
     except ValueError as error:  # binascii.Error is one; what is not ASCII is another
         raise InputError(field, f"the data URI is not base64: {error}") from None
-    limits.check_bytes(len(data), field)
-    return data
 
 
 def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) -> BinaryIO:

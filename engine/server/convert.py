@@ -8,10 +8,14 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ...proto import octavo_pb2 as pb
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, SamplingParams
+from ..input.chat import MAX_MESSAGES
 from ..input_error import InputError
 from ..media.item import MediaInfo
+from ..media.limits import MediaLimits
 from ..output import OutputDelta
 from .read_media import read_source
+
+MAX_PARTS = 1 << 14  # of all messages
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
 FINISH_REASONS = {
@@ -23,8 +27,9 @@ FINISH_REASONS = {
 }
 
 
-def read_prompt(request: pb.GenerateRequest) -> dict[str, Any]:
+def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, Any]:
     """A prompt as `AsyncLLM.generate` takes it. Raises `InputError`."""
+    _check_counts(request, limits)
     media: dict[str, list[Any]] = {"image": [], "video": []}
     for index, item in enumerate(request.media):
         part = _read_media(item, f"media[{index}]")
@@ -38,6 +43,23 @@ def read_prompt(request: pb.GenerateRequest) -> dict[str, Any]:
     if form == "token_ids":
         return {"prompt_token_ids": request.token_ids.ids, **given}
     raise InputError("prompt", "give one of conversation, text and token_ids")
+
+
+def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
+    """Refuses a message of many small things before it is gone through, which the loop that
+    serves all requests would wait for."""
+    messages = request.conversation.messages
+    num_parts = 0 if len(messages) > MAX_MESSAGES else sum(len(each.content) for each in messages)
+    if len(messages) > MAX_MESSAGES or num_parts > MAX_PARTS:
+        found = f"{len(messages)} messages, {num_parts} parts"
+        raise InputError("messages", f"{found}; at most {MAX_MESSAGES} and {MAX_PARTS} are taken")
+    items = [*request.media[: limits.max_media_items + 1]]
+    items += [part.media for each in messages for part in each.content if part.HasField("media")]
+    if len(items) > limits.max_media_items:
+        limits.refuse("max_media_items", "prompt", f"{len(items)} images and videos")
+    for item in items:
+        count = len(item.frames.data) + len(item.frames.frames)
+        limits.check_frames(count, "frames")
 
 
 def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:

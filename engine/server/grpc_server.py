@@ -72,7 +72,8 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         try:
             if len(request.request_id) > MAX_REQUEST_ID:
                 raise InputError("request_id", f"over {MAX_REQUEST_ID} characters")
-            prompt, params = read_prompt(request), read_sampling(request.sampling)
+            limits = self._engine.engine.processor.limits
+            prompt, params = read_prompt(request, limits), read_sampling(request.sampling)
             options = read_options(request, context.time_remaining())
             stream = self._engine.generate(
                 prompt, params, request_id=request.request_id or None, **options

@@ -18,6 +18,7 @@ from ..input_error import InputError, shown
 from ..media.embeds import MediaEmbeds
 
 PIXEL_AXES = {"image": "height, width, channels", "video": "frames, height, width, channels"}
+MOST_NUMBERS = 8  # of a shape, that are looked at: it has fewer
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
@@ -63,7 +64,7 @@ def _read_embeddings(embeddings: pb.Embeddings, field: str) -> MediaEmbeds:
     if dtype not in DTYPES:
         names = ", ".join(DTYPES)
         raise InputError(f"{field}.dtype", f"{shown(dtype)}: must be one of {names}")
-    grid = tuple(embeddings.grid_thw)
+    grid = tuple(embeddings.grid_thw[:MOST_NUMBERS])
     if len(grid) != 3 or min(grid) < 1:
         text = f"{shown(list(grid))}: must be three numbers from 1 on: patches in time, height"
         raise InputError(f"{field}.grid_thw", f"{text}, width")
@@ -78,7 +79,7 @@ def _read_array(
     data: bytes, dtype: np.dtype[Any], shape: Sequence[int], axes: str, field: str
 ) -> npt.NDArray[Any]:
     """A view of the bytes, if they are what the shape says. `axes` names its numbers."""
-    sizes = tuple(shape)
+    sizes = tuple(shape[:MOST_NUMBERS])
     if len(sizes) != len(axes.split(", ")) or min(sizes) < 1:
         text = f"{shown(list(sizes))}: must be {axes}, each from 1 on"
         raise InputError(f"{field}.shape", text)
