@@ -53,7 +53,7 @@ class InputJob:
             try:
                 task = self._task = MediaTask(processor.limits)
                 if decoders is not None:
-                    lease = stack.enter_context(decoders.lease())
+                    lease = stack.enter_context(decoders.lease(task))
                     stack.enter_context(task.watched(lease.interrupt))
                     task.open_reader = lease
                 if self._is_dropped:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import encoded, mp4, noise
+from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
 from octavo.benchmarks.media_fuzz import VIDEOS, broken_files
+from octavo.engine.config import PreprocessConfig
 from octavo.engine.input_error import InputError
 from octavo.engine.media import child_pool, child_process, child_reader, seccomp
 from octavo.engine.media.child_pool import DecoderPool
@@ -25,8 +26,13 @@ from octavo.engine.media.child_process import DecoderProcess
 from octavo.engine.media.child_reader import clean
 from octavo.engine.media.frames import FrameList
 from octavo.engine.media.limits import MediaLimits
+from octavo.engine.media.loader import MediaLoader
 from octavo.engine.media.opening import OpenReader, open_here
+from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.reader import MediaHeader
+from octavo.engine.media.room import TokenRoom
+from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
 from octavo.proto import media_pb2 as pb
 
 LIMITS = MediaLimits()
@@ -439,7 +445,9 @@ class Liar:
         try:
             with pytest.raises(InputError) as caught:
                 file = io.BytesIO(encoded(noise()))
-                reader = child_reader.ChildReader(self.process, "video", file, LIMITS, "video")
+                reader = child_reader.ChildReader(
+                    self.process, "video", file, LIMITS, "video", LIMITS.media_timeout_s
+                )
                 reader.times([0, 1])
                 list(reader.frames([0, 1], 28, 28))
         finally:
@@ -546,7 +554,8 @@ def test_a_file_with_fewer_frames_than_it_says_ends_early() -> None:
     done = pb.Reply(done=pb.Done()).SerializeToString()
     liar = Liar(header(), frame(1), done)
     file = io.BytesIO(encoded(noise()))
-    with child_reader.ChildReader(liar.process, "video", file, LIMITS, "video") as reader:
+    reader = child_reader.ChildReader(liar.process, "video", file, LIMITS, "video", 9.0)
+    with reader:
         assert [each.index for each in reader.frames([0, 1, 2], 28, 28)] == [1]
         assert not liar.process.is_killed  # nothing is left to be stopped
     liar.process.kill()
@@ -694,3 +703,19 @@ def test_L13_leaks_descriptors_and_memory() -> None:
 @pytest.mark.slow
 def test_L13_leaks_five_thousand_items() -> None:
     assert max(soak(5_000)) < 500
+
+
+def test_frames_of_a_list_are_resized_in_the_process(pool: DecoderPool) -> None:
+    """As here, and so that no large frame comes over."""
+    stills = [encoded(noise(400, 300, seed=i)) for i in range(3)]
+    whole = []
+    for open_reader in (open_here, None):
+        with pool.lease() as lease:
+            task = MediaTask(LIMITS, open_reader or lease)
+            loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(roots=()), LIMITS)
+            room = TokenRoom(9000, 0, 1, SHAPE.factor)
+            opened = loader.open("video", stills, MediaOptions(), room, "video", task)
+            units = list(loader.units([opened], task))
+            whole.append(np.concatenate([unit.pixels for unit in units]))
+    np.testing.assert_array_equal(*whole)
+    assert whole[0].shape[0] == 4

@@ -26,17 +26,18 @@ def is_array(source: Any) -> bool:
 
 
 class ArrayFile:
-    """An array, as a `MediaReader`: an image of [height, width, channels], or a video's frames
-    [frames, height, width, channels]; uint8. Nothing of it is copied before a frame is resized."""
+    """An array, as a `MediaReader`: an image, or one frame of a video, of [height, width,
+    channels], or a video's frames [frames, height, width, channels]; uint8. Nothing of it is
+    copied before a frame is resized."""
 
     def __init__(
         self, source: Any, kind: str, limits: MediaLimits, field: str, fps: float = 1.0
     ) -> None:
         """Raises `InputError` for an array that is of another type or layout."""
         array = _as_uint8(source, field)
-        _check_shape(array.shape, kind, field)
+        _check_shape(array.shape, "video" if kind == "video" else "image", field)
         self._frames = array if kind == "video" else array[None]
-        self._is_video = kind == "video"
+        self._is_video = kind != "image"
         count, height, width, _ = self._frames.shape
         limits.check_frames(count, field)
         limits.check_size(width, height, field)

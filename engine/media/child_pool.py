@@ -14,6 +14,7 @@ from .child_reader import STOPPED, ChildReader
 from .limits import MediaLimits
 from .opening import open_here
 from .reader import MediaReader
+from .task import MediaTask
 
 log = logging.getLogger("octavo.media")
 
@@ -41,9 +42,10 @@ class DecoderPool:
         if process is not None:
             process.kill()
 
-    def lease(self) -> Lease:
-        """To be entered: then it holds a process, once one is free, until it is left."""
-        return Lease(self)
+    def lease(self, task: MediaTask | None = None) -> Lease:
+        """To be entered: then it holds a process, once one is free, until it is left. `task`: whose
+        time it has."""
+        return Lease(self, task)
 
     def take(self) -> DecoderProcess | None:
         """A process, or None where one is to be started. Waits until one is free."""
@@ -134,8 +136,8 @@ class Lease:
     One thread at a time uses it and its readers, which are closed before it is left.
     """
 
-    def __init__(self, pool: DecoderPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: DecoderPool, task: MediaTask | None) -> None:
+        self._pool, self._task = pool, task
         self._process: DecoderProcess | None = None
         self._is_held = False
 
@@ -162,7 +164,10 @@ class Lease:
         already. Raises `InputError`."""
         if isinstance(file, Image.Image):
             return open_here(kind, file, limits, field)
-        return ChildReader(self._ready_process(field), kind, file, limits, field)
+        seconds = float(limits.media_timeout_s)
+        if self._task is not None:
+            seconds = self._task.seconds_left(field)
+        return ChildReader(self._ready_process(field), kind, file, limits, field, seconds)
 
     def _ready_process(self, field: str) -> DecoderProcess:
         if not self._is_held:

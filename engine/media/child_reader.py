@@ -36,10 +36,12 @@ class ChildReader:
         file: BinaryIO,
         limits: MediaLimits,
         field: str,
+        seconds: float,
     ) -> None:
-        """Sends the file and reads its header. Raises `InputError`."""
+        """Sends the file and reads its header. `seconds`: that it may wait for the process in all.
+        Raises `InputError`."""
         self._process, self._limits, self._field = process, limits, field
-        self._seconds_left = float(limits.media_timeout_s)
+        self._seconds_left = seconds
         self._is_streaming = False
         process.num_readers += 1
         self._id = process.num_readers

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 
@@ -77,26 +78,25 @@ def _cut_embeds(info: MediaInfo, embeds: Embeds, shape: PatchShape) -> Iterator[
 
 
 def _all_frames(opened: OpenItem, reader: MediaReader, task: MediaTask) -> Iterator[Pixels]:
-    """As many frames as were chosen: the one before again where a list is odd or a file lacks some.
-
-    Raises `InputError` for a file that lacks many.
-    """
+    """As many frames as were chosen, of which some may be the same. For one that the file lacks
+    the one before it comes again. Raises `InputError` for a file that lacks many."""
     info = opened.item.info
-    wanted = list(dict.fromkeys(info.frame_indices)) or [0]
+    repeats = Counter(info.frame_indices or (0,))
+    wanted = list(repeats)
     lacking, came, last = 0, 0, None
     for frame in reader.frames(wanted, info.height, info.width):
         task.seconds_left(opened.field)
         place = wanted.index(frame.index, came)
         lacking += place - came
         _check_lacking(lacking, len(wanted), opened)
-        for _ in range(came, place):  # the first frame itself, where none is before it
-            yield frame.pixels if last is None else last
+        last = frame.pixels if last is None else last
+        for index in wanted[came:place]:
+            yield from repeat(last, repeats[index])
         last, came = frame.pixels, place + 1
-        yield last
+        yield from repeat(last, repeats[frame.index])
     _check_lacking(lacking + len(wanted) - came, len(wanted), opened)
-    for _ in range(info.num_frames - came):
-        assert last is not None  # or all would be lacking
-        yield last
+    for index in wanted[came:]:
+        yield from repeat(last, repeats[index])
 
 
 def _check_lacking(lacking: int, count: int, opened: OpenItem) -> None:

@@ -83,8 +83,10 @@ class ImageFile:
             self._file.seek(0)
             return Image.open(self._file, formats=FORMATS)
         except Image.DecompressionBombError:
-            found = f"over {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
-            text = f"{found}, which Pillow refuses in this process (PIL.Image.MAX_IMAGE_PIXELS)"
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit, here and not in `serve`
+            if most >= self._limits.max_media_pixels:
+                self._limits.refuse("max_media_pixels", self._field, f"over {most} pixels")
+            text = f"over {most} pixels; raise PIL.Image.MAX_IMAGE_PIXELS"
             raise InputError(self._field, text) from None
         except Exception:  # decoders raise all kinds; their texts may tell of memory
             text = f"not an image that is read ({', '.join(FORMATS)})"
