@@ -62,7 +62,7 @@ class InputJob:
         begun = time.monotonic()
         ready = processor.begin(self._prompt.pop(), open_reader=open_reader)
         times = InputTimes(begun - self._given, time.monotonic() - begun)
-        return replace(ready, times=times)
+        return replace(ready, times=times, arrived_at=self._given)
 
 
 class InputPool:

@@ -33,6 +33,8 @@ LAYERS = [
     ("engine.input",),
     ("engine.input_pool", "engine.media_settings"),
     ("engine.output",),
+    ("engine.histogram",),
+    ("engine.stats",),
     ("engine.sampling_slots",),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
     ("engine.live", "engine.pipeline"),
