@@ -101,6 +101,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "urllib3>=2.6,<3",
+        "prometheus_client>=0.22",
     ],
     extras_require={
         "test": TEST,

@@ -21,6 +21,7 @@ from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta, Usage
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
+from .request_record import RequestRecord
 
 
 @dataclass(eq=False)
@@ -117,38 +118,47 @@ class AsyncLLM:
     ) -> AsyncGenerator[OutputDelta, None]:
         """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
         `chat`."""
-        self._bind()
-        check_params(params)
-        clock = Countdown(RequestOptions.of(**options))
-        self._check_room()
         name = request_id or uuid.uuid4().hex
+        with RequestRecord(name, self.engine.stats) as record:
+            self._bind()
+            check_params(params)
+            clock = Countdown(RequestOptions.of(**options))
+            key, stream = self._open(name, 1 if params is None else params.n)
+            finished = False
+            try:
+                ready = await self._preprocess(prompt, clock, stream)
+                if ready is not None:
+                    record.num_prompt_tokens = len(ready.prompt_token_ids)
+                    stream.is_admitted = record.is_admitted = True
+                    self._steps.add(key, ready, params, clock)
+                while not finished:
+                    event = await stream.events.get()
+                    if isinstance(event, EngineDead):
+                        raise event
+                    if isinstance(event, Admitted):
+                        if event.error is not None:
+                            finished = True
+                            raise event.error
+                        continue
+                    finished = event.usage is not None
+                    record.add(event)
+                    yield replace(event, request_id=name)
+            finally:
+                del self._streams[key], self._keys[name]
+                if stream.work is not None:
+                    stream.work.cancel()
+                if stream.is_admitted and not finished:
+                    self._steps.abort(key)
+
+    def _open(self, name: str, num_answers: int) -> tuple[str, _Stream]:
+        """A stream for a new request, and its key; refused where all places or the name are
+        taken."""
+        self._check_room()
         if name in self._keys:
             raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         key = self._keys[name] = f"{name}#{next(self._numbers)}"
-        stream = self._streams[key] = _Stream(1 if params is None else params.n)
-        finished = False
-        try:
-            ready = await self._preprocess(prompt, clock, stream)
-            if ready is not None:
-                stream.is_admitted = True
-                self._steps.add(key, ready, params, clock)
-            while not finished:
-                event = await stream.events.get()
-                if isinstance(event, EngineDead):
-                    raise event
-                if isinstance(event, Admitted):
-                    if event.error is not None:
-                        finished = True
-                        raise event.error
-                    continue
-                finished = event.usage is not None
-                yield replace(event, request_id=name)
-        finally:
-            del self._streams[key], self._keys[name]
-            if stream.work is not None:
-                stream.work.cancel()
-            if stream.is_admitted and not finished:
-                self._steps.abort(key)
+        stream = self._streams[key] = _Stream(num_answers)
+        return key, stream
 
     async def _preprocess(
         self, prompt: Prompt, clock: Countdown, stream: _Stream
@@ -158,7 +168,11 @@ class AsyncLLM:
         self._check_alive()
         stream.work = self._pool.submit(prompt)
         future = stream.ready = asyncio.wrap_future(stream.work.future)
-        await asyncio.wait([future], timeout=clock.left.timeout_s)
+        self.engine.stats.num_preparing += 1
+        try:
+            await asyncio.wait([future], timeout=clock.left.timeout_s)
+        finally:
+            self.engine.stats.num_preparing -= 1
         self._check_alive()  # `close` empties the pool
         if stream.is_aborted:
             stream.end(RequestStatus.FINISHED_ABORTED)

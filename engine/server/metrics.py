@@ -4,11 +4,15 @@ for. Each engine has a registry of its own, so that several in one process do no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    generate_latest,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -26,28 +30,24 @@ def metrics_text(stats: EngineStats) -> bytes:
     return generate_latest(_registry(stats))
 
 
-@dataclass
-class MetricsServer:
-    """Answers every GET with the metrics, on threads of its own."""
-
-    port: int
-    close: Callable[[], None]
-
-
-def serve_metrics(stats: EngineStats, host: str, port: int) -> MetricsServer:
-    """Port 0 takes a free one. Raises OSError when the address cannot be taken."""
+@contextmanager
+def serving_metrics(stats: EngineStats, host: str, port: int | None) -> Iterator[str]:
+    """Answers every GET at `port` with the metrics, on threads of its own, and gives HOST:PORT;
+    port 0 takes a free one, None serves nothing. Raises OSError when the address is taken."""
+    if port is None:
+        yield ""
+        return
     try:
         server, thread = start_http_server(port, host, _registry(stats))
     except OSError:
         text = "the address is in use or not this machine's"
         raise OSError(f"--metrics-port {port}: {host}:{port}: {text}") from None
-
-    def close() -> None:
+    try:
+        yield f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
+    finally:
         server.shutdown()
         server.server_close()
         thread.join()
-
-    return MetricsServer(server.server_port, close)
 
 
 def _registry(stats: EngineStats) -> CollectorRegistry:
