@@ -22,6 +22,7 @@ from .output import OutputDelta, Usage
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
 from .request_record import RequestRecord
+from .spans import RequestSpans
 
 
 @dataclass(eq=False)
@@ -67,6 +68,7 @@ class AsyncLLM:
         self._death: asyncio.Event | None = None
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
         self._closed = False
+        self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
 
     @property
     def config(self) -> EngineConfig:
@@ -95,18 +97,22 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`. Raises
+        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`;
+        `traceparent`: the caller's span, in W3C's form, for the spans of the request. Raises
         `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
         `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
         """
         prompt = {"messages": messages, "images": images, "videos": videos}
-        return self.generate(prompt, params, request_id=request_id, **options)
+        return self.generate(
+            prompt, params, request_id=request_id, traceparent=traceparent, **options
+        )
 
     async def generate(
         self,
@@ -114,12 +120,13 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
         `chat`."""
         name = request_id or uuid.uuid4().hex
-        with RequestRecord(name, self.engine.stats) as record:
+        with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
             check_params(params)
             clock = Countdown(RequestOptions.of(**options))

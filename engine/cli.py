@@ -54,7 +54,7 @@ from .cli_options import (
     TensorParallelSize,
     TraceFile,
 )
-from .cli_watch import LogFormat, MetricsPort
+from .cli_watch import LogFormat, MetricsPort, OtlpEndpoint, WatchOptions
 from .logs import set_up_logs
 from .media.limits import MediaLimits
 
@@ -132,6 +132,7 @@ def serve(
     decoder_memory_bytes: DecoderMemory = MediaLimits.decoder_memory_bytes,
     trace_file: TraceFile = None,
     metrics_port: MetricsPort = None,
+    otlp_endpoint: OtlpEndpoint = None,
     log_format: LogFormat = "text",
     hub: Hub = "huggingface",
 ) -> None:
@@ -141,37 +142,36 @@ def serve(
     metrics=HOST:PORT where those are served. Logs go to stderr. SIGTERM lets running requests
     finish for ten seconds.
     """
-    ours = ("host", "port", "metrics_port", "log_format")
+    ours = ("host", "port", "metrics_port", "otlp_endpoint", "log_format")
     settings = {k: v for k, v in locals().items() if k not in (*ours, "ours")}
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
         set_up_logs(log_format)
-        status = _serve(host, port, metrics_port, settings)
+        status = _serve(host, port, WatchOptions(metrics_port, otlp_endpoint), settings)
     raise typer.Exit(status)
 
 
-def _serve(host: str, port: int, metrics_port: int | None, settings: dict[str, Any]) -> int:
+def _serve(host: str, port: int, watch: WatchOptions, settings: dict[str, Any]) -> int:
     from .async_llm import AsyncLLM
     from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
-    from .server.metrics import serving_metrics
+    from .server.watch import watched
 
     for name in ("allowed_media_domains", "allowed_media_paths"):
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
         settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
-    check_address(host, port)
-    if metrics_port is not None:
-        check_address(host, metrics_port)
+    for each in (port, watch.metrics_port):
+        if each is not None:
+            check_address(host, each)
     with (
         AsyncLLM(**settings, isolate_media=True) as engine,
-        serving_metrics(engine.engine.stats, host, metrics_port) as metrics_address,
+        watched(engine, host, watch) as metrics,
     ):
 
         def on_ready(address: str) -> None:
-            beside = f" metrics={metrics_address}" if metrics_address else ""
-            print(ready_line(engine, address) + beside, flush=True)
+            print(ready_line(engine, address) + metrics, flush=True)
 
         return asyncio.run(serve_grpc(engine, host, port, on_ready))
 

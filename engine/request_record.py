@@ -13,6 +13,7 @@ from ..scheduler.params import shown
 from .engine import DuplicateRequest, EngineDead
 from .input_error import InputError
 from .output import OutputDelta
+from .spans import RequestSpans
 from .stats import EngineStats, code_of
 
 log = logging.getLogger("octavo.request")
@@ -24,8 +25,15 @@ class RequestRecord:
     """Entered when a request comes and left when it is over. Those that the step thread never had
     it counts in `stats`."""
 
-    def __init__(self, request_id: str, stats: EngineStats) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        stats: EngineStats,
+        spans: RequestSpans | None = None,
+        traceparent: str = "",
+    ) -> None:
         self.request_id, self._stats = request_id, stats
+        self._spans, self._traceparent = spans, traceparent
         self.num_prompt_tokens = 0  # once that is known
         self.is_admitted = False  # the step thread has it, and counts its end
         self._num_output_tokens = 0  # that its reader was given
@@ -55,6 +63,8 @@ class RequestRecord:
             self._stats.refuse(reason, code)
         if log.isEnabledFor(logging.INFO):
             self._log(reason, code, error)
+        if self._spans is not None:
+            self._write_spans(self._spans, reason, code)
 
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         """Its finish reason or "refused", and the code of what was wrong."""
@@ -87,6 +97,18 @@ class RequestRecord:
             fields["total_s"],
             extra=fields,
         )
+
+    def _write_spans(self, spans: RequestSpans, reason: str, code: str) -> None:
+        fields = self._fields(reason)
+        attributes = {
+            "octavo.request_id": fields["request_id"],
+            "gen_ai.response.finish_reasons": (reason,),
+            "gen_ai.usage.input_tokens": fields["prompt_tokens"],
+            "gen_ai.usage.output_tokens": fields["output_tokens"],
+        }
+        seconds = time.monotonic() - self._came_at
+        times = None if self._last is None else self._last.times
+        spans.write(self._traceparent, seconds, times, attributes, code)
 
     def _fields(self, reason: str) -> dict[str, Any]:
         """Of what the engine told on the last delta, else of what was seen here."""

@@ -33,7 +33,7 @@ LAYERS = [
     ("engine.input",),
     ("engine.input_pool", "engine.media_settings"),
     ("engine.output",),
-    ("engine.histogram",),
+    ("engine.histogram", "engine.spans"),
     ("engine.stats",),
     ("engine.sampling_slots",),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
