@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -239,6 +243,41 @@ def test_preemptions_are_counted_and_engines_are_apart(engine: octavo.AsyncLLM) 
     assert seen["preemptions_total"] >= 1
     assert seen["output_tokens_total"] == 240 and seen["time_to_first_token_seconds_count"] == 2
     assert seen["prefill_tokens_total"] > 60, "what was preempted was computed again"
+
+
+def test_read_while_it_runs(engine: octavo.AsyncLLM) -> None:
+    """From another thread, all the time: counters never fall."""
+    over = threading.Event()
+    reads: list[Counter[str]] = []
+
+    def scrape() -> None:
+        while not over.is_set():
+            reads.append(read(engine.engine.stats))
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        ask(engine, ids(9, 9, 9), octavo.SamplingParams(n=2, max_tokens=100, ignore_eos=True))
+    finally:
+        over.set()
+        thread.join()
+    assert max(each["requests_running"] for each in reads) >= 1
+    assert max(each["kv_cache_used_ratio"] for each in reads) > 0
+    for name in ("output_tokens_total", "inter_token_latency_seconds_count"):
+        values = [each[name] for each in reads]
+        assert values == sorted(values) and values[-1] > values[0]
+
+
+def test_workers_memory_and_restarts(engine: octavo.AsyncLLM) -> None:
+    seen = Measured(engine)
+    text = Path(f"/proc/{engine.worker_pids[0]}/status").read_text()
+    resident = int(text.partition("VmRSS:")[2].split()[0]) * 1024
+    told = read(engine.engine.stats)["worker_resident_memory_bytes{rank=0}"]
+    assert told == pytest.approx(resident, rel=0.2) and told > 1e7
+    os.kill(engine.worker_pids[0], signal.SIGKILL)
+    assert len(ask(engine, ids(1, 2, 3))) == 8
+    assert seen["worker_restarts_total"] == 1
+    assert seen["output_tokens_total"] == 8 and seen["time_to_first_token_seconds_count"] == 1
 
 
 def test_served_over_http(engine: octavo.AsyncLLM) -> None:
