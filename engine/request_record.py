@@ -32,7 +32,7 @@ class RequestRecord:
         spans: RequestSpans | None = None,
         traceparent: str = "",
     ) -> None:
-        self.request_id, self._stats = request_id, stats
+        self.request_id, self._stats = str(request_id), stats  # a caller's may be no text
         self._spans, self._traceparent = spans, traceparent
         self.num_prompt_tokens = 0  # once that is known
         self.is_admitted = False  # the step thread has it, and counts its end
