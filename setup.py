@@ -59,7 +59,10 @@ NATIVE = Extension(
     optional=True,
 )
 
+OTEL = ["opentelemetry-sdk>=1.27,<2", "opentelemetry-exporter-otlp-proto-http>=1.27,<2"]
+
 TEST = [
+    *OTEL,
     "transformers>=5.23,<6",
     "huggingface_hub>=1.0",
     "modelscope>=1.20",
@@ -101,11 +104,13 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "urllib3>=2.6,<3",
+        "prometheus_client>=0.22",
     ],
     extras_require={
         "test": TEST,
         "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"],
         "plot": ["matplotlib>=3.8"],
+        "otel": OTEL,
     },
     entry_points={"console_scripts": ["octavo=octavo.engine.cli:main"]},
     ext_modules=[NATIVE],

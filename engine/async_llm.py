@@ -21,6 +21,8 @@ from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta, Usage
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
+from .request_record import RequestRecord
+from .spans import RequestSpans
 
 
 @dataclass(eq=False)
@@ -66,6 +68,7 @@ class AsyncLLM:
         self._death: asyncio.Event | None = None
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
         self._closed = False
+        self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
 
     @property
     def config(self) -> EngineConfig:
@@ -94,18 +97,22 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`. Raises
+        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`;
+        `traceparent`: the caller's span, in W3C's form, for the spans of the request. Raises
         `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
         `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
         """
         prompt = {"messages": messages, "images": images, "videos": videos}
-        return self.generate(prompt, params, request_id=request_id, **options)
+        return self.generate(
+            prompt, params, request_id=request_id, traceparent=traceparent, **options
+        )
 
     async def generate(
         self,
@@ -113,47 +120,57 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
         `chat`."""
-        self._bind()
-        check_params(params)
-        clock = Countdown(RequestOptions.of(**options))
-        self._check_room()
         name = request_id or uuid.uuid4().hex
+        with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
+            self._bind()
+            check_params(params)
+            clock = Countdown(RequestOptions.of(**options))
+            key, stream = self._open(name, 1 if params is None else params.n)
+            finished = False
+            try:
+                self._check_alive()
+                stream.work = self._pool.submit(prompt)
+                del prompt  # it may be large, and is the pool's now
+                ready = await self._preprocess(stream.work, clock, stream)
+                if ready is not None:
+                    record.num_prompt_tokens = len(ready.prompt_token_ids)
+                    stream.is_admitted = record.is_admitted = True
+                    self._steps.add(key, ready, params, clock)
+                while not finished:
+                    event = await stream.events.get()
+                    if isinstance(event, EngineDead):
+                        raise event
+                    if isinstance(event, Admitted):
+                        if event.error is not None:
+                            finished = True
+                            raise event.error
+                        continue
+                    finished = event.usage is not None
+                    record.add(event)
+                    yield replace(event, request_id=name)
+            finally:
+                del self._streams[key], self._keys[name]
+                if stream.work is not None:
+                    stream.work.cancel()
+                if stream.ready is not None:
+                    stream.ready.cancel()  # or asyncio tells of errors that nobody waits for
+                if stream.is_admitted and not finished:
+                    self._steps.abort(key)
+
+    def _open(self, name: str, num_answers: int) -> tuple[str, _Stream]:
+        """A stream for a new request, and its key; refused where all places or the name are
+        taken."""
+        self._check_room()
         if name in self._keys:
             raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         key = self._keys[name] = f"{name}#{next(self._numbers)}"
-        stream = self._streams[key] = _Stream(1 if params is None else params.n)
-        finished = False
-        try:
-            self._check_alive()
-            stream.work = self._pool.submit(prompt)
-            del prompt  # it may be large, and is the pool's now
-            ready = await self._preprocess(stream.work, clock, stream)
-            if ready is not None:
-                stream.is_admitted = True
-                self._steps.add(key, ready, params, clock)
-            while not finished:
-                event = await stream.events.get()
-                if isinstance(event, EngineDead):
-                    raise event
-                if isinstance(event, Admitted):
-                    if event.error is not None:
-                        finished = True
-                        raise event.error
-                    continue
-                finished = event.usage is not None
-                yield replace(event, request_id=name)
-        finally:
-            del self._streams[key], self._keys[name]
-            if stream.work is not None:
-                stream.work.cancel()
-            if stream.ready is not None:
-                stream.ready.cancel()  # or asyncio tells of errors that nobody waits for
-            if stream.is_admitted and not finished:
-                self._steps.abort(key)
+        stream = self._streams[key] = _Stream(num_answers)
+        return key, stream
 
     async def _preprocess(
         self, work: InputJob, clock: Countdown, stream: _Stream
@@ -161,7 +178,11 @@ class AsyncLLM:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""
         future = stream.ready = asyncio.wrap_future(work.future)
-        await asyncio.wait([future], timeout=clock.left.timeout_s)
+        self.engine.stats.num_preparing += 1
+        try:
+            await asyncio.wait([future], timeout=clock.left.timeout_s)
+        finally:
+            self.engine.stats.num_preparing -= 1
         self._check_alive()  # `close` empties the pool
         if stream.is_aborted:
             stream.end(RequestStatus.FINISHED_ABORTED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +54,8 @@ from .cli_options import (
     TensorParallelSize,
     TraceFile,
 )
+from .cli_watch import LogFormat, MetricsPort, OtlpEndpoint, WatchOptions
+from .logs import set_up_logs
 from .media.limits import MediaLimits
 
 app = typer.Typer(
@@ -130,38 +131,47 @@ def serve(
     media_timeout_s: MediaTimeout = MediaLimits.media_timeout_s,
     decoder_memory_bytes: DecoderMemory = MediaLimits.decoder_memory_bytes,
     trace_file: TraceFile = None,
+    metrics_port: MetricsPort = None,
+    otlp_endpoint: OtlpEndpoint = None,
+    log_format: LogFormat = "text",
     hub: Hub = "huggingface",
 ) -> None:
     """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1).
 
-    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N. Logs go
-    to stderr. SIGTERM lets running requests finish for ten seconds.
+    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N, and
+    metrics=HOST:PORT where those are served. Logs go to stderr. SIGTERM lets running requests
+    finish for ten seconds.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("host", "port")}
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    ours = ("host", "port", "metrics_port", "otlp_endpoint", "log_format")
+    settings = {k: v for k, v in locals().items() if k not in (*ours, "ours")}
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
-        status = _serve(host, port, settings)
+        set_up_logs(log_format)
+        status = _serve(host, port, WatchOptions(metrics_port, otlp_endpoint), settings)
     raise typer.Exit(status)
 
 
-def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
+def _serve(host: str, port: int, watch: WatchOptions, settings: dict[str, Any]) -> int:
     from .async_llm import AsyncLLM
     from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
+    from .server.watch import watched
 
     for name in ("allowed_media_domains", "allowed_media_paths"):
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
         settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
-    check_address(host, port)
-    with AsyncLLM(**settings, isolate_media=True) as engine:
+    for each in (port, watch.metrics_port):
+        if each is not None:
+            check_address(host, each)
+    with (
+        AsyncLLM(**settings, isolate_media=True) as engine,
+        watched(engine, host, watch) as metrics,
+    ):
 
         def on_ready(address: str) -> None:
-            print(ready_line(engine, address), flush=True)
+            print(ready_line(engine, address) + metrics, flush=True)
 
         return asyncio.run(serve_grpc(engine, host, port, on_ready))
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from .media_settings import MediaSettings, media_settings
 from .output import OutputDelta
 from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
+from .stats import EngineStats
 from .worker.group import WorkerGroup, WorkerGroupError
 from .worker.restarts import Restarts
 
@@ -101,12 +103,14 @@ class Engine:
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
+        self.stats = EngineStats(self.scheduler, self.group)
         self._pipeline = StepPipeline(
             self.scheduler,
             self.group,
             lambda name: self._answers[name][0].pixels,
             self._trace,
             asked.overlap_steps,
+            self.stats,
         )
         self.failed = ""
         self.restarts = Restarts(self.group, asked.max_restarts)
@@ -156,6 +160,7 @@ class Engine:
         Raises `InputError` or `AdmissionError` for what cannot be served, `QueueFull` for what may
         be tried again, `DuplicateRequest` for an id in use, `EngineDead` when the workers are gone.
         """
+        asked_at = time.monotonic()
         self.check_alive()
         check_params(params)
         options = RequestOptions.of(**given)
@@ -178,6 +183,7 @@ class Engine:
         self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
         if ready.stream is not None:
             ready.stream.on_arrival = self._arrived.set
+        self.stats.add(request_id, requests, ready, asked_at)
         self._live[request_id] = live
         self._answers |= {name: (live, index) for index, name in enumerate(names)}
         return request_id
@@ -243,6 +249,7 @@ class Engine:
             self.restarts.restart(error)
         except WorkerGroupError as last:
             raise self._died(last) from None
+        self.stats.lose_workers(self.restarts.total)
         return self._pipeline.lose_workers()
 
     def _died(self, error: WorkerGroupError) -> EngineDead:
@@ -265,7 +272,7 @@ class Engine:
             for name in live.unfinished_names:
                 update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
                 deltas.append(self._delta(*self._answers[name], update))
-        return deltas
+        return self.stats.take(deltas)
 
     def _delta(self, live: LiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
         """One update's text. Its answer may end with it."""

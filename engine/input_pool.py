@@ -71,7 +71,7 @@ class InputJob:
         prompt = self._prompt.pop() if self._prompt else ""  # it was dropped in this moment
         ready = processor.begin(prompt, task=task)
         times = InputTimes(begun - self._given, time.monotonic() - begun)
-        return replace(ready, times=times)
+        return replace(ready, times=times, arrived_at=self._given)
 
 
 @dataclass(frozen=True)

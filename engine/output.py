@@ -22,6 +22,18 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class RequestTimes:
+    """Seconds of a request's stages, as the engine saw them; None where it did not come so far."""
+
+    preprocess_s: float  # its input was made ready, waiting for a thread included
+    queue_s: float  # ready, until a step took it up
+    prefill_s: float | None  # from then to the first token
+    decode_s: float | None  # from then to the end
+    ttft_s: float | None  # from its arrival to the first token
+    total_s: float
+
+
+@dataclass(frozen=True)
 class OutputDelta:
     """What one step added to one request's output."""
 
@@ -34,6 +46,7 @@ class OutputDelta:
     media: tuple[MediaInfo, ...] = ()  # on the first delta
     media_times: InputTimes | None = None  # on the first delta; zeros where there are no media
     error: str = ""
+    times: RequestTimes | None = None  # on the request's last delta
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ..scheduler.trace import TraceWriter
 from .failpoint import failpoint
 from .media.item import UnitContent
 from .sampling_slots import SamplingSlots
+from .stats import EngineStats
 from .step_input import build_batch, step_result
 from .worker.group import WorkerGroup, WorkerGroupError
 
@@ -37,9 +38,11 @@ class StepPipeline:
         pixels_of: Callable[[str], Mapping[UnitKey, UnitContent]],
         trace: TraceWriter | None,
         overlap: bool,
+        stats: EngineStats,
     ) -> None:
         """`pixels_of` a request by its id; without `overlap` each step is waited for at once."""
         self._scheduler, self._group, self._trace = scheduler, group, trace
+        self._stats = stats
         self._pixels_of = pixels_of
         self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
         self._on_way: deque[StepPlan] = deque()
@@ -91,6 +94,7 @@ class StepPipeline:
         planned = time.monotonic()
         if self._trace is not None:
             self._trace.plan(plan, before, planned)
+        self._stats.plan(plan, planned)
         self._on_way.append(plan)
         self._was_empty = plan.is_empty
         if not plan.is_empty:
@@ -108,6 +112,7 @@ class StepPipeline:
         if not plan.is_empty:
             result = step_result(plan, self._group.receive())
             ran = self._group.done_at
+        self._stats.done(ran)
         failpoint("engine.stepped")
         received = time.monotonic()
         updates = self._scheduler.update(result)

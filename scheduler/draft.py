@@ -35,6 +35,8 @@ class StepDraft:
     copies: list[tuple[int, int]] = field(default_factory=list)
     encode: list[EncodePlan] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    num_decode_tokens: int = 0
 
     @property
     def tokens_left(self) -> int:
@@ -51,6 +53,7 @@ class StepDraft:
         samples = count == left and start + count < request.num_ready_tokens
         self.token_budget -= count
         self.num_pieces += not samples
+        self.num_decode_tokens += count == 1 and start >= len(request.prompt_token_ids)
         self.rows.append(request)
         self.num_computed_tokens.append(start)
         self.num_scheduled_tokens.append(count)
@@ -87,4 +90,6 @@ class StepDraft:
             encode=tuple(self.encode),
             drop=drop,
             preempted=tuple(self.preempted),
+            started=tuple(self.started),
+            num_decode_tokens=self.num_decode_tokens,
         )

@@ -126,6 +126,7 @@ class Planner:
             draft.may_start = False
             return
         self.state.run(request)
+        draft.started.append(request.request_id)
         self._take_prefix(request, hit, start, draft)
         self.blocks.grow(request.block_table, start + count)
         draft.num_prefilling += count < left

@@ -35,6 +35,8 @@ class StepPlan:
     encode: tuple[EncodePlan, ...] = ()  # units to encode, in order of need
     drop: tuple[UnitKey, ...] = ()  # embeddings that workers may forget, before encoding
     preempted: tuple[str, ...] = ()  # requests that lost their blocks while planning
+    started: tuple[str, ...] = ()  # requests that were waiting and run from this step on
+    num_decode_tokens: int = 0  # rows that compute one token of their request's output
 
     @property
     def is_empty(self) -> bool:

@@ -130,7 +130,11 @@ class Encoder(RuleBasedStateMachine):
         assert cost == (0 if self.holders[key] else self.SIZES[key])
         if cost > self.cache.room():
             return
+        before = (self.cache.num_added, self.cache.num_found)
         is_new = self.cache.hold(unit, name)
+        is_found = not is_new and name not in self.holders[key]
+        after = (before[0] + is_new, before[1] + is_found)
+        assert (self.cache.num_added, self.cache.num_found) == after
         self.kept -= set(self.cache.take_evicted())
         assert is_new == (unit.key not in self.kept)
         self.kept.add(unit.key)

@@ -17,6 +17,7 @@ from octavo.benchmarks.simulated_worker import Simulation, make_config, make_req
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.pipeline import StepPipeline
 from octavo.engine.sampling_slots import SamplingSlots
+from octavo.engine.stats import EngineStats
 from octavo.engine.worker.bound import LEAST_BOUND, StepBound
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
@@ -169,7 +170,8 @@ def test_an_image_that_comes_twice_is_held_for_what_is_sent_of_it() -> None:
 
 def test_new_workers_have_empty_slots() -> None:
     scheduler = Simulation(make_config()).scheduler
-    pipeline = StepPipeline(scheduler, None, lambda name: {}, None, True)  # type: ignore[arg-type]
+    stats = EngineStats(scheduler, None)  # type: ignore[arg-type]
+    pipeline = StepPipeline(scheduler, None, lambda name: {}, None, True, stats)  # type: ignore[arg-type]
     request = running("a")
     pipeline._slots.place(request, 0, 4)
     assert pipeline.lose_workers() == []

@@ -52,6 +52,7 @@ class ProcessedInput:
     units: tuple[UnitContent, ...] = ()  # of all items, in prompt order, as far as they are made
     stream: UnitStream | None = None  # makes the rest, in a thread of whoever asked for it
     times: InputTimes | None = None
+    arrived_at: float | None = None  # when it was asked for, on the monotonic clock
 
     def drop(self) -> None:
         """Its request is over: what is not made yet nobody needs."""

@@ -88,7 +88,8 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:
-            log.exception("request %r failed", request.request_id)
+            name = request.request_id
+            log.exception("request %r failed", name, extra={"request_id": name})
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
 
     async def Abort(

@@ -19,6 +19,7 @@ class Restarts:
     def __init__(self, group: WorkerGroup, max_restarts: int) -> None:
         self._group, self._max = group, max_restarts
         self.times: list[float] = []  # of the restarts that count
+        self.total = 0  # of all
 
     def restart(self, error: WorkerGroupError) -> None:
         """Brings the group back after `error`. Raises the latest `WorkerGroupError` when it has
@@ -29,6 +30,7 @@ class Restarts:
             if len(self.times) >= self._max:
                 raise error
             self.times.append(now)
+            self.total += 1
             log.warning("%s; the workers are started anew", error)
             try:
                 self._group.restart()

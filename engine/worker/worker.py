@@ -26,6 +26,7 @@ from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
 from ..config import ConfigError, ModelConfig, PreprocessConfig
 from ..failpoint import CutOff, failpoint
+from ..logs import set_up_worker_logs
 from .sequence import MissedStep, StepSequence
 from .wire import pack_result, unpack_step
 
@@ -210,7 +211,7 @@ def main(servicer: WorkerServicer | None = None) -> None:
         help="path of the Unix socket to serve on",
     )
     socket = Path(parser.parse_args().socket)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_worker_logs()
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(
