@@ -14,6 +14,7 @@ from ..engine.runner.model_runner import ModelRunner
 from ..engine.sampling_slots import SamplingSlots
 from ..engine.step_input import build_batch, step_result
 from ..scheduler.admission import SchedulerConfig
+from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.request import Request, UnitKey
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import StepPlan, StepResult
@@ -30,6 +31,7 @@ class TinyEngine:
     requests: dict[str, Request] = field(default_factory=dict)
     pixels: dict[str, dict[UnitKey, UnitContent]] = field(default_factory=dict)
     num_encoded: int = 0
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of what was drawn
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -53,7 +55,8 @@ class TinyEngine:
         if plan is not None:
             self.num_encoded += len(plan.encode)
             batch = build_batch(plan, self.scheduler.requests, self.pixels, self._slots, 1)
-            self._on_way.append(step_result(plan, self.runner.step(batch)))
+            result = self.runner.step(batch)
+            self._on_way.append(step_result(plan, result, self.scheduler.requests))
         if plan is None or len(self._on_way) > self.overlap:
             self.receive()
         self.scheduler.check_integrity()
@@ -62,7 +65,8 @@ class TinyEngine:
     def receive(self) -> None:
         """Takes in the oldest step on its way, if there is one."""
         if self._on_way:
-            self.scheduler.update(self._on_way.pop(0))
+            for update in self.scheduler.update(self._on_way.pop(0)):
+                self.logprobs.setdefault(update.request_id, []).extend(update.logprobs)
 
     def run(self) -> None:
         while self.scheduler.requests or self._on_way:

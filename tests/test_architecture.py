@@ -33,7 +33,7 @@ LAYERS = [
     ("engine.input",),
     ("engine.input_pool", "engine.media_settings"),
     ("engine.output",),
-    ("engine.sampling_slots",),
+    ("engine.sampling_slots", "engine.step_logprobs", "engine.token_edits"),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
     ("engine.live", "engine.pipeline"),
     ("engine.engine",),
