@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..engine.media.item import UnitContent
 from ..engine.runner.model_runner import ModelRunner
@@ -40,11 +41,20 @@ class TinyEngine:
         self.runner.embeddings.clear()
 
     def add(
-        self, name: str, tiny: TinyRequest, max_tokens: int, num_forks: int = 0, priority: int = 5
+        self,
+        name: str,
+        tiny: TinyRequest,
+        max_tokens: int,
+        num_forks: int = 0,
+        priority: int = 5,
+        **more: Any,
     ) -> None:
-        """A request, and forks of it that draw with the seeds after its own."""
+        """A request, and forks of it that draw with the seeds after its own. `more`: fields of
+        `Request`."""
         names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
-        added = [_request(each, tiny, max_tokens, i, priority) for i, each in enumerate(names)]
+        added = [
+            _request(each, tiny, max_tokens, i, priority, more) for i, each in enumerate(names)
+        ]
         self.scheduler.add(*added)
         self.requests |= {request.request_id: request for request in added}
         self.pixels |= dict.fromkeys(names, _pixels(tiny, self.runner))
@@ -76,16 +86,22 @@ class TinyEngine:
         return list(self.requests[name].output_token_ids)
 
 
-def _request(name: str, tiny: TinyRequest, max_tokens: int, fork: int, priority: int) -> Request:
+def _request(
+    name: str, tiny: TinyRequest, max_tokens: int, fork: int, priority: int, more: Any
+) -> Request:
     seed = (tiny.params.seed or 0) + fork
+    params = replace(tiny.params, max_tokens=max_tokens, seed=seed)
+    if fork:
+        params = replace(params, prompt_logprobs=None)
     return Request(
         name,
         array("i", tiny.token_ids),
-        replace(tiny.params, max_tokens=max_tokens, seed=seed),
+        params,
         tiny.units,
         priority=priority,
         mrope_positions=tuple(array("i", axis.tolist()) for axis in tiny.positions),
         mrope_position_delta=tiny.delta,
+        **more,
     )
 
 
