@@ -109,4 +109,4 @@ class RequestMaker:
         vocabulary has most words twice."""
         texts = [text for word in words for text in (word, f" {word.lstrip()}")]
         found = dict.fromkeys(tuple(self.encode(text)) for text in texts)
-        return tuple(ids for ids in found if ids)
+        return tuple(ids for ids in found if ids and max(ids) < self.vocab_size)

@@ -288,3 +288,24 @@ def test_nobody_pays_for_what_nobody_asks(llm: octavo.LLM) -> None:
     names = ("presence_penalty", "frequency_penalty", "edits", "logprob_places", "prompt_targets")
     assert sent
     assert {getattr(sampling, name) for sampling in sent for name in names} == {None}
+
+
+def test_two_ranks_tell_the_same(checkpoint: Path, llm: octavo.LLM) -> None:
+    """All take part in the logits of a prompt's tokens, in pieces of the same size."""
+    asked = {"logprobs": 4, "prompt_logprobs": 3, "logit_bias": {70: 4.0}}
+    params = replace(GREEDY, **asked, frequency_penalty=0.7)
+    long = [PROMPT * 4, "Short."]
+    expected = llm.generate(long, params)
+    chunks: dict[str, Any] = {"tensor_parallel_size": 2, "max_num_batched_tokens": 90}
+    with octavo.LLM(checkpoint, **{**SETTINGS, **chunks}) as two:
+        found = two.generate(long, params)
+    assert max(len(out.prompt_token_ids) for out in found) > 90
+    for out, other in zip(found, expected, strict=True):
+        assert out.outputs[0].token_ids == other.outputs[0].token_ids
+        pairs = [*zip(out.prompt_logprobs, other.prompt_logprobs, strict=True)]
+        pairs += zip(out.outputs[0].logprobs, other.outputs[0].logprobs, strict=True)
+        assert pairs[0] == (None, None)
+        for one, another in pairs[1:]:
+            assert one is not None and another is not None
+            assert one.top_token_ids == another.top_token_ids
+            assert one.logprob == pytest.approx(another.logprob, abs=1e-4)
