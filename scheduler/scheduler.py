@@ -127,7 +127,7 @@ class Scheduler:
             else:
                 if request.status is RUNNING:  # else it was preempted since, and keeps its token
                     self._advance(request, start, start + count)
-                if request.awaits_prompt_logprobs:
+                if not request.is_plain and request.awaits_prompt_logprobs:
                     found = result.prompt_logprobs.get(request.request_id, {})
                     _take_prompt_logprobs(request, start + count, found)
                 if token is not None:
