@@ -17,6 +17,7 @@ _WHERE = {
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
     "ServerFile": ".engine.client_media",
+    "TokenLogprobs": ".scheduler.logprobs",
 }
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .engine.media.embeds import MediaEmbeds
     from .engine.output import RequestOutput
+    from .scheduler.logprobs import TokenLogprobs
     from .scheduler.params import RequestOptions, SamplingParams
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerFile",
+    "TokenLogprobs",
     "__version__",
 ]
 

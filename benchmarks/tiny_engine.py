@@ -8,12 +8,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..engine.media.item import UnitContent
 from ..engine.runner.model_runner import ModelRunner
 from ..engine.sampling_slots import SamplingSlots
 from ..engine.step_input import build_batch, step_result
 from ..scheduler.admission import SchedulerConfig
+from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.request import Request, UnitKey
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import StepPlan, StepResult
@@ -30,6 +32,7 @@ class TinyEngine:
     requests: dict[str, Request] = field(default_factory=dict)
     pixels: dict[str, dict[UnitKey, UnitContent]] = field(default_factory=dict)
     num_encoded: int = 0
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of what was drawn
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -38,11 +41,20 @@ class TinyEngine:
         self.runner.embeddings.clear()
 
     def add(
-        self, name: str, tiny: TinyRequest, max_tokens: int, num_forks: int = 0, priority: int = 5
+        self,
+        name: str,
+        tiny: TinyRequest,
+        max_tokens: int,
+        num_forks: int = 0,
+        priority: int = 5,
+        **more: Any,
     ) -> None:
-        """A request, and forks of it that draw with the seeds after its own."""
+        """A request, and forks of it that draw with the seeds after its own. `more`: fields of
+        `Request`."""
         names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
-        added = [_request(each, tiny, max_tokens, i, priority) for i, each in enumerate(names)]
+        added = [
+            _request(each, tiny, max_tokens, i, priority, more) for i, each in enumerate(names)
+        ]
         self.scheduler.add(*added)
         self.requests |= {request.request_id: request for request in added}
         self.pixels |= dict.fromkeys(names, _pixels(tiny, self.runner))
@@ -53,7 +65,8 @@ class TinyEngine:
         if plan is not None:
             self.num_encoded += len(plan.encode)
             batch = build_batch(plan, self.scheduler.requests, self.pixels, self._slots, 1)
-            self._on_way.append(step_result(plan, self.runner.step(batch)))
+            result = self.runner.step(batch)
+            self._on_way.append(step_result(plan, result, self.scheduler.requests))
         if plan is None or len(self._on_way) > self.overlap:
             self.receive()
         self.scheduler.check_integrity()
@@ -62,7 +75,8 @@ class TinyEngine:
     def receive(self) -> None:
         """Takes in the oldest step on its way, if there is one."""
         if self._on_way:
-            self.scheduler.update(self._on_way.pop(0))
+            for update in self.scheduler.update(self._on_way.pop(0)):
+                self.logprobs.setdefault(update.request_id, []).extend(update.logprobs)
 
     def run(self) -> None:
         while self.scheduler.requests or self._on_way:
@@ -72,16 +86,22 @@ class TinyEngine:
         return list(self.requests[name].output_token_ids)
 
 
-def _request(name: str, tiny: TinyRequest, max_tokens: int, fork: int, priority: int) -> Request:
+def _request(
+    name: str, tiny: TinyRequest, max_tokens: int, fork: int, priority: int, more: Any
+) -> Request:
     seed = (tiny.params.seed or 0) + fork
+    params = replace(tiny.params, max_tokens=max_tokens, seed=seed)
+    if fork:
+        params = replace(params, prompt_logprobs=None)
     return Request(
         name,
         array("i", tiny.token_ids),
-        replace(tiny.params, max_tokens=max_tokens, seed=seed),
+        params,
         tiny.units,
         priority=priority,
         mrope_positions=tuple(array("i", axis.tolist()) for axis in tiny.positions),
         mrope_position_delta=tiny.delta,
+        **more,
     )
 
 

@@ -6,6 +6,7 @@ may be says `client_media.py`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import grpc
 
 from ..proto import octavo_pb2 as pb
 from ..proto import octavo_pb2_grpc
+from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.params import shown
 from .client_error import ClientError, invalid
 from .client_media import KINDS, MAX_MESSAGE_BYTES, check_size, media_item
@@ -46,6 +48,10 @@ class ClientDelta:
     usage: pb.Usage | None  # over all answers, on the last delta of all
     media: tuple[pb.ResolvedMedia, ...]  # on the first delta: sizes, frames and tokens used
     media_times: pb.MediaTimes | None  # on the first delta
+    logprobs: tuple[TokenLogprobs, ...]  # of token_ids, where they were asked for
+    # On the first answer's delta with its first token, where they were asked for: one a token of
+    # the prompt; None for the first, and for those of images and videos.
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
 
 
 Deltas = Generator[ClientDelta, None, None]
@@ -149,6 +155,11 @@ class Client:
                     usage=delta.usage if delta.HasField("usage") else None,
                     media=tuple(delta.media),
                     media_times=delta.media_times if delta.HasField("media_times") else None,
+                    logprobs=tuple(_logprobs(entry) for entry in delta.logprobs),
+                    prompt_logprobs=tuple(
+                        _logprobs(entry) if entry.HasField("logprob") else None
+                        for entry in delta.prompt_logprobs
+                    ),
                 )
         except grpc.RpcError as error:
             raise _client_error(error) from None
@@ -165,6 +176,11 @@ class Client:
         self.close()
 
 
+def _logprobs(entry: pb.TokenLogprobs) -> TokenLogprobs:
+    top = array("i", entry.top_token_ids), array("f", entry.top_logprobs)
+    return TokenLogprobs(entry.token_id, entry.logprob, *top)
+
+
 def _client_error(error: grpc.RpcError) -> ClientError:
     return ClientError(error.code().name, error.details() or "")
 
@@ -179,7 +195,9 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
             continue
         target = request if name in OPTIONS_OF_A_REQUEST else request.sampling
         try:
-            if name in ("stop", "stop_token_ids"):
+            if name == "logit_bias":
+                target.logit_bias.update(value)  # type: ignore[union-attr]
+            elif name in ("stop", "stop_token_ids", "bad_words"):
                 getattr(target, name).extend([value] if isinstance(value, str) else value)
             else:
                 setattr(target, name, value)

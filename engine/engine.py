@@ -86,11 +86,6 @@ class Engine:
         self.num_blocks, max_model_len = plan_capacity(asked, self.model_config, memory)
         self.config = replace(asked, max_model_len=max_model_len)
         self.group.allocate(self.num_blocks)
-        self._maker = RequestMaker(
-            *generation_defaults(asked.model),
-            self.model_config.max_position_embeddings,
-            asked.max_unit_temporal_patches,
-        )
         self.processor = InputProcessor(
             asked.model,
             self.model_config,
@@ -100,6 +95,13 @@ class Engine:
             media.access,
             media.limits,
             media.defaults,
+        )
+        self._maker = RequestMaker(
+            *generation_defaults(asked.model),
+            self.model_config.max_position_embeddings,
+            asked.max_unit_temporal_patches,
+            self.model_config.vocab_size,
+            self.processor.tokenizer.encode_plain,
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.request import Request, RequestStatus, UnitKey
 from ..scheduler.step import RequestUpdate
 from .input.processor import InputTimes
@@ -27,11 +28,15 @@ class LiveRequest:
     stream: UnitStream | None = None  # of the units that are still being made
     pixels: dict[UnitKey, UnitContent] = field(default_factory=dict)
     streams: tuple[TextStream, ...] = ()
+    has_told_of_prompt: bool = False  # its log probabilities, where they are asked for
     unfinished: set[int] = field(default_factory=set)  # indexes of answers
 
     def __post_init__(self) -> None:
-        stop = self.requests[0].params.stop
-        self.streams = tuple(TextStream(self.tokenizer, stop) for _ in self.requests)
+        params = self.requests[0].params
+        settings = (params.include_stop_str, params.skip_special_tokens, params.min_tokens)
+        self.streams = tuple(
+            TextStream(self.tokenizer, params.stop, *settings) for _ in self.requests
+        )
         self.unfinished = set(range(len(self.requests)))
 
     @property
@@ -73,14 +78,20 @@ class LiveRequest:
             text += stream.flush()
         if stream.stopped and status in (RequestStatus.RUNNING, RequestStatus.FINISHED_LENGTH):
             status = RequestStatus.FINISHED_STOPPED
-        return self._make(index, status, text, update.new_token_ids, update.error)
+        return self._make(index, status, text, update.new_token_ids, update.error, update.logprobs)
 
     def failure(self, index: int, error: str) -> OutputDelta:
         """The last delta, by a fault of ours that made no text."""
         return self._make(index, RequestStatus.FINISHED_ERROR, "", (), error)
 
     def _make(
-        self, index: int, status: RequestStatus, text: str, token_ids: tuple[int, ...], error: str
+        self,
+        index: int,
+        status: RequestStatus,
+        text: str,
+        token_ids: tuple[int, ...],
+        error: str,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> OutputDelta:
         if status.is_finished:
             self.unfinished.discard(index)
@@ -95,8 +106,17 @@ class LiveRequest:
             usage=None if self.unfinished else self._usage(),
             media=media,
             media_times=times,
+            logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs() if index == 0 and token_ids else (),
             error=error,
         )
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """Where they are asked for, once: the first answer's request has computed the prompt."""
+        if self.requests[0].params.prompt_logprobs is None or self.has_told_of_prompt:
+            return ()
+        self.has_told_of_prompt = True
+        return tuple(self.requests[0].prompt_logprobs)
 
     def _usage(self) -> Usage:
         first = self.requests[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from ..scheduler.logprobs import TokenLogprobs
 from .input.processor import InputTimes
 from .media.item import MediaInfo
 
@@ -45,6 +46,10 @@ class OutputDelta:
     usage: Usage | None = None  # over all answers, on the request's last delta
     media: tuple[MediaInfo, ...] = ()  # on the first delta
     media_times: InputTimes | None = None  # on the first delta; zeros where there are no media
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where they were asked for
+    # On the first answer's delta with its first token, where they were asked for: one a token of
+    # the prompt; None for the first, and for those of images and videos.
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     error: str = ""
     times: RequestTimes | None = None  # on the request's last delta
 
@@ -57,6 +62,7 @@ class Output:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, if asked for
 
 
 @dataclass
@@ -69,6 +75,8 @@ class RequestOutput:
     media: tuple[MediaInfo, ...] = ()
     media_times: InputTimes | None = None  # what they took; zeros where there are none
     usage: Usage | None = None
+    # One a token of the prompt, if asked for; None for the first, and for those of media.
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     error: str = ""
 
     @property
@@ -86,6 +94,8 @@ class RequestOutput:
         output = self.outputs[delta.index]
         output.text += delta.text
         output.token_ids.extend(delta.token_ids)
+        output.logprobs.extend(delta.logprobs)
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         output.finish_reason = delta.finish_reason or output.finish_reason
         self.media = delta.media or self.media
         self.media_times = delta.media_times or self.media_times
@@ -98,13 +108,24 @@ class TextStream:
     """Makes text of one request's tokens as they come, and finds its stop strings.
 
     Text that may still turn into a stop string, and bytes that are not yet a whole character, are
-    held back until they are decided.
+    held back until they are decided. No stop string is looked for in the text of the first
+    `min_tokens` tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        """`include_stop`: the stop string that is found is shown."""
         self._tokenizer = tokenizer
-        self._decode = DecodeStream(skip_special_tokens=True)
-        self._stop = tuple(stop)
+        self._skip_special_tokens = skip_special_tokens
+        self._decode = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stop, self._include_stop = tuple(stop), include_stop
+        self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._decoded = 0  # characters decoded so far, held back or not
         self._held = ""
@@ -112,18 +133,22 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that `token_ids` add, up to a stop string."""
-        text = ""
+        early, text = "", ""
         for token in token_ids:
             self._token_ids.append(token)
-            text += self._decode.step(self._tokenizer, token) or ""
-        self._decoded += len(text)
-        return self._release(text)
+            piece = self._decode.step(self._tokenizer, token) or ""
+            if len(self._token_ids) <= self._min_tokens:
+                early += piece
+            else:
+                text += piece
+        self._decoded += len(early) + len(text)
+        return early + self._release(text)
 
     def flush(self) -> str:
         """What was held back, when the output ends for another reason than a stop string."""
         if self.stopped:
             return ""
-        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        whole = self._tokenizer.decode(self._token_ids, self._skip_special_tokens)
         text = self._release(whole[self._decoded :])
         if not self.stopped:
             text, self._held = text + self._held, ""
@@ -134,10 +159,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            at, stop = min(found)
+            return text[: at + len(stop) * self._include_stop]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

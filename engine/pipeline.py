@@ -110,7 +110,7 @@ class StepPipeline:
         plan = self._on_way.popleft()
         result, ran = StepResult(plan.step_id, ()), time.monotonic()
         if not plan.is_empty:
-            result = step_result(plan, self._group.receive())
+            result = step_result(plan, self._group.receive(), self._scheduler.requests)
             ran = self._group.done_at
         self._stats.done(ran)
         failpoint("engine.stepped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ class RequestMaker:
     end_token_ids: frozenset[int]
     max_position_embeddings: int
     max_unit_temporal_patches: int
+    vocab_size: int
+    encode: Callable[[str], list[int]]  # plain text to token ids
 
     def make(
         self,
@@ -61,19 +63,26 @@ class RequestMaker:
         ends = frozenset() if chosen.ignore_eos else self.end_token_ids
         salt = options.cache_salt.encode("utf-8", "surrogatepass")
         size = self.max_unit_temporal_patches
+        stops = ends | frozenset(chosen.stop_token_ids)
+        bad_words = self._bad_words(chosen.bad_words)
         units = tuple(unit for span in ready.spans for unit in span.units(size))
         return tuple(
             Request(
                 request_id=name,
                 prompt_token_ids=ready.prompt_token_ids,
-                params=replace(chosen, seed=((chosen.seed or 0) + index) % 2**63),
+                params=replace(
+                    chosen,
+                    seed=((chosen.seed or 0) + index) % 2**63,
+                    prompt_logprobs=None if index else chosen.prompt_logprobs,  # they share it
+                ),
                 units=units,
                 cache_salt=salt,
                 priority=options.priority,
                 deadline=deadline,
                 mrope_positions=ready.mrope_positions,
                 mrope_position_delta=ready.mrope_position_delta,
-                stop_token_ids=ends | frozenset(chosen.stop_token_ids),
+                stop_token_ids=frozenset(token for token in stops if token < self.vocab_size),
+                bad_words=bad_words,
             )
             for index, name in enumerate(names)
         )
@@ -81,10 +90,23 @@ class RequestMaker:
     def _resolve(self, params: SamplingParams, ready: ProcessedInput) -> SamplingParams:
         """Fills in defaults and a seed; the output ends where the model's positions do."""
         params = params.with_defaults(self.defaults)
+        for token, _ in params.biases:
+            if token >= self.vocab_size:
+                text = f"the vocabulary has {self.vocab_size} tokens"
+                raise InputError("logit_bias", f"token id {token}: {text}")
         used = len(ready.prompt_token_ids) + ready.mrope_position_delta
         room = self.max_position_embeddings - used
+        longest = room if params.max_tokens is None else min(room, params.max_tokens)
         return replace(
             params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            max_tokens=longest,
+            min_tokens=min(longest, params.min_tokens),
         )
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each word by itself and after a space, where that makes others: a
+        vocabulary has most words twice."""
+        texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+        found = dict.fromkeys(tuple(self.encode(text)) for text in texts)
+        return tuple(ids for ids in found if ids and max(ids) < self.vocab_size)

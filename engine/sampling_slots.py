@@ -1,4 +1,4 @@
-"""Where the workers keep what a request's repetition penalty looks at.
+"""Where the workers keep what a request's penalties look at.
 
 A slot has all tokens that its request has had, from step to step, so that they travel once and not
 with each token. The engine says which slot is whose and from what it is to be filled anew; so

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,13 @@ from .runner.batch import (
     SamplingBatch,
 )
 from .sampling_slots import SamplingSlots
+from .step_logprobs import (
+    logprob_places,
+    logprobs_of_drawn,
+    logprobs_of_prompts,
+    prompt_targets,
+)
+from .token_edits import logit_edits
 
 INT32 = np.dtype("<i4")
 NONE = np.empty(0, INT32)
@@ -88,7 +96,6 @@ def _block_tables(tables: Sequence[array[int]]) -> Int32:
 def _sampling(plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots) -> SamplingBatch:
     drawn = [bound for bound, samples in zip(bounds, plan.samples, strict=True) if samples]
     penalized = [_slot(slots, *bound) for bound in drawn]
-
     params = [request.params for request, _, _ in drawn]
 
     def column(name: str, dtype: str) -> np.ndarray:
@@ -105,16 +112,38 @@ def _sampling(plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots) ->
         output_index=np.array([start + n - r.num_prompt_tokens for r, start, n in drawn], INT32),
         slots=np.array([slot for slot, _ in penalized], INT32),
         seen_token_ids=tuple([seen for _, seen in penalized]),
+        **_asked_for(bounds, drawn, column),
     )
+
+
+def _asked_for(
+    bounds: Sequence[Bounds], drawn: Sequence[Bounds], column: Callable[[str, str], np.ndarray]
+) -> dict[str, Any]:
+    """What few rows ask for, and nobody pays for where none does."""
+    more: dict[str, Any] = {}
+    if all(request.is_plain for request, _, _ in bounds):
+        return more
+    requests = [request for request, _, _ in drawn]
+    if any(request.has_counts for request in requests):
+        more["presence_penalty"] = column("presence_penalty", "<f4")
+        more["frequency_penalty"] = column("frequency_penalty", "<f4")
+    more["edits"] = logit_edits([(request, start + n) for request, start, n in drawn])
+    more["logprob_places"] = logprob_places(requests)
+    more["prompt_targets"] = prompt_targets(bounds)
+    return more
 
 
 def _slot(slots: SamplingSlots, request: Request, start: int, count: int) -> tuple[int, Int32]:
     """Where a row's penalty finds the tokens that it looks at, and those tokens where they are to
     travel."""
-    if request.params.repetition_penalty == 1.0:
+    if not request.has_penalty:
         return -1, NONE
     slot, kept = slots.place(request, start, count)
-    return slot, NONE if kept else np.array(request.token_ids, INT32)
+    if kept:
+        return slot, NONE
+    seen = np.full(start + count, -1, INT32)  # the last may not be known
+    seen[:-1] = request.token_ids[: start + count - 1]
+    return slot, seen
 
 
 def _encode_tasks(
@@ -154,10 +183,13 @@ def _embedding_slices(bounds: Sequence[Bounds]) -> tuple[EmbeddingSlice, ...]:
     return tuple(slices)
 
 
-def step_result(plan: StepPlan, result: BatchResult) -> StepResult:
+def step_result(plan: StepPlan, result: BatchResult, requests: Mapping[str, Request]) -> StepResult:
+    """`requests` that are still there, by their ids."""
     return StepResult(
         step_id=plan.step_id,
         sampled=tuple(result.sampled.tolist()),
         missing=result.missing,
         errors={plan.request_ids[row]: text for row, text in result.errors},
+        logprobs=logprobs_of_drawn(plan, result, requests),
+        prompt_logprobs=logprobs_of_prompts(plan, result, requests),
     )

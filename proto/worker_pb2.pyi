@@ -114,7 +114,7 @@ class StepRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., copies: _Optional[bytes] = ..., previous_step_id: _Optional[int] = ..., awaits: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids", "slots")
+    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids", "slots", "presence_penalty", "frequency_penalty", "edits", "logprob_places", "prompt_targets")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,11 @@ class Sampling(_message.Message):
     OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     SEEN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_PLACES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TARGETS_FIELD_NUMBER: _ClassVar[int]
     rows: bytes
     temperature: bytes
     top_k: bytes
@@ -135,7 +140,32 @@ class Sampling(_message.Message):
     output_index: bytes
     seen_token_ids: _containers.RepeatedScalarFieldContainer[bytes]
     slots: bytes
-    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ..., slots: _Optional[bytes] = ...) -> None: ...
+    presence_penalty: bytes
+    frequency_penalty: bytes
+    edits: LogitEdits
+    logprob_places: bytes
+    prompt_targets: PromptTargets
+    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ..., slots: _Optional[bytes] = ..., presence_penalty: _Optional[bytes] = ..., frequency_penalty: _Optional[bytes] = ..., edits: _Optional[_Union[LogitEdits, _Mapping]] = ..., logprob_places: _Optional[bytes] = ..., prompt_targets: _Optional[_Union[PromptTargets, _Mapping]] = ...) -> None: ...
+
+class LogitEdits(_message.Message):
+    __slots__ = ("places", "after", "token_ids", "bias")
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    places: bytes
+    after: bytes
+    token_ids: bytes
+    bias: bytes
+    def __init__(self, places: _Optional[bytes] = ..., after: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., bias: _Optional[bytes] = ...) -> None: ...
+
+class PromptTargets(_message.Message):
+    __slots__ = ("at", "token_ids")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    at: bytes
+    token_ids: bytes
+    def __init__(self, at: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
 
 class Unit(_message.Message):
     __slots__ = ("media_hash", "index")
@@ -176,20 +206,36 @@ class Embedding(_message.Message):
     def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., dest: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds")
+    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds", "logprobs", "prompt_logprobs")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     sampled: bytes
     missing: _containers.RepeatedCompositeFieldContainer[Unit]
     errors: _containers.RepeatedCompositeFieldContainer[RowError]
     seconds: float
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    logprobs: Logprobs
+    prompt_logprobs: Logprobs
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+
+class Logprobs(_message.Message):
+    __slots__ = ("at", "chosen", "top_token_ids", "top")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    at: bytes
+    chosen: bytes
+    top_token_ids: bytes
+    top: bytes
+    def __init__(self, at: _Optional[bytes] = ..., chosen: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top: _Optional[bytes] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("row", "text")

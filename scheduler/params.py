@@ -4,6 +4,7 @@ here, once, into a ValueError that names the field, the value and what it may be
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict, Unpack
 
@@ -13,6 +14,10 @@ _REPR.maxstring = _REPR.maxother = 120
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 256
 MAX_N = 64  # answers to one prompt
+MAX_LOGPROBS = 20  # likeliest tokens told of at a place
+MAX_LOGIT_BIAS = 1024  # token ids
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_LENGTH = 256
 MAX_SALT_LENGTH = 256
 PRIORITIES = range(10)  # 0 is the most urgent
 DEFAULT_PRIORITY = 5
@@ -34,6 +39,14 @@ class SamplingParams:
     at admission. `stop` strings are never shown; `stop_token_ids` end the output as the
     checkpoint's end tokens do; `ignore_eos` keeps going past the latter. `n` answers share one
     prompt; answer i is what a request alone gets with seed + i.
+
+    The repetition penalty looks at prompt and output; `presence_penalty` and `frequency_penalty`
+    are taken off the logits of the output's tokens, once and once for each time. `logit_bias` adds
+    to the logits of token ids after that. `bad_words` are never written, as tokens of their own or
+    after a space. Before `min_tokens` of output no end token, stop token or stop string ends it.
+    `logprobs` and `prompt_logprobs` ask for that many likeliest tokens with each token, by the
+    model's own logits; None asks for nothing. `include_stop_str` shows the stop string that was
+    found, `skip_special_tokens` off shows tokens such as `<|im_end|>`.
     """
 
     temperature: float | None = None
@@ -47,15 +60,34 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # pairs once it is made
+    bad_words: tuple[str, ...] = ()
+    min_tokens: int = 0
+    include_stop_str: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "stop_token_ids":
+                value = (value,)
             if value is not None and not isinstance(value, list | tuple | set | frozenset):
                 raise ValueError(f"{name}={shown(value)}: must be a list")
             object.__setattr__(self, name, tuple(value or ()))
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         self._check_numbers()
         self._check_stops()
+        self._check_bad_words()
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is kept: pairs of token id and bias."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
 
     def _check_numbers(self) -> None:
         for name, low, high in (
@@ -66,10 +98,21 @@ class SamplingParams:
             ("repetition_penalty", 0.01, 100.0),
             ("seed", 0, 2**63 - 1),
             ("max_tokens", 1, 2**31 - 1),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
         ):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), low, high)
         _check_number("n", self.n, 1, MAX_N)
+        _check_number("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -2.0, 2.0)
+        for name in ("ignore_eos", "include_stop_str", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={shown(getattr(self, name))}: must be true or false")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            text = f"must be at most max_tokens={self.max_tokens}"
+            raise ValueError(f"min_tokens={self.min_tokens}: {text}")
         if self.top_p == 0:
             raise ValueError("top_p=0: must be over 0; temperature=0 is greedy")
 
@@ -83,12 +126,43 @@ class SamplingParams:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise ValueError(f"stop_token_ids={shown(token)}: must be token ids")
 
+    def _check_bad_words(self) -> None:
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words: {len(self.bad_words)}; at most {MAX_BAD_WORDS}")
+        for word in self.bad_words:
+            if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_LENGTH:
+                text = f"1 to {MAX_BAD_WORD_LENGTH} characters each"
+                raise ValueError(f"bad_words={shown(word)}: {text}")
+            if word.isspace() or word.encode("utf-8", "ignore").decode() != word:
+                raise ValueError(f"bad_words={shown(word)}: must be text")
+
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
         """Fills every field that is None from `defaults`."""
         chosen = {
             f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None
         }
         return replace(self, **chosen)
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    """`logit_bias` as pairs of token id and bias, in order of the ids."""
+    if isinstance(bias, Mapping):
+        pairs = tuple(bias.items())
+    elif bias is None or isinstance(bias, tuple):
+        pairs = bias or ()
+    else:
+        raise ValueError(f"logit_bias={shown(bias)}: must be a dict of token id to bias")
+    if len(pairs) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias: {len(pairs)} token ids; at most {MAX_LOGIT_BIAS}")
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(f"logit_bias={shown(pair)}: must be a token id and its bias")
+        _check_number("logit_bias: token id", pair[0], 0, 2**31 - 1)
+        _check_number(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
+    ids = [token for token, _ in pairs]
+    if len(set(ids)) < len(ids):
+        raise ValueError("logit_bias: a token id comes twice")
+    return tuple(sorted(pairs))
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

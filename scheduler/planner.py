@@ -179,7 +179,7 @@ class Planner:
             count = request.num_prompt_tokens - 1
             return parent.block_table[: self.blocks.num_needed(count)], count
         found: list[int] = []
-        for index in range(min(request.num_tokens, request.num_ready_tokens) // size):
+        for index in range(request.num_skippable_tokens // size):
             block = self.blocks.find(block_hash(request, index, size))
             if block is None:
                 break

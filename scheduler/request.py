@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
+from .logprobs import TokenLogprobs
 from .params import DEFAULT_PRIORITY, SamplingParams
 
 UnitKey = tuple[bytes, int]  # (media_hash, index of the encode unit in its item)
@@ -106,6 +107,7 @@ class Request:
     mrope_positions: tuple[array[int], ...] = ()  # three of the prompt's length
     mrope_position_delta: int = 0  # position of token i past the prompt: i + delta
     stop_token_ids: frozenset[int] = frozenset()  # the caller's and, unless ignored, the end tokens
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids never drawn one after the other
 
     # From here on set by the scheduler.
     max_tokens: int = 0  # the bound that holds, set at admission
@@ -119,16 +121,29 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
     block_table: array[int] = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked
+    # Of the prompt's first tokens, as far as steps have told; the first token, and those of media,
+    # have none. Only where `params` asks for them.
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_preemptions: int = 0
     num_kills: int = 0  # steps with it that ended the workers, since it last ran well alone
     num_misses: int = 0  # steps in a row that lacked an embedding
     error: str = ""
+    has_penalty: bool = field(init=False)
+    has_counts: bool = field(init=False)  # a penalty that goes by how often it has had a token
+    has_edits: bool = field(init=False)  # something is added to single tokens' logits
+    is_plain: bool = field(init=False)  # none of these two, and no log probabilities
     media_end: int = field(init=False)  # first token after the last unit
     num_ready_units: int = field(init=False)  # whose pixels are there
     num_ready_tokens: int = field(init=False)  # before the first unit whose pixels are not
 
     def __post_init__(self) -> None:
         self.media_end = self.units[-1].end if self.units else 0
+        params = self.params
+        self.has_counts = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.has_penalty = self.has_counts or params.repetition_penalty != 1
+        self.has_edits = bool(params.logit_bias or self.bad_words or params.min_tokens)
+        asks = params.logprobs is not None or params.prompt_logprobs is not None
+        self.is_plain = not (self.has_counts or self.has_edits or asks)
         self._count_ready()
         if not self.token_ids:
             self.token_ids = array("i", self.prompt_token_ids)
@@ -152,6 +167,20 @@ class Request:
     def awaits_media(self) -> bool:
         """Whether pixels of some unit are still being made."""
         return self.num_ready_tokens < ALL_TOKENS
+
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """Whether it asks for them, and some are still to be computed."""
+        if self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) < len(self.prompt_token_ids)
+
+    @property
+    def num_skippable_tokens(self) -> int:
+        """Tokens that need no computing where others have: not those whose logits it waits for."""
+        if self.awaits_prompt_logprobs:
+            return max(0, len(self.prompt_logprobs) - 1)
+        return min(len(self.token_ids), self.num_ready_tokens)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .admission import AdmissionError, SchedulerConfig, check_queue, check_size
 from .block_hash import block_hash
+from .logprobs import TokenLogprobs
 from .planner import Planner
 from .request import Request, RequestStatus, UnitKey, overlapping
 from .state import InFlight, SchedulerState
@@ -126,8 +127,12 @@ class Scheduler:
             else:
                 if request.status is RUNNING:  # else it was preempted since, and keeps its token
                     self._advance(request, start, start + count)
+                if not request.is_plain and request.awaits_prompt_logprobs:
+                    found = result.prompt_logprobs.get(request.request_id, {})
+                    _take_prompt_logprobs(request, start + count, found)
                 if token is not None:
-                    updates.append(self._append(request, token))
+                    logprobs = result.logprobs.get(request.request_id)
+                    updates.append(self._append(request, token, logprobs))
         updates += self._watch(plan)
         return updates
 
@@ -177,7 +182,9 @@ class Scheduler:
             if unit.key not in needed:
                 self.encoder_cache.release(unit.key, request.request_id)
 
-    def _append(self, request: Request, token: int) -> RequestUpdate:
+    def _append(
+        self, request: Request, token: int, logprobs: TokenLogprobs | None
+    ) -> RequestUpdate:
         if token < 0:
             return self._fail(request, "the step gave no token")
         self.state.append(request, token)
@@ -187,9 +194,11 @@ class Scheduler:
         elif len(tokens) - len(request.prompt_token_ids) >= request.max_tokens:
             status = RequestStatus.FINISHED_LENGTH
         else:
-            return RequestUpdate(request.request_id, (token,), RUNNING)
-        self._end(request, status)
-        return RequestUpdate(request.request_id, (token,), status)
+            status = RUNNING
+        if status is not RUNNING:
+            self._end(request, status)
+        told = () if logprobs is None else (logprobs,)
+        return RequestUpdate(request.request_id, (token,), status, "", told)
 
     def _watch(self, plan: StepPlan) -> Updates:
         """Fails the head when nothing has run for many steps; that should never happen, and if it
@@ -248,3 +257,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Counts and queues are right, and nothing is held for nobody. Tests call it last."""
         self.state.check_integrity()
+
+
+def _take_prompt_logprobs(request: Request, end: int, found: Mapping[int, TokenLogprobs]) -> None:
+    """Tokens up to `end` are computed: they tell of those up to the one after them."""
+    first, last = len(request.prompt_logprobs), min(end + 1, request.num_prompt_tokens)
+    request.prompt_logprobs += [found.get(index) for index in range(first, last)]

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .logprobs import TokenLogprobs
 from .request import EncodeUnit, RequestStatus, UnitKey
 
 
@@ -57,6 +58,10 @@ class StepResult:
     # embeddings that a worker lacked: rows that need them computed nothing
     missing: tuple[UnitKey, ...] = ()
     errors: dict[str, str] = field(default_factory=dict)  # request_id -> what went wrong in its row
+    # request_id -> of the token that it drew, where it asks for that
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    # request_id -> index in its prompt -> of that token, where it asks for that
+    prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = field(default_factory=dict)
 
 
 class RequestUpdate(NamedTuple):
@@ -66,3 +71,4 @@ class RequestUpdate(NamedTuple):
     new_token_ids: tuple[int, ...]
     status: RequestStatus
     error: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of new_token_ids, where it asks for them

@@ -35,7 +35,7 @@ LAYERS = [
     ("engine.output",),
     ("engine.histogram", "engine.spans"),
     ("engine.stats",),
-    ("engine.sampling_slots",),
+    ("engine.sampling_slots", "engine.step_logprobs", "engine.token_edits"),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
     ("engine.live", "engine.pipeline"),
     ("engine.engine",),

@@ -25,9 +25,9 @@ from octavo.engine import failpoint
 from octavo.engine.engine import EngineDead
 from octavo.engine.worker import bound, process
 
-# With a penalty: what it looks at is kept by the workers, and travels anew to new ones.
+# With penalties: what they look at is kept by the workers, and travels anew to new ones.
 PARAMS = octavo.SamplingParams(
-    temperature=0, repetition_penalty=3.0, max_tokens=40, ignore_eos=True
+    temperature=0, repetition_penalty=1.5, frequency_penalty=1.2, max_tokens=40, ignore_eos=True
 )
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",

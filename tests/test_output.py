@@ -84,3 +84,31 @@ def test_stop_strings_agree_with_a_search_of_the_whole_text(tokenizer: Tokenizer
         assert text.startswith(shown)
         if not stream.stopped:
             assert shown == text
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_stop_string_that_is_to_be_shown_ends_the_text(tokenizer: Tokenizer, size: int) -> None:
+    ids = tokenizer.encode("one two END three").ids
+    stream = TextStream(tokenizer, ["END", "never"], include_stop=True)
+    shown = "".join(stream.push(ids[i : i + size]) for i in range(0, len(ids), size))
+    assert shown + stream.flush() == "one two END"
+    assert stream.stopped
+
+
+def test_special_tokens_may_be_shown(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert stream.push([*tokenizer.encode("red").ids, end]) + stream.flush() == "red<|im_end|>"
+    ids = [end, *tokenizer.encode("日").ids[:-1]]
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    assert stream.push(ids) + stream.flush() == "<|im_end|>\ufffd"
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_no_stop_string_ends_the_first_tokens(tokenizer: Tokenizer, size: int) -> None:
+    ids = tokenizer.encode("aXbXcX").ids  # a character a token
+    for least, expected in ((0, "a"), (1, "a"), (2, "aXb"), (5, "aXbXc"), (6, "aXbXcX")):
+        stream = TextStream(tokenizer, ["X"], min_tokens=least)
+        shown = "".join(stream.push(ids[i : i + size]) for i in range(0, len(ids), size))
+        assert shown + stream.flush() == expected
+        assert stream.stopped == (least < 6)

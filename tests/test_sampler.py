@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from octavo.engine.runner.batch import SamplingBatch
+from octavo.engine.runner.batch import LogitEdits, SamplingBatch
+from octavo.engine.runner.logprobs import token_logprobs
 from octavo.engine.runner.sampler import Sampler, SeenTokens, filter_scores, gumbel, row_keys
 
 VOCAB = 50
@@ -206,3 +209,56 @@ def test_the_hash_is_splitmix64() -> None:
     )
     for row, key in enumerate(keys):
         assert found[row].tolist() == pytest.approx([reference(key, 0), reference(key, 151_935)])
+
+
+def test_a_row_whose_every_token_is_forbidden_ends_nothing() -> None:
+    """It draws something; the others are as if alone."""
+    logits = random_logits(2)
+    edits = LogitEdits(
+        np.zeros(VOCAB, np.int32), np.full(VOCAB, -1, np.int32), np.arange(VOCAB, dtype=np.int32),
+        np.full(VOCAB, -np.inf, np.float32),
+    )  # fmt: skip
+    for more in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}):
+        batch = sampling(2, seed=3, **more)
+        alone = sample(logits[1:], sampling(1, seed=3, **more))
+        found = sample(logits, dataclasses.replace(batch, edits=edits))
+        assert 0 <= found[0] < VOCAB and found[1] == alone[0]
+
+
+def test_counts_are_of_the_output_and_of_who_has_the_slot_now() -> None:
+    """Against a plain count, over steps; a slot that another takes begins anew."""
+    rng = np.random.default_rng(0)
+    seen = SeenTokens(VOCAB, torch.device("cpu"))
+    histories: dict[int, list[int]] = {}
+    starts: dict[int, int] = {}
+    for _ in range(60):
+        slots = rng.choice(9, rng.integers(1, 9), replace=False)
+        fill = []
+        for slot in slots.tolist():
+            if slot not in histories or rng.random() < 0.2:  # another's, or its own once more
+                starts[slot] = int(rng.integers(1, 9))
+                length = starts[slot] + int(rng.integers(0, 9))
+                histories[slot] = rng.integers(0, VOCAB, length).tolist()
+                fill.append(np.array([*histories[slot][:-1], -1], np.int32))
+            else:
+                histories[slot].append(int(rng.integers(0, VOCAB)))
+                fill.append(np.empty(0, np.int32))
+        last = torch.tensor([histories[slot][-1] for slot in slots.tolist()])
+        index = np.array([len(histories[s]) - starts[s] for s in slots.tolist()], np.int32)
+        counts = seen.counts(slots.astype(np.int32), fill, last, index)
+        flags = seen.flags(slots.astype(np.int32), fill, last)
+        for row, slot in enumerate(slots.tolist()):
+            output = histories[slot][starts[slot] :]
+            assert counts[row].tolist() == np.bincount(output, minlength=VOCAB).tolist()
+            assert set(np.flatnonzero(flags[row])) == set(histories[slot])
+
+
+def test_log_probabilities_of_a_row_do_not_depend_on_its_place() -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 30] = 1.0
+    found = token_logprobs(logits, torch.tensor([30, 7, -1]), np.arange(3, dtype=np.int32))
+    assert found.top_token_ids.shape == (3, 20)
+    total = np.log(np.e + VOCAB - 1)
+    assert found.chosen[:2].tolist() == pytest.approx([1 - total, -total])
+    assert torch.equal(found.top_token_ids[0], found.top_token_ids[1])
+    assert found.top[0].tolist() == pytest.approx([1 - total, *[-total] * 19])

@@ -123,7 +123,7 @@ def test_units_that_come_as_embeddings_are_no_work() -> None:
 def test_seen_tokens_travel_for_a_penalty_alone() -> None:
     plain, _ = make_request()
     penal, _ = make_request(dataclasses.replace(GREEDY, repetition_penalty=1.5))
-    for request, seen in ((plain, []), (penal, list(range(100, 130)))):
+    for request, seen in ((plain, []), (penal, [*range(100, 129), -1])):
         batch = build(plan_for(request, 0, 30), request)
         assert batch.sampling.seen_token_ids[0].tolist() == seen
 

@@ -1,6 +1,7 @@
 """The step format: what is packed comes out equal, and what does not fit is refused."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,26 @@ from octavo.engine.runner.batch import (
     EmbeddingSlice,
     EncodeTask,
     InputBatch,
+    LogitEdits,
+    Logprobs,
+    PromptTargets,
     SamplingBatch,
 )
 from octavo.engine.worker import wire
 
+MORE: dict[str, Any] = {
+    "presence_penalty": np.array([0.5, 0.0], np.float32),
+    "frequency_penalty": np.array([-2.0, 0.0], np.float32),
+    "edits": LogitEdits(
+        *(np.array(ids, np.int32) for ids in ([0, 1, 1], [-1, 5, -1], [9, 8, 7])),
+        np.array([-np.inf, 3.5, 0.0], np.float32),
+    ),
+    "logprob_places": np.array([0, 1], np.int32),
+    "prompt_targets": PromptTargets(np.array([0, 2, 3], np.int32), np.array([7, 6, 5], np.int32)),
+}
 
-def make_batch() -> InputBatch:
+
+def make_batch(**more: Any) -> InputBatch:
     rng = np.random.default_rng(0)
     sampling = SamplingBatch(
         rows=np.array([0, 2], np.int32),
@@ -28,6 +43,7 @@ def make_batch() -> InputBatch:
         output_index=np.array([0, 9], np.int32),
         slots=np.array([-1, 4], np.int32),
         seen_token_ids=(np.empty(0, np.int32), np.array([4, 5, 6], np.int32)),
+        **more,
     )
     pixels = rng.integers(0, 256, (2, 28, 56, 3), dtype=np.uint8)
     return InputBatch(
@@ -60,8 +76,9 @@ def assert_same(left: object, right: object) -> None:
         assert left == right
 
 
-def test_a_step_comes_out_as_it_went_in() -> None:
-    batch = make_batch()
+@pytest.mark.parametrize("more", [{}, MORE], ids=["plain", "all"])
+def test_a_step_comes_out_as_it_went_in(more: dict[str, Any]) -> None:
+    batch = make_batch(**more)
     _, second = wire.pack_steps(batch, epoch=3, step_id=11, previous_step_id=9, num_ranks=2)
     decoded = type(second).FromString(second.SerializeToString())
     assert (decoded.epoch, decoded.step_id, decoded.previous_step_id) == (3, 11, 9)
@@ -94,7 +111,19 @@ def test_embeddings_go_to_one_rank_alone() -> None:
 
 
 def test_a_result_comes_out_as_it_went_in() -> None:
+    rng = np.random.default_rng(0)
+    found = [
+        Logprobs(
+            np.arange(size, dtype=np.int32),
+            rng.random(size).astype(np.float32),
+            rng.integers(0, 99, (size, 4)).astype(np.int32),
+            rng.random((size, 4)).astype(np.float32),
+        )
+        for size in (2, 5)
+    ]
     result = BatchResult(np.array([5, -1], np.int32), ((b"x" * 32, 2),), ((1, "bad row"),))
+    assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))
+    result = dataclasses.replace(result, logprobs=found[0], prompt_logprobs=found[1])
     assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))
 
 

@@ -155,8 +155,24 @@ class Decoder(nn.Module):
         Returns the logits [s, vocab_size] of tokens `sample_at` int64 [s] on rank 0; None on the
         other ranks, and where s is 0.
         """
+        return self.logits(*self.run(hidden, positions, caches, batch), sample_at)
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        caches: list[LayerCache],
+        batch: AttentionBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, without the logits: the last layer's output and its residual, which
+        `logits` takes."""
         rotary = mrope_cos_sin(positions, self.inv_freq, self.mrope_section)
-        hidden, residual = self._run_layers(hidden, rotary, caches, batch)
+        return self._run_layers(hidden, rotary, caches, batch)
+
+    def logits(
+        self, hidden: torch.Tensor, residual: torch.Tensor, sample_at: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What `forward` returns."""
         if sample_at.numel() == 0:
             return None
         normed, _ = self.norm.add(hidden[sample_at], residual[sample_at])

@@ -46,6 +46,24 @@ class EmbeddingSlice:
 
 
 @dataclass(frozen=True)
+class LogitEdits:
+    """What is added to single tokens' logits, parallel arrays; -inf: never drawn."""
+
+    places: Int32  # [e] among the s rows that sample
+    after: Int32  # [e] only where the row's last token is this; -1: whatever it is
+    token_ids: Int32  # [e]
+    bias: Float32  # [e]
+
+
+@dataclass(frozen=True)
+class PromptTargets:
+    """Tokens of prompts whose log probability is asked for, parallel arrays."""
+
+    at: Int32  # [q] the step's token that is before it
+    token_ids: Int32  # [q]
+
+
+@dataclass(frozen=True)
 class SamplingBatch:
     """Sampling settings of the s rows that sample, parallel arrays."""
 
@@ -60,9 +78,15 @@ class SamplingBatch:
     slots: (
         Int32  # [s] where this rank keeps the tokens that the penalty looks at; -1 where it is off
     )
-    # [s] of [k]: what the slot is to hold from now on; empty: what it holds. In each case also the
-    # row's last token.
+    # [s] of [k]: the row's tokens up to its last, which the slot is to hold from now on; empty: it
+    # holds all but the last. The last comes from the step's tokens, whatever is here in its place.
     seen_token_ids: tuple[Int32, ...]
+    # From here on None where no row needs it.
+    presence_penalty: Float32 | None = None  # [s]; 0 is off
+    frequency_penalty: Float32 | None = None  # [s]; 0 is off
+    edits: LogitEdits | None = None
+    logprob_places: Int32 | None = None  # [l] the rows, among the s, whose log probability is told
+    prompt_targets: PromptTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +109,21 @@ class InputBatch:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Log probabilities at l places; of the k likeliest tokens each, in no order."""
+
+    at: Int32  # [l] as in what asked: `logprob_places` or `PromptTargets.at`
+    chosen: Float32  # [l] of the token that was drawn, or is in the prompt
+    top_token_ids: Int32  # [l, k]
+    top: Float32  # [l, k]
+
+
+@dataclass(frozen=True)
 class BatchResult:
     """What a rank's step made. Rank 0's counts; the others return the same ids."""
 
     sampled: Int32  # [s]; -1 where the row was not computed
     missing: tuple[UnitKey, ...] = ()  # embeddings that were not there; their rows were skipped
     errors: tuple[tuple[int, str], ...] = ()  # (row, what went wrong)
+    logprobs: Logprobs | None = None  # of rank 0, where asked for
+    prompt_logprobs: Logprobs | None = None  # likewise

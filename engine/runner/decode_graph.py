@@ -43,11 +43,12 @@ class Bucket:
 
 def buckets(batch: InputBatch, widths: tuple[int, ...]) -> Bucket | None:
     """The smallest bucket that holds a step; None for one that is not all decoding, that places
-    embeddings, or that is too large. `widths`: blocks of a table, ascending."""
+    embeddings, that tells of a prompt's tokens, or that is too large. `widths`: blocks of a table,
+    ascending."""
     rows, width = batch.block_tables.shape
     if batch.embeddings or rows == 0 or rows > ROWS[-1] or width > widths[-1]:
         return None
-    if (batch.num_scheduled_tokens != 1).any():
+    if (batch.num_scheduled_tokens != 1).any() or batch.sampling.prompt_targets is not None:
         return None
     return Bucket(ROWS[bisect_left(ROWS, rows)], widths[bisect_left(widths, width)])
 

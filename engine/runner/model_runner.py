@@ -23,6 +23,7 @@ from .batch import BatchResult, EncodeTask, InputBatch, Int32
 from .decode_graph import DecodeGraphs, decode_graphs
 from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_bytes
 from .loader import OnProgress, load_weights
+from .logprobs import LogprobTensors, prompt_logprobs, token_logprobs
 from .pending import SKIPPED, PendingResult
 from .sampler import Sampler, SeenTokens
 
@@ -115,25 +116,27 @@ class ModelRunner:
             self._sampled = self._sampled.new_empty(0)
             return PendingResult.of(self._sampled, batch, (), errors)
         token_ids, lost = self._resolve(self._to_device(checked), batch)
-        logits, missing = self._compute(token_ids, batch, errors)
+        logits, of_prompt, missing = self._compute(token_ids, batch, errors)
         sampled = self._sample(logits, batch, token_ids)
+        of_drawn = self._logprobs(logits, sampled, batch)
         skipped = {row for row, _ in missing} | {row for row, _ in errors}
         rows = batch.sampling.rows
         if skipped:
             lost[list(skipped)] = True
         self._sampled = sampled.masked_fill_(lost[self._to_device(rows)], SKIPPED)
-        return PendingResult.of(self._sampled, batch, missing, errors)
+        return PendingResult.of(self._sampled, batch, missing, errors, of_drawn, of_prompt)
 
     def _compute(
         self, token_ids: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
-    ) -> tuple[torch.Tensor | None, list[tuple[int, UnitKey]]]:
-        """Logits of the rows that sample, on rank 0, and the embeddings that were missing."""
+    ) -> tuple[torch.Tensor | None, LogprobTensors | None, list[tuple[int, UnitKey]]]:
+        """Logits of the rows that sample and what is asked of prompts' tokens, on rank 0; and the
+        embeddings that were missing."""
         bucket = self.graphs.bucket_of(batch) if self.graphs is not None else None
         if self.graphs is not None and bucket is not None:
-            return self.graphs.logits(token_ids, batch, bucket), []
+            return self.graphs.logits(token_ids, batch, bucket), None, []
         hidden = self.model.decoder.embed_tokens(token_ids)
         missing = self._overlay(hidden, batch, errors)
-        return self._decode(hidden, batch), missing
+        return *self._decode(hidden, batch), missing
 
     def _resolve(
         self, token_ids: torch.Tensor, batch: InputBatch
@@ -259,7 +262,9 @@ class ModelRunner:
                 errors.append((piece.row, f"{text} embeddings"))
         return missing
 
-    def _decode(self, hidden: torch.Tensor, batch: InputBatch) -> torch.Tensor | None:
+    def _decode(
+        self, hidden: torch.Tensor, batch: InputBatch
+    ) -> tuple[torch.Tensor | None, LogprobTensors | None]:
         attention = AttentionBatch.from_lists(
             batch.num_scheduled_tokens,
             batch.context_lens,
@@ -270,7 +275,12 @@ class ModelRunner:
         last = np.cumsum(batch.num_scheduled_tokens, dtype=np.int64) - 1
         sample_at = self._to_device(last[batch.sampling.rows])
         positions = self._to_device(batch.positions)
-        return self.model.decoder(hidden, positions, self.caches, attention, sample_at)
+        decoder, targets = self.model.decoder, batch.sampling.prompt_targets
+        made = decoder.run(hidden, positions, self.caches, attention)
+        of_prompt = None
+        if targets is not None:
+            of_prompt = prompt_logprobs(lambda at: decoder.logits(*made, at), targets, self.device)
+        return decoder.logits(*made, sample_at), of_prompt
 
     def _sample(
         self, logits: torch.Tensor | None, batch: InputBatch, token_ids: torch.Tensor
@@ -285,6 +295,15 @@ class ModelRunner:
             last_token_ids = token_ids[self._to_device(last[rows])].long()
             sampled = self.sampler.sample(logits, batch.sampling, last_token_ids)
         return self.parallel.broadcast(sampled, 0)
+
+    def _logprobs(
+        self, logits: torch.Tensor | None, sampled: torch.Tensor, batch: InputBatch
+    ) -> LogprobTensors | None:
+        places = batch.sampling.logprob_places
+        if logits is None or places is None:
+            return None
+        chosen = self._to_device(places.astype(np.int64))
+        return token_logprobs(logits[chosen], sampled[chosen], places)
 
 
 def passes_of(units: list[EncodeTask], most: int) -> list[list[EncodeTask]]:

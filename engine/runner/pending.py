@@ -10,6 +10,7 @@ import torch
 
 from ...scheduler.request import UnitKey
 from .batch import BatchResult, InputBatch, Int32
+from .logprobs import LogprobTensors
 from .sampler import NOT_FINITE
 
 SKIPPED = -2  # drawn by a row that computed nothing; -1 is drawn from logits that are not finite
@@ -24,6 +25,8 @@ class PendingResult:
     missing: tuple[UnitKey, ...]
     errors: tuple[tuple[int, str], ...]
     arrived: torch.cuda.Event | None  # None: it is there
+    of_drawn: LogprobTensors | None = None
+    of_prompt: LogprobTensors | None = None
 
     @classmethod
     def of(
@@ -32,16 +35,20 @@ class PendingResult:
         batch: InputBatch,
         missing: Sequence[tuple[int, UnitKey]],
         errors: Sequence[tuple[int, str]],
+        of_drawn: LogprobTensors | None = None,
+        of_prompt: LogprobTensors | None = None,
     ) -> PendingResult:
         """Starts the copy to the host, which later steps do not hold up."""
         host, arrived = sampled, None
         if sampled.is_cuda:
-            host = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=True)
-            host.copy_(sampled, non_blocking=True)
+            host = _on_host(sampled)
+            of_drawn = of_drawn and of_drawn.moved(_on_host)
+            of_prompt = of_prompt and of_prompt.moved(_on_host)
             arrived = torch.cuda.Event()
             arrived.record()
         keys = tuple(dict.fromkeys(key for _, key in missing))
-        return cls(host, batch.sampling.rows, keys, tuple(errors), arrived)
+        rows = batch.sampling.rows
+        return cls(host, rows, keys, tuple(errors), arrived, of_drawn, of_prompt)
 
     def wait(self) -> BatchResult:
         if self.arrived is not None:
@@ -49,4 +56,16 @@ class PendingResult:
         sampled = self.sampled.numpy().astype(np.int32)
         bad = self.rows[sampled == -1].tolist()
         errors = (*self.errors, *((row, NOT_FINITE) for row in bad))
-        return BatchResult(np.maximum(sampled, -1), self.missing, errors)
+        return BatchResult(
+            np.maximum(sampled, -1),
+            self.missing,
+            errors,
+            self.of_drawn.finished() if self.of_drawn else None,
+            self.of_prompt.finished() if self.of_prompt else None,
+        )
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, which may still be on its way."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,8 +1,8 @@
 """Draws the next token of each row that samples, all rows at once, in float32.
 
-Filters in the order of vLLM and transformers: repetition penalty, temperature, top-k, top-p,
-min-p. The last three are thresholds on the logit, so tokens of equal logit share one fate and the
-order of a sort cannot matter.
+In the order of vLLM and transformers: repetition penalty, frequency and presence penalty, what is
+added to single tokens' logits, temperature, top-k, top-p, min-p. The last three are thresholds on
+the logit, so tokens of equal logit share one fate and the order of a sort cannot matter.
 
 A draw is Gumbel-max over the kept tokens: the token with the largest logit + g, where g is a Gumbel
 number made by hashing (seed, index of the output token, token id) with SplitMix64. It depends on
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .batch import Int32, SamplingBatch
+from .batch import Int32, LogitEdits, SamplingBatch
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 NOT_FINITE = "the model's logits for the next token are not finite"
@@ -30,29 +30,59 @@ MIX_2 = 0x94D049BB133111EB
 
 
 class SeenTokens:
-    """The tokens that each request with a repetition penalty has had: a row of flags a slot."""
+    """The tokens that each request with a penalty has had: a row a slot. Flags of prompt and
+    output, and counts of the output, from when a request first asks for these."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._flags = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
 
-    def update(
+    def flags(
         self, slots: Int32, fill: Sequence[Int32], last_token_ids: torch.Tensor
     ) -> torch.Tensor:
         """Fills each of `slots` [p] anew from its part of `fill`, where that has something, adds
         `last_token_ids` int64 [p], and returns their flags [p, vocab_size]."""
-        vocab, device = self._flags.shape[1], self._flags.device
-        missing = int(slots.max()) + 1 - len(self._flags)
-        if missing > 0:
-            more = max(missing, len(self._flags))  # twice as many: copied few times
-            self._flags = torch.cat([self._flags, self._flags.new_zeros(more, vocab)])
+        flags = self._flags = _grown(self._flags, slots)
         for slot, token_ids in zip(slots.tolist(), fill, strict=True):
             if token_ids.size:
-                known = token_ids[(token_ids >= 0) & (token_ids < vocab)].astype(np.int64)
-                self._flags[slot] = False
-                self._flags[slot, torch.from_numpy(known).to(device)] = True
-        places = torch.from_numpy(slots.astype(np.int64)).to(device)
-        self._flags[places, last_token_ids] = True
-        return self._flags[places]
+                flags[slot] = False
+                flags[slot, _known(token_ids[:-1], flags)] = True
+        places = torch.from_numpy(slots.astype(np.int64)).to(flags.device)
+        flags[places, last_token_ids] = True
+        return flags[places]
+
+    def counts(
+        self,
+        slots: Int32,
+        fill: Sequence[Int32],
+        last_token_ids: torch.Tensor,
+        output_index: Int32,
+    ) -> torch.Tensor:
+        """Likewise, how often [p, vocab_size] each token is among the `output_index` [p] last."""
+        counts = self._counts = _grown(self._counts, slots)
+        vocab = counts.shape[1]
+        for slot, token_ids, index in zip(slots.tolist(), fill, output_index.tolist(), strict=True):
+            if token_ids.size:
+                output = _known(token_ids[len(token_ids) - index : -1], counts)
+                counts[slot] = torch.bincount(output, minlength=vocab).to(counts)
+        places = torch.from_numpy(slots.astype(np.int64)).to(counts.device)
+        counts[places, last_token_ids] += torch.from_numpy(output_index > 0).to(counts)
+        return counts[places]
+
+
+def _grown(rows: torch.Tensor, slots: Int32) -> torch.Tensor:
+    """`rows` with one for each of `slots`."""
+    missing = int(slots.max()) + 1 - len(rows)
+    if missing <= 0:
+        return rows
+    more = max(missing, len(rows))  # twice as many: copied few times
+    return torch.cat([rows, rows.new_zeros(more, rows.shape[1])])
+
+
+def _known(token_ids: Int32, rows: torch.Tensor) -> torch.Tensor:
+    """Those of the vocabulary, which `rows` are as wide as."""
+    known = token_ids[(token_ids >= 0) & (token_ids < rows.shape[1])].astype(np.int64)
+    return torch.from_numpy(known).to(rows.device)
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,8 @@ class Sampler:
         scores = logits.to(torch.float32, copy=True)
         bad = ~torch.isfinite(scores.sum(dim=-1))  # one of them not finite makes the sum so
         self._penalize(scores, batch, last_token_ids)
+        if batch.edits is not None:
+            _edit(scores, batch.edits, last_token_ids)
         scores[:, list(self.banned_token_ids)] = -torch.inf
         chosen = scores.argmax(dim=-1)
         drawn = np.flatnonzero(batch.temperature >= GREEDY_BELOW)
@@ -84,19 +116,38 @@ class Sampler:
     def _penalize(
         self, scores: torch.Tensor, batch: SamplingBatch, last_token_ids: torch.Tensor
     ) -> None:
-        """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
+        """Divides positive logits of tokens seen in prompt or output, multiplies negative ones;
+        then takes off what the tokens of the output cost."""
         penalized = np.flatnonzero(batch.slots >= 0)
         if not penalized.size:
             return
         rows = torch.from_numpy(penalized).to(scores.device)
-        seen = self.seen.update(
+        tokens = (
             batch.slots[penalized],
             [batch.seen_token_ids[row] for row in penalized],
             last_token_ids[rows],
         )
         old = scores[rows]
+        seen = self.seen.flags(*tokens)
         penalty = torch.from_numpy(batch.repetition_penalty[penalized]).to(old)[:, None]
-        scores[rows] = torch.where(seen, torch.where(old > 0, old / penalty, old * penalty), old)
+        new = torch.where(seen, torch.where(old > 0, old / penalty, old * penalty), old)
+        presence, frequency = batch.presence_penalty, batch.frequency_penalty
+        if presence is not None and frequency is not None:
+            counts = self.seen.counts(*tokens, batch.output_index[penalized])
+            new -= torch.from_numpy(frequency[penalized]).to(old)[:, None] * counts
+            new -= torch.from_numpy(presence[penalized]).to(old)[:, None] * (counts > 0)
+        scores[rows] = new
+
+
+def _edit(scores: torch.Tensor, edits: LogitEdits, last_token_ids: torch.Tensor) -> None:
+    """Adds to single tokens' logits, where a row's last token is the one that an edit waits for."""
+    places, after, token_ids = (
+        torch.from_numpy(each.astype(np.int64)).to(scores.device)
+        for each in (edits.places, edits.after, edits.token_ids)
+    )
+    holds = (after < 0) | (last_token_ids[places] == after)
+    bias = torch.from_numpy(edits.bias.copy()).to(scores).masked_fill_(~holds, 0)
+    scores.index_put_((places, token_ids), bias, accumulate=True)
 
 
 def _draw(scores: torch.Tensor, rows: npt.NDArray[np.intp], batch: SamplingBatch) -> torch.Tensor:
@@ -105,7 +156,7 @@ def _draw(scores: torch.Tensor, rows: npt.NDArray[np.intp], batch: SamplingBatch
     scores = scores / torch.from_numpy(batch.temperature[rows]).to(device)[:, None]
     top_k, top_p, min_p = batch.top_k[rows], batch.top_p[rows], batch.min_p[rows]
     scores = filter_scores(scores, top_k, top_p, min_p)
-    kept = int((scores > -torch.inf).sum(dim=-1).max())
+    kept = max(1, int((scores > -torch.inf).sum(dim=-1).max()))  # 0: all tokens are forbidden
     if kept * 4 < scores.shape[1]:  # hashing the few is cheaper than hashing all
         scores, ids = scores.topk(kept, dim=-1)
     else:

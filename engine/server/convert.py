@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ...proto import octavo_pb2 as pb
+from ...scheduler.logprobs import TokenLogprobs
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, SamplingParams
 from ..input.chat import MAX_MESSAGES
 from ..input_error import InputError
@@ -101,9 +102,11 @@ def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
 def read_sampling(message: pb.SamplingParams) -> SamplingParams:
     """An absent field is the checkpoint's default; zero is zero. Raises ValueError."""
     given = {d.name: getattr(message, d.name) for d, _ in message.ListFields()}
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "bad_words"):
         if name in given:
             given[name] = tuple(given[name])
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
     return SamplingParams(**given)
 
 
@@ -137,7 +140,14 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
         media=[_write_media(info) for info in delta.media],
         index=delta.index,
         media_times=pb.MediaTimes(**vars(times)) if times else None,
+        logprobs=[_write_logprobs(entry) for entry in delta.logprobs],
+        prompt_logprobs=[_write_logprobs(entry) for entry in delta.prompt_logprobs],
     )
+
+
+def _write_logprobs(entry: TokenLogprobs | None) -> pb.TokenLogprobs:
+    """Empty for a token that has none."""
+    return pb.TokenLogprobs() if entry is None else pb.TokenLogprobs(**entry._asdict())
 
 
 def _write_media(info: MediaInfo) -> pb.ResolvedMedia:

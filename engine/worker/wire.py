@@ -8,6 +8,7 @@ with a text and not with nonsense.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,16 @@ from ..runner.batch import (
     Float32,
     InputBatch,
     Int32,
+    LogitEdits,
+    Logprobs,
+    PromptTargets,
     SamplingBatch,
     UInt8,
 )
+
+# Fields of `SamplingBatch` that are None where no row needs them.
+MAYBE_ARRAYS = ("presence_penalty", "frequency_penalty", "logprob_places")
+MAYBE_TABLES = ("edits", "prompt_targets")
 
 INT32, FLOAT32, UINT64 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
 
@@ -74,7 +82,7 @@ def _pack_common(batch: InputBatch) -> pb.StepRequest:
 
 
 def _pack_sampling(sampling: SamplingBatch) -> pb.Sampling:
-    return pb.Sampling(
+    packed = pb.Sampling(
         rows=sampling.rows.tobytes(),
         temperature=sampling.temperature.tobytes(),
         top_k=sampling.top_k.tobytes(),
@@ -86,6 +94,14 @@ def _pack_sampling(sampling: SamplingBatch) -> pb.Sampling:
         slots=sampling.slots.tobytes(),
         seen_token_ids=[seen.tobytes() for seen in sampling.seen_token_ids],
     )
+    for name in MAYBE_ARRAYS:
+        if (array := getattr(sampling, name)) is not None:
+            setattr(packed, name, array.tobytes())
+    for name in MAYBE_TABLES:
+        if (table := getattr(sampling, name)) is not None:
+            for column, array in vars(table).items():
+                setattr(getattr(packed, name), column, array.tobytes())
+    return packed
 
 
 def _pack_encode(task: EncodeTask, rank: int) -> pb.Encode:
@@ -146,7 +162,28 @@ def _unpack_sampling(sampling: pb.Sampling) -> SamplingBatch:
         output_index=_array(sampling.output_index, INT32, len(rows)),
         slots=_array(sampling.slots, INT32, len(rows)),
         seen_token_ids=tuple(_array(seen, INT32) for seen in sampling.seen_token_ids),
+        **_unpack_asked_for(sampling, len(rows)),
     )
+
+
+def _unpack_asked_for(sampling: pb.Sampling, num_rows: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, name):
+            found[name] = _array(getattr(sampling, name), FLOAT32, num_rows)
+    if sampling.HasField("edits"):
+        edits = sampling.edits
+        places = _array(edits.places, INT32)
+        size = len(places)
+        after, token_ids = _array(edits.after, INT32, size), _array(edits.token_ids, INT32, size)
+        found["edits"] = LogitEdits(places, after, token_ids, _array(edits.bias, FLOAT32, size))
+    if sampling.logprob_places:
+        found["logprob_places"] = _array(sampling.logprob_places, INT32)
+    if sampling.HasField("prompt_targets"):
+        at = _array(sampling.prompt_targets.at, INT32)
+        targets = _array(sampling.prompt_targets.token_ids, INT32, len(at))
+        found["prompt_targets"] = PromptTargets(at, targets)
+    return found
 
 
 def _unpack_encode(task: pb.Encode) -> EncodeTask:
@@ -171,7 +208,7 @@ def _unpack_keys(units: Iterable[pb.Unit]) -> tuple[UnitKey, ...]:
 def pack_result(
     result: BatchResult, epoch: int, step_id: int, seconds: float = 0.0
 ) -> pb.StepReply:
-    return pb.StepReply(
+    reply = pb.StepReply(
         epoch=epoch,
         step_id=step_id,
         sampled=result.sampled.astype(INT32, copy=False).tobytes(),
@@ -179,6 +216,11 @@ def pack_result(
         errors=[pb.RowError(row=row, text=text) for row, text in result.errors],
         seconds=seconds,
     )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (found := getattr(result, name)) is not None:
+            for column, array in vars(found).items():
+                setattr(getattr(reply, name), column, array.tobytes())
+    return reply
 
 
 def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
@@ -189,6 +231,21 @@ def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
         sampled=_array(first.sampled, INT32),
         missing=tuple(dict.fromkeys(missing)),
         errors=tuple((error.row, error.text) for error in first.errors),
+        logprobs=_unpack_logprobs(first, "logprobs"),
+        prompt_logprobs=_unpack_logprobs(first, "prompt_logprobs"),
+    )
+
+
+def _unpack_logprobs(reply: pb.StepReply, name: str) -> Logprobs | None:
+    if not reply.HasField(name):
+        return None
+    packed: pb.Logprobs = getattr(reply, name)
+    at = _array(packed.at, INT32)
+    return Logprobs(
+        at=at,
+        chosen=_array(packed.chosen, FLOAT32, len(at)),
+        top_token_ids=_array(packed.top_token_ids, INT32, len(at), -1),
+        top=_array(packed.top, FLOAT32, len(at), -1),
     )
 
 
