@@ -131,6 +131,8 @@ class Request:
     has_penalty: bool = field(init=False)
     has_counts: bool = field(init=False)  # a penalty that goes by how often it has had a token
     has_edits: bool = field(init=False)  # something is added to single tokens' logits
+    biased_token_ids: array[int] = field(init=False)
+    biases: array[float] = field(init=False)  # one for each of them
     is_plain: bool = field(init=False)  # none of these two, and no log probabilities
     media_end: int = field(init=False)  # first token after the last unit
     num_ready_units: int = field(init=False)  # whose pixels are there
@@ -142,6 +144,8 @@ class Request:
         self.has_counts = params.presence_penalty != 0 or params.frequency_penalty != 0
         self.has_penalty = self.has_counts or params.repetition_penalty != 1
         self.has_edits = bool(params.logit_bias or self.bad_words or params.min_tokens)
+        self.biased_token_ids = array("i", [token for token, _ in params.biases])
+        self.biases = array("f", [bias for _, bias in params.biases])
         asks = params.logprobs is not None or params.prompt_logprobs is not None
         self.is_plain = not (self.has_counts or self.has_edits or asks)
         self._count_ready()

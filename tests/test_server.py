@@ -30,6 +30,7 @@ from octavo.proto import octavo_pb2_grpc
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 LONG = {**GREEDY, "max_tokens": 900}
+LISTS = ("stop", "stop_token_ids", "bad_words", "logit_bias")  # empty is none
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_L30_proto_defaults(client: octavo.Client) -> None:
     """An absent field is the checkpoint's; zero is the caller's zero."""
     for name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
         field = pb.SamplingParams.DESCRIPTOR.fields_by_name[name]
-        assert field.has_presence or name in ("stop", "stop_token_ids")
+        assert field.has_presence or name in LISTS
     wild = {"temperature": 5.0, "top_p": 1.0, "max_tokens": 12, "ignore_eos": True}
 
     def draws(**sampling: Any) -> set[tuple[int, ...]]:
