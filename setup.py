@@ -59,7 +59,12 @@ NATIVE = Extension(
     optional=True,
 )
 
+HTTP = ["starlette>=0.46", "uvicorn>=0.34"]
+
 TEST = [
+    *HTTP,
+    "openai>=3",
+    "httpx2>=2",
     "transformers>=5.23,<6",
     "huggingface_hub>=1.0",
     "modelscope>=1.20",
@@ -105,6 +110,7 @@ setup(
     extras_require={
         "test": TEST,
         "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"],
+        "http": HTTP,
         "plot": ["matplotlib>=3.8"],
     },
     entry_points={"console_scripts": ["octavo=octavo.engine.cli:main"]},

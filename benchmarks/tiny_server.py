@@ -23,7 +23,9 @@ from octavo.engine.server.grpc_server import MAX_MESSAGE_BYTES, InferenceService
 from octavo.proto import octavo_pb2_grpc
 
 SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
-READY = re.compile(r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)\n")
+READY = re.compile(
+    r"ready grpc=(127\.0\.0\.1:\d+)(?: http=(127\.0\.0\.1:\d+))? pid=(\d+) worker_pids=([\d,]+)\n"
+)
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Server:
     address: str
     worker_pids: list[int]
     log: Any
+    http_address: str | None = None
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit status after a signal."""
@@ -58,8 +61,8 @@ def start(model: Path, *options: str) -> Server:
     line = process.stdout.readline()
     match = READY.fullmatch(line)
     assert match, (line, log.seek(0), log.read())
-    assert int(match[2]) == process.pid
-    return Server(process, match[1], [int(pid) for pid in match[3].split(",")], log)
+    assert int(match[3]) == process.pid
+    return Server(process, match[1], [int(pid) for pid in match[4].split(",")], log, match[2])
 
 
 class Served:

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,8 @@ from .cli_options import (
     Device,
     Dtype,
     GpuMemoryUtilization,
+    HttpHost,
+    HttpPort,
     Hub,
     KvCacheDtype,
     KvCacheMemoryBytes,
@@ -98,6 +101,8 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
     ] = 50051,
+    http_port: HttpPort = None,
+    http_host: HttpHost = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
@@ -132,23 +137,28 @@ def serve(
     trace_file: TraceFile = None,
     hub: Hub = "huggingface",
 ) -> None:
-    """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1).
+    """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1), and over HTTP if asked.
 
-    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N. Logs go
-    to stderr. SIGTERM lets running requests finish for ten seconds.
+    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N, with
+    http=HOST:PORT after grpc's where there is HTTP. Logs go to stderr. SIGTERM lets running
+    requests finish for ten seconds.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("host", "port")}
+    addresses = ("host", "port", "http_host", "http_port")
+    settings = {k: v for k, v in locals().items() if k not in ("addresses", *addresses)}
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
-        status = _serve(host, port, settings)
+        status = _serve((host, port), (http_host or host, http_port), settings)
     raise typer.Exit(status)
 
 
-def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
+def _serve(
+    grpc_at: tuple[str, int], http_at: tuple[str, int | None], settings: dict[str, Any]
+) -> int:
+    """At two addresses; without a port no HTTP."""
     from .async_llm import AsyncLLM
     from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
@@ -157,13 +167,31 @@ def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
         settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
-    check_address(host, port)
+    check_address(*grpc_at)
+    make_http = _http_door(*http_at, settings["model"])
     with AsyncLLM(**settings, isolate_media=True) as engine:
 
-        def on_ready(address: str) -> None:
-            print(ready_line(engine, address), flush=True)
+        def on_ready(address: str, http_address: str) -> None:
+            print(ready_line(engine, address, http_address), flush=True)
 
-        return asyncio.run(serve_grpc(engine, host, port, on_ready))
+        return asyncio.run(serve_grpc(engine, *grpc_at, on_ready, make_http(engine)))
+
+
+def _http_door(host: str, port: int | None, model: str | None) -> Callable[[Any], Any]:
+    """What makes the HTTP server of an engine, or None without a port. Raises ValueError or
+    OSError, before a model is loaded, when there could be none."""
+    if port is None:
+        return lambda engine: None
+    try:
+        from .server.http_server import HttpServer, model_name
+    except ImportError as error:
+        if error.name and error.name.partition(".")[0] in ("starlette", "uvicorn"):
+            raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
+        raise
+    from .server.grpc_server import check_address
+
+    check_address(host, port)
+    return lambda engine: HttpServer(engine, model_name(model), host, port)
 
 
 @app.command()

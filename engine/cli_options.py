@@ -104,6 +104,18 @@ MaxPixels = Annotated[
     int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
 ]
 
+HttpPort = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Port of the OpenAI-compatible HTTP service (extra octavo[http]); 0 takes a free one. "
+        "Default: no HTTP.",
+    ),
+]
+HttpHost = Annotated[
+    str | None, typer.Option(help="Address that HTTP listens on. Default: as --host.")
+]
 TraceFile = Annotated[
     Path | None,
     typer.Option(

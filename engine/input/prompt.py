@@ -84,7 +84,7 @@ class PromptReader:
         videos: Sequence[Any] | None = None,
     ) -> ReadPrompt:
         """Token ids, placeholders expanded or not. Raises `InputError`."""
-        ids = self._check_token_ids(token_ids)
+        ids = self.check_token_ids(token_ids)
         return ReadPrompt(ids, self._parts_of(ids, images, videos))
 
     def _check_text(self, size: int) -> None:
@@ -97,8 +97,7 @@ class PromptReader:
                 f"{self.tokenizer.longest} characters; shorten the text",
             )
 
-    def _check_token_ids(self, token_ids: Any) -> list[int]:
-        field = "prompt_token_ids"
+    def check_token_ids(self, token_ids: Any, field: str = "prompt_token_ids") -> list[int]:
         if not isinstance(token_ids, Sequence | array) or isinstance(token_ids, str | bytes):
             raise InputError(field, f"must be a list, not {type(token_ids).__name__}")
         if len(token_ids) == 0:

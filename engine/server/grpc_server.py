@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,6 +22,9 @@ from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
 from ..input_error import InputError
 from .convert import read_options, read_prompt, read_sampling, write_delta
+
+if TYPE_CHECKING:  # the extra octavo[http] may not be installed
+    from .http_server import HttpServer
 
 log = logging.getLogger("octavo.server")
 
@@ -131,11 +135,18 @@ def check_address(host: str, port: int) -> None:
         raise OSError(f"{host}:{port}: {NO_ADDRESS}") from None
 
 
-async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str], None]) -> int:
+async def serve(
+    engine: AsyncLLM,
+    host: str,
+    port: int,
+    on_ready: Callable[[str, str], None],
+    http: HttpServer | None = None,
+) -> int:
     """Serves until SIGTERM or SIGINT (returns 0) or until the worker group dies (returns 1).
 
-    `on_ready` is called once with the HOST:PORT that listens, after a first step has run. Raises
-    OSError when the address cannot be taken.
+    `http`: the other door, if it is wanted. `on_ready` is called once with the HOST:PORT of gRPC
+    and of HTTP ("" without), after a first step has run. Raises OSError when an address cannot be
+    taken.
     """
     server = grpc.aio.server(options=OPTIONS)
     servicer = InferenceServicer(engine)
@@ -153,12 +164,13 @@ async def serve(engine: AsyncLLM, host: str, port: int, on_ready: Callable[[str]
     await _warm_up(engine)
     await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
-    on_ready(f"{address}:{port}")
+    on_ready(f"{address}:{port}", await http.start() if http else "")
     died = await _wait(engine, asked_to_stop)
     await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
     if died:
         log.error("the engine stopped: %s", died)
-    await _drain(server, servicer, 1.0 if died else GRACE)
+    grace = 1.0 if died else GRACE
+    await asyncio.gather(_drain(server, servicer, grace), *([http.drain(grace)] if http else []))
     return 1 if died else 0
 
 
@@ -199,7 +211,8 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
         await servicer.set(service, status)
 
 
-def ready_line(engine: AsyncLLM, address: str) -> str:
+def ready_line(engine: AsyncLLM, address: str, http_address: str = "") -> str:
     """The one line on stdout; worker_pids in rank order."""
     pids = ",".join(map(str, engine.worker_pids))
-    return f"ready grpc={address} pid={os.getpid()} worker_pids={pids}"
+    http = f" http={http_address}" if http_address else ""
+    return f"ready grpc={address}{http} pid={os.getpid()} worker_pids={pids}"
