@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from octavo.engine.async_llm import AsyncLLM
-from octavo.engine.server.grpc_server import MAX_MESSAGE_BYTES, InferenceServicer
-from octavo.proto import octavo_pb2_grpc
+from octavo.engine.server.grpc_server import make_server
 
 SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
 READY = re.compile(r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)\n")
@@ -63,7 +60,7 @@ def start(model: Path, *options: str) -> Server:
 
 
 class Served:
-    """An AsyncLLM behind its gRPC servicer, in this process, so that tests see both."""
+    """An AsyncLLM behind its gRPC services, in this process, so that tests see both."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         self.engine = AsyncLLM(checkpoint, **settings)
@@ -72,10 +69,7 @@ class Served:
         asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
 
     async def _start(self) -> None:
-        limit = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
-        self.server = grpc.aio.server(options=[limit])
-        servicer = InferenceServicer(self.engine)
-        octavo_pb2_grpc.add_InferenceServicer_to_server(servicer, self.server)
+        self.server = make_server(self.engine).server
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
 
