@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from .cli_media import (
     read_options,
 )
 from .cli_options import (
+    ApiKeyFile,
     Device,
     Dtype,
     GpuMemoryUtilization,
@@ -53,9 +55,14 @@ from .cli_options import (
     OverlapSteps,
     Quantization,
     TensorParallelSize,
+    TlsCert,
+    TlsClientCa,
+    TlsKey,
     TraceFile,
 )
 from .media.limits import MediaLimits
+
+DOOR_OPTIONS = ("host", "port", "api_key_file", "tls_cert", "tls_key", "tls_client_ca")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,28 +138,44 @@ def serve(
     decoder_memory_bytes: DecoderMemory = MediaLimits.decoder_memory_bytes,
     trace_file: TraceFile = None,
     hub: Hub = "huggingface",
+    api_key_file: ApiKeyFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
 ) -> None:
-    """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1).
+    """Serve a model over gRPC (octavo.v1.Inference and Control, grpc.health.v1, reflection).
 
     Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N. Logs go
     to stderr. SIGTERM lets running requests finish for ten seconds.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("host", "port")}
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    settings = locals()
+    door = {name: settings.pop(name) for name in DOOR_OPTIONS}
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
-        status = _serve(host, port, settings)
+        status = _serve(settings, **door)
     raise typer.Exit(status)
 
 
-def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
+def _serve(
+    settings: dict[str, Any],
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+) -> int:
     from .async_llm import AsyncLLM
     from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
+    from .server.keys import read_keys
+    from .server.tls import read_tls
 
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
     for name in ("allowed_media_domains", "allowed_media_paths"):
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
@@ -163,7 +186,7 @@ def _serve(host: str, port: int, settings: dict[str, Any]) -> int:
         def on_ready(address: str) -> None:
             print(ready_line(engine, address), flush=True)
 
-        return asyncio.run(serve_grpc(engine, host, port, on_ready))
+        return asyncio.run(serve_grpc(engine, host, port, on_ready, keys, tls))
 
 
 @app.command()
@@ -171,6 +194,9 @@ def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     server: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Talk TLS to a server whose certificate this one signed.")
     ] = None,
     model: Model = None,
     image: Annotated[
@@ -187,7 +213,7 @@ def chat(
     """Ask one question, of a server or of a model loaded here.
 
     Paths are read here; URLs are fetched by the server, where it allows them, or by the model
-    loaded here.
+    loaded here. A server's API key is read from the variable OCTAVO_API_KEY.
     """
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():
@@ -199,9 +225,10 @@ def chat(
             return
         if model is not None:
             raise ValueError("--server and --model: give one; the server has its own model")
-        from .client import Client
+        from .client import Client, Tls
 
-        with Client(server) as client:
+        tls = Tls(ca=tls_ca) if tls_ca else False
+        with Client(server, api_key=os.environ.get("OCTAVO_API_KEY"), tls=tls) as client:
             for delta in client.chat(messages, **sampling):
                 print(delta.text, end="", flush=True)
         print()

@@ -40,6 +40,7 @@ LAYERS = [
     ("engine.engine",),
     ("engine.info", "engine.loop"),
     ("engine.client_media",),
+    ("engine.client_channel",),
     ("engine.async_llm", "engine.llm", "engine.client"),
     ("engine.server", "engine.cli_errors"),
     ("benchmarks", "engine.cli"),

@@ -9,23 +9,10 @@ import re
 from dataclasses import dataclass
 
 from ...scheduler.admission import AdmissionError, QueueFull
+from ..client_error import RETRYABLE
 from ..engine import DuplicateRequest, EngineDead
 from ..input_error import InputError
 
-# The names of gRPC's status codes, and whether the same request may be answered later.
-RETRYABLE = {
-    "INVALID_ARGUMENT": False,
-    "UNAUTHENTICATED": False,
-    "PERMISSION_DENIED": False,
-    "NOT_FOUND": False,
-    "ALREADY_EXISTS": True,  # once the request that has the name has ended
-    "RESOURCE_EXHAUSTED": True,
-    "FAILED_PRECONDITION": False,
-    "UNIMPLEMENTED": False,
-    "DEADLINE_EXCEEDED": True,
-    "UNAVAILABLE": True,
-    "INTERNAL": False,
-}
 OURS = "internal error; the server's log has it"
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
