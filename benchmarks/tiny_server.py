@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -11,13 +12,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from octavo.engine.async_llm import AsyncLLM
-from octavo.engine.server.grpc_server import make_server
+from octavo.engine.server.grpc_server import SERVING, listen, make_server
+from octavo.engine.server.keys import ApiKeys
+from octavo.engine.server.tls import TlsFiles
 
 SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
 READY = re.compile(r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)\n")
@@ -69,9 +74,23 @@ class Served:
         asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
 
     async def _start(self) -> None:
-        self.server = make_server(self.engine).server
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-        await self.server.start()
+        self.server, self.address = await self._listen(None, None)
+
+    async def _listen(
+        self, keys: ApiKeys | None, tls: TlsFiles | None
+    ) -> tuple[grpc.aio.Server, str]:
+        made = make_server(self.engine, keys)
+        port = listen(made.server, "127.0.0.1:0", tls)
+        await made.set_health(SERVING)
+        await made.server.start()
+        return made.server, f"127.0.0.1:{port}"
+
+    @contextlib.contextmanager
+    def another(self, keys: ApiKeys | None = None, tls: TlsFiles | None = None) -> Iterator[str]:
+        """The address of another server of the same engine."""
+        server, address = self.run(self._listen(keys, tls))
+        yield address
+        self.run(server.stop(None))
 
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)

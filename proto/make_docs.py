@@ -1,6 +1,6 @@
 """Writes `docs/api.md` from the comments of `octavo.proto`: python proto/make_docs.py > docs/api.md
 
-The .proto file is read as the text that it is; the style it is written in is all that is understood.
+The .proto file is read as text, in the style that it is written in and no other.
 """
 
 from __future__ import annotations

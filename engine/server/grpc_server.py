@@ -104,7 +104,7 @@ async def serve(
     """
     made = make_server(engine, keys)
     address = f"[{host}]" if ":" in host else host
-    port = _listen(made.server, f"{address}:{port}", tls)
+    port = listen(made.server, f"{address}:{port}", tls)
     asked_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
@@ -120,8 +120,8 @@ async def serve(
     return 1 if died else 0
 
 
-def _listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
-    """The port."""
+def listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
+    """The port; TLS where `tls` says so. Raises OSError when the address cannot be taken."""
     try:
         if tls is None:
             return server.add_insecure_port(address)

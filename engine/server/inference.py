@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ log = logging.getLogger("octavo.server")
 class _Call:
     """A request and how far it has come."""
 
-    request_id: str  # empty until it is drawn
+    request_id: str
     stream: AsyncGenerator[OutputDelta, None]
     fault: Fault | None = None  # it failed after admission
 
@@ -71,10 +72,11 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             async with contextlib.aclosing(call.stream):
                 async for delta in call.stream:
                     answers.setdefault(delta.index, []).append(delta)
-            if any(delta.error for deltas in answers.values() for delta in deltas):
-                error = next(d.error for deltas in answers.values() for d in deltas if d.error)
-                await abort(context, fault_in(error))
-            return write_reply([join(answers[index]) for index in sorted(answers)])
+            whole = [join(answers[index]) for index in sorted(answers)]
+            errors = [answer.error for answer in whole if answer.error]
+            if errors:
+                await abort(context, fault_in(errors[0]))
+            return write_reply(whole)
 
     def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         """Raises what a request is refused for, as far as that is seen before it is read."""
@@ -85,10 +87,11 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             text = f"model={shown(request.model)}: this server has {served}"
             raise Refused("NOT_FOUND", text, "model")
         name = checked_request_id(request.request_id, "request_id") or beside.request_id
+        name = name or uuid.uuid4().hex
         options = read_options(request, context.time_remaining(), beside.priority)
         _log_trace(name, beside)
         prompt, params = read_prompt(request), read_sampling(request.sampling)
-        stream = self._engine.generate(prompt, params, request_id=name or None, **options)
+        stream = self._engine.generate(prompt, params, request_id=name, **options)
         return _Call(name, stream)
 
     async def Abort(
@@ -115,7 +118,7 @@ async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
     try:
         async for delta in call.stream:
             message = write_delta(delta)
-            has_begun, call.request_id = True, delta.request_id
+            has_begun = True
             if delta.error and delta.usage is not None:  # all answers have ended
                 call.fault = fault_in(delta.error)
                 message.failure.CopyFrom(failure_of(call.fault))

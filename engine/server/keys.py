@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 from ..config import ConfigError
@@ -39,10 +39,12 @@ class ApiKeys:
         return Fault("UNAUTHENTICATED", f"authorization: {text}", "authorization")
 
 
-def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys | None:
+def read_keys(
+    path: Path | None, environment: MutableMapping[str, str] = os.environ
+) -> ApiKeys | None:
     """The keys of a file, one a line, and of the environment; None where neither is given. Lines
     that are empty or begin with # are none. Raises `ConfigError`, which tells no key."""
-    variable = environment.get(VARIABLE)
+    variable = environment.pop(VARIABLE, None)  # processes that are started inherit no keys
     if path is None and variable is None:
         return None
     keys = [key.strip() for key in (variable or "").split(",")]
