@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
+import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ from .cli_media import (
     read_options,
 )
 from .cli_options import (
+    ApiKeyFile,
     Device,
     Dtype,
     GpuMemoryUtilization,
@@ -56,9 +56,18 @@ from .cli_options import (
     OverlapSteps,
     Quantization,
     TensorParallelSize,
+    TlsCert,
+    TlsClientCa,
+    TlsKey,
     TraceFile,
 )
+from .cli_serve import serve_model
 from .media.limits import MediaLimits
+
+DOOR_OPTIONS = (
+    *("host", "port", "http_host", "http_port"),
+    *("api_key_file", "tls_cert", "tls_key", "tls_client_ca"),
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -136,62 +145,25 @@ def serve(
     decoder_memory_bytes: DecoderMemory = MediaLimits.decoder_memory_bytes,
     trace_file: TraceFile = None,
     hub: Hub = "huggingface",
+    api_key_file: ApiKeyFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
 ) -> None:
-    """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1), and over HTTP if asked.
+    """Serve a model over gRPC (octavo.v1.Inference and Control, grpc.health.v1, reflection), and
+    over HTTP with --http-port.
 
     Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N, with
     http=HOST:PORT after grpc's where there is HTTP. Logs go to stderr. SIGTERM lets running
     requests finish for ten seconds.
     """
-    addresses = ("host", "port", "http_host", "http_port")
-    settings = {k: v for k, v in locals().items() if k not in ("addresses", *addresses)}
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    settings = locals()
+    door = {name: settings.pop(name) for name in DOOR_OPTIONS}
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
-        status = _serve((host, port), (http_host or host, http_port), settings)
+        status = serve_model(settings, **door)
     raise typer.Exit(status)
-
-
-def _serve(
-    grpc_at: tuple[str, int], http_at: tuple[str, int | None], settings: dict[str, Any]
-) -> int:
-    """At two addresses; without a port no HTTP."""
-    from .async_llm import AsyncLLM
-    from .server.grpc_server import check_address, ready_line
-    from .server.grpc_server import serve as serve_grpc
-
-    for name in ("allowed_media_domains", "allowed_media_paths"):
-        settings[name] = tuple(settings[name] or ())
-    for kind in ("image", "video"):
-        settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
-    check_address(*grpc_at)
-    make_http = _http_door(*http_at, settings["model"])
-    with AsyncLLM(**settings, isolate_media=True) as engine:
-
-        def on_ready(address: str, http_address: str) -> None:
-            print(ready_line(engine, address, http_address), flush=True)
-
-        return asyncio.run(serve_grpc(engine, *grpc_at, on_ready, make_http(engine)))
-
-
-def _http_door(host: str, port: int | None, model: str | None) -> Callable[[Any], Any]:
-    """What makes the HTTP server of an engine, or None without a port. Raises ValueError or
-    OSError, before a model is loaded, when there could be none."""
-    if port is None:
-        return lambda engine: None
-    try:
-        from .server.http_server import HttpServer, model_name
-    except ImportError as error:
-        if error.name and error.name.partition(".")[0] in ("starlette", "uvicorn"):
-            raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
-        raise
-    from .server.grpc_server import check_address
-
-    check_address(host, port)
-    return lambda engine: HttpServer(engine, model_name(model), host, port)
 
 
 @app.command()
@@ -199,6 +171,9 @@ def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     server: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Talk TLS to a server whose certificate this one signed.")
     ] = None,
     model: Model = None,
     image: Annotated[
@@ -215,7 +190,7 @@ def chat(
     """Ask one question, of a server or of a model loaded here.
 
     Paths are read here; URLs are fetched by the server, where it allows them, or by the model
-    loaded here.
+    loaded here. A server's API key is read from the variable OCTAVO_API_KEY.
     """
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():
@@ -227,9 +202,10 @@ def chat(
             return
         if model is not None:
             raise ValueError("--server and --model: give one; the server has its own model")
-        from .client import Client
+        from .client import Client, Tls
 
-        with Client(server) as client:
+        tls = Tls(ca=tls_ca) if tls_ca else False
+        with Client(server, api_key=os.environ.get("OCTAVO_API_KEY"), tls=tls) as client:
             for delta in client.chat(messages, **sampling):
                 print(delta.text, end="", flush=True)
         print()

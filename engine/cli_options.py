@@ -122,3 +122,23 @@ TraceFile = Annotated[
         help="Record each step there as a JSON line, for `octavo trace draw`; replaces the file."
     ),
 ]
+
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="API keys, one a line: calls must bring one of them. Others come from the variable "
+        "OCTAVO_API_KEYS, apart by commas. Default: none is asked for."
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        help="The server's certificate, PEM: it talks TLS. Files that are replaced are used from "
+        "the next connection on."
+    ),
+]
+TlsKey = Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")]
+TlsClientCa = Annotated[
+    Path | None,
+    typer.Option(help="Mutual TLS: clients must have a certificate that this one signed, PEM."),
+]

@@ -33,6 +33,7 @@ class EncoderCache:
         self.num_tokens = 0  # of all entries
         self._num_held = 0  # tokens of entries with a holder
         self._evicted: list[UnitKey] = []  # not yet told to the workers
+        self.num_found = self.num_encoded = 0  # units that were here when one wanted them, or not
 
     def __contains__(self, key: UnitKey) -> bool:
         return key in self._entries
@@ -57,6 +58,8 @@ class EncoderCache:
             self._evict(unit.num_tokens)
             entry = self._entries[unit.key] = _Entry(unit.num_tokens)
             self.num_tokens += unit.num_tokens
+        self.num_encoded += is_new
+        self.num_found += not is_new
         if not entry.holders:
             self._num_held += entry.num_tokens
         entry.holders.add(request_id)

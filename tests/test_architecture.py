@@ -33,14 +33,17 @@ LAYERS = [
     ("engine.input",),
     ("engine.input_pool", "engine.media_settings"),
     ("engine.output",),
+    ("engine.backlog",),
     ("engine.sampling_slots",),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
-    ("engine.live", "engine.pipeline"),
+    ("engine.live", "engine.load", "engine.pipeline"),
     ("engine.engine",),
     ("engine.info", "engine.loop"),
     ("engine.client_media",),
+    ("engine.client_channel",),
     ("engine.async_llm", "engine.llm", "engine.client"),
     ("engine.server", "engine.cli_errors"),
+    ("engine.cli_serve",),
     ("benchmarks", "engine.cli"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -28,10 +28,12 @@ from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Served, start, wait_for
 from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.server import http_guard
-from octavo.engine.server.http_server import HttpServer, model_name
+from octavo.engine.server.http_server import HttpServer
+from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_request import NEUTRAL, PARAMS
+from octavo.engine.server.work import Work
 
-KEYS = ("the first key", "the-second-key")
+KEYS = ("the-first-key", "the-second-key")
 CANVAS = (160, 120)
 WHO = [{"role": "user", "content": "Who are you?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
@@ -46,8 +48,8 @@ class Door(Served):
 
     async def _start(self) -> None:
         await super()._start()
-        self.http = HttpServer(self.engine, "embedded", "127.0.0.1", 0, KEYS)
-        self.url = f"http://{await self.http.start()}"
+        self.http = HttpServer("127.0.0.1", 0, ApiKeys(KEYS))
+        self.url = f"http://{await self.http.start(self.engine, Work())}"
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))
@@ -286,13 +288,6 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("another")
 
 
-def test_the_models_name(tmp_path: Path) -> None:
-    (tmp_path / "Qwen2-VL-2B").mkdir()
-    assert model_name(str(tmp_path / "Qwen2-VL-2B") + "/") == "Qwen2-VL-2B"
-    assert model_name("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert model_name(None) == "octavo-embedded"
-
-
 # What is refused
 
 
@@ -441,14 +436,14 @@ def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
     with httpx2.Client(base_url=door.url) as nobody:
         for path in ("/v1/models", "/v1/chat/completions", "/tokenize", "/no/such", "/"):
             for method in ("GET", "POST"):
-                for header in ("", "Bearer", "Bearer x", f"Basic {KEYS[0]}", f"bearer {KEYS[0]}x"):
+                for header in ("", "Bearer", "Bearer x", f"Basic {KEYS[0]}", f"Bearer {KEYS[0]}x"):
                     headers = {"authorization": header} if header else {}
                     response = nobody.request(method, path, headers=headers)
                     assert response.status_code == 401
                     assert error_in(response)["code"] == "invalid_api_key"
                     assert response.headers["www-authenticate"] == "Bearer"
         assert nobody.get("/health").status_code == nobody.get("/ready").status_code == 200
-        headers = {"authorization": f"bearer {KEYS[0]}"}
+        headers = {"authorization": f"Bearer {KEYS[0]}"}
         assert nobody.get("/v1/models", headers=headers).status_code == 200
     with (
         pytest.raises(openai.AuthenticationError),
@@ -519,7 +514,7 @@ def test_a_full_queue_is_told_to_come_again(door: Door, client: openai.OpenAI) -
     for stream in (True, False):
         with pytest.raises(openai.RateLimitError) as refused:
             create(model="embedded", messages=WHO, stream=stream)
-        assert refused.value.code == "queue_full"
+        assert refused.value.code == "rate_limit_exceeded"
         assert int(refused.value.response.headers["retry-after"]) > 0
     for each in streams:
         each.close()
@@ -650,9 +645,9 @@ def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
             next(lines)
             server.process.send_signal(signal.SIGTERM)
             wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 503)
-            assert raw.get("/ready").json()["error"]["code"] == "draining"
+            assert raw.get("/ready").json()["error"]["code"] == "unavailable"
             refused = raw.post("/v1/chat/completions", json=_body())
-            assert (refused.status_code, error_in(refused)["code"]) == (503, "draining")
+            assert (refused.status_code, error_in(refused)["code"]) == (503, "unavailable")
             assert refused.headers["retry-after"]
             assert raw.get("/health").status_code == raw.get("/v1/models").status_code == 200
             assert [line for line in lines if line][-1] == "data: [DONE]"
@@ -670,7 +665,7 @@ def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
         os.kill(server.worker_pids[0], signal.SIGKILL)
         with pytest.raises(openai.APIError, match="the engine stopped") as gone:
             list(stream)
-    assert gone.value.code == "engine_unavailable"
+    assert gone.value.code == "unavailable"
     assert server.process.wait(30) == 1
 
 

@@ -113,7 +113,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask("?", {"type": "image", "image": b"x", "max_pixels": -1}), {}, "max_pixels"),
         (ask("?", {"type": "image", "image": b"x", "max_pixel": 1}), {}, "max_pixel: no option"),
         (ask("?", {"type": "image", "image": "/no/such"}), {}, "No such file"),
-        (ask("?", {"type": "video", "video": b"junk"}), {}, "mp4"),
+        (ask("?", {"type": "video", "video": b"junk"}), {}, "MP4"),
         (ask("x" * 3000), {}, "max_model_len=1024"),
         ([{"role": "robot", "content": "x"}], {}, "system, user, assistant"),
         ([{"role": "user", "content": ""}], {}, "is empty"),

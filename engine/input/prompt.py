@@ -77,6 +77,17 @@ class PromptReader:
         token_ids = self.tokenizer.encode_marked(text)
         return ReadPrompt(token_ids, self._parts_of(token_ids, images, videos))
 
+    def tokenize(self, text: str, plain: bool) -> list[int]:
+        """A text's token ids; `plain`: an added token's spelling means nothing."""
+        self._check_text(len(check_text(text, "text")))
+        encode = self.tokenizer.encode_plain if plain else self.tokenizer.encode_marked
+        return encode(text)
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Their text. Raises `InputError` for what are no tokens of the model's."""
+        ids = self._check_token_ids(token_ids)
+        return self.tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
     def from_token_ids(
         self,
         token_ids: Any,
@@ -84,7 +95,7 @@ class PromptReader:
         videos: Sequence[Any] | None = None,
     ) -> ReadPrompt:
         """Token ids, placeholders expanded or not. Raises `InputError`."""
-        ids = self.check_token_ids(token_ids)
+        ids = self._check_token_ids(token_ids)
         return ReadPrompt(ids, self._parts_of(ids, images, videos))
 
     def _check_text(self, size: int) -> None:
@@ -97,7 +108,8 @@ class PromptReader:
                 f"{self.tokenizer.longest} characters; shorten the text",
             )
 
-    def check_token_ids(self, token_ids: Any, field: str = "prompt_token_ids") -> list[int]:
+    def _check_token_ids(self, token_ids: Any) -> list[int]:
+        field = "prompt_token_ids"
         if not isinstance(token_ids, Sequence | array) or isinstance(token_ids, str | bytes):
             raise InputError(field, f"must be a list, not {type(token_ids).__name__}")
         if len(token_ids) == 0:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ...scheduler.admission import QueueFull
-from ..engine import DuplicateRequest, EngineDead
-from ..input_error import InputError
+from .errors import Fault, fault_of
 
 MAX_ERROR_TEXT = 2000  # characters
 RETRY_AFTER = "1"  # seconds, of 429 and 503
-# A text of SamplingParams begins with its field: "top_p=0: must be ..." or "stop: at most ...".
-_FIELD = re.compile(r"([a-z_]{1,40})[=:]")
-_OF_CODE = {  # a request that failed after admission: (status, type, code)
+OF_CODE: dict[str, tuple[int, str, str | None]] = {  # status, and OpenAI's type and code
     "INVALID_ARGUMENT": (400, "invalid_request_error", None),
-    "RESOURCE_EXHAUSTED": (429, "rate_limit_error", "resource_exhausted"),
-    "DEADLINE_EXCEEDED": (504, "timeout_error", "deadline_exceeded"),
+    "UNAUTHENTICATED": (401, "authentication_error", "invalid_api_key"),
+    "PERMISSION_DENIED": (403, "permission_error", None),
+    "NOT_FOUND": (404, "not_found_error", "model_not_found"),
+    "ALREADY_EXISTS": (409, "invalid_request_error", "duplicate_request_id"),
+    "RESOURCE_EXHAUSTED": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "FAILED_PRECONDITION": (400, "invalid_request_error", None),
+    "UNIMPLEMENTED": (501, "invalid_request_error", "unsupported_parameter"),
     "INTERNAL": (500, "server_error", "internal_error"),
+    "UNAVAILABLE": (503, "server_error", "unavailable"),
+    "DEADLINE_EXCEEDED": (504, "timeout_error", "deadline_exceeded"),
 }
 
 
@@ -54,36 +56,17 @@ class ApiError(Exception):
         return Response(self.body, self.status, headers, "application/json")
 
 
+def api_error(fault: Fault) -> ApiError:
+    status, kind, code = OF_CODE[fault.code]
+    return ApiError(status, fault.text, kind, fault.field or None, code)
+
+
 def error_of(error: Exception) -> ApiError:
     """What the caller is told. No text of a fault of ours goes out; the caller of this logs it."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, EngineDead):
-        return ApiError(503, str(error), "server_error", code="engine_unavailable")
-    if isinstance(error, QueueFull):
-        return ApiError(429, str(error), "rate_limit_error", code="queue_full")
-    if isinstance(error, DuplicateRequest):
-        return ApiError(409, str(error), param="x-request-id", code="duplicate_request_id")
-    if isinstance(error, InputError):
-        return ApiError(400, str(error), param=error.field)
-    if isinstance(error, ValueError):  # AdmissionError, sampling values
-        found = _FIELD.match(str(error))
-        return ApiError(400, str(error), param=found[1] if found else None)
     if isinstance(error, HTTPException):  # the router's own
         if error.status_code == 404:
             return ApiError(404, "there is no such path", "not_found_error")
         return ApiError(error.status_code, "the path does not take this method")
-    return ApiError(*_fault("INTERNAL", "internal error; the server's log has it"))
-
-
-def failure(text: str) -> ApiError:
-    """Of a request that failed after admission: its text may begin with a code."""
-    code, _, rest = text.partition(": ")
-    return (
-        ApiError(*_fault(code, rest)) if code in _OF_CODE else ApiError(*_fault("INTERNAL", text))
-    )
-
-
-def _fault(code: str, text: str) -> tuple[int, str, str, None, str | None]:
-    status, kind, name = _OF_CODE[code]
-    return status, text, kind, None, name
+    return api_error(fault_of(error))

@@ -4,54 +4,25 @@ ends one whose client has gone."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .http_error import ApiError
+from .errors import Refused
+from .http_error import ApiError, api_error, error_of
+from .keys import ApiKeys
+from .work import Work
 
 MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
 OPEN_PATHS = ("/health", "/ready")  # for who watches the process, without a key
-
-
-class Traffic:
-    """The requests that are being answered, and whether more are taken."""
-
-    def __init__(self) -> None:
-        self.is_draining = False
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self._num_active = 0
-
-    def enter(self) -> None:
-        self._num_active += 1
-        self.idle.clear()
-
-    def leave(self) -> None:
-        self._num_active -= 1
-        if self._num_active == 0:
-            self.idle.set()
-
-
-def has_key(authorization: str, keys: Sequence[str]) -> bool:
-    """Whether a header says "Bearer" and one of the keys; in the same time whichever it is."""
-    scheme, _, given = authorization.partition(" ")
-    digest = hashlib.sha256(given.strip().encode()).digest()
-    found = False
-    for key in keys:
-        found |= hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest())
-    return found and scheme.lower() == "bearer"
 
 
 class Guard:
     """The one middleware. What it lets through has its whole body, and is cancelled when its
     client goes away, as gRPC does it."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic, keys: Sequence[str]) -> None:
-        self._app, self._traffic, self._keys = app, traffic, tuple(keys)
+    def __init__(self, app: ASGIApp, work: Work, keys: ApiKeys | None) -> None:
+        self._app, self._work, self._keys = app, work, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in OPEN_PATHS:
@@ -60,31 +31,24 @@ class Guard:
         posts = scope["method"] == "POST"
         try:
             self._check(Headers(scope=scope), posts)
-            body = await _read_body(receive) if posts else b""
-        except ApiError as error:
-            await error.response()(scope, receive, send)
+            if posts:
+                with self._work.call():
+                    body = await _read_body(receive)
+                    if body is not None:  # else the client went away
+                        await _run_while_wanted(self._app, body, scope, receive, send)
+                return
+        except (ApiError, Refused) as error:
+            await error_of(error).response()(scope, receive, send)
             return
-        if body is None:  # the client went away
-            return
-        if not posts:
-            await self._app(scope, receive, send)
-            return
-        self._traffic.enter()
-        try:
-            await _run_while_wanted(self._app, body, scope, receive, send)
-        finally:
-            self._traffic.leave()
+        await self._app(scope, receive, send)
 
     def _check(self, headers: Headers, posts: bool) -> None:
         """Raises `ApiError`."""
-        if self._keys and not has_key(headers.get("authorization", ""), self._keys):
-            text = "an API key is needed: send the header Authorization: Bearer KEY"
-            raise ApiError(401, text, "authentication_error", code="invalid_api_key")
+        given = headers.get("authorization")
+        if self._keys is not None and not self._keys.accept(given):
+            raise api_error(self._keys.fault(given))
         if not posts:
             return
-        if self._traffic.is_draining:
-            text = "the server is stopping and takes no more requests"
-            raise ApiError(503, text, "server_error", code="draining")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # others a browser sends for any page, unasked
             raise ApiError(415, "the body must be JSON: send Content-Type: application/json")

@@ -6,8 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,13 +15,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from ...scheduler.admission import AdmissionError
 from ..async_llm import AsyncLLM
-from ..engine import EngineDead
+from ..engine import DuplicateRequest, EngineDead
+from ..input_error import InputError
+from .errors import Refused
 from .http_error import ApiError, error_of
-from .http_guard import Guard, Traffic
+from .http_guard import Guard
+from .http_tls import server_context
+from .keys import ApiKeys
 from .openai_routes import Routes
+from .tls import TlsFiles
+from .work import Work
 
-EMBEDDED_NAME = "octavo-embedded"
 KEEP_ALIVE = 60  # seconds that a connection may rest between two requests
 
 
@@ -46,33 +51,20 @@ class HttpServer:
     """The door of one engine: `start`, then `drain`."""
 
     def __init__(
-        self, engine: AsyncLLM, model: str, host: str, port: int, keys: Sequence[str] = ()
+        self, host: str, port: int, keys: ApiKeys | None = None, tls: TlsFiles | None = None
     ) -> None:
-        """`model`: its name for clients. `port`: 0 takes a free one. `keys`: of which every request
-        must bring one, where there are any."""
-        self._host, self._port = host, port
-        self.traffic = Traffic()
-        app = make_app(Routes.of(engine, model, self.traffic), keys)
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=1,
-        )
-        self._server = _Uvicorn(config)
-        self._serving: asyncio.Task[None] | None = None
+        """`port`: 0 takes a free one. `keys`: of which every request must bring one."""
+        self._host, self._port, self._keys, self._tls = host, port, keys, tls
+        self._work = Work()
 
-    async def start(self) -> str:
-        """Listens; gives HOST:PORT. Raises OSError when the address cannot be taken."""
-        host = self._host
+    async def start(self, engine: AsyncLLM, work: Work) -> str:
+        """Listens; gives HOST:PORT. Raises OSError when the address cannot be taken. `work`: of
+        all doors."""
+        self._work, host = work, self._host
+        config = _config(make_app(Routes.of(engine, work), work, self._keys), self._tls)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, self._port), family=family, backlog=2048)
+        self._server = _Uvicorn(config)
         self._serving = asyncio.create_task(self._server.serve([listener]))
         await self._server.listens.wait()
         address = f"[{host}]" if ":" in host else host
@@ -80,28 +72,35 @@ class HttpServer:
 
     async def drain(self, grace: float) -> None:
         """Takes no more requests, gives the running ones `grace` seconds, and ends."""
-        self.traffic.is_draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.traffic.idle.wait(), grace)
+        await self._work.drain(grace)
         self._server.should_exit = True
-        if self._serving is not None:
-            await self._serving
+        await self._serving
 
 
-def make_app(routes: Routes, keys: Sequence[str]) -> ASGIApp:
+def _config(app: ASGIApp, tls: TlsFiles | None) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=1,
+    )
+    config.load()
+    config.ssl = server_context(tls) if tls else None
+    return config
+
+
+def make_app(routes: Routes, work: Work, keys: ApiKeys | None) -> ASGIApp:
     """More paths (/metrics, a page) are more of `routes`: the guard stands before all."""
-    kinds = (ApiError, ValueError, EngineDead, HTTPException, Exception)
-    handlers = dict.fromkeys(kinds, _tell)
-    app = Starlette(routes=routes.all, exception_handlers=handlers)
-    return Guard(app, routes.traffic, keys)
+    kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
+    handlers = dict.fromkeys((*kinds, Refused, Exception), _tell)
+    return Guard(Starlette(routes=routes.all, exception_handlers=handlers), work, keys)
 
 
 async def _tell(request: Request, error: Exception) -> Response:
     return error_of(error).response()
-
-
-def model_name(model: str | None) -> str:
-    """What clients call it: a hub id, a checkpoint's folder, or the embedded model."""
-    if model is None:
-        return EMBEDDED_NAME
-    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, cast
 
 from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..input_error import InputError
+from .errors import Refused, field_in
 from .http_error import ApiError
 from .openai_messages import read_messages
 
@@ -72,7 +73,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def read_chat(body: Mapping[str, Any], model: str) -> Asked:
-    """Of /v1/chat/completions. Raises ValueError or `ApiError`."""
+    """Of /v1/chat/completions. Raises `InputError`, `ApiError` or `Refused`."""
     check_model(body, model)
     given = dict(body)
     messages = read_messages(given.pop("messages", None))
@@ -85,7 +86,7 @@ def read_chat(body: Mapping[str, Any], model: str) -> Asked:
 
 
 def read_completions(body: Mapping[str, Any], model: str) -> Asked:
-    """Of /v1/completions. Raises ValueError or `ApiError`."""
+    """Of /v1/completions. Raises `InputError`, `ApiError` or `Refused`."""
     check_model(body, model)
     given = dict(body)
     prompts = _read_prompts(given.pop("prompt", None))
@@ -100,8 +101,7 @@ def check_model(body: Mapping[str, Any], model: str) -> None:
     if asked is not None and not isinstance(asked, str):
         raise InputError("model", f"{shown(asked)}: must be a text")
     if asked not in (None, model):
-        text = f"model={shown(asked)}: not served here; this server has {shown(model)}"
-        raise ApiError(404, text, "not_found_error", "model", "model_not_found")
+        raise Refused("NOT_FOUND", f"model={shown(asked)}: this server has {model}", "model")
 
 
 def read_flag(given: Mapping[str, Any], name: str) -> bool:
@@ -144,9 +144,12 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
             sampling[name] = _read_param(name, value, given)
         else:
             _refuse(name)
-    RequestOptions(**options)
-    checked = cast(OptionFields, options)
-    return Asked(prompts, SamplingParams(**sampling), checked, stream, include_usage)
+    try:
+        RequestOptions(**options)
+        params = SamplingParams(**sampling)
+    except ValueError as error:
+        raise InputError(field_in(str(error)), str(error)) from None
+    return Asked(prompts, params, cast(OptionFields, options), stream, include_usage)
 
 
 def _read_stream_options(given: Any, stream: bool) -> bool:

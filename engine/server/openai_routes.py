@@ -21,15 +21,16 @@ from ..async_llm import AsyncLLM
 from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
-from .http_error import ApiError, error_of, failure
-from .http_guard import Traffic
+from .errors import Refused, fault_in
+from .http_error import api_error, error_of
+from .metadata import read_metadata
 from .openai_messages import read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm
+from .work import Work
 
 log = logging.getLogger("octavo.server")
 
-MAX_REQUEST_ID = 256  # characters
 DONE = b"data: [DONE]\n\n"
 
 Answers = AsyncGenerator[tuple[int, OutputDelta], None]
@@ -41,12 +42,12 @@ class Routes:
 
     engine: AsyncLLM
     model: str  # its name here
-    traffic: Traffic
-    created: int
+    work: Work
+    created: int  # seconds since 1970
 
     @classmethod
-    def of(cls, engine: AsyncLLM, model: str, traffic: Traffic) -> Routes:
-        return cls(engine, model, traffic, int(time.time()))
+    def of(cls, engine: AsyncLLM, work: Work) -> Routes:
+        return cls(engine, engine.engine.model_name, work, int(time.time()))
 
     @property
     def all(self) -> list[Route]:
@@ -70,10 +71,11 @@ class Routes:
     async def _answer(
         self, request: Request, read: Callable[[Mapping[str, Any], str], Asked], is_chat: bool
     ) -> Response:
-        name = request.headers.get("x-request-id") or uuid.uuid4().hex
-        if len(name) > MAX_REQUEST_ID:
-            raise InputError("x-request-id", f"over {MAX_REQUEST_ID} characters")
+        beside = read_metadata(request.headers.items())
+        name = beside.request_id or uuid.uuid4().hex
         asked = read(read_json(await request.body()), self.model)
+        if beside.priority is not None:
+            asked.options.setdefault("priority", beside.priority)
         form = AnswerForm(name, self.model, is_chat)
         answers = _answers(self.engine, asked, name)
         headers = {"x-request-id": name}
@@ -82,7 +84,7 @@ class Routes:
         try:  # what is refused, is so with a status: nothing is sent before the first delta
             first = await anext(answers)
             if first[1].error:
-                raise failure(first[1].error)
+                raise api_error(fault_in(first[1].error))
         except BaseException:
             await answers.aclose()
             raise
@@ -111,11 +113,12 @@ class Routes:
         body = read_json(await request.body())
         check_model(body, self.model)
         _only(body, "model", "prompt", "messages")
-        prompt = {name: body[name] for name in ("prompt", "messages") if body.get(name) is not None}
-        if "messages" in prompt:
-            prompt["messages"] = read_messages(prompt["messages"])
-        read = await asyncio.to_thread(self.engine.engine.processor.reader.read, prompt)
-        tokens = list(read.token_ids)
+        prompt, messages = body.get("prompt"), body.get("messages")
+        if (prompt is None) == (messages is None) or not isinstance(prompt, str | None):
+            raise InputError("prompt", "give a text there, or a conversation as messages")
+        tokens = await self.engine.tokenize(
+            prompt if prompt is not None else read_messages(messages)
+        )
         limit = self.engine.config.max_model_len
         return _json({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
@@ -123,10 +126,10 @@ class Routes:
         body = read_json(await request.body())
         check_model(body, self.model)
         _only(body, "model", "tokens")
-        reader = self.engine.engine.processor.reader
-        tokens = reader.check_token_ids(body.get("tokens"), "tokens")
-        decode = reader.tokenizer.backend.decode
-        return _json({"prompt": await asyncio.to_thread(decode, tokens, skip_special_tokens=False)})
+        tokens = body.get("tokens")
+        if not isinstance(tokens, list):
+            raise InputError("tokens", "must be a list of token ids")
+        return _json({"prompt": await self.engine.detokenize(tokens)})
 
     async def health(self, request: Request) -> Response:
         """The process lives."""
@@ -134,11 +137,10 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         """Requests are taken."""
-        if self.traffic.is_draining:
-            raise ApiError(503, "the server is stopping", "server_error", code="draining")
+        if self.work.is_draining:
+            raise Refused("UNAVAILABLE", "the server is being drained")
         if self.engine.failed:
-            text = "the engine has stopped"
-            raise ApiError(503, text, "server_error", code="engine_unavailable")
+            raise Refused("UNAVAILABLE", "the engine has stopped")
         return _json({"status": "ready"})
 
 
@@ -186,7 +188,7 @@ async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str,
     async with contextlib.aclosing(answers):
         async for prompt, delta in answers:
             if delta.error:
-                raise failure(delta.error)
+                raise api_error(fault_in(delta.error))
             output = outputs[prompt * n + delta.index]
             output.text += delta.text
             output.finish_reason = delta.finish_reason or output.finish_reason
@@ -206,7 +208,7 @@ async def _chunks(
         while event is not None:
             prompt, delta = event
             if delta.error:
-                raise failure(delta.error)
+                raise api_error(fault_in(delta.error))
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
             if delta.text or delta.finish_reason or delta.media or choice not in begun:
