@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -30,6 +31,7 @@ from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.server import http_guard
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
+from octavo.engine.server.openai_logprobs import write_logprobs
 from octavo.engine.server.openai_request import NEUTRAL, PARAMS
 from octavo.engine.server.work import Work
 
@@ -683,3 +685,20 @@ def test_a_door_that_cannot_open_says_why(door: Door) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+
+
+def test_log_probabilities_in_both_forms() -> None:
+    words = {1: "a", 2: "東", 3: "\ufffd"}
+    entries = [SimpleNamespace(token_id=1, logprob=-0.5, top={2: -0.1, 3: -2.0})]
+    chat = write_logprobs(entries, lambda ids: words[ids[0]], is_chat=True)
+    assert chat is not None and len(chat["content"]) == 1
+    top = chat["content"][0].pop("top_logprobs")
+    assert chat["content"][0] == {"token": "a", "logprob": -0.5, "bytes": [97]}
+    assert top[0] == {"token": "東", "logprob": -0.1, "bytes": [230, 157, 177]}
+    assert top[1]["bytes"] is None  # a part of a character
+    assert write_logprobs(entries, lambda ids: words[ids[0]], is_chat=False) == {
+        "tokens": ["a"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"東": -0.1, "\ufffd": -2.0}],
+    }
+    assert write_logprobs([], lambda ids: "", is_chat=True) is None

@@ -16,7 +16,9 @@ from .openai_messages import read_messages
 MAX_PROMPTS = 64  # of one request for completions
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 
-PARAMS = {each.name: each.default for each in fields(SamplingParams)}
+# A field that SamplingParams has is passed on. Prompts' log probabilities have no place in
+# OpenAI's answers.
+PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "prompt_logprobs"}
 OPTIONS = tuple(each.name for each in fields(RequestOptions))
 # Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
@@ -82,6 +84,8 @@ def read_chat(body: Mapping[str, Any], model: str) -> Asked:
         if given.get("max_tokens") not in (None, newer):
             raise InputError("max_completion_tokens", "is max_tokens' new name: give one of them")
         given["max_tokens"] = newer
+    if "logprobs" in PARAMS:
+        given["logprobs"] = _read_chat_logprobs(given)
     return _asked(({"messages": messages},), given)
 
 
@@ -93,6 +97,16 @@ def read_completions(body: Mapping[str, Any], model: str) -> Asked:
     if given.get("max_tokens") is None:
         given["max_tokens"] = COMPLETION_TOKENS
     return _asked(prompts, given)
+
+
+def _read_chat_logprobs(given: dict[str, Any]) -> Any:
+    """In chats a flag, and their number apart."""
+    top = given.pop("top_logprobs", None)
+    if read_flag(given, "logprobs"):
+        return top or 0
+    if top:
+        raise InputError("top_logprobs", "goes with logprobs=true")
+    return None
 
 
 def check_model(body: Mapping[str, Any], model: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
+from .openai_logprobs import Decode, write_logprobs
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class AnswerForm:
     request_id: str
     model: str
     is_chat: bool
+    decode: Decode  # token ids to text
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def chunk(
@@ -29,7 +31,8 @@ class AnswerForm:
         if self.is_chat:
             content = {"content": delta.text} if delta.text or is_first else {}
             new = {"delta": ({"role": "assistant"} if is_first else {}) | content}
-        reason = {"logprobs": None, "finish_reason": delta.finish_reason}
+        told = write_logprobs(getattr(delta, "logprobs", ()), self.decode, self.is_chat)
+        reason = {"logprobs": told, "finish_reason": delta.finish_reason}
         chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
         if with_usage:
             chunk["usage"] = None
@@ -49,7 +52,8 @@ class AnswerForm:
             new: dict[str, Any] = {"text": output.text}
             if self.is_chat:
                 new = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
-            reason = {"logprobs": None, "finish_reason": output.finish_reason}
+            told = write_logprobs(getattr(output, "logprobs", ()), self.decode, self.is_chat)
+            reason = {"logprobs": told, "finish_reason": output.finish_reason}
             choices.append({"index": choice, **new, **reason})
         answer = self._head("chat.completion", choices) | {"usage": write_usage(usages)}
         return answer | ({"media": write_media(media)} if media else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -76,7 +77,9 @@ class Routes:
         asked = read(read_json(await request.body()), self.model)
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
-        form = AnswerForm(name, self.model, is_chat)
+        tokenizer = self.engine.engine.processor.tokenizer.backend
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+        form = AnswerForm(name, self.model, is_chat, decode)
         answers = _answers(self.engine, asked, name)
         headers = {"x-request-id": name}
         if not asked.stream:
@@ -191,6 +194,8 @@ async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str,
                 raise api_error(fault_in(delta.error))
             output = outputs[prompt * n + delta.index]
             output.text += delta.text
+            if getattr(delta, "logprobs", ()):
+                output.logprobs.extend(delta.logprobs)  # type: ignore[attr-defined]
             output.finish_reason = delta.finish_reason or output.finish_reason
             media.extend(delta.media)
             usages.extend([delta.usage] if delta.usage else [])
@@ -211,7 +216,8 @@ async def _chunks(
                 raise api_error(fault_in(delta.error))
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
-            if delta.text or delta.finish_reason or delta.media or choice not in begun:
+            is_told = bool(delta.text or getattr(delta, "logprobs", ()))
+            if is_told or delta.finish_reason or delta.media or choice not in begun:
                 is_first = choice not in begun
                 begun.add(choice)
                 yield _event(form.chunk(choice, delta, is_first, asked.include_usage))
