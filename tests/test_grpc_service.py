@@ -404,6 +404,15 @@ def test_no_library_s_text_reaches_a_caller(
     assert caplog.text.count("/usr/lib/secret.so") >= 4, "the log is to have it"
 
 
+def test_what_a_worker_raised_reaches_no_caller() -> None:
+    dead = EngineDead("the engine stopped: a worker failed: torch.OutOfMemoryError: 3 GiB")
+    assert errors.fault_of(dead).text == (
+        "the engine stopped: a worker failed; the server's log has more"
+    )
+    killed = EngineDead("the engine stopped: rank 1 was ended by signal 9")
+    assert errors.fault_of(killed).text == str(killed)
+
+
 @pytest.mark.parametrize("path", ["Inference/Generate", "Inference/GenerateOnce", "Control/Drain"])
 def test_bytes_that_are_no_message(stubs: Stubs, path: str) -> None:
     call = stubs.channel.unary_stream(f"/octavo.v1.{path}")
