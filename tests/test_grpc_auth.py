@@ -181,9 +181,10 @@ def test_keys_that_cannot_be(tmp_path: Path, content: str | None, words: str) ->
     path = tmp_path / "keys"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=words) as refused:
+    with pytest.raises(ConfigError, match=words) as told:
         read_keys(path, {})
-    assert not content or content.strip() not in str(refused.value) or content.startswith("#")
+    text = str(told.value).replace(str(path), "")
+    assert all(line not in text for line in (content or "").splitlines())
     with pytest.raises(ConfigError):
         read_keys(None, {"OCTAVO_API_KEYS": " , "})
 
