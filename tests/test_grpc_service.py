@@ -62,8 +62,8 @@ def served(checkpoint: Path) -> Iterator[Served]:
 
 
 class Stubs:
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, *options: tuple[str, int]) -> None:
+        self.channel = grpc.insecure_channel(address, options=options)
         self.inference = octavo_pb2_grpc.InferenceStub(self.channel)
         self.control = octavo_pb2_grpc.ControlStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
@@ -625,6 +625,19 @@ def test_large_messages(stubs: Stubs) -> None:
     assert refusal(lambda: stubs.inference.GenerateOnce(big))[0] == "INVALID_ARGUMENT"
 
 
+@pytest.mark.slow
+def test_a_message_beyond_the_limit(served: Served) -> None:
+    open_ended = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(served.address, options=open_ended) as channel:
+        call = channel.unary_unary("/octavo.v1.Inference/GenerateOnce")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(bytes((256 << 20) + 1))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError) as read:  # no protobuf, but it came through
+            call(b"\xff" * (255 << 20))
+        assert read.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_unimplemented(stubs: Stubs) -> None:
     for path in ("/octavo.v1.Inference/Nothing", "/octavo.v1.Nothing/Generate"):
         with pytest.raises(grpc.RpcError) as refused:
@@ -726,6 +739,26 @@ def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
         expected = stubs.inference.GenerateOnce(request(max_tokens=300)).answers[0].token_ids
     assert tokens == list(expected)
     assert count < 300
+
+
+def test_a_caller_that_does_not_read_holds_nobody_up(served: Served, stubs: Stubs) -> None:
+    """Its stream takes no more than its window of 64 KiB; the rest gathers, put together."""
+    lazy = Stubs(served.address, ("grpc.http2.bdp_probe", 0))  # which would widen the window
+    asked = request(n=8, max_tokens=150)
+    asked.request_id = "x" * 256  # in each delta: the window is soon full
+    stream = lazy.inference.Generate(asked)
+    wait_for(lambda: served.engine.engine.has_requests)
+    assert stubs.inference.GenerateOnce(request()).usage.output_tokens == 12
+    wait_for(lambda: not served.engine.engine.has_requests, 100)
+    deltas = list(stream)
+    assert len(deltas) < 8 * 150 * 0.8, "nothing was put together"
+    expected = stubs.inference.GenerateOnce(request(max_tokens=150)).answers[0]
+    for index in range(8):
+        parts = [delta for delta in deltas if delta.index == index]
+        assert [t for part in parts for t in part.token_ids] == list(expected.token_ids)
+        assert "".join(part.text for part in parts) == expected.text
+    assert deltas[-1].usage.output_tokens == 8 * 150
+    lazy.channel.close()
 
 
 # Random and mutated bytes.
