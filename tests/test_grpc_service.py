@@ -563,7 +563,7 @@ def test_L30_proto_defaults_a_drain_of_no_time_is_not_one_of_any_time(served: Se
 
 
 @pytest.mark.parametrize(
-    ("peer", "has_keys", "may"),
+    ("peer", "is_known", "may"),
     [
         ("ipv4:127.0.0.1:5000", False, True),
         ("ipv6:%5B::1%5D:5000", False, True),
@@ -573,12 +573,12 @@ def test_L30_proto_defaults_a_drain_of_no_time_is_not_one_of_any_time(served: Se
         ("ipv6:%5B2001:db8::1%5D:5000", False, False),
     ],
 )
-def test_a_stranger_does_not_drain_an_open_server(peer: str, has_keys: bool, may: bool) -> None:
+def test_a_stranger_does_not_drain_an_open_server(peer: str, is_known: bool, may: bool) -> None:
     if may:
-        control.check_may_drain(peer, has_keys)
+        control.check_may_drain(peer, is_known)
         return
     with pytest.raises(errors.Refused) as refused:
-        control.check_may_drain(peer, has_keys)
+        control.check_may_drain(peer, is_known)
     assert refused.value.fault.code == "PERMISSION_DENIED"
 
 
