@@ -241,12 +241,12 @@ def test_the_encoder_s_hits_are_counted(served: Served) -> None:
     cache = served.engine.engine.scheduler.encoder_cache
     with Stubs(served.address) as stubs:
         list(stubs.inference.Generate(seen(78)))
-        found, encoded = cache.num_found, cache.num_encoded
+        found, encoded = cache.num_found, cache.num_added
         asked = seen(78)
         asked.conversation.messages[0].content[1].text = "Another question"
         asked.conversation.messages[0].content.insert(0, pb.ContentPart(text="Before it. " * 4))
         list(stubs.inference.Generate(asked))  # its prefix is another, so the image is wanted
-    assert (cache.num_found, cache.num_encoded) == (found + 1, encoded)
+    assert (cache.num_found, cache.num_added) == (found + 1, encoded)
 
 
 @pytest.mark.parametrize("service", ["inference", "control"])
