@@ -59,7 +59,7 @@ class LoadCounter:
             num_free_blocks=state.blocks.num_free,
             num_blocks=state.blocks.num_blocks,
             prefix_hit_rate=self._num_cached / max(1, self._num_prompt),
-            encoder_hit_rate=cache.num_found / max(1, cache.num_found + cache.num_encoded),
+            encoder_hit_rate=cache.num_found / max(1, cache.num_found + cache.num_added),
             tokens_per_second=self._rate(),
             num_output_tokens=self._num_output,
         )

@@ -33,7 +33,8 @@ class EncoderCache:
         self.num_tokens = 0  # of all entries
         self._num_held = 0  # tokens of entries with a holder
         self._evicted: list[UnitKey] = []  # not yet told to the workers
-        self.num_found = self.num_encoded = 0  # units that were here when one wanted them, or not
+        self.num_found = self.num_added = 0  # times a request came to need a unit: it was there
+        # already, or had to be encoded
 
     def __contains__(self, key: UnitKey) -> bool:
         return key in self._entries
@@ -55,11 +56,12 @@ class EncoderCache:
         entry = self._entries.get(unit.key)
         is_new = entry is None
         if entry is None:
+            self.num_added += 1
             self._evict(unit.num_tokens)
             entry = self._entries[unit.key] = _Entry(unit.num_tokens)
             self.num_tokens += unit.num_tokens
-        self.num_encoded += is_new
-        self.num_found += not is_new
+        elif request_id not in entry.holders:
+            self.num_found += 1
         if not entry.holders:
             self._num_held += entry.num_tokens
         entry.holders.add(request_id)

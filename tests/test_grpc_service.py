@@ -62,8 +62,8 @@ def served(checkpoint: Path) -> Iterator[Served]:
 
 
 class Stubs:
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, *options: tuple[str, int]) -> None:
+        self.channel = grpc.insecure_channel(address, options=options)
         self.inference = octavo_pb2_grpc.InferenceStub(self.channel)
         self.control = octavo_pb2_grpc.ControlStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
@@ -241,12 +241,12 @@ def test_the_encoder_s_hits_are_counted(served: Served) -> None:
     cache = served.engine.engine.scheduler.encoder_cache
     with Stubs(served.address) as stubs:
         list(stubs.inference.Generate(seen(78)))
-        found, encoded = cache.num_found, cache.num_encoded
+        found, encoded = cache.num_found, cache.num_added
         asked = seen(78)
         asked.conversation.messages[0].content[1].text = "Another question"
         asked.conversation.messages[0].content.insert(0, pb.ContentPart(text="Before it. " * 4))
         list(stubs.inference.Generate(asked))  # its prefix is another, so the image is wanted
-    assert (cache.num_found, cache.num_encoded) == (found + 1, encoded)
+    assert (cache.num_found, cache.num_added) == (found + 1, encoded)
 
 
 @pytest.mark.parametrize("service", ["inference", "control"])
@@ -404,6 +404,15 @@ def test_no_library_s_text_reaches_a_caller(
     assert caplog.text.count("/usr/lib/secret.so") >= 4, "the log is to have it"
 
 
+def test_what_a_worker_raised_reaches_no_caller() -> None:
+    dead = EngineDead("the engine stopped: a worker failed: torch.OutOfMemoryError: 3 GiB")
+    assert errors.fault_of(dead).text == (
+        "the engine stopped: a worker failed; the server's log has more"
+    )
+    killed = EngineDead("the engine stopped: rank 1 was ended by signal 9")
+    assert errors.fault_of(killed).text == str(killed)
+
+
 @pytest.mark.parametrize("path", ["Inference/Generate", "Inference/GenerateOnce", "Control/Drain"])
 def test_bytes_that_are_no_message(stubs: Stubs, path: str) -> None:
     call = stubs.channel.unary_stream(f"/octavo.v1.{path}")
@@ -554,7 +563,7 @@ def test_L30_proto_defaults_a_drain_of_no_time_is_not_one_of_any_time(served: Se
 
 
 @pytest.mark.parametrize(
-    ("peer", "has_keys", "may"),
+    ("peer", "is_known", "may"),
     [
         ("ipv4:127.0.0.1:5000", False, True),
         ("ipv6:%5B::1%5D:5000", False, True),
@@ -564,12 +573,12 @@ def test_L30_proto_defaults_a_drain_of_no_time_is_not_one_of_any_time(served: Se
         ("ipv6:%5B2001:db8::1%5D:5000", False, False),
     ],
 )
-def test_a_stranger_does_not_drain_an_open_server(peer: str, has_keys: bool, may: bool) -> None:
+def test_a_stranger_does_not_drain_an_open_server(peer: str, is_known: bool, may: bool) -> None:
     if may:
-        control.check_may_drain(peer, has_keys)
+        control.check_may_drain(peer, is_known)
         return
     with pytest.raises(errors.Refused) as refused:
-        control.check_may_drain(peer, has_keys)
+        control.check_may_drain(peer, is_known)
     assert refused.value.fault.code == "PERMISSION_DENIED"
 
 
@@ -614,6 +623,19 @@ def test_large_messages(stubs: Stubs) -> None:
     assert stubs.inference.GenerateOnce(asked).usage.output_tokens == 12
     big = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 5_000_000))
     assert refusal(lambda: stubs.inference.GenerateOnce(big))[0] == "INVALID_ARGUMENT"
+
+
+@pytest.mark.slow
+def test_a_message_beyond_the_limit(served: Served) -> None:
+    open_ended = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(served.address, options=open_ended) as channel:
+        call = channel.unary_unary("/octavo.v1.Inference/GenerateOnce")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(bytes((256 << 20) + 1))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError) as read:  # no protobuf, but it came through
+            call(b"\xff" * (255 << 20))
+        assert read.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_unimplemented(stubs: Stubs) -> None:
@@ -717,6 +739,26 @@ def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
         expected = stubs.inference.GenerateOnce(request(max_tokens=300)).answers[0].token_ids
     assert tokens == list(expected)
     assert count < 300
+
+
+def test_a_caller_that_does_not_read_holds_nobody_up(served: Served, stubs: Stubs) -> None:
+    """Its stream takes no more than its window of 64 KiB; the rest gathers, put together."""
+    lazy = Stubs(served.address, ("grpc.http2.bdp_probe", 0))  # which would widen the window
+    asked = request(n=8, max_tokens=150)
+    asked.request_id = "x" * 256  # in each delta: the window is soon full
+    stream = lazy.inference.Generate(asked)
+    wait_for(lambda: served.engine.engine.has_requests)
+    assert stubs.inference.GenerateOnce(request()).usage.output_tokens == 12
+    wait_for(lambda: not served.engine.engine.has_requests, 100)
+    deltas = list(stream)
+    assert len(deltas) < 8 * 150 * 0.8, "nothing was put together"
+    expected = stubs.inference.GenerateOnce(request(max_tokens=150)).answers[0]
+    for index in range(8):
+        parts = [delta for delta in deltas if delta.index == index]
+        assert [t for part in parts for t in part.token_ids] == list(expected.token_ids)
+        assert "".join(part.text for part in parts) == expected.text
+    assert deltas[-1].usage.output_tokens == 8 * 150
+    lazy.channel.close()
 
 
 # Random and mutated bytes.

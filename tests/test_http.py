@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
+import ipaddress
 import json
 import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +24,10 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from PIL import Image
 
 import octavo
@@ -33,6 +40,7 @@ from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
 from octavo.engine.server.openai_request import NEUTRAL, PARAMS
+from octavo.engine.server.tls import TlsFiles
 from octavo.engine.server.work import Work
 
 KEYS = ("the-first-key", "the-second-key")
@@ -624,6 +632,58 @@ def test_many_clients_at_once(door: Door, client: openai.OpenAI) -> None:
     for thread in threads:
         thread.join(30)
     assert len(texts) == NUM_PLACES and len(set(texts.values())) == 1
+
+
+def certificate(folder: Path) -> TlsFiles:
+    """A new pair that signs itself, over the former one's files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name)
+    made = made.public_key(key.public_key()).serial_number(x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(days=1))
+    made = made.not_valid_after(now + datetime.timedelta(days=1))
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    files = TlsFiles(folder / "cert.pem", folder / "key.pem")
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    files.cert.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    files.key.write_bytes(key.private_bytes(pem, *plain))
+    return files
+
+
+def test_tls_is_for_both_doors_and_is_reloaded(door: Door, tmp_path: Path) -> None:
+    files = certificate(tmp_path)
+    server = HttpServer("127.0.0.1", 0, None, files)
+    url = f"https://{door.run(server.start(door.engine, Work()))}"
+
+    def asks() -> int:
+        context = ssl.create_default_context(cafile=str(files.cert))
+        return httpx2.get(f"{url}/ready", verify=context).status_code
+
+    assert asks() == 200
+    old = ssl.create_default_context(cafile=str(files.cert))
+    certificate(tmp_path)
+    assert asks() == 200
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/ready", verify=old)
+    new = ssl.create_default_context(cafile=str(files.cert))
+    files.key.write_text("torn")
+    assert httpx2.get(f"{url}/ready", verify=new).status_code == 200
+    with pytest.raises(httpx2.HTTPError):
+        httpx2.get(url.replace("https", "http") + "/ready")
+    door.run(server.drain(1.0))
+    certificate(tmp_path)  # mutual: who brings no certificate is nobody
+    server = HttpServer("127.0.0.1", 0, None, TlsFiles(files.cert, files.key, files.cert))
+    url = f"https://{door.run(server.start(door.engine, Work()))}"
+    with pytest.raises(httpx2.HTTPError):
+        asks()
+    context = ssl.create_default_context(cafile=str(files.cert))
+    context.load_cert_chain(files.cert, files.key)
+    assert httpx2.get(f"{url}/ready", verify=context).status_code == 200
+    door.run(server.drain(1.0))
 
 
 # The process

@@ -84,7 +84,8 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
     ) -> pb.DrainReply:
-        check_may_drain(context.peer(), self._has_api_keys)
+        is_known = self._has_api_keys or bool(context.peer_identities())
+        check_may_drain(context.peer(), is_known)
         timeout = request.timeout_s if request.HasField("timeout_s") else None
         if timeout is not None and not 0 <= timeout <= MAX_TIMEOUT:
             text = f"{shown(timeout)}: must be from 0 to {MAX_TIMEOUT:.0f} seconds"
@@ -93,9 +94,10 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
         return pb.DrainReply(num_running=await self._work.drain(timeout))
 
 
-def check_may_drain(peer: str, has_api_keys: bool) -> None:
-    """Whoever has a key may, and without keys whoever is on this machine. Raises `Refused`."""
-    if not has_api_keys and not peer.startswith(HERE):
+def check_may_drain(peer: str, is_known: bool) -> None:
+    """Whoever has a key or a certificate may, and else whoever is on this machine. Raises
+    `Refused`."""
+    if not is_known and not peer.startswith(HERE):
         text = "a server without API keys is drained from its own machine alone; or give it keys"
         raise Refused("PERMISSION_DENIED", f"Drain: {text}")
 

@@ -13,6 +13,7 @@ from ..client_error import RETRYABLE
 from ..engine import DuplicateRequest, EngineDead
 from ..input_error import InputError
 
+WORKER_FAILED = "a worker failed"  # as `WorkerGroup` begins what a worker raised
 OURS = "internal error; the server's log has it"
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
@@ -52,7 +53,10 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, AdmissionError):
         return Fault("INVALID_ARGUMENT", text, field_in(text))
     if isinstance(error, EngineDead):
-        return Fault("UNAVAILABLE", text)
+        ours, failed, _ = text.partition(WORKER_FAILED)  # what follows is its library's
+        return Fault(
+            "UNAVAILABLE", f"{ours}{failed}; the server's log has more" if failed else text
+        )
     return Fault("INTERNAL", OURS)
 
 
