@@ -17,12 +17,14 @@ _WHERE = {
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
     "ServerFile": ".engine.client_media",
+    "Tls": ".engine.client_channel",
     "TokenLogprobs": ".scheduler.logprobs",
 }
 
 if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM
     from .engine.client import Client
+    from .engine.client_channel import Tls
     from .engine.client_media import ServerFile
     from .engine.engine import Engine
     from .engine.llm import LLM
@@ -41,6 +43,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerFile",
+    "Tls",
     "TokenLogprobs",
     "__version__",
 ]

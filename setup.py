@@ -60,9 +60,13 @@ NATIVE = Extension(
 )
 
 OTEL = ["opentelemetry-sdk>=1.27,<2", "opentelemetry-exporter-otlp-proto-http>=1.27,<2"]
+HTTP = ["starlette>=0.46", "uvicorn>=0.34"]
 
 TEST = [
     *OTEL,
+    *HTTP,
+    "openai>=3",
+    "httpx2>=2",
     "transformers>=5.23,<6",
     "huggingface_hub>=1.0",
     "modelscope>=1.20",
@@ -71,6 +75,7 @@ TEST = [
     "pytest-asyncio>=1.0",
     "hypothesis>=6.150",
     "psutil>=7",
+    "cryptography>=42",
     "matplotlib>=3.8",
     "ruff>=0.17",
     "mypy>=2.0",
@@ -99,6 +104,9 @@ setup(
         "av>=14",
         "grpcio>=1.62",
         "grpcio-health-checking>=1.62",
+        "grpcio-reflection>=1.62",
+        "grpcio-status>=1.62",
+        "googleapis-common-protos>=1.63",
         "protobuf>=4.25",
         "jinja2>=3.1",
         "typer>=0.15",
@@ -109,6 +117,7 @@ setup(
     extras_require={
         "test": TEST,
         "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"],
+        "http": HTTP,
         "plot": ["matplotlib>=3.8"],
         "otel": OTEL,
     },

@@ -25,7 +25,7 @@ from rich.table import Table
 from .process_memory import anonymous_bytes, shared_bytes, tree
 
 PHASES = ("imports", "worker starts", "load", "ready")
-READY = re.compile(r"ready grpc=(\S+) pid=\d+")
+READY = re.compile(r"ready grpc=(\S+) .*pid=\d+")
 CAPACITY = "KV blocks of"  # of the engine's log line once its memory is allocated
 LOOK = 0.01  # seconds between two looks at its processes
 

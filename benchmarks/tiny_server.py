@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 import grpc
 
 from octavo.engine.async_llm import AsyncLLM
-from octavo.engine.server.grpc_server import MAX_MESSAGE_BYTES, InferenceServicer
-from octavo.proto import octavo_pb2_grpc
+from octavo.engine.server.grpc_server import SERVING, listen, make_server
+from octavo.engine.server.keys import ApiKeys
+from octavo.engine.server.tls import TlsFiles
 
 SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
 READY = re.compile(
-    r"ready grpc=(127\.0\.0\.1:\d+) pid=(\d+) worker_pids=([\d,]+)(?: metrics=(\S+))?\n"
+    r"ready grpc=(127\.0\.0\.1:\d+)(?: http=(127\.0\.0\.1:\d+))? pid=(\d+) worker_pids=([\d,]+)"
+    r"(?: metrics=(\S+))?\n"
 )
 
 
@@ -34,6 +37,7 @@ class Server:
     address: str
     worker_pids: list[int]
     log: Any
+    http_address: str | None = None
     metrics: str = ""  # HOST:PORT, where asked for
 
     def end(self, number: int = signal.SIGTERM) -> int:
@@ -61,13 +65,13 @@ def start(model: Path, *options: str) -> Server:
     line = process.stdout.readline()
     match = READY.fullmatch(line)
     assert match, (line, log.seek(0), log.read())
-    assert int(match[2]) == process.pid
-    pids = [int(pid) for pid in match[3].split(",")]
-    return Server(process, match[1], pids, log, match[4] or "")
+    assert int(match[3]) == process.pid
+    pids = [int(pid) for pid in match[4].split(",")]
+    return Server(process, match[1], pids, log, match[2], match[5] or "")
 
 
 class Served:
-    """An AsyncLLM behind its gRPC servicer, in this process, so that tests see both."""
+    """An AsyncLLM behind its gRPC services, in this process, so that tests see both."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         self.engine = AsyncLLM(checkpoint, **settings)
@@ -76,12 +80,23 @@ class Served:
         asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
 
     async def _start(self) -> None:
-        limit = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
-        self.server = grpc.aio.server(options=[limit])
-        servicer = InferenceServicer(self.engine)
-        octavo_pb2_grpc.add_InferenceServicer_to_server(servicer, self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-        await self.server.start()
+        self.server, self.address = await self._listen(None, None)
+
+    async def _listen(
+        self, keys: ApiKeys | None, tls: TlsFiles | None
+    ) -> tuple[grpc.aio.Server, str]:
+        made = make_server(self.engine, keys)
+        port = listen(made.server, "127.0.0.1:0", tls)
+        await made.set_health(SERVING)
+        await made.server.start()
+        return made.server, f"127.0.0.1:{port}"
+
+    @contextlib.contextmanager
+    def another(self, keys: ApiKeys | None = None, tls: TlsFiles | None = None) -> Iterator[str]:
+        """The address of another server of the same engine."""
+        server, address = self.run(self._listen(keys, tls))
+        yield address
+        self.run(server.stop(None))
 
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import RequestStatus
+from .backlog import Backlog
 from .config import EngineConfig, ModelConfig
 from .engine import DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
@@ -30,7 +31,7 @@ class _Stream:
     """A request as its reader has it."""
 
     num_answers: int
-    events: asyncio.Queue[Event | EngineDead] = field(default_factory=asyncio.Queue)
+    events: Backlog[Event | EngineDead] = field(default_factory=Backlog)
     work: InputJob | None = None  # its input
     ready: asyncio.Future[ProcessedInput] | None = None  # that input, as it is waited for
     is_aborted: bool = False  # before that was done
@@ -41,7 +42,7 @@ class _Stream:
         for index in range(self.num_answers):
             usage = Usage(0, 0) if index == self.num_answers - 1 else None
             delta = OutputDelta("", index, finish_reason=status.value, usage=usage, error=error)
-            self.events.put_nowait(delta)
+            self.events.put(delta)
 
 
 class AsyncLLM:
@@ -124,7 +125,8 @@ class AsyncLLM:
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
-        `chat`."""
+        `chat`. A reader that is slower than the model gets what has gathered as one delta for each
+        answer."""
         name = request_id or uuid.uuid4().hex
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
@@ -142,17 +144,17 @@ class AsyncLLM:
                     stream.is_admitted = record.is_admitted = True
                     self._steps.add(key, ready, params, clock)
                 while not finished:
-                    event = await stream.events.get()
-                    if isinstance(event, EngineDead):
-                        raise event
-                    if isinstance(event, Admitted):
-                        if event.error is not None:
-                            finished = True
-                            raise event.error
-                        continue
-                    finished = event.usage is not None
-                    record.add(event)
-                    yield replace(event, request_id=name)
+                    for event in await stream.events.take():
+                        if isinstance(event, EngineDead):
+                            raise event
+                        if isinstance(event, Admitted):
+                            if event.error is not None:
+                                finished = True
+                                raise event.error
+                            continue
+                        finished = event.usage is not None
+                        record.add(event)
+                        yield replace(event, request_id=name)
             finally:
                 del self._streams[key], self._keys[name]
                 if stream.work is not None:
@@ -205,6 +207,19 @@ class AsyncLLM:
             stream.ready.cancel()
         return True
 
+    async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
+        """Token ids of a text or of a conversation, whose images and videos are one placeholder
+        each. `plain`: in the text an added token's spelling means nothing. Raises `InputError`."""
+        reader = self.engine.processor.reader
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(reader.tokenize, prompt, plain)
+        return list((await asyncio.to_thread(reader.read, prompt)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Raises `InputError`."""
+        reader = self.engine.processor.reader
+        return await asyncio.to_thread(reader.detokenize, token_ids, skip_special_tokens)
+
     async def wait_failed(self) -> str:
         """Returns the cause once the worker group has died."""
         self._bind()
@@ -256,7 +271,7 @@ class AsyncLLM:
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:  # else its reader is gone
-                stream.events.put_nowait(event)
+                stream.events.put(event)
 
     def _died(self, cause: str) -> None:
         if self._asyncio is not None:
@@ -267,7 +282,7 @@ class AsyncLLM:
         if self._death is not None:
             self._death.set()
         for stream in self._streams.values():
-            stream.events.put_nowait(EngineDead(f"the engine stopped: {cause}"))
+            stream.events.put(EngineDead(f"the engine stopped: {cause}"))
 
     def __enter__(self) -> AsyncLLM:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -31,9 +32,12 @@ from .cli_media import (
     read_options,
 )
 from .cli_options import (
+    ApiKeyFile,
     Device,
     Dtype,
     GpuMemoryUtilization,
+    HttpHost,
+    HttpPort,
     Hub,
     KvCacheDtype,
     KvCacheMemoryBytes,
@@ -52,11 +56,20 @@ from .cli_options import (
     OverlapSteps,
     Quantization,
     TensorParallelSize,
+    TlsCert,
+    TlsClientCa,
+    TlsKey,
     TraceFile,
 )
-from .cli_watch import LogFormat, MetricsPort, OtlpEndpoint, WatchOptions
-from .logs import set_up_logs
+from .cli_serve import serve_model
+from .cli_watch import LogFormat, MetricsPort, OtlpEndpoint
 from .media.limits import MediaLimits
+
+DOOR_OPTIONS = (
+    *("host", "port", "http_host", "http_port"),
+    *("api_key_file", "tls_cert", "tls_key", "tls_client_ca"),
+    *("metrics_port", "otlp_endpoint", "log_format"),
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,6 +112,8 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
     ] = 50051,
+    http_port: HttpPort = None,
+    http_host: HttpHost = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
@@ -135,45 +150,25 @@ def serve(
     otlp_endpoint: OtlpEndpoint = None,
     log_format: LogFormat = "text",
     hub: Hub = "huggingface",
+    api_key_file: ApiKeyFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
 ) -> None:
-    """Serve a model over gRPC (octavo.v1.Inference, grpc.health.v1).
+    """Serve a model over gRPC (octavo.v1.Inference and Control, grpc.health.v1, reflection), and
+    over HTTP with --http-port.
 
-    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N, and
-    metrics=HOST:PORT where those are served. Logs go to stderr. SIGTERM lets running requests
-    finish for ten seconds.
+    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N, with
+    http=HOST:PORT after grpc's where there is HTTP, and metrics=HOST:PORT at the end where those
+    are served. Logs go to stderr. SIGTERM lets running requests finish for ten seconds.
     """
-    ours = ("host", "port", "metrics_port", "otlp_endpoint", "log_format")
-    settings = {k: v for k, v in locals().items() if k not in (*ours, "ours")}
+    settings = locals()
+    door = {name: settings.pop(name) for name in DOOR_OPTIONS}
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
-        set_up_logs(log_format)
-        status = _serve(host, port, WatchOptions(metrics_port, otlp_endpoint), settings)
+        status = serve_model(settings, **door)
     raise typer.Exit(status)
-
-
-def _serve(host: str, port: int, watch: WatchOptions, settings: dict[str, Any]) -> int:
-    from .async_llm import AsyncLLM
-    from .server.grpc_server import check_address, ready_line
-    from .server.grpc_server import serve as serve_grpc
-    from .server.watch import watched
-
-    for name in ("allowed_media_domains", "allowed_media_paths"):
-        settings[name] = tuple(settings[name] or ())
-    for kind in ("image", "video"):
-        settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
-    for each in (port, watch.metrics_port):
-        if each is not None:
-            check_address(host, each)
-    with (
-        AsyncLLM(**settings, isolate_media=True) as engine,
-        watched(engine, host, watch) as metrics,
-    ):
-
-        def on_ready(address: str) -> None:
-            print(ready_line(engine, address) + metrics, flush=True)
-
-        return asyncio.run(serve_grpc(engine, host, port, on_ready))
 
 
 @app.command()
@@ -181,6 +176,9 @@ def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     server: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Talk TLS to a server whose certificate this one signed.")
     ] = None,
     model: Model = None,
     image: Annotated[
@@ -197,7 +195,7 @@ def chat(
     """Ask one question, of a server or of a model loaded here.
 
     Paths are read here; URLs are fetched by the server, where it allows them, or by the model
-    loaded here.
+    loaded here. A server's API key is read from the variable OCTAVO_API_KEY.
     """
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():
@@ -209,9 +207,10 @@ def chat(
             return
         if model is not None:
             raise ValueError("--server and --model: give one; the server has its own model")
-        from .client import Client
+        from .client import Client, Tls
 
-        with Client(server) as client:
+        tls = Tls(ca=tls_ca) if tls_ca else False
+        with Client(server, api_key=os.environ.get("OCTAVO_API_KEY"), tls=tls) as client:
             for delta in client.chat(messages, **sampling):
                 print(delta.text, end="", flush=True)
         print()

@@ -104,9 +104,41 @@ MaxPixels = Annotated[
     int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
 ]
 
+HttpPort = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Port of the OpenAI-compatible HTTP service (extra octavo[http]); 0 takes a free one. "
+        "Default: no HTTP.",
+    ),
+]
+HttpHost = Annotated[
+    str | None, typer.Option(help="Address that HTTP listens on. Default: as --host.")
+]
 TraceFile = Annotated[
     Path | None,
     typer.Option(
         help="Record each step there as a JSON line, for `octavo trace draw`; replaces the file."
     ),
+]
+
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="API keys, one a line: calls must bring one of them. Others come from the variable "
+        "OCTAVO_API_KEYS, apart by commas. Default: none is asked for."
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        help="The server's certificate, PEM: it talks TLS. Files that are replaced are used from "
+        "the next connection on."
+    ),
+]
+TlsKey = Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")]
+TlsClientCa = Annotated[
+    Path | None,
+    typer.Option(help="Mutual TLS: clients must have a certificate that this one signed, PEM."),
 ]

@@ -17,16 +17,12 @@ from ..proto import octavo_pb2 as pb
 from ..proto import octavo_pb2_grpc
 from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.params import shown
+from .client_channel import Tls, error_of, key_metadata, open_channel
 from .client_error import ClientError, invalid
-from .client_media import KINDS, MAX_MESSAGE_BYTES, check_size, media_item
+from .client_media import KINDS, check_size, media_item
 
-__all__ = ["Client", "ClientDelta", "ClientError", "Deltas"]
+__all__ = ["Client", "ClientDelta", "ClientError", "Deltas", "Tls"]
 
-OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-]
 OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 FINISH_REASONS = {
     pb.FINISH_REASON_UNSPECIFIED: None,
@@ -60,10 +56,18 @@ Deltas = Generator[ClientDelta, None, None]
 class Client:
     """A connection to a server. Thread-safe; a context manager."""
 
-    def __init__(self, address: str = "127.0.0.1:50051") -> None:
-        """`address`: HOST:PORT. Connects when first used."""
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        api_key: str | None = None,
+        tls: Tls | bool = False,
+    ) -> None:
+        """`address`: HOST:PORT. `api_key`: where the server asks for one. `tls`: True, or an
+        `octavo.Tls` with files. Connects when first used."""
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._metadata = key_metadata(api_key)
+        self._channel = open_channel(address, tls)
         self._stub = octavo_pb2_grpc.InferenceStub(self._channel)
 
     def chat(
@@ -110,9 +114,10 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """Ends a request; False when the server does not know it."""
         try:
-            return self._stub.Abort(pb.AbortRequest(request_id=request_id)).found
+            request = pb.AbortRequest(request_id=request_id)
+            return self._stub.Abort(request, metadata=self._metadata).found
         except grpc.RpcError as error:
-            raise _client_error(error) from None
+            raise error_of(error) from None
 
     def wait_ready(self, timeout: float) -> None:
         """Waits until the server can be reached. Raises `ClientError` after `timeout` seconds."""
@@ -141,28 +146,17 @@ class Client:
         if timeout is not None and not isinstance(timeout, int | float):
             raise invalid(f"timeout={timeout!r}: must be seconds")
         try:
-            call = self._stub.Generate(request, timeout=timeout)
+            call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
         except ValueError:
             raise ClientError("UNAVAILABLE", "this client was closed") from None
         try:
             for delta in call:
-                yield ClientDelta(
-                    request_id=delta.request_id,
-                    index=delta.index,
-                    text=delta.text,
-                    token_ids=tuple(delta.token_ids),
-                    finish_reason=FINISH_REASONS[delta.finish_reason],
-                    usage=delta.usage if delta.HasField("usage") else None,
-                    media=tuple(delta.media),
-                    media_times=delta.media_times if delta.HasField("media_times") else None,
-                    logprobs=tuple(_logprobs(entry) for entry in delta.logprobs),
-                    prompt_logprobs=tuple(
-                        _logprobs(entry) if entry.HasField("logprob") else None
-                        for entry in delta.prompt_logprobs
-                    ),
-                )
+                yield _client_delta(delta)
+                if delta.HasField("failure"):  # the last one; the call's status says the same
+                    failure = delta.failure
+                    raise ClientError(failure.code, failure.text, failure.retryable)
         except grpc.RpcError as error:
-            raise _client_error(error) from None
+            raise error_of(error) from None
         finally:
             call.cancel()
 
@@ -181,8 +175,22 @@ def _logprobs(entry: pb.TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(entry.token_id, entry.logprob, *top)
 
 
-def _client_error(error: grpc.RpcError) -> ClientError:
-    return ClientError(error.code().name, error.details() or "")
+def _client_delta(delta: pb.GenerateDelta) -> ClientDelta:
+    return ClientDelta(
+        request_id=delta.request_id,
+        index=delta.index,
+        text=delta.text,
+        token_ids=tuple(delta.token_ids),
+        finish_reason=FINISH_REASONS[delta.finish_reason],
+        usage=delta.usage if delta.HasField("usage") else None,
+        media=tuple(delta.media),
+        media_times=delta.media_times if delta.HasField("media_times") else None,
+        logprobs=tuple(_logprobs(entry) for entry in delta.logprobs),
+        prompt_logprobs=tuple(
+            _logprobs(entry) if entry.HasField("logprob") else None
+            for entry in delta.prompt_logprobs
+        ),
+    )
 
 
 def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+# The codes of gRPC that the protocol uses, and whether the same request may be answered later.
+RETRYABLE = {
+    "INVALID_ARGUMENT": False,
+    "UNAUTHENTICATED": False,
+    "PERMISSION_DENIED": False,
+    "NOT_FOUND": False,
+    "ALREADY_EXISTS": True,  # once the request that has the name has ended
+    "RESOURCE_EXHAUSTED": True,
+    "FAILED_PRECONDITION": False,
+    "UNIMPLEMENTED": False,
+    "DEADLINE_EXCEEDED": True,
+    "UNAVAILABLE": True,
+    "INTERNAL": False,
+}
+
 
 class ClientError(RuntimeError):
     """A call that the server refused or could not finish. `code` is gRPC's, such as
-    "INVALID_ARGUMENT" or "UNAVAILABLE"."""
+    "INVALID_ARGUMENT" or "UNAVAILABLE"; `retryable`: the same call may be answered later."""
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, retryable: bool | None = None) -> None:
         super().__init__(f"{code}: {text}")
         self.code, self.text = code, text
+        self.retryable = RETRYABLE.get(code, False) if retryable is None else retryable
 
 
 def invalid(text: str) -> ClientError:

@@ -24,9 +24,10 @@ from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
 from .config import ConfigError, EngineConfig, ModelConfig
 from .generation_config import generation_defaults
-from .hub import resolve_model
+from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
+from .load import LoadCounter
 from .media_settings import MediaSettings, media_settings
 from .output import OutputDelta
 from .pipeline import StepPipeline
@@ -71,6 +72,7 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"{name}: unknown; settings are {', '.join(known)}")
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
+        self.model_name = model_name(model, asked.model)
         self.model_config = ModelConfig.from_dir(asked.model)
         media = media_settings(asked, self.model_config)
         check_trace_file(asked.trace_file)
@@ -104,6 +106,7 @@ class Engine:
             self.processor.tokenizer.encode_plain,
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
+        self.load = LoadCounter(self.scheduler)
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.stats = EngineStats(self.scheduler, self.group)
         self._pipeline = StepPipeline(
@@ -270,6 +273,7 @@ class Engine:
                 deltas.append(self._delta(live, index, update))
                 if deltas[-1].error:
                     failed.append((live, deltas[-1].error))
+        self.load.add_output(sum(len(delta.token_ids) for delta in deltas))
         for live, error in failed:
             for name in live.unfinished_names:
                 update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
@@ -286,6 +290,7 @@ class Engine:
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
+                self.load.add_prompt(live.num_prompt_tokens, live.num_cached_tokens)
                 live.close()
                 del self._live[live.request_id]
         return delta

@@ -77,3 +77,12 @@ def is_complete(folder: Path) -> bool:
         return any(folder.glob("*.safetensors"))
     names = read_json(index).get("weight_map", {}).values()
     return all((folder / name).is_file() for name in set(names))
+
+
+def model_name(name_or_path: str | Path | None, folder: Path) -> str:
+    """What callers know a model by, whose checkpoint is in `folder`: its id on the hub, or the
+    folder's name; no path of this machine."""
+    if name_or_path is None:
+        return "octavo-embedded"
+    name = str(name_or_path)
+    return folder.resolve().name if Path(name).expanduser().is_dir() else name

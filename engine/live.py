@@ -44,6 +44,15 @@ class LiveRequest:
         """What the scheduler calls the answers that are not done."""
         return [self.requests[index].request_id for index in sorted(self.unfinished)]
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.requests[0].num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, found in the prefix cache."""
+        return self.requests[0].num_cached_tokens
+
     def supply(self, units: Sequence[UnitContent]) -> None:
         """The next units of the prompt."""
         hashes = [unit.media_hash for unit in units]
@@ -119,6 +128,5 @@ class LiveRequest:
         return tuple(self.requests[0].prompt_logprobs)
 
     def _usage(self) -> Usage:
-        first = self.requests[0]
         num_output_tokens = sum(request.num_output_tokens for request in self.requests)
-        return Usage(first.num_prompt_tokens, num_output_tokens, first.num_cached_tokens)
+        return Usage(self.num_prompt_tokens, num_output_tokens, self.num_cached_tokens)

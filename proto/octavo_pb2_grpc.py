@@ -24,6 +24,21 @@ class InferenceStub(object):
                 request_serializer=octavo_dot_proto_dot_octavo__pb2.AbortRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_octavo__pb2.AbortReply.FromString,
                 )
+        self.GenerateOnce = channel.unary_unary(
+                '/octavo.v1.Inference/GenerateOnce',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.GenerateReply.FromString,
+                )
+        self.Tokenize = channel.unary_unary(
+                '/octavo.v1.Inference/Tokenize',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.TokenizeReply.FromString,
+                )
+        self.Detokenize = channel.unary_unary(
+                '/octavo.v1.Inference/Detokenize',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.DetokenizeReply.FromString,
+                )
 
 
 class InferenceServicer(object):
@@ -45,6 +60,28 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateOnce(self, request, context):
+        """Answers one prompt, all at once. A request that is aborted gets what it had.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The token ids of a prompt, as Generate reads it, before images and videos take their places:
+        each is one placeholder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +94,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=octavo_dot_proto_dot_octavo__pb2.AbortRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_octavo__pb2.AbortReply.SerializeToString,
+            ),
+            'GenerateOnce': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateOnce,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.GenerateRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.GenerateReply.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.TokenizeRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.TokenizeReply.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.DetokenizeRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.DetokenizeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -99,5 +151,257 @@ class Inference(object):
         return grpc.experimental.unary_unary(request, target, '/octavo.v1.Inference/Abort',
             octavo_dot_proto_dot_octavo__pb2.AbortRequest.SerializeToString,
             octavo_dot_proto_dot_octavo__pb2.AbortReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GenerateOnce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Inference/GenerateOnce',
+            octavo_dot_proto_dot_octavo__pb2.GenerateRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.GenerateReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Inference/Tokenize',
+            octavo_dot_proto_dot_octavo__pb2.TokenizeRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.TokenizeReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Inference/Detokenize',
+            octavo_dot_proto_dot_octavo__pb2.DetokenizeRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.DetokenizeReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+
+class ControlStub(object):
+    """For whoever runs the server.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Abort = channel.unary_unary(
+                '/octavo.v1.Control/Abort',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.AbortRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.AbortReply.FromString,
+                )
+        self.GetModelInfo = channel.unary_unary(
+                '/octavo.v1.Control/GetModelInfo',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.ModelInfo.FromString,
+                )
+        self.GetServerInfo = channel.unary_unary(
+                '/octavo.v1.Control/GetServerInfo',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.ServerInfo.FromString,
+                )
+        self.GetLoad = channel.unary_unary(
+                '/octavo.v1.Control/GetLoad',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.Load.FromString,
+                )
+        self.Drain = channel.unary_unary(
+                '/octavo.v1.Control/Drain',
+                request_serializer=octavo_dot_proto_dot_octavo__pb2.DrainRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_octavo__pb2.DrainReply.FromString,
+                )
+
+
+class ControlServicer(object):
+    """For whoever runs the server.
+    """
+
+    def Abort(self, request, context):
+        """As Inference.Abort.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelInfo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerInfo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """What the engine is at. Takes no lock: it may be asked at any rate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """From now on the server's health is NOT_SERVING and new requests are refused with UNAVAILABLE.
+        Answers once no request runs, or when the time is up; then those that are left run on. The
+        server stays until it is stopped: SIGTERM.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ControlServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.AbortRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.AbortReply.SerializeToString,
+            ),
+            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelInfo,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.ModelInfo.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.ServerInfo.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.GetLoadRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.Load.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=octavo_dot_proto_dot_octavo__pb2.DrainRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_octavo__pb2.DrainReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'octavo.v1.Control', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Control(object):
+    """For whoever runs the server.
+    """
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Control/Abort',
+            octavo_dot_proto_dot_octavo__pb2.AbortRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.AbortReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetModelInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Control/GetModelInfo',
+            octavo_dot_proto_dot_octavo__pb2.GetModelInfoRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.ModelInfo.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Control/GetServerInfo',
+            octavo_dot_proto_dot_octavo__pb2.GetServerInfoRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.ServerInfo.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Control/GetLoad',
+            octavo_dot_proto_dot_octavo__pb2.GetLoadRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.Load.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.v1.Control/Drain',
+            octavo_dot_proto_dot_octavo__pb2.DrainRequest.SerializeToString,
+            octavo_dot_proto_dot_octavo__pb2.DrainReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -144,7 +144,8 @@ class ChatTemplate:
                 messages=conversation.messages, add_generation_prompt=True, add_vision_id=False
             )
         except TemplateError as error:
-            raise InputError("messages", f"the chat template refuses them: {error}") from None
+            own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
+            raise InputError("messages", f"the chat template refuses them{own}") from None
         token_ids: list[int] = []
         for piece in self._tokenizer.split_added(rendered):
             if piece in self._tokenizer.added:

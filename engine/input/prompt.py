@@ -77,6 +77,17 @@ class PromptReader:
         token_ids = self.tokenizer.encode_marked(text)
         return ReadPrompt(token_ids, self._parts_of(token_ids, images, videos))
 
+    def tokenize(self, text: str, plain: bool) -> list[int]:
+        """A text's token ids; `plain`: an added token's spelling means nothing."""
+        self._check_text(len(check_text(text, "text")))
+        encode = self.tokenizer.encode_plain if plain else self.tokenizer.encode_marked
+        return encode(text)
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Their text. Raises `InputError` for what are no tokens of the model's."""
+        ids = self._check_token_ids(token_ids)
+        return self.tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
     def from_token_ids(
         self,
         token_ids: Any,

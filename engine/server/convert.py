@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ...proto import octavo_pb2 as pb
 from ...scheduler.logprobs import TokenLogprobs
-from ...scheduler.params import MAX_TIMEOUT, OptionFields, SamplingParams
+from ...scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, SamplingParams
 from ..input.chat import MAX_MESSAGES
 from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..media.limits import MediaLimits
-from ..output import OutputDelta
+from ..output import OutputDelta, Usage
+from .errors import Refused, field_in
 from .read_media import read_source
 
 MAX_PARTS = 1 << 14  # of all messages
@@ -100,43 +103,71 @@ def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
 
 
 def read_sampling(message: pb.SamplingParams) -> SamplingParams:
-    """An absent field is the checkpoint's default; zero is zero. Raises ValueError."""
+    """An absent field is the checkpoint's default; zero is zero. Raises `InputError`."""
     given = {d.name: getattr(message, d.name) for d, _ in message.ListFields()}
     for name in ("stop", "stop_token_ids", "bad_words"):
         if name in given:
             given[name] = tuple(given[name])
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
-    return SamplingParams(**given)
+    try:
+        return SamplingParams(**given)
+    except ValueError as error:
+        raise InputError(field_in(str(error)), str(error)) from None
 
 
-def read_options(request: pb.GenerateRequest, time_remaining: float | None) -> OptionFields:
-    """How to treat a request. `time_remaining`: what the call's own deadline leaves."""
+def read_options(
+    request: pb.GenerateRequest, time_remaining: float | None, priority: int | None = None
+) -> OptionFields:
+    """How to treat a request. `time_remaining`: what the call's own deadline leaves; `priority`:
+    the call's, where the request says none. Raises `InputError`."""
     options = OptionFields(cache_salt=request.cache_salt)
     if request.HasField("priority"):
         options["priority"] = request.priority
+    elif priority is not None:
+        options["priority"] = priority
     timeout = request.timeout_s if request.HasField("timeout_s") else None
     if time_remaining is not None and (timeout is None or time_remaining < timeout):
         timeout = min(max(0.0, time_remaining), MAX_TIMEOUT)
     options["timeout_s"] = timeout
+    try:
+        RequestOptions.of(**options)
+    except ValueError as error:
+        raise InputError(field_in(str(error)), str(error)) from None
     return options
 
 
+def refuse_unknown(request: pb.GenerateRequest) -> None:
+    """To pass over a field of a newer client would answer another question. Raises `Refused`."""
+    for path, message in (("", request), ("sampling", request.sampling)):
+        unknown = UnknownFieldSet(message)
+        if len(unknown):
+            text = f"field number {unknown[0].field_number} is not known to this server"
+            raise Refused("UNIMPLEMENTED", f"{path or 'GenerateRequest'}: {text}", path)
+
+
+def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:
+    """A text, or messages whose images and videos are placeholders. Raises `InputError`."""
+    form = request.WhichOneof("prompt")
+    if form == "text":
+        return request.text
+    if form is None:
+        raise InputError("prompt", "give one of conversation and text")
+    messages = _read_messages(request.conversation)
+    for part in (part for message in messages for part in message["content"]):
+        if part["type"] in KINDS.values():
+            part[part["type"]] = b""  # nobody opens it
+    return messages
+
+
 def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
-    usage = None
-    if delta.usage is not None:
-        usage = pb.Usage(
-            prompt_tokens=delta.usage.prompt_tokens,
-            output_tokens=delta.usage.output_tokens,
-            cached_tokens=delta.usage.cached_tokens,
-        )
     times = delta.media_times
     return pb.GenerateDelta(
         request_id=delta.request_id,
         text=delta.text,
         token_ids=delta.token_ids,
         finish_reason=FINISH_REASONS[delta.finish_reason],
-        usage=usage,
+        usage=_write_usage(delta.usage),
         media=[_write_media(info) for info in delta.media],
         index=delta.index,
         media_times=pb.MediaTimes(**vars(times)) if times else None,
@@ -148,6 +179,26 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
 def _write_logprobs(entry: TokenLogprobs | None) -> pb.TokenLogprobs:
     """Empty for a token that has none."""
     return pb.TokenLogprobs() if entry is None else pb.TokenLogprobs(**entry._asdict())
+
+
+def write_reply(answers: Sequence[OutputDelta]) -> pb.GenerateReply:
+    """Whole answers, in order."""
+    whole = [write_delta(replace(a, media=(), media_times=None, usage=None)) for a in answers]
+    usage, times = (
+        next((found for a in answers if (found := getattr(a, name)) is not None), None)
+        for name in ("usage", "media_times")
+    )
+    return pb.GenerateReply(
+        request_id=answers[0].request_id,
+        answers=whole,
+        usage=_write_usage(usage),
+        media=[_write_media(info) for answer in answers for info in answer.media],
+        media_times=pb.MediaTimes(**vars(times)) if times else None,
+    )
+
+
+def _write_usage(usage: Usage | None) -> pb.Usage | None:
+    return None if usage is None else pb.Usage(**vars(usage))
 
 
 def _write_media(info: MediaInfo) -> pb.ResolvedMedia:

@@ -1,0 +1,76 @@
+"""`octavo serve`: an engine and its doors, from the command's options to the exit status."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_media import read_options
+from .cli_watch import WatchOptions
+from .logs import set_up_logs
+
+if TYPE_CHECKING:  # what a command imports is loaded when it runs
+    from .server.http_server import HttpServer
+    from .server.keys import ApiKeys
+    from .server.tls import TlsFiles
+
+
+def serve_model(
+    settings: dict[str, Any],
+    host: str,
+    port: int,
+    http_host: str | None,
+    http_port: int | None,
+    api_key_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    metrics_port: int | None,
+    otlp_endpoint: str | None,
+    log_format: str,
+) -> int:
+    """Serves until it is told to stop; `settings` are the engine's. Raises ValueError or OSError
+    for what cannot be served, `EngineDead` or `WorkerGroupError`."""
+    from .async_llm import AsyncLLM
+    from .server.grpc_server import check_address, ready_line
+    from .server.grpc_server import serve as serve_grpc
+    from .server.keys import read_keys
+    from .server.tls import read_tls
+    from .server.watch import watched
+
+    set_up_logs(log_format)
+    keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
+    for name in ("allowed_media_domains", "allowed_media_paths"):
+        settings[name] = tuple(settings[name] or ())
+    for kind in ("image", "video"):
+        settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
+    for each in (port, metrics_port):
+        if each is not None:
+            check_address(host, each)
+    http = None
+    if http_port is not None:
+        http = _http_server(http_host or host, http_port, keys, tls)
+    with (
+        AsyncLLM(**settings, isolate_media=True) as engine,
+        watched(engine, host, WatchOptions(metrics_port, otlp_endpoint)) as metrics,
+    ):
+
+        def on_ready(address: str, http_address: str) -> None:
+            print(ready_line(engine, address, http_address) + metrics, flush=True)
+
+        return asyncio.run(serve_grpc(engine, host, port, on_ready, keys, tls, http))
+
+
+def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | None) -> HttpServer:
+    """Before a model is loaded. Raises ValueError or OSError when there could be none."""
+    from .server.grpc_server import check_address
+
+    try:
+        from .server.http_server import HttpServer
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
+    check_address(host, port)
+    return HttpServer(host, port, keys, tls)

@@ -1,0 +1,77 @@
+"""How the client reaches a server, and what a failed call says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_status import rpc_status
+
+from ..proto import octavo_pb2 as pb
+from .client_error import ClientError, invalid
+from .client_media import MAX_MESSAGE_BYTES
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How to talk TLS: PEM files. `cert` and `key` are the client's own, where the server asks
+    for one."""
+
+    ca: str | Path | None = None  # who signed the server's certificate; None: this machine's roots
+    cert: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str = ""  # in its certificate; empty: the address's
+
+
+def open_channel(address: str, tls: Tls | bool) -> grpc.Channel:
+    """`tls`: True trusts this machine's roots. Raises `ClientError` for files that cannot be
+    read."""
+    if tls is False:
+        return grpc.insecure_channel(address, options=OPTIONS)
+    chosen = Tls() if tls is True else tls
+    if not isinstance(chosen, Tls) or (chosen.cert is None) != (chosen.key is None):
+        raise invalid("tls: must be True or octavo.Tls, with cert and key or with neither")
+    ca, key, cert = (_read(path) for path in (chosen.ca, chosen.key, chosen.cert))
+    credentials = grpc.ssl_channel_credentials(ca, key, cert)
+    name = chosen.server_name
+    options = [*OPTIONS, ("grpc.ssl_target_name_override", name)] if name else OPTIONS
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What each call carries. Raises `ClientError`, which does not tell the key."""
+    if api_key is None:
+        return ()
+    if not isinstance(api_key, str) or not (api_key.isascii() and api_key.isprintable()):
+        raise invalid("api_key: must be a text of plain characters")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def error_of(error: grpc.RpcError) -> ClientError:
+    """By the status's details, where it has any."""
+    retryable = None
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # of another server's
+        status = None
+    for detail in status.details if status is not None else ():
+        failure = pb.Failure()
+        if detail.Unpack(failure):
+            retryable = failure.retryable
+    return ClientError(error.code().name, error.details() or "", retryable)
+
+
+def _read(path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise invalid(f"tls: {path}: {error.strerror}") from None

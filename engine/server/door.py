@@ -1,0 +1,117 @@
+"""What every call passes, whatever its service: its key, its bytes, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from .errors import Fault, Refused, fault_of
+from .keys import ApiKeys
+from .status import abort
+
+log = logging.getLogger("octavo.server")
+
+OPEN = "/grpc.health.v1.Health/"  # for load balancers, which have no key
+Continue = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """One interceptor over every service."""
+
+    def __init__(self, keys: ApiKeys | None = None) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self, continuation: Continue, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        if self._keys is not None and not details.method.startswith(OPEN):
+            given = dict(details.invocation_metadata).get("authorization")
+            if not self._keys.accept(given):
+                return _refusal(self._keys.fault(given))
+        handler = await continuation(details)
+        if handler is None:  # gRPC says so
+            return None
+        if handler.request_streaming:
+            return _stream_stream(handler)
+        return _unary_stream(handler) if handler.response_streaming else _unary_unary(handler)
+
+
+def _refusal(fault: Fault) -> grpc.RpcMethodHandler:
+    """Of a call whose messages nobody reads."""
+
+    async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        await abort(context, fault)
+        yield b""
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _unary_unary(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    async def answer(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        async with told(context):
+            return await handler.unary_unary(_parsed(handler, data), context)
+
+    return grpc.unary_unary_rpc_method_handler(
+        answer, response_serializer=handler.response_serializer
+    )
+
+
+def _unary_stream(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    async def answer(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async with told(context):
+            stream = handler.unary_stream(_parsed(handler, data), context)
+            if not hasattr(stream, "__aiter__"):  # a coroutine that writes, as health's Watch
+                await stream
+                return
+            async with contextlib.aclosing(stream):
+                async for message in stream:
+                    yield message
+
+    return grpc.unary_stream_rpc_method_handler(
+        answer, response_serializer=handler.response_serializer
+    )
+
+
+def _stream_stream(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    """Reflection's; no service of ours takes a stream."""
+
+    async def answer(
+        data: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        async with told(context):
+            messages = (_parsed(handler, each) async for each in data)
+            async for message in handler.stream_stream(messages, context):
+                yield message
+
+    return grpc.stream_stream_rpc_method_handler(
+        answer, response_serializer=handler.response_serializer
+    )
+
+
+def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
+    """gRPC itself would tell a caller what protobuf raised."""
+    try:
+        return handler.request_deserializer(data)
+    except DecodeError:
+        text = f"the message's {len(data)} bytes are not the protobuf that the method takes"
+        raise Refused("INVALID_ARGUMENT", text) from None
+
+
+@contextlib.asynccontextmanager
+async def told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Ends the call with the status of what is raised within."""
+    try:
+        yield
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception as error:
+        fault = fault_of(error)
+        if fault.code == "INTERNAL":
+            log.exception("a call failed")
+        await abort(context, fault)

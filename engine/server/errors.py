@@ -1,0 +1,72 @@
+"""What went wrong, as callers are told it: the one place where errors get their codes.
+
+Only texts of our own reach a caller. Whatever else is raised is INTERNAL, and goes to the log.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ...scheduler.admission import AdmissionError, QueueFull
+from ..client_error import RETRYABLE
+from ..engine import DuplicateRequest, EngineDead
+from ..input_error import InputError
+
+WORKER_FAILED = "a worker failed"  # as `WorkerGroup` begins what a worker raised
+OURS = "internal error; the server's log has it"
+_FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A request's end by an error. `field`: whose, where one is to blame."""
+
+    code: str
+    text: str
+    field: str = ""
+
+    @property
+    def retryable(self) -> bool:
+        return RETRYABLE[self.code]
+
+
+class Refused(Exception):
+    """What a door refuses by itself. The text names the field, the value and the way out."""
+
+    def __init__(self, code: str, text: str, field: str = "") -> None:
+        super().__init__(text)
+        self.fault = Fault(code, text, field)
+
+
+def fault_of(error: Exception) -> Fault:
+    """Of what was raised. INTERNAL is for the log as well: its text says nothing."""
+    if isinstance(error, Refused):
+        return error.fault
+    text = str(error)
+    if isinstance(error, InputError):
+        return Fault("INVALID_ARGUMENT", text, error.field)
+    if isinstance(error, QueueFull):
+        return Fault("RESOURCE_EXHAUSTED", text)
+    if isinstance(error, DuplicateRequest):
+        return Fault("ALREADY_EXISTS", text, "request_id")
+    if isinstance(error, AdmissionError):
+        return Fault("INVALID_ARGUMENT", text, field_in(text))
+    if isinstance(error, EngineDead):
+        ours, failed, _ = text.partition(WORKER_FAILED)  # what follows is its library's
+        return Fault(
+            "UNAVAILABLE", f"{ours}{failed}; the server's log has more" if failed else text
+        )
+    return Fault("INTERNAL", OURS)
+
+
+def fault_in(error: str) -> Fault:
+    """Of a delta's error, of a request that failed after admission: it may begin with a code."""
+    code, _, text = error.partition(": ")
+    return Fault(code, text) if code in RETRYABLE else Fault("INTERNAL", error)
+
+
+def field_in(text: str) -> str:
+    """The field that an error's text begins with; empty where it begins otherwise."""
+    found = _FIELD.match(text)
+    return found[1] if found else ""

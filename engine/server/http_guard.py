@@ -1,0 +1,111 @@
+"""What every HTTP request passes before it is looked at: keys, draining, the body's size; and what
+ends one whose client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import Refused
+from .http_error import ApiError, api_error, error_of
+from .keys import ApiKeys
+from .work import Work
+
+MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
+OPEN_PATHS = ("/health", "/ready")  # for who watches the process, without a key
+
+
+class Guard:
+    """The one middleware. What it lets through has its whole body, and is cancelled when its
+    client goes away, as gRPC does it."""
+
+    def __init__(self, app: ASGIApp, work: Work, keys: ApiKeys | None) -> None:
+        self._app, self._work, self._keys = app, work, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        posts = scope["method"] == "POST"
+        try:
+            self._check(Headers(scope=scope), posts)
+            if posts:
+                with self._work.call():
+                    body = await _read_body(receive)
+                    if body is not None:  # else the client went away
+                        await _run_while_wanted(self._app, body, scope, receive, send)
+                return
+        except (ApiError, Refused) as error:
+            await error_of(error).response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, headers: Headers, posts: bool) -> None:
+        """Raises `ApiError`."""
+        given = headers.get("authorization")
+        if self._keys is not None and not self._keys.accept(given):
+            raise api_error(self._keys.fault(given))
+        if not posts:
+            return
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # others a browser sends for any page, unasked
+            raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+            raise _too_large()
+
+
+def _too_large() -> ApiError:
+    text = f"the body is over {MAX_BODY_BYTES} bytes; send smaller media, or URLs"
+    return ApiError(413, text, code="request_too_large")
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """None when the client went away. Raises `ApiError` for one that is too large."""
+    chunks: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY_BYTES:
+            raise _too_large()
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+async def _run_while_wanted(
+    app: ASGIApp, body: bytes, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Runs `app` in a task of its own, which is cancelled when the client goes away first."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    is_answered = False
+
+    async def receive_body() -> Message:
+        if not messages:
+            await asyncio.Event().wait()  # nothing else comes: that the client goes is seen here
+        return messages.pop()
+
+    async def send_on(message: Message) -> None:
+        nonlocal is_answered
+        is_answered |= message["type"] == "http.response.body" and not message.get("more_body")
+        await send(message)
+
+    async def wait_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    answer = asyncio.ensure_future(app(scope, receive_body, send_on))
+    gone = asyncio.ensure_future(wait_gone())
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if is_answered or answer.done():
+            await answer
+    finally:
+        gone.cancel()
+        answer.cancel()
+        await asyncio.wait({answer, gone})

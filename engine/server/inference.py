@@ -1,0 +1,138 @@
+"""`octavo.v1.Inference`: prompts in, deltas out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from ...proto import octavo_pb2 as pb
+from ...proto import octavo_pb2_grpc
+from ...scheduler.params import shown
+from ..async_llm import AsyncLLM
+from ..backlog import join
+from ..engine import EngineDead
+from ..output import OutputDelta
+from .convert import (
+    read_options,
+    read_prompt,
+    read_sampling,
+    read_token_prompt,
+    refuse_unknown,
+    write_delta,
+    write_reply,
+)
+from .errors import Fault, Refused, fault_in, fault_of
+from .metadata import CallMetadata, checked_request_id, read_metadata
+from .status import abort, failure_of
+from .work import Work
+
+log = logging.getLogger("octavo.server")
+
+
+@dataclass
+class _Call:
+    """A request and how far it has come."""
+
+    request_id: str
+    stream: AsyncGenerator[OutputDelta, None]
+    fault: Fault | None = None  # it failed after admission
+
+
+class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
+    """What its methods raise, `Door` makes a status of."""
+
+    def __init__(self, engine: AsyncLLM, work: Work | None = None) -> None:
+        self._engine = engine
+        self._work = work or Work()
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateDelta]:
+        """gRPC cancels this coroutine when its client goes away, which closes the stream, which
+        aborts the request."""
+        with self._work.call():
+            call = self._begin(request, context)
+            async with contextlib.aclosing(call.stream):
+                async for message in _messages(call):
+                    yield message
+            if call.fault is not None:
+                await abort(context, call.fault)
+
+    async def GenerateOnce(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateReply:
+        with self._work.call():
+            call = self._begin(request, context)
+            answers: dict[int, list[OutputDelta]] = {}
+            async with contextlib.aclosing(call.stream):
+                async for delta in call.stream:
+                    answers.setdefault(delta.index, []).append(delta)
+            whole = [join(answers[index]) for index in sorted(answers)]
+            errors = [answer.error for answer in whole if answer.error]
+            if errors:
+                await abort(context, fault_in(errors[0]))
+            return write_reply(whole)
+
+    def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
+        """Raises what a request is refused for, as far as that is seen before it is read."""
+        beside = read_metadata(context.invocation_metadata() or ())
+        refuse_unknown(request)
+        served = self._engine.engine.model_name
+        if request.model not in ("", served):
+            text = f"model={shown(request.model)}: this server has {served}"
+            raise Refused("NOT_FOUND", text, "model")
+        name = checked_request_id(request.request_id, "request_id") or beside.request_id
+        name = name or uuid.uuid4().hex
+        options = read_options(request, context.time_remaining(), beside.priority)
+        _log_trace(name, beside)
+        limits = self._engine.engine.processor.limits
+        prompt, params = read_prompt(request, limits), read_sampling(request.sampling)
+        stream = self._engine.generate(
+            prompt, params, request_id=name, traceparent=beside.traceparent, **options
+        )
+        return _Call(name, stream)
+
+    async def Abort(
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortReply:
+        return pb.AbortReply(found=await self._engine.abort(request.request_id))
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeReply:
+        ids = await self._engine.tokenize(read_token_prompt(request), request.plain)
+        return pb.TokenizeReply(ids=ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeReply:
+        text = await self._engine.detokenize(request.ids, request.skip_special_tokens)
+        return pb.DetokenizeReply(text=text)
+
+
+async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
+    """The deltas; the last of all says what failed, and so does `call` then."""
+    has_begun = False
+    try:
+        async for delta in call.stream:
+            message = write_delta(delta)
+            has_begun = True
+            if delta.error and delta.usage is not None:  # all answers have ended
+                call.fault = fault_in(delta.error)
+                message.failure.CopyFrom(failure_of(call.fault))
+            yield message
+    except EngineDead as error:
+        if not has_begun:
+            raise
+        call.fault = fault_of(error)
+        yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
+
+
+def _log_trace(name: str, beside: CallMetadata) -> None:
+    if beside.traceparent:
+        log.info("request %r: traceparent %s", name, beside.traceparent)

@@ -1,0 +1,89 @@
+"""OpenAI's messages as the engine takes them: `image_url` and `video_url` become images and
+videos. What the engine checks anyway is left to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..input_error import InputError, shown
+
+LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
+DETAILS = (None, "auto", "low", "high")
+KIND_OF = {"image_url": "image", "video_url": "video", "image": "image", "video": "video"}
+SIZES = ("max_pixels", "resized_height", "resized_width")
+
+
+def read_messages(messages: Any) -> list[Any]:
+    """A conversation for the engine. Raises `InputError`."""
+    if not isinstance(messages, list):
+        raise InputError("messages", "must be a list")
+    return [_read_message(each, f"messages[{m}]") for m, each in enumerate(messages)]
+
+
+def _read_message(message: Any, field: str) -> Any:
+    """Fields that say nothing, as an answer sent back has them, are left out."""
+    if not isinstance(message, dict):
+        raise InputError(field, f"must be an object, not {type(message).__name__}")
+    found = {name: value for name, value in message.items() if value not in (None, [])}
+    if found.get("role") == "developer":
+        found["role"] = "system"
+    for name in ("tool_calls", "tool_call_id", "function_call"):
+        if name in found:
+            raise InputError(f"{field}.{name}", "this server does not have tools yet")
+    content = message.get("content")
+    if content is None and found.get("role") == "assistant":
+        content = ""
+    if isinstance(content, list):
+        content = [_read_part(part, f"{field}.content[{p}]") for p, part in enumerate(content)]
+    return {**found, "content": content}
+
+
+def _read_part(part: Any, field: str) -> Any:
+    if not isinstance(part, dict):
+        raise InputError(field, f"must be an object, not {type(part).__name__}")
+    name = part.get("type")
+    if name == "text":
+        return part
+    if not isinstance(name, str) or name not in KIND_OF:
+        text = f"{shown(name)}; must be text, image_url or video_url"
+        raise InputError(f"{field}.type", text)
+    return _read_media(part, name, f"{field}.{name}")
+
+
+def _read_media(part: Mapping[str, Any], name: str, field: str) -> dict[str, Any]:
+    """{"type": "image_url", "image_url": {"url": ..., options}, options}, or the model card's
+    {"type": "image", "image": ..., options}."""
+    kind, given = KIND_OF[name], part.get(name)
+    inside = given if isinstance(given, dict) else {"url": given}
+    options = {each: value for each, value in part.items() if each not in ("type", name)}
+    for option, value in inside.items():
+        if option in options:
+            raise InputError(f"{field}.{option}", "is given twice: beside the url and around it")
+        if option != "url":
+            options[option] = value
+    for option in ("type", kind, "url"):
+        if option in options:
+            raise InputError(f"{field}.{option}", "is no option")
+    source = inside.get("url")
+    if not _is_source(source, kind):
+        more = ", or a list of them, the frames" if kind == "video" else ""
+        raise InputError(f"{field}.url", f"must be a URL or a data URI{more}")
+    return {"type": kind, kind: source, **_read_detail(options, field)}
+
+
+def _is_source(source: Any, kind: str) -> bool:
+    """What JSON can bring: nothing else of it is read as pixels or the like."""
+    if kind == "video" and isinstance(source, list):
+        return all(isinstance(frame, str) for frame in source)
+    return isinstance(source, str)
+
+
+def _read_detail(options: dict[str, Any], field: str) -> dict[str, Any]:
+    """OpenAI's word for the size of an image, as options of ours."""
+    detail = options.pop("detail", None)
+    if not isinstance(detail, str | None) or detail not in DETAILS:
+        raise InputError(f"{field}.detail", f"{shown(detail)}: must be auto, low or high")
+    if detail == "low" and not any(options.get(name) for name in SIZES):
+        options["max_pixels"] = LOW_DETAIL_PIXELS
+    return options

@@ -1,0 +1,213 @@
+"""Bodies of OpenAI's requests to prompts and sampling settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, cast
+
+from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ..input_error import InputError
+from .errors import Refused, field_in
+from .http_error import ApiError
+from .openai_messages import read_messages
+
+MAX_PROMPTS = 64  # of one request for completions
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
+
+# A field that SamplingParams has is passed on. Prompts' log probabilities have no place in
+# OpenAI's answers.
+PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "prompt_logprobs"}
+OPTIONS = tuple(each.name for each in fields(RequestOptions))
+# Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for answers, checked as far as its form goes."""
+
+    prompts: tuple[Mapping[str, Any], ...]  # each as `AsyncLLM.generate` takes it
+    params: SamplingParams
+    options: OptionFields
+    stream: bool
+    include_usage: bool  # at the end of the stream
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A body's object. Raises `ApiError`."""
+    try:
+        found = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, f"the body must be a JSON object, not {type(found).__name__}")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+def read_chat(body: Mapping[str, Any], model: str) -> Asked:
+    """Of /v1/chat/completions. Raises `InputError`, `ApiError` or `Refused`."""
+    check_model(body, model)
+    given = dict(body)
+    messages = read_messages(given.pop("messages", None))
+    newer = given.pop("max_completion_tokens", None)
+    if newer is not None:
+        if given.get("max_tokens") not in (None, newer):
+            raise InputError("max_completion_tokens", "is max_tokens' new name: give one of them")
+        given["max_tokens"] = newer
+    if "logprobs" in PARAMS:
+        given["logprobs"] = _read_chat_logprobs(given)
+    return _asked(({"messages": messages},), given)
+
+
+def read_completions(body: Mapping[str, Any], model: str) -> Asked:
+    """Of /v1/completions. Raises `InputError`, `ApiError` or `Refused`."""
+    check_model(body, model)
+    given = dict(body)
+    prompts = _read_prompts(given.pop("prompt", None))
+    if given.get("max_tokens") is None:
+        given["max_tokens"] = COMPLETION_TOKENS
+    return _asked(prompts, given)
+
+
+def _read_chat_logprobs(given: dict[str, Any]) -> Any:
+    """In chats a flag, and their number apart."""
+    top = given.pop("top_logprobs", None)
+    if read_flag(given, "logprobs"):
+        return top or 0
+    if top:
+        raise InputError("top_logprobs", "goes with logprobs=true")
+    return None
+
+
+def check_model(body: Mapping[str, Any], model: str) -> None:
+    """The server has one model; who names none means it."""
+    asked = body.get("model")
+    if asked is not None and not isinstance(asked, str):
+        raise InputError("model", f"{shown(asked)}: must be a text")
+    if asked not in (None, model):
+        raise Refused("NOT_FOUND", f"model={shown(asked)}: this server has {model}", "model")
+
+
+def read_flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(name, f"{shown(value)}: must be true or false")
+    return bool(value)
+
+
+def _read_prompts(prompt: Any) -> tuple[dict[str, Any], ...]:
+    """A text, token ids, or a list of either."""
+    if isinstance(prompt, str):
+        return ({"prompt": prompt},)
+    if not isinstance(prompt, list) or not prompt:
+        raise InputError("prompt", "give a text, a list of token ids, or a list of either")
+    if all(isinstance(each, int) for each in prompt):
+        return ({"prompt_token_ids": prompt},)
+    if len(prompt) > MAX_PROMPTS:
+        raise InputError("prompt", f"{len(prompt)} prompts; at most {MAX_PROMPTS} of one request")
+    for each in prompt:
+        if not isinstance(each, str | list):
+            raise InputError("prompt", f"{shown(each)}: must be a text or a list of token ids")
+    return tuple(
+        {"prompt": each} if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt
+    )
+
+
+def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Asked:
+    """`given`: what else stands in the body."""
+    stream = read_flag(given, "stream")
+    include_usage = _read_stream_options(given.pop("stream_options", None), stream)
+    sampling: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None or name in ("model", "stream", *LABELS) or _is_neutral(name, value):
+            continue
+        if name in OPTIONS:
+            options[name] = value
+        elif name in PARAMS:
+            sampling[name] = _read_param(name, value, given)
+        else:
+            _refuse(name)
+    try:
+        RequestOptions(**options)
+        params = SamplingParams(**sampling)
+    except ValueError as error:
+        raise InputError(field_in(str(error)), str(error)) from None
+    return Asked(prompts, params, cast(OptionFields, options), stream, include_usage)
+
+
+def _read_stream_options(given: Any, stream: bool) -> bool:
+    """Whether the stream is to end with its usage."""
+    if given is None:
+        return False
+    if not isinstance(given, dict) or not stream:
+        raise InputError("stream_options", "is an object, and goes with stream=true")
+    for name in given:
+        if name not in ("include_usage", "include_obfuscation"):
+            _refuse(f"stream_options.{name}")
+    return read_flag(given, "include_usage")
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a field asks for nothing. 0 and false are two things."""
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool)
+        for each in NEUTRAL.get(name, ())
+    )
+
+
+def _read_param(name: str, value: Any, given: Mapping[str, Any]) -> Any:
+    """A field of `SamplingParams` in its own form."""
+    if isinstance(PARAMS[name], bool):
+        return read_flag(given, name)
+    if name == "logit_bias":
+        return _read_bias(value)
+    return value
+
+
+def _read_bias(given: Any) -> dict[int, float]:
+    """JSON's keys are texts."""
+    if not isinstance(given, dict):
+        raise InputError("logit_bias", "must be an object of token ids and numbers")
+    for token in given:
+        if not token.isdecimal() or len(token) > 9:
+            raise InputError("logit_bias", f"{shown(token)}: must be token ids")
+    return {int(token): bias for token, bias in given.items()}
+
+
+def _refuse(name: str) -> NoReturn:
+    if name in NEUTRAL:
+        text = f"{name}: this server does not have it yet; leave it out"
+        raise ApiError(400, text, param=name, code="unsupported_parameter")
+    text = f"{shown(name)}: unknown; leave it out"
+    raise ApiError(400, text, param=name, code="unknown_parameter")

@@ -1,0 +1,86 @@
+"""Deltas as OpenAI's answers: one object, or chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..media.item import MediaInfo
+from ..output import Output, OutputDelta, Usage
+from .openai_logprobs import Decode, write_logprobs
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How one request's answers are written. `choice` counts over all of its prompts."""
+
+    request_id: str
+    model: str
+    is_chat: bool
+    decode: Decode  # token ids to text
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+
+    def chunk(
+        self, choice: int, delta: OutputDelta, is_first: bool, with_usage: bool
+    ) -> dict[str, Any]:
+        """Of a stream. `is_first` of its choice; `with_usage`: the stream ends with its usage, and
+        every chunk before has null there."""
+        new: dict[str, Any] = {"text": delta.text}
+        if self.is_chat:
+            content = {"content": delta.text} if delta.text or is_first else {}
+            new = {"delta": ({"role": "assistant"} if is_first else {}) | content}
+        told = write_logprobs(getattr(delta, "logprobs", ()), self.decode, self.is_chat)
+        reason = {"logprobs": told, "finish_reason": delta.finish_reason}
+        chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
+        if with_usage:
+            chunk["usage"] = None
+        if delta.media:
+            chunk["media"] = write_media(delta.media)
+        return chunk
+
+    def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
+        return self._head("chat.completion.chunk", []) | {"usage": write_usage(usages)}
+
+    def whole(
+        self, outputs: Sequence[Output], usages: Sequence[Usage], media: Sequence[MediaInfo]
+    ) -> dict[str, Any]:
+        """`outputs` in the order of their choices."""
+        choices = []
+        for choice, output in enumerate(outputs):
+            new: dict[str, Any] = {"text": output.text}
+            if self.is_chat:
+                new = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
+            told = write_logprobs(getattr(output, "logprobs", ()), self.decode, self.is_chat)
+            reason = {"logprobs": told, "finish_reason": output.finish_reason}
+            choices.append({"index": choice, **new, **reason})
+        answer = self._head("chat.completion", choices) | {"usage": write_usage(usages)}
+        return answer | ({"media": write_media(media)} if media else {})
+
+    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.request_id}",
+            "object": kind if self.is_chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+def write_usage(usages: Sequence[Usage]) -> dict[str, Any]:
+    """Over all prompts of a request."""
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    output = sum(usage.output_tokens for usage in usages)
+    cached = sum(usage.cached_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def write_media(media: Sequence[MediaInfo]) -> list[dict[str, Any]]:
+    """What was made of each item: an extension, as the public protocol's ResolvedMedia."""
+    return [asdict(info) for info in media]

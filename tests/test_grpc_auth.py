@@ -1,0 +1,388 @@
+"""Who may call: API keys, TLS, mutual TLS, and certificates that are replaced as it runs."""
+
+from __future__ import annotations
+
+import datetime
+import hmac
+import ipaddress
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import octavo
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.tiny_server import Served, start, wait_for
+from octavo.engine.client_error import ClientError
+from octavo.engine.config import ConfigError
+from octavo.engine.server import control
+from octavo.engine.server import keys as keys_module
+from octavo.engine.server.keys import ApiKeys, read_keys
+from octavo.engine.server.tls import TlsFiles, read_tls
+from octavo.proto import octavo_pb2 as pb
+from octavo.proto import octavo_pb2_grpc
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True}
+KEYS = ("first-key-0001", "second-key-0002", "third-key-0003")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path) -> Iterator[Served]:
+    served = Served(
+        checkpoint, dtype="float32", max_model_len=1024, kv_cache_memory_bytes=4_000_000
+    )
+    yield served
+    served.wait_empty()
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(served: Served) -> Iterator[str]:
+    with served.another(ApiKeys(KEYS)) as address:
+        yield address
+
+
+def answer(client: octavo.Client) -> int:
+    """How many tokens it gets. Raises ClientError."""
+    return sum(len(delta.token_ids) for delta in client.generate("What is it?", **GREEDY))
+
+
+def refused() -> Any:
+    return pytest.raises(ClientError, match="UNAUTHENTICATED")
+
+
+# API keys.
+
+
+def every_method() -> list[str]:
+    paths = [
+        f"/{service.full_name}/{method.name}"
+        for service in pb.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    ]
+    reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    return [*paths, reflection, "/octavo.v1.Inference/Nothing", "/octavo.v2.Other/Generate"]
+
+
+@pytest.mark.parametrize("path", every_method())
+def test_L28_key_timing_one_door_before_every_method(guarded: str, path: str) -> None:
+    """Also before what is not there, so that nobody learns what is."""
+    wrong = [(), (("authorization", "Bearer nobody's-key"),), (("authorization", KEYS[0]),)]
+    wrong += [(("authorization", f"bearer {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]
+    wrong += [(("authorization", f"Bearer {KEYS[0][:-1]}"),), (("authorization", "Bearer "),)]
+    with grpc.insecure_channel(guarded) as channel:
+        for metadata in wrong:
+            with pytest.raises(grpc.RpcError) as refused:
+                list(channel.unary_stream(path)(b"\xff", metadata=metadata))
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, metadata
+            assert KEYS[0] not in (refused.value.details() or "")
+        with pytest.raises(grpc.RpcError) as passed:
+            key = (("authorization", f"Bearer {KEYS[1]}"),)
+            list(channel.unary_stream(path)(b"\xff", metadata=key))
+        codes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+        assert passed.value.code() in codes
+
+
+def test_L28_key_timing_all_keys_are_compared_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+
+    class Counting:
+        @staticmethod
+        def compare_digest(one: bytes, other: bytes) -> bool:
+            calls.append(len(one) * 1000 + len(other))
+            return hmac.compare_digest(one, other)
+
+    monkeypatch.setattr(keys_module, "hmac", Counting)
+    keys = ApiKeys(KEYS)
+    for given, is_good in (
+        (f"Bearer {KEYS[0]}", True),  # the first matches: the others are compared all the same
+        (f"Bearer {KEYS[2]}", True),
+        ("Bearer x", False),
+        ("Bearer " + "x" * 100_000, False),
+        (None, False),
+        (KEYS[0], False),
+    ):
+        calls.clear()
+        assert keys.accept(given) is is_good
+        assert calls == [32032] * len(KEYS)  # digests: one length, whatever the key's
+
+
+def test_health_is_open(guarded: str) -> None:
+    with grpc.insecure_channel(guarded) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        reply = stub.Check(health_pb2.HealthCheckRequest())
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        assert next(stub.Watch(health_pb2.HealthCheckRequest())).status == reply.status
+
+
+def test_a_name_like_health_s_is_not_open(guarded: str) -> None:
+    with grpc.insecure_channel(guarded) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/grpc.health.v1.HealthOf/Check")(b"")
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_client_with_each_key_and_without(guarded: str) -> None:
+    for key in KEYS:
+        with octavo.Client(guarded, api_key=key) as client:
+            assert answer(client) == 3
+            assert not client.abort("nobody")
+    for key in (None, "nobody's-key"):
+        with octavo.Client(guarded, api_key=key) as client:
+            with pytest.raises(ClientError) as refused:
+                answer(client)
+            assert (refused.value.code, refused.value.retryable) == ("UNAUTHENTICATED", False)
+            with pytest.raises(ClientError, match="UNAUTHENTICATED"):
+                client.abort("nobody")
+    for wrong in ("a\nb", "ü", 5):
+        with pytest.raises(ClientError, match="api_key"):
+            octavo.Client(guarded, api_key=wrong)  # type: ignore[arg-type]
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# ours\n{KEYS[0]}\n\n  {KEYS[1]}  \n")
+    both = read_keys(path, {"OCTAVO_API_KEYS": f"{KEYS[2]}, another-key-4"})
+    assert both is not None
+    assert all(both.accept(f"Bearer {key}") for key in (*KEYS, "another-key-4"))
+    assert not both.accept("Bearer # ours") and not both.accept("Bearer ")
+    assert read_keys(None, {}) is None
+    alone = read_keys(None, {"OCTAVO_API_KEYS": KEYS[0]})
+    assert alone is not None and alone.accept(f"Bearer {KEYS[0]}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "has no key"),
+        ("# nothing\n", "has no key"),
+        ("short\n", "8 characters"),
+        ("with a space in it\n", "without spaces"),
+        ("schlüssel-0001\n", "ASCII"),
+        (None, "cannot be read"),
+    ],
+)
+def test_keys_that_cannot_be(tmp_path: Path, content: str | None, words: str) -> None:
+    """An operator who asked for keys never gets an open server; no key is told."""
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=words) as told:
+        read_keys(path, {})
+    text = str(told.value).replace(str(path), "")
+    assert all(line not in text for line in (content or "").splitlines())
+    with pytest.raises(ConfigError):
+        read_keys(None, {"OCTAVO_API_KEYS": " , "})
+
+
+# TLS.
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A certificate and its key, also as files."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+    cert_file: Path
+    key_file: Path
+
+
+def make_pair(folder: Path, name: str, signer: Pair | None = None) -> Pair:
+    """A CA where nobody signs it; else a certificate for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject if signer is None else signer.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key if signer is None else signer.key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    files = folder / f"{name}.pem", folder / f"{name}.key"
+    files[0].write_bytes(certificate.public_bytes(pem))
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    files[1].write_bytes(key.private_bytes(pem, *plain))
+    return Pair(certificate, key, *files)
+
+
+@dataclass(frozen=True)
+class Certificates:
+    folder: Path
+    ca: Pair
+    server: Pair
+    client: Pair
+    stranger: Pair  # signed by nobody that is trusted
+
+    @property
+    def client_files(self) -> tuple[Path, Path]:
+        """Its key and its certificate."""
+        return self.client.key_file, self.client.cert_file
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    folder = tmp_path_factory.mktemp("tls")
+    ca = make_pair(folder, "ca")
+    other = make_pair(folder, "other")
+    pairs = [make_pair(folder, name, ca) for name in ("server", "client")]
+    return Certificates(folder, ca, *pairs, make_pair(folder, "stranger", other))
+
+
+def fails(address: str, tls: octavo.Tls | bool) -> None:
+    with octavo.Client(address, tls=tls) as client, pytest.raises(ClientError) as refused:
+        answer(client)
+    assert refused.value.code == "UNAVAILABLE"
+
+
+def test_tls(served: Served, made: Certificates) -> None:
+    trusting = octavo.Tls(ca=made.ca.cert_file)
+    with served.another(tls=TlsFiles(made.server.cert_file, made.server.key_file)) as address:
+        with octavo.Client(address, tls=trusting) as client:
+            assert answer(client) == 3
+        fails(address, False)
+        fails(address, True)  # this machine trusts no such CA
+        fails(address, octavo.Tls(ca=made.folder / "other.pem"))
+        fails(address, octavo.Tls(ca=made.ca.cert_file, server_name="elsewhere.example"))
+    fails(served.address, trusting)  # a server that talks no TLS
+
+
+def test_mutual_tls_beside_keys(served: Served, made: Certificates) -> None:
+    files = TlsFiles(made.server.cert_file, made.server.key_file, made.ca.cert_file)
+    ca, own, stranger = made.ca.cert_file, made.client, made.stranger
+    known = octavo.Tls(ca=ca, cert=own.cert_file, key=own.key_file)
+    with served.another(ApiKeys(KEYS), files) as address:
+        with octavo.Client(address, tls=known, api_key=KEYS[0]) as client:
+            assert answer(client) == 3
+        with octavo.Client(address, tls=known) as client, refused():
+            answer(client)
+        fails(address, octavo.Tls(ca=ca))
+        fails(address, octavo.Tls(ca=ca, cert=stranger.cert_file, key=stranger.key_file))
+
+
+@pytest.mark.parametrize("with_ca", [True, False])
+def test_a_certificate_is_as_good_as_a_key_to_drain(
+    served: Served, made: Certificates, monkeypatch: pytest.MonkeyPatch, with_ca: bool
+) -> None:
+    """On this machine all may, so as if it were another."""
+    monkeypatch.setattr(control, "HERE", ("elsewhere",))
+    client_ca = made.ca.cert_file if with_ca else None
+    files = TlsFiles(made.server.cert_file, made.server.key_file, client_ca)
+    read = (path.read_bytes() for path in (made.ca.cert_file, *made.client_files))
+    credentials = grpc.ssl_channel_credentials(*read)
+    with served.another(tls=files) as address, grpc.secure_channel(address, credentials) as channel:
+        drain = octavo_pb2_grpc.ControlStub(channel).Drain
+        if with_ca:
+            assert drain(pb.DrainRequest()).num_running == 0
+            return
+        with pytest.raises(grpc.RpcError) as denied:
+            drain(pb.DrainRequest())
+        assert denied.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_the_client_s_files(made: Certificates) -> None:
+    with pytest.raises(ClientError, match="/no/such"):
+        octavo.Client(tls=octavo.Tls(ca="/no/such"))
+    for wrong in (octavo.Tls(cert=made.client.cert_file), "yes"):
+        with pytest.raises(ClientError, match="tls: must be"):
+            octavo.Client(tls=wrong)  # type: ignore[arg-type]
+
+
+def presented(address: str, ca: Path) -> int:
+    """The serial number of the certificate that a new connection gets."""
+    context = ssl.create_default_context(cafile=str(ca))
+    context.check_hostname = False
+    context.set_alpn_protocols(["h2"])
+    host, port = address.split(":")
+    plain = socket.create_connection((host, int(port)), 10)
+    with context.wrap_socket(plain) as wrapped:
+        data = wrapped.getpeercert(binary_form=True)
+    assert data is not None
+    return x509.load_der_x509_certificate(data).serial_number
+
+
+def test_certificates_are_reloaded_and_broken_ones_are_not(
+    served: Served, made: Certificates, tmp_path: Path
+) -> None:
+    old = make_pair(tmp_path, "server", made.ca)
+    trusting = octavo.Tls(ca=made.ca.cert_file)
+    with served.another(tls=TlsFiles(old.cert_file, old.key_file)) as address:
+        with octavo.Client(address, tls=trusting) as before:
+            assert answer(before) == 3
+            assert presented(address, made.ca.cert_file) == old.certificate.serial_number
+            fresh = make_pair(tmp_path, "server", made.ca)
+            wait_for(
+                lambda: presented(address, made.ca.cert_file) == fresh.certificate.serial_number
+            )
+            assert answer(before) == 3  # a connection that stands goes on
+        for spoil in (b"junk", made.client.key_file.read_bytes()):  # torn, and of another pair
+            old.key_file.write_bytes(spoil)
+            assert presented(address, made.ca.cert_file) == fresh.certificate.serial_number
+        old.key_file.unlink()
+        with octavo.Client(address, tls=trusting) as after:
+            assert answer(after) == 3
+
+
+def test_tls_files_that_cannot_be(made: Certificates, tmp_path: Path) -> None:
+    cert, key = made.server.cert_file, made.server.key_file
+    assert read_tls(None, None, None) is None
+    for given in ((cert, None, None), (None, key, None), (None, None, cert)):
+        with pytest.raises(ConfigError, match="give both"):
+            read_tls(*given)
+    junk = tmp_path / "junk"
+    junk.write_text("junk")
+    for given in (
+        (junk, key, None),
+        (cert, junk, None),
+        (cert, made.client.key_file, None),
+        (cert, key, junk),
+        (cert, tmp_path / "nothing", None),
+    ):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_tls(*given)
+
+
+def test_octavo_serve_with_all_of_it(
+    checkpoint: Path, made: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_API_KEYS", KEYS[1])
+    path = tmp_path / "keys"
+    path.write_text(KEYS[0])
+    options = ["--api-key-file", path, "--tls-cert", made.server.cert_file]
+    options += ["--tls-key", made.server.key_file, "--tls-client-ca", made.ca.cert_file]
+    server = start(checkpoint, *map(str, options))
+    own = made.client
+    tls = octavo.Tls(ca=made.ca.cert_file, cert=own.cert_file, key=own.key_file)
+    for key in KEYS[:2]:
+        with octavo.Client(server.address, api_key=key, tls=tls) as client:
+            assert answer(client) == 3
+    with octavo.Client(server.address, api_key=KEYS[2], tls=tls) as client, refused():
+        answer(client)
+    for pid in server.worker_pids:  # keys are the front end's alone
+        assert KEYS[1].encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+    assert server.end() == 0
+    assert not any(key in server.text() for key in KEYS)

@@ -1,0 +1,764 @@
+"""The OpenAI-compatible door, as the `openai` package and plain HTTP clients meet it."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import ipaddress
+import json
+import os
+import random
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from PIL import Image
+
+import octavo
+from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.tiny_server import Served, start, wait_for
+from octavo.engine.config import EMBEDDED_MODEL
+from octavo.engine.server import http_guard
+from octavo.engine.server.http_server import HttpServer
+from octavo.engine.server.keys import ApiKeys
+from octavo.engine.server.openai_logprobs import write_logprobs
+from octavo.engine.server.openai_request import NEUTRAL, PARAMS
+from octavo.engine.server.tls import TlsFiles
+from octavo.engine.server.work import Work
+
+KEYS = ("the-first-key", "the-second-key")
+CANVAS = (160, 120)
+WHO = [{"role": "user", "content": "Who are you?"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+LONG = {"temperature": 0, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+LONG_BODY = {"messages": WHO, "temperature": 0, "max_tokens": 900, "ignore_eos": True}
+JSON = {"content-type": "application/json"}
+NUM_PLACES = 3  # requests that run or wait
+
+
+class Door(Served):
+    """An engine with both of its doors, in this process."""
+
+    async def _start(self) -> None:
+        await super()._start()
+        self.http = HttpServer("127.0.0.1", 0, ApiKeys(KEYS))
+        self.url = f"http://{await self.http.start(self.engine, Work())}"
+
+    def close(self) -> None:
+        self.run(self.http.drain(1.0))
+        super().close()
+
+
+@pytest.fixture(scope="module")
+def door() -> Iterator[Door]:
+    door = Door(
+        EMBEDDED_MODEL,
+        dtype="float32",
+        max_model_len=1024,
+        kv_cache_memory_bytes=64 << 20,
+        max_num_seqs=NUM_PLACES - 1,
+        max_queue_len=1,
+        allowed_media_paths=(),
+    )
+    yield door
+    door.wait_empty()
+    door.close()
+
+
+@pytest.fixture
+def client(door: Door) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{door.url}/v1", api_key=KEYS[1], max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def raw(door: Door) -> Iterator[httpx2.Client]:
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    with httpx2.Client(base_url=door.url, headers=headers, timeout=30) as client:
+        yield client
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def star() -> str:
+    buffer = io.BytesIO()
+    draw_shape(np.random.default_rng(20), CANVAS, "purple", "star").image.save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "image/png")
+
+
+def ask(question: str, *parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def image(**more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": star(), **more}}
+
+
+def error_in(response: httpx2.Response) -> dict[str, Any]:
+    """An error in OpenAI's form, and nothing else."""
+    body = response.json()
+    assert list(body) == ["error"], body
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    return body["error"]
+
+
+# Answers
+
+
+def test_streamed_whole_and_grpc_are_the_same(door: Door, client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY)
+    with octavo.Client(door.address) as grpc_client:
+        grpc_text = "".join(delta.text for delta in grpc_client.chat(WHO, **GREEDY))
+    chunks = list(
+        client.chat.completions.create(model="embedded", messages=WHO, stream=True, **GREEDY)
+    )
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert "Octavo" in grpc_text
+    assert grpc_text == whole.choices[0].message.content == streamed
+    assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+    assert whole.choices[0].finish_reason == "stop"
+    assert len(chunks) > 5 and len({chunk.id for chunk in chunks}) == 1
+    assert (whole.object, chunks[0].object) == ("chat.completion", "chat.completion.chunk")
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_usage_comes_last_when_asked(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY)
+    *rest, last = client.chat.completions.create(
+        model="embedded",
+        messages=WHO,
+        stream=True,
+        stream_options={"include_usage": True},
+        **GREEDY,
+    )
+    assert last.choices == [] and last.usage is not None and whole.usage is not None
+    assert last.usage.total_tokens == whole.usage.total_tokens
+    assert last.usage.completion_tokens == len(rest) > 5
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens > 5
+    assert last.usage.prompt_tokens_details.cached_tokens == 16
+    assert all(chunk.usage is None for chunk in rest)
+
+
+def test_an_image_and_a_video_are_seen(client: openai.OpenAI, tmp_path: Path) -> None:
+    path = tmp_path / "moving.mp4"
+    rng = np.random.default_rng(20)
+    save_mp4(path, [each.image for each in draw_motion(rng, CANVAS, "left", 8)])
+    video = data_uri(path.read_bytes(), "video/mp4")
+    which_way = "Which way does the shape move?"
+    for part, question, right in (
+        (image(), "What color is the shape?", "purple"),
+        (image(detail="low"), "What shape is it?", "star"),
+        ({"type": "image_url", "image_url": star()}, "What shape is it?", "star"),
+        ({"type": "image", "image": star()}, "What shape is it?", "star"),
+        ({"type": "video_url", "video_url": {"url": video}}, which_way, "left"),
+        ({"type": "video", "video": video}, which_way, "left"),
+    ):  # fmt: skip
+        answer = client.chat.completions.create(
+            model="embedded", messages=ask(question, part), **GREEDY
+        )
+        assert answer.choices[0].message.content.strip() == right, part["type"]
+
+
+def test_options_beside_the_url_count(raw: httpx2.Client) -> None:
+    """Inside the object or around it; the answer says what was made of the item."""
+
+    def tokens_of(part: dict[str, Any]) -> int:
+        body = {"messages": ask("?", part), "max_tokens": 1}
+        media = raw.post("/v1/chat/completions", json=body).json()["media"]
+        assert media[0]["kind"] == "image"
+        return media[0]["num_tokens"]
+
+    small, least = {"max_pixels": 3136, "min_pixels": 784}, {"min_pixels": 784}
+    assert tokens_of(image(**small)) == tokens_of(image() | small) <= 4
+    assert tokens_of(image(**least)) > 4
+    large = {"resized_height": 560, "resized_width": 560}
+    assert tokens_of(image(**large)) == 400
+    assert tokens_of(image(detail="low", **large)) == 400
+
+
+def test_n_answers_and_a_seed(client: openai.OpenAI) -> None:
+    wild = {"temperature": 3.0, "max_tokens": 12, "extra_body": {"top_k": 0, "ignore_eos": True}}
+    both = client.chat.completions.create(model="embedded", messages=WHO, n=2, seed=7, **wild)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    alone = [
+        client.chat.completions.create(model="embedded", messages=WHO, seed=7 + i, **wild)
+        for i in range(2)
+    ]
+    texts = [choice.message.content for choice in both.choices]
+    assert texts == [each.choices[0].message.content for each in alone]
+    assert texts[0] != texts[1]
+    streamed = ["", ""]
+    for chunk in client.chat.completions.create(
+        model="embedded", messages=WHO, n=2, seed=7, stream=True, **wild
+    ):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_stop_ends_before_it(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY)
+    text = whole.choices[0].message.content
+    assert " model" in text
+    for stop in (" model", ["nowhere", " model"]):
+        cut = client.chat.completions.create(model="embedded", messages=WHO, stop=stop, **GREEDY)
+        assert cut.choices[0].message.content == text.partition(" model")[0]
+        assert cut.choices[0].finish_reason == "stop"
+
+
+def test_both_names_of_the_longest_answer(client: openai.OpenAI, raw: httpx2.Client) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = client.chat.completions.create(
+            model="embedded", messages=WHO, temperature=0, **{name: 3}
+        )
+        assert answer.usage.completion_tokens == 3
+        assert answer.choices[0].finish_reason == "length"
+    body = {"messages": WHO, "max_tokens": 3, "max_completion_tokens": 4}
+    assert "one of them" in error_in(raw.post("/v1/chat/completions", json=body))["message"]
+
+
+def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+    """With all that the client's own object has, and OpenAI's newer name for system."""
+    first = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY)
+    message = first.choices[0].message.model_dump()
+    assert None in message.values()
+    talk = [{"role": "developer", "content": "Be short."}, *WHO, message, *WHO]
+    system = [{"role": "system", "content": "Be short."}, *talk[1:]]
+    one, other = (
+        client.chat.completions.create(model="embedded", messages=each, **GREEDY)
+        for each in (talk, system)
+    )
+    assert one.choices[0].message.content == other.choices[0].message.content
+    assert one.usage.prompt_tokens == other.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_completions_of_every_form_of_prompt(client: openai.OpenAI, raw: httpx2.Client) -> None:
+    def texts(prompt: Any, **more: Any) -> list[str]:
+        found = client.completions.create(
+            model="embedded", prompt=prompt, temperature=0, max_tokens=8, **more
+        )
+        assert [choice.index for choice in found.choices] == list(range(len(found.choices)))
+        assert found.object == "text_completion"
+        return [choice.text for choice in found.choices]
+
+    prompts = ["How many shapes", "What color"]
+    ids = [raw.post("/tokenize", json={"prompt": each}).json()["tokens"] for each in prompts]
+    alone = [texts(each)[0] for each in prompts]
+    assert alone[0] != alone[1]
+    assert texts(prompts) == texts(ids) == alone == [texts(each)[0] for each in ids]
+    assert texts(prompts, n=2) == [alone[0]] * 2 + [alone[1]] * 2
+    streamed = ["", ""]
+    for chunk in client.completions.create(
+        model="embedded", prompt=prompts, temperature=0, max_tokens=8, stream=True
+    ):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == alone
+    body = {"prompt": "What", "temperature": 0, "ignore_eos": True}
+    assert raw.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
+
+
+def test_tokens_and_back(door: Door, raw: httpx2.Client) -> None:
+    reader = door.engine.engine.processor.reader
+    text = "Who are you? <|im_end|> 東京"
+    told = raw.post("/tokenize", json={"prompt": text}).json()
+    assert told["tokens"] == reader.tokenizer.encode_marked(text)
+    assert (told["count"], told["max_model_len"]) == (len(told["tokens"]), 1024)
+    back = raw.post("/detokenize", json={"tokens": told["tokens"]}).json()
+    assert back == {"prompt": text}
+    plain = raw.post("/tokenize", json={"model": "embedded", "messages": WHO}).json()["tokens"]
+    assert plain == list(reader.read(WHO).token_ids)
+    seen = raw.post("/tokenize", json={"messages": ask("Who are you?", image())}).json()["tokens"]
+    assert len(seen) == len(plain) + 3  # begin of an image, its placeholder, end
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["embedded"]
+    assert client.models.retrieve("embedded").owned_by == "octavo"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+
+
+# What is refused
+
+
+def _body(**more: Any) -> dict[str, Any]:
+    return {"messages": WHO, "max_tokens": 2, **more}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "messages", "must be a list"),
+        ({"messages": []}, "messages", "must be 1 to"),
+        ({"messages": ["x"]}, "messages[0]", "must be an object"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "user"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "a list of parts"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "parts"),
+        ({"messages": [{**WHO[0], "name": "me"}]}, "messages[0]", "'name' is unknown"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, None, "tools"),
+        ({"messages": ask("\ud800")}, None, "surrogate"),
+        ({"messages": ask("?", {"type": "input_audio"})}, None, "image_url or video_url"),
+        ({"messages": ask("?", {"type": ["image"]})}, None, "image_url or video_url"),
+        ({"messages": ask("?", {"type": "image_url"})}, None, "must be a URL"),
+        ({"messages": ask("?", {"type": "image_url", "image_url": {"url": [1]}})}, None, "URL"),
+        ({"messages": ask("?", {"type": "image", "image": [[[1, 2, 3]]]})}, None, "must be a URL"),
+        ({"messages": ask("?", {"type": "video", "video": [1]})}, None, "the frames"),
+        ({"messages": ask("?", image(detail="huge"))}, None, "auto, low or high"),
+        ({"messages": ask("?", image(detail=["low"]))}, None, "auto, low or high"),
+        ({"messages": ask("?", image(max_pixel=1))}, None, "'max_pixel' is no option"),
+        ({"messages": ask("?", image(image="x"))}, None, "is no option"),
+        ({"messages": ask("?", image(max_pixels=1 << 20) | {"max_pixels": 1})}, None, "twice"),
+        ({"messages": ask("?", image() | {"url": "x"})}, None, "twice"),
+        ({"messages": ask("?", image(max_pixels=-1))}, None, "max_pixels"),
+        ({"messages": ask("?", image(url="http://a.b/c.png"))}, None, "--allow-media-domains"),
+        ({"messages": ask("?", image(url="/etc/passwd"))}, None, "reads no files"),
+        ({"messages": ask("?", image(url="file:///etc/passwd"))}, None, "reads no files"),
+        ({"messages": ask("?", image(url="data:image/png;base64,AAAA"))}, None, "not an image"),
+        (_body(temperature=-1), "temperature", "temperature=-1"),
+        (_body(temperature="hot"), "temperature", "finite number"),
+        (_body(top_p=0), "top_p", "temperature=0 is greedy"),
+        (_body(max_tokens=0), "max_tokens", "from 1"),
+        (_body(max_tokens=True), "max_tokens", "whole number"),
+        (_body(n=0), "n", "from 1"),
+        (_body(n=1000), "n", "to 64"),
+        (_body(seed=-1), "seed", "from 0"),
+        (_body(stop=[""]), "stop", "characters each"),
+        (_body(stop={"a": 1}), "stop", "must be a list"),
+        (_body(ignore_eos="no"), "ignore_eos", "true or false"),
+        (_body(priority=10), "priority", "to 9"),
+        (_body(cache_salt=1), "cache_salt", "a text"),
+        (_body(timeout_s="soon"), "timeout_s", "finite number"),
+        (_body(stream="yes"), "stream", "true or false"),
+        (_body(stream_options={"include_usage": True}), "stream_options", "stream=true"),
+        (_body(stream=True, stream_options=[]), "stream_options", "an object"),
+        (_body(stream=True, stream_options={"include_usage": 1}), "include_usage", "true or false"),
+        (_body(stream=True, stream_options={"x": 1}), "stream_options.x", "unknown"),
+        (_body(model=3), "model", "must be a text"),
+        (_body(tools=[{"type": "function"}]), "tools", "does not have it yet"),
+        (_body(response_format={"type": "json_schema"}), "response_format", "not have it yet"),
+        (_body(modalities=["audio"]), "modalities", "does not have it yet"),
+        (_body(best=3), "best", "unknown"),
+        (_body(**{"x" * 20_000: 1}), None, "unknown"),
+        (_body(seed=10**400), "seed", "seed"),
+        ({"messages": ask("x" * 3000), "max_tokens": 1}, "prompt", "max_model_len"),
+    ],
+)
+def test_L27_bad_requests_are_told_the_field(
+    raw: httpx2.Client, body: dict[str, Any], param: str | None, words: str
+) -> None:
+    # json.dumps, since httpx2 has no half surrogates
+    response = raw.post("/v1/chat/completions", content=json.dumps(body), headers=JSON)
+    error = error_in(response)
+    assert response.status_code == 400, error
+    assert words in error["message"] and len(error["message"]) < 2100
+    assert error["type"] == "invalid_request_error"
+    assert param in (None, error["param"])
+
+
+def test_fields_that_ask_for_nothing_pass(raw: httpx2.Client) -> None:
+    nothing = {name: values[0] for name, values in NEUTRAL.items() if values}
+    labels = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s"}
+    nulls = dict.fromkeys([*NEUTRAL, *PARAMS, "stream_options", "priority", "model"])
+    expected = raw.post("/v1/chat/completions", json={"messages": WHO}).json()["choices"]
+    for more in (nothing, labels, nulls):
+        response = raw.post("/v1/chat/completions", json={**more, "messages": WHO})
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"] == expected
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_what_we_do_not_have_is_not_ignored(raw: httpx2.Client, name: str) -> None:
+    if name in PARAMS:
+        pytest.skip("we have it")
+    response = raw.post("/v1/chat/completions", json=_body(**{name: {"what": "ever"}}))
+    error = error_in(response)
+    assert (response.status_code, error["param"]) == (400, name)
+    assert error["code"] == "unsupported_parameter"
+
+
+def test_completions_are_checked(raw: httpx2.Client) -> None:
+    for prompt in (None, [], [[]], 3, {"a": 1}, [True, 2], [1.5], ["a", 3], [-1], [10**9], ""):
+        response = raw.post("/v1/completions", json={"prompt": prompt})
+        assert (response.status_code, bool(error_in(response)["param"])) == (400, True), prompt
+    response = raw.post("/v1/completions", json={"prompt": ["a"] * 65})
+    assert "at most 64" in error_in(response)["message"]
+    response = raw.post("/v1/completions", json={"prompt": "a", "echo": True})
+    assert error_in(response)["param"] == "echo"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b'{"a":NaN}', b"\xff", b"[" * 100_000])
+def test_L16_what_is_no_json_object(raw: httpx2.Client, body: bytes) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+        response = raw.post(path, content=body, headers=JSON)
+        assert response.status_code == 400
+        assert "JSON" in error_in(response)["message"]
+
+
+def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
+    """Every answer is one, or a refusal that names what is wrong."""
+    rng = random.Random(5)
+    odd = [None, True, -1, 0.5, "x", [], {}, [1], {"type": "text"}, [[]], "image_url", 1 << 70]
+    paths = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+
+    def mutate(value: Any) -> Any:
+        if rng.random() < 0.12:
+            return rng.choice(odd)
+        if isinstance(value, dict):
+            return {key: mutate(each) for key, each in value.items() if rng.random() < 0.95}
+        return [mutate(each) for each in value] if isinstance(value, list) else value
+
+    num_refused = 0
+    for _ in range(200):
+        body = {
+            **_body(messages=ask("?", image(max_pixels=3136)), top_p=1, stop=["x"], stream=False)
+        }
+        body |= rng.choice(({}, {"prompt": [[1, 2], "a"]}, {"tokens": [1, 2]}, {"prompt": "a"}))
+        if rng.random() < 0.5:
+            body.pop("messages")
+        response = raw.post(rng.choice(paths), json=mutate(body))
+        assert response.status_code in (200, 400), response.text
+        num_refused += response.status_code == 400
+        assert response.status_code == 200 or error_in(response)["message"]
+    assert 50 < num_refused < 200
+
+
+def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
+    with httpx2.Client(base_url=door.url) as nobody:
+        for path in ("/v1/models", "/v1/chat/completions", "/tokenize", "/no/such", "/"):
+            for method in ("GET", "POST"):
+                for header in ("", "Bearer", "Bearer x", f"Basic {KEYS[0]}", f"Bearer {KEYS[0]}x"):
+                    headers = {"authorization": header} if header else {}
+                    response = nobody.request(method, path, headers=headers)
+                    assert response.status_code == 401
+                    assert error_in(response)["code"] == "invalid_api_key"
+                    assert response.headers["www-authenticate"] == "Bearer"
+        assert nobody.get("/health").status_code == nobody.get("/ready").status_code == 200
+        headers = {"authorization": f"Bearer {KEYS[0]}"}
+        assert nobody.get("/v1/models", headers=headers).status_code == 200
+    with (
+        pytest.raises(openai.AuthenticationError),
+        openai.OpenAI(base_url=f"{door.url}/v1", api_key="wrong", max_retries=0) as wrong,
+    ):
+        wrong.models.list()
+
+
+def test_paths_methods_and_models_that_are_not(client: openai.OpenAI, raw: httpx2.Client) -> None:
+    for method, path, status in (
+        ("GET", "/no/such", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+    ):
+        response = raw.request(method, path, **({"json": {}} if method == "POST" else {}))
+        assert response.status_code == status
+        assert error_in(response)["message"]
+    with pytest.raises(openai.NotFoundError, match="another") as refused:
+        client.chat.completions.create(model="another", messages=WHO)
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_other_pages_of_a_browser_cannot_ask(raw: httpx2.Client) -> None:
+    """What a browser sends without asking first is not taken, and nobody else is invited."""
+    response = raw.post(
+        "/v1/completions", content=b'{"prompt":"x"}', headers={"origin": "http://x"}
+    )
+    assert response.status_code == 415 and "application/json" in error_in(response)["message"]
+    asked = {"origin": "http://x", "access-control-request-method": "POST"}
+    for response in (raw.get("/v1/models", headers={"origin": "http://x"}),
+                     raw.options("/v1/completions", headers=asked)):  # fmt: skip
+        assert not any(name.startswith("access-control") for name in response.headers)
+
+
+def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "MAX_BODY_BYTES", 100_000)
+    body = json.dumps(_body(user="x" * 100_000)).encode()
+    pieces = (body[at : at + 1000] for at in range(0, len(body), 1000))  # sent chunked
+    for content in (body, pieces):
+        response = raw.post("/v1/chat/completions", content=content, headers=JSON)
+        assert response.status_code == 413
+        assert error_in(response)["code"] == "request_too_large"
+    small = json.dumps(_body(user="x" * 90_000)).encode()
+    assert raw.post("/v1/chat/completions", content=small, headers=JSON).status_code == 200
+
+
+def test_L31_message_size(raw: httpx2.Client) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    part = image(url=data_uri(buffer.getvalue(), "image/bmp"), max_pixels=50176)
+    response = raw.post("/v1/chat/completions", json=_body(messages=ask("?", part)))
+    assert len(response.request.content) > 10_000_000
+    assert response.status_code == 200, response.text
+
+
+def test_a_full_queue_is_told_to_come_again(door: Door, client: openai.OpenAI) -> None:
+    create = client.chat.completions.create
+    streams = [
+        create(model="embedded", messages=WHO, stream=True, **LONG) for _ in range(NUM_PLACES - 1)
+    ]
+    waiting = threading.Thread(
+        target=lambda: create(model="embedded", messages=WHO, max_tokens=1), daemon=True
+    )
+    waiting.start()
+    wait_for(lambda: len(door.engine._streams) == NUM_PLACES)
+    for stream in (True, False):
+        with pytest.raises(openai.RateLimitError) as refused:
+            create(model="embedded", messages=WHO, stream=stream)
+        assert refused.value.code == "rate_limit_exceeded"
+        assert int(refused.value.response.headers["retry-after"]) > 0
+    for each in streams:
+        each.close()
+    waiting.join(30)
+    door.wait_empty()
+    create(model="embedded", messages=WHO, max_tokens=1)
+
+
+def test_time_that_runs_out(client: openai.OpenAI) -> None:
+    create = client.chat.completions.create
+    for stream in (True, False):
+        with pytest.raises(openai.InternalServerError) as late:
+            create(model="embedded", messages=WHO, stream=stream, extra_body={"timeout_s": 0.0})
+        assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    more = {**LONG, "extra_body": {"ignore_eos": True, "timeout_s": 0.3}}
+    texts = []
+    with pytest.raises(openai.APIError) as cut:  # an event of a stream that had begun
+        for chunk in create(model="embedded", messages=WHO, stream=True, **more):
+            texts.append(chunk.choices[0].delta.content)
+    assert cut.value.code == "deadline_exceeded"
+    assert len(texts) > 1
+
+
+def test_a_fault_of_ours_tells_nothing(
+    door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    async def fail(*given: Any, **named: Any) -> Any:
+        if fail.first:  # type: ignore[attr-defined]
+            yield octavo.engine.output.OutputDelta("x", text="a")  # type: ignore[attr-defined]
+        raise RuntimeError("the secret path /etc/x")
+
+    monkeypatch.setattr(door.engine, "generate", fail)
+    for stream, first in ((True, True), (True, False), (False, False)):
+        fail.first = first  # type: ignore[attr-defined]
+        response = raw.post("/v1/chat/completions", json=_body(stream=stream))
+        assert "secret" not in response.text and "server_error" in response.text
+        assert response.status_code == (200 if first else 500)
+        wait_for(lambda: "the secret path" in caplog.text)
+        caplog.clear()
+
+
+# Lives of requests
+
+
+def test_a_client_that_leaves_frees_its_request(door: Door, raw: httpx2.Client) -> None:
+    aborted: list[str] = []
+    abort = door.engine._steps.abort
+    door.engine._steps.abort = lambda key: (aborted.append(key), abort(key))[1]  # type: ignore
+    try:
+        with raw.stream(
+            "POST", "/v1/chat/completions", json={**LONG_BODY, "stream": True}
+        ) as lines:
+            next(lines.iter_lines())
+        door.wait_empty()
+        assert len(aborted) == 1
+        host, port = door.url.removeprefix("http://").split(":")
+        for body in (LONG_BODY, {"prompt": ["a", "b"], "max_tokens": 900, "ignore_eos": True}):
+            path = "chat/completions" if "messages" in body else "completions"
+            content = json.dumps(body)
+            with socket.create_connection((host, int(port))) as wire:
+                head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[1]}\r\n"
+                head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+                wire.sendall((head + content).encode())
+                wait_for(lambda: door.engine.engine.has_requests)
+            door.wait_empty()
+        assert len(aborted) == 4
+    finally:
+        door.engine._steps.abort = abort
+
+
+def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
+    named = {"extra_headers": {"x-request-id": "mine"}}
+    stream = client.chat.completions.create(
+        model="embedded", messages=WHO, stream=True, **LONG, **named
+    )
+    first = next(iter(stream))
+    assert first.id == "chatcmpl-mine"
+    assert stream.response.headers["x-request-id"] == "mine"
+    with pytest.raises(openai.ConflictError, match="in use"):
+        client.chat.completions.create(model="embedded", messages=WHO, **named)
+    with octavo.Client(door.address) as other:
+        assert other.abort("mine")
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "abort"
+    answer = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY, **named)
+    assert answer._request_id == "mine"
+    with pytest.raises(openai.BadRequestError, match="x-request-id"):
+        client.chat.completions.create(
+            model="embedded", messages=WHO, extra_headers={"x-request-id": "x" * 300}
+        )
+
+
+def test_many_clients_at_once(door: Door, client: openai.OpenAI) -> None:
+    def talk() -> None:
+        for chunk in client.chat.completions.create(
+            model="embedded", messages=WHO, stream=True, **GREEDY
+        ):
+            texts[threading.get_ident()] = texts.get(threading.get_ident(), "") + (
+                chunk.choices[0].delta.content or ""
+            )
+
+    texts: dict[int, str] = {}
+    threads = [threading.Thread(target=talk) for _ in range(NUM_PLACES)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(texts) == NUM_PLACES and len(set(texts.values())) == 1
+
+
+def certificate(folder: Path) -> TlsFiles:
+    """A new pair that signs itself, over the former one's files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name)
+    made = made.public_key(key.public_key()).serial_number(x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(days=1))
+    made = made.not_valid_after(now + datetime.timedelta(days=1))
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    files = TlsFiles(folder / "cert.pem", folder / "key.pem")
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    files.cert.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    files.key.write_bytes(key.private_bytes(pem, *plain))
+    return files
+
+
+def test_tls_is_for_both_doors_and_is_reloaded(door: Door, tmp_path: Path) -> None:
+    files = certificate(tmp_path)
+    server = HttpServer("127.0.0.1", 0, None, files)
+    url = f"https://{door.run(server.start(door.engine, Work()))}"
+
+    def asks() -> int:
+        context = ssl.create_default_context(cafile=str(files.cert))
+        return httpx2.get(f"{url}/ready", verify=context).status_code
+
+    assert asks() == 200
+    old = ssl.create_default_context(cafile=str(files.cert))
+    certificate(tmp_path)
+    assert asks() == 200
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/ready", verify=old)
+    new = ssl.create_default_context(cafile=str(files.cert))
+    files.key.write_text("torn")
+    assert httpx2.get(f"{url}/ready", verify=new).status_code == 200
+    with pytest.raises(httpx2.HTTPError):
+        httpx2.get(url.replace("https", "http") + "/ready")
+    door.run(server.drain(1.0))
+    certificate(tmp_path)  # mutual: who brings no certificate is nobody
+    server = HttpServer("127.0.0.1", 0, None, TlsFiles(files.cert, files.key, files.cert))
+    url = f"https://{door.run(server.start(door.engine, Work()))}"
+    with pytest.raises(httpx2.HTTPError):
+        asks()
+    context = ssl.create_default_context(cafile=str(files.cert))
+    context.load_cert_chain(files.cert, files.key)
+    assert httpx2.get(f"{url}/ready", verify=context).status_code == 200
+    door.run(server.drain(1.0))
+
+
+# The process
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
+    """New ones are refused meanwhile, on connections old and new."""
+    server = start(checkpoint, "--http-port", "0")
+    url = f"http://{server.http_address}"
+    with httpx2.Client(base_url=url, timeout=30) as raw:
+        assert raw.get("/v1/models").json()["data"][0]["id"] == checkpoint.name
+        assert raw.get("/ready").status_code == 200
+        body = {**LONG_BODY, "stream": True}
+        with raw.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 503)
+            assert raw.get("/ready").json()["error"]["code"] == "unavailable"
+            refused = raw.post("/v1/chat/completions", json=_body())
+            assert (refused.status_code, error_in(refused)["code"]) == (503, "unavailable")
+            assert refused.headers["retry-after"]
+            assert raw.get("/health").status_code == raw.get("/v1/models").status_code == 200
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.process.wait(30) == 0, server.text()
+    assert "Traceback" not in server.text()
+
+
+def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
+    server = start(checkpoint, "--http-port", "0", "--max-restarts", "0")
+    with openai.OpenAI(base_url=f"http://{server.http_address}/v1", api_key="any") as client:
+        stream = iter(
+            client.chat.completions.create(model=checkpoint.name, messages=WHO, stream=True, **LONG)
+        )
+        next(stream)
+        os.kill(server.worker_pids[0], signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="the engine stopped") as gone:
+            list(stream)
+    assert gone.value.code == "unavailable"
+    assert server.process.wait(30) == 1
+
+
+def test_a_door_that_cannot_open_says_why(door: Door) -> None:
+    port = door.url.rpartition(":")[2]
+    block = "import sys; sys.modules['{}'] = None\nfrom octavo.engine.cli import main\nmain()"
+    for module, given, words in (
+        ("no_module", port, f"{port}: the address is in use"),
+        ("starlette", "0", "pip install octavo[http]"),
+        ("uvicorn", "0", "pip install octavo[http]"),
+    ):
+        command = [sys.executable, "-P", "-c", block.format(module)]
+        more = ["serve", "--port", "0", "--http-port", given]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_log_probabilities_in_both_forms() -> None:
+    words = {1: "a", 2: "東", 3: "\ufffd"}
+    entries = [SimpleNamespace(token_id=1, logprob=-0.5, top={2: -0.1, 3: -2.0})]
+    chat = write_logprobs(entries, lambda ids: words[ids[0]], is_chat=True)
+    assert chat is not None and len(chat["content"]) == 1
+    top = chat["content"][0].pop("top_logprobs")
+    assert chat["content"][0] == {"token": "a", "logprob": -0.5, "bytes": [97]}
+    assert top[0] == {"token": "東", "logprob": -0.1, "bytes": [230, 157, 177]}
+    assert top[1]["bytes"] is None  # a part of a character
+    assert write_logprobs(entries, lambda ids: words[ids[0]], is_chat=False) == {
+        "tokens": ["a"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"東": -0.1, "\ufffd": -2.0}],
+    }
+    assert write_logprobs([], lambda ids: "", is_chat=True) is None
