@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,8 +162,6 @@ def serve(
     """
     settings = locals()
     door = {name: settings.pop(name) for name in DOOR_OPTIONS}
-    # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with user_errors():
         status = serve_model(settings, **door)
     raise typer.Exit(status)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ def serve_model(
     from .server.tls import read_tls
     from .server.watch import watched
 
+    # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     set_up_logs(log_format)
     keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
     for name in ("allowed_media_domains", "allowed_media_paths"):

@@ -111,12 +111,19 @@ def never_stops(self: Scheduler, request: Request, token: int) -> Any:
     return update
 
 
+def draws_early(self: StepDraft, request: Request, count: int, left: int) -> None:
+    ready, request.num_ready_tokens = request.num_ready_tokens, ALL_TOKENS
+    add_row(self, request, count, left)
+    request.num_ready_tokens = ready
+
+
 def ready_at_once(self: Request) -> None:
     self.num_ready_units, self.num_ready_tokens = 0, ALL_TOKENS
 
 
 find_prefix, copy_on_write = Planner._find_prefix, BlockManager.copy_on_write
 free, append = BlockManager.free, Scheduler._append
+add_row = StepDraft.add_row
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a block's hash leaves out the media": (block_hash, "overlapping", no_units),
@@ -134,9 +141,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "cuts are not made before a unit": (Planner, "_cut", lambda self, r, start, count, d: count),
     "the first is preempted": (Planner, "_get_blocks", takes_the_first),
     "stop tokens are not seen": (Scheduler, "_append", never_stops),
-    "a prompt draws before its last frames": (
-        Request, "awaits_media", property(lambda self: False)
-    ),
+    "a prompt draws before its last frames": (StepDraft, "add_row", draws_early),
     "tokens run ahead of their frames": (Request, "_count_ready", ready_at_once),
 }  # fmt: skip
 
