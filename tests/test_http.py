@@ -428,7 +428,7 @@ def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
         return [mutate(each) for each in value] if isinstance(value, list) else value
 
     num_refused = 0
-    for _ in range(200):
+    for _ in range(100):
         body = {
             **_body(messages=ask("?", image(max_pixels=3136)), top_p=1, stop=["x"], stream=False)
         }
@@ -439,7 +439,7 @@ def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
         assert response.status_code in (200, 400), response.text
         num_refused += response.status_code == 400
         assert response.status_code == 200 or error_in(response)["message"]
-    assert 50 < num_refused < 200
+    assert 25 < num_refused < 100
 
 
 def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
@@ -701,7 +701,7 @@ def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
     with httpx2.Client(base_url=url, timeout=30) as raw:
         assert raw.get("/v1/models").json()["data"][0]["id"] == checkpoint.name
         assert raw.get("/ready").status_code == 200
-        body = {**LONG_BODY, "stream": True}
+        body = {**LONG_BODY, "stream": True, "max_tokens": 500}  # well within the grace
         with raw.stream("POST", "/v1/chat/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
