@@ -452,9 +452,13 @@ def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
                     assert response.status_code == 401
                     assert error_in(response)["code"] == "invalid_api_key"
                     assert response.headers["www-authenticate"] == "Bearer"
+        assert nobody.get("/metrics").status_code == 401
         assert nobody.get("/health").status_code == nobody.get("/ready").status_code == 200
         headers = {"authorization": f"Bearer {KEYS[0]}"}
         assert nobody.get("/v1/models", headers=headers).status_code == 200
+        metrics = nobody.get("/metrics", headers=headers)
+        assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert "octavo_requests_running" in metrics.text
     with (
         pytest.raises(openai.AuthenticationError),
         openai.OpenAI(base_url=f"{door.url}/v1", api_key="wrong", max_retries=0) as wrong,

@@ -525,7 +525,7 @@ def chat(*arguments: str) -> str:
 
 def test_the_command_line(llm: octavo.LLM, served: Served, checkpoint: Path, files: Path) -> None:
     """Of a server, and of a model loaded here."""
-    params = replace(PARAMS, ignore_eos=None)
+    params = replace(PARAMS, ignore_eos=False)
     path, clip = files / "a picture.png", files / "a clip.mp4"
     pictures = [str(path), file_uri(path), data_uri(path.read_bytes(), "image/png")]
     options = ["--image-option", "max_pixels=3136"]

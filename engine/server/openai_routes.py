@@ -25,6 +25,7 @@ from ..output import Output, OutputDelta, Usage
 from .errors import Refused, fault_in
 from .http_error import api_error, error_of
 from .metadata import read_metadata
+from .metrics import CONTENT_TYPE, metrics_text
 from .openai_messages import read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm
@@ -59,6 +60,7 @@ class Routes:
             Route("/v1/models/{name:path}", self.one_model),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/metrics", self.metrics),
             Route("/health", self.health),
             Route("/ready", self.ready),
         ]
@@ -133,6 +135,11 @@ class Routes:
         if not isinstance(tokens, list):
             raise InputError("tokens", "must be a list of token ids")
         return _json({"prompt": await self.engine.detokenize(tokens)})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus, in its text form."""
+        text = metrics_text(self.engine.engine.stats)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def health(self, request: Request) -> Response:
         """The process lives."""
