@@ -386,9 +386,25 @@ def test_fields_that_ask_for_nothing_pass(raw: httpx2.Client) -> None:
         assert response.json()["choices"] == expected
 
 
+def test_log_probabilities_in_openai_s_form(door: Door, raw: httpx2.Client) -> None:
+    """Streamed and whole the same; greedy tokens are the likeliest of those told of."""
+    body = {**_body(messages=WHO), "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    whole = raw.post("/v1/chat/completions", json=body).json()["choices"][0]
+    entries = whole["logprobs"]["content"]
+    assert entries and all(len(entry["top_logprobs"]) == 2 for entry in entries)
+    for entry in entries:
+        likeliest = entry["top_logprobs"][0]
+        assert (entry["token"], entry["logprob"]) == (likeliest["token"], likeliest["logprob"])
+        assert entry["logprob"] <= 0
+    bare = raw.post("/v1/chat/completions", json={**body, "logprobs": False, "top_logprobs": 0})
+    assert bare.json()["choices"][0]["logprobs"] is None
+    refused = raw.post("/v1/chat/completions", json={**body, "logprobs": False})
+    assert error_in(refused)["param"] == "top_logprobs"
+
+
 @pytest.mark.parametrize("name", sorted(NEUTRAL))
 def test_what_we_do_not_have_is_not_ignored(raw: httpx2.Client, name: str) -> None:
-    if name in PARAMS:
+    if name in PARAMS or name == "top_logprobs":
         pytest.skip("we have it")
     response = raw.post("/v1/chat/completions", json=_body(**{name: {"what": "ever"}}))
     error = error_in(response)

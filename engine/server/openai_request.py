@@ -84,8 +84,7 @@ def read_chat(body: Mapping[str, Any], model: str) -> Asked:
         if given.get("max_tokens") not in (None, newer):
             raise InputError("max_completion_tokens", "is max_tokens' new name: give one of them")
         given["max_tokens"] = newer
-    if "logprobs" in PARAMS:
-        given["logprobs"] = _read_chat_logprobs(given)
+    given["logprobs"] = _read_chat_logprobs(given)
     return _asked(({"messages": messages},), given)
 
 

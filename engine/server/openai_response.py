@@ -31,7 +31,7 @@ class AnswerForm:
         if self.is_chat:
             content = {"content": delta.text} if delta.text or is_first else {}
             new = {"delta": ({"role": "assistant"} if is_first else {}) | content}
-        told = write_logprobs(getattr(delta, "logprobs", ()), self.decode, self.is_chat)
+        told = write_logprobs(delta.logprobs, self.decode, self.is_chat)
         reason = {"logprobs": told, "finish_reason": delta.finish_reason}
         chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
         if with_usage:
@@ -52,7 +52,7 @@ class AnswerForm:
             new: dict[str, Any] = {"text": output.text}
             if self.is_chat:
                 new = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
-            told = write_logprobs(getattr(output, "logprobs", ()), self.decode, self.is_chat)
+            told = write_logprobs(output.logprobs, self.decode, self.is_chat)
             reason = {"logprobs": told, "finish_reason": output.finish_reason}
             choices.append({"index": choice, **new, **reason})
         answer = self._head("chat.completion", choices) | {"usage": write_usage(usages)}

@@ -201,8 +201,7 @@ async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str,
                 raise api_error(fault_in(delta.error))
             output = outputs[prompt * n + delta.index]
             output.text += delta.text
-            if getattr(delta, "logprobs", ()):
-                output.logprobs.extend(delta.logprobs)
+            output.logprobs.extend(delta.logprobs)
             output.finish_reason = delta.finish_reason or output.finish_reason
             media.extend(delta.media)
             usages.extend([delta.usage] if delta.usage else [])
