@@ -702,7 +702,8 @@ def test_L13_leaks_descriptors_and_memory() -> None:
 
 @pytest.mark.slow
 def test_L13_leaks_five_thousand_items() -> None:
-    assert max(soak(5_000)) < 500
+    # The allocator's steps of a MB or two are some 800 bytes an item here; an image is 180,000.
+    assert max(soak(5_000)) < 2_000
 
 
 def test_frames_of_a_list_are_resized_in_the_process(pool: DecoderPool) -> None:
