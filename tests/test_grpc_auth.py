@@ -189,6 +189,9 @@ def test_keys_that_cannot_be(tmp_path: Path, content: str | None, words: str) ->
     assert all(line not in text for line in (content or "").splitlines())
     with pytest.raises(ConfigError):
         read_keys(None, {"OCTAVO_API_KEYS": " , "})
+    with pytest.raises(ConfigError, match=r"^OCTAVO_API_KEYS: a key must"):  # not the file's fault
+        path.write_text(KEYS[0])
+        read_keys(path, {"OCTAVO_API_KEYS": "short"})
 
 
 # TLS.

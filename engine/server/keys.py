@@ -47,17 +47,21 @@ def read_keys(
     variable = environment.pop(VARIABLE, None)  # processes that are started inherit no keys
     if path is None and variable is None:
         return None
-    keys = [key.strip() for key in (variable or "").split(",")]
+    keys = _checked((variable or "").split(","), VARIABLE)
     if path is not None:
-        keys += _lines(path)
-    keys = [key for key in keys if key]
-    for key in keys:
-        if len(key) < LEAST or not (key.isascii() and key.isprintable()) or " " in key:
-            text = f"a key must have {LEAST} characters or more, of ASCII and without spaces"
-            raise ConfigError(f"{path or VARIABLE}: {text}")
+        keys += _checked(_lines(path), str(path))
     if not keys:
         raise ConfigError(f"{path or VARIABLE}: has no key; give one, or leave it out")
     return ApiKeys(keys)
+
+
+def _checked(keys: Iterable[str], where: str) -> list[str]:
+    found = [key.strip() for key in keys if key.strip()]
+    for key in found:
+        if len(key) < LEAST or not (key.isascii() and key.isprintable()) or " " in key:
+            text = f"a key must have {LEAST} characters or more, of ASCII and without spaces"
+            raise ConfigError(f"{where}: {text}")
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -65,7 +69,7 @@ def _lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{path}: cannot be read as a file of API keys") from None
-    return [line.strip() for line in lines if not line.lstrip().startswith("#")]
+    return [line for line in lines if not line.lstrip().startswith("#")]
 
 
 def _digest(key: str) -> bytes:
