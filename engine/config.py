@@ -24,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "PreprocessConfig",
     "VisionConfig",
+    "check_trace_file",
     "read_json",
 ]
 
@@ -263,3 +264,12 @@ class EngineConfig:
         if not isinstance(share, int | float) or not 0 < share <= 1:
             text = "must be a number over 0 and at most 1"
             raise ConfigError(f"gpu_memory_utilization={shown(share)}: {text}")
+
+
+def check_trace_file(path: Path | None) -> None:
+    """Raises `ConfigError` when it cannot be written, before anything is loaded."""
+    try:
+        if path is not None:
+            Path(path).open("a").close()
+    except OSError as error:
+        raise ConfigError(f"trace_file={path}: {error.strerror}") from None

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, Unpack
 
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
@@ -22,7 +21,7 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
-from .config import ConfigError, EngineConfig, ModelConfig
+from .config import ConfigError, EngineConfig, ModelConfig, check_trace_file
 from .generation_config import generation_defaults
 from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
@@ -320,12 +319,3 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def check_trace_file(path: Path | None) -> None:
-    """Raises `ConfigError` when it cannot be written, before anything is loaded."""
-    try:
-        if path is not None:
-            Path(path).open("a").close()
-    except OSError as error:
-        raise ConfigError(f"trace_file={path}: {error.strerror}") from None

@@ -54,11 +54,6 @@ class ProcessedInput:
     times: InputTimes | None = None
     arrived_at: float | None = None  # when it was asked for, on the monotonic clock
 
-    def drop(self) -> None:
-        """Its request is over: what is not made yet nobody needs."""
-        if self.stream is not None:
-            self.stream.cancel()
-
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput
 

@@ -26,7 +26,9 @@ def open_container(file: BinaryIO, field: str) -> Any:
     """
     form = format_of(file)
     if form is None:
-        raise InputError(field, f"not a video that is read ({CONTAINERS})")
+        raise InputError(
+            field, f"not a video that is read ({CONTAINERS}), nor an animated GIF or WebP"
+        )
     options = {"codec_whitelist": DECODERS}
     if form == "mov":
         options["enable_drefs"] = "0"

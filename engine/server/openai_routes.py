@@ -222,7 +222,7 @@ async def _chunks(
                 raise api_error(fault_in(delta.error))
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
-            is_told = bool(delta.text or getattr(delta, "logprobs", ()))
+            is_told = bool(delta.text or delta.logprobs)
             if is_told or delta.finish_reason or delta.media or choice not in begun:
                 is_first = choice not in begun
                 begun.add(choice)
