@@ -33,7 +33,7 @@ from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.llm import LLM
 from octavo.engine.output import OutputDelta
 from octavo.engine.runner.batch import InputBatch
-from octavo.engine.worker import process
+from octavo.engine.worker import link
 from octavo.scheduler.params import SamplingParams
 
 from .tiny_checkpoint import write_tiny_checkpoint
@@ -142,12 +142,12 @@ def play(round_: Round, model: Path, expected: dict[Ask, list[int]]) -> tuple[in
 def _faults(round_: Round, folder: Path) -> Iterator[None]:
     rules = [f"{rule}!{folder / str(number)}" for number, rule in enumerate(round_.faults)]
     os.environ[failpoint.VARIABLE] = ";".join(rules)
-    timeout, process.PING_TIMEOUT = process.PING_TIMEOUT, 2.0
+    timeout, link.PING_TIMEOUT = link.PING_TIMEOUT, 2.0
     try:
         yield
     finally:
         del os.environ[failpoint.VARIABLE]
-        process.PING_TIMEOUT = timeout
+        link.PING_TIMEOUT = timeout
 
 
 async def _serve(round_: Round, model: Path) -> tuple[list[History], int]:

@@ -22,7 +22,7 @@ import grpc
 from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.server.grpc_server import SERVING, listen, make_server
 from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.tls import TlsFiles
+from octavo.engine.tls import TlsFiles
 
 SETTINGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "4000000")
 READY = re.compile(

@@ -1,4 +1,4 @@
-"""The `octavo` command: serve, chat, info, bench, trace."""
+"""The `octavo` command: serve, worker, chat, info, bench, trace."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ from .cli_options import (
 )
 from .cli_serve import serve_model
 from .cli_watch import LogFormat, MetricsPort, OtlpEndpoint
+from .cli_worker import Workers, WorkerTls, worker
 from .media.limits import MediaLimits
 
 DOOR_OPTIONS = (
@@ -117,6 +118,8 @@ def serve(
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
+    workers: Workers = None,
+    worker_tls: WorkerTls = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
@@ -156,15 +159,16 @@ def serve(
     """Serve a model over gRPC (octavo.v1.Inference and Control, grpc.health.v1, reflection), and
     over HTTP with --http-port.
 
-    Prints one line on stdout when it is ready: ready grpc=HOST:PORT pid=N worker_pids=N,N, with
-    http=HOST:PORT after grpc's where there is HTTP, and metrics=HOST:PORT at the end where those
-    are served. Logs go to stderr. SIGTERM lets running requests finish for ten seconds.
+    Prints one line on stdout when it is ready: ready grpc=HOST:PORT [http=HOST:PORT] pid=N
+    worker_pids=N,N [metrics=HOST:PORT]. SIGTERM lets running requests finish for ten seconds.
     """
     settings = locals()
-    door = {name: settings.pop(name) for name in DOOR_OPTIONS}
     with user_errors():
-        status = serve_model(settings, **door)
+        status = serve_model(settings, **{name: settings.pop(name) for name in DOOR_OPTIONS})
     raise typer.Exit(status)
+
+
+app.command()(worker)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from .logs import set_up_logs
 if TYPE_CHECKING:  # what a command imports is loaded when it runs
     from .server.http_server import HttpServer
     from .server.keys import ApiKeys
-    from .server.tls import TlsFiles
+    from .tls import TlsFiles
 
 
 def serve_model(
@@ -38,13 +38,14 @@ def serve_model(
     from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
     from .server.keys import read_keys
-    from .server.tls import read_tls
     from .server.watch import watched
+    from .tls import read_tls
 
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     set_up_logs(log_format)
     keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
+    settings["workers"] = tuple(filter(None, (settings["workers"] or "").split(",")))
     for name in ("allowed_media_domains", "allowed_media_paths"):
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):

@@ -210,7 +210,9 @@ class EngineConfig:
     dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"
     quantization: str | None = None  # "int8": of weights on loading and of activations, on a CPU
     kv_cache_dtype: str = "auto"  # "auto": as `dtype`; "fp8": e4m3 with a scale a token, on a GPU
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # with `workers`: as many as those
+    workers: tuple[str, ...] = ()  # HOST:PORT of each rank's `octavo worker`; (): processes here
+    worker_tls: Path | None = None  # folder of tls.crt, tls.key, ca.crt: mutual TLS with `workers`
     max_model_len: int | None = None  # tokens of prompt and output; None: what positions allow
     max_num_seqs: int = 64  # requests that run at once
     max_num_batched_tokens: int = 2048  # tokens of one step
@@ -260,10 +262,23 @@ class EngineConfig:
             value = getattr(self, name)
             if (type(value), value) not in [(type(each), each) for each in choices]:  # 1, True
                 raise ConfigError(f"{name}={shown(value)}: must be {text}")
+        self._count_workers()
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             text = "must be a number over 0 and at most 1"
             raise ConfigError(f"gpu_memory_utilization={shown(share)}: {text}")
+
+    def _count_workers(self) -> None:
+        workers = self.workers
+        if isinstance(workers, str) or not all(isinstance(each, str) for each in workers):
+            raise ConfigError(f"workers={shown(workers)}: must be a list of HOST:PORT, by rank")
+        if workers and self.tensor_parallel_size not in (1, len(workers)):
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(workers)} "
+                "workers; leave it out"
+            )
+        if workers:
+            object.__setattr__(self, "tensor_parallel_size", len(workers))
 
 
 def check_trace_file(path: Path | None) -> None:

@@ -5,6 +5,76 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class JoinRequest(_message.Message):
+    __slots__ = ("version", "engine_id", "epoch", "rank", "tensor_parallel_size")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    engine_id: str
+    epoch: int
+    rank: int
+    tensor_parallel_size: int
+    def __init__(self, version: _Optional[str] = ..., engine_id: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ("fingerprint", "model", "pid")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    model: str
+    pid: int
+    def __init__(self, fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class EndRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class EndReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StoreRequest(_message.Message):
+    __slots__ = ("key", "get", "set", "add", "swap", "delete")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    GET_FIELD_NUMBER: _ClassVar[int]
+    SET_FIELD_NUMBER: _ClassVar[int]
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    SWAP_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    get: Nothing
+    set: bytes
+    add: int
+    swap: Swap
+    delete: Nothing
+    def __init__(self, key: _Optional[str] = ..., get: _Optional[_Union[Nothing, _Mapping]] = ..., set: _Optional[bytes] = ..., add: _Optional[int] = ..., swap: _Optional[_Union[Swap, _Mapping]] = ..., delete: _Optional[_Union[Nothing, _Mapping]] = ...) -> None: ...
+
+class Nothing(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Swap(_message.Message):
+    __slots__ = ("expected", "desired")
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    DESIRED_FIELD_NUMBER: _ClassVar[int]
+    expected: bytes
+    desired: bytes
+    def __init__(self, expected: _Optional[bytes] = ..., desired: _Optional[bytes] = ...) -> None: ...
+
+class StoreReply(_message.Message):
+    __slots__ = ("epoch", "value")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    value: bytes
+    def __init__(self, epoch: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
+
 class PingRequest(_message.Message):
     __slots__ = ("epoch",)
     EPOCH_FIELD_NUMBER: _ClassVar[int]

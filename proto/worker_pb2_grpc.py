@@ -169,3 +169,138 @@ class Worker(object):
             octavo_dot_proto_dot_worker__pb2.PingReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+
+class MembershipStub(object):
+    """Of a worker that was started apart (`octavo worker`): whose it is, and for how long.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Join = channel.unary_unary(
+                '/octavo.worker.v1.Membership/Join',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.JoinRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.JoinReply.FromString,
+                )
+        self.Meet = channel.stream_stream(
+                '/octavo.worker.v1.Membership/Meet',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.StoreReply.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.StoreRequest.FromString,
+                )
+        self.End = channel.unary_unary(
+                '/octavo.worker.v1.Membership/End',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.EndRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.EndReply.FromString,
+                )
+
+
+class MembershipServicer(object):
+    """Of a worker that was started apart (`octavo worker`): whose it is, and for how long.
+    """
+
+    def Join(self, request, context):
+        """Takes the worker for an engine, until the engine ends it or is gone. FAILED_PRECONDITION: it is
+        not what the engine needs. UNAVAILABLE: it is another's, or about to start anew; ask again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Meet(self, request_iterator, context):
+        """Open as long as the engine lives; a worker whose engine is gone starts anew. The ranks meet
+        over it for their collectives: each asks for what others have stored, the engine answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def End(self, request, context):
+        """The worker ends; what started it starts it anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_MembershipServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Join': grpc.unary_unary_rpc_method_handler(
+                    servicer.Join,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.JoinRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.JoinReply.SerializeToString,
+            ),
+            'Meet': grpc.stream_stream_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.StoreReply.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.StoreRequest.SerializeToString,
+            ),
+            'End': grpc.unary_unary_rpc_method_handler(
+                    servicer.End,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.EndRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.EndReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'octavo.worker.v1.Membership', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Membership(object):
+    """Of a worker that was started apart (`octavo worker`): whose it is, and for how long.
+    """
+
+    @staticmethod
+    def Join(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.worker.v1.Membership/Join',
+            octavo_dot_proto_dot_worker__pb2.JoinRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.JoinReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Meet(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(request_iterator, target, '/octavo.worker.v1.Membership/Meet',
+            octavo_dot_proto_dot_worker__pb2.StoreReply.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.StoreRequest.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def End(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/octavo.worker.v1.Membership/End',
+            octavo_dot_proto_dot_worker__pb2.EndRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.EndReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -23,8 +23,8 @@ from octavo.benchmarks.sleeping_worker import TOKEN
 from octavo.benchmarks.step_overhead import sleeping
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
-from octavo.engine.worker import process, sequence
-from octavo.engine.worker.process import WorkerGroupError, WorkerProcess
+from octavo.engine.worker import link, process, sequence
+from octavo.engine.worker.link import WorkerGroupError, WorkerLink
 from octavo.engine.worker.sequence import MissedStep, StepSequence
 from octavo.proto import worker_pb2 as pb
 
@@ -105,14 +105,13 @@ class Unavailable(grpc.RpcError):
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Stub, list[float]]]:
     """A worker without a process, its stub, and the time."""
     now = [100.0]
-    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
-    worker = WorkerProcess.__new__(WorkerProcess)
-    worker.rank, worker.epoch, worker.stub = 0, 1, Stub()
-    worker._process = subprocess.Popen(["true"])
-    worker._ping, worker._silent_since, worker._looked_at = None, None, 0.0
+    monkeypatch.setattr(link.time, "monotonic", lambda: now[0])
+    child = subprocess.Popen(["true"])
+    worker = WorkerLink(0, 1, grpc.insecure_channel("unix:nobody"), process.ChildProcess(child))
+    worker.stub = Stub()
     worker.stub.answer.set_exception(Unavailable())
     yield worker, worker.stub, now
-    worker._process.wait()
+    child.wait()
 
 
 def test_a_worker_out_of_reach_is_silent_after_some_seconds_of_looking(watched: Any) -> None:
@@ -264,7 +263,7 @@ def test_a_rank_that_is_cut_off_is_told_by_its_silence_and_replaced(
     proxies: list[Proxy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "PING_TIMEOUT", 1.0)
+    monkeypatch.setattr(link, "PING_TIMEOUT", 1.0)
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
         before = llm.engine.worker_pids
         at_steps(llm, {9}, lambda: proxies[1].block())
@@ -286,7 +285,7 @@ def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
 
 def test_a_step_of_seconds_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pings are answered beside it: a first encode may take long."""
-    monkeypatch.setattr(process, "PING_TIMEOUT", 0.7)
+    monkeypatch.setattr(link, "PING_TIMEOUT", 0.7)
     with sleeping(2500), octavo.LLM(max_num_batched_tokens=1100) as llm:
         pids = llm.engine.worker_pids
         out = llm.generate("Hi", replace(PARAMS, max_tokens=2))[0]

@@ -23,7 +23,8 @@ from octavo.benchmarks.robustness import at_steps
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine import failpoint
 from octavo.engine.engine import EngineDead
-from octavo.engine.worker import bound, process
+from octavo.engine.worker import bound, link
+from octavo.engine.worker.process import WORKER_MODULE
 
 # With penalties: what they look at is kept by the workers, and travels anew to new ones.
 PARAMS = octavo.SamplingParams(
@@ -92,7 +93,7 @@ def test_one_of_two_ranks_that_is_killed_brings_both_back(
 def test_a_worker_that_hangs_is_told_by_its_silence(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "PING_TIMEOUT", 1.0)
+    monkeypatch.setattr(link, "PING_TIMEOUT", 1.0)
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         at_steps(llm, {9}, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGSTOP))
         start = time.monotonic()
@@ -300,7 +301,7 @@ def test_a_worker_that_ends_leaves_other_files_alone() -> None:
     with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
         mine, socket = Path(folder) / "mine.txt", Path(folder) / "worker.sock"
         mine.write_text("kept")
-        command = [sys.executable, "-P", "-m", process.WORKER_MODULE, "--socket", str(socket)]
+        command = [sys.executable, "-P", "-m", WORKER_MODULE, "--socket", str(socket)]
         worker = subprocess.Popen(command, stdin=subprocess.PIPE)
         deadline = time.monotonic() + 30
         while not socket.exists():

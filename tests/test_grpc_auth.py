@@ -28,7 +28,7 @@ from octavo.engine.config import ConfigError
 from octavo.engine.server import control
 from octavo.engine.server import keys as keys_module
 from octavo.engine.server.keys import ApiKeys, read_keys
-from octavo.engine.server.tls import TlsFiles, read_tls
+from octavo.engine.tls import TlsFiles, read_tls
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 

@@ -40,8 +40,8 @@ from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
 from octavo.engine.server.openai_request import NEUTRAL, PARAMS
-from octavo.engine.server.tls import TlsFiles
 from octavo.engine.server.work import Work
+from octavo.engine.tls import TlsFiles
 
 KEYS = ("the-first-key", "the-second-key")
 CANVAS = (160, 120)

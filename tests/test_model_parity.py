@@ -212,7 +212,7 @@ from octavo.engine.runner.model_runner import ModelRunner
 folder, meeting, rank, size, tokens = sys.argv[1:6]
 config = ModelConfig.from_dir(Path(folder))
 device = torch.device("cpu")
-parallel = connect(int(rank), int(size), meeting, device)
+parallel = connect(int(rank), int(size), device, meeting)
 preprocess = PreprocessConfig.from_dir(Path(folder))
 runner = ModelRunner(Path(folder), config, preprocess, device, torch.float32, 16, parallel)
 runner.load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,18 +55,27 @@ class TensorParallel:
         return slice(start, stop)
 
 
-def connect(rank: int, size: int, rendezvous: str, device: torch.device) -> TensorParallel:
-    """Joins the group that meets at the file `rendezvous`; waits for all `size` ranks.
+def connect(
+    rank: int, size: int, device: torch.device, rendezvous: str | dist.Store
+) -> TensorParallel:
+    """Joins the group that meets at `rendezvous`, the path of a file or a store; waits for all
+    `size` ranks.
 
-    NCCL on CUDA devices, gloo on the loopback interface for CPUs. A group of one needs no meeting.
+    NCCL on CUDA devices, gloo for CPUs, on the loopback interface unless GLOO_SOCKET_IFNAME says
+    otherwise. A group of one needs no meeting.
     """
     if size == 1:
         return TensorParallel()
     if device.type == "cpu":  # gloo else looks up the host's name, which may not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    meets_at: dict[str, Any] = (
+        {"init_method": f"file://{rendezvous}"}
+        if isinstance(rendezvous, str)
+        else {"store": rendezvous}
+    )
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
+        **meets_at,
         rank=rank,
         world_size=size,
         timeout=timedelta(minutes=10),

@@ -19,11 +19,11 @@ from grpc_reflection.v1alpha import reflection
 from ...proto import octavo_pb2_grpc
 from ...scheduler.params import SamplingParams
 from ..async_llm import AsyncLLM
+from ..tls import TlsFiles, server_credentials
 from .control import ControlServicer
 from .door import Door
 from .inference import InferenceServicer
 from .keys import ApiKeys
-from .tls import TlsFiles, server_credentials
 from .work import Work
 
 if TYPE_CHECKING:  # the extra octavo[http] may not be installed

@@ -19,13 +19,13 @@ from ...scheduler.admission import AdmissionError
 from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
 from ..input_error import InputError
+from ..tls import TlsFiles
 from .errors import Refused
 from .http_error import ApiError, error_of
 from .http_guard import Guard
 from .http_tls import server_context
 from .keys import ApiKeys
 from .openai_routes import Routes
-from .tls import TlsFiles
 from .work import Work
 
 KEEP_ALIVE = 60  # seconds that a connection may rest between two requests

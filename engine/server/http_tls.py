@@ -6,7 +6,7 @@ import logging
 import ssl
 
 from ..config import ConfigError
-from .tls import TlsFiles
+from ..tls import TlsFiles
 
 log = logging.getLogger("octavo.server")
 

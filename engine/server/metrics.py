@@ -161,8 +161,8 @@ def _caches(stats: EngineStats, load: EngineLoad) -> Iterator[Metric]:
 
 
 def _workers(stats: EngineStats) -> Iterator[Metric]:
-    resident = {str(rank): resident_bytes(pid) for rank, pid in enumerate(stats.group.pids)}
-    text = "Main memory that a worker's process holds."
+    resident = {str(rank): resident_bytes(pid) for rank, pid in stats.group.local_pids.items()}
+    text = "Main memory that a worker's process holds, where it runs on this machine."
     yield _gauge("worker_resident_memory_bytes", text, resident, "rank")
     memory = stats.group.memory
     text = "Weights on the workers' devices, of all ranks."

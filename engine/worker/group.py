@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import queue
+import secrets
 import shutil
 import tempfile
 import time
@@ -23,8 +24,10 @@ from ..config import ConfigError, EngineConfig
 from ..failpoint import failpoint
 from ..runner.batch import BatchResult, InputBatch
 from .bound import StepBound, work_of
+from .link import PING_TIMEOUT, WorkerGroupError, WorkerLink
 from .loading import GroupMemory, start_loading
-from .process import PING_TIMEOUT, WorkerGroupError, WorkerProcess
+from .process import start_worker
+from .remote import RemoteWorkers
 from .wire import pack_steps, unpack_results
 from .worker import GROUP_FOLDER, RENDEZVOUS
 
@@ -35,7 +38,7 @@ ALIVE_CHECK = 0.5  # seconds between two looks at the processes while waiting fo
 RESEND_PAUSE = 0.05  # seconds before a rank that was out of reach is asked again
 EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
 
-_epochs = itertools.count(1)
+_epochs = itertools.count(1 + secrets.randbits(40))  # no other engine's
 
 
 @dataclass(eq=False)
@@ -62,6 +65,8 @@ class WorkerGroup:
         """
         self.size = config.tensor_parallel_size
         self._config = config
+        self._engine_id = secrets.token_hex(8)
+        self._is_first = True
         self._num_blocks = 0
         self._bound = StepBound()
         self._launch(on_progress or (lambda done, total: None))
@@ -69,7 +74,7 @@ class WorkerGroup:
     def _launch(self, on_progress: Callable[[int, int], None]) -> None:
         self.epoch = next(_epochs)
         self._dir = Path(tempfile.mkdtemp(prefix=GROUP_FOLDER))  # mode 0700: ours alone
-        self._workers: list[WorkerProcess] = []
+        self._workers: list[WorkerLink] = []
         self._is_loaded = False
         self._sent: deque[SentStep] = deque()
         self._latest = 0  # the step sent last in this epoch
@@ -77,12 +82,12 @@ class WorkerGroup:
             0.0  # when the latest step that was received was done, on the monotonic clock
         )
         try:
-            for rank in range(self.size):
-                socket = self._dir / f"rank{rank}.sock"
-                self._workers.append(WorkerProcess(rank, socket, self.size, self.epoch))
-            self._wait_until_listening()
+            if self._config.workers:
+                self._join_workers()
+            else:
+                self._start_workers()
             self.memory = self._load(on_progress)
-            self._is_loaded = True
+            self._is_loaded, self._is_first = True, False
         except BaseException:
             self.close()
             raise
@@ -91,15 +96,20 @@ class WorkerGroup:
         """Ends what is left of the workers and starts new ones, under a new epoch, with a KV cache
         of the same size and nothing in it. Raises `WorkerGroupError` if those fail too."""
         for worker in self._workers:
-            worker.kill()
+            worker.life.kill()
         self.close()
         self._launch(lambda done, total: None)
         self.allocate(self._num_blocks)
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids in rank order."""
-        return tuple(worker.pid for worker in self._workers)
+        """Process ids in rank order, each of the machine that the worker is on."""
+        return tuple(worker.life.pid for worker in self._workers)
+
+    @property
+    def local_pids(self) -> dict[int, int]:
+        """By rank, of the workers on this machine that the group has started."""
+        return {} if self._config.workers else dict(enumerate(self.pids))
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache on every rank."""
@@ -151,19 +161,28 @@ class WorkerGroup:
             yield
         except WorkerGroupError:
             for worker in self._workers:
-                worker.kill()
+                worker.life.kill()
             raise
 
     def close(self) -> None:
         """Ends the workers. Safe to call twice."""
         for worker in self._workers:
-            worker.ask_to_end()
+            worker.life.ask_to_end()
         deadline = time.monotonic() + EXIT_TIMEOUT
         for worker in self._workers:
-            worker.wait_ended(deadline)
+            worker.life.wait_ended(deadline)
+            worker.channel.close()
         shutil.rmtree(self._dir, ignore_errors=True)
 
-    def _wait_until_listening(self) -> None:
+    def _join_workers(self) -> None:
+        remote = RemoteWorkers(self._config, self._engine_id, self.epoch)
+        self._workers = remote.links
+        remote.join(self._is_first)
+
+    def _start_workers(self) -> None:
+        for rank in range(self.size):
+            socket = self._dir / f"rank{rank}.sock"
+            self._workers.append(start_worker(rank, socket, self.size, self.epoch))
         deadline = time.monotonic() + START_TIMEOUT
         for worker in self._workers:
             ready = grpc.channel_ready_future(worker.channel)
@@ -180,7 +199,9 @@ class WorkerGroup:
 
     def _load(self, on_progress: Callable[[int, int], None]) -> GroupMemory:
         """All ranks load at once; rank 0 tells how far."""
-        items = start_loading(self._workers, self._config, self._dir / RENDEZVOUS)
+        items = start_loading(
+            self._workers, self._config, None if self._config.workers else self._dir / RENDEZVOUS
+        )
         reports: list[pb.MemoryReport] = []
         while len(reports) < self.size:
             rank, item = self._await(items)

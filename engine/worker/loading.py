@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 
 from ...proto import worker_pb2 as pb
-from ..config import EngineConfig
-from .process import WorkerProcess
+from ..config import ConfigError, EngineConfig
+from .link import WorkerLink
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ class GroupMemory:
 
     @classmethod
     def of(cls, reports: Sequence[pb.MemoryReport]) -> GroupMemory:
-        """What the ranks' reports come to."""
+        """What the ranks' reports come to. Raises `ConfigError` where they do not fit together."""
+        kinds = sorted({f"{each.dtype} on {each.device.partition(':')[0]}" for each in reports})
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"the workers differ: {' and '.join(kinds)}; name dtype and device, so that all "
+                "take the same"
+            )
         least = min(reports, key=lambda report: report.free_bytes)
         return cls(
             weight_bytes=sum(report.weight_bytes for report in reports),
@@ -41,9 +47,11 @@ class GroupMemory:
 
 
 def start_loading(
-    workers: Sequence[WorkerProcess], config: EngineConfig, rendezvous: Path
+    workers: Sequence[WorkerLink], config: EngineConfig, rendezvous: Path | None
 ) -> queue.SimpleQueue[tuple[int, pb.LoadProgress | Exception]]:
-    """Has all ranks load. (rank, item) as they come: progress, at last the memory; or an error."""
+    """Has all ranks load. (rank, item) as they come: progress, at last the memory; or an error.
+
+    They meet at the file `rendezvous`, or, without one, over their engine's streams."""
     items: queue.SimpleQueue[tuple[int, pb.LoadProgress | Exception]] = queue.SimpleQueue()
 
     def read(rank: int, call: Iterable[pb.LoadProgress]) -> None:
@@ -62,7 +70,7 @@ def start_loading(
                 dtype=config.dtype,
                 rank=worker.rank,
                 tensor_parallel_size=len(workers),
-                rendezvous=str(rendezvous),
+                rendezvous=str(rendezvous or ""),
                 block_size=config.block_size,
                 quantization=config.quantization or "",
                 kv_cache_dtype=config.kv_cache_dtype,

@@ -27,12 +27,15 @@ from ...proto import worker_pb2_grpc
 from ..config import ConfigError, ModelConfig, PreprocessConfig
 from ..failpoint import CutOff, failpoint
 from ..logs import set_up_worker_logs
+from .link import UNLIMITED
+from .membership import Place, use_interface
 from .sequence import MissedStep, StepSequence
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
     import torch
 
+    from ..model.parallel import TensorParallel
     from ..runner.batch import InputBatch
     from ..runner.model_runner import ModelRunner
     from ..runner.pending import PendingResult
@@ -40,13 +43,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("octavo.worker")
 
 GROUP_FOLDER, RENDEZVOUS = "octavo-", "rendezvous"  # a group's folder begins so; a file in it
-UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     """Holds one `ModelRunner`. Steps run one after the other; pings are answered beside them."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, place: Place | None = None, is_taken_in: Callable[[int], bool] | None = None
+    ) -> None:
+        """A worker that was started apart has a `place` of its own, and loads for the epoch alone
+        that an engine has taken it in."""
+        self._place, self._is_taken_in = place, is_taken_in
         self.epoch = 0
         self.rank = 0
         self.runner: ModelRunner | None = None
@@ -58,6 +65,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
         def report(done: int, total: int) -> None:
             items.put(pb.LoadProgress(done_bytes=done, total_bytes=total))
+
+        if self._place is not None:
+            use_interface(context.peer())
 
         def load() -> None:
             try:
@@ -76,7 +86,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 return
 
     def _load(self, request: pb.LoadRequest, report: Callable[[int, int], None]) -> pb.MemoryReport:
-        from ..model.parallel import check_tensor_parallel_size, connect
+        from ..model.parallel import check_tensor_parallel_size
         from ..runner.loader import (
             check_weight_format,
             resolve_dtype,
@@ -85,10 +95,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         )
         from ..runner.model_runner import ModelRunner
 
-        model_dir = Path(request.model)
+        place = self._place
+        if self._is_taken_in is not None and not self._is_taken_in(request.epoch):
+            raise RuntimeError("the worker is not taken by this engine")
+        model_dir = Path(request.model) if place is None else place.model
         config = ModelConfig.from_dir(model_dir)
         check_tensor_parallel_size(config, request.tensor_parallel_size)
-        device = resolve_device(request.device, request.rank)
+        device = resolve_device(request.device, request.rank if place is None else place.local_rank)
         dtype = resolve_dtype(request.dtype, device, config.dtype)
         kv_cache_dtype = resolve_kv_cache_dtype(request.kv_cache_dtype, device, dtype)
         check_weight_format(config, device, dtype)
@@ -101,7 +114,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             device,
             dtype,
             request.block_size,
-            connect(request.rank, request.tensor_parallel_size, request.rendezvous, device),
+            self._connect(request, device),
             resolve_quantization(request.quantization, device),
             kv_cache_dtype,
         )
@@ -115,6 +128,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             dtype=memory.dtype,
             device=memory.device,
         )
+
+    def _connect(self, request: pb.LoadRequest, device: torch.device) -> TensorParallel:
+        from ..model.parallel import connect
+        from .meeting_store import MeetingStore
+
+        rank, size = request.rank, request.tensor_parallel_size
+        if self._place is None:
+            return connect(rank, size, device, request.rendezvous)
+        return connect(rank, size, device, MeetingStore(self._place.meeting))
 
     def Allocate(
         self, request: pb.AllocateRequest, context: grpc.ServicerContext
@@ -167,7 +189,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
 
 def resolve_device(name: str, rank: int) -> torch.device:
-    """ "auto" is CUDA where there is one. A rank takes the device of its number."""
+    """ "auto" is CUDA where there is one. A rank takes the device of its number
+    on its machine."""
     import torch
 
     if name not in ("auto", "cpu", "cuda"):

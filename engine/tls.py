@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 
-from ..config import ConfigError
+from .config import ConfigError
 
 log = logging.getLogger("octavo.server")
 
@@ -51,6 +51,14 @@ def read_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> Tls
     if cert is None or key is None:
         raise ConfigError("--tls-cert and --tls-key: give both; --tls-client-ca comes beside them")
     files = TlsFiles(cert, key, client_ca)
+    files.read()
+    return files
+
+
+def group_tls(folder: Path) -> TlsFiles:
+    """A group's, engine's or worker's, by the names that Kubernetes' secrets have. Raises
+    `ConfigError`."""
+    files = TlsFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
     files.read()
     return files
 

@@ -1,0 +1,192 @@
+"""Workers that were started apart, as their engine sees them: joined, held, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+import grpc
+
+from ... import __version__
+from ...proto import worker_pb2 as pb
+from ...proto import worker_pb2_grpc
+from ..config import ConfigError, EngineConfig
+from ..tls import group_tls
+from .address import Address
+from .fingerprint import fingerprint
+from .link import UNLIMITED, WorkerGroupError, WorkerLink
+from .meeting import SharedStore
+
+log = logging.getLogger("octavo.group")
+
+JOIN_TIMEOUT = 600.0  # seconds for a worker to be there: it may still be fetching its checkpoint
+REJOIN_TIMEOUT = 120.0  # seconds for it to be back
+JOIN_PAUSE = 0.2  # seconds between two tries
+CALL_TIMEOUT = 30.0  # seconds for one: the checkpoint's fingerprint is made meanwhile
+TELL_EVERY = 10.0  # seconds between two lines on a worker that is waited for
+REOPEN_PAUSE = 0.5  # seconds before a stream that broke is opened again
+# See remote_worker.py: a cut cable says nothing.
+OPTIONS = [
+    *UNLIMITED,
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+def check_workers(config: EngineConfig) -> tuple[Address, ...]:
+    """Where the workers are, by rank. Raises `ConfigError` for what could not be a group."""
+    found = tuple(Address.parse(text, "workers") for text in config.workers)
+    if len(set(found)) < len(found):
+        raise ConfigError(f"workers={','.join(config.workers)}: one of them is named twice")
+    near = [each for each in found if each.is_loopback]
+    if near and len(near) < len(found):
+        raise ConfigError(
+            f"workers: the others cannot reach {near[0]}, a loopback address; name this machine's "
+            "address in their network"
+        )
+    if found and not near and config.worker_tls is None:
+        raise ConfigError(
+            f"workers: {found[0]} is another machine's, so it takes mutual TLS: worker_tls "
+            "(--worker-tls), a folder of tls.crt, tls.key and ca.crt"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Seat:
+    address: Address
+    rank: int
+    size: int
+    engine_id: str
+    epoch: int
+
+
+class Hold:
+    """An engine's hold on a worker. See `Life`."""
+
+    def __init__(self, seat: _Seat, channel: grpc.Channel, store: SharedStore) -> None:
+        self.seat, self.pid = seat, 0
+        self._stub = worker_pb2_grpc.MembershipStub(channel)
+        self._store = store
+        self._given_up = threading.Event()
+        self._end: grpc.Future | None = None
+
+    def __str__(self) -> str:
+        return str(self.seat.address)
+
+    def join(self) -> pb.JoinReply:
+        """One try. Raises RpcError."""
+        seat = self.seat
+        request = pb.JoinRequest(
+            version=__version__,
+            engine_id=seat.engine_id,
+            epoch=seat.epoch,
+            rank=seat.rank,
+            tensor_parallel_size=seat.size,
+        )
+        reply = self._stub.Join(request, timeout=CALL_TIMEOUT)
+        self.pid = reply.pid
+        threading.Thread(target=self._attend, name="meet", daemon=True).start()
+        return reply
+
+    def _attend(self) -> None:
+        """Keeps the stream open by which the worker knows that its engine lives, and answers what
+        it asks there."""
+        while not self._given_up.is_set():
+            replies: queue.SimpleQueue[pb.StoreReply | None] = queue.SimpleQueue()
+            replies.put(pb.StoreReply(epoch=self.seat.epoch))
+            call = self._stub.Meet(iter(replies.get, None))
+            try:
+                for request in call:
+                    replies.put(self._store.answer(request))
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    return  # it has begun anew: pings tell
+            finally:
+                replies.put(None)
+            self._given_up.wait(REOPEN_PAUSE)
+
+    def check_ended(self) -> None:
+        """Only its answers tell: see `WorkerLink.check_answers`."""
+
+    def kill(self) -> None:
+        self.ask_to_end()
+
+    def ask_to_end(self) -> None:
+        self._given_up.set()
+        if self._end is None and self.pid:
+            self._end = self._stub.End.future(
+                pb.EndRequest(epoch=self.seat.epoch), timeout=CALL_TIMEOUT
+            )
+
+    def wait_ended(self, deadline: float) -> None:
+        if self._end is None:
+            return
+        with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError):
+            self._end.result(timeout=max(0.0, deadline - time.monotonic()))
+
+
+class RemoteWorkers:
+    """Those that the configuration names, by rank; none of them is joined at first."""
+
+    def __init__(self, config: EngineConfig, engine_id: str, epoch: int) -> None:
+        """`engine_id` is the group's own in all its lives. Raises `ConfigError`."""
+        self._model = config.model
+        self._holds: list[Hold] = []
+        self.links: list[WorkerLink] = []
+        store, addresses = SharedStore(), check_workers(config)
+        for rank, address in enumerate(addresses):
+            channel = _open(address, config)
+            seat = _Seat(address, rank, len(addresses), engine_id, epoch)
+            self._holds.append(Hold(seat, channel, store))
+            self.links.append(WorkerLink(rank, epoch, channel, self._holds[-1]))
+
+    def join(self, is_first: bool) -> None:
+        """Takes them for this engine; waits for those that are not there. Raises `ConfigError` for
+        what the user can mend and `WorkerGroupError` for one that does not come."""
+        mark = fingerprint(self._model)
+        deadline = time.monotonic() + (JOIN_TIMEOUT if is_first else REJOIN_TIMEOUT)
+        for link, hold in zip(self.links, self._holds, strict=True):
+            reply = _join(str(link), hold, deadline)
+            if reply.fingerprint != mark:
+                raise ConfigError(
+                    f"{link} has other weights than {self._model}: its checkpoint {reply.model} "
+                    f"has the fingerprint {reply.fingerprint[:12]} and not {mark[:12]}; start it "
+                    "with the same one"
+                )
+
+
+def _join(name: str, hold: Hold, deadline: float) -> pb.JoinReply:
+    told = time.monotonic()
+    while True:
+        try:
+            return hold.join()
+        except grpc.RpcError as error:
+            reason = error.details() or error.code().name
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise ConfigError(f"{name}: {reason}") from None
+            if "handshake failed" in reason.lower():
+                raise ConfigError(f"{name}: TLS: the certificates do not fit: {reason}") from None
+        now = time.monotonic()
+        if now > deadline:
+            raise WorkerGroupError(f"{name} is not there: {reason}")
+        if now - told > TELL_EVERY:
+            told = now
+            log.info("waiting for %s: %s", name, reason)
+        time.sleep(JOIN_PAUSE)
+
+
+def _open(address: Address, config: EngineConfig) -> grpc.Channel:
+    if config.worker_tls is None:
+        return grpc.insecure_channel(str(address), options=OPTIONS)
+    cert, key, ca = group_tls(config.worker_tls).read()
+    return grpc.secure_channel(
+        str(address), grpc.ssl_channel_credentials(ca, key, cert), options=OPTIONS
+    )

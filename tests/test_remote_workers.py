@@ -1,0 +1,224 @@
+"""Workers that were started apart (`octavo worker`) and an engine that joins them over loopback:
+the same answers, one engine at a time, and what does not fit is refused with the way out."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import octavo
+from octavo.benchmarks.robustness import at_steps
+from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.worker import remote
+from octavo.engine.worker.fingerprint import fingerprint
+
+PARAMS = octavo.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 16 << 20,
+    "max_num_batched_tokens": 64,
+}
+ASKED = [[{"role": "user", "content": text}] for text in ("Who are you?", "What is this?", "Hm")]
+READY = re.compile(r"ready worker=(\S+) rank=(\d+) pid=(\d+)")
+
+
+@dataclass
+class Kept:
+    """An `octavo worker` and where it last was ready."""
+
+    process: subprocess.Popen[str]
+    address: str = ""
+    pid: int = 0
+
+    def read(self) -> None:
+        """Waits until its worker is ready."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        match = READY.fullmatch(line.strip())
+        assert match is not None, line
+        self.address, self.pid = match[1], int(match[3])
+
+    def follow(self) -> None:
+        """Reads on, so that `pid` is the latest."""
+
+        def run() -> None:
+            assert self.process.stdout is not None
+            for line in self.process.stdout:
+                if match := READY.fullmatch(line.strip()):
+                    self.pid = int(match[3])
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def close(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+def keep(model: Path, *args: str, env: dict[str, str] | None = None) -> Kept:
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "worker", "--model", str(model)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return Kept(
+        subprocess.Popen([*command, *args], stdout=subprocess.PIPE, text=True, env=environment)
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path) -> Iterator[list[Kept]]:
+    """Two that are ready; the second got its rank from torchrun's variables."""
+    port = str(_free_port())
+    kept = [
+        keep(checkpoint, "--listen", "127.0.0.1:0", "--rank", "0"),
+        keep(checkpoint, "--listen", f"127.0.0.1:{port}", env={"RANK": "1", "LOCAL_RANK": "2"}),
+    ]
+    for each in kept:
+        each.read()
+    assert kept[1].address == f"127.0.0.1:{int(port) + 2}"
+    for each in kept:
+        each.follow()
+    yield kept
+    assert [each.close() for each in kept] == [0, 0]
+
+
+def _free_port() -> int:
+    from octavo.engine.worker.address import Address
+    from octavo.engine.worker.keeper import free_address
+
+    return free_address(Address("127.0.0.1", 0)).port
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        return answers(llm)
+
+
+def answers(llm: octavo.LLM) -> list[list[int]]:
+    outs = llm.chat(ASKED, PARAMS)
+    assert [out.error for out in outs] == [""] * len(outs)
+    return [out.outputs[0].token_ids for out in outs]
+
+
+def engine(checkpoint: Path, pair: list[Kept]) -> octavo.LLM:
+    return octavo.LLM(checkpoint, **SETTINGS, workers=[each.address for each in pair])
+
+
+def test_the_same_answers_engine_after_engine(
+    checkpoint: Path, pair: list[Kept], expected: list[list[int]]
+) -> None:
+    pids = []
+    for _ in range(2):
+        with engine(checkpoint, pair) as llm:
+            assert llm.engine.config.tensor_parallel_size == 2
+            assert answers(llm) == expected
+            pids += [*llm.engine.worker_pids]
+    assert len(set(pids)) == 4  # each engine had new processes
+
+
+def test_a_worker_that_is_killed_comes_back(
+    checkpoint: Path, pair: list[Kept], expected: list[list[int]]
+) -> None:
+    with engine(checkpoint, pair) as llm:
+        before = llm.engine.worker_pids
+        at_steps(llm, {5}, lambda: os.kill(before[1], signal.SIGKILL))
+        assert answers(llm) == expected
+        assert not set(llm.engine.worker_pids) & set(before)
+        assert len(llm.engine.restarts.times) == 1
+
+
+def test_a_second_engine_waits_its_turn(
+    checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(checkpoint, pair) as llm:
+        monkeypatch.setattr(remote, "JOIN_TIMEOUT", 1.0)
+        with pytest.raises(RuntimeError, match="is not there: it serves another engine"):
+            engine(checkpoint, pair)
+        assert answers(llm)
+
+
+def test_a_worker_whose_engine_was_killed_is_free_again(checkpoint: Path, pair: list[Kept]) -> None:
+    script = (
+        "import octavo, os, signal, sys\n"
+        f"octavo.LLM({str(checkpoint)!r}, workers={[each.address for each in pair]!r}, "
+        f"**{SETTINGS!r})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with engine(checkpoint, pair) as llm:
+        assert answers(llm)
+
+
+def test_other_weights_are_refused(
+    checkpoint: Path, pair: list[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_tiny_checkpoint(tmp_path, seed=1)
+    assert fingerprint(other) != fingerprint(checkpoint)
+    with pytest.raises(ConfigError, match="rank 0 .* has other weights than .* start it with"):
+        engine(other, pair)
+
+
+def test_ranks_in_the_wrong_order_are_refused(checkpoint: Path, pair: list[Kept]) -> None:
+    with pytest.raises(ConfigError, match="started with --rank 1, and is named in place 0"):
+        engine(checkpoint, pair[::-1])
+
+
+def test_another_version_is_refused(
+    checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "__version__", "0.0.1")
+    with pytest.raises(ConfigError, match="the engine 0.0.1: install the same"):
+        engine(checkpoint, pair)
+
+
+@pytest.mark.parametrize(
+    ("workers", "text"),
+    [
+        (("10.0.0.2:7000",), "10.0.0.2:7000 is another machine's, so it takes mutual TLS"),
+        (("127.0.0.1:7000", "10.0.0.2:7000"), "cannot reach 127.0.0.1:7000, a loopback"),
+        (("10.0.0.2:7000", "10.0.0.2:7000"), "named twice"),
+        (("10.0.0.2",), "must be HOST:PORT"),
+        (("10.0.0.2:99999",), "must be HOST:PORT"),
+    ],
+)
+def test_workers_that_are_no_group_are_refused(workers: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        remote.check_workers(EngineConfig(workers=workers))
+
+
+def test_the_number_of_ranks_is_that_of_workers() -> None:
+    with pytest.raises(ConfigError, match="there are 2 workers; leave it out"):
+        EngineConfig(workers=("a:1", "b:1"), tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match="must be a list of HOST:PORT"):
+        EngineConfig(workers="a:1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--listen", "0.0.0.0:0", "--rank", "0"], "is open to other machines, so it takes mutual"),
+        (["--listen", "127.0.0.1:0"], "--rank: give it, or start by torchrun"),
+        (["--listen", "127.0.0.1", "--rank", "0"], "must be HOST:PORT"),
+        (["--listen", "192.0.2.1:7000", "--rank", "0", "--tls", "/nowhere"], "cannot be read"),
+    ],
+)
+def test_a_worker_that_nobody_could_use_does_not_start(args: list[str], text: str) -> None:
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "worker", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and text in done.stderr
