@@ -4,21 +4,21 @@ the same answers, one engine at a time, and what does not fit is refused with th
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import octavo
+from octavo.benchmarks.kept_worker import Kept, keep
 from octavo.benchmarks.robustness import at_steps
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.cli import app
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.worker import remote
 from octavo.engine.worker.fingerprint import fingerprint
@@ -31,47 +31,6 @@ SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
 }
 ASKED = [[{"role": "user", "content": text}] for text in ("Who are you?", "What is this?", "Hm")]
-READY = re.compile(r"ready worker=(\S+) rank=(\d+) pid=(\d+)")
-
-
-@dataclass
-class Kept:
-    """An `octavo worker` and where it last was ready."""
-
-    process: subprocess.Popen[str]
-    address: str = ""
-    pid: int = 0
-
-    def read(self) -> None:
-        """Waits until its worker is ready."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        match = READY.fullmatch(line.strip())
-        assert match is not None, line
-        self.address, self.pid = match[1], int(match[3])
-
-    def follow(self) -> None:
-        """Reads on, so that `pid` is the latest."""
-
-        def run() -> None:
-            assert self.process.stdout is not None
-            for line in self.process.stdout:
-                if match := READY.fullmatch(line.strip()):
-                    self.pid = int(match[3])
-
-        threading.Thread(target=run, daemon=True).start()
-
-    def close(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
-
-
-def keep(model: Path, *args: str, env: dict[str, str] | None = None) -> Kept:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "worker", "--model", str(model)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return Kept(
-        subprocess.Popen([*command, *args], stdout=subprocess.PIPE, text=True, env=environment)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +129,12 @@ def test_other_weights_are_refused(
 ) -> None:
     other = write_tiny_checkpoint(tmp_path, seed=1)
     assert fingerprint(other) != fingerprint(checkpoint)
-    with pytest.raises(ConfigError, match="rank 0 .* has other weights than .* start it with"):
+    with pytest.raises(ConfigError, match=r"rank 0 .* has other weights than .* start it with"):
         engine(other, pair)
 
 
 def test_ranks_in_the_wrong_order_are_refused(checkpoint: Path, pair: list[Kept]) -> None:
-    with pytest.raises(ConfigError, match="started with --rank 1, and is named in place 0"):
+    with pytest.raises(ConfigError, match="started with --rank 1 and is named in place 0"):
         engine(checkpoint, pair[::-1])
 
 
@@ -183,7 +142,7 @@ def test_another_version_is_refused(
     checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "__version__", "0.0.1")
-    with pytest.raises(ConfigError, match="the engine 0.0.1: install the same"):
+    with pytest.raises(ConfigError, match=r"the engine 0\.0\.1: install the same"):
         engine(checkpoint, pair)
 
 
@@ -219,6 +178,5 @@ def test_the_number_of_ranks_is_that_of_workers() -> None:
     ],
 )
 def test_a_worker_that_nobody_could_use_does_not_start(args: list[str], text: str) -> None:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "worker", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and text in done.stderr
+    done = CliRunner().invoke(app, ["worker", *args])
+    assert done.exit_code == 2 and text in done.stderr
