@@ -32,7 +32,7 @@ LAYERS = [
     ("engine.worker",),
     ("engine.media",),
     ("engine.input",),
-    ("engine.input_pool", "engine.media_settings"),
+    ("engine.input_pool", "engine.media_settings", "engine.tool_calls"),
     ("engine.output",),
     ("engine.histogram", "engine.spans", "engine.backlog"),
     ("engine.stats",),

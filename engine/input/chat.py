@@ -19,11 +19,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from .tokenizer import TextTokenizer
+from .tools import SECTION_HEAD, SECTION_TAIL, read_calls, read_tools
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
 MAX_TEXT = 16 << 20  # characters of all texts
+SYSTEM = "You are a helpful assistant."  # Qwen2-VL's, where a conversation begins with no other
 
 _MARK = re.compile("\x00(\\d+)\x00")
 
@@ -51,15 +53,21 @@ class Conversation:
     media: list[MediaPart]
 
 
-def read_messages(messages: Any) -> Conversation:
-    """Checks a conversation's form. Raises `InputError`."""
+def read_messages(messages: Any, tools: Any = None) -> Conversation:
+    """Checks a conversation's form. Raises `InputError`.
+
+    Tools, calls and results are written into the messages as Qwen2.5's template would: Qwen2-VL's
+    own knows of none. What a client gives of them are texts like all others."""
+    written = read_tools(tools)
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InputError("messages", f"must be a list, not {type(messages).__name__}")
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InputError("messages", f"{len(messages)} of them; must be 1 to {MAX_MESSAGES}")
     found = Conversation([], [], [])
     for index, message in enumerate(messages):
-        found.messages.append(_read_message(f"messages[{index}]", message, found))
+        _append(found.messages, _read_message(f"messages[{index}]", message, found))
+    if written:
+        _add_tools(written, found)
     size = sum(map(len, found.texts))
     if size > MAX_TEXT:
         raise InputError("messages", f"{size} characters of text; at most {MAX_TEXT}")
@@ -69,10 +77,15 @@ def read_messages(messages: Any) -> Conversation:
 def _read_message(field: str, message: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(field, f"must be a dict, not {type(message).__name__}")
-    _refuse_unknown(field, message, ("role", "content"))
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{field}.role", f"{shown(role)}; must be one of {', '.join(ROLES)}")
+    beside = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
+    _refuse_unknown(field, message, ("role", "content", *beside))
+    if role == "tool":
+        return _read_result(field, message, found)
+    if message.get("tool_calls"):
+        return _read_answer(field, message, found)
     if isinstance(content, bytes) or not isinstance(content, Sequence):
         raise InputError(f"{field}.content", "must be a text or a list of parts")
     if role == "user" and not any(map(_says_something, [content, *content])):
@@ -81,6 +94,60 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
         return {"role": role, "content": _mark(content, f"{field}.content", found)}
     parts = [_read_part(f"{field}.content[{i}]", part, found) for i, part in enumerate(content)]
     return {"role": role, "content": parts}
+
+
+def _read_result(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
+    """What a call gave. Results have no ids in Qwen's form: they stand in the order of the calls."""
+    if not isinstance(message.get("tool_call_id", ""), str):
+        raise InputError(f"{field}.tool_call_id", "must be a text")
+    text = _text_of(f"{field}.content", message.get("content"), found)
+    return {"role": "tool", "content": f"<tool_response>\n{text}\n</tool_response>"}
+
+
+def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
+    """An answer with calls, as the model wrote it."""
+    content = message.get("content")
+    lines = [_text_of(f"{field}.content", content, found)] if content else []
+    for name, arguments in read_calls(message["tool_calls"], f"{field}.tool_calls"):
+        call = f'{{"name": "{name}", "arguments": {arguments}}}'
+        lines.append(f"<tool_call>\n{_mark(call, field, found)}\n</tool_call>")
+    return {"role": "assistant", "content": "\n".join(lines)}
+
+
+def _text_of(field: str, content: Any, found: Conversation) -> str:
+    """Marks of a text, or of the texts of parts."""
+    if isinstance(content, str):
+        return _mark(content, field, found)
+    if not isinstance(content, list | tuple):
+        raise InputError(field, "must be a text or a list of texts")
+    parts = [_read_part(f"{field}[{i}]", part, found) for i, part in enumerate(content)]
+    for i, part in enumerate(parts):
+        if part["type"] != "text":
+            raise InputError(f"{field}[{i}].type", f"{part['type']}; only text is taken here")
+    return "".join(part["text"] for part in parts)
+
+
+def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
+    """Results that follow one another are one turn of the user's."""
+    if message["role"] != "tool":
+        messages.append(message)
+    elif messages and messages[-1].get("of_tools"):
+        messages[-1]["content"] += "\n" + message["content"]
+    else:
+        messages.append({"role": "user", "content": message["content"], "of_tools": True})
+
+
+def _add_tools(tools: list[str], found: Conversation) -> None:
+    """Their section goes behind the system message."""
+    marks = "".join("\n" + _mark(tool, "tools", found) for tool in tools)
+    section = SECTION_HEAD + marks + SECTION_TAIL
+    if found.messages[0]["role"] != "system":
+        found.messages.insert(0, {"role": "system", "content": SYSTEM})
+    first = found.messages[0]
+    if isinstance(first["content"], str):
+        first["content"] += section
+    else:
+        first["content"].append({"type": "text", "text": section})
 
 
 def _says_something(content: Any) -> bool:

@@ -41,7 +41,7 @@ class PromptReader:
         return self.from_messages(prompt, images, videos)
 
     def _from_dict(self, prompt: Mapping[str, Any]) -> ReadPrompt:
-        known = {"prompt", "prompt_token_ids", "messages", "images", "videos"}
+        known = {"prompt", "prompt_token_ids", "messages", "tools", "images", "videos"}
         for name in prompt:
             if name not in known:
                 raise InputError(name, f"{name}: unknown; a prompt has {', '.join(sorted(known))}")
@@ -49,10 +49,12 @@ class PromptReader:
         kinds = [name for name in ("prompt", "prompt_token_ids", "messages") if name in prompt]
         if len(kinds) != 1:
             raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
+        if kinds == ["messages"]:
+            return self.from_messages(prompt["messages"], *media, tools=prompt.get("tools"))
+        if prompt.get("tools"):
+            raise InputError("tools", "go with messages alone")
         if kinds == ["prompt"]:
             return self.from_text(prompt["prompt"], *media)
-        if kinds == ["messages"]:
-            return self.from_messages(prompt["messages"], *media)
         return self.from_token_ids(prompt["prompt_token_ids"], *media)
 
     def from_messages(
@@ -60,9 +62,10 @@ class PromptReader:
         messages: Any,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Any = None,
     ) -> ReadPrompt:
-        """A conversation, as the model card writes it. Raises `InputError`."""
-        conversation = read_messages(messages)
+        """A conversation, as the model card writes it, and OpenAI's `tools`. Raises `InputError`."""
+        conversation = read_messages(messages, tools)
         parts = _fill(conversation.media, {"image": images, "video": videos})
         self._check_text(sum(map(len, conversation.texts)))
         return ReadPrompt(self._template.encode(conversation), parts)
