@@ -19,6 +19,7 @@ _WHERE = {
     "ServerFile": ".engine.client_media",
     "Tls": ".engine.client_channel",
     "TokenLogprobs": ".scheduler.logprobs",
+    "ToolCall": ".engine.tool_calls",
 }
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .engine.media.embeds import MediaEmbeds
     from .engine.output import RequestOutput
+    from .engine.tool_calls import ToolCall
     from .scheduler.logprobs import TokenLogprobs
     from .scheduler.params import RequestOptions, SamplingParams
 
@@ -45,6 +47,7 @@ __all__ = [
     "ServerFile",
     "Tls",
     "TokenLogprobs",
+    "ToolCall",
     "__version__",
 ]
 

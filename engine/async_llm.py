@@ -24,6 +24,7 @@ from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
 from .request_record import RequestRecord
 from .spans import RequestSpans
+from .tool_use import CallReader, with_tool_choice
 
 
 @dataclass(eq=False)
@@ -101,16 +102,19 @@ class AsyncLLM:
         traceparent: str | None = None,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`;
+        `tools`, `tool_choice`: as in `LLM.chat`. `options`: those of `octavo.RequestOptions`;
         `traceparent`: the caller's span, in W3C's form, for the spans of the request. Raises
         `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
         `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
         """
-        prompt = {"messages": messages, "images": images, "videos": videos}
+        prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
+        prompt |= {"tools": tools, "tool_choice": tool_choice}
         return self.generate(
             prompt, params, request_id=request_id, traceparent=traceparent, **options
         )
@@ -131,6 +135,7 @@ class AsyncLLM:
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
             check_params(params)
+            params, calls = with_tool_choice(prompt, params), CallReader(prompt)
             clock = Countdown(RequestOptions.of(**options))
             key, stream = self._open(name, 1 if params is None else params.n)
             finished = False
@@ -154,7 +159,7 @@ class AsyncLLM:
                             continue
                         finished = event.usage is not None
                         record.add(event)
-                        yield replace(event, request_id=name)
+                        yield calls.read(replace(event, request_id=name))
             finally:
                 del self._streams[key], self._keys[name]
                 if stream.work is not None:

@@ -20,6 +20,8 @@ from ..scheduler.params import shown
 from .client_channel import Tls, error_of, key_metadata, open_channel
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
+from .client_tools import add_tools, message_calls, read_calls
+from .tool_calls import ToolCall
 
 __all__ = ["Client", "ClientDelta", "ClientError", "Deltas", "Tls"]
 
@@ -48,6 +50,7 @@ class ClientDelta:
     # On the first answer's delta with its first token, where they were asked for: one a token of
     # the prompt; None for the first, and for those of images and videos.
     prompt_logprobs: tuple[TokenLogprobs | None, ...]
+    tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; no part of the text
 
 
 Deltas = Generator[ClientDelta, None, None]
@@ -76,18 +79,22 @@ class Client:
         *,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
         request_id: str = "",
         timeout: float | None = None,
         **settings: Any,
     ) -> Deltas:
-        """Answers one conversation. `settings`: the fields of `octavo.SamplingParams`, and
-        `priority`, `timeout_s` and `cache_salt` as in `octavo.RequestOptions`.
+        """Answers one conversation. `tools`, `tool_choice`: as in `octavo.LLM.chat`.
+        `settings`: the fields of `octavo.SamplingParams`, and `priority`, `timeout_s` and
+        `cache_salt` as in `octavo.RequestOptions`.
 
         `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
         aborts the request. Raises `ClientError`.
         """
         conversation = pb.Conversation(messages=[_message(message) for message in messages])
         request = pb.GenerateRequest(request_id=request_id, conversation=conversation)
+        add_tools(request, tools, tool_choice)
         return self._generate(request, images, videos, timeout, settings)
 
     def generate(
@@ -190,6 +197,7 @@ def _client_delta(delta: pb.GenerateDelta) -> ClientDelta:
             _logprobs(entry) if entry.HasField("logprob") else None
             for entry in delta.prompt_logprobs
         ),
+        tool_calls=read_calls(delta.tool_calls),
     )
 
 
@@ -217,12 +225,13 @@ def _message(message: Mapping[str, Any]) -> pb.Message:
     if not isinstance(message, Mapping):
         raise invalid("messages: must be a list of dicts with role and content")
     for name in message:
-        if name not in ("role", "content"):
+        if name not in ("role", "content", "tool_calls", "tool_call_id"):
             raise invalid(f"messages: {name!r} is unknown; a message has role and content")
-    content = message.get("content", ())
+    content = () if message.get("content") is None else message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     try:
-        return pb.Message(role=message.get("role", ""), content=[_part(part) for part in parts])
+        content = [_part(part) for part in parts]
+        return pb.Message(role=message.get("role", ""), content=content, **message_calls(message))
     except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a text
         raise invalid(f"messages: {error}") from None
 

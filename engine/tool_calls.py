@@ -23,6 +23,7 @@ class ToolCall:
 
     name: str
     arguments: str  # an object in JSON
+    id: str = ""  # once it is told
 
 
 class ToolParser:

@@ -130,7 +130,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         ([{"role": "user", "content": []}], "is empty"),
         ([{"role": "user", "content": [text("")]}], "is empty"),
         ([{"role": "user", "content": 5}], "text or a list"),
-        ([{"role": "tool", "content": "x"}], "system, user, assistant"),
+        ([{"role": "function", "content": "x"}], "system, user, assistant, tool"),
         ([{"role": "user", "content": "x", "name": "bob"}], "'name' is unknown"),
         (ask({"type": "audio", "audio": "x"}), "text, image or video"),
         (ask("bare"), "must be a dict"),

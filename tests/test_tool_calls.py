@@ -110,7 +110,8 @@ You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
-{"type": "function", "function": {"name": "get", "parameters": {"type": "object", "title": "<|im_end|>é"}}}
+{"type": "function", "function": {"name": "get", "parameters": {"type": "object", \
+"title": "<|im_end|>é"}}}
 </tools>
 
 For each function call, return a json object with function name and arguments within \
@@ -142,7 +143,7 @@ sun
 @pytest.fixture(scope="module")
 def reader() -> PromptReader:
     model_dir = Path(octavo.__file__).parent / "engine/embedded"
-    return PromptReader(model_dir, ModelConfig.load(model_dir), 1 << 20)
+    return PromptReader(model_dir, ModelConfig.from_dir(model_dir), 1 << 20)
 
 
 def test_the_prompt_is_qwen_s(reader: PromptReader) -> None:

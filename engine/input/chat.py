@@ -97,7 +97,7 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
 
 
 def _read_result(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
-    """What a call gave. Results have no ids in Qwen's form: they stand in the order of the calls."""
+    """What a call gave. Qwen's form has no ids: results stand in the order of the calls."""
     if not isinstance(message.get("tool_call_id", ""), str):
         raise InputError(f"{field}.tool_call_id", "must be a text")
     text = _text_of(f"{field}.content", message.get("content"), found)

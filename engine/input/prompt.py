@@ -12,6 +12,7 @@ from ..config import ModelConfig
 from ..input_error import InputError, shown
 from .chat import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextTokenizer
+from .tools import TOOL_FIELDS, tools_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class PromptReader:
         return self.from_messages(prompt, images, videos)
 
     def _from_dict(self, prompt: Mapping[str, Any]) -> ReadPrompt:
-        known = {"prompt", "prompt_token_ids", "messages", "tools", "images", "videos"}
+        known = {"prompt", "prompt_token_ids", "messages", "images", "videos", *TOOL_FIELDS}
         for name in prompt:
             if name not in known:
                 raise InputError(name, f"{name}: unknown; a prompt has {', '.join(sorted(known))}")
@@ -50,9 +51,10 @@ class PromptReader:
         if len(kinds) != 1:
             raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
         if kinds == ["messages"]:
-            return self.from_messages(prompt["messages"], *media, tools=prompt.get("tools"))
-        if prompt.get("tools"):
-            raise InputError("tools", "go with messages alone")
+            return self.from_messages(prompt["messages"], *media, tools=tools_of(prompt))
+        for name in TOOL_FIELDS:
+            if prompt.get(name):
+                raise InputError(name, "goes with messages alone")
         if kinds == ["prompt"]:
             return self.from_text(prompt["prompt"], *media)
         return self.from_token_ids(prompt["prompt_token_ids"], *media)
@@ -64,7 +66,7 @@ class PromptReader:
         videos: Sequence[Any] | None = None,
         tools: Any = None,
     ) -> ReadPrompt:
-        """A conversation, as the model card writes it, and OpenAI's `tools`. Raises `InputError`."""
+        """A conversation, as the model card writes it; OpenAI's `tools`. Raises `InputError`."""
         conversation = read_messages(messages, tools)
         parts = _fill(conversation.media, {"image": images, "video": videos})
         self._check_text(sum(map(len, conversation.texts)))

@@ -12,6 +12,8 @@ from ..input_error import InputError, shown
 MAX_TOOLS = 128
 MAX_TOOLS_SIZE = 1 << 20  # characters of JSON, of all tools or of one message's calls
 MAX_DEPTH = 32  # of a JSON value
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a prompt, as OpenAI's
+CHOICES = ("auto", "none", "required")
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 SECTION_HEAD = (
@@ -41,6 +43,41 @@ def read_tools(tools: Any) -> list[str]:
     if sum(map(len, found)) > MAX_TOOLS_SIZE:
         raise InputError("tools", f"over {MAX_TOOLS_SIZE} characters of JSON")
     return found
+
+
+def tools_of(prompt: Mapping[str, Any]) -> Any:
+    """Those that the model is told of. Raises `InputError`."""
+    parallel = prompt.get("parallel_tool_calls")
+    if parallel is not None and not isinstance(parallel, bool):
+        raise InputError("parallel_tool_calls", f"{shown(parallel)}: must be true or false")
+    tools = prompt.get("tools")
+    read_tools(tools)
+    choice = prompt.get("tool_choice")
+    read_choice(choice, tools)
+    return None if choice == "none" else tools
+
+
+def read_choice(choice: Any, tools: Any) -> str | None:
+    """ "auto", "none", "required", or None where one function is named, as OpenAI does: then it is
+    one of `tools`, which are checked already. Raises `InputError`."""
+    if choice is None:
+        return "auto"
+    if isinstance(choice, str):
+        if choice not in CHOICES:
+            known = ", ".join(CHOICES)
+            raise InputError("tool_choice", f"{shown(choice)}; must be {known} or a function")
+        if choice == "required" and not tools:
+            raise InputError("tool_choice", "required: there are no tools")
+        return choice
+    if not isinstance(choice, Mapping) or choice.get("type") != "function":
+        raise InputError("tool_choice", "must be a text, or an object of type function")
+    function = choice.get("function")
+    if not isinstance(function, Mapping):
+        raise InputError("tool_choice.function", "must be an object with a name")
+    name = function.get("name")
+    if name not in [tool["function"]["name"] for tool in tools or ()]:
+        raise InputError("tool_choice.function.name", f"{shown(name)} is none of the tools")
+    return None
 
 
 def _read_tool(tool: Any, field: str) -> str:

@@ -16,6 +16,7 @@ from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..media.limits import MediaLimits
 from ..output import OutputDelta, Usage
+from .convert_tools import read_message_calls, read_tools, write_calls
 from .errors import Refused, field_in
 from .read_media import read_source
 
@@ -38,7 +39,7 @@ def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, A
     for index, item in enumerate(request.media):
         part = _read_media(item, f"media[{index}]")
         media[part.pop("type")].append(part)
-    given = {f"{kind}s": items for kind, items in media.items() if items}
+    given = {f"{kind}s": items for kind, items in media.items() if items} | read_tools(request)
     form = request.WhichOneof("prompt")
     if form == "conversation":
         return {"messages": _read_messages(request.conversation), **given}
@@ -74,6 +75,7 @@ def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
                 _read_part(part, f"messages[{m}].content[{p}]")
                 for p, part in enumerate(message.content)
             ],
+            **read_message_calls(message),
         }
         for m, message in enumerate(conversation.messages)
     ]
@@ -173,6 +175,7 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
         media_times=pb.MediaTimes(**vars(times)) if times else None,
         logprobs=[_write_logprobs(entry) for entry in delta.logprobs],
         prompt_logprobs=[_write_logprobs(entry) for entry in delta.prompt_logprobs],
+        tool_calls=write_calls(delta.tool_calls),
     )
 
 

@@ -28,9 +28,8 @@ def _read_message(message: Any, field: str) -> Any:
     found = {name: value for name, value in message.items() if value not in (None, [])}
     if found.get("role") == "developer":
         found["role"] = "system"
-    for name in ("tool_calls", "tool_call_id", "function_call"):
-        if name in found:
-            raise InputError(f"{field}.{name}", "this server does not have tools yet")
+    if "function_call" in found:
+        raise InputError(f"{field}.function_call", "is tool_calls by now: use that")
     content = message.get("content")
     if content is None and found.get("role") == "assistant":
         content = ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
 from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ..input.tools import TOOL_FIELDS
 from ..input_error import InputError
 from .errors import Refused, field_in
 from .http_error import ApiError
@@ -85,7 +86,8 @@ def read_chat(body: Mapping[str, Any], model: str) -> Asked:
             raise InputError("max_completion_tokens", "is max_tokens' new name: give one of them")
         given["max_tokens"] = newer
     given["logprobs"] = _read_chat_logprobs(given)
-    return _asked(({"messages": messages},), given)
+    tools = {name: given.pop(name, None) for name in TOOL_FIELDS}
+    return _asked(({"messages": messages, **tools},), given)
 
 
 def read_completions(body: Mapping[str, Any], model: str) -> Asked:

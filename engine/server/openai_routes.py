@@ -202,6 +202,7 @@ async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str,
             output = outputs[prompt * n + delta.index]
             output.text += delta.text
             output.logprobs.extend(delta.logprobs)
+            output.tool_calls.extend(delta.tool_calls)
             output.finish_reason = delta.finish_reason or output.finish_reason
             media.extend(delta.media)
             usages.extend([delta.usage] if delta.usage else [])
@@ -212,7 +213,7 @@ async def _chunks(
     first: tuple[int, OutputDelta], rest: Answers, asked: Asked, form: AnswerForm
 ) -> AsyncGenerator[bytes, None]:
     """A stream's events; an error ends it."""
-    begun: set[int] = set()
+    begun: dict[int, int] = {}  # calls that a choice had
     usages: list[Usage] = []
     try:
         event: tuple[int, OutputDelta] | None = first
@@ -222,11 +223,11 @@ async def _chunks(
                 raise api_error(fault_in(delta.error))
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
-            is_told = bool(delta.text or delta.logprobs)
+            is_told = bool(delta.text or delta.logprobs or delta.tool_calls)
             if is_told or delta.finish_reason or delta.media or choice not in begun:
-                is_first = choice not in begun
-                begun.add(choice)
-                yield _event(form.chunk(choice, delta, is_first, asked.include_usage))
+                is_first, had = choice not in begun, begun.get(choice, 0)
+                begun[choice] = had + len(delta.tool_calls)
+                yield _event(form.chunk(choice, delta, is_first, asked.include_usage, had))
             event = await anext(rest, None)
         if asked.include_usage:
             yield _event(form.usage_chunk(usages))
