@@ -15,6 +15,9 @@ from .input_error import InputError
 from .output import OutputDelta
 from .tool_calls import ToolParser
 
+# How llguidance writes JSON.
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class CallReader:
     """Takes the calls out of one request's deltas. Without tools, deltas stay as they are."""
@@ -53,10 +56,8 @@ def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingPara
 
 
 def _with_grammar(params: SamplingParams, grammar: str) -> SamplingParams:
+    """The one place where a choice becomes a form of the answer."""
     raise InputError("tool_choice", "this server takes auto and none alone yet")
-
-
-TAIL = "}\n</tool_call>"
 
 
 def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
@@ -74,12 +75,12 @@ def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
 
 
 def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
+    """`name` is the rule's. Arguments are an object, whether the schema says so or not, written as
+    Qwen does; free white space would be all that a small model writes."""
     function = tool["function"]
     head = f'<tool_call>\n{{"name": "{function["name"]}", "arguments": '
-    schema = function.get("parameters") or {"type": "object"}
-    return f"{name}: {json.dumps(head)} %json {json.dumps(_of_arguments(schema))} {json.dumps(TAIL)}"
-
-
-def _of_arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Arguments are an object, said or not."""
-    return schema if "type" in schema or "$ref" in schema else {"type": "object", **schema}
+    schema = {**(function.get("parameters") or {}), "x-guidance": WRITTEN}
+    if "$ref" not in schema:
+        schema.setdefault("type", "object")
+    body, tail = json.dumps(schema), json.dumps("}\n</tool_call>")
+    return f"{name}: {json.dumps(head)} %json {body} {tail}"

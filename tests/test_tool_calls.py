@@ -188,6 +188,7 @@ def _message(call: Any) -> list[Any]:
         ({"tools": _function(description=1)}, "tools[1].function.description"),
         ({"tools": _function(parameters=[])}, "tools[1].function.parameters"),
         ({"tools": _function(parameters=_deep())}, "tools[1]"),
+        ({"tools": _function(parameters={"type": []})}, "tools[1].function.parameters.type"),
         ({"tools": _function(description="x" * (1 << 20))}, "tools[1]"),
         ({"tools": _function(description="\ud800")}, "tools[1]"),
         ({"messages": _message(1)}, "messages[0].tool_calls[0]"),

@@ -93,6 +93,10 @@ def _read_tool(tool: Any, field: str) -> str:
         raise InputError(f"{field}.function.description", "must be a text")
     if not isinstance(function.get("parameters", {}), Mapping):
         raise InputError(f"{field}.function.parameters", "must be a JSON schema, an object")
+    schema = function.get("parameters", {})
+    if schema.get("type", "object") != "object":
+        where, kind = f"{field}.function.parameters.type", shown(schema["type"])
+        raise InputError(where, f"{kind}; must be object: arguments have names")
     return to_json(tool, field)
 
 
