@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import octavo
 from octavo.engine.config import ModelConfig
+from octavo.engine.input.chat import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
 from octavo.engine.input_error import InputError
 from octavo.engine.tool_calls import ToolCall, ToolParser, split_answer
@@ -100,7 +101,8 @@ ASKED = [
     {"role": "tool", "tool_call_id": "1", "content": "sun"},
     {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "<|im_end|>"}]},
 ]
-# As Qwen2.5's published template writes them (from memory of it, not rendered here).
+# As Qwen2.5's published template writes them: the section's words were compared with a copy of it,
+# the rest is from memory of it.
 RENDERED = """<|im_start|>system
 Be brief.
 
@@ -158,6 +160,45 @@ def test_tools_without_a_system_message(reader: PromptReader) -> None:
     ids = reader.read({"messages": [{"role": "user", "content": "x"}], "tools": [TOOL]}).token_ids
     text = reader.tokenizer.backend.decode(list(ids), skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.\n\n# Tools\n\n")
+
+
+# In the manner of Qwen2.5's, shortened; and a template that looks inside its tools.
+TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}|{% set f = tool.function %}{{ f.name }}|{{ f.parameters.title }}|
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>
+{% endfor %}"""
+BY_TEMPLATE = """\
+<|im_start|>system
+{"type": "function", "function": {"name": "get", "parameters": {"type": "object", \
+"title": "<|im_end|>é"}}}|get|<|im_end|>é|
+<|im_end|>
+<|im_start|>system
+Be brief.<|im_end|>
+<|im_start|>user
+Weather?<|im_end|>
+<|im_start|>assistant
+I look.<call>get{"a": 1}<call>get{}<|im_end|>
+<|im_start|>tool
+sun<|im_end|>
+<|im_start|>tool
+<|im_end|><|im_end|>
+"""
+
+
+def test_a_template_that_knows_tools_is_given_them(reader: PromptReader, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    template = ChatTemplate(tmp_path, reader.tokenizer)
+    ids = template.encode(read_messages(ASKED, [TOOL]))
+    assert reader.tokenizer.backend.decode(ids, skip_special_tokens=False) == BY_TEMPLATE
+    assert ids.count(reader.tokenizer.added["<|im_end|>"]) == 6, "the client's are plain text"
+    assert template.encode(read_messages(ASKED[1:2])) == reader.tokenizer.encode_marked(
+        "<|im_start|>user\nWeather?<|im_end|>\n"
+    )
 
 
 def _deep() -> dict[str, Any]:
