@@ -165,12 +165,14 @@ def test_tools_without_a_system_message(reader: PromptReader) -> None:
 # In the manner of Qwen2.5's, shortened; and a template that looks inside its tools.
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
-{% for tool in tools %}{{ tool | tojson }}|{% set f = tool.function %}{{ f.name }}|{{ f.parameters.title }}|
+{% for tool in tools %}{{ tool | tojson }}|{% set f = tool.function -%}
+{{ f.name }}|{{ f.parameters.title }}|
 {% endfor %}<|im_end|>
 {% endif %}
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}
-{%- for call in message.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>
+{%- for call in message.tool_calls or [] %}{% set f = call.function -%}
+<call>{{ f.name }}{{ f.arguments | tojson }}{% endfor %}<|im_end|>
 {% endfor %}"""
 BY_TEMPLATE = """\
 <|im_start|>system
