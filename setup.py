@@ -77,6 +77,7 @@ TEST = [
     "psutil>=7",
     "cryptography>=42",
     "matplotlib>=3.8",
+    "playwright>=1.55",
     "ruff>=0.17",
     "mypy>=2.0",
     "types-protobuf",
@@ -91,6 +92,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "octavo.engine.embedded": ["*.json", "*.safetensors"],
+        "octavo.engine.server": ["page/*"],
         "octavo.proto": ["*.proto", "*.pyi"],
         "octavo": ["py.typed"],
     },
