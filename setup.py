@@ -78,6 +78,7 @@ TEST = [
     "cryptography>=42",
     "matplotlib>=3.8",
     "playwright>=1.55",
+    "axe-playwright-python>=0.1.4",
     "ruff>=0.17",
     "mypy>=2.0",
     "types-protobuf",

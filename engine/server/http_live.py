@@ -43,9 +43,11 @@ class LiveView:
         return [Route("/engine/snapshot", self.snapshot)]
 
     async def snapshot(self, request: Request) -> Response:
-        """`?after=STEP`: tells of later steps alone. What requests are called is for whoever has
-        a key or a certificate, and on a server that asks for neither for whoever is on this
-        machine, as with `Control.Drain`: a name is enough to abort a request. Others see numbers."""
+        """`?after=STEP`: tells of later steps alone.
+
+        By a request's name anybody can abort it. So names are for whoever may drain the server
+        (`Control.Drain`): who has a key or a certificate, and on a server that asks for neither who
+        is on this machine. Others see numbers."""
         after = _read_step(request.query_params.get("after", "0"))
         snapshot, runs = await self._latest()
         with_names = self._is_known or _is_here(request)

@@ -22,7 +22,7 @@ NAMES = (
 )
 PATHS = {"/" if name == "index.html" else f"/page/{name}": name for name in NAMES}
 
-# Scripts, styles and connections are this server's alone; what a user drops in is shown from memory.
+# Scripts, styles and connections: this server's alone. What a user drops in is shown from memory.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; media-src blob:; base-uri 'none'; form-action 'none'; "

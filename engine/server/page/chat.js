@@ -131,7 +131,7 @@ function finish(made, turn, word) {
   const parts = word ? [word] : [];
   if (made.tokens > 0) {
     const seconds = (performance.now() - made.firstAt) / 1000;
-    const rate = made.tokens > 1 && seconds > 0 ? `, ${((made.tokens - 1) / seconds).toFixed(0)} a second` : "";
+    const rate = made.tokens > 9 ? `, ${((made.tokens - 1) / seconds).toFixed(0)} a second` : ""; // few say nothing
     parts.push(`${made.tokens} tokens${rate}`);
   }
   turn.after.textContent = parts.join(" ");

@@ -1,7 +1,7 @@
 // The three pictures of the live view, and what they show in words.
 
 const UNUSED = 0, CACHED = 1, SHARED = 2, FIRST_REQUEST = 3; // as engine/snapshot.py has them
-const BLOCKS_HEIGHT = 180, STRIP = 34, GAP = 16; // CSS pixels
+const BLOCKS_HEIGHT = 180, STRIP = 34, GAP = 21; // CSS pixels
 const STAGES = [["encode", 2], ["prefill", 3], ["decode", 4]]; // and their place in a step
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -9,9 +9,11 @@ const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 
 /** The same name has the same colour, in every tab and on every day. */
 export function colorOf(name) {
-  let hash = 2166136261; // FNV-1a
+  let hash = 2166136261; // FNV-1a, stirred once more: names differ in their last letters
   for (let i = 0; i < name.length; i++) hash = Math.imul(hash ^ name.charCodeAt(i), 16777619);
-  const hue = (hash >>> 0) % 360, shade = ((hash >>> 9) % 3) * 8;
+  for (const by of [0x85ebca6b, 0xc2b2ae35]) hash = Math.imul(hash ^ (hash >>> 15), by);
+  hash = (hash ^ (hash >>> 16)) >>> 0;
+  const hue = hash % 360, shade = ((hash >>> 9) % 3) * 8;
   return `hsl(${hue} 62% ${(isDark() ? 58 : 40) + shade}%)`;
 }
 
@@ -75,7 +77,7 @@ export function drawSteps(canvas, steps) {
   strips.forEach(([name, at, ink], index) => {
     const top = index * (STRIP + GAP) + GAP, most = Math.max(...steps.map((step) => step[at]), 0);
     to.fillStyle = color("soft");
-    to.fillText(`${name}, at most ${at === 1 ? most.toFixed(1) : most}`, 0, top - GAP + 2);
+    to.fillText(`${name}, at most ${at === 1 ? most.toFixed(1) : most}`, 0, top - GAP + 6);
     to.fillStyle = color("unused");
     to.fillRect(0, top + STRIP, width, 1);
     to.fillStyle = ink;
