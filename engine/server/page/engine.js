@@ -17,7 +17,7 @@ let steps = []; // [number, milliseconds, encoded, prefill, decode]
 let rates = []; // tokens a second, one a look
 let latest = null; // what was told last
 let timer = 0;
-let toldAt = 0, told = "";
+let toldAt = -QUIET, told = "0 running, 0 waiting.";
 
 function open(shows) {
   panel.hidden = !shows;
@@ -28,8 +28,8 @@ function open(shows) {
 
 /** Once, and again in a while; not while nobody can see it. */
 async function look() {
-  clearTimeout(timer);
-  timer = -1; // a look is on its way
+  timer = isSeen() ? -1 : 0; // -1: a look is on its way; 0: there is none, nor will be
+  if (timer === 0) return;
   let pause = still.matches ? 2000 : 500;
   try {
     const after = steps.length ? steps.at(-1)[0] : 0;
@@ -88,6 +88,9 @@ function say(load) {
 }
 
 button.addEventListener("click", () => open(panel.hidden));
+document.querySelector(".skip").addEventListener("click", () => {
+  if (!wide.matches) open(false); // what it leads to is in the other room
+});
 document.addEventListener("visibilitychange", lookAgain);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 new ResizeObserver(draw).observe(panel);
