@@ -1,4 +1,4 @@
-"""What the engine tells of itself at one moment, and who is told which names; and the page's files."""
+"""What the engine tells of itself at one moment, and to whom; and the files of the page."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def test_every_block_is_told_of() -> None:
         add(scheduler, name, [9] * 20)
     step(scheduler, stats)
     snapshot = take_snapshot(scheduler, stats)
-    assert [row.request_id for row in snapshot.requests] == ["one#0", "other#0", "waits#0", "waits too#0"]  # fmt: skip
+    names = [row.request_id for row in snapshot.requests]
+    assert names == ["one#0", "other#0", "waits#0", "waits too#0"]
     assert [row.status for row in snapshot.requests] == ["running"] * 3 + ["waiting"]
     one, other, waits, _ = snapshot.requests
     assert (one.num_prompt_tokens, one.num_computed_tokens, one.num_output_tokens) == (70, 72, 3)
@@ -160,7 +161,8 @@ def test_it_tells_of_requests_blocks_and_steps(door: Door, client: httpx2.Client
     wait_for(lambda: client.get("/engine/snapshot").json()["requests"][1]["num_output_tokens"] > 2)
     found = client.get("/engine/snapshot").json()
     assert found["names_are_shown"] is True
-    assert [(row["name"], row["answer"]) for row in found["requests"]] == [("mine#[7]", 0), ("mine#[7]", 1)]  # fmt: skip
+    names = [(row["name"], row["answer"]) for row in found["requests"]]
+    assert names == [("mine#[7]", 0), ("mine#[7]", 1)]
     codes = expand(found["blocks"])
     assert len(codes) == found["load"]["num_blocks"] == door.engine.num_blocks
     assert codes.count(SHARED) > 0  # of the prompt
