@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
 
 from octavo.benchmarks.browser import chromium, find_chromium
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
@@ -24,10 +26,8 @@ from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.work import Work
 from octavo.scheduler.params import SamplingParams
 
-sync_api = pytest.importorskip("playwright.sync_api")
 if find_chromium() is None:
-    pytest.skip("chromium is not installed", allow_module_level=True)
-expect = sync_api.expect
+    pytest.skip("chromium is not installed: apt-get install chromium", allow_module_level=True)
 
 KEY = "the-key-of-this-server"
 CANVAS = (160, 120)
@@ -416,7 +416,7 @@ def test_an_answer_is_read_in_sentences(page: Any, doors: Doors) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(page: Any, doors: Doors, star: Any, scheme: str) -> None:
     """Labels, roles, contrast and more, of both schemes and widths, with requests and a dialog."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    axe = Axe()
     page.emulate_media(color_scheme=scheme)
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", light)[0]) > 128) == (scheme == "light")

@@ -1,5 +1,6 @@
 // The three pictures of the live view, and what they show in words.
 
+export const MOST_STEPS = 200; // shown
 const UNUSED = 0, CACHED = 1, SHARED = 2, FIRST_REQUEST = 3; // as engine/snapshot.py has them
 const BLOCKS_HEIGHT = 180, STRIP = 34, GAP = 21; // CSS pixels
 const STAGES = [["encode", 2], ["prefill", 3], ["decode", 4]]; // and their place in a step
@@ -73,7 +74,7 @@ function blocksInWords(found, nameOf) {
 export function drawSteps(canvas, steps) {
   const strips = [["milliseconds", 1, color("text")], ...STAGES.map(([name, at]) => [`${name} tokens`, at, color(name)])];
   const [to, width] = prepare(canvas, strips.length * (STRIP + GAP));
-  const bar = width / 120, left = width - steps.length * bar;
+  const bar = width / MOST_STEPS, left = width - steps.length * bar;
   strips.forEach(([name, at, ink], index) => {
     const top = index * (STRIP + GAP) + GAP, most = Math.max(...steps.map((step) => step[at]), 0);
     to.fillStyle = color("soft");
@@ -83,7 +84,7 @@ export function drawSteps(canvas, steps) {
     to.fillStyle = ink;
     steps.forEach((step, place) => {
       const height = most > 0 ? (step[at] / most) * STRIP : 0;
-      to.fillRect(left + place * bar, top + STRIP - height, Math.max(1, bar - 1), height);
+      to.fillRect(left + place * bar, top + STRIP - height, Math.max(1, bar - .6), height);
     });
   });
   const sums = STAGES.map(([name, at]) => `${steps.reduce((sum, step) => sum + step[at], 0)} tokens of ${name}`);

@@ -1,10 +1,10 @@
 // The live view: asks how the engine is while somebody can see it, and shows what it is told.
 
 import { ask } from "/page/api.js";
-import { colorOf, drawBlocks, drawSteps, drawThroughput } from "/page/draw.js";
+import { MOST_STEPS, colorOf, drawBlocks, drawSteps, drawThroughput } from "/page/draw.js";
 import { nameOf, showRequests } from "/page/table.js";
 
-const MOST_STEPS = 120, MOST_RATES = 240; // shown
+const MOST_RATES = 240; // shown
 const QUIET = 10_000; // milliseconds at least between two things said to a screen reader
 const RETRY = 3000;
 

@@ -42,10 +42,11 @@ function newRow(name, color) {
 
 function fill(row, request) {
   const computed = Math.min(request.num_computed_tokens, request.num_prompt_tokens);
-  const cached = request.num_cached_tokens ? ` (${request.num_cached_tokens} cached)` : "";
+  const done = computed < request.num_prompt_tokens ? `${computed}/` : "";
+  const cached = request.num_cached_tokens ? `, ${request.num_cached_tokens} cached` : "";
   const texts = [
     stateOf(request),
-    `${computed}/${request.num_prompt_tokens}${cached}`,
+    `${done}${request.num_prompt_tokens}${cached}`,
     `${request.num_output_tokens}/${request.max_tokens}`,
     String(request.num_blocks),
   ];
