@@ -10,6 +10,7 @@ const speaker = new Speaker($("spoken"));
 let talk = []; // what was asked and answered, as the API takes it
 let model = null;
 let running = null; // the AbortController of the answer that is being made
+let follows = true; // the end of the conversation stays in sight as it grows: it was, when last moved
 
 async function loadModel() {
   try {
@@ -121,10 +122,8 @@ function take(event, made, turn) {
   const text = choice.delta.content ?? "";
   if (text === "") return;
   made.text += text;
-  const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
   turn.text.append(text); // a text node: whatever the model writes is never markup
   speaker.push(text);
-  if (follows) scroll.scrollTop = scroll.scrollHeight;
 }
 
 function finish(made, turn, word) {
@@ -174,7 +173,7 @@ function addTurn(kind, who, text, files) {
   parts.after.className = "after";
   root.append(name, ...(files.length ? [media] : []), parts.text, parts.after);
   turns.append(root);
-  scroll.scrollTop = scroll.scrollHeight;
+  follows = true;
   return parts;
 }
 
@@ -188,6 +187,15 @@ function stop() {
   running.abort();
   box.focus();
 }
+
+scroll.addEventListener("scroll", () => {
+  follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
+});
+const sizes = new ResizeObserver(() => {
+  if (follows) scroll.scrollTop = scroll.scrollHeight;
+});
+sizes.observe(scroll);
+sizes.observe(turns);
 
 box.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

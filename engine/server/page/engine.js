@@ -94,4 +94,5 @@ document.querySelector(".skip").addEventListener("click", () => {
 document.addEventListener("visibilitychange", lookAgain);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 new ResizeObserver(draw).observe(panel);
+wide.addEventListener("change", () => open(wide.matches));
 open(wide.matches);
