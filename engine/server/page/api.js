@@ -81,5 +81,6 @@ document.getElementById("key-form").addEventListener("submit", (event) => {
     return;
   }
   sessionStorage.setItem(KEY, key);
+  dispatchEvent(new Event("octavo-key")); // for who was refused and has asked no more
   dialog.close();
 });

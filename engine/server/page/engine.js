@@ -37,9 +37,9 @@ async function look() {
     show(await response.json());
   } catch (error) {
     $("state").textContent = error.status === 401 ? "The live view needs the API key." : error.message;
-    pause = RETRY;
+    pause = error.status === 401 ? Infinity : RETRY; // a server may count what it refuses
   }
-  timer = isSeen() ? setTimeout(look, pause) : 0;
+  timer = isSeen() && pause < Infinity ? setTimeout(look, pause) : 0;
 }
 
 const isSeen = () => !panel.hidden && !document.hidden;
@@ -92,6 +92,7 @@ document.querySelector(".skip").addEventListener("click", () => {
   if (!wide.matches) open(false); // what it leads to is in the other room
 });
 document.addEventListener("visibilitychange", lookAgain);
+addEventListener("octavo-key", lookAgain);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 new ResizeObserver(draw).observe(panel);
 wide.addEventListener("change", () => open(wide.matches));
