@@ -77,6 +77,8 @@ TEST = [
     "psutil>=7",
     "cryptography>=42",
     "matplotlib>=3.8",
+    "playwright>=1.55",
+    "axe-playwright-python>=0.1.4",
     "ruff>=0.17",
     "mypy>=2.0",
     "types-protobuf",
@@ -91,6 +93,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "octavo.engine.embedded": ["*.json", "*.safetensors"],
+        "octavo.engine.server": ["page/*"],
         "octavo.proto": ["*.proto", "*.pyi"],
         "octavo": ["py.typed"],
     },

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
@@ -21,6 +22,7 @@ from .output import OutputDelta, RequestTimes
 from .worker.group import WorkerGroup
 
 RATE_WINDOW = 10  # seconds over which tokens a second are counted
+MOST_STEPS = 512  # that are told one by one
 
 CODES = frozenset(
     ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ALREADY_EXISTS", "UNAVAILABLE")
@@ -40,6 +42,17 @@ class EngineLoad:
     prefix_hit_ratio: float  # prompt tokens found in the cache, of all since the start
     encoder_hit_ratio: float  # images and pieces of videos that were encoded already, likewise
     tokens_per_second: float  # of output, over the last ten seconds
+
+
+class StepRecord(NamedTuple):
+    """What one step computed."""
+
+    step_id: int
+    done_at: float  # seconds on the monotonic clock
+    seconds: float  # that it ran
+    num_encode_tokens: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
 
 
 @dataclass(eq=False, slots=True)
@@ -90,6 +103,7 @@ class EngineStats:
         self.decode = Histogram(LONG)
         # of steps, by the heaviest thing in them
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
+        self.latest_steps: deque[StepRecord] = deque(maxlen=MOST_STEPS)  # the step thread's alone
         self._clocks: dict[str, _Clock] = {}  # by request_id
         self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
         self._free_at = 0.0  # when the latest step was done
@@ -140,12 +154,17 @@ class EngineStats:
         began, self._free_at = max(planned_at, self._free_at), ran_at
         if plan.is_empty:
             return
-        num_prefill = plan.num_tokens - plan.num_decode_tokens
+        num_decode = plan.num_decode_tokens
+        num_prefill = plan.num_tokens - num_decode
+        num_encode = sum(each.unit.num_tokens for each in plan.encode)
         stage = "encode" if plan.encode else "prefill" if num_prefill else "decode"
-        self.steps[stage].add(max(0.0, ran_at - began))
+        seconds = max(0.0, ran_at - began)
+        self.steps[stage].add(seconds)
         self.num_prefill_tokens += num_prefill
-        self.num_decode_tokens += plan.num_decode_tokens
-        self.num_encode_tokens += sum(each.unit.num_tokens for each in plan.encode)
+        self.num_decode_tokens += num_decode
+        self.num_encode_tokens += num_encode
+        counts = (num_encode, num_prefill, num_decode)
+        self.latest_steps.append(StepRecord(plan.step_id, ran_at, seconds, *counts))
 
     def lose_workers(self, num_restarts: int) -> None:
         """Steps on their way never will be done; so many times the workers were started anew."""

@@ -38,7 +38,7 @@ LAYERS = [
     ("engine.stats",),
     ("engine.sampling_slots", "engine.step_logprobs", "engine.token_edits"),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
-    ("engine.live", "engine.load", "engine.pipeline"),
+    ("engine.live", "engine.load", "engine.pipeline", "engine.snapshot"),
     ("engine.engine",),
     ("engine.info", "engine.loop"),
     ("engine.client_media", "engine.request_record"),

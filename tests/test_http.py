@@ -460,7 +460,13 @@ def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
 
 def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
     with httpx2.Client(base_url=door.url) as nobody:
-        for path in ("/v1/models", "/v1/chat/completions", "/tokenize", "/no/such", "/"):
+        for path in (
+            "/v1/models",
+            "/v1/chat/completions",
+            "/tokenize",
+            "/no/such",
+            "/engine/snapshot",
+        ):
             for method in ("GET", "POST"):
                 for header in ("", "Bearer", "Bearer x", f"Basic {KEYS[0]}", f"Bearer {KEYS[0]}x"):
                     headers = {"authorization": header} if header else {}

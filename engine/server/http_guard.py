@@ -10,11 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import Refused
 from .http_error import ApiError, api_error, error_of
+from .http_page import PATHS
 from .keys import ApiKeys
 from .work import Work
 
 MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
-OPEN_PATHS = ("/health", "/ready")  # for who watches the process, without a key
+OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
 
 
 class Guard:
