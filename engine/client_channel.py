@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from ..proto import octavo_pb2 as pb
@@ -56,16 +57,18 @@ def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def error_of(error: grpc.RpcError) -> ClientError:
     """By the status's details, where it has any."""
-    retryable = None
+    retryable, field = None, ""
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # of another server's
         status = None
     for detail in status.details if status is not None else ():
-        failure = pb.Failure()
+        failure, bad = pb.Failure(), error_details_pb2.BadRequest()
         if detail.Unpack(failure):
             retryable = failure.retryable
-    return ClientError(error.code().name, error.details() or "", retryable)
+        elif detail.Unpack(bad) and bad.field_violations:
+            field = bad.field_violations[0].field
+    return ClientError(error.code().name, error.details() or "", retryable, field)
 
 
 def _read(path: str | Path | None) -> bytes | None:

@@ -42,6 +42,7 @@ LAYERS = [
     ("engine.info", "engine.loop"),
     ("engine.client_media", "engine.request_record"),
     ("engine.client_channel",),
+    ("engine.client_unary",),
     ("engine.async_llm", "engine.llm", "engine.client"),
     ("engine.server", "engine.cli_errors"),
     ("engine.cli_serve",),
