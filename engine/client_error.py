@@ -18,6 +18,12 @@ RETRYABLE = {
 }
 
 
+def split_code(error: str) -> tuple[str, str]:
+    """Code and text of a delta's error, which may begin with a code; else it is INTERNAL."""
+    code, _, text = error.partition(": ")
+    return (code, text) if code in RETRYABLE else ("INTERNAL", error)
+
+
 class ClientError(RuntimeError):
     """A call that the server refused or could not finish. `code` is gRPC's, such as
     "INVALID_ARGUMENT" or "UNAVAILABLE"; `retryable`: the same call may be answered later; `field`:

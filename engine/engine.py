@@ -26,7 +26,6 @@ from .generation_config import generation_defaults
 from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
-from .load import LoadCounter
 from .media_settings import MediaSettings, media_settings
 from .output import OutputDelta
 from .pipeline import StepPipeline
@@ -105,7 +104,6 @@ class Engine:
             self.processor.tokenizer.encode_plain,
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
-        self.load = LoadCounter(self.scheduler)
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.stats = EngineStats(self.scheduler, self.group)
         self._pipeline = StepPipeline(
@@ -272,7 +270,6 @@ class Engine:
                 deltas.append(self._delta(live, index, update))
                 if deltas[-1].error:
                     failed.append((live, deltas[-1].error))
-        self.load.add_output(sum(len(delta.token_ids) for delta in deltas))
         for live, error in failed:
             for name in live.unfinished_names:
                 update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
@@ -289,7 +286,6 @@ class Engine:
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
-                self.load.add_prompt(live.num_prompt_tokens, live.num_cached_tokens)
                 live.close()
                 del self._live[live.request_id]
         return delta

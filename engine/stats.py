@@ -15,16 +15,13 @@ from dataclasses import dataclass, field, replace
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import StepPlan
+from .client_error import split_code
 from .histogram import LONG, MIDDLE, SHORT, Histogram
 from .input.processor import InputTimes, ProcessedInput
 from .output import OutputDelta, RequestTimes
 from .worker.group import WorkerGroup
 
 RATE_WINDOW = 10  # seconds over which tokens a second are counted
-
-CODES = frozenset(
-    ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ALREADY_EXISTS", "UNAVAILABLE")
-)
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,8 @@ class EngineStats:
         self.e2e.add(times.total_s)
         if times.decode_s is not None:
             self.decode.add(times.decode_s)
-        self.refuse(delta.finish_reason or "", code_of(delta.error))
+        code = split_code(delta.error)[0] if delta.error else ""
+        self.refuse(delta.finish_reason or "", code)
         return replace(delta, times=times)
 
     def load(self) -> EngineLoad:
@@ -232,12 +230,6 @@ class EngineStats:
         end = int(self._now())
         seconds = tuple(self._seconds)
         return sum(n for at, n in seconds if end - RATE_WINDOW <= at < end) / RATE_WINDOW
-
-
-def code_of(error: str) -> str:
-    """The code that a request's error begins with; empty where there is no error."""
-    code = error.partition(": ")[0]
-    return code if code in CODES or not error else "INTERNAL"
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from grpc_status import rpc_status
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import octavo
@@ -35,6 +36,7 @@ from octavo.engine.engine import EngineDead
 from octavo.engine.output import OutputDelta, Usage
 from octavo.engine.server import control, errors, grpc_server, inference, status
 from octavo.engine.server.metadata import read_metadata
+from octavo.engine.server.metrics import metrics_text
 from octavo.proto import make_docs, octavo_pb2_grpc
 from octavo.proto import octavo_pb2 as pb
 
@@ -232,9 +234,27 @@ def test_load(stubs: Stubs) -> None:
         list(stubs.inference.Generate(seen(77)))
     after = stubs.control.GetLoad(pb.GetLoadRequest())
     assert after.num_output_tokens >= before.num_output_tokens + 36
-    assert after.tokens_per_second > 0
+    wait_for(lambda: stubs.control.GetLoad(pb.GetLoadRequest()).tokens_per_second > 0)
     assert before.prefix_hit_rate < after.prefix_hit_rate < 1
     assert 0 <= after.encoder_hit_rate <= 1 and not after.is_draining
+
+
+def test_load_and_metrics_are_the_same_numbers(served: Served, stubs: Stubs) -> None:
+    for _ in range(2):
+        list(stubs.inference.Generate(seen(78)))
+    load = stubs.control.GetLoad(pb.GetLoadRequest())
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(
+            metrics_text(served.engine.engine.stats).decode()
+        )
+        for sample in family.samples
+        if not sample.labels
+    }
+    assert load.prefix_hit_rate == pytest.approx(found["octavo_prefix_cache_hit_ratio"])
+    assert load.encoder_hit_rate == pytest.approx(found["octavo_encoder_cache_hit_ratio"])
+    assert load.num_output_tokens == found["octavo_output_tokens_total"]
+    assert 0 < load.prefix_hit_rate < 1
 
 
 def test_the_encoder_s_hits_are_counted(served: Served) -> None:

@@ -20,13 +20,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
 from octavo.benchmarks.simulated_worker import Simulation, make_config
-from octavo.engine.engine import DuplicateRequest
+from octavo.engine.engine import DuplicateRequest, EngineDead
+from octavo.engine.error_codes import code_of
 from octavo.engine.input.processor import InputTimes, ProcessedInput
 from octavo.engine.input_error import InputError
 from octavo.engine.output import OutputDelta, Usage
+from octavo.engine.request_record import RequestRecord
+from octavo.engine.server.errors import fault_of
 from octavo.engine.server.metrics import CONTENT_TYPE, metrics_text, serving_metrics
 from octavo.engine.stats import EngineStats
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.admission import AdmissionError, QueueFull
 from octavo.scheduler.request import Request
 from octavo.scheduler.step import StepPlan
 
@@ -163,6 +166,31 @@ def test_sums_of_times_are_consistent(engine: octavo.AsyncLLM) -> None:
     assert seen["step_seconds_count{stage=encode}"] == 1
     assert seen["encode_tokens_total"] == answers[0][0].media[0].num_tokens
     assert seen["cached_prompt_tokens_total"] + seen["encoder_cache_hits_total"] > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("prompt", "wrong"),
+        AdmissionError("prompt: too long"),
+        QueueFull("full"),
+        DuplicateRequest("request_id: in use"),
+        EngineDead("the engine stopped"),
+        RuntimeError("a fault"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_caller_the_log_and_the_metrics_have_one_code(
+    engine: octavo.AsyncLLM, error: Exception
+) -> None:
+    seen, code = Measured(engine), fault_of(error).code
+    before = engine.engine.stats.errors[code]
+    with contextlib.suppress(type(error)), RequestRecord("a", engine.engine.stats):
+        raise error
+    assert engine.engine.stats.errors[code] == before + 1
+    how = "error" if code in ("INTERNAL", "UNAVAILABLE") else "refused"
+    assert seen[f"requests_total{{finish_reason={how}}}"] == 1
+    assert code_of(error) == code
 
 
 def test_errors_are_counted_by_code(engine: octavo.AsyncLLM) -> None:
