@@ -75,9 +75,18 @@ class EngineStats:
     ) -> None:
         self.scheduler, self.group, self._now = scheduler, group, clock
         self.num_preparing = 0  # set by whoever has the inputs made ready
+        self.num_restarts = 0
+        self._clocks: dict[str, _Clock] = {}  # by request_id
+        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
+        self._free_at = 0.0  # when the latest step was done
+        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Counts from nothing: after a warm-up, while no request is here and no step on its way."""
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
         self.num_prefill_tokens = self.num_decode_tokens = 0  # computed; also what is computed anew
-        self.num_encode_tokens = self.num_preemptions = self.num_restarts = 0
+        self.num_encode_tokens = self.num_preemptions = 0
         self.ends: Counter[str] = Counter()  # requests by finish reason, or "refused"
         self.errors: Counter[str] = Counter()  # by code
         self.ttft, self.e2e = Histogram(MIDDLE), Histogram(LONG)
@@ -87,11 +96,7 @@ class EngineStats:
         self.decode = Histogram(LONG)
         # of steps, by the heaviest thing in them
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
-        self._clocks: dict[str, _Clock] = {}  # by request_id
-        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
-        self._free_at = 0.0  # when the latest step was done
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW + 2)  # [second, output tokens]
-        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
 
     def add(
         self,
@@ -118,6 +123,11 @@ class EngineStats:
             self.ends[reason] += 1
             if code:
                 self.errors[code] += 1
+
+    def count_error(self, code: str) -> None:
+        """Of a call that never became a request. On any thread."""
+        with self._lock:
+            self.errors[code] += 1
 
     def plan(self, plan: StepPlan, planned_at: float) -> None:
         """A step was planned."""

@@ -22,6 +22,7 @@ from ..async_llm import AsyncLLM
 from .control import ControlServicer
 from .door import Door
 from .inference import InferenceServicer
+from .key_refusals import KeyRefusals
 from .keys import ApiKeys
 from .tls import TlsFiles, server_credentials
 from .work import Work
@@ -67,7 +68,8 @@ class GrpcServer:
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     """To be called in the event loop that serves."""
     work = Work()
-    server = grpc.aio.server(options=OPTIONS, interceptors=[Door(keys)])
+    door = Door(keys, KeyRefusals(engine.engine.stats))
+    server = grpc.aio.server(options=OPTIONS, interceptors=[door])
     made = GrpcServer(server, health.aio.HealthServicer(), work)
     control = ControlServicer(
         engine, work, lambda: made.set_health(NOT_SERVING), has_api_keys=keys is not None
@@ -149,11 +151,14 @@ async def _stop(made: GrpcServer, grace: float) -> None:
 
 
 async def _warm_up(engine: AsyncLLM) -> None:
-    """One step before anybody waits for one."""
+    """One step before anybody waits for one; the metrics do not count it."""
     params = SamplingParams(temperature=0, max_tokens=1)
     with contextlib.suppress(ValueError):  # a max_model_len of one token
         async for _ in engine.generate({"prompt_token_ids": [0]}, params):
             pass
+    while engine.engine.has_steps and not engine.failed:  # of a token that nobody reads
+        await asyncio.sleep(0.001)
+    engine.engine.stats.start_over()
 
 
 async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:

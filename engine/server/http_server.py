@@ -23,6 +23,7 @@ from .errors import Refused
 from .http_error import ApiError, error_of
 from .http_guard import Guard
 from .http_tls import server_context
+from .key_refusals import KeyRefusals
 from .keys import ApiKeys
 from .openai_routes import Routes
 from .tls import TlsFiles
@@ -61,7 +62,9 @@ class HttpServer:
         """Listens; gives HOST:PORT. Raises OSError when the address cannot be taken. `work`: of
         all doors."""
         self._work, host = work, self._host
-        config = _config(make_app(Routes.of(engine, work), work, self._keys), self._tls)
+        refusals = KeyRefusals(engine.engine.stats)
+        app = make_app(Routes.of(engine, work), work, self._keys, refusals)
+        config = _config(app, self._tls)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, self._port), family=family, backlog=2048)
         self._server = _Uvicorn(config)
@@ -95,11 +98,11 @@ def _config(app: ASGIApp, tls: TlsFiles | None) -> uvicorn.Config:
     return config
 
 
-def make_app(routes: Routes, work: Work, keys: ApiKeys | None) -> ASGIApp:
+def make_app(routes: Routes, work: Work, keys: ApiKeys | None, refusals: KeyRefusals) -> ASGIApp:
     """More paths (/metrics, a page) are more of `routes`: the guard stands before all."""
     kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
     handlers = dict.fromkeys((*kinds, Refused, Exception), _tell)
-    return Guard(Starlette(routes=routes.all, exception_handlers=handlers), work, keys)
+    return Guard(Starlette(routes=routes.all, exception_handlers=handlers), work, keys, refusals)
 
 
 async def _tell(request: Request, error: Exception) -> Response:
