@@ -20,6 +20,10 @@ OPTIONS = [
 ]
 
 
+HTTP1 = "http1.x server"  # gRPC's words for what it met
+WHICH_PORT = "give the port of gRPC, which is `grpc=` in the server's line `ready ...`"
+
+
 @dataclass(frozen=True)
 class Tls:
     """How to talk TLS: PEM files. `cert` and `key` are the client's own, where the server asks
@@ -57,6 +61,8 @@ def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def error_of(error: grpc.RpcError) -> ClientError:
     """By the status's details, where it has any."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and HTTP1 in (error.details() or ""):
+        return ClientError("UNAVAILABLE", "there is a server, and it speaks HTTP: " + WHICH_PORT)
     retryable, field = None, ""
     try:
         status = rpc_status.from_call(error)

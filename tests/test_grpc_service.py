@@ -936,6 +936,8 @@ def test_the_clients_errors_keep_the_place(served: Served) -> None:
             found = field_of([{"role": "user", "content": [text, text, part]}])
             assert found.removeprefix("conversation.") == f"messages[0]{field}", part
         assert field_of([{"role": "user", "content": "x"}, {"rôle": "user"}]) == "messages[1]"
+        with pytest.raises(ClientError, match="the image itself goes under 'image'"):
+            client.generate_once([{"role": "user", "content": [{"type": "image", "path": "a"}]}])
         assert field_of("x", images=["/no/such.png"]) == "images[0]"
         assert field_of("x", temperature=-1) == "sampling.temperature"
         with pytest.raises(ClientError) as streamed:

@@ -35,6 +35,7 @@ import octavo
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Served, start, wait_for
+from octavo.engine.client_error import ClientError
 from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.server import http_guard
 from octavo.engine.server.http_server import HttpServer
@@ -324,6 +325,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("?", {"type": "image_url", "image_url": {"url": [1]}})}, None, "URL"),
         ({"messages": ask("?", {"type": "image", "image": [[[1, 2, 3]]]})}, None, "must be a URL"),
         ({"messages": ask("?", {"type": "video", "video": [1]})}, None, "the frames"),
+        ({"messages": ask("?", {"type": "image", "path": "/a"})}, None, "'image'; it has 'path'"),
         ({"messages": ask("?", image(detail="huge"))}, None, "auto, low or high"),
         ({"messages": ask("?", image(detail=["low"]))}, None, "auto, low or high"),
         ({"messages": ask("?", image(max_pixel=1))}, None, "'max_pixel' is no option"),
@@ -665,6 +667,15 @@ def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
         client.chat.completions.create(
             model="embedded", messages=WHO, extra_headers={"x-request-id": "x" * 300}
         )
+
+
+def test_a_grpc_client_at_the_http_port_is_told(door: Door, tmp_path: Path) -> None:
+    address = door.url.removeprefix("http://")
+    with octavo.Client(address) as lost, pytest.raises(ClientError, match="port of gRPC") as told:
+        list(lost.chat(WHO))
+    assert told.value.code == "UNAVAILABLE" and "http1.x" not in told.value.text
+    with octavo.Client(address) as lost, pytest.raises(ClientError, match="grpc="):
+        lost.load()
 
 
 def test_every_answer_has_its_request_s_name(door: Door, raw: httpx2.Client) -> None:

@@ -82,8 +82,9 @@ def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     return made
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises OSError when nothing could listen there: asked before a model is loaded."""
+def check_address(host: str, port: int, flag: str) -> None:
+    """Raises OSError, which names the flag that `port` came by, when nothing could listen there:
+    asked before a model is loaded."""
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -92,7 +93,7 @@ def check_address(host: str, port: int) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
                 probe.bind(address)
     except OSError:
-        raise OSError(f"{host}:{port}: {NO_ADDRESS}") from None
+        raise OSError(f"{flag} {port}: {host}:{port}: {NO_ADDRESS}; choose another") from None
 
 
 async def serve(
