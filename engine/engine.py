@@ -27,6 +27,7 @@ from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
 from .media_settings import MediaSettings, media_settings
+from .model.parallel import check_tensor_parallel_size
 from .output import OutputDelta
 from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
@@ -72,6 +73,7 @@ class Engine:
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
         self.model_name = model_name(model, asked.model)
         self.model_config = ModelConfig.from_dir(asked.model)
+        check_tensor_parallel_size(self.model_config, asked.tensor_parallel_size)
         media = media_settings(asked, self.model_config)
         check_trace_file(asked.trace_file)
         self.group = WorkerGroup(asked, on_progress)

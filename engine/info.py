@@ -111,15 +111,10 @@ def checkpoint_info(
     weights = _weight_bytes(shard, resolve_quantization(quantization or "", device))
     free, total = device_memory(device)
     kept = resolve_kv_cache_dtype(kv_cache_dtype, device, kind)
+    left = max(0, free - weights * (size if device.type == "cpu" else 1))
+    block_bytes = kv_block_bytes(config, size, settings.block_size, kept)
     dtype_name = str(kind).removeprefix("torch.")
-    memory = GroupMemory(
-        weight_bytes=weights,
-        total_bytes=total,
-        free_bytes=max(0, free - weights * (size if device.type == "cpu" else 1)),
-        kv_block_bytes=kv_block_bytes(config, size, settings.block_size, kept),
-        dtype=dtype_name,
-        device=device.type,
-    )
+    memory = GroupMemory(weights, total, left, block_bytes, dtype_name, device.type)
     return CheckpointInfo(
         model=model or _embedded_name(folder),
         checkpoint_dtype=config.dtype,

@@ -94,6 +94,7 @@ class EngineStats:
         self.input_queue, self.preprocess = Histogram(SHORT), Histogram(SHORT)
         self.queue, self.prefill = Histogram(MIDDLE), Histogram(MIDDLE)
         self.decode = Histogram(LONG)
+        self.encode_stage = Histogram(SHORT)  # of steps that encode, that stage alone
         # of steps, by the heaviest thing in them
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW + 2)  # [second, output tokens]
@@ -141,8 +142,8 @@ class EngineStats:
                 self.num_prompt_tokens += clock.requests[0].num_prompt_tokens
                 self.num_cached_tokens += clock.requests[0].num_cached_tokens
 
-    def done(self, ran_at: float) -> None:
-        """The oldest step on its way ran until then."""
+    def done(self, ran_at: float, encode_s: float = 0.0) -> None:
+        """The oldest step on its way ran until then, so many seconds of it in the encode stage."""
         plan, planned_at = self._on_way.popleft()
         began, self._free_at = max(planned_at, self._free_at), ran_at
         if plan.is_empty:
@@ -150,6 +151,8 @@ class EngineStats:
         num_prefill = plan.num_tokens - plan.num_decode_tokens
         stage = "encode" if plan.encode else "prefill" if num_prefill else "decode"
         self.steps[stage].add(max(0.0, ran_at - began))
+        if plan.encode:
+            self.encode_stage.add(encode_s)
         self.num_prefill_tokens += num_prefill
         self.num_decode_tokens += plan.num_decode_tokens
         self.num_encode_tokens += sum(each.unit.num_tokens for each in plan.encode)

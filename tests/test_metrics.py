@@ -164,7 +164,8 @@ def test_sums_of_times_are_consistent(engine: octavo.AsyncLLM) -> None:
     steps = sum(seen[f"step_seconds_sum{{stage={s}}}"] for s in ("encode", "prefill", "decode"))
     assert 0 < steps < total
     # The picture was encoded once; the second prompt found most of itself, or at least the picture.
-    assert seen["step_seconds_count{stage=encode}"] == 1
+    assert seen["step_seconds_count{stage=encode}"] == seen["encode_stage_seconds_count"] == 1
+    assert 0 < seen["encode_stage_seconds_sum"] < seen["step_seconds_sum{stage=encode}"]
     assert seen["encode_tokens_total"] == answers[0][0].media[0].num_tokens
     assert seen["cached_prompt_tokens_total"] + seen["encoder_cache_hits_total"] > 0
 
