@@ -26,8 +26,8 @@ from .generation_config import generation_defaults
 from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
-from .load import LoadCounter
 from .media_settings import MediaSettings, media_settings
+from .model.parallel import check_tensor_parallel_size
 from .output import OutputDelta
 from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
@@ -73,6 +73,7 @@ class Engine:
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
         self.model_name = model_name(model, asked.model)
         self.model_config = ModelConfig.from_dir(asked.model)
+        check_tensor_parallel_size(self.model_config, asked.tensor_parallel_size)
         media = media_settings(asked, self.model_config)
         check_trace_file(asked.trace_file)
         self.group = WorkerGroup(asked, on_progress)
@@ -105,7 +106,6 @@ class Engine:
             self.processor.tokenizer.encode_plain,
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
-        self.load = LoadCounter(self.scheduler)
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.stats = EngineStats(self.scheduler, self.group)
         self._pipeline = StepPipeline(
@@ -272,7 +272,6 @@ class Engine:
                 deltas.append(self._delta(live, index, update))
                 if deltas[-1].error:
                     failed.append((live, deltas[-1].error))
-        self.load.add_output(sum(len(delta.token_ids) for delta in deltas))
         for live, error in failed:
             for name in live.unfinished_names:
                 update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
@@ -289,7 +288,6 @@ class Engine:
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
-                self.load.add_prompt(live.num_prompt_tokens, live.num_cached_tokens)
                 live.close()
                 del self._live[live.request_id]
         return delta

@@ -108,11 +108,12 @@ class StepPipeline:
     def _receive(self) -> list[RequestUpdate]:
         """Waits for the oldest step on its way and takes in what it did."""
         plan = self._on_way.popleft()
-        result, ran = StepResult(plan.step_id, ()), time.monotonic()
+        result, ran, encode_s = StepResult(plan.step_id, ()), time.monotonic(), 0.0
         if not plan.is_empty:
-            result = step_result(plan, self._group.receive(), self._scheduler.requests)
-            ran = self._group.done_at
-        self._stats.done(ran)
+            found = self._group.receive()
+            result = step_result(plan, found, self._scheduler.requests)
+            ran, encode_s = self._group.done_at, found.encode_seconds
+        self._stats.done(ran, encode_s)
         failpoint("engine.stepped")
         received = time.monotonic()
         updates = self._scheduler.update(result)

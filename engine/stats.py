@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import StepPlan
+from .client_error import split_code
 from .histogram import LONG, MIDDLE, SHORT, Histogram
 from .input.processor import InputTimes, ProcessedInput
 from .output import OutputDelta, RequestTimes
@@ -23,10 +24,6 @@ from .worker.group import WorkerGroup
 
 RATE_WINDOW = 10  # seconds over which tokens a second are counted
 MOST_STEPS = 512  # that are told one by one
-
-CODES = frozenset(
-    ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ALREADY_EXISTS", "UNAVAILABLE")
-)
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,18 @@ class EngineStats:
     ) -> None:
         self.scheduler, self.group, self._now = scheduler, group, clock
         self.num_preparing = 0  # set by whoever has the inputs made ready
+        self.num_restarts = 0
+        self._clocks: dict[str, _Clock] = {}  # by request_id
+        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
+        self._free_at = 0.0  # when the latest step was done
+        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Counts from nothing: after a warm-up, while no request is here and no step on its way."""
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
         self.num_prefill_tokens = self.num_decode_tokens = 0  # computed; also what is computed anew
-        self.num_encode_tokens = self.num_preemptions = self.num_restarts = 0
+        self.num_encode_tokens = self.num_preemptions = 0
         self.ends: Counter[str] = Counter()  # requests by finish reason, or "refused"
         self.errors: Counter[str] = Counter()  # by code
         self.ttft, self.e2e = Histogram(MIDDLE), Histogram(LONG)
@@ -101,14 +107,11 @@ class EngineStats:
         self.input_queue, self.preprocess = Histogram(SHORT), Histogram(SHORT)
         self.queue, self.prefill = Histogram(MIDDLE), Histogram(MIDDLE)
         self.decode = Histogram(LONG)
+        self.encode_stage = Histogram(SHORT)  # of steps that encode, that stage alone
         # of steps, by the heaviest thing in them
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
         self.latest_steps: deque[StepRecord] = deque(maxlen=MOST_STEPS)  # the step thread's alone
-        self._clocks: dict[str, _Clock] = {}  # by request_id
-        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
-        self._free_at = 0.0  # when the latest step was done
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW + 2)  # [second, output tokens]
-        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
 
     def add(
         self,
@@ -136,6 +139,11 @@ class EngineStats:
             if code:
                 self.errors[code] += 1
 
+    def count_error(self, code: str) -> None:
+        """Of a call that never became a request. On any thread."""
+        with self._lock:
+            self.errors[code] += 1
+
     def plan(self, plan: StepPlan, planned_at: float) -> None:
         """A step was planned."""
         self._on_way.append((plan, planned_at))
@@ -148,8 +156,8 @@ class EngineStats:
                 self.num_prompt_tokens += clock.requests[0].num_prompt_tokens
                 self.num_cached_tokens += clock.requests[0].num_cached_tokens
 
-    def done(self, ran_at: float) -> None:
-        """The oldest step on its way ran until then."""
+    def done(self, ran_at: float, encode_s: float = 0.0) -> None:
+        """The oldest step on its way ran until then, so many seconds of it in the encode stage."""
         plan, planned_at = self._on_way.popleft()
         began, self._free_at = max(planned_at, self._free_at), ran_at
         if plan.is_empty:
@@ -160,6 +168,8 @@ class EngineStats:
         stage = "encode" if plan.encode else "prefill" if num_prefill else "decode"
         seconds = max(0.0, ran_at - began)
         self.steps[stage].add(seconds)
+        if plan.encode:
+            self.encode_stage.add(encode_s)
         self.num_prefill_tokens += num_prefill
         self.num_decode_tokens += num_decode
         self.num_encode_tokens += num_encode
@@ -228,7 +238,8 @@ class EngineStats:
         self.e2e.add(times.total_s)
         if times.decode_s is not None:
             self.decode.add(times.decode_s)
-        self.refuse(delta.finish_reason or "", code_of(delta.error))
+        code = split_code(delta.error)[0] if delta.error else ""
+        self.refuse(delta.finish_reason or "", code)
         return replace(delta, times=times)
 
     def load(self) -> EngineLoad:
@@ -251,12 +262,6 @@ class EngineStats:
         end = int(self._now())
         seconds = tuple(self._seconds)
         return sum(n for at, n in seconds if end - RATE_WINDOW <= at < end) / RATE_WINDOW
-
-
-def code_of(error: str) -> str:
-    """The code that a request's error begins with; empty where there is no error."""
-    code = error.partition(": ")[0]
-    return code if code in CODES or not error else "INTERNAL"
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -276,7 +276,7 @@ class Embedding(_message.Message):
     def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., dest: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds", "logprobs", "prompt_logprobs")
+    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds", "logprobs", "prompt_logprobs", "encode_seconds")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +285,7 @@ class StepReply(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     sampled: bytes
@@ -293,7 +294,8 @@ class StepReply(_message.Message):
     seconds: float
     logprobs: Logprobs
     prompt_logprobs: Logprobs
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    encode_seconds: float
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., encode_seconds: _Optional[float] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("at", "chosen", "top_token_ids", "top")

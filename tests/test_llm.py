@@ -302,6 +302,7 @@ def test_a_rank_that_dies_while_loading_ends_the_start(
         ({"tensor_parallel_size": 3}, "1, 2, 4"),
         ({"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 16}, "kv_cache_memory_bytes"),
         ({"dtype": "int7"}, "dtype"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"max_pixles": 5}, "max_pixles"),
     ],
 )

@@ -127,3 +127,4 @@ class BatchResult:
     errors: tuple[tuple[int, str], ...] = ()  # (row, what went wrong)
     logprobs: Logprobs | None = None  # of rank 0, where asked for
     prompt_logprobs: Logprobs | None = None  # likewise
+    encode_seconds: float = 0.0  # of the encode stage alone, where there was one

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
-from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ...scheduler.params import MAX_LOGPROBS, OptionFields, RequestOptions, SamplingParams, shown
 from ..input_error import InputError
 from .errors import Refused, field_in
 from .http_error import ApiError
@@ -16,9 +16,8 @@ from .openai_messages import read_messages
 MAX_PROMPTS = 64  # of one request for completions
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 
-# A field that SamplingParams has is passed on. Prompts' log probabilities have no place in
-# OpenAI's answers.
-PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "prompt_logprobs"}
+# A field that SamplingParams has is passed on.
+PARAMS = {each.name: each.default for each in fields(SamplingParams)}
 OPTIONS = tuple(each.name for each in fields(RequestOptions))
 # Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
@@ -101,6 +100,9 @@ def read_completions(body: Mapping[str, Any], model: str) -> Asked:
 def _read_chat_logprobs(given: dict[str, Any]) -> Any:
     """In chats a flag, and their number apart."""
     top = given.pop("top_logprobs", None)
+    if top is not None and (type(top) is not int or not 0 <= top <= MAX_LOGPROBS):
+        text = f"{shown(top)}: must be a whole number from 0 to {MAX_LOGPROBS}"
+        raise InputError("top_logprobs", text)
     if read_flag(given, "logprobs"):
         return top or 0
     if top:
@@ -146,6 +148,8 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     """`given`: what else stands in the body."""
     stream = read_flag(given, "stream")
     include_usage = _read_stream_options(given.pop("stream_options", None), stream)
+    if stream and given.get("prompt_logprobs") is not None:
+        raise InputError("prompt_logprobs", "comes with whole answers: leave out stream=true")
     sampling: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in given.items():

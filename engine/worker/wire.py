@@ -215,6 +215,7 @@ def pack_result(
         missing=[_pack_key(key) for key in result.missing],
         errors=[pb.RowError(row=row, text=text) for row, text in result.errors],
         seconds=seconds,
+        encode_seconds=result.encode_seconds,
     )
     for name in ("logprobs", "prompt_logprobs"):
         if (found := getattr(result, name)) is not None:
@@ -233,6 +234,7 @@ def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
         errors=tuple((error.row, error.text) for error in first.errors),
         logprobs=_unpack_logprobs(first, "logprobs"),
         prompt_logprobs=_unpack_logprobs(first, "prompt_logprobs"),
+        encode_seconds=max(reply.encode_seconds for reply in replies),
     )
 
 
