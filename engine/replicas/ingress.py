@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import grpc
 from google.protobuf.message import Message
 from ray import serve
 from ray.exceptions import RayError
@@ -40,10 +41,6 @@ REFUSED = {
     "GetLoad": Fault("UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Ray's dashboard and metrics have it"),
     "Drain": Fault("UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains what it stops"),
 }
-
-
-class CallRefused(Exception):
-    """Ends a stream of Serve's gRPC proxy with the status that its context has."""
 
 
 @serve.ingress()
@@ -78,26 +75,28 @@ class Ingress:
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateDelta]:
+        """A status travels to Serve's proxy beside a message alone: a request that is refused gets
+        one delta, with its `failure`."""
         call = _grpc_call("Inference", "Generate", request, grpc_context)
-        has_begun = False
+        delta = pb.GenerateDelta(request_id=call.request_id)
         try:
             async with contextlib.aclosing(self._answers("grpc", call)) as answers:
                 async for message in answers:
                     if isinstance(message, GrpcEnd):
-                        if not has_begun:
-                            _set(grpc_context, message)
-                            raise CallRefused(message.text)
-                        return  # the delta before it has said so
+                        if delta.HasField("failure"):  # the last delta has said so
+                            return
+                        _set(grpc_context, message)
+                        delta = pb.GenerateDelta(request_id=call.request_id)
+                        delta.failure.CopyFrom(failure_of(Fault(message.code, message.text)))
+                        yield delta
+                        return
                     delta = pb.GenerateDelta.FromString(message)
                     if delta.HasField("failure"):
                         failed = delta.failure
                         _set(grpc_context, end_of(Fault(failed.code, failed.text)))
-                    has_begun = True
                     yield delta
         except Refused as error:
             _set(grpc_context, end_of(error.fault))
-            if not has_begun:
-                raise CallRefused(error.fault.text) from None
             yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(error.fault))
 
     async def GenerateOnce(
@@ -230,8 +229,6 @@ def _grpc_call(
 
 
 def _set(context: RayServegRPCContext, end: GrpcEnd) -> None:
-    import grpc
-
     context.set_code(grpc.StatusCode[end.code])
     context.set_details(end.text)
-    context.set_trailing_metadata(list(end.trailing_metadata))  # type: ignore[arg-type]
+    context.set_trailing_metadata(list(end.trailing_metadata))

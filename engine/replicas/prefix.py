@@ -48,10 +48,10 @@ class _Chain:
     num_characters: int = 0
 
     def add(self, kind: str, piece: bytes) -> None:
-        if len(self.links) == MAX_LINKS:
-            return
         self.last = sha256(self.last + _framed(kind.encode(), piece)).digest()
-        self.links.append(Link(self.last[:HASH_BYTES], self.num_characters, len(self.media)))
+        if kind != "role" and len(self.links) < MAX_LINKS:  # a role alone all requests share
+            link = Link(self.last[:HASH_BYTES], self.num_characters, len(self.media))
+            self.links.append(link)
 
 
 def prefix_of(prompt: Mapping[str, Any], cache_salt: str = "") -> Prefix:

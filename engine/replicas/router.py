@@ -19,10 +19,12 @@ SETTLE = 10.0  # seconds in which what was sent counts as held, whatever the rep
 # prompt may wait, and reports are that old
 MEDIA_TOKENS = 256  # taken for an image or video that no replica has told the size of
 CHARACTERS = 4  # of text for a token
+LEAST = 16  # tokens held that are worth going there for: a block
 
 
 class PrefixRouter(RequestRouter):
-    """`max_imbalance`: requests that the replica with the prefix may have beyond the idlest one."""
+    """`max_imbalance`: requests that a replica which holds a whole prompt may have beyond the
+    idlest one; one that holds half of it, half as many."""
 
     def initialize_state(self, max_imbalance: int = 8) -> None:
         self.max_imbalance = max_imbalance
@@ -39,10 +41,8 @@ class PrefixRouter(RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # every replica was on offer
         others = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
-        best = self._best(candidate_replicas, pending_request)
-        if best is None or self._is_busy(best, candidate_replicas):
-            return [others]
-        return [[best], others]
+        best = self._best(candidate_replicas, _prefix(pending_request))
+        return [others] if best is None else [[best], others]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
@@ -59,18 +59,18 @@ class PrefixRouter(RequestRouter):
         super().on_replica_actor_died(replica_id)
         self._reports.pop(replica_id, None)
 
-    def _best(
-        self, candidates: list[RunningReplica], pending_request: PendingRequest | None
-    ) -> RunningReplica | None:
-        """Of those that hold something, the one that holds most; of equals the idler one."""
-        prefix = _prefix(pending_request)
-        if not prefix.links:
+    def _best(self, candidates: list[RunningReplica], prefix: Prefix) -> RunningReplica | None:
+        """The one that holds most; of equals the idler one. None where that is less than a block,
+        or has more requests than what it holds is worth waiting for."""
+        if not prefix.links or not candidates:
             return None
-        scores = [(self._score(prefix, each), each) for each in candidates]
-        scores = [(score, each) for score, each in scores if score > 0]
-        if not scores:
-            return None
-        return max(scores, key=lambda pair: (pair[0], -self._queue_len(pair[1])))[1]
+        scores = [(self._score(prefix, each), -self._queue_len(each)) for each in candidates]
+        at = max(range(len(scores)), key=scores.__getitem__)
+        score, queue_len = scores[at][0], -scores[at][1]
+        idlest = -max(negative for _, negative in scores)
+        share = min(1.0, score / _num_tokens(prefix))
+        is_busy = queue_len - idlest > self.max_imbalance * share
+        return None if score < LEAST or is_busy else candidates[at]
 
     def _score(self, prefix: Prefix, replica: RunningReplica) -> int:
         """Tokens that need no computing there, roughly: of the prefix, and of the images and videos
@@ -79,7 +79,7 @@ class PrefixRouter(RequestRouter):
         links, media = self._links(replica, report.get("links", b"")), report.get("media", {})
         held = [link for link in prefix.links if self._has(replica, link.hash, links)]
         last = held[-1] if held else None
-        score = last.text_end // CHARACTERS + 1 if last else 0
+        score = last.text_end // CHARACTERS if last else 0
         for index, digest in enumerate(prefix.media):
             is_in_prefix = last is not None and index < last.media_end
             if is_in_prefix or self._has(replica, digest, media):
@@ -99,10 +99,6 @@ class PrefixRouter(RequestRouter):
             known = self._reports[replica.replica_id] = report, links_in(report)
         return known[1]
 
-    def _is_busy(self, best: RunningReplica, candidates: list[RunningReplica]) -> bool:
-        idlest = min(self._queue_len(each) for each in candidates)
-        return self._queue_len(best) - idlest > self.max_imbalance
-
     def _queue_len(self, replica: RunningReplica) -> int:
         """As this process knows it; Serve asks the replica itself where nothing is known."""
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
@@ -113,3 +109,8 @@ def _prefix(pending_request: PendingRequest | None) -> Prefix:
         return Prefix()
     call = pending_request.args[0]
     return call.prefix if isinstance(call, Call) else Prefix()
+
+
+def _num_tokens(prefix: Prefix) -> int:
+    """Of the prompt, roughly; never 0."""
+    return max(LEAST, prefix.num_characters // CHARACTERS + MEDIA_TOKENS * len(prefix.media))

@@ -21,7 +21,7 @@ from .calls import GrpcCall, GrpcEnd
 log = logging.getLogger("octavo.server")
 
 # Of each method what it takes. The rest of octavo.v1 is about one server, and not about many.
-METHODS = {
+METHODS: dict[str, Any] = {
     "Generate": pb.GenerateRequest,
     "GenerateOnce": pb.GenerateRequest,
     "Tokenize": pb.TokenizeRequest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from starlette.types import ASGIApp, Message
 
@@ -24,7 +25,10 @@ async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | b
     async def send(message: Message) -> None:
         queue.put_nowait(message)
 
-    task = asyncio.create_task(app(_scope(call), receive, send))  # type: ignore[arg-type]
+    async def run() -> None:
+        await app(_scope(call), receive, send)
+
+    task = asyncio.create_task(run())
     task.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (message := await queue.get()) is not None:
@@ -38,7 +42,7 @@ async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | b
         await asyncio.wait({task})
 
 
-def _scope(call: HttpCall) -> dict[str, object]:
+def _scope(call: HttpCall) -> dict[str, Any]:
     return {
         "type": "http",
         "asgi": {"version": "3.0"},

@@ -21,10 +21,8 @@ class ReplicaSettings:
     target_ongoing_requests: float | None = None  # of a replica, running and waiting: what scaling
     # aims at; None: three quarters of max_num_seqs
     cpus_per_rank: int = 1  # each rank's cores, and its threads
-    max_imbalance: int = (
-        8  # requests that a replica may have beyond the idlest one because it holds
-    )
-    # their prefix
+    max_imbalance: int = 8  # requests beyond the idlest replica's that one may have for what it
+    # holds of their prompts
     num_ingress: int = 1  # processes that take requests in
     api_key_file: Path | None = None  # as `octavo serve --api-key-file`, on every node
     engine: dict[str, Any] = field(default_factory=dict)
