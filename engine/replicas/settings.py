@@ -63,7 +63,7 @@ def read_settings(args: Mapping[str, Any]) -> ReplicaSettings:
         if name in NOT_HERE:
             raise ConfigError(f"{name}: {NOT_HERE[name]}; leave it out")
         if name in OWN:
-            own[name] = value
+            own[name] = Path(value) if name == "api_key_file" else value
         elif name in ENGINE:
             engine[name] = tuple(value) if isinstance(value, list) else value
         else:
