@@ -4,11 +4,13 @@ killed while it answers."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,8 @@ from ray import serve
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_shape
 from octavo.engine.client_error import ClientError
+from octavo.engine.replicas.held import links_in
+from octavo.engine.replicas.prefix import prefix_of
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 
@@ -85,8 +89,8 @@ class Cluster:
         return deployment.replica_states.get("RUNNING", 0)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+@contextlib.contextmanager
+def running(**settings: Any) -> Iterator[Cluster]:
     from octavo.engine.replicas import app
 
     with pytest.MonkeyPatch.context() as patch:
@@ -106,11 +110,17 @@ def cluster() -> Iterator[Cluster]:
             grpc_options={"port": rpc, "grpc_servicer_functions": SERVICERS},
         )
         try:
-            serve.run(app({**SETTINGS, "min_replicas": 2, "max_replicas": 2}))
+            serve.run(app({**SETTINGS, **settings}))
             yield Cluster(f"http://127.0.0.1:{http}", f"127.0.0.1:{rpc}")
         finally:
             serve.shutdown()
             ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running(min_replicas=2, max_replicas=2) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +249,18 @@ def aborted(cluster: Cluster) -> int:
     return sum(found.values())
 
 
+def test_reports_name_what_is_held(cluster: Cluster) -> None:
+    """Serve asks each replica every second, and hands what it says to every router."""
+    client = cluster.client()
+    system = "This one is reported. " * 30
+    cached_of(client, [{"role": "system", "content": system}, *WHO])
+    digest = prefix_of({"messages": [{"role": "system", "content": system}]}).links[-1].hash
+    assert len(digest) == 8
+    handle = serve.get_deployment_handle("EngineReplica", "default")
+    reports = [handle.record_routing_stats.remote().result(timeout_s=20) for _ in range(8)]
+    assert any(digest in links_in(report["links"]) for report in reports)
+
+
 @dataclass
 class Outcome:
     text: str
@@ -299,3 +321,32 @@ def test_one_replica_is_killed_under_load(cluster: Cluster, expected: str) -> No
     for number in range(8):  # new prompts: either replica takes some
         messages = [{"role": "user", "content": f"{number}: {'who are you? ' * 8}"}]
         assert client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4)
+
+
+@pytest.mark.slow
+def test_replicas_come_with_the_load() -> None:
+    """Not beside `cluster`: a process has one Ray. Serve waits half a minute to be sure."""
+    if ray.is_initialized():
+        pytest.skip("run alone: pytest -m slow tests/test_replicas.py")
+    with running(min_replicas=1, max_replicas=2, target_ongoing_requests=1) as cluster:
+        assert cluster.num_running == 1
+        stop = threading.Event()
+
+        def ask() -> None:
+            with cluster.client() as client:
+                while not stop.is_set():
+                    client.chat.completions.create(
+                        model=MODEL,
+                        messages=WHO,  # type: ignore[arg-type]
+                        max_tokens=100,
+                        extra_body={"ignore_eos": True},
+                    )
+
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask) for _ in range(4)]
+            try:
+                wait_for(lambda: cluster.num_running == 2, 150)
+            finally:
+                stop.set()
+            for each in asking:
+                each.result(60)
