@@ -17,6 +17,7 @@ PACKAGES = [
     "octavo.engine.input",
     "octavo.engine.media",
     "octavo.engine.model",
+    "octavo.engine.replicas",
     "octavo.engine.runner",
     "octavo.engine.server",
     "octavo.engine.worker",
@@ -61,10 +62,13 @@ NATIVE = Extension(
 
 OTEL = ["opentelemetry-sdk>=1.27,<2", "opentelemetry-exporter-otlp-proto-http>=1.27,<2"]
 HTTP = ["starlette>=0.46", "uvicorn>=0.34"]
+# The router that we derive from is alpha to Ray: tested with this release.
+RAY = [*HTTP, "ray[serve]>=2.60,<3"]
 
 TEST = [
     *OTEL,
-    *HTTP,
+    *RAY,
+    "kubernetes-validate>=1.37",
     "openai>=3",
     "httpx2>=2",
     "transformers>=5.23,<6",
@@ -121,6 +125,7 @@ setup(
         "test": TEST,
         "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"],
         "http": HTTP,
+        "ray": RAY,
         "plot": ["matplotlib>=3.8"],
         "otel": OTEL,
     },

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
-from ..scheduler.request import RequestStatus
+from ..scheduler.request import Request, RequestStatus
 from .backlog import Backlog
 from .config import EngineConfig, ModelConfig
 from .engine import DuplicateRequest, Engine, EngineDead
@@ -73,6 +73,8 @@ class AsyncLLM:
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
         self._closed = False
         self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
+        # Told of each request that is admitted: its request_id, and what it becomes.
+        self.on_admitted: Callable[[str, Request], None] | None = None
 
     @property
     def config(self) -> EngineConfig:
@@ -154,6 +156,8 @@ class AsyncLLM:
                             if event.error is not None:
                                 finished = True
                                 raise event.error
+                            if self.on_admitted is not None and event.request is not None:
+                                self.on_admitted(name, event.request)
                             continue
                         finished = event.usage is not None
                         record.add(event)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..scheduler.params import SamplingParams
+from ..scheduler.request import Request
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput
 from .output import OutputDelta
@@ -23,10 +24,11 @@ log = logging.getLogger("octavo.engine")
 
 @dataclass(frozen=True)
 class Admitted:
-    """The answer to `add`: the error that refused the request, or None."""
+    """The answer to `add`: the error that refused the request, or the request."""
 
     request_id: str
     error: Exception | None
+    request: Request | None = None  # its first answer's, to be looked at alone
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class StepLoop:
         try:
             options = vars(item.clock.left)
             self._engine.add_request(item.request_id, item.prompt, item.params, **options)
+            request = self._engine.scheduler.requests.get(item.request_id)
         except EngineDead:
             raise
         except ValueError as error:
@@ -147,7 +150,7 @@ class StepLoop:
         except Exception as error:  # a fault of ours: this request's alone all the same
             log.exception("request %r was not admitted", item.request_id)
             return [Admitted(item.request_id, error)]
-        return [Admitted(item.request_id, None)]
+        return [Admitted(item.request_id, None, request)]
 
     def _show(self, asked: Future[Snapshot]) -> None:
         """Whatever goes wrong here is no request's: only whoever looks is told."""

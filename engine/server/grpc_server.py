@@ -117,7 +117,7 @@ async def serve(
     asked_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
-    await _warm_up(engine)
+    await warm_up(engine)
     await made.set_health(SERVING)
     await made.server.start()
     on_ready(f"{address}:{port}", await http.start(engine, made.work) if http else "")
@@ -151,7 +151,7 @@ async def _stop(made: GrpcServer, grace: float) -> None:
     await stopping
 
 
-async def _warm_up(engine: AsyncLLM) -> None:
+async def warm_up(engine: AsyncLLM) -> None:
     """One step before anybody waits for one; the metrics do not count it."""
     params = SamplingParams(temperature=0, max_tokens=1)
     with contextlib.suppress(ValueError):  # a max_model_len of one token

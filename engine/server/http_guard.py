@@ -40,7 +40,7 @@ class Guard:
             self._check(Headers(scope=scope), posts)
             if posts:
                 with self._work.call():
-                    body = await _read_body(receive)
+                    body = await read_body(receive)
                     if body is not None:  # else the client went away
                         await _run_while_wanted(self._app, body, scope, receive, send)
                 return
@@ -87,7 +87,7 @@ def _too_large() -> ApiError:
     return ApiError(413, text, code="request_too_large")
 
 
-async def _read_body(receive: Receive) -> bytes | None:
+async def read_body(receive: Receive) -> bytes | None:
     """None when the client went away. Raises `ApiError` for one that is too large."""
     chunks: list[bytes] = []
     size, more = 0, True
