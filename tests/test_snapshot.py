@@ -120,6 +120,7 @@ def test_steps_are_told_one_by_one_and_not_for_ever() -> None:
 class Door(Served):
     async def _start(self) -> None:
         await super()._start()
+        self.others: list[str] = []
         self.locked = HttpServer("127.0.0.1", 0, ApiKeys([KEY]))
         self.url = f"http://{await self.locked.start(self.engine, Work())}"
         self.open = HttpServer("127.0.0.1", 0)
@@ -140,6 +141,17 @@ def door() -> Iterator[Door]:
     door.close()
 
 
+@pytest.fixture(autouse=True)
+def none_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "door" in request.fixturenames:
+        door = request.getfixturevalue("door")
+        for name in door.others:
+            door.run(door.engine.abort(name))
+        door.others.clear()
+        door.wait_empty()
+
+
 @pytest.fixture
 def client(door: Door) -> Iterator[httpx2.Client]:
     headers = {"authorization": f"Bearer {KEY}"}
@@ -152,6 +164,7 @@ def begin(door: Door, name: str, params: SamplingParams) -> None:
         async for _ in door.engine.generate({"prompt": "Who? " * 9}, params, request_id=name):
             pass
 
+    door.others.append(name)
     asyncio.run_coroutine_threadsafe(read(), door.loop)
 
 
@@ -213,8 +226,6 @@ def test_names_are_for_who_may_drain(door: Door, host: str, is_known: bool, is_n
     wait_for(lambda: '"number":' in look())
     assert ("a-name-to-abort-by" in look()) == is_named
     assert (f'"names_are_shown":{str(is_named).lower()}') in look()
-    door.run(door.engine.abort("a-name-to-abort-by"))
-    door.wait_empty()
 
 
 def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,20 +251,16 @@ def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.Mon
     assert len(taken) == 2
 
 
-def test_a_fault_is_told_to_who_looks_alone(
-    door: Door, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_is_told_to_who_looks_alone(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(door, "goes-on", LONG)
     wait_for(lambda: door.engine.engine.has_requests)
     monkeypatch.setattr(http_live, "LEAST_AGE", 0.0)
     monkeypatch.setattr(door.engine.engine.stats, "load", None)
-    answer = client.get("/engine/snapshot")
+    answer = httpx2.get(f"{door.open_url}/engine/snapshot")  # whose connection ends with it
     assert answer.status_code == 500 and "NoneType" not in answer.text
     monkeypatch.undo()
-    assert client.get("/engine/snapshot").json()["requests"]
+    assert httpx2.get(f"{door.open_url}/engine/snapshot").json()["requests"]
     assert door.engine.engine.has_requests and not door.engine.failed
-    door.run(door.engine.abort("goes-on"))
-    door.wait_empty()
 
 
 def test_an_engine_that_has_stopped_says_so(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
