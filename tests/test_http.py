@@ -836,16 +836,13 @@ def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
     assert server.process.wait(30) == 1
 
 
-def test_a_door_that_cannot_open_says_why(door: Door) -> None:
-    port = door.url.rpartition(":")[2]
+def test_a_door_that_cannot_open_says_why() -> None:
+    """(A port in use: test_media_settings.py.)"""
     block = "import sys; sys.modules['{}'] = None\nfrom octavo.engine.cli import main\nmain()"
-    for module, given, words in (
-        ("no_module", port, f"{port}: the address is in use"),
-        ("starlette", "0", "pip install octavo[http]"),
-        ("uvicorn", "0", "pip install octavo[http]"),
-    ):
+    words = "pip install octavo[http]"
+    for module in ("starlette", "uvicorn"):
         command = [sys.executable, "-P", "-c", block.format(module)]
-        more = ["serve", "--port", "0", "--http-port", given]
+        more = ["serve", "--port", "0", "--http-port", "0"]
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr.splitlines()[-1]

@@ -103,7 +103,11 @@ def test_alone_equals_batched(llm: octavo.LLM, alone: list[list[int]]) -> None:
         pytest.param({"block_size": 8, "max_unit_temporal_patches": 1}, id="small-units"),
         pytest.param({"max_encode_tokens": 18, "encoder_cache_tokens": 24}, id="small-encoder"),
         pytest.param({"tensor_parallel_size": 2}, id="two-ranks"),
-        pytest.param({"tensor_parallel_size": 4, "max_num_batched_tokens": 50}, id="four-ranks"),
+        pytest.param(  # the quick twin: test_tensor_parallel.py
+            {"tensor_parallel_size": 4, "max_num_batched_tokens": 50},
+            id="four-ranks",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_setting_gives_the_same_tokens(

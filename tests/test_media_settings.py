@@ -2,7 +2,6 @@
 
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import octavo
 from octavo.benchmarks.media_cases import encoded, mp4, noise
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Server, start
+from octavo.engine import cli_serve
+from octavo.engine.cli import app
 from octavo.engine.cli_media import hosts_of
 from octavo.engine.client import ClientError
 from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
@@ -212,8 +214,12 @@ def test_the_flags_of_a_server(server: Any) -> None:
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    """In this process, whose signals and logs it leaves alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_serve, "set_up_logs", lambda form: None)
+        patch.setattr(cli_serve.signal, "signal", lambda number, handler: None)
+        done = CliRunner().invoke(app, arguments)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def test_a_port_in_use_is_found_before_a_model_is_looked_for() -> None:
