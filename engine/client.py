@@ -17,6 +17,7 @@ from ..proto import octavo_pb2 as pb
 from ..proto import octavo_pb2_grpc
 from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.params import shown
+from ..scheduler.structured import StructuredOutput
 from .client_channel import Tls, error_of, key_metadata, open_channel
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
@@ -205,12 +206,23 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
         try:
             if name == "logit_bias":
                 target.logit_bias.update(value)  # type: ignore[union-attr]
+            elif name == "structured":
+                target.structured.CopyFrom(_structured(value))  # type: ignore[union-attr]
             elif name in ("stop", "stop_token_ids", "bad_words"):
                 getattr(target, name).extend([value] if isinstance(value, str) else value)
             else:
                 setattr(target, name, value)
         except (TypeError, ValueError) as error:
             raise invalid(f"{name}={shown(value)}: {error}") from None
+
+
+def _structured(form: Any) -> pb.StructuredOutput:
+    """Raises TypeError or ValueError."""
+    if not isinstance(form, StructuredOutput):
+        raise TypeError("must be an octavo.StructuredOutput")
+    if form.choice:
+        return pb.StructuredOutput(choice=pb.Choice(texts=form.choice))
+    return pb.StructuredOutput(**{form.field: getattr(form, form.field)})
 
 
 def _message(message: Mapping[str, Any]) -> pb.Message:

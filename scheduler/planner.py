@@ -44,8 +44,8 @@ class Planner:
         """A draft of what these requests may do in a step."""
         left = [request.num_left for request in running]
         decoding, done = left.count(1), left.count(0)
-        if done:  # else nobody waits for frames of a video
-            done -= sum(r.awaits_media for r, n in zip(running, left, strict=True) if n == 0)
+        if done:  # some may wait for frames of a video, or for the token that they go by
+            done = sum(r.is_ending for r, n in zip(running, left, strict=True) if n == 0)
         draft = StepDraft(
             self.config.max_num_batched_tokens,
             self.config.max_encode_tokens,
@@ -67,8 +67,8 @@ class Planner:
 
     def _continue(self, request: Request, left: int, draft: StepDraft) -> None:
         """Plans a running request's next tokens, of which `left` are known or on their way: one,
-        and it decodes; none, and its last is on its way, or its next unit still being made. One
-        whose turn it is not keeps its blocks."""
+        and it decodes; none, and its last is on its way, or the token that it goes by, or its next
+        unit is still being made. One whose turn it is not keeps its blocks."""
         if left == 0:
             return
         start = request.num_sent_tokens

@@ -29,6 +29,7 @@ from .metrics import CONTENT_TYPE, metrics_text
 from .openai_messages import read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm
+from .openai_structured import renamed
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -244,6 +245,15 @@ def _event(value: Any) -> bytes:
 
 async def _answers(engine: AsyncLLM, asked: Asked, name: str) -> Answers:
     """(which prompt, delta) of all prompts, as they come. Closing it aborts them all."""
+    async with contextlib.aclosing(_merged(engine, asked, name)) as merged:
+        try:
+            async for event in merged:
+                yield event
+        except InputError as error:
+            raise renamed(error, asked.form_field) from None
+
+
+async def _merged(engine: AsyncLLM, asked: Asked, name: str) -> Answers:
     if len(asked.prompts) == 1:
         stream = engine.generate(asked.prompts[0], asked.params, request_id=name, **asked.options)
         async with contextlib.aclosing(stream):
