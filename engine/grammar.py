@@ -154,7 +154,7 @@ def grammar_text(form: StructuredOutput) -> str:
     if form.regex is not None:
         return LLMatcher.grammar_from_regex(form.regex)
     if form.lark is not None:
-        return LLMatcher.grammar_from_lark("\n" * form.lark.lstrip().startswith("{") + form.lark)
+        return LLMatcher.grammar_from_lark(form.lark)
     return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, form.choice)))
 
 

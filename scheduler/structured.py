@@ -53,6 +53,8 @@ class StructuredOutput:
             _check_text(f"structured.{given[0]}", text)
         if sum(map(len, self.choice)) > MAX_FORM_BYTES:
             raise ValueError(f"structured.choice: at most {MAX_FORM_BYTES} bytes together")
+        if self.lark is not None and self.lark.lstrip().startswith("{"):
+            raise ValueError("structured.lark: begins with '{', and a Lark grammar with a rule")
         if self.json_schema is not None:
             _check_schema(str(self.json_schema))
 

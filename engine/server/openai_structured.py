@@ -32,7 +32,7 @@ def _read_format(given: Any) -> tuple[StructuredOutput | None, str]:
     field = "response_format"
     if given is None:
         return None, ""
-    kind = _object(field, given).get("type")
+    kind = _mapping(field, given).get("type")
     if kind not in FORMATS:
         raise InputError(f"{field}.type", f"{shown(kind)}: must be one of {', '.join(FORMATS)}")
     known = ("type", "json_schema") if kind == "json_schema" else ("type",)
@@ -40,18 +40,18 @@ def _read_format(given: Any) -> tuple[StructuredOutput | None, str]:
     if kind != "json_schema":
         return (ANY_OBJECT, field) if kind == "json_object" else (None, "")
     field = f"{field}.json_schema"
-    found = _object(field, given.get("json_schema"))
+    found = _mapping(field, given.get("json_schema"))
     _only(field, found, OF_SCHEMA)
     if not isinstance(found.get("strict"), bool | None):
         raise InputError(f"{field}.strict", f"{shown(found['strict'])}: must be true or false")
     field = f"{field}.schema"
-    schema = _object(field, found.get("schema"))
+    schema = _mapping(field, found.get("schema"))
     return _made(field, json_schema=schema), field
 
 
 def _read_outputs(given: Any) -> tuple[StructuredOutput, str]:
     field = "structured_outputs"
-    _only(field, _object(field, given), tuple(FORMS))
+    _only(field, _mapping(field, given), tuple(FORMS))
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) != 1:
         raise InputError(field, f"give exactly one of {', '.join(FORMS)}")
@@ -75,7 +75,7 @@ def renamed(error: InputError, field: str) -> InputError:
     return InputError(field, field + text[len(head) :])
 
 
-def _object(field: str, given: Any) -> Mapping[str, Any]:
+def _mapping(field: str, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, dict):
         raise InputError(field, f"{shown(given)}: must be an object")
     return given
