@@ -165,7 +165,7 @@ def test_every_door_answers_the_same(
 def say(web: openai.OpenAI, name: str, stream: bool = False) -> tuple[str, str]:
     """By `response_format` where that can say it."""
     form = FORMS[name]
-    more: dict[str, Any] = {"model": "octavo-embedded", "messages": WHO, "max_tokens": 200}
+    more: dict[str, Any] = {"model": "embedded", "messages": WHO, "max_tokens": 200}
     more |= {"temperature": 1.0, "top_p": 1.0, "seed": 11, "extra_body": {"top_k": 0}}
     if name == "schema":
         said = {"name": "shape", "schema": SCHEMA, "strict": True}
@@ -184,25 +184,25 @@ def say(web: openai.OpenAI, name: str, stream: bool = False) -> tuple[str, str]:
 def test_any_json_object_and_completions(web: openai.OpenAI) -> None:
     # A model that was not taught JSON may fill a string for ever: `max_tokens` cuts it off.
     made = web.chat.completions.create(
-        model="octavo-embedded", messages=WHO, response_format={"type": "json_object"},
+        model="embedded", messages=WHO, response_format={"type": "json_object"},
         max_tokens=80, temperature=0,
     ).choices[0]  # fmt: skip
     assert (made.message.content or "").startswith("{")
     if made.finish_reason == "stop":
         assert isinstance(json.loads(made.message.content or ""), dict)
     plain = web.chat.completions.create(
-        model="octavo-embedded", messages=WHO, response_format={"type": "text"}, temperature=0
+        model="embedded", messages=WHO, response_format={"type": "text"}, temperature=0
     )
-    free = web.chat.completions.create(model="octavo-embedded", messages=WHO, temperature=0)
+    free = web.chat.completions.create(model="embedded", messages=WHO, temperature=0)
     assert plain.choices[0].message.content == free.choices[0].message.content
     text = web.completions.create(
-        model="octavo-embedded",
+        model="embedded",
         prompt="Yes or no?",
         extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
     )
     assert text.choices[0].text in ("yes", "no")
     schema = web.completions.create(
-        model="octavo-embedded", prompt="?", max_tokens=200, temperature=0,
+        model="embedded", prompt="?", max_tokens=200, temperature=0,
         extra_body={"structured_outputs": {"json": json.dumps(SCHEMA)}},
     )  # fmt: skip
     check("schema", schema.choices[0].text)
@@ -235,7 +235,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
 def test_bad_forms_over_http(web: openai.OpenAI, index: int, stream: bool) -> None:
     body, param, words = BAD_BODIES[index]
     with pytest.raises(openai.BadRequestError) as caught:
-        web.chat.completions.create(model="octavo-embedded", messages=WHO, stream=stream,
+        web.chat.completions.create(model="embedded", messages=WHO, stream=stream,
                                     extra_body=body)  # fmt: skip
     error: Any = caught.value.body
     assert error["param"] == param and words in error["message"]
@@ -275,7 +275,7 @@ def test_what_proves_too_complex_ends_its_own_request_alone(
     assert caught.value.code == "INVALID_ARGUMENT" and "too complex" in str(caught.value)
     with pytest.raises(openai.BadRequestError, match="too complex"):
         web.chat.completions.create(
-            model="octavo-embedded", messages=WHO,
+            model="embedded", messages=WHO,
             extra_body={"structured_outputs": {"regex": HOSTILE}},
         )  # fmt: skip
     door.wait_empty()
