@@ -30,15 +30,17 @@ Int32 = npt.NDArray[np.int32]
 
 CACHED = 64  # grammars
 RENEWABLE = 0.02  # seconds: one that took longer to compile is not compiled again within a step
+MAX_ANSWERS = 256  # of one grammar: what their lexer has found on the way adds up
+MAX_RENEWED = 8  # answers of one grammar that are read anew: that is work within a step
 WORD = 32  # bits
 
-# Of llguidance, a quarter to a half of its defaults. At these the worst that was found took 0.2
-# seconds to compile, and 15 ms for a step's mask.
+# Of llguidance, a tenth to a half of its defaults. At these the worst of a dozen hostile forms took
+# 0.2 seconds to compile, and 12 ms of a step.
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 30_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 25_000,
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
@@ -67,9 +69,10 @@ class Grammars:
     def compile(self, form: StructuredOutput) -> Grammar:
         """Milliseconds for most, and at most some tenths of a second. Raises `InputError`."""
         with self._lock:
-            if form in self._found:
+            found = self._found.get(form)
+            if found is not None and found.num_answers < MAX_ANSWERS:
                 self._found.move_to_end(form)
-                return self._found[form]
+                return found
         grammar = self._compile(form)
         with self._lock:
             self._found[form] = grammar
@@ -178,6 +181,8 @@ class Grammar:
     template: Any  # an LLMatcher that has read nothing
     first: Int32  # [words] what an answer may begin with
     seconds: float  # that compiling took
+    num_answers: int = 0
+    num_renewed: int = 0
 
 
 @dataclass(eq=False)
@@ -192,6 +197,7 @@ class Matcher:
     num_read: int = 0  # tokens of the output
 
     def __post_init__(self) -> None:
+        self.grammar.num_answers += 1
         self._state = self.grammar.template.deep_copy()
         self._is_own = False  # its lexer is shared with no other answer
         self.allow(self.grammar.first.copy())
@@ -228,8 +234,10 @@ class Matcher:
         all anew by itself. Whether that helps; else `error` is set."""
         grammar = self.grammar
         grammar.owner.forget(grammar)
-        if not self._is_own and grammar.seconds < RENEWABLE:
+        is_shared = not self._is_own and grammar.num_answers > 1
+        if is_shared and grammar.seconds < RENEWABLE and grammar.num_renewed < MAX_RENEWED:
             self._is_own = True
+            grammar.num_renewed += 1
             self._state = grammar.owner.new_matcher(grammar.text)
             output = list(self.request.output_token_ids[: self.num_read])
             if self._state.consume_tokens(output) and not self._state.is_error():

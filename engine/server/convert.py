@@ -11,7 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from ...proto import octavo_pb2 as pb
 from ...scheduler.logprobs import TokenLogprobs
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, SamplingParams
-from ...scheduler.structured import StructuredOutput
+from ...scheduler.structured import MAX_CHOICES, StructuredOutput
 from ..input.chat import MAX_MESSAGES
 from ..input_error import InputError
 from ..media.item import MediaInfo
@@ -122,7 +122,7 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
 def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
     """Raises ValueError."""
     if message.WhichOneof("form") == "choice":
-        return StructuredOutput(choice=message.choice.texts)
+        return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
     return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
 
 
