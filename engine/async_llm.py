@@ -62,6 +62,7 @@ class AsyncLLM:
             self.engine.processor,
             self.engine.config.isolate_media,
             self.engine.config.max_queue_bytes,
+            self.engine.grammars,
         )
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
@@ -141,7 +142,7 @@ class AsyncLLM:
             finished = False
             try:
                 self._check_alive()
-                stream.work = self._pool.submit(prompt)
+                stream.work = self._pool.submit(prompt, params.structured if params else None)
                 del prompt  # it may be large, and is the pool's now
                 ready = await self._preprocess(stream.work, clock, stream)
                 if ready is not None:

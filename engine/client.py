@@ -16,6 +16,7 @@ import grpc
 from ..proto import octavo_pb2 as pb
 from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.params import shown
+from ..scheduler.structured import StructuredOutput
 from .client_channel import Tls, error_of
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
@@ -191,6 +192,8 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
         try:
             if name == "logit_bias":
                 target.logit_bias.update(value)  # type: ignore[union-attr]
+            elif name == "structured":
+                target.structured.CopyFrom(_structured(value))  # type: ignore[union-attr]
             elif name in ("stop", "stop_token_ids", "bad_words"):
                 getattr(target, name).extend([value] if isinstance(value, str) else value)
             else:
@@ -241,6 +244,15 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> pb.Conversation:
         raise invalid("must be a list of dicts with role and content", "messages")
     read = [_message(message, f"messages[{m}]") for m, message in enumerate(messages)]
     return pb.Conversation(messages=read)
+
+
+def _structured(form: Any) -> pb.StructuredOutput:
+    """Raises TypeError or ValueError."""
+    if not isinstance(form, StructuredOutput):
+        raise TypeError("must be an octavo.StructuredOutput")
+    if form.choice:
+        return pb.StructuredOutput(choice=pb.Choice(texts=form.choice))
+    return pb.StructuredOutput(**{form.field: getattr(form, form.field)})
 
 
 def _message(message: Mapping[str, Any], field: str) -> pb.Message:

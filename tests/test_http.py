@@ -362,7 +362,7 @@ def _body(**more: Any) -> dict[str, Any]:
         (_body(stream=True, stream_options={"x": 1}), "stream_options.x", "unknown"),
         (_body(model=3), "model", "must be a text"),
         (_body(tools=[{"type": "function"}]), "tools", "does not have it yet"),
-        (_body(response_format={"type": "json_schema"}), "response_format", "not have it yet"),
+        (_body(response_format={"type": "xml"}), "response_format.type", "text, json_object"),
         (_body(modalities=["audio"]), "modalities", "does not have it yet"),
         (_body(best=3), "best", "unknown"),
         (_body(**{"x" * 20_000: 1}), None, "unknown"),

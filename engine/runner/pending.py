@@ -11,7 +11,7 @@ import torch
 from ...scheduler.request import UnitKey
 from .batch import BatchResult, InputBatch, Int32
 from .logprobs import LogprobTensors
-from .sampler import NOT_FINITE
+from .sampler import FORBIDDEN, NONE_LEFT, NOT_FINITE
 from .stage_clock import StageClock
 
 SKIPPED = -2  # drawn by a row that computed nothing; -1 is drawn from logits that are not finite
@@ -57,8 +57,10 @@ class PendingResult:
         if self.arrived is not None:
             self.arrived.synchronize()
         sampled = self.sampled.numpy().astype(np.int32)
-        bad = self.rows[sampled == -1].tolist()
-        errors = (*self.errors, *((row, NOT_FINITE) for row in bad))
+        errors = self.errors
+        for value, text in ((-1, NOT_FINITE), (FORBIDDEN, NONE_LEFT)):
+            bad = self.rows[sampled == value].tolist()
+            errors = (*errors, *((row, text) for row in bad))
         return BatchResult(
             np.maximum(sampled, -1),
             self.missing,

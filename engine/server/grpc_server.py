@@ -154,6 +154,7 @@ async def _stop(made: GrpcServer, grace: float) -> None:
 async def warm_up(engine: AsyncLLM) -> None:
     """One step before anybody waits for one; the metrics do not count it."""
     params = SamplingParams(temperature=0, max_tokens=1)
+    await asyncio.to_thread(engine.engine.grammars.warm)  # else the first form holds everyone up
     with contextlib.suppress(ValueError):  # a max_model_len of one token
         async for _ in engine.generate({"prompt_token_ids": [0]}, params):
             pass

@@ -12,12 +12,13 @@ from ..input_error import InputError
 from .errors import Refused, field_in
 from .http_error import ApiError
 from .openai_messages import read_messages
+from .openai_structured import read_structured
 
 MAX_PROMPTS = 64  # of one request for completions
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 
-# A field that SamplingParams has is passed on.
-PARAMS = {each.name: each.default for each in fields(SamplingParams)}
+# A field that SamplingParams has is passed on; forms of answers go by other names.
+PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "structured"}
 OPTIONS = tuple(each.name for each in fields(RequestOptions))
 # Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
@@ -35,7 +36,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -56,6 +56,7 @@ class Asked:
     options: OptionFields
     stream: bool
     include_usage: bool  # at the end of the stream
+    form_field: str = ""  # where the answers' form stands, if they are to have one
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     include_usage = _read_stream_options(given.pop("stream_options", None), stream)
     if stream and given.get("prompt_logprobs") is not None:
         raise InputError("prompt_logprobs", "comes with whole answers: leave out stream=true")
+    form, form_field = read_structured(given)
     sampling: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in given.items():
@@ -163,10 +165,11 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
             _refuse(name)
     try:
         RequestOptions(**options)
-        params = SamplingParams(**sampling)
+        params = SamplingParams(**sampling, structured=form)
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
-    return Asked(prompts, params, cast(OptionFields, options), stream, include_usage)
+    told = cast(OptionFields, options)
+    return Asked(prompts, params, told, stream, include_usage, form_field)
 
 
 def _read_stream_options(given: Any, stream: bool) -> bool:

@@ -29,6 +29,7 @@ from .metrics import CONTENT_TYPE, metrics_text
 from .openai_messages import read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm, PromptLogprobs
+from .openai_structured import renamed
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -252,7 +253,15 @@ def _event(value: Any) -> bytes:
 
 async def _answers(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:
     """(which prompt, delta) of all prompts, as they come. Closing it aborts them all."""
+    async with contextlib.aclosing(_merged(engine, asked, name, traceparent)) as merged:
+        try:
+            async for event in merged:
+                yield event
+        except InputError as error:
+            raise renamed(error, asked.form_field) from None
 
+
+async def _merged(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:
     def begin(prompt: int, request_id: str) -> AsyncGenerator[OutputDelta, None]:
         return engine.generate(
             asked.prompts[prompt],

@@ -26,12 +26,13 @@ from ..runner.batch import (
     Logprobs,
     PromptTargets,
     SamplingBatch,
+    TokenMasks,
     UInt8,
 )
 
 # Fields of `SamplingBatch` that are None where no row needs them.
 MAYBE_ARRAYS = ("presence_penalty", "frequency_penalty", "logprob_places")
-MAYBE_TABLES = ("edits", "prompt_targets")
+MAYBE_TABLES = ("edits", "prompt_targets", "masks")
 
 INT32, FLOAT32, UINT64 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
 
@@ -177,6 +178,10 @@ def _unpack_asked_for(sampling: pb.Sampling, num_rows: int) -> dict[str, Any]:
         size = len(places)
         after, token_ids = _array(edits.after, INT32, size), _array(edits.token_ids, INT32, size)
         found["edits"] = LogitEdits(places, after, token_ids, _array(edits.bias, FLOAT32, size))
+    if sampling.HasField("masks"):
+        places = _array(sampling.masks.places, INT32)
+        allowed = _array(sampling.masks.allowed, INT32, len(places), -1)
+        found["masks"] = TokenMasks(places, allowed)
     if sampling.logprob_places:
         found["logprob_places"] = _array(sampling.logprob_places, INT32)
     if sampling.HasField("prompt_targets"):
