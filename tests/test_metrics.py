@@ -27,7 +27,7 @@ from octavo.engine.input_error import InputError
 from octavo.engine.output import OutputDelta, Usage
 from octavo.engine.request_record import RequestRecord
 from octavo.engine.server.errors import fault_of
-from octavo.engine.server.grpc_server import _warm_up
+from octavo.engine.server.grpc_server import warm_up
 from octavo.engine.server.metrics import CONTENT_TYPE, metrics_text, serving_metrics
 from octavo.engine.stats import EngineStats
 from octavo.scheduler.admission import AdmissionError, QueueFull
@@ -195,10 +195,10 @@ def test_a_caller_the_log_and_the_metrics_have_one_code(
     assert code_of(error) == code
 
 
-def test_a_warm_up_is_not_counted() -> None:
+def test_awarm_up_is_not_counted() -> None:
     with octavo.AsyncLLM(dtype="float32", max_model_len=64) as engine:
         fresh = read(engine.engine.stats)
-        asyncio.run(_warm_up(engine))
+        asyncio.run(warm_up(engine))
         assert engine.engine.scheduler.state.blocks.num_free == engine.num_blocks
         after = read(engine.engine.stats)
         after["worker_resident_memory_bytes{rank=0}"] = fresh[
