@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
@@ -558,6 +559,48 @@ def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.Monkey
         assert error_in(response)["code"] == "request_too_large"
     small = json.dumps(_body(user="x" * 90_000)).encode()
     assert raw.post("/v1/chat/completions", content=small, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:80", 200),
+        ("[::1]:8000", 200),
+        ("[::1]", 200),
+        ("a.localhost:1", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example:80", 421),
+        ("[::1", 421),
+    ],
+)
+def test_a_page_whose_name_was_made_to_lead_here_is_refused(host: str, status: int) -> None:
+    """DNS rebinding: a browser of this machine takes the server for that site's own. Not where keys
+    are asked for, nor at an address that others reach."""
+    refusals: Any = None  # of keys: there are none
+    for server, keys, expected in [
+        ("127.0.0.1", None, status),
+        ("::1", None, status),
+        ("192.0.2.7", None, 200),
+        ("127.0.0.1", ApiKeys(KEYS), 200),
+    ]:
+        guard = http_guard.Guard(PlainTextResponse("let through"), Work(), keys, refusals)
+        headers = {"host": host, "authorization": f"Bearer {KEYS[0]}"}
+        answer = asyncio.run(_get(guard, server, headers))
+        assert answer["status"] == expected, (server, answer)
+
+
+async def _get(app: Any, server: str, headers: dict[str, str]) -> Any:
+    """The beginning of the answer to a request for the list of models."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": raw_headers}
+    await app({**scope, "server": (server, 8000)}, None, send)
+    return sent[0]
 
 
 def test_L31_message_size(raw: httpx2.Client) -> None:

@@ -4,10 +4,13 @@ ends one whose client has gone."""
 from __future__ import annotations
 
 import asyncio
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...scheduler.params import shown
 from .errors import Refused
 from .http_error import ApiError, api_error, error_of
 from .http_page import PATHS
@@ -37,6 +40,7 @@ class Guard:
         posts = scope["method"] == "POST"
         try:
             self._check_key(Headers(scope=scope), scope)
+            self._check_host(Headers(scope=scope), scope)
             self._check(Headers(scope=scope), posts)
             if posts:
                 with self._work.call():
@@ -56,6 +60,18 @@ class Guard:
             self._refusals.add("{}:{}".format(*scope.get("client") or ("?", "?")))
             raise api_error(self._keys.fault(given))
 
+    def _check_host(self, headers: Headers, scope: Scope) -> None:
+        """On loopback without keys a browser of this machine is trusted, but not for any site's
+        page: one whose name was made to lead here sends that name. Raises `ApiError`."""
+        server = (scope.get("server") or ("",))[0]
+        host = headers.get("host", "")
+        if self._keys is None and _is_loopback(server) and not _is_of_this_machine(host):
+            raise ApiError(
+                421,
+                f"Host {shown(host)}: without API keys this address answers to localhost and "
+                "addresses alone; give the server keys, or have the proxy send Host: localhost",
+            )
+
     def _check(self, headers: Headers, posts: bool) -> None:
         """Raises `ApiError`."""
         if not posts:
@@ -66,6 +82,26 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
             raise _too_large()
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """A header `Host` with a name that cannot be another site's."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    try:
+        ip_address(name)
+    except ValueError:
+        return name in ("", "localhost") or name.endswith(".localhost")
+    return True
 
 
 def _echoing(headers: Headers, send: Send) -> Send:
