@@ -17,6 +17,7 @@ _WHERE = {
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
     "ServerFile": ".engine.client_media",
+    "StructuredOutput": ".scheduler.structured",
     "Tls": ".engine.client_channel",
     "TokenLogprobs": ".scheduler.logprobs",
 }
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .engine.output import RequestOutput
     from .scheduler.logprobs import TokenLogprobs
     from .scheduler.params import RequestOptions, SamplingParams
+    from .scheduler.structured import StructuredOutput
 
 __all__ = [
     "LLM",
@@ -43,6 +45,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerFile",
+    "StructuredOutput",
     "Tls",
     "TokenLogprobs",
     "__version__",

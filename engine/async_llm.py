@@ -23,7 +23,10 @@ from .output import OutputDelta, Usage
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
 from .request_record import RequestRecord
+from .snapshot import Snapshot
 from .spans import RequestSpans
+
+LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
 
 
 @dataclass(eq=False)
@@ -59,6 +62,7 @@ class AsyncLLM:
             self.engine.processor,
             self.engine.config.isolate_media,
             self.engine.config.max_queue_bytes,
+            self.engine.grammars,
         )
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
@@ -138,7 +142,7 @@ class AsyncLLM:
             finished = False
             try:
                 self._check_alive()
-                stream.work = self._pool.submit(prompt)
+                stream.work = self._pool.submit(prompt, params.structured if params else None)
                 del prompt  # it may be large, and is the pool's now
                 ready = await self._preprocess(stream.work, clock, stream)
                 if ready is not None:
@@ -210,6 +214,19 @@ class AsyncLLM:
             stream.is_aborted = True
             stream.ready.cancel()
         return True
+
+    async def snapshot(self) -> Snapshot:
+        """The engine between two steps: who runs and waits, and who has which block. A request is
+        called NAME#NUMBER there, its answers after the first NAME#NUMBER[INDEX]. Raises
+        `EngineDead`."""
+        asked = asyncio.wrap_future(self._steps.look())
+        try:
+            while not asked.done():
+                self._check_alive()
+                await asyncio.wait([asked], timeout=LOOK_AGAIN)
+        finally:
+            asked.cancel()
+        return asked.result()
 
     async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
         """Token ids of a text or of a conversation, whose images and videos are one placeholder

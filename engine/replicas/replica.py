@@ -12,8 +12,10 @@ from ..async_llm import AsyncLLM
 from ..logs import set_up_logs
 from ..server.control import ControlServicer
 from ..server.grpc_server import warm_up
+from ..server.http_live import LiveView
 from ..server.http_server import make_app
 from ..server.inference import InferenceServicer
+from ..server.key_refusals import KeyRefusals
 from ..server.keys import read_keys
 from ..server.openai_routes import Routes
 from ..server.work import Work
@@ -39,7 +41,10 @@ class EngineReplica:
         self._held = Held(self._engine.engine.scheduler, self._engine.config.block_size)
         self._engine.on_admitted = self._held.admitted
         self._work = Work()
-        self._app = make_app(Routes.of(self._engine, self._work), self._work, self._keys)
+        routes = Routes.of(self._engine, self._work)
+        refusals = KeyRefusals(self._engine.engine.stats)
+        view = LiveView(self._engine, self._keys is not None)
+        self._app = make_app(routes, self._work, self._keys, refusals, view)
         control = ControlServicer(self._engine, self._work, _nothing, self._keys is not None)
         self._servicers = {
             "Inference": InferenceServicer(self._engine, self._work),

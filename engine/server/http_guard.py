@@ -5,31 +5,38 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import Refused
 from .http_error import ApiError, api_error, error_of
+from .http_page import PATHS
+from .key_refusals import KeyRefusals
 from .keys import ApiKeys
+from .metadata import MAX_REQUEST_ID
 from .work import Work
 
 MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
-OPEN_PATHS = ("/health", "/ready")  # for who watches the process, without a key
+OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
 
 
 class Guard:
     """The one middleware. What it lets through has its whole body, and is cancelled when its
     client goes away, as gRPC does it."""
 
-    def __init__(self, app: ASGIApp, work: Work, keys: ApiKeys | None) -> None:
-        self._app, self._work, self._keys = app, work, keys
+    def __init__(
+        self, app: ASGIApp, work: Work, keys: ApiKeys | None, refusals: KeyRefusals
+    ) -> None:
+        self._app, self._work, self._keys, self._refusals = app, work, keys, refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send = _echoing(Headers(scope=scope), send)
         if scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         posts = scope["method"] == "POST"
         try:
+            self._check_key(Headers(scope=scope), scope)
             self._check(Headers(scope=scope), posts)
             if posts:
                 with self._work.call():
@@ -42,11 +49,15 @@ class Guard:
             return
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, posts: bool) -> None:
+    def _check_key(self, headers: Headers, scope: Scope) -> None:
         """Raises `ApiError`."""
         given = headers.get("authorization")
         if self._keys is not None and not self._keys.accept(given):
+            self._refusals.add("{}:{}".format(*scope.get("client") or ("?", "?")))
             raise api_error(self._keys.fault(given))
+
+    def _check(self, headers: Headers, posts: bool) -> None:
+        """Raises `ApiError`."""
         if not posts:
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -55,6 +66,20 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
             raise _too_large()
+
+
+def _echoing(headers: Headers, send: Send) -> Send:
+    """Answers have their request's x-request-id, refusals too."""
+    name = headers.get("x-request-id", "")
+    if not name or len(name) > MAX_REQUEST_ID:
+        return send
+
+    async def send_on(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault("x-request-id", name)
+        await send(message)
+
+    return send_on
 
 
 def _too_large() -> ApiError:
