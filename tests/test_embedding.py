@@ -21,7 +21,8 @@ PROGRAM = """
 import json
 import ray
 
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+options = dict(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", _node_ip_address="127.0.0.1", **options)  # not one that runs here
 
 import google.protobuf
 import grpc

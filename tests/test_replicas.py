@@ -97,6 +97,7 @@ def running(**settings: Any) -> Iterator[Cluster]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(
+            address="local",  # not one that runs on this machine
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
