@@ -17,6 +17,7 @@ _WHERE = {
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
     "ServerFile": ".engine.client_media",
+    "StructuredOutput": ".scheduler.structured",
     "Tls": ".engine.client_channel",
     "TokenLogprobs": ".scheduler.logprobs",
     "ToolCall": ".engine.tool_calls",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .engine.tool_calls import ToolCall
     from .scheduler.logprobs import TokenLogprobs
     from .scheduler.params import RequestOptions, SamplingParams
+    from .scheduler.structured import StructuredOutput
 
 __all__ = [
     "LLM",
@@ -45,6 +47,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerFile",
+    "StructuredOutput",
     "Tls",
     "TokenLogprobs",
     "ToolCall",

@@ -42,7 +42,8 @@ class LLM:
         self._in_use = threading.Lock()
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
-        self._pool = InputPool(self.engine.processor, self.engine.config.isolate_media)
+        isolate, grammars = self.engine.config.isolate_media, self.engine.grammars
+        self._pool = InputPool(self.engine.processor, isolate, grammars=grammars)
 
     def chat(
         self,
@@ -116,10 +117,12 @@ class LLM:
             name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
             for name, p in zip(names, each, strict=True)
         }
-        jobs = [self._pool.submit(prompt) for prompt in prompts]
+        forms = [None if p is None else p.structured for p in each]
+        jobs = [self._pool.submit(*some) for some in zip(prompts, forms, strict=True)]
         waiting = deque(zip(names, jobs, each, strict=True))
         try:
-            with _answer_bar(len(prompts), progress and not alone) as advance:
+            of_one = calls[names[0]] if alone else CallReader(None)
+            with of_one.naming(), _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
                     self._admit(waiting, results, clock, alone)
                     self._step = self._stepper.submit(self.engine.step)

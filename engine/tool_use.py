@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..scheduler.params import SamplingParams
+from ..scheduler.structured import MAX_FORM_BYTES, StructuredOutput
 from .input.tools import read_choice, read_tools
 from .input_error import InputError
 from .output import OutputDelta
@@ -29,6 +31,18 @@ class CallReader:
         self._most = 1 if has_tools and prompt.get("parallel_tool_calls") is False else None
         self._parsers: defaultdict[int, ToolParser] = defaultdict(ToolParser)
         self._counts: defaultdict[int, int] = defaultdict(int)  # calls told, by answer
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """What is wrong with the grammar is so with the tools that it was made of."""
+        try:
+            yield
+        except InputError as error:
+            if self._is_on and error.field.startswith("structured.lark"):
+                reason = str(error).rpartition("column ")[2].partition(": ")[2]
+                text = f"a schema that tool_choice cannot keep to: {reason or 'too complex'}"
+                raise InputError("tools", text) from None
+            raise
 
     def read(self, delta: OutputDelta) -> OutputDelta:
         if not self._is_on:
@@ -57,7 +71,13 @@ def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingPara
 
 def _with_grammar(params: SamplingParams, grammar: str) -> SamplingParams:
     """The one place where a choice becomes a form of the answer."""
-    raise InputError("tool_choice", "this server takes auto and none alone yet")
+    if params.structured is not None:
+        raise InputError("tool_choice", "asks for a form of the answer, and so do you: give one")
+    try:
+        return replace(params, structured=StructuredOutput(lark=grammar))
+    except ValueError:  # over its size
+        text = f"over {MAX_FORM_BYTES} bytes of schemas, which tool_choice makes a grammar of"
+        raise InputError("tools", text) from None
 
 
 def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:

@@ -171,6 +171,24 @@ def test_the_prompt_has_the_tools_unless_none_are_to_be_called(
     assert size() > size(tool_choice="none") == size(tools=openai.omit)
 
 
+def test_a_choice_is_kept_to_by_a_model_that_was_never_told_how(client: openai.OpenAI) -> None:
+    """Nothing is planted here: the tiny checkpoint's weights are random."""
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}
+    function = {"name": "tell", "parameters": {**schema, "additionalProperties": False}}
+    tools = [WEATHER, {"type": "function", "function": function}]
+    for stream in (False, True):
+        more = {"tools": tools, "tool_choice": _named("tell"), "stream": stream, "extra_body": {}}
+        answer = chat(client, **more, temperature=1, seed=3)
+        if stream:
+            calls = [c for chunk in answer for c in chunk.choices[0].delta.tool_calls or ()]
+        else:
+            (choice,) = answer.choices
+            assert choice.finish_reason == "tool_calls" and choice.message.content is None
+            calls = choice.message.tool_calls
+        assert [call.function.name for call in calls] == ["tell"]
+        assert json.loads(calls[0].function.arguments).keys() == {"warm"}
+
+
 def _named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
@@ -181,6 +199,21 @@ BAD = [
     ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": _named("news")}, "tool_choice.function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
+    (
+        {
+            "tools": [{"type": "function", "function": {"name": "a", "parameters": {"not": {}}}}],
+            "tool_choice": "required",
+        },
+        "tools",
+    ),
+    (
+        {
+            "tools": [WEATHER],
+            "tool_choice": "required",
+            "response_format": {"type": "json_object"},
+        },
+        "tool_choice",
+    ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}]},
         "messages[0].tool_calls[0].function.name",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import llguidance
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,6 @@ from hypothesis import strategies as st
 from octavo.engine.input_error import InputError
 from octavo.engine.tool_calls import ToolCall, split_answer
 from octavo.engine.tool_use import tool_grammar, with_tool_choice
-
-llguidance = pytest.importorskip("llguidance")
 
 SCHEMA = {
     "type": "object",
@@ -107,8 +106,15 @@ def test_L27_a_bad_choice_names_the_field(tools: Any, choice: Any, field: str) -
     assert caught.value.field == field
 
 
-def test_what_waits_for_structured_output_is_refused() -> None:
+def test_a_choice_is_a_form_of_the_answer() -> None:
     prompt = {"tools": TOOLS, "tool_choice": "required"}
-    with pytest.raises(InputError, match=r"^tool_choice: .*auto and none"):
-        with_tool_choice(prompt, None)
+    params = with_tool_choice(prompt, None)
+    assert params is not None and params.structured is not None
+    assert params.structured.lark == tool_grammar(TOOLS, "required")
     assert with_tool_choice({**prompt, "tool_choice": "auto"}, None) is None
+    with pytest.raises(InputError, match=r"^tool_choice: "):
+        with_tool_choice(prompt, params)
+    many = {"type": "object", "properties": {f"x{i}": {"type": "string"} for i in range(4000)}}
+    large = [{"type": "function", "function": {"name": "a", "parameters": many}}]
+    with pytest.raises(InputError, match=r"^tools: over 65536 bytes"):
+        with_tool_choice({"tools": large, "tool_choice": "required"}, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..input_error import InputError, shown
+from ..media.options import MediaOptions
 from .chat import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextTokenizer
 from .tools import TOOL_FIELDS, tools_of
@@ -168,6 +169,7 @@ def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None])
         if part.source is None:
             source = next(left[part.kind], None)
             if source is None:
+                MediaOptions.from_part(part.part, part.kind, part.field)  # a misspelt source's key
                 raise InputError(
                     part.field, f"needs {part.kind}s=[...]: a placeholder has no {part.kind}"
                 )

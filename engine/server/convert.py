@@ -11,6 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from ...proto import octavo_pb2 as pb
 from ...scheduler.logprobs import TokenLogprobs
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, SamplingParams
+from ...scheduler.structured import MAX_CHOICES, StructuredOutput
 from ..input.chat import MAX_MESSAGES
 from ..input_error import InputError
 from ..media.item import MediaInfo
@@ -113,9 +114,18 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     try:
+        if "structured" in given:
+            given["structured"] = _read_structured(message.structured)
         return SamplingParams(**given)
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
+
+
+def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
+    """Raises ValueError."""
+    if message.WhichOneof("form") == "choice":
+        return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
+    return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
 
 
 def read_options(
@@ -141,7 +151,9 @@ def read_options(
 
 def refuse_unknown(request: pb.GenerateRequest) -> None:
     """To pass over a field of a newer client would answer another question. Raises `Refused`."""
-    for path, message in (("", request), ("sampling", request.sampling)):
+    sampling = request.sampling
+    messages = {"": request, "sampling": sampling, "sampling.structured": sampling.structured}
+    for path, message in messages.items():
         unknown = UnknownFieldSet(message)
         if len(unknown):
             text = f"field number {unknown[0].field_number} is not known to this server"

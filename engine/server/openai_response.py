@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...scheduler.logprobs import TokenLogprobs
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
 from ..tool_calls import ToolCall
-from .openai_logprobs import Decode, write_logprobs
+from .openai_logprobs import Decode, write_logprobs, write_prompt_logprobs
+
+PromptLogprobs = Sequence[TokenLogprobs | None]
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,15 @@ class AnswerForm:
         return self._head("chat.completion.chunk", []) | {"usage": write_usage(usages)}
 
     def whole(
-        self, outputs: Sequence[Output], usages: Sequence[Usage], media: Sequence[MediaInfo]
+        self,
+        outputs: Sequence[Output],
+        usages: Sequence[Usage],
+        media: Sequence[MediaInfo],
+        prompt_logprobs: Sequence[PromptLogprobs] = (),
     ) -> dict[str, Any]:
-        """`outputs` in the order of their choices."""
+        """`outputs` in the order of their choices; `prompt_logprobs` one a prompt, where they were
+        asked for: as vLLM has it in each choice of completions, and in a chat beside them."""
+        prompts = [write_prompt_logprobs(each, self.decode) for each in prompt_logprobs]
         choices = []
         for choice, output in enumerate(outputs):
             new: dict[str, Any] = {"text": output.text}
@@ -68,8 +77,12 @@ class AnswerForm:
             told = write_logprobs(output.logprobs, self.decode, self.is_chat)
             ended = _reason(output.finish_reason, bool(output.tool_calls))
             reason = {"logprobs": told, "finish_reason": ended}
+            if prompts and not self.is_chat:
+                new["prompt_logprobs"] = prompts[choice * len(prompts) // len(outputs)]
             choices.append({"index": choice, **new, **reason})
         answer = self._head("chat.completion", choices) | {"usage": write_usage(usages)}
+        if prompts and self.is_chat:
+            answer["prompt_logprobs"] = prompts[0]
         return answer | ({"media": write_media(media)} if media else {})
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
