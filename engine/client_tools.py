@@ -31,8 +31,8 @@ def add_tools(request: pb.GenerateRequest, tools: Sequence[Any] | None, choice: 
         if isinstance(choice, str):
             request.tool_choice = choice
         elif choice is not None:
-            function = _mapping(choice, "tool_choice").get("function")
-            request.tool_name = _mapping(function, "tool_choice.function").get("name", "")
+            named = _mapping(choice, "tool_choice").get("function")
+            request.tool_name = _mapping(named, "tool_choice.function").get("name", "")
     except (TypeError, ValueError) as error:
         raise invalid(str(error), "tool_choice") from None
 
