@@ -60,7 +60,7 @@ NATIVE = Extension(
 )
 
 OTEL = ["opentelemetry-sdk>=1.27,<2", "opentelemetry-exporter-otlp-proto-http>=1.27,<2"]
-HTTP = ["starlette>=0.46", "uvicorn>=0.34", "uvloop>=0.21"]
+HTTP = ["starlette>=0.46", "uvicorn>=0.34"]
 
 TEST = [
     *OTEL,

@@ -6,6 +6,7 @@ until SIGTERM, and then prints what it saw of each step, as JSON.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import string
@@ -80,7 +81,7 @@ def main(num_requests: int, sleep_ms: float) -> int:
             print(ready_line(engine, address, http_address), flush=True)
 
         http = HttpServer("127.0.0.1", 0)
-        status = http.run(serve(engine, "127.0.0.1", 0, on_ready, http=http))
+        status = asyncio.run(serve(engine, "127.0.0.1", 0, on_ready, http=http))
     print(json.dumps(seen.rows))
     return status
 

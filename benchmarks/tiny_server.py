@@ -73,11 +73,9 @@ def start(model: Path, *options: str) -> Server:
 class Served:
     """An AsyncLLM behind its gRPC services, in this process, so that tests see both."""
 
-    new_loop = staticmethod(asyncio.new_event_loop)
-
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         self.engine = AsyncLLM(checkpoint, **settings)
-        self.loop = self.new_loop()
+        self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
 

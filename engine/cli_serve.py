@@ -64,8 +64,7 @@ def serve_model(
         def on_ready(address: str, http_address: str) -> None:
             print(ready_line(engine, address, http_address) + metrics, flush=True)
 
-        serving = serve_grpc(engine, host, port, on_ready, keys, tls, http)
-        return asyncio.run(serving) if http is None else http.run(serving)
+        return asyncio.run(serve_grpc(engine, host, port, on_ready, keys, tls, http))
 
 
 def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | None) -> HttpServer:
@@ -75,7 +74,7 @@ def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | Non
     try:
         from .server.http_server import HttpServer
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "uvloop"):
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
         raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
     check_address(host, port)

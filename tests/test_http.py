@@ -24,7 +24,6 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -56,8 +55,6 @@ NUM_PLACES = 3  # requests that run or wait
 
 class Door(Served):
     """An engine with both of its doors, in this process."""
-
-    new_loop = staticmethod(uvloop.new_event_loop)  # as `octavo serve` takes
 
     async def _start(self) -> None:
         await super()._start()

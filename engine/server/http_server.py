@@ -6,11 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import uvicorn
-import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -31,8 +29,6 @@ from .openai_routes import Routes
 from .work import Work
 
 KEEP_ALIVE = 60  # seconds that a connection may rest between two requests
-
-T = TypeVar("T")
 
 
 class _Uvicorn(uvicorn.Server):
@@ -73,12 +69,6 @@ class HttpServer:
         await self._server.listens.wait()
         address = f"[{host}]" if ":" in host else host
         return f"{address}:{listener.getsockname()[1]}"
-
-    @staticmethod
-    def run(serving: Coroutine[Any, Any, T]) -> T:
-        """As `asyncio.run`, on the event loop that sends to many streams at two thirds of the
-        cost."""
-        return uvloop.run(serving)
 
     async def drain(self, grace: float) -> None:
         """Takes no more requests, gives the running ones `grace` seconds, and ends."""
