@@ -17,8 +17,10 @@ _WHERE = {
     "RequestOutput": ".engine.output",
     "SamplingParams": ".scheduler.params",
     "ServerFile": ".engine.client_media",
+    "StructuredOutput": ".scheduler.structured",
     "Tls": ".engine.client_channel",
     "TokenLogprobs": ".scheduler.logprobs",
+    "ToolCall": ".engine.tool_calls",
 }
 
 if TYPE_CHECKING:
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .engine.media.embeds import MediaEmbeds
     from .engine.output import RequestOutput
+    from .engine.tool_calls import ToolCall
     from .scheduler.logprobs import TokenLogprobs
     from .scheduler.params import RequestOptions, SamplingParams
+    from .scheduler.structured import StructuredOutput
 
 __all__ = [
     "LLM",
@@ -43,8 +47,10 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerFile",
+    "StructuredOutput",
     "Tls",
     "TokenLogprobs",
+    "ToolCall",
     "__version__",
 ]
 

@@ -17,6 +17,7 @@ PACKAGES = [
     "octavo.engine.input",
     "octavo.engine.media",
     "octavo.engine.model",
+    "octavo.engine.replicas",
     "octavo.engine.runner",
     "octavo.engine.server",
     "octavo.engine.worker",
@@ -61,12 +62,16 @@ NATIVE = Extension(
 
 OTEL = ["opentelemetry-sdk>=1.27,<2", "opentelemetry-exporter-otlp-proto-http>=1.27,<2"]
 HTTP = ["starlette>=0.46", "uvicorn>=0.34"]
+# The router that we derive from is alpha to Ray: tested with this release.
+RAY = [*HTTP, "ray[serve]>=2.60,<3"]
 
 TEST = [
     *OTEL,
-    *HTTP,
+    *RAY,
+    "kubernetes-validate>=1.37",
     "openai>=3",
     "httpx2>=2",
+    "jsonschema>=4.23",
     "transformers>=5.23,<6",
     "huggingface_hub>=1.0",
     "modelscope>=1.20",
@@ -77,6 +82,8 @@ TEST = [
     "psutil>=7",
     "cryptography>=42",
     "matplotlib>=3.8",
+    "playwright>=1.55",
+    "axe-playwright-python>=0.1.4",
     "ruff>=0.17",
     "mypy>=2.0",
     "types-protobuf",
@@ -91,6 +98,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "octavo.engine.embedded": ["*.json", "*.safetensors"],
+        "octavo.engine.server": ["page/*"],
         "octavo.proto": ["*.proto", "*.pyi"],
         "octavo": ["py.typed"],
     },
@@ -100,6 +108,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.5",
         "tokenizers>=0.21",
+        "llguidance>=1.7,<2",
         "pillow>=11.1",
         "av>=14",
         "grpcio>=1.62",
@@ -118,6 +127,7 @@ setup(
         "test": TEST,
         "hub": ["huggingface_hub>=0.30", "modelscope>=1.20"],
         "http": HTTP,
+        "ray": RAY,
         "plot": ["matplotlib>=3.8"],
         "otel": OTEL,
     },

@@ -60,6 +60,7 @@ class LoadPoint:
     """What one request rate came to."""
 
     request_rate: float  # requests a second asked for; inf: all at once
+    offered_rate: float  # that really came due: the arrivals are drawn, and few may come otherwise
     bounds: Bounds
     goodput: float | None  # requests a second that kept the bounds; None without bounds
     good_share: float | None
@@ -69,15 +70,23 @@ class LoadPoint:
     def of(cls, rate: float, bounds: Bounds, seen: Sequence[RequestTimes]) -> LoadPoint:
         report = Report.of(seen)
         good = sum(map(bounds.are_kept, seen))
+        offered = offered_rate([each.due for each in seen])
         if not bounds:
-            return cls(rate, bounds, None, None, report)
-        return cls(rate, bounds, good / report.seconds, good / len(seen), report)
+            return cls(rate, offered, bounds, None, None, report)
+        return cls(rate, offered, bounds, good / report.seconds, good / len(seen), report)
 
     def as_dict(self) -> dict[str, Any]:
-        own = {"request_rate": self.request_rate, "bounds": asdict(self.bounds)}
+        own: dict[str, Any] = {"request_rate": self.request_rate, "offered_rate": self.offered_rate}
+        own["bounds"] = asdict(self.bounds)
         return {**own, "goodput": self.goodput, "good_share": self.good_share} | (
             self.report.as_dict()
         )
+
+
+def offered_rate(due: Sequence[float]) -> float:
+    """Requests a second, from the first that came due to the last; inf: all at once."""
+    span = max(due) - min(due)
+    return (len(due) - 1) / span if span else float("inf")
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -217,13 +226,23 @@ def measure(
 
 
 def load_tables(points: Sequence[LoadPoint]) -> list[Table]:
-    """A table of the rates; for one alone also of its latencies."""
+    """Tables of the rates; for one alone also of its latencies."""
     more: dict[str, list[str]] = {}
     if points[0].bounds:
         more["good req/s"] = [f"{point.goodput:.2f}" for point in points]
         more["good"] = [f"{point.good_share:.0%}" for point in points]
     named = {f"{point.request_rate:g}": point.report for point in points}
-    tables = [sweep_table(named, "rate", **more)]
+    tables = [_rate_table(points), sweep_table(named, "rate", **more)]
     if len(points) == 1:
         tables.insert(0, latency_table(points[0].report, "from when each request was due"))
     return tables
+
+
+def _rate_table(points: Sequence[LoadPoint]) -> Table:
+    table = Table(title="Requests a second", title_justify="left")
+    for column in ("asked for", "really offered", "answered"):
+        table.add_column(column, justify="right")
+    for point in points:
+        rates = (point.offered_rate, point.report.requests_per_second)
+        table.add_row(f"{point.request_rate:g}", *(f"{rate:.2f}" for rate in rates))
+    return table

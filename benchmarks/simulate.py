@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -163,6 +164,8 @@ class _Run:
             assert all(row.urgency < self.admitted[name].urgency for row in rows), "wrong victim"
         planned_at = self.simulation.planned_at
         assert all(row.deadline > planned_at for row in rows), "ran past its deadline"
+        awaiting = [row for row, at in zip(rows, plan.awaits, strict=False) if at >= 0]
+        assert not any(row.is_guided for row in awaiting), "guided by a token that is not known"
 
     def _check_end(self, request: Request) -> None:
         update = self.simulation.ended[request.request_id]
@@ -232,6 +235,7 @@ def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Reque
         "priority": rng.choice([5, 5, 0, 9, rng.randrange(10)]),
         "deadline": now + timeout,
         "stop_token_ids": frozenset(rng.sample(range(PLACEHOLDER), 2)),
+        "is_guided": zlib.crc32(name.encode()) % 4 == 0,  # some wait for each of their tokens
     }
     num_forks = rng.choice([0, 0, 0, 0, 1, 3])
     names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]

@@ -28,6 +28,7 @@ from octavo.scheduler.request import (
 )
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import RequestUpdate, StepPlan, StepResult
+from octavo.scheduler.structured import ANY_OBJECT
 
 VOCABULARY = 50
 PARAMS = SamplingParams(
@@ -57,6 +58,7 @@ def make_request(
     max_tokens: int = 4,
     seed: int = 0,
     cache_salt: bytes = b"",
+    is_guided: bool = False,
     **more: object,
 ) -> Request:
     """A request with images of `n` tokens at `offset`: (offset, n, media_hash), or videos with
@@ -69,7 +71,8 @@ def make_request(
         grid = (int(frames[0]) if frames else 1, 2, 2 * count)
         name = salted(media_hash, cache_salt)
         units += [replace(u, media_hash=name) for u in MediaSpan(offset, count, grid).units(1)]
-    params = SamplingParams(**{**vars(PARAMS), "max_tokens": max_tokens, "seed": seed})
+    given = {**vars(PARAMS), "max_tokens": max_tokens, "seed": seed}
+    params = SamplingParams(**{**given, "structured": ANY_OBJECT if is_guided else None})
     tokens = array("i", prompt)
     return Request(request_id, tokens, params, tuple(units), cache_salt, **more)  # type: ignore[arg-type]
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..engine.grammar import Grammar
+from ..engine.matchers import Matchers
 from ..engine.media.item import UnitContent
 from ..engine.runner.model_runner import ModelRunner
 from ..engine.sampling_slots import SamplingSlots
@@ -36,7 +38,7 @@ class TinyEngine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
-        self._slots = SamplingSlots()
+        self._slots, self._matchers = SamplingSlots(), Matchers()
         self._on_way: list[StepResult] = []
         self.runner.embeddings.clear()
 
@@ -47,6 +49,7 @@ class TinyEngine:
         max_tokens: int,
         num_forks: int = 0,
         priority: int = 5,
+        grammar: Grammar | None = None,
         **more: Any,
     ) -> None:
         """A request, and forks of it that draw with the seeds after its own. `more`: fields of
@@ -56,6 +59,8 @@ class TinyEngine:
             _request(each, tiny, max_tokens, i, priority, more) for i, each in enumerate(names)
         ]
         self.scheduler.add(*added)
+        if grammar is not None:
+            self._matchers.add(added, grammar)
         self.requests |= {request.request_id: request for request in added}
         self.pixels |= dict.fromkeys(names, _pixels(tiny, self.runner))
 
@@ -64,7 +69,8 @@ class TinyEngine:
         plan = self.scheduler.schedule()
         if plan is not None:
             self.num_encoded += len(plan.encode)
-            batch = build_batch(plan, self.scheduler.requests, self.pixels, self._slots, 1)
+            requests = self.scheduler.requests
+            batch = build_batch(plan, requests, self.pixels, self._slots, 1, self._matchers)
             result = self.runner.step(batch)
             self._on_way.append(step_result(plan, result, self.scheduler.requests))
         if plan is None or len(self._on_way) > self.overlap:
@@ -75,7 +81,8 @@ class TinyEngine:
     def receive(self) -> None:
         """Takes in the oldest step on its way, if there is one."""
         if self._on_way:
-            for update in self.scheduler.update(self._on_way.pop(0)):
+            updates = self.scheduler.update(self._on_way.pop(0))
+            for update in self._matchers.read(updates, self.scheduler):
                 self.logprobs.setdefault(update.request_id, []).extend(update.logprobs)
 
     def run(self) -> None:

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
-from ..scheduler.request import RequestStatus
+from ..scheduler.request import Request, RequestStatus
 from .backlog import Backlog
 from .config import EngineConfig, ModelConfig
 from .engine import DuplicateRequest, Engine, EngineDead
@@ -23,7 +23,11 @@ from .output import OutputDelta, Usage
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
 from .request_record import RequestRecord
+from .snapshot import Snapshot
 from .spans import RequestSpans
+from .tool_use import CallReader, with_tool_choice
+
+LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
 
 
 @dataclass(eq=False)
@@ -59,6 +63,7 @@ class AsyncLLM:
             self.engine.processor,
             self.engine.config.isolate_media,
             self.engine.config.max_queue_bytes,
+            self.engine.grammars,
         )
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
@@ -70,6 +75,8 @@ class AsyncLLM:
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
         self._closed = False
         self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
+        # Told of each request that is admitted: its request_id, and what it becomes.
+        self.on_admitted: Callable[[str, Request], None] | None = None
 
     @property
     def config(self) -> EngineConfig:
@@ -101,16 +108,19 @@ class AsyncLLM:
         traceparent: str | None = None,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        `options`: `priority`, `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`;
+        `tools`, `tool_choice`: as in `LLM.chat`. `options`: those of `octavo.RequestOptions`;
         `traceparent`: the caller's span, in W3C's form, for the spans of the request. Raises
         `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
         `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
         """
-        prompt = {"messages": messages, "images": images, "videos": videos}
+        prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
+        prompt |= {"tools": tools, "tool_choice": tool_choice}
         return self.generate(
             prompt, params, request_id=request_id, traceparent=traceparent, **options
         )
@@ -131,14 +141,16 @@ class AsyncLLM:
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
             check_params(params)
+            params, calls = with_tool_choice(prompt, params), CallReader(prompt)
             clock = Countdown(RequestOptions.of(**options))
             key, stream = self._open(name, 1 if params is None else params.n)
             finished = False
             try:
                 self._check_alive()
-                stream.work = self._pool.submit(prompt)
+                stream.work = self._pool.submit(prompt, params.structured if params else None)
                 del prompt  # it may be large, and is the pool's now
-                ready = await self._preprocess(stream.work, clock, stream)
+                with calls.naming():
+                    ready = await self._preprocess(stream.work, clock, stream)
                 if ready is not None:
                     record.num_prompt_tokens = len(ready.prompt_token_ids)
                     stream.is_admitted = record.is_admitted = True
@@ -151,10 +163,12 @@ class AsyncLLM:
                             if event.error is not None:
                                 finished = True
                                 raise event.error
+                            if self.on_admitted is not None and event.request is not None:
+                                self.on_admitted(name, event.request)
                             continue
                         finished = event.usage is not None
                         record.add(event)
-                        yield event.named(name)
+                        yield calls.read(event.named(name))
             finally:
                 del self._streams[key], self._keys[name]
                 if stream.work is not None:
@@ -206,6 +220,19 @@ class AsyncLLM:
             stream.is_aborted = True
             stream.ready.cancel()
         return True
+
+    async def snapshot(self) -> Snapshot:
+        """The engine between two steps: who runs and waits, and who has which block. A request is
+        called NAME#NUMBER there, its answers after the first NAME#NUMBER[INDEX]. Raises
+        `EngineDead`."""
+        asked = asyncio.wrap_future(self._steps.look())
+        try:
+            while not asked.done():
+                self._check_alive()
+                await asyncio.wait([asked], timeout=LOOK_AGAIN)
+        finally:
+            asked.cancel()
+        return asked.result()
 
     async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
         """Token ids of a text or of a conversation, whose images and videos are one placeholder

@@ -248,6 +248,8 @@ def info(
     model: Model = None,
     hub: Hub = "huggingface",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -255,7 +257,9 @@ def info(
     from .info import checkpoint_info
 
     with user_errors():
-        found = checkpoint_info(model, hub, dtype, tensor_parallel_size)
+        found = checkpoint_info(
+            model, hub, dtype, tensor_parallel_size, quantization, kv_cache_dtype
+        )
         print(json.dumps(found.as_dict(), indent=2) if as_json else found.as_text())
 
 

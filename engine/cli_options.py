@@ -126,7 +126,8 @@ TraceFile = Annotated[
 ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="API keys, one a line: calls must bring one of them. Others come from the variable "
+        help="API keys, one a line: calls must bring one of them. The file is read again when it "
+        "changes. Others come from the variable "
         "OCTAVO_API_KEYS, apart by commas. Default: none is asked for."
     ),
 ]

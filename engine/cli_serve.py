@@ -50,10 +50,12 @@ def serve_model(
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
         settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
-    for each in (port, metrics_port):
+    for flag, each in (("--port", port), ("--metrics-port", metrics_port)):
         if each is not None:
-            check_address(host, each)
+            check_address(host, each, flag)
     http = None
+    if http_host is not None and http_port is None:
+        raise ValueError(f"--http-host {http_host}: nothing listens there without --http-port")
     if http_port is not None:
         http = _http_server(http_host or host, http_port, keys, tls)
     with (
@@ -77,5 +79,5 @@ def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | Non
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
         raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
-    check_address(host, port)
+    check_address(host, port, "--http-port")
     return HttpServer(host, port, keys, tls)

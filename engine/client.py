@@ -14,14 +14,17 @@ from typing import Any
 import grpc
 
 from ..proto import octavo_pb2 as pb
-from ..proto import octavo_pb2_grpc
 from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.params import shown
-from .client_channel import Tls, error_of, key_metadata, open_channel
+from ..scheduler.structured import StructuredOutput
+from .client_channel import Tls, error_of
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
+from .client_tools import add_tools, message_calls, read_calls
+from .client_unary import UnaryClient
+from .tool_calls import ToolCall
 
-__all__ = ["Client", "ClientDelta", "ClientError", "Deltas", "Tls"]
+__all__ = ["Client", "ClientDelta", "ClientError", "ClientReply", "Deltas", "Tls"]
 
 OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 FINISH_REASONS = {
@@ -48,27 +51,25 @@ class ClientDelta:
     # On the first answer's delta with its first token, where they were asked for: one a token of
     # the prompt; None for the first, and for those of images and videos.
     prompt_logprobs: tuple[TokenLogprobs | None, ...]
+    tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; no part of the text
 
 
 Deltas = Generator[ClientDelta, None, None]
 
 
-class Client:
-    """A connection to a server. Thread-safe; a context manager."""
+@dataclass(frozen=True)
+class ClientReply:
+    """All of a prompt's answers."""
 
-    def __init__(
-        self,
-        address: str = "127.0.0.1:50051",
-        *,
-        api_key: str | None = None,
-        tls: Tls | bool = False,
-    ) -> None:
-        """`address`: HOST:PORT. `api_key`: where the server asks for one. `tls`: True, or an
-        `octavo.Tls` with files. Connects when first used."""
-        self.address = address
-        self._metadata = key_metadata(api_key)
-        self._channel = open_channel(address, tls)
-        self._stub = octavo_pb2_grpc.InferenceStub(self._channel)
+    request_id: str
+    answers: tuple[ClientDelta, ...]  # each whole, by index; what follows is not in them
+    usage: pb.Usage  # over all answers
+    media: tuple[pb.ResolvedMedia, ...]
+    media_times: pb.MediaTimes
+
+
+class Client(UnaryClient):
+    """A connection to a server. Thread-safe; a context manager."""
 
     def chat(
         self,
@@ -76,18 +77,21 @@ class Client:
         *,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
         request_id: str = "",
         timeout: float | None = None,
         **settings: Any,
     ) -> Deltas:
-        """Answers one conversation. `settings`: the fields of `octavo.SamplingParams`, and
-        `priority`, `timeout_s` and `cache_salt` as in `octavo.RequestOptions`.
+        """Answers one conversation. `tools`, `tool_choice`: as in `octavo.LLM.chat`.
+        `settings`: the fields of `octavo.SamplingParams`, and `priority`, `timeout_s` and
+        `cache_salt` as in `octavo.RequestOptions`.
 
         `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
         aborts the request. Raises `ClientError`.
         """
-        conversation = pb.Conversation(messages=[_message(message) for message in messages])
-        request = pb.GenerateRequest(request_id=request_id, conversation=conversation)
+        request = pb.GenerateRequest(request_id=request_id, conversation=_conversation(messages))
+        add_tools(request, tools, tool_choice)
         return self._generate(request, images, videos, timeout, settings)
 
     def generate(
@@ -101,30 +105,42 @@ class Client:
         **settings: Any,
     ) -> Deltas:
         """Continues a raw text or token ids. Otherwise as `chat`."""
-        request = pb.GenerateRequest(request_id=request_id)
-        try:
-            if isinstance(prompt, str):
-                request.text = prompt
-            else:
-                request.token_ids.ids.extend(prompt)
-        except (TypeError, ValueError) as error:
-            raise invalid(f"prompt: must be a text or token ids: {error}") from None
+        request = _raw_request(prompt, request_id)
         return self._generate(request, images, videos, timeout, settings)
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request; False when the server does not know it."""
-        try:
-            request = pb.AbortRequest(request_id=request_id)
-            return self._stub.Abort(request, metadata=self._metadata).found
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+    def generate_once(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        request_id: str = "",
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> ClientReply:
+        """Answers a text, token ids or a conversation all at once. Otherwise as `chat`."""
+        request = _request(prompt, request_id)
+        add_tools(request, tools, tool_choice)
+        _fill(request, images, videos, settings)
+        reply = self._call(self._stub.GenerateOnce, request, timeout)
+        answers = tuple(_client_delta(answer) for answer in reply.answers)
+        media = tuple(reply.media)
+        return ClientReply(reply.request_id, answers, reply.usage, media, reply.media_times)
 
-    def wait_ready(self, timeout: float) -> None:
-        """Waits until the server can be reached. Raises `ClientError` after `timeout` seconds."""
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout)
-        except grpc.FutureTimeoutError:
-            raise ClientError("UNAVAILABLE", f"no server at {self.address}") from None
+    def tokenize(
+        self, prompt: str | Sequence[Mapping[str, Any]], plain: bool = False
+    ) -> tuple[int, ...]:
+        """Token ids of a text or of a conversation, whose images and videos are one placeholder
+        each. `plain`: in the text a special token's spelling means nothing. Raises
+        `ClientError`."""
+        request = pb.TokenizeRequest(plain=plain)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.conversation.CopyFrom(_conversation(prompt))
+        return tuple(self._call(self._stub.Tokenize, request).ids)
 
     def _generate(
         self,
@@ -134,21 +150,11 @@ class Client:
         timeout: float | None,
         settings: Mapping[str, Any],
     ) -> Deltas:
-        for kind, sources in (("image", images), ("video", videos)):
-            for source in sources or ():
-                beside = source if isinstance(source, Mapping) else {kind: source}
-                request.media.append(media_item({**beside, "type": kind}))
-        _set_all(request, settings)
-        check_size(request)
+        _fill(request, images, videos, settings)
         return self._stream(request, timeout)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Deltas:
-        if timeout is not None and not isinstance(timeout, int | float):
-            raise invalid(f"timeout={timeout!r}: must be seconds")
-        try:
-            call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
-        except ValueError:
-            raise ClientError("UNAVAILABLE", "this client was closed") from None
+        call = self._start(self._stub.Generate, request, timeout)
         try:
             for delta in call:
                 yield _client_delta(delta)
@@ -159,15 +165,6 @@ class Client:
             raise error_of(error) from None
         finally:
             call.cancel()
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _logprobs(entry: pb.TokenLogprobs) -> TokenLogprobs:
@@ -190,6 +187,7 @@ def _client_delta(delta: pb.GenerateDelta) -> ClientDelta:
             _logprobs(entry) if entry.HasField("logprob") else None
             for entry in delta.prompt_logprobs
         ),
+        tool_calls=read_calls(delta.tool_calls),
     )
 
 
@@ -205,6 +203,8 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
         try:
             if name == "logit_bias":
                 target.logit_bias.update(value)  # type: ignore[union-attr]
+            elif name == "structured":
+                target.structured.CopyFrom(_structured(value))  # type: ignore[union-attr]
             elif name in ("stop", "stop_token_ids", "bad_words"):
                 getattr(target, name).extend([value] if isinstance(value, str) else value)
             else:
@@ -213,25 +213,90 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
             raise invalid(f"{name}={shown(value)}: {error}") from None
 
 
-def _message(message: Mapping[str, Any]) -> pb.Message:
-    if not isinstance(message, Mapping):
-        raise invalid("messages: must be a list of dicts with role and content")
-    for name in message:
-        if name not in ("role", "content"):
-            raise invalid(f"messages: {name!r} is unknown; a message has role and content")
-    content = message.get("content", ())
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _request(
+    prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], request_id: str
+) -> pb.GenerateRequest:
+    """Messages are told from token ids by what comes first."""
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+        conversation = _conversation(prompt)  # type: ignore[arg-type]
+        return pb.GenerateRequest(request_id=request_id, conversation=conversation)
+    return _raw_request(prompt, request_id)  # type: ignore[arg-type]
+
+
+def _raw_request(prompt: str | Sequence[int], request_id: str) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(request_id=request_id)
     try:
-        return pb.Message(role=message.get("role", ""), content=[_part(part) for part in parts])
-    except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a text
-        raise invalid(f"messages: {error}") from None
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+    except (TypeError, ValueError) as error:
+        raise invalid(f"must be a text or token ids: {error}", "prompt") from None
+    return request
 
 
-def _part(part: Mapping[str, Any]) -> pb.ContentPart:
+def _fill(
+    request: pb.GenerateRequest,
+    images: Sequence[Any] | None,
+    videos: Sequence[Any] | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """What stands beside the prompt."""
+    for kind, sources in (("image", images), ("video", videos)):
+        for index, source in enumerate(sources or ()):
+            beside = source if isinstance(source, Mapping) else {kind: source}
+            request.media.append(_item({**beside, "type": kind}, f"{kind}s[{index}]"))
+    _set_all(request, settings)
+    check_size(request)
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> pb.Conversation:
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise invalid("must be a list of dicts with role and content", "messages")
+    read = [_message(message, f"messages[{m}]") for m, message in enumerate(messages)]
+    return pb.Conversation(messages=read)
+
+
+def _structured(form: Any) -> pb.StructuredOutput:
+    """Raises TypeError or ValueError."""
+    if not isinstance(form, StructuredOutput):
+        raise TypeError("must be an octavo.StructuredOutput")
+    if form.choice:
+        return pb.StructuredOutput(choice=pb.Choice(texts=form.choice))
+    return pb.StructuredOutput(**{form.field: getattr(form, form.field)})
+
+
+def _message(message: Mapping[str, Any], field: str) -> pb.Message:
+    if not isinstance(message, Mapping):
+        raise invalid("must be a dict with role and content", field)
+    for name in message:
+        if name not in ("role", "content", "tool_calls", "tool_call_id"):
+            raise invalid(f"{name!r} is unknown; a message has role and content", field)
+    content = () if message.get("content") is None else message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    calls = message_calls(message, field)
+    try:
+        read = [_part(part, f"{field}.content[{p}]") for p, part in enumerate(parts)]
+        return pb.Message(role=message.get("role", ""), content=read, **calls)
+    except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a role
+        raise invalid(str(error), field) from None
+
+
+def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
     if not isinstance(part, Mapping):
-        raise invalid(f"messages: a part must be a dict, not {type(part).__name__}")
+        raise invalid(f"must be a dict, not {type(part).__name__}", field)
     if part.get("type") == "text":
-        return pb.ContentPart(text=part.get("text", ""))
+        try:
+            return pb.ContentPart(text=part.get("text", ""))
+        except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair
+            raise invalid(str(error), f"{field}.text") from None
     if part.get("type") in KINDS:
-        return pb.ContentPart(media=media_item(part))
-    raise invalid(f"type={part.get('type')!r}: must be text, image or video")
+        return pb.ContentPart(media=_item(part, field))
+    raise invalid(f"type={part.get('type')!r}: must be text, image or video", field)
+
+
+def _item(part: Mapping[str, Any], field: str) -> pb.MediaItem:
+    try:
+        return media_item(part)
+    except ClientError as error:
+        raise invalid(error.text, field) from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from ..proto import octavo_pb2 as pb
@@ -17,6 +18,10 @@ OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
 ]
+
+
+HTTP1 = "http1.x server"  # gRPC's words for what it met
+WHICH_PORT = "give the port of gRPC, which is `grpc=` in the server's line `ready ...`"
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,20 @@ def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def error_of(error: grpc.RpcError) -> ClientError:
     """By the status's details, where it has any."""
-    retryable = None
+    if error.code() is grpc.StatusCode.UNAVAILABLE and HTTP1 in (error.details() or ""):
+        return ClientError("UNAVAILABLE", "there is a server, and it speaks HTTP: " + WHICH_PORT)
+    retryable, field = None, ""
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # of another server's
         status = None
     for detail in status.details if status is not None else ():
-        failure = pb.Failure()
+        failure, bad = pb.Failure(), error_details_pb2.BadRequest()
         if detail.Unpack(failure):
             retryable = failure.retryable
-    return ClientError(error.code().name, error.details() or "", retryable)
+        elif detail.Unpack(bad) and bad.field_violations:
+            field = bad.field_violations[0].field
+    return ClientError(error.code().name, error.details() or "", retryable, field)
 
 
 def _read(path: str | Path | None) -> bytes | None:

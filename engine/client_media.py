@@ -53,7 +53,8 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
         if name in ("type", kind) or value is None:
             continue
         if name not in known:
-            raise invalid(f"{name}: no option; {kind}s have {', '.join(known)}")
+            own = "" if kind in part else f"; the {kind} itself goes under {kind!r}"
+            raise invalid(f"{name}: no option; {kind}s have {', '.join(known)}{own}")
         try:
             setattr(item.options, name, value)
         except (TypeError, ValueError):

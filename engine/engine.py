@@ -23,11 +23,13 @@ from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
 from .config import ConfigError, EngineConfig, ModelConfig, check_trace_file
 from .generation_config import generation_defaults
+from .grammar import Grammars
 from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
-from .load import LoadCounter
+from .matchers import Matchers
 from .media_settings import MediaSettings, media_settings
+from .model.parallel import check_tensor_parallel_size
 from .output import OutputDelta
 from .pipeline import StepPipeline
 from .request_maker import RequestMaker, check_params
@@ -73,6 +75,7 @@ class Engine:
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
         self.model_name = model_name(model, asked.model)
         self.model_config = ModelConfig.from_dir(asked.model)
+        check_tensor_parallel_size(self.model_config, asked.tensor_parallel_size)
         media = media_settings(asked, self.model_config)
         check_trace_file(asked.trace_file)
         self.group = WorkerGroup(asked, on_progress)
@@ -104,10 +107,16 @@ class Engine:
             self.model_config.vocab_size,
             self.processor.tokenizer.encode_plain,
         )
+        self.grammars = Grammars(
+            self.processor.tokenizer.backend,
+            self.model_config.vocab_size,
+            self._maker.end_token_ids,
+            self.model_config.vision_token_ids,
+        )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
-        self.load = LoadCounter(self.scheduler)
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.stats = EngineStats(self.scheduler, self.group)
+        self._matchers = Matchers()
         self._pipeline = StepPipeline(
             self.scheduler,
             self.group,
@@ -115,6 +124,7 @@ class Engine:
             self._trace,
             asked.overlap_steps,
             self.stats,
+            self._matchers,
         )
         self.failed = ""
         self.restarts = Restarts(self.group, asked.max_restarts)
@@ -178,6 +188,9 @@ class Engine:
             if name in self._answers or name in self._live:
                 raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         ready = self.preprocess(prompt)
+        grammar = ready.grammar
+        if params is not None and params.structured is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured)
         requests = self._maker.make(names, ready, params, options, deadline)
         infos = tuple(item.info for item in ready.media)
         tokenizer = self.processor.tokenizer.backend
@@ -185,6 +198,8 @@ class Engine:
         live = LiveRequest(request_id, requests, infos, tokenizer, times, ready.stream)
         live.supply(ready.units)
         self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
+        if grammar is not None:
+            self._matchers.add(requests, grammar)
         if ready.stream is not None:
             ready.stream.on_arrival = self._arrived.set
         self.stats.add(request_id, requests, ready, asked_at)
@@ -272,7 +287,6 @@ class Engine:
                 deltas.append(self._delta(live, index, update))
                 if deltas[-1].error:
                     failed.append((live, deltas[-1].error))
-        self.load.add_output(sum(len(delta.token_ids) for delta in deltas))
         for live, error in failed:
             for name in live.unfinished_names:
                 update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
@@ -289,7 +303,6 @@ class Engine:
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
-                self.load.add_prompt(live.num_prompt_tokens, live.num_cached_tokens)
                 live.close()
                 del self._live[live.request_id]
         return delta
@@ -297,6 +310,7 @@ class Engine:
     def _end(self, name: str, update: RequestUpdate, reason: str) -> None:
         """An answer is over, perhaps before the scheduler thinks so. Its name may be used again."""
         del self._answers[name]
+        self._matchers.remove(name)
         if not update.status.is_finished or update.error:
             self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED, update.error)
         if self._trace is not None:

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .capacity import CPU_FRACTION, CPU_MOST
-from .config import EngineConfig, ModelConfig, PreprocessConfig
+from torch import nn
+
+from .capacity import plan_capacity
+from .config import ConfigError, EngineConfig, ModelConfig, PreprocessConfig
 from .hub import resolve_model
+from .model.layers import VocabParallelEmbedding
 from .model.parallel import (
     TensorParallel,
     check_tensor_parallel_size,
@@ -16,8 +19,10 @@ from .model.parallel import (
     valid_tensor_parallel_sizes,
 )
 from .model.qwen2_vl import Qwen2VL
+from .model.weights import DenseWeight
 from .runner.kv_cache import device_memory, kv_block_bytes
-from .runner.loader import resolve_dtype
+from .runner.loader import resolve_dtype, resolve_kv_cache_dtype, resolve_quantization
+from .worker.loading import GroupMemory
 from .worker.worker import resolve_device
 
 
@@ -78,8 +83,16 @@ class CheckpointInfo:
         )
 
 
-def checkpoint_info(model: str | None, hub: str, dtype: str, size: int) -> CheckpointInfo:
-    """Reads a checkpoint's files. Raises `ConfigError`."""
+def checkpoint_info(
+    model: str | None,
+    hub: str,
+    dtype: str,
+    size: int,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
+) -> CheckpointInfo:
+    """Reads a checkpoint's files. What fits is what `octavo serve` takes with these settings and
+    its others left alone. Raises `ConfigError`."""
     folder = resolve_model(model, hub)
     config, preprocess = ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)
     check_tensor_parallel_size(config, size)
@@ -89,14 +102,19 @@ def checkpoint_info(model: str | None, hub: str, dtype: str, size: int) -> Check
     held = dense if device.type == "cpu" else config
     shard = Qwen2VL(held, TensorParallel(0, size), kind)
     whole = Qwen2VL(dense, TensorParallel(), kind)
-    weights = sum(p.nbytes for p in shard.parameters())
-    free, _ = device_memory(device)
-    room = max(0, free - weights)
-    if device.type == "cpu":
-        cache = min(int(max(0, free - size * weights) * CPU_FRACTION / size), CPU_MOST)
-    else:
-        cache = int(room * EngineConfig().gpu_memory_utilization)
-    per_token = kv_block_bytes(config, size, 1, kind)
+    settings = EngineConfig(
+        model=folder,
+        tensor_parallel_size=size,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    weights = _weight_bytes(shard, resolve_quantization(quantization or "", device))
+    free, total = device_memory(device)
+    kept = resolve_kv_cache_dtype(kv_cache_dtype, device, kind)
+    left = max(0, free - weights * (size if device.type == "cpu" else 1))
+    block_bytes = kv_block_bytes(config, size, settings.block_size, kept)
+    dtype_name = str(kind).removeprefix("torch.")
+    memory = GroupMemory(weights, total, left, block_bytes, dtype_name, device.type)
     return CheckpointInfo(
         model=model or _embedded_name(folder),
         checkpoint_dtype=config.dtype,
@@ -116,12 +134,35 @@ def checkpoint_info(model: str | None, hub: str, dtype: str, size: int) -> Check
         tensor_parallel_size=size,
         tensor_parallel_sizes=valid_tensor_parallel_sizes(config),
         device=device.type,
-        dtype=str(kind).removeprefix("torch."),
+        dtype=dtype_name,
         weight_bytes=weights,
-        kv_bytes_per_token=per_token,
+        kv_bytes_per_token=kv_block_bytes(config, size, 1, kept),
         free_bytes=free,
-        kv_cache_tokens=cache // per_token,
+        kv_cache_tokens=_kv_tokens(settings, config, memory),
     )
+
+
+def _weight_bytes(model: nn.Module, quantization: str | None) -> int:
+    """What the weights take once they are loaded. In int8 a row has a scale and a zero of four
+    bytes each; rows that the embedding has too are kept for it as they were."""
+    total = sum(p.nbytes for p in model.parameters())
+    if quantization is None:
+        return total
+    tied = {each.tied for each in model.modules() if isinstance(each, VocabParallelEmbedding)}
+    for each in model.modules():
+        if isinstance(each, DenseWeight):
+            weight = each.get_parameter("weight")
+            rows, columns = weight.shape
+            total += rows * (columns + 8) - (0 if each in tied else weight.nbytes)
+    return total
+
+
+def _kv_tokens(settings: EngineConfig, config: ModelConfig, memory: GroupMemory) -> int:
+    """0 where not even one block fits."""
+    try:
+        return plan_capacity(settings, config, memory)[0] * settings.block_size
+    except ConfigError:
+        return 0
 
 
 def _embedded_name(folder: Path) -> str:

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..scheduler.admission import QueueFull
+from ..scheduler.structured import StructuredOutput
+from .grammar import Grammar, Grammars
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .media.child_pool import DecoderPool
 from .media.task import MediaTask
@@ -27,8 +30,11 @@ class InputJob:
     """A prompt on its way. `future` is done when the request can begin: later frames of a video
     are decoded after that."""
 
-    def __init__(self, prompt: Prompt) -> None:
+    def __init__(self, prompt: Prompt, form: StructuredOutput | None = None) -> None:
+        """`form`: what its answers are to have."""
         self.future: Future[ProcessedInput] = Future()
+        self.form = form
+        self._grammar: Grammar | None = None
         self._prompt = [prompt]
         self._given = time.monotonic()
         self._is_dropped = False
@@ -44,6 +50,17 @@ class InputJob:
         if self._task is not None:
             self._task.cancel()
         self.on_cancel()
+
+    def compile(self, grammars: Grammars, go_on: Callable[[], None]) -> None:
+        """In the pool, before `run`, which `go_on` leads to."""
+        try:
+            if self.form is not None and not self._is_dropped:
+                self._grammar = grammars.compile(self.form)
+        except BaseException as error:
+            if self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
+        else:
+            go_on()
 
     def run(self, processor: InputProcessor, decoders: DecoderPool | None) -> None:
         """In the pool. `decoders`: processes that open files; None: this one does."""
@@ -71,7 +88,7 @@ class InputJob:
         prompt = self._prompt.pop() if self._prompt else ""  # it was dropped in this moment
         ready = processor.begin(prompt, task=task)
         times = InputTimes(begun - self._given, time.monotonic() - begun)
-        return replace(ready, times=times, arrived_at=self._given)
+        return replace(ready, times=times, arrived_at=self._given, grammar=self._grammar)
 
 
 @dataclass(frozen=True)
@@ -82,10 +99,11 @@ class Lanes:
     images: int
     videos: int
     urls: int  # anything to be fetched: they mostly wait
+    grammars: int  # forms that answers are to have: compiled before the rest
 
     @classmethod
     def of(cls, cores: int) -> Lanes:
-        return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8)
+        return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8, grammars=2)
 
     @property
     def num_decoders(self) -> int:
@@ -94,11 +112,15 @@ class Lanes:
 
 class InputPool:
     def __init__(
-        self, processor: InputProcessor, isolate: bool = False, max_bytes: int | None = None
+        self,
+        processor: InputProcessor,
+        isolate: bool = False,
+        max_bytes: int | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`isolate`: files are decoded in processes of their own. `max_bytes`: of the sources of
         all requests until they are over; None: no bound."""
-        self._processor, self._max_bytes = processor, max_bytes
+        self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = Lanes.of(os.cpu_count() or 1)
         self._threads = {
             name: ThreadPoolExecutor(size, thread_name_prefix=name)
@@ -111,9 +133,9 @@ class InputPool:
         self._jobs: dict[InputJob, int] = {}  # whose requests are not over; bytes of their sources
         self._lock = threading.Lock()
 
-    def submit(self, prompt: Prompt) -> InputJob:
-        """Raises `QueueFull` where too many bytes are waiting already."""
-        job, size, lane = InputJob(prompt), source_bytes(prompt), lane_of(prompt)
+    def submit(self, prompt: Prompt, form: StructuredOutput | None = None) -> InputJob:
+        """`form`: of the answers. Raises `QueueFull` where too many bytes are waiting already."""
+        job, size, lane = InputJob(prompt, form), source_bytes(prompt), lane_of(prompt)
         with self._lock:
             total, most = self._num_bytes + size, self._max_bytes
             if most is not None and 0 < size < total and total > most:  # one alone may be larger
@@ -124,10 +146,21 @@ class InputPool:
             self._num_bytes = total
             self._jobs[job] = size
         job.on_cancel = lambda: self._release(job)
-        decoders = None if lane == "text" else self._decoders
-        work = self._threads[lane].submit(job.run, self._processor, decoders)
-        work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
+        if form is None or self._grammars is None:
+            self._begin(job, lane)
+        else:
+            self._in_lane(
+                "grammars", job, job.compile, self._grammars, partial(self._begin, job, lane)
+            )
         return job
+
+    def _begin(self, job: InputJob, lane: str) -> None:
+        decoders = None if lane == "text" else self._decoders
+        self._in_lane(lane, job, job.run, self._processor, decoders)
+
+    def _in_lane(self, lane: str, job: InputJob, task: Callable[..., None], *more: Any) -> None:
+        work = self._threads[lane].submit(task, *more)
+        work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
 
     def _release(self, job: InputJob) -> None:
         """Its request is over, and with it the message that brought its bytes."""

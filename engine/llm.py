@@ -20,6 +20,7 @@ from .input_pool import InputJob, InputPool
 from .output import Output, OutputDelta, RequestOutput
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
+from .tool_use import CallReader, with_tool_choice
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -41,7 +42,8 @@ class LLM:
         self._in_use = threading.Lock()
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
-        self._pool = InputPool(self.engine.processor, self.engine.config.isolate_media)
+        isolate, grammars = self.engine.config.isolate_media, self.engine.grammars
+        self._pool = InputPool(self.engine.processor, isolate, grammars=grammars)
 
     def chat(
         self,
@@ -50,6 +52,8 @@ class LLM:
         *,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
         progress: bool = True,
         **options: Unpack[OptionFields],
     ) -> list[RequestOutput]:
@@ -58,20 +62,23 @@ class LLM:
         `images` and `videos` fill `{"type": "image"}` parts that bring none of their own; with a
         list of conversations they are lists too, one entry a conversation. One bad conversation
         raises `InputError`; among several it ends with finish_reason "error" and its `error`, and
-        the others go on. `options`: `priority`, `timeout_s`, `cache_salt`, as in
+        the others go on. `tools`: OpenAI's, of all conversations; what the model asks of them is
+        in each output's `tool_calls`. `tool_choice`: "auto", "none", "required", or OpenAI's object
+        that names a function. `options`: `priority`, `timeout_s`, `cache_salt`, as in
         `octavo.RequestOptions`.
         """
+        beside: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
         clock = Countdown(RequestOptions.of(**options))
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
-            return self._run([prompt], params, clock, progress, alone=True)
+            return self._run([prompt | beside], params, clock, progress, alone=True)
         for name, given in (("images", images), ("videos", videos)):
             if given is not None and len(given) != len(messages):
                 raise ValueError(
                     f"{name}: {len(given)} lists for {len(messages)} conversations; give one each"
                 )
         prompts = [
-            {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)}
+            {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)} | beside
             for i, conversation in enumerate(messages)
         ]
         return self._run(prompts, params, clock, progress, alone=False)
@@ -103,20 +110,25 @@ class LLM:
     ) -> list[RequestOutput]:
         self.engine.check_alive()
         each = _params_of_each(params, len(prompts))
+        each = [with_tool_choice(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
         names = [self.engine.new_request_id() for _ in prompts]
+        calls = {name: CallReader(prompt) for name, prompt in zip(names, prompts, strict=True)}
         results = {
             name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
             for name, p in zip(names, each, strict=True)
         }
-        jobs = [self._pool.submit(prompt) for prompt in prompts]
+        forms = [None if p is None else p.structured for p in each]
+        jobs = [self._pool.submit(*some) for some in zip(prompts, forms, strict=True)]
         waiting = deque(zip(names, jobs, each, strict=True))
         try:
-            with _answer_bar(len(prompts), progress and not alone) as advance:
+            of_one = calls[names[0]] if alone else CallReader(None)
+            with of_one.naming(), _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
                     self._admit(waiting, results, clock, alone)
                     self._step = self._stepper.submit(self.engine.step)
                     for delta in self._step.result():
                         if delta.request_id in results:  # else of one added to `engine` directly
+                            delta = calls[delta.request_id].read(delta)
                             results[delta.request_id].add(delta)
                     advance(sum(result.is_finished for result in results.values()))
         except BaseException:

@@ -6,13 +6,16 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from ..scheduler.params import SamplingParams
+from ..scheduler.request import Request
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput
 from .output import OutputDelta
 from .request_maker import Countdown
+from .snapshot import Snapshot, take_snapshot
 
 IDLE_CHECK = 0.5  # seconds between two looks at the workers while there is nothing to do
 
@@ -21,10 +24,11 @@ log = logging.getLogger("octavo.engine")
 
 @dataclass(frozen=True)
 class Admitted:
-    """The answer to `add`: the error that refused the request, or None."""
+    """The answer to `add`: the error that refused the request, or the request."""
 
     request_id: str
     error: Exception | None
+    request: Request | None = None  # its first answer's, to be looked at alone
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class _Add:
 @dataclass(frozen=True)
 class _Abort:
     request_id: str
+
+
+@dataclass(frozen=True)
+class _Look:
+    snapshot: Future[Snapshot] = field(default_factory=Future)
 
 
 Event = Admitted | OutputDelta
@@ -59,7 +68,7 @@ class StepLoop:
         self._engine = engine
         self._deliver = deliver
         self._on_death = on_death
-        self._inbox: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Add | _Abort | _Look | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
         self._thread.start()
 
@@ -74,6 +83,12 @@ class StepLoop:
 
     def abort(self, request_id: str) -> None:
         self._inbox.put(_Abort(request_id))
+
+    def look(self) -> Future[Snapshot]:
+        """The engine as it is between two steps. Never done once the thread has ended."""
+        asked = _Look()
+        self._inbox.put(asked)
+        return asked.snapshot
 
     def close(self) -> None:
         """Stops after the step in progress; requests left over are dropped."""
@@ -118,12 +133,16 @@ class StepLoop:
             idle = False
         return events
 
-    def _handle(self, item: _Add | _Abort) -> list[Event]:
+    def _handle(self, item: _Add | _Abort | _Look) -> list[Event]:
+        if isinstance(item, _Look):
+            self._show(item.snapshot)
+            return []
         if isinstance(item, _Abort):
             return list(self._engine.abort(item.request_id))
         try:
             options = vars(item.clock.left)
             self._engine.add_request(item.request_id, item.prompt, item.params, **options)
+            request = self._engine.scheduler.requests.get(item.request_id)
         except EngineDead:
             raise
         except ValueError as error:
@@ -131,4 +150,13 @@ class StepLoop:
         except Exception as error:  # a fault of ours: this request's alone all the same
             log.exception("request %r was not admitted", item.request_id)
             return [Admitted(item.request_id, error)]
-        return [Admitted(item.request_id, None)]
+        return [Admitted(item.request_id, None, request)]
+
+    def _show(self, asked: Future[Snapshot]) -> None:
+        """Whatever goes wrong here is no request's: only whoever looks is told."""
+        if not asked.set_running_or_notify_cancel():
+            return  # nobody waits any more
+        try:
+            asked.set_result(take_snapshot(self._engine.scheduler, self._engine.stats))
+        except Exception as error:
+            asked.set_exception(error)

@@ -11,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 from ..scheduler.logprobs import TokenLogprobs
 from .input.processor import InputTimes
 from .media.item import MediaInfo
+from .tool_calls import ToolCall
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class OutputDelta:
     # the prompt; None for the first, and for those of images and videos.
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     error: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; they are no part of the text
     times: RequestTimes | None = None  # on the request's last delta
 
     def named(self, request_id: str) -> OutputDelta:
@@ -70,6 +72,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, if asked for
+    tool_calls: list[ToolCall] = field(default_factory=list)  # no part of the text
 
 
 @dataclass
@@ -102,6 +105,7 @@ class RequestOutput:
         output.text += delta.text
         output.token_ids.extend(delta.token_ids)
         output.logprobs.extend(delta.logprobs)
+        output.tool_calls.extend(delta.tool_calls)
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         output.finish_reason = delta.finish_reason or output.finish_reason
         self.media = delta.media or self.media

@@ -19,6 +19,7 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate, StepPlan, StepResult
 from ..scheduler.trace import TraceWriter
 from .failpoint import failpoint
+from .matchers import Matchers
 from .media.item import UnitContent
 from .sampling_slots import SamplingSlots
 from .stats import EngineStats
@@ -39,10 +40,11 @@ class StepPipeline:
         trace: TraceWriter | None,
         overlap: bool,
         stats: EngineStats,
+        matchers: Matchers,
     ) -> None:
         """`pixels_of` a request by its id; without `overlap` each step is waited for at once."""
         self._scheduler, self._group, self._trace = scheduler, group, trace
-        self._stats = stats
+        self._stats, self._matchers = stats, matchers
         self._pixels_of = pixels_of
         self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
         self._on_way: deque[StepPlan] = deque()
@@ -100,7 +102,9 @@ class StepPipeline:
         if not plan.is_empty:
             pixels = {each.request_id: self._pixels_of(each.request_id) for each in plan.encode}
             requests = self._scheduler.requests
-            batch = build_batch(plan, requests, pixels, self._slots, self._group.size)
+            batch = build_batch(
+                plan, requests, pixels, self._slots, self._group.size, self._matchers
+            )
             failpoint("engine.planned")
             self._group.send(batch, plan.step_id)
         return True
@@ -108,14 +112,15 @@ class StepPipeline:
     def _receive(self) -> list[RequestUpdate]:
         """Waits for the oldest step on its way and takes in what it did."""
         plan = self._on_way.popleft()
-        result, ran = StepResult(plan.step_id, ()), time.monotonic()
+        result, ran, encode_s = StepResult(plan.step_id, ()), time.monotonic(), 0.0
         if not plan.is_empty:
-            result = step_result(plan, self._group.receive(), self._scheduler.requests)
-            ran = self._group.done_at
-        self._stats.done(ran)
+            found = self._group.receive()
+            result = step_result(plan, found, self._scheduler.requests)
+            ran, encode_s = self._group.done_at, found.encode_seconds
+        self._stats.done(ran, encode_s)
         failpoint("engine.stepped")
         received = time.monotonic()
-        updates = self._scheduler.update(result)
+        updates = self._matchers.read(self._scheduler.update(result), self._scheduler)
         self._taken_in = (ran, time.monotonic() - received)
         return updates
 

@@ -8,13 +8,13 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ..scheduler.admission import QueueFull
 from ..scheduler.params import shown
-from .engine import DuplicateRequest, EngineDead
+from .client_error import split_code
+from .error_codes import code_of
 from .input_error import InputError
 from .output import OutputDelta
 from .spans import RequestSpans
-from .stats import EngineStats, code_of
+from .stats import EngineStats
 
 log = logging.getLogger("octavo.request")
 
@@ -69,18 +69,14 @@ class RequestRecord:
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         """Its finish reason or "refused", and the code of what was wrong."""
         if self._last is not None:
-            return self._last.finish_reason or "", code_of(self._last.error)
+            error_text = self._last.error
+            return self._last.finish_reason or "", error_text and split_code(error_text)[0]
         if error is None or isinstance(error, GeneratorExit | asyncio.CancelledError):
             return "abort", ""
-        if isinstance(error, EngineDead):
-            return "error", "UNAVAILABLE"
-        if isinstance(error, QueueFull):
-            return "refused", "RESOURCE_EXHAUSTED"
-        if isinstance(error, DuplicateRequest):
-            return "refused", "ALREADY_EXISTS"
-        if isinstance(error, ValueError | TypeError):  # InputError, AdmissionError, sampling values
-            return "refused", "INVALID_ARGUMENT"
-        return "error", "INTERNAL"
+        code = code_of(error)
+        if code == "INTERNAL" and isinstance(error, ValueError | TypeError):
+            code = "INVALID_ARGUMENT"  # an option that a program gave wrong; doors check theirs
+        return "error" if code in ("INTERNAL", "UNAVAILABLE") else "refused", code
 
     def _log(self, reason: str, code: str, error: BaseException | None) -> None:
         fields = self._fields(reason)

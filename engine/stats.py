@@ -11,20 +11,19 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import StepPlan
+from .client_error import split_code
 from .histogram import LONG, MIDDLE, SHORT, Histogram
 from .input.processor import InputTimes, ProcessedInput
 from .output import OutputDelta, RequestTimes
 from .worker.group import WorkerGroup
 
 RATE_WINDOW = 10  # seconds over which tokens a second are counted
-
-CODES = frozenset(
-    ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ALREADY_EXISTS", "UNAVAILABLE")
-)
+MOST_STEPS = 512  # that are told one by one
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,17 @@ class EngineLoad:
     prefix_hit_ratio: float  # prompt tokens found in the cache, of all since the start
     encoder_hit_ratio: float  # images and pieces of videos that were encoded already, likewise
     tokens_per_second: float  # of output, over the last ten seconds
+
+
+class StepRecord(NamedTuple):
+    """What one step computed."""
+
+    step_id: int
+    done_at: float  # seconds on the monotonic clock
+    seconds: float  # that it ran
+    num_encode_tokens: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
 
 
 @dataclass(eq=False, slots=True)
@@ -78,9 +88,18 @@ class EngineStats:
     ) -> None:
         self.scheduler, self.group, self._now = scheduler, group, clock
         self.num_preparing = 0  # set by whoever has the inputs made ready
+        self.num_restarts = 0
+        self._clocks: dict[str, _Clock] = {}  # by request_id
+        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
+        self._free_at = 0.0  # when the latest step was done
+        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Counts from nothing: after a warm-up, while no request is here and no step on its way."""
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
         self.num_prefill_tokens = self.num_decode_tokens = 0  # computed; also what is computed anew
-        self.num_encode_tokens = self.num_preemptions = self.num_restarts = 0
+        self.num_encode_tokens = self.num_preemptions = 0
         self.ends: Counter[str] = Counter()  # requests by finish reason, or "refused"
         self.errors: Counter[str] = Counter()  # by code
         self.ttft, self.e2e = Histogram(MIDDLE), Histogram(LONG)
@@ -88,13 +107,11 @@ class EngineStats:
         self.input_queue, self.preprocess = Histogram(SHORT), Histogram(SHORT)
         self.queue, self.prefill = Histogram(MIDDLE), Histogram(MIDDLE)
         self.decode = Histogram(LONG)
+        self.encode_stage = Histogram(SHORT)  # of steps that encode, that stage alone
         # of steps, by the heaviest thing in them
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
-        self._clocks: dict[str, _Clock] = {}  # by request_id
-        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
-        self._free_at = 0.0  # when the latest step was done
+        self.latest_steps: deque[StepRecord] = deque(maxlen=MOST_STEPS)  # the step thread's alone
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW + 2)  # [second, output tokens]
-        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
 
     def add(
         self,
@@ -122,6 +139,11 @@ class EngineStats:
             if code:
                 self.errors[code] += 1
 
+    def count_error(self, code: str) -> None:
+        """Of a call that never became a request. On any thread."""
+        with self._lock:
+            self.errors[code] += 1
+
     def plan(self, plan: StepPlan, planned_at: float) -> None:
         """A step was planned."""
         self._on_way.append((plan, planned_at))
@@ -134,18 +156,25 @@ class EngineStats:
                 self.num_prompt_tokens += clock.requests[0].num_prompt_tokens
                 self.num_cached_tokens += clock.requests[0].num_cached_tokens
 
-    def done(self, ran_at: float) -> None:
-        """The oldest step on its way ran until then."""
+    def done(self, ran_at: float, encode_s: float = 0.0) -> None:
+        """The oldest step on its way ran until then, so many seconds of it in the encode stage."""
         plan, planned_at = self._on_way.popleft()
         began, self._free_at = max(planned_at, self._free_at), ran_at
         if plan.is_empty:
             return
-        num_prefill = plan.num_tokens - plan.num_decode_tokens
+        num_decode = plan.num_decode_tokens
+        num_prefill = plan.num_tokens - num_decode
+        num_encode = sum(each.unit.num_tokens for each in plan.encode)
         stage = "encode" if plan.encode else "prefill" if num_prefill else "decode"
-        self.steps[stage].add(max(0.0, ran_at - began))
+        seconds = max(0.0, ran_at - began)
+        self.steps[stage].add(seconds)
+        if plan.encode:
+            self.encode_stage.add(encode_s)
         self.num_prefill_tokens += num_prefill
-        self.num_decode_tokens += plan.num_decode_tokens
-        self.num_encode_tokens += sum(each.unit.num_tokens for each in plan.encode)
+        self.num_decode_tokens += num_decode
+        self.num_encode_tokens += num_encode
+        counts = (num_encode, num_prefill, num_decode)
+        self.latest_steps.append(StepRecord(plan.step_id, ran_at, seconds, *counts))
 
     def lose_workers(self, num_restarts: int) -> None:
         """Steps on their way never will be done; so many times the workers were started anew."""
@@ -209,7 +238,8 @@ class EngineStats:
         self.e2e.add(times.total_s)
         if times.decode_s is not None:
             self.decode.add(times.decode_s)
-        self.refuse(delta.finish_reason or "", code_of(delta.error))
+        code = split_code(delta.error)[0] if delta.error else ""
+        self.refuse(delta.finish_reason or "", code)
         return replace(delta, times=times)
 
     def load(self) -> EngineLoad:
@@ -232,12 +262,6 @@ class EngineStats:
         end = int(self._now())
         seconds = tuple(self._seconds)
         return sum(n for at, n in seconds if end - RATE_WINDOW <= at < end) / RATE_WINDOW
-
-
-def code_of(error: str) -> str:
-    """The code that a request's error begins with; empty where there is no error."""
-    code = error.partition(": ")[0]
-    return code if code in CODES or not error else "INTERNAL"
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..scheduler.request import Request, UnitKey, overlapping
 from ..scheduler.step import EncodePlan, StepPlan, StepResult
+from .matchers import Matchers
 from .media.item import UnitContent
 from .runner.batch import (
     BatchResult,
@@ -41,8 +42,10 @@ def build_batch(
     pixels: Mapping[str, Mapping[UnitKey, UnitContent]],
     slots: SamplingSlots,
     num_ranks: int,
+    matchers: Matchers | None = None,
 ) -> InputBatch:
-    """The arrays of a step. `pixels` has each request's units, as far as they are made."""
+    """The arrays of a step. `pixels` has each request's units, as far as they are made; `matchers`
+    the requests whose answers have a form."""
     rows = [requests[request_id] for request_id in plan.request_ids]
     starts = np.asarray(plan.num_computed_tokens, INT32)
     counts = np.asarray(plan.num_scheduled_tokens, INT32)
@@ -54,7 +57,7 @@ def build_batch(
         num_scheduled_tokens=counts,
         context_lens=starts + counts,
         block_tables=_block_tables(plan.block_tables),
-        sampling=_sampling(plan, bounds, slots),
+        sampling=_sampling(plan, bounds, slots, matchers),
         awaits=awaits,
         copies=np.array(plan.copies, INT32).reshape(-1, 2).T,
         encode=_encode_tasks(plan.encode, pixels, num_ranks),
@@ -93,7 +96,9 @@ def _block_tables(tables: Sequence[array[int]]) -> Int32:
     return padded
 
 
-def _sampling(plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots) -> SamplingBatch:
+def _sampling(
+    plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots, matchers: Matchers | None
+) -> SamplingBatch:
     drawn = [bound for bound, samples in zip(bounds, plan.samples, strict=True) if samples]
     penalized = [_slot(slots, *bound) for bound in drawn]
     params = [request.params for request, _, _ in drawn]
@@ -112,12 +117,15 @@ def _sampling(plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots) ->
         output_index=np.array([start + n - r.num_prompt_tokens for r, start, n in drawn], INT32),
         slots=np.array([slot for slot, _ in penalized], INT32),
         seen_token_ids=tuple([seen for _, seen in penalized]),
-        **_asked_for(bounds, drawn, column),
+        **_asked_for(bounds, drawn, column, matchers),
     )
 
 
 def _asked_for(
-    bounds: Sequence[Bounds], drawn: Sequence[Bounds], column: Callable[[str, str], np.ndarray]
+    bounds: Sequence[Bounds],
+    drawn: Sequence[Bounds],
+    column: Callable[[str, str], np.ndarray],
+    matchers: Matchers | None,
 ) -> dict[str, Any]:
     """What few rows ask for, and nobody pays for where none does."""
     more: dict[str, Any] = {}
@@ -128,6 +136,8 @@ def _asked_for(
         more["presence_penalty"] = column("presence_penalty", "<f4")
         more["frequency_penalty"] = column("frequency_penalty", "<f4")
     more["edits"] = logit_edits([(request, start + n) for request, start, n in drawn])
+    if matchers is not None:
+        more["masks"] = matchers.masks(requests)
     more["logprob_places"] = logprob_places(requests)
     more["prompt_targets"] = prompt_targets(bounds)
     return more

@@ -49,7 +49,8 @@ def logit_edits(drawn: Sequence[tuple[Request, int]]) -> LogitEdits | None:
     for place, (request, end) in enumerate(drawn):
         if request.has_edits:
             _add_biases(edits, request)
-            if end - request.num_prompt_tokens < request.params.min_tokens:
+            is_early = end - request.num_prompt_tokens < request.params.min_tokens
+            if is_early and not request.is_guided:  # those have it in their masks
                 for token in request.stop_token_ids:
                     edits.add(ALWAYS, token, -math.inf)
             _add_words(edits, request, end)

@@ -184,7 +184,7 @@ class StepRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., num_scheduled_tokens: _Optional[bytes] = ..., context_lens: _Optional[bytes] = ..., block_tables: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., encode: _Optional[_Iterable[_Union[Encode, _Mapping]]] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., drop: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., copies: _Optional[bytes] = ..., previous_step_id: _Optional[int] = ..., awaits: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids", "slots", "presence_penalty", "frequency_penalty", "edits", "logprob_places", "prompt_targets")
+    __slots__ = ("rows", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "output_index", "seen_token_ids", "slots", "presence_penalty", "frequency_penalty", "edits", "logprob_places", "prompt_targets", "masks")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class Sampling(_message.Message):
     EDITS_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_PLACES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
     rows: bytes
     temperature: bytes
     top_k: bytes
@@ -215,7 +216,16 @@ class Sampling(_message.Message):
     edits: LogitEdits
     logprob_places: bytes
     prompt_targets: PromptTargets
-    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ..., slots: _Optional[bytes] = ..., presence_penalty: _Optional[bytes] = ..., frequency_penalty: _Optional[bytes] = ..., edits: _Optional[_Union[LogitEdits, _Mapping]] = ..., logprob_places: _Optional[bytes] = ..., prompt_targets: _Optional[_Union[PromptTargets, _Mapping]] = ...) -> None: ...
+    masks: TokenMasks
+    def __init__(self, rows: _Optional[bytes] = ..., temperature: _Optional[bytes] = ..., top_k: _Optional[bytes] = ..., top_p: _Optional[bytes] = ..., min_p: _Optional[bytes] = ..., repetition_penalty: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., output_index: _Optional[bytes] = ..., seen_token_ids: _Optional[_Iterable[bytes]] = ..., slots: _Optional[bytes] = ..., presence_penalty: _Optional[bytes] = ..., frequency_penalty: _Optional[bytes] = ..., edits: _Optional[_Union[LogitEdits, _Mapping]] = ..., logprob_places: _Optional[bytes] = ..., prompt_targets: _Optional[_Union[PromptTargets, _Mapping]] = ..., masks: _Optional[_Union[TokenMasks, _Mapping]] = ...) -> None: ...
+
+class TokenMasks(_message.Message):
+    __slots__ = ("places", "allowed")
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    places: bytes
+    allowed: bytes
+    def __init__(self, places: _Optional[bytes] = ..., allowed: _Optional[bytes] = ...) -> None: ...
 
 class LogitEdits(_message.Message):
     __slots__ = ("places", "after", "token_ids", "bias")
@@ -276,7 +286,7 @@ class Embedding(_message.Message):
     def __init__(self, unit: _Optional[_Union[Unit, _Mapping]] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., dest: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds", "logprobs", "prompt_logprobs")
+    __slots__ = ("epoch", "step_id", "sampled", "missing", "errors", "seconds", "logprobs", "prompt_logprobs", "encode_seconds")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +295,7 @@ class StepReply(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     sampled: bytes
@@ -293,7 +304,8 @@ class StepReply(_message.Message):
     seconds: float
     logprobs: Logprobs
     prompt_logprobs: Logprobs
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    encode_seconds: float
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., sampled: _Optional[bytes] = ..., missing: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., seconds: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., encode_seconds: _Optional[float] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("at", "chosen", "top_token_ids", "top")

@@ -138,6 +138,10 @@ class BlockManager:
             del self._cached[block_hash]
             self._hashes[block] = None
 
+    def copy_states(self) -> tuple[array[int], array[int]]:
+        """For who looks on: a copy of every block's ref_count, and the evictable blocks."""
+        return self._ref_counts[:], array("i", self._evictable)
+
     def check_integrity(self, block_tables: Iterable[array[int]]) -> None:
         """Every block is in one state, and in as many tables as its count says."""
         counts = [0] * self.num_blocks

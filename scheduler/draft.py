@@ -18,7 +18,7 @@ class StepDraft:
     num_decoding: int  # running requests that need one token and have no row yet; it is kept for
     # them
     num_prefilling: int  # running requests that need more than one token
-    num_ending: int  # running requests whose last token is on its way
+    num_ending: int  # running requests whose last token, or one that they go by, is on its way
     others_decode: bool  # some request decodes, so a long prompt goes in small pieces
     num_waiting: int  # for them a long prompt leaves room: they may be short
     num_pieces: int = 0  # rows so far that do not finish what is known

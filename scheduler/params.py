@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict, Unpack
 
+from .structured import StructuredOutput
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
@@ -47,6 +49,7 @@ class SamplingParams:
     `logprobs` and `prompt_logprobs` ask for that many likeliest tokens with each token, by the
     model's own logits; None asks for nothing. `include_stop_str` shows the stop string that was
     found, `skip_special_tokens` off shows tokens such as `<|im_end|>`.
+    `structured` is the form that every answer has to have.
     """
 
     temperature: float | None = None
@@ -69,6 +72,7 @@ class SamplingParams:
     min_tokens: int = 0
     include_stop_str: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -82,6 +86,9 @@ class SamplingParams:
         self._check_numbers()
         self._check_stops()
         self._check_bad_words()
+        if not isinstance(self.structured, StructuredOutput | None):
+            text = "must be an octavo.StructuredOutput"
+            raise ValueError(f"structured={shown(self.structured)}: {text}")
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:

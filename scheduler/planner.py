@@ -67,8 +67,8 @@ class Planner:
 
     def _continue(self, request: Request, left: int, draft: StepDraft) -> None:
         """Plans a running request's next tokens, of which `left` are known or on their way: one,
-        and it decodes; none, and its last is on its way, or its next unit still being made. One
-        whose turn it is not keeps its blocks."""
+        and it decodes; none, and its last is on its way, or the token that it goes by, or its next
+        unit is still being made. One whose turn it is not keeps its blocks."""
         if left == 0:
             return
         start = request.num_sent_tokens

@@ -133,7 +133,8 @@ class Request:
     has_edits: bool = field(init=False)  # something is added to single tokens' logits
     biased_token_ids: array[int] = field(init=False)
     biases: array[float] = field(init=False)  # one for each of them
-    is_plain: bool = field(init=False)  # none of these two, and no log probabilities
+    is_guided: bool = field(init=False)  # what may come next depends on its last token
+    is_plain: bool = field(init=False)  # none of these three, and no log probabilities
     media_end: int = field(init=False)  # first token after the last unit
     num_ready_units: int = field(init=False)  # whose pixels are there
     num_ready_tokens: int = field(init=False)  # before the first unit whose pixels are not
@@ -147,7 +148,8 @@ class Request:
         self.biased_token_ids = array("i", [token for token, _ in params.biases])
         self.biases = array("f", [bias for _, bias in params.biases])
         asks = params.logprobs is not None or params.prompt_logprobs is not None
-        self.is_plain = not (self.has_counts or self.has_edits or asks)
+        self.is_guided = params.structured is not None
+        self.is_plain = not (self.has_counts or self.has_edits or self.is_guided or asks)
         self._count_ready()
         if not self.token_ids:
             self.token_ids = array("i", self.prompt_token_ids)
@@ -197,10 +199,13 @@ class Request:
     @property
     def num_left(self) -> int:
         """Tokens that the next step may take up: known, or drawn by a step on its way, and before
-        what still awaits its pixels. The last that the request may have is never computed."""
+        what still awaits its pixels. Where it is guided, none before it is known. The last that the
+        request may have is never computed."""
         if self.num_ready_tokens < ALL_TOKENS:
             return self.num_ready_tokens - self.num_sent_tokens
-        known = len(self.token_ids) + self.num_awaited_tokens
+        known = len(self.token_ids)
+        if not self.is_guided:
+            known += self.num_awaited_tokens
         last = len(self.prompt_token_ids) + self.max_tokens - 1
         return (known if known < last else last) - self.num_sent_tokens
 

@@ -14,7 +14,7 @@ from octavo.benchmarks import plots
 from octavo.benchmarks.cli import bench_app
 from octavo.benchmarks.engines import RequestTimes
 from octavo.benchmarks.report import ttft
-from octavo.benchmarks.serve_load import Bounds, Load, LoadPoint, arrivals, pack
+from octavo.benchmarks.serve_load import Bounds, Load, LoadPoint, arrivals, load_tables, pack
 from octavo.benchmarks.startup import PHASES, ServerProcess, serve_arguments
 from octavo.benchmarks.workload import BenchRequest, Media, Vocabulary, Workload
 from octavo.engine.client import ClientError
@@ -148,6 +148,16 @@ def test_goodput() -> None:
         assert point.good_share == good / 4
         assert point.goodput == pytest.approx(good / 2.0)  # the last token came after 2 s
     assert LoadPoint.of(2.0, Bounds(), seen).goodput is None
+
+
+def test_the_rate_that_was_offered_is_told() -> None:
+    """Five requests in a second were asked for, and the draw brought fewer."""
+    seen = [RequestTimes(1, due=due, times=[9.0], output_tokens=1) for due in (0.0, 0.5, 2.0)]
+    point = LoadPoint.of(5.0, Bounds(), seen)
+    assert point.offered_rate == 1.0 == point.as_dict()["offered_rate"]
+    assert LoadPoint.of(5.0, Bounds(), seen[:1]).offered_rate == float("inf")
+    asked, offered, _ = next(t for t in load_tables([point]) if len(t.columns) == 3).columns
+    assert (*asked.cells, *offered.cells) == ("5", "1.00") and offered.header == "really offered"
 
 
 def test_rates_are_drawn(tmp_path: Path) -> None:

@@ -7,13 +7,26 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+import octavo as octavo_package
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.cli import app
+from octavo.engine.info import checkpoint_info
 
 
 def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """In this process: a new one takes two seconds to import what a command needs."""
+    done = CliRunner().invoke(app, arguments)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+
+def test_the_program() -> None:
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "info", "--model", "/no/such"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/no/such: no such folder" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +61,17 @@ def test_info(checkpoint: str) -> None:
     assert found["weight_bytes"] == 4 * found["parameters"]
     text = octavo("info", "--model", checkpoint)
     assert "KV cache" in text.stdout and "fits" in text.stdout
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_info_promises_what_serve_takes(checkpoint: str, quantization: str | None) -> None:
+    """As measured by an engine with the same settings."""
+    found = checkpoint_info(checkpoint, "huggingface", "float32", 1, quantization)
+    with octavo_package.LLM(checkpoint, dtype="float32", quantization=quantization) as llm:
+        assert found.kv_cache_tokens == llm.engine.num_blocks * 16
+        assert found.weight_bytes == pytest.approx(llm.engine.group.memory.weight_bytes, rel=0.02)
+    done = octavo("info", "--model", checkpoint, "--kv-cache-dtype", "fp8")
+    assert (done.returncode, "for GPUs" in done.stderr) == (2, True)
 
 
 def test_info_of_the_real_shapes(tmp_path: Path) -> None:

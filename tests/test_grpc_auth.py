@@ -5,11 +5,15 @@ from __future__ import annotations
 import datetime
 import hmac
 import ipaddress
+import logging
+import os
 import socket
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -27,6 +31,7 @@ from octavo.engine.client_error import ClientError
 from octavo.engine.config import ConfigError
 from octavo.engine.server import control
 from octavo.engine.server import keys as keys_module
+from octavo.engine.server.key_refusals import LOG_EVERY, KeyRefusals
 from octavo.engine.server.keys import ApiKeys, read_keys
 from octavo.engine.tls import TlsFiles, read_tls
 from octavo.proto import octavo_pb2 as pb
@@ -155,6 +160,35 @@ def test_the_client_with_each_key_and_without(guarded: str) -> None:
             octavo.Client(guarded, api_key=wrong)  # type: ignore[arg-type]
 
 
+def test_calls_without_a_good_key_are_counted_and_logged(
+    served: Served, guarded: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "octavo.server")
+    with served.another(ApiKeys(KEYS)) as address:
+        before = served.engine.engine.stats.errors["UNAUTHENTICATED"]
+        for key in (None, *["a-wrong-key-0001"] * 4):
+            with octavo.Client(address, api_key=key) as client, refused():
+                client.load()
+        with octavo.Client(address, api_key=KEYS[0]) as client:
+            assert answer(client) == 3
+        assert served.engine.engine.stats.errors["UNAUTHENTICATED"] == before + 5
+    lines = [each.getMessage() for each in caplog.records if "API key" in each.getMessage()]
+    assert len(lines) == 1 and "127.0.0.1" in lines[0], "one line for many calls"
+    assert "a-wrong-key-0001" not in caplog.text and KEYS[0] not in caplog.text
+
+
+def test_the_log_tells_of_refusals_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    stats = SimpleNamespace(count_error=lambda code: None)
+    refusals = KeyRefusals(stats, lambda: now)  # type: ignore[arg-type]
+    for _ in range(50):
+        refusals.add("here")
+    now += LOG_EVERY
+    refusals.add("there")
+    told = [each.getMessage() for each in caplog.records]
+    assert [": 1 call" in told[0], ": 50 call" in told[1], len(told)] == [True, True, 2]
+
+
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"# ours\n{KEYS[0]}\n\n  {KEYS[1]}  \n")
@@ -192,6 +226,46 @@ def test_keys_that_cannot_be(tmp_path: Path, content: str | None, words: str) ->
     with pytest.raises(ConfigError, match=r"^OCTAVO_API_KEYS: a key must"):  # not the file's fault
         path.write_text(KEYS[0])
         read_keys(path, {"OCTAVO_API_KEYS": "short"})
+
+
+def test_a_key_file_that_changes_is_read_again(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "octavo.server")
+    path = tmp_path / "keys"
+    path.write_text(f"{KEYS[0]}\n")
+    keys = read_keys(path, {"OCTAVO_API_KEYS": "of-the-environment"})
+
+    def good() -> list[str]:
+        found = []
+        for key in (*KEYS, "of-the-environment"):
+            with octavo.Client(address, api_key=key) as client, suppress(ClientError):
+                client.load()
+                found.append(key)
+        return found
+
+    with served.another(keys) as address:
+        assert good() == [KEYS[0], "of-the-environment"]
+        path.write_text(f"{KEYS[1]}\n{KEYS[2]}\n")
+        assert good() == [KEYS[1], KEYS[2], "of-the-environment"]
+        for break_it in (lambda: path.write_text("short\n"), path.unlink):
+            break_it()
+            assert good() == [KEYS[1], KEYS[2], "of-the-environment"], "the last good ones stay"
+        other = tmp_path / "other"
+        other.write_text(f"{KEYS[0]}\n")
+        os.replace(other, path)
+        assert good() == [KEYS[0], "of-the-environment"]
+    told = [each.levelname for each in caplog.records if "keys" in each.getMessage()]
+    assert told == ["INFO", "WARNING", "WARNING", "INFO"], "each change once"
+    assert not any(key in caplog.text for key in (*KEYS, "short"))
+
+
+def test_a_key_file_that_is_emptied_opens_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(KEYS[0])
+    keys = read_keys(path, {})
+    path.write_text("")
+    assert keys is not None and keys.accept(f"Bearer {KEYS[0]}") and not keys.accept(None)
 
 
 # TLS.

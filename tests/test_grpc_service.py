@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from grpc_status import rpc_status
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import octavo
@@ -35,6 +36,7 @@ from octavo.engine.engine import EngineDead
 from octavo.engine.output import OutputDelta, Usage
 from octavo.engine.server import control, errors, grpc_server, inference, status
 from octavo.engine.server.metadata import read_metadata
+from octavo.engine.server.metrics import metrics_text
 from octavo.proto import make_docs, octavo_pb2_grpc
 from octavo.proto import octavo_pb2 as pb
 
@@ -232,9 +234,27 @@ def test_load(stubs: Stubs) -> None:
         list(stubs.inference.Generate(seen(77)))
     after = stubs.control.GetLoad(pb.GetLoadRequest())
     assert after.num_output_tokens >= before.num_output_tokens + 36
-    assert after.tokens_per_second > 0
+    wait_for(lambda: stubs.control.GetLoad(pb.GetLoadRequest()).tokens_per_second > 0)
     assert before.prefix_hit_rate < after.prefix_hit_rate < 1
     assert 0 <= after.encoder_hit_rate <= 1 and not after.is_draining
+
+
+def test_load_and_metrics_are_the_same_numbers(served: Served, stubs: Stubs) -> None:
+    for _ in range(2):
+        list(stubs.inference.Generate(seen(78)))
+    load = stubs.control.GetLoad(pb.GetLoadRequest())
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(
+            metrics_text(served.engine.engine.stats).decode()
+        )
+        for sample in family.samples
+        if not sample.labels
+    }
+    assert load.prefix_hit_rate == pytest.approx(found["octavo_prefix_cache_hit_ratio"])
+    assert load.encoder_hit_rate == pytest.approx(found["octavo_encoder_cache_hit_ratio"])
+    assert load.num_output_tokens == found["octavo_output_tokens_total"]
+    assert 0 < load.prefix_hit_rate < 1
 
 
 def test_the_encoder_s_hits_are_counted(served: Served) -> None:
@@ -851,3 +871,75 @@ def test_the_api_page_is_current() -> None:
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
             assert f"`{method.name}({method.input_type.name}) → " in page
+
+
+# The client's calls that are answered with one message.
+
+
+def test_the_clients_unary_calls_are_the_stubs(served: Served, stubs: Stubs) -> None:
+    messages = [{"role": "user", "content": "What is it?"}]
+    with octavo.Client(served.address) as client:
+        ids = client.tokenize("What is it?")
+        assert ids == tuple(stubs.inference.Tokenize(pb.TokenizeRequest(text="What is it?")).ids)
+        assert client.detokenize(ids) == "What is it?"
+        assert len(client.tokenize("<|im_end|>")) == 1 < len(client.tokenize("<|im_end|>", True))
+        assert client.detokenize(client.tokenize("<|im_end|>"), skip_special_tokens=True) == ""
+        for prompt in ("What is it?", ids):
+            reply = client.generate_once(prompt, n=2, **GREEDY)
+            assert [answer.index for answer in reply.answers] == [0, 1]
+            streamed = list(client.generate(prompt, **GREEDY))
+            assert reply.answers[0].text == "".join(delta.text for delta in streamed)
+            assert reply.usage.output_tokens == 24 and reply.answers[1].finish_reason == "length"
+        reply = client.generate_once(messages, request_id="me", **GREEDY)
+        assert reply.request_id == "me"
+        assert reply.answers[0].text == "".join(d.text for d in client.chat(messages, **GREEDY))
+        assert len(client.tokenize(messages)) == reply.usage.prompt_tokens
+        assert client.model_info() == stubs.control.GetModelInfo(pb.GetModelInfoRequest())
+        assert client.server_info().settings == (
+            stubs.control.GetServerInfo(pb.GetServerInfoRequest()).settings
+        )
+        assert client.load().num_blocks == served.engine.num_blocks
+        assert not client.abort("nobody")
+        assert client.health() == client.health("octavo.v1.Inference") == "SERVING"
+        with pytest.raises(ClientError, match="NOT_FOUND"):
+            client.health("octavo.v1.Nothing")
+    with pytest.raises(ClientError, match="closed"):
+        client.load()
+
+
+def test_the_client_drains(served: Served) -> None:
+    with served.another() as address, octavo.Client(address) as client:
+        assert client.drain(5.0) == 0
+        assert client.health() == "NOT_SERVING" and client.load().is_draining
+        with pytest.raises(ClientError, match="UNAVAILABLE: the server is being drained"):
+            client.generate_once("What is it?", **GREEDY)
+
+
+def test_the_clients_errors_keep_the_place(served: Served) -> None:
+    """Of what it refuses itself, and of what the server does."""
+
+    def field_of(prompt: Any, **settings: Any) -> str:
+        with pytest.raises(ClientError) as refused:
+            client.generate_once(prompt, **{**GREEDY, **settings})
+        assert refused.value.code == "INVALID_ARGUMENT"
+        return refused.value.field
+
+    text = {"type": "text", "text": "What is it?"}
+    with octavo.Client(served.address) as client:
+        for part, field in (
+            ({"type": "image", "image": "/no/such.png"}, ".content[2]"),
+            ({"type": "image", "path": "/a.png"}, ".content[2]"),
+            ({"type": "audio"}, ".content[2]"),
+            ({"type": "text", "text": 5}, ".content[2].text"),
+            ({"type": "image", "image": b"no image"}, ".content[2].image"),
+        ):
+            found = field_of([{"role": "user", "content": [text, text, part]}])
+            assert found.removeprefix("conversation.") == f"messages[0]{field}", part
+        assert field_of([{"role": "user", "content": "x"}, {"rôle": "user"}]) == "messages[1]"
+        with pytest.raises(ClientError, match="the image itself goes under 'image'"):
+            client.generate_once([{"role": "user", "content": [{"type": "image", "path": "a"}]}])
+        assert field_of("x", images=["/no/such.png"]) == "images[0]"
+        assert field_of("x", temperature=-1) == "sampling.temperature"
+        with pytest.raises(ClientError) as streamed:
+            list(client.generate("x", temperature=-1))
+        assert streamed.value.field == "sampling.temperature"

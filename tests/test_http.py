@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime
 import io
 import ipaddress
 import json
+import logging
 import os
 import random
 import signal
@@ -29,12 +31,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Served, start, wait_for
+from octavo.engine.client_error import ClientError
 from octavo.engine.config import EMBEDDED_MODEL
+from octavo.engine.input.tools import TOOL_FIELDS
 from octavo.engine.server import http_guard
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
@@ -315,7 +320,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": [{"role": "user"}]}, "messages[0].content", "a list of parts"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "parts"),
         ({"messages": [{**WHO[0], "name": "me"}]}, "messages[0]", "'name' is unknown"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, None, "tools"),
+        ({"messages": [{**WHO[0], "function_call": {}}]}, None, "tool_calls"),
         ({"messages": ask("\ud800")}, None, "surrogate"),
         ({"messages": ask("?", {"type": "input_audio"})}, None, "image_url or video_url"),
         ({"messages": ask("?", {"type": ["image"]})}, None, "image_url or video_url"),
@@ -323,6 +328,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("?", {"type": "image_url", "image_url": {"url": [1]}})}, None, "URL"),
         ({"messages": ask("?", {"type": "image", "image": [[[1, 2, 3]]]})}, None, "must be a URL"),
         ({"messages": ask("?", {"type": "video", "video": [1]})}, None, "the frames"),
+        ({"messages": ask("?", {"type": "image", "path": "/a"})}, None, "'image'; it has 'path'"),
         ({"messages": ask("?", image(detail="huge"))}, None, "auto, low or high"),
         ({"messages": ask("?", image(detail=["low"]))}, None, "auto, low or high"),
         ({"messages": ask("?", image(max_pixel=1))}, None, "'max_pixel' is no option"),
@@ -335,6 +341,10 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("?", image(url="file:///etc/passwd"))}, None, "reads no files"),
         ({"messages": ask("?", image(url="data:image/png;base64,AAAA"))}, None, "not an image"),
         (_body(temperature=-1), "temperature", "temperature=-1"),
+        (_body(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
+        (_body(logprobs=True, top_logprobs=True), "top_logprobs", "whole number"),
+        (_body(prompt_logprobs=21), "prompt_logprobs", "to 20"),
+        (_body(prompt_logprobs=1, stream=True), "prompt_logprobs", "whole answers"),
         (_body(temperature="hot"), "temperature", "finite number"),
         (_body(top_p=0), "top_p", "temperature=0 is greedy"),
         (_body(max_tokens=0), "max_tokens", "from 1"),
@@ -354,8 +364,8 @@ def _body(**more: Any) -> dict[str, Any]:
         (_body(stream=True, stream_options={"include_usage": 1}), "include_usage", "true or false"),
         (_body(stream=True, stream_options={"x": 1}), "stream_options.x", "unknown"),
         (_body(model=3), "model", "must be a text"),
-        (_body(tools=[{"type": "function"}]), "tools", "does not have it yet"),
-        (_body(response_format={"type": "json_schema"}), "response_format", "not have it yet"),
+        (_body(tools=[{"type": "function"}]), "tools[0].function", "must be an object"),
+        (_body(response_format={"type": "xml"}), "response_format.type", "text, json_object"),
         (_body(modalities=["audio"]), "modalities", "does not have it yet"),
         (_body(best=3), "best", "unknown"),
         (_body(**{"x" * 20_000: 1}), None, "unknown"),
@@ -402,9 +412,35 @@ def test_log_probabilities_in_openai_s_form(door: Door, raw: httpx2.Client) -> N
     assert error_in(refused)["param"] == "top_logprobs"
 
 
+def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.Client) -> None:
+    """The second opinion is the library's own, through gRPC."""
+    tokenizer = door.engine.engine.processor.tokenizer.backend
+    with octavo.Client(door.address) as other:
+        reply = other.generate_once(WHO, max_tokens=1, temperature=0, prompt_logprobs=2)
+        expected = reply.answers[0].prompt_logprobs
+        ids = other.tokenize(WHO)
+    chat = _body(messages=WHO, temperature=0, prompt_logprobs=2, n=2)
+    found = raw.post("/v1/chat/completions", json=chat).json()
+    assert "prompt_logprobs" not in found["choices"][0]
+    assert len(found["prompt_logprobs"]) == len(ids) and found["prompt_logprobs"][0] is None
+    for entry, told in zip(expected[1:], found["prompt_logprobs"][1:], strict=True):
+        assert list(told) == [str(t) for t in dict.fromkeys([entry.token_id, *entry.top])]
+        own, likeliest = told[str(entry.token_id)], told[str(entry.top_token_ids[0])]
+        assert own["logprob"] == pytest.approx(entry.logprob)
+        assert own["decoded_token"] == tokenizer.decode([entry.token_id], skip_special_tokens=False)
+        assert likeliest["rank"] == 1
+        assert own["rank"] == {t: i + 1 for i, t in enumerate(entry.top)}.get(entry.token_id)
+    body = {"prompt": [list(ids), [5, 6]], "n": 2, "max_tokens": 1, "prompt_logprobs": 0}
+    choices = raw.post("/v1/completions", json=body).json()["choices"]
+    assert [len(each["prompt_logprobs"]) for each in choices] == [len(ids)] * 2 + [2] * 2
+    assert list(choices[2]["prompt_logprobs"][1]) == ["6"]
+    plain = raw.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).json()
+    assert "prompt_logprobs" not in plain["choices"][0] and "prompt_logprobs" not in plain
+
+
 @pytest.mark.parametrize("name", sorted(NEUTRAL))
 def test_what_we_do_not_have_is_not_ignored(raw: httpx2.Client, name: str) -> None:
-    if name in PARAMS or name == "top_logprobs":
+    if name in PARAMS or name == "top_logprobs" or name in TOOL_FIELDS:
         pytest.skip("we have it")
     response = raw.post("/v1/chat/completions", json=_body(**{name: {"what": "ever"}}))
     error = error_in(response)
@@ -460,7 +496,13 @@ def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
 
 def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
     with httpx2.Client(base_url=door.url) as nobody:
-        for path in ("/v1/models", "/v1/chat/completions", "/tokenize", "/no/such", "/"):
+        for path in (
+            "/v1/models",
+            "/v1/chat/completions",
+            "/tokenize",
+            "/no/such",
+            "/engine/snapshot",
+        ):
             for method in ("GET", "POST"):
                 for header in ("", "Bearer", "Bearer x", f"Basic {KEYS[0]}", f"Bearer {KEYS[0]}x"):
                     headers = {"authorization": header} if header else {}
@@ -519,6 +561,48 @@ def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.Monkey
         assert error_in(response)["code"] == "request_too_large"
     small = json.dumps(_body(user="x" * 90_000)).encode()
     assert raw.post("/v1/chat/completions", content=small, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:80", 200),
+        ("[::1]:8000", 200),
+        ("[::1]", 200),
+        ("a.localhost:1", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example:80", 421),
+        ("[::1", 421),
+    ],
+)
+def test_a_page_whose_name_was_made_to_lead_here_is_refused(host: str, status: int) -> None:
+    """DNS rebinding: a browser of this machine takes the server for that site's own. Not where keys
+    are asked for, nor at an address that others reach."""
+    refusals: Any = None  # of keys: there are none
+    for server, keys, expected in [
+        ("127.0.0.1", None, status),
+        ("::1", None, status),
+        ("192.0.2.7", None, 200),
+        ("127.0.0.1", ApiKeys(KEYS), 200),
+    ]:
+        guard = http_guard.Guard(PlainTextResponse("let through"), Work(), keys, refusals)
+        headers = {"host": host, "authorization": f"Bearer {KEYS[0]}"}
+        answer = asyncio.run(_get(guard, server, headers))
+        assert answer["status"] == expected, (server, answer)
+
+
+async def _get(app: Any, server: str, headers: dict[str, str]) -> Any:
+    """The beginning of the answer to a request for the list of models."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": raw_headers}
+    await app({**scope, "server": (server, 8000)}, None, send)
+    return sent[0]
 
 
 def test_L31_message_size(raw: httpx2.Client) -> None:
@@ -636,6 +720,52 @@ def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
         )
 
 
+def test_a_grpc_client_at_the_http_port_is_told(door: Door, tmp_path: Path) -> None:
+    address = door.url.removeprefix("http://")
+    with octavo.Client(address) as lost, pytest.raises(ClientError, match="port of gRPC") as told:
+        list(lost.chat(WHO))
+    assert told.value.code == "UNAVAILABLE" and "http1.x" not in told.value.text
+    with octavo.Client(address) as lost, pytest.raises(ClientError, match="grpc="):
+        lost.load()
+
+
+def test_every_answer_has_its_request_s_name(door: Door, raw: httpx2.Client) -> None:
+    named = {"x-request-id": "mine"}
+    for path, more, status in (
+        ("/v1/models", {}, 200),
+        ("/health", {}, 200),
+        ("/no/such", {}, 404),
+        ("/v1/models", {"authorization": "Bearer wrong-key"}, 401),
+    ):
+        response = raw.get(path, headers={**named, **more})
+        assert (response.status_code, response.headers["x-request-id"]) == (status, "mine")
+    refused = raw.post("/v1/chat/completions", json={}, headers=named)
+    assert (refused.status_code, refused.headers["x-request-id"]) == (400, "mine")
+    assert "x-request-id" not in raw.get("/v1/models").headers
+
+
+def test_the_caller_s_trace_is_the_request_s(
+    door: Door, raw: httpx2.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As over gRPC; one that is not valid is passed over."""
+    caplog.set_level(logging.INFO, "octavo.server")
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    parents: list[str] = []
+    spans = SimpleNamespace(write=lambda parent, *rest: parents.append(parent))
+    door.engine.spans = spans  # type: ignore[assignment]
+    try:
+        body = {"max_tokens": 2, "prompt": "x"}
+        for given, more in ((trace, {}), (trace, {"stream": True}), ("00-junk", {})):
+            raw.post("/v1/completions", json={**body, **more}, headers={"traceparent": given})
+        headers = {"traceparent": trace}
+        raw.post("/v1/completions", json={**body, "prompt": ["x", "y"]}, headers=headers)
+        wait_for(lambda: len(parents) == 5)
+    finally:
+        door.engine.spans = None
+    assert parents == [trace, trace, "", trace, trace]
+    assert caplog.text.count(trace) == 3 and "junk" not in caplog.text
+
+
 def test_many_clients_at_once(door: Door, client: openai.OpenAI) -> None:
     def talk() -> None:
         for chunk in client.chat.completions.create(
@@ -751,16 +881,13 @@ def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
     assert server.process.wait(30) == 1
 
 
-def test_a_door_that_cannot_open_says_why(door: Door) -> None:
-    port = door.url.rpartition(":")[2]
+def test_a_door_that_cannot_open_says_why() -> None:
+    """(A port in use: test_media_settings.py.)"""
     block = "import sys; sys.modules['{}'] = None\nfrom octavo.engine.cli import main\nmain()"
-    for module, given, words in (
-        ("no_module", port, f"{port}: the address is in use"),
-        ("starlette", "0", "pip install octavo[http]"),
-        ("uvicorn", "0", "pip install octavo[http]"),
-    ):
+    words = "pip install octavo[http]"
+    for module in ("starlette", "uvicorn"):
         command = [sys.executable, "-P", "-c", block.format(module)]
-        more = ["serve", "--port", "0", "--http-port", given]
+        more = ["serve", "--port", "0", "--http-port", "0"]
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr.splitlines()[-1]

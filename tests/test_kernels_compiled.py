@@ -25,7 +25,6 @@ CHUNK = ("paged_chunk", "paged_chunk_small", "paged_chunk_split")
 FP8 = tuple(f"{kernel}_fp8" for kernel in (*CHUNK, "paged_decode"))  # over a cache in e4m3
 ATTENTION = (*CHUNK, "paged_decode", "vision_attention", *FP8)
 SCALAR = ("cut_patches",)  # reads single bytes, a pixel's channel at a time
-WHOLE = ("2B", "7B", "72B")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
@@ -98,14 +97,9 @@ def unit(kernel: str, target: str) -> list[str]:
     return ["HMMA" if kernel.startswith("paged_decode") else wide]
 
 
-def test_kernels_compile_for_hopper() -> None:
-    rows = compiled("sm_90", WHOLE)
-    check_resources(rows, WHOLE)
-    check_code(rows)
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_kernels_compile_elsewhere(target: str) -> None:
+# The other shapes: test_kernels_compile_at_every_rank_count.
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile(target: str) -> None:
     rows = compiled(target, ("7B",))
     check_resources(rows, ("7B",))
     if target in NVIDIA:

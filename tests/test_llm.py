@@ -103,7 +103,11 @@ def test_alone_equals_batched(llm: octavo.LLM, alone: list[list[int]]) -> None:
         pytest.param({"block_size": 8, "max_unit_temporal_patches": 1}, id="small-units"),
         pytest.param({"max_encode_tokens": 18, "encoder_cache_tokens": 24}, id="small-encoder"),
         pytest.param({"tensor_parallel_size": 2}, id="two-ranks"),
-        pytest.param({"tensor_parallel_size": 4, "max_num_batched_tokens": 50}, id="four-ranks"),
+        pytest.param(  # the quick twin: test_tensor_parallel.py
+            {"tensor_parallel_size": 4, "max_num_batched_tokens": 50},
+            id="four-ranks",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_setting_gives_the_same_tokens(
@@ -302,6 +306,7 @@ def test_a_rank_that_dies_while_loading_ends_the_start(
         ({"tensor_parallel_size": 3}, "1, 2, 4"),
         ({"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 16}, "kv_cache_memory_bytes"),
         ({"dtype": "int7"}, "dtype"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"max_pixles": 5}, "max_pixles"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import octavo
 from octavo.benchmarks.media_cases import encoded, mp4, noise
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Server, start
+from octavo.engine import cli_serve
+from octavo.engine.cli import app
 from octavo.engine.cli_media import hosts_of
 from octavo.engine.client import ClientError
 from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
+from octavo.engine.input_error import InputError
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media_settings import media_settings
@@ -211,15 +214,34 @@ def test_the_flags_of_a_server(server: Any) -> None:
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    """In this process, whose signals and logs it leaves alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_serve, "set_up_logs", lambda form: None)
+        patch.setattr(cli_serve.signal, "signal", lambda number, handler: None)
+        done = CliRunner().invoke(app, arguments)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def test_a_port_in_use_is_found_before_a_model_is_looked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = serve("serve", "--port", port, "--model", "/no/such")
-    assert done.returncode == 2 and port in done.stderr and "in use" in done.stderr
+        metrics = serve("serve", "--port", "0", "--metrics-port", port, "--model", "/no/such")
+        http = serve("serve", "--port", "0", "--http-port", port, "--model", "/no/such")
+    assert done.returncode == 2 and f"--port {port}" in done.stderr and "in use" in done.stderr
+    assert f"octavo: --metrics-port {port}" in metrics.stderr and "in use" in metrics.stderr
+    assert f"octavo: --http-port {port}" in http.stderr and "in use" in http.stderr
+
+
+def test_a_host_for_http_alone_is_told() -> None:
+    done = serve("serve", "--http-host", "127.0.0.1", "--model", "/no/such")
+    assert done.returncode == 2 and "without --http-port" in done.stderr
+
+
+def test_a_limit_is_told_as_flag_and_as_setting() -> None:
+    with pytest.raises(InputError, match="--max-media-bytes of octavo serve") as refused:
+        MediaLimits(max_media_bytes=5).check_bytes(6, "messages[0].content[0].image")
+    assert "max_media_bytes= of LLM" in str(refused.value)
 
 
 def test_who_types_a_url_wants_it_fetched() -> None:

@@ -20,13 +20,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
 from octavo.benchmarks.simulated_worker import Simulation, make_config
-from octavo.engine.engine import DuplicateRequest
+from octavo.engine.engine import DuplicateRequest, EngineDead
+from octavo.engine.error_codes import code_of
 from octavo.engine.input.processor import InputTimes, ProcessedInput
 from octavo.engine.input_error import InputError
 from octavo.engine.output import OutputDelta, Usage
+from octavo.engine.request_record import RequestRecord
+from octavo.engine.server.errors import fault_of
+from octavo.engine.server.grpc_server import warm_up
 from octavo.engine.server.metrics import CONTENT_TYPE, metrics_text, serving_metrics
 from octavo.engine.stats import EngineStats
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.admission import AdmissionError, QueueFull
 from octavo.scheduler.request import Request
 from octavo.scheduler.step import StepPlan
 
@@ -160,9 +164,49 @@ def test_sums_of_times_are_consistent(engine: octavo.AsyncLLM) -> None:
     steps = sum(seen[f"step_seconds_sum{{stage={s}}}"] for s in ("encode", "prefill", "decode"))
     assert 0 < steps < total
     # The picture was encoded once; the second prompt found most of itself, or at least the picture.
-    assert seen["step_seconds_count{stage=encode}"] == 1
+    assert seen["step_seconds_count{stage=encode}"] == seen["encode_stage_seconds_count"] == 1
+    assert 0 < seen["encode_stage_seconds_sum"] < seen["step_seconds_sum{stage=encode}"]
     assert seen["encode_tokens_total"] == answers[0][0].media[0].num_tokens
     assert seen["cached_prompt_tokens_total"] + seen["encoder_cache_hits_total"] > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("prompt", "wrong"),
+        AdmissionError("prompt: too long"),
+        QueueFull("full"),
+        DuplicateRequest("request_id: in use"),
+        EngineDead("the engine stopped"),
+        RuntimeError("a fault"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_caller_the_log_and_the_metrics_have_one_code(
+    engine: octavo.AsyncLLM, error: Exception
+) -> None:
+    seen, code = Measured(engine), fault_of(error).code
+    before = engine.engine.stats.errors[code]
+    with contextlib.suppress(type(error)), RequestRecord("a", engine.engine.stats):
+        raise error
+    assert engine.engine.stats.errors[code] == before + 1
+    how = "error" if code in ("INTERNAL", "UNAVAILABLE") else "refused"
+    assert seen[f"requests_total{{finish_reason={how}}}"] == 1
+    assert code_of(error) == code
+
+
+def test_awarm_up_is_not_counted() -> None:
+    with octavo.AsyncLLM(dtype="float32", max_model_len=64) as engine:
+        fresh = read(engine.engine.stats)
+        asyncio.run(warm_up(engine))
+        assert engine.engine.scheduler.state.blocks.num_free == engine.num_blocks
+        after = read(engine.engine.stats)
+        after["worker_resident_memory_bytes{rank=0}"] = fresh[
+            "worker_resident_memory_bytes{rank=0}"
+        ]
+        assert after == fresh
+        ask(engine, ids(1, 2, 3))
+        assert read(engine.engine.stats)["requests_total{finish_reason=length}"] == 1
 
 
 def test_errors_are_counted_by_code(engine: octavo.AsyncLLM) -> None:

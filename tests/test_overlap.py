@@ -15,6 +15,7 @@ from PIL import Image
 import octavo
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.matchers import Matchers
 from octavo.engine.pipeline import StepPipeline
 from octavo.engine.sampling_slots import SamplingSlots
 from octavo.engine.stats import EngineStats
@@ -171,7 +172,8 @@ def test_an_image_that_comes_twice_is_held_for_what_is_sent_of_it() -> None:
 def test_new_workers_have_empty_slots() -> None:
     scheduler = Simulation(make_config()).scheduler
     stats = EngineStats(scheduler, None)  # type: ignore[arg-type]
-    pipeline = StepPipeline(scheduler, None, lambda name: {}, None, True, stats)  # type: ignore[arg-type]
+    group: Any = None
+    pipeline = StepPipeline(scheduler, group, lambda name: {}, None, True, stats, Matchers())
     request = running("a")
     pipeline._slots.place(request, 0, 4)
     assert pipeline.lose_workers() == []

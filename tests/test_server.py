@@ -23,7 +23,7 @@ from PIL import Image
 
 import octavo
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import SETTINGS, Server, alive, start, wait_for
+from octavo.benchmarks.tiny_server import SETTINGS, Served, Server, alive, start, wait_for
 from octavo.engine.client import ClientError
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
@@ -243,8 +243,9 @@ def test_a_name_used_again_at_once_gets_its_own_answer(client: octavo.Client) ->
 
 def test_a_client_that_leaves_frees_its_request(checkpoint: Path) -> None:
     """With one request at a time, the next one's answer shows that the first is gone."""
-    server = start(checkpoint, "--max-num-seqs", "1")
-    with octavo.Client(server.address) as client:
+    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 4_000_000}
+    served = Served(checkpoint, max_num_seqs=1, **settings)
+    with octavo.Client(served.address) as client:
         for stream in [client.chat(ask(), **LONG) for _ in range(5)]:
             next(stream)
             stream.close()
@@ -257,7 +258,8 @@ def test_a_client_that_leaves_frees_its_request(checkpoint: Path) -> None:
         with pytest.raises(ClientError, match="DEADLINE_EXCEEDED"):
             list(client.chat(ask(), timeout=0.05, **LONG))
         assert len(tokens(client, ask())) == 12
-    assert server.end(signal.SIGINT) == 0
+    served.wait_empty()
+    served.close()
 
 
 def test_health(server: Server) -> None:
@@ -274,13 +276,15 @@ def test_stopping_does_not_wait_for_a_health_watch(checkpoint: Path) -> None:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         started = time.monotonic()
-        assert server.end() == 0  # at once after the ready line: its handler stands by then
+        assert (
+            server.end(signal.SIGINT) == 0
+        )  # at once after the ready line: its handler stands by then
         assert time.monotonic() - started < 8  # less than the grace for running requests
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def test_sigterm_to_all_processes_lets_requests_finish(checkpoint: Path) -> None:
-    """As systemd sends it: workers leave it to the engine."""
+    """As systemd sends it: workers leave it to the engine. (To the server alone: test_http.py.)"""
     server = start(checkpoint)
     with octavo.Client(server.address) as client:
         stream = client.chat(ask(), **LONG)
@@ -289,6 +293,7 @@ def test_sigterm_to_all_processes_lets_requests_finish(checkpoint: Path) -> None
             os.kill(pid, signal.SIGTERM)
         assert [delta.finish_reason for delta in stream][-1] == "length"
     assert server.process.wait(30) == 0
+    wait_for(lambda: not any(map(alive, server.worker_pids)))
 
 
 def test_past_max_restarts_a_worker_that_dies_while_nothing_runs_ends_the_server(
@@ -329,18 +334,8 @@ def test_prompts_that_cannot_travel_are_refused(server: Server) -> None:
         list(client.chat(ask()))
 
 
-def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
-    server = start(checkpoint)
-    with octavo.Client(server.address) as client:
-        stream = client.chat(ask(), **LONG)
-        next(stream)
-        server.process.send_signal(signal.SIGTERM)
-        assert [delta.finish_reason for delta in stream][-1] == "length"
-    assert server.process.wait(30) == 0
-    wait_for(lambda: not any(map(alive, server.worker_pids)))
-
-
-@pytest.mark.parametrize("rank", [0, 1])
+# Rank 0's twin is the test of a worker that dies while nothing runs.
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_past_max_restarts_a_dead_worker_is_unavailable_for_all_and_ends_the_server(
     checkpoint: Path, rank: int
 ) -> None:
@@ -381,11 +376,12 @@ def test_workers_die_with_a_server_that_is_killed(checkpoint: Path) -> None:
     ("options", "words"),
     [
         (["--model", "/no/such"], "/no/such: no such folder"),
-        (["--tensor-parallel-size", "3"], "1, 2, 4"),
-        (["--max-model-len", "100000"], "max_model_len=100000"),
-        (["--dtype", "int3"], "int3"),
         (["--host", "203.0.113.7"], "203.0.113.7"),
-        (["--max-num-seqs", "0"], "max_num_seqs=0"),
+        (["--max-model-len", "100000"], "max_model_len=100000"),
+        # Of settings: test_llm.py has them in one process.
+        pytest.param(["--tensor-parallel-size", "3"], "1, 2, 4", marks=pytest.mark.slow),
+        pytest.param(["--dtype", "int3"], "int3", marks=pytest.mark.slow),
+        pytest.param(["--max-num-seqs", "0"], "max_num_seqs=0", marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_cannot_start_says_why(

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,19 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import octavo
 from octavo.benchmarks import trace_demo, trace_plot
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.trace_plot import Trace, TraceError, draw, parse_steps
+from octavo.engine.cli import app
 from octavo.engine.config import ConfigError
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "trace", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = CliRunner().invoke(app, ["trace", *arguments])
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from octavo.engine.runner.batch import (
     Logprobs,
     PromptTargets,
     SamplingBatch,
+    TokenMasks,
 )
 from octavo.engine.worker import wire
 
@@ -26,6 +27,7 @@ MORE: dict[str, Any] = {
         np.array([-np.inf, 3.5, 0.0], np.float32),
     ),
     "logprob_places": np.array([0, 1], np.int32),
+    "masks": TokenMasks(np.array([1], np.int32), np.array([[-1, 5, 1 << 30]], np.int32)),
     "prompt_targets": PromptTargets(np.array([0, 2, 3], np.int32), np.array([7, 6, 5], np.int32)),
 }
 

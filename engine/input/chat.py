@@ -7,25 +7,25 @@ two added tokens is encoded whole as plain text. So no text can forge a turn or 
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from .tokenizer import TextTokenizer
+from .tool_turns import MARK, TEXTS, Written, add_mark, as_they_are, in_qwens_form, to_json
+from .tools import read_calls, read_tools
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
 MAX_TEXT = 16 << 20  # characters of all texts
-
-_MARK = re.compile("\x00(\\d+)\x00")
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,21 @@ class Conversation:
     messages: list[dict[str, Any]]
     texts: list[str]
     media: list[MediaPart]
+    tools: list[Written]
 
 
-def read_messages(messages: Any) -> Conversation:
+def read_messages(messages: Any, tools: Any = None) -> Conversation:
     """Checks a conversation's form. Raises `InputError`."""
+    written = read_tools(tools)
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InputError("messages", f"must be a list, not {type(messages).__name__}")
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InputError("messages", f"{len(messages)} of them; must be 1 to {MAX_MESSAGES}")
-    found = Conversation([], [], [])
+    found = Conversation([], [], [], [])
     for index, message in enumerate(messages):
         found.messages.append(_read_message(f"messages[{index}]", message, found))
+    for text in written:
+        found.tools.append(Written(json.loads(text), _mark(text, "tools", found)))
     size = sum(map(len, found.texts))
     if size > MAX_TEXT:
         raise InputError("messages", f"{size} characters of text; at most {MAX_TEXT}")
@@ -69,10 +73,15 @@ def read_messages(messages: Any) -> Conversation:
 def _read_message(field: str, message: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(field, f"must be a dict, not {type(message).__name__}")
-    _refuse_unknown(field, message, ("role", "content"))
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{field}.role", f"{shown(role)}; must be one of {', '.join(ROLES)}")
+    beside = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
+    _refuse_unknown(field, message, ("role", "content", *beside))
+    if role == "tool":
+        return _read_result(field, message, found)
+    if message.get("tool_calls"):
+        return _read_answer(field, message, found)
     if isinstance(content, bytes) or not isinstance(content, Sequence):
         raise InputError(f"{field}.content", "must be a text or a list of parts")
     if role == "user" and not any(map(_says_something, [content, *content])):
@@ -81,6 +90,39 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
         return {"role": role, "content": _mark(content, f"{field}.content", found)}
     parts = [_read_part(f"{field}.content[{i}]", part, found) for i, part in enumerate(content)]
     return {"role": role, "content": parts}
+
+
+def _read_result(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
+    """What a call gave. Qwen's form has no ids: results stand in the order of the calls."""
+    given = message.get("tool_call_id", "")
+    text = _text_of(f"{field}.content", message.get("content"), found)
+    called = _mark(given, f"{field}.tool_call_id", found)
+    return {"role": "tool", "content": text, "tool_call_id": called}
+
+
+def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
+    """An answer with calls."""
+    content = message.get("content")
+    text = _text_of(f"{field}.content", content, found) if content else ""
+    calls = []
+    for name, arguments in read_calls(message["tool_calls"], f"{field}.tool_calls"):
+        written = Written(json.loads(arguments), _mark(arguments, field, found))
+        function = {"name": name, "arguments": written}
+        calls.append({"type": "function", "function": function})
+    return {"role": "assistant", "content": text, "tool_calls": calls}
+
+
+def _text_of(field: str, content: Any, found: Conversation) -> str:
+    """Marks of a text, or of the texts of parts."""
+    if isinstance(content, str):
+        return _mark(content, field, found)
+    if not isinstance(content, list | tuple):
+        raise InputError(field, "must be a text or a list of texts")
+    parts = [_read_part(f"{field}[{i}]", part, found) for i, part in enumerate(content)]
+    for i, part in enumerate(parts):
+        if part["type"] != "text":
+            raise InputError(f"{field}[{i}].type", f"{part['type']}; only text is taken here")
+    return "".join(part["text"] for part in parts)
 
 
 def _says_something(content: Any) -> bool:
@@ -110,8 +152,7 @@ def _refuse_unknown(field: str, given: Mapping[Any, Any], known: tuple[str, ...]
 
 
 def _mark(text: Any, field: str, found: Conversation) -> str:
-    found.texts.append(check_text(text, field))
-    return f"\x00{len(found.texts) - 1}\x00"
+    return add_mark(check_text(text, field), found.texts)
 
 
 def check_text(text: Any, field: str) -> str:
@@ -131,19 +172,26 @@ class ChatTemplate:
     def __init__(self, model_dir: Path, tokenizer: TextTokenizer) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
+        environment.filters["tojson"] = to_json
         self._tokenizer = tokenizer
+        text = _template_text(model_dir)
         try:
-            self._template = environment.from_string(_template_text(model_dir))
+            self._template = environment.from_string(text)
+            self._has_tools = "tools" in meta.find_undeclared_variables(environment.parse(text))
         except TemplateError as error:
             raise ConfigError(f"{model_dir}: its chat template does not parse: {error}") from None
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids with one placeholder token for each image or video."""
+        texts = [*conversation.texts]
         try:
             rendered = self._template.render(
-                messages=conversation.messages, add_generation_prompt=True, add_vision_id=False
+                **self._turns(conversation, texts),
+                **{TEXTS: texts},
+                add_generation_prompt=True,
+                add_vision_id=False,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
             raise InputError("messages", f"the chat template refuses them{own}") from None
         token_ids: list[int] = []
@@ -151,9 +199,24 @@ class ChatTemplate:
             if piece in self._tokenizer.added:
                 token_ids.append(self._tokenizer.added[piece])
             elif piece:
-                run = _MARK.sub(lambda mark: conversation.texts[int(mark[1])], piece)
+                run = MARK.sub(lambda mark: texts[int(mark[1])], piece)
                 token_ids.extend(self._tokenizer.encode_plain(run))
         return token_ids
+
+    def _turns(self, conversation: Conversation, texts: list[str]) -> dict[str, Any]:
+        """What the template is given to go through; new marks' texts are added to `texts`."""
+        messages, tools = conversation.messages, conversation.tools
+        if not self._has_tools:
+            return {"messages": in_qwens_form(messages, tools)}
+
+        def mark(text: str) -> str:
+            forges = "\0" in text or len(self._tokenizer.split_added(text)) > 1
+            return add_mark(text, texts) if forges else text
+
+        return {
+            "messages": as_they_are(messages, mark),
+            "tools": as_they_are(tools, mark) or None,
+        }
 
 
 def _template_text(model_dir: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...scheduler.request import MediaSpan
 from ..config import ModelConfig, PreprocessConfig
+from ..grammar import Grammar
 from ..input_error import InputError
 from ..media.decode import OpenItem
 from ..media.embeds import MediaEmbeds
@@ -53,6 +54,7 @@ class ProcessedInput:
     stream: UnitStream | None = None  # makes the rest, in a thread of whoever asked for it
     times: InputTimes | None = None
     arrived_at: float | None = None  # when it was asked for, on the monotonic clock
+    grammar: Grammar | None = None  # of the form that its answers are to have, compiled beforehand
 
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput

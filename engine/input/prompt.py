@@ -10,8 +10,10 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..input_error import InputError, shown
+from ..media.options import MediaOptions
 from .chat import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextTokenizer
+from .tools import TOOL_FIELDS, tools_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class PromptReader:
         return self.from_messages(prompt, images, videos)
 
     def _from_dict(self, prompt: Mapping[str, Any]) -> ReadPrompt:
-        known = {"prompt", "prompt_token_ids", "messages", "images", "videos"}
+        known = {"prompt", "prompt_token_ids", "messages", "images", "videos", *TOOL_FIELDS}
         for name in prompt:
             if name not in known:
                 raise InputError(name, f"{name}: unknown; a prompt has {', '.join(sorted(known))}")
@@ -49,10 +51,13 @@ class PromptReader:
         kinds = [name for name in ("prompt", "prompt_token_ids", "messages") if name in prompt]
         if len(kinds) != 1:
             raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
+        if kinds == ["messages"]:
+            return self.from_messages(prompt["messages"], *media, tools=tools_of(prompt))
+        for name in TOOL_FIELDS:
+            if prompt.get(name):
+                raise InputError(name, "goes with messages alone")
         if kinds == ["prompt"]:
             return self.from_text(prompt["prompt"], *media)
-        if kinds == ["messages"]:
-            return self.from_messages(prompt["messages"], *media)
         return self.from_token_ids(prompt["prompt_token_ids"], *media)
 
     def from_messages(
@@ -60,9 +65,10 @@ class PromptReader:
         messages: Any,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
+        tools: Any = None,
     ) -> ReadPrompt:
-        """A conversation, as the model card writes it. Raises `InputError`."""
-        conversation = read_messages(messages)
+        """A conversation, as the model card writes it; OpenAI's `tools`. Raises `InputError`."""
+        conversation = read_messages(messages, tools)
         parts = _fill(conversation.media, {"image": images, "video": videos})
         self._check_text(sum(map(len, conversation.texts)))
         return ReadPrompt(self._template.encode(conversation), parts)
@@ -163,6 +169,7 @@ def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None])
         if part.source is None:
             source = next(left[part.kind], None)
             if source is None:
+                MediaOptions.from_part(part.part, part.kind, part.field)  # a misspelt source's key
                 raise InputError(
                     part.field, f"needs {part.kind}s=[...]: a placeholder has no {part.kind}"
                 )

@@ -14,7 +14,7 @@ from typing import BinaryIO, NoReturn, Self
 from ...proto import media_pb2 as pb
 from ..input_error import InputError
 from .child_process import DecoderProcess, DecoderStoppedError, PixelMemory
-from .limits import MediaLimits
+from .limits import MediaLimits, setting
 from .reader import Frame, MediaHeader
 
 STOP_SECONDS = 0.5  # until a process that should stop is killed: a group of pictures may be long
@@ -22,7 +22,7 @@ MOST_TEXT = 500  # characters of an error's text
 TIMES_AT_ONCE = 4096  # indices of a packet
 STOPPED = (
     "could not be decoded: the decoder stopped; the file is broken, or takes more memory or "
-    "time than a file may (the server's --decoder-memory-bytes, --media-timeout-s)"
+    f"time than a file may ({setting('decoder_memory_bytes')}; {setting('media_timeout_s')})"
 )
 
 

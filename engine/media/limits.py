@@ -8,6 +8,11 @@ from typing import NoReturn
 from ..input_error import InputError
 
 
+def setting(name: str) -> str:
+    """A setting as whoever runs the engine says it."""
+    return f"--{name.replace('_', '-')} of octavo serve, {name}= of LLM"
+
+
 @dataclass(frozen=True)
 class MediaLimits:
     """One object for all sources. Each field is a setting of `EngineConfig` and a flag of
@@ -24,8 +29,8 @@ class MediaLimits:
 
     def refuse(self, name: str, field: str, found: str) -> NoReturn:
         """Raises the `InputError` of limit `name`, which `found` is over."""
-        most, flag = getattr(self, name), name.replace("_", "-")
-        raise InputError(field, f"{found}; at most {most} are taken (the server's --{flag})")
+        text = f"{found}; at most {getattr(self, name)} are taken"
+        raise InputError(field, f"{text} ({setting(name)})")
 
     def check_bytes(self, count: int, field: str) -> None:
         if count == 0:

@@ -47,9 +47,10 @@ class MediaOptions:
             if name in ("type", kind) or value is None:
                 continue
             if name not in known:
-                raise InputError(
-                    field, f"{shown(name)} is no option; {kind}s have {', '.join(known)}"
-                )
+                text = f"{shown(name)} is no option; {kind}s have {', '.join(known)}"
+                if "type" in part and kind not in part:  # a part's, not a server's defaults
+                    text += f"; the {kind} itself goes under {kind!r}"
+                raise InputError(field, text)
             found[name] = _number(value, name, f"{field}.{name}")
         options = cls(**found)
         options._check(field)

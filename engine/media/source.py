@@ -127,7 +127,8 @@ def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) 
     if access.roots == ():
         raise InputError(
             field,
-            "this server reads no files of its own (--allow-media-path names folders it may read); "
+            "this server reads no files of its own (--allow-media-path names folders it may read, "
+            "allowed_media_paths= of LLM); "
             "send the bytes (octavo.Client does)",
         )
     try:
@@ -168,6 +169,6 @@ def _check_place(place: str, path: str, access: MediaAccess, field: str) -> None
     if not any(real.is_relative_to(root) for root in access.roots):
         raise InputError(
             field,
-            f"{shown(path)}: is not in a folder that this server may read (--allow-media-path); "
-            "send the bytes (octavo.Client does)",
+            f"{shown(path)}: is not in a folder that this server may read (--allow-media-path, "
+            "allowed_media_paths= of LLM); send the bytes (octavo.Client does)",
         )

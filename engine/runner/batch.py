@@ -56,6 +56,14 @@ class LogitEdits:
 
 
 @dataclass(frozen=True)
+class TokenMasks:
+    """What may be drawn in rows whose answer has a form."""
+
+    places: Int32  # [g] among the s rows that sample
+    allowed: Int32  # [g, vocab_size / 32, rounded up]: a bit a token id, the lowest first
+
+
+@dataclass(frozen=True)
 class PromptTargets:
     """Tokens of prompts whose log probability is asked for, parallel arrays."""
 
@@ -85,6 +93,7 @@ class SamplingBatch:
     presence_penalty: Float32 | None = None  # [s]; 0 is off
     frequency_penalty: Float32 | None = None  # [s]; 0 is off
     edits: LogitEdits | None = None
+    masks: TokenMasks | None = None
     logprob_places: Int32 | None = None  # [l] the rows, among the s, whose log probability is told
     prompt_targets: PromptTargets | None = None
 
@@ -127,3 +136,4 @@ class BatchResult:
     errors: tuple[tuple[int, str], ...] = ()  # (row, what went wrong)
     logprobs: Logprobs | None = None  # of rank 0, where asked for
     prompt_logprobs: Logprobs | None = None  # likewise
+    encode_seconds: float = 0.0  # of the encode stage alone, where there was one

@@ -26,6 +26,7 @@ from .loader import OnProgress, load_weights
 from .logprobs import LogprobTensors, prompt_logprobs, token_logprobs
 from .pending import SKIPPED, PendingResult
 from .sampler import Sampler, SeenTokens
+from .stage_clock import StageClock
 
 # Patches of one pass of the tower. Measured at the 2B shape on two cores: eight images of 1,024
 # patches take 1.07 times as long in one pass as in eight.
@@ -110,11 +111,11 @@ class ModelRunner:
         for key in batch.drop:
             self.embeddings.pop(key, None)
         self._copy_blocks(batch.copies)
-        self._encode(batch.encode)
+        clock = self._encode(batch.encode) if batch.encode else None
         checked, errors = self._checked_token_ids(batch)
         if checked.size == 0:
             self._sampled = self._sampled.new_empty(0)
-            return PendingResult.of(self._sampled, batch, (), errors)
+            return PendingResult.of(self._sampled, batch, (), errors, encode_clock=clock)
         token_ids, lost = self._resolve(self._to_device(checked), batch)
         logits, of_prompt, missing = self._compute(token_ids, batch, errors)
         sampled = self._sample(logits, batch, token_ids)
@@ -124,7 +125,7 @@ class ModelRunner:
         if skipped:
             lost[list(skipped)] = True
         self._sampled = sampled.masked_fill_(lost[self._to_device(rows)], SKIPPED)
-        return PendingResult.of(self._sampled, batch, missing, errors, of_drawn, of_prompt)
+        return PendingResult.of(self._sampled, batch, missing, errors, of_drawn, of_prompt, clock)
 
     def _compute(
         self, token_ids: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
@@ -175,8 +176,10 @@ class ModelRunner:
         rows = np.unique(row_of_token[wrong]).tolist()
         return np.where(wrong, 0, ids).astype(np.int32), [(row, text) for row in rows]
 
-    def _encode(self, tasks: tuple[EncodeTask, ...]) -> None:
+    def _encode(self, tasks: tuple[EncodeTask, ...]) -> StageClock:
         """Encodes this rank's units in one pass, then shares the embeddings of all ranks."""
+        clock = StageClock(self.device)
+        clock.mark()
         for rank in range(self.parallel.size):
             units = [task for task in tasks if task.rank == rank]
             if not units:
@@ -191,6 +194,8 @@ class ModelRunner:
             for task, part in zip(units, joined.split(counts), strict=True):
                 # a part alone must not keep the memory of all
                 self.embeddings[task.key] = part.clone() if len(units) > 1 else part
+        clock.mark()
+        return clock
 
     def _embed_units(self, units: list[EncodeTask]) -> torch.Tensor:
         """The units' embeddings in order: the tower's, or what a caller brought."""

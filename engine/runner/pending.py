@@ -11,7 +11,8 @@ import torch
 from ...scheduler.request import UnitKey
 from .batch import BatchResult, InputBatch, Int32
 from .logprobs import LogprobTensors
-from .sampler import NOT_FINITE
+from .sampler import FORBIDDEN, NONE_LEFT, NOT_FINITE
+from .stage_clock import StageClock
 
 SKIPPED = -2  # drawn by a row that computed nothing; -1 is drawn from logits that are not finite
 
@@ -27,6 +28,7 @@ class PendingResult:
     arrived: torch.cuda.Event | None  # None: it is there
     of_drawn: LogprobTensors | None = None
     of_prompt: LogprobTensors | None = None
+    encode_clock: StageClock | None = None  # None: nothing was encoded
 
     @classmethod
     def of(
@@ -37,6 +39,7 @@ class PendingResult:
         errors: Sequence[tuple[int, str]],
         of_drawn: LogprobTensors | None = None,
         of_prompt: LogprobTensors | None = None,
+        encode_clock: StageClock | None = None,
     ) -> PendingResult:
         """Starts the copy to the host, which later steps do not hold up."""
         host, arrived = sampled, None
@@ -48,20 +51,23 @@ class PendingResult:
             arrived.record()
         keys = tuple(dict.fromkeys(key for _, key in missing))
         rows = batch.sampling.rows
-        return cls(host, rows, keys, tuple(errors), arrived, of_drawn, of_prompt)
+        return cls(host, rows, keys, tuple(errors), arrived, of_drawn, of_prompt, encode_clock)
 
     def wait(self) -> BatchResult:
         if self.arrived is not None:
             self.arrived.synchronize()
         sampled = self.sampled.numpy().astype(np.int32)
-        bad = self.rows[sampled == -1].tolist()
-        errors = (*self.errors, *((row, NOT_FINITE) for row in bad))
+        errors = self.errors
+        for value, text in ((-1, NOT_FINITE), (FORBIDDEN, NONE_LEFT)):
+            bad = self.rows[sampled == value].tolist()
+            errors = (*errors, *((row, text) for row in bad))
         return BatchResult(
             np.maximum(sampled, -1),
             self.missing,
             errors,
             self.of_drawn.finished() if self.of_drawn else None,
             self.of_prompt.finished() if self.of_prompt else None,
+            self.encode_clock.seconds if self.encode_clock else 0.0,
         )
 
 

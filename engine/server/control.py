@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import grpc
@@ -78,8 +78,19 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
     async def GetLoad(
         self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext
     ) -> pb.Load:
-        load = asdict(self._engine.engine.load.load())
-        return pb.Load(**load, is_draining=self._work.is_draining)
+        stats = self._engine.engine.stats
+        load = stats.load()
+        return pb.Load(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_free_blocks=load.num_free_blocks,
+            num_blocks=load.num_blocks,
+            prefix_hit_rate=load.prefix_hit_ratio,
+            encoder_hit_rate=load.encoder_hit_ratio,
+            tokens_per_second=load.tokens_per_second,
+            num_output_tokens=stats.num_output_tokens,
+            is_draining=self._work.is_draining,
+        )
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext

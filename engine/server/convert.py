@@ -11,11 +11,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from ...proto import octavo_pb2 as pb
 from ...scheduler.logprobs import TokenLogprobs
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, SamplingParams
+from ...scheduler.structured import MAX_CHOICES, StructuredOutput
 from ..input.chat import MAX_MESSAGES
 from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..media.limits import MediaLimits
 from ..output import OutputDelta, Usage
+from .convert_tools import read_message_calls, read_tools, write_calls
 from .errors import Refused, field_in
 from .read_media import read_source
 
@@ -38,7 +40,7 @@ def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, A
     for index, item in enumerate(request.media):
         part = _read_media(item, f"media[{index}]")
         media[part.pop("type")].append(part)
-    given = {f"{kind}s": items for kind, items in media.items() if items}
+    given = {f"{kind}s": items for kind, items in media.items() if items} | read_tools(request)
     form = request.WhichOneof("prompt")
     if form == "conversation":
         return {"messages": _read_messages(request.conversation), **given}
@@ -74,6 +76,7 @@ def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
                 _read_part(part, f"messages[{m}].content[{p}]")
                 for p, part in enumerate(message.content)
             ],
+            **read_message_calls(message),
         }
         for m, message in enumerate(conversation.messages)
     ]
@@ -111,9 +114,18 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     try:
+        if "structured" in given:
+            given["structured"] = _read_structured(message.structured)
         return SamplingParams(**given)
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
+
+
+def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
+    """Raises ValueError."""
+    if message.WhichOneof("form") == "choice":
+        return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
+    return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
 
 
 def read_options(
@@ -139,7 +151,9 @@ def read_options(
 
 def refuse_unknown(request: pb.GenerateRequest) -> None:
     """To pass over a field of a newer client would answer another question. Raises `Refused`."""
-    for path, message in (("", request), ("sampling", request.sampling)):
+    sampling = request.sampling
+    messages = {"": request, "sampling": sampling, "sampling.structured": sampling.structured}
+    for path, message in messages.items():
         unknown = UnknownFieldSet(message)
         if len(unknown):
             text = f"field number {unknown[0].field_number} is not known to this server"
@@ -173,6 +187,7 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
         media_times=pb.MediaTimes(**vars(times)) if times else None,
         logprobs=[_write_logprobs(entry) for entry in delta.logprobs],
         prompt_logprobs=[_write_logprobs(entry) for entry in delta.prompt_logprobs],
+        tool_calls=write_calls(delta.tool_calls),
     )
 
 

@@ -1,4 +1,4 @@
-"""What went wrong, as callers are told it: the one place where errors get their codes.
+"""What went wrong, as callers are told it; the codes are `error_codes.py`'s.
 
 Only texts of our own reach a caller. Whatever else is raised is INTERNAL, and goes to the log.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ...scheduler.admission import AdmissionError, QueueFull
-from ..client_error import RETRYABLE
+from ..client_error import RETRYABLE, split_code
 from ..engine import DuplicateRequest, EngineDead
+from ..error_codes import code_of
 from ..input_error import InputError
 
 WORKER_FAILED = "a worker failed"  # as `WorkerGroup` begins what a worker raised
@@ -43,27 +43,22 @@ def fault_of(error: Exception) -> Fault:
     """Of what was raised. INTERNAL is for the log as well: its text says nothing."""
     if isinstance(error, Refused):
         return error.fault
-    text = str(error)
+    code, text = code_of(error), str(error)
+    if code == "INTERNAL":
+        return Fault(code, OURS)
     if isinstance(error, InputError):
-        return Fault("INVALID_ARGUMENT", text, error.field)
-    if isinstance(error, QueueFull):
-        return Fault("RESOURCE_EXHAUSTED", text)
+        return Fault(code, text, error.field)
     if isinstance(error, DuplicateRequest):
-        return Fault("ALREADY_EXISTS", text, "request_id")
-    if isinstance(error, AdmissionError):
-        return Fault("INVALID_ARGUMENT", text, field_in(text))
+        return Fault(code, text, "request_id")
     if isinstance(error, EngineDead):
         ours, failed, _ = text.partition(WORKER_FAILED)  # what follows is its library's
-        return Fault(
-            "UNAVAILABLE", f"{ours}{failed}; the server's log has more" if failed else text
-        )
-    return Fault("INTERNAL", OURS)
+        return Fault(code, f"{ours}{failed}; the server's log has more" if failed else text)
+    return Fault(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
 
 
 def fault_in(error: str) -> Fault:
     """Of a delta's error, of a request that failed after admission: it may begin with a code."""
-    code, _, text = error.partition(": ")
-    return Fault(code, text) if code in RETRYABLE else Fault("INTERNAL", error)
+    return Fault(*split_code(error))
 
 
 def field_in(text: str) -> str:

@@ -24,6 +24,7 @@ from ..tls import TlsFiles, server_credentials
 from .control import ControlServicer
 from .door import Door
 from .inference import InferenceServicer
+from .key_refusals import KeyRefusals
 from .keys import ApiKeys
 from .work import Work
 
@@ -68,7 +69,8 @@ class GrpcServer:
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     """To be called in the event loop that serves."""
     work = Work()
-    server = grpc.aio.server(options=OPTIONS, interceptors=[Door(keys)])
+    door = Door(keys, KeyRefusals(engine.engine.stats))
+    server = grpc.aio.server(options=OPTIONS, interceptors=[door])
     made = GrpcServer(server, health.aio.HealthServicer(), work)
     control = ControlServicer(
         engine, work, lambda: made.set_health(NOT_SERVING), has_api_keys=keys is not None
@@ -81,8 +83,9 @@ def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     return made
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises OSError when nothing could listen there: asked before a model is loaded."""
+def check_address(host: str, port: int, flag: str) -> None:
+    """Raises OSError, which names the flag that `port` came by, when nothing could listen there:
+    asked before a model is loaded."""
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -91,7 +94,7 @@ def check_address(host: str, port: int) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
                 probe.bind(address)
     except OSError:
-        raise OSError(f"{host}:{port}: {NO_ADDRESS}") from None
+        raise OSError(f"{flag} {port}: {host}:{port}: {NO_ADDRESS}; choose another") from None
 
 
 async def serve(
@@ -115,7 +118,7 @@ async def serve(
     asked_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
-    await _warm_up(engine)
+    await warm_up(engine)
     _spare_collector()
     await made.set_health(SERVING)
     await made.server.start()
@@ -157,12 +160,16 @@ def _spare_collector() -> None:
     gc.freeze()
 
 
-async def _warm_up(engine: AsyncLLM) -> None:
-    """One step before anybody waits for one."""
+async def warm_up(engine: AsyncLLM) -> None:
+    """One step before anybody waits for one; the metrics do not count it."""
     params = SamplingParams(temperature=0, max_tokens=1)
+    await asyncio.to_thread(engine.engine.grammars.warm)  # else the first form holds everyone up
     with contextlib.suppress(ValueError):  # a max_model_len of one token
         async for _ in engine.generate({"prompt_token_ids": [0]}, params):
             pass
+    while engine.engine.has_steps and not engine.failed:  # of a token that nobody reads
+        await asyncio.sleep(0.001)
+    engine.engine.stats.start_over()
 
 
 async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:

@@ -4,36 +4,47 @@ ends one whose client has gone."""
 from __future__ import annotations
 
 import asyncio
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...scheduler.params import shown
 from .errors import Refused
 from .http_error import ApiError, api_error, error_of
+from .http_page import PATHS
+from .key_refusals import KeyRefusals
 from .keys import ApiKeys
+from .metadata import MAX_REQUEST_ID
 from .work import Work
 
 MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
-OPEN_PATHS = ("/health", "/ready")  # for who watches the process, without a key
+OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
 
 
 class Guard:
     """The one middleware. What it lets through has its whole body, and is cancelled when its
     client goes away, as gRPC does it."""
 
-    def __init__(self, app: ASGIApp, work: Work, keys: ApiKeys | None) -> None:
-        self._app, self._work, self._keys = app, work, keys
+    def __init__(
+        self, app: ASGIApp, work: Work, keys: ApiKeys | None, refusals: KeyRefusals
+    ) -> None:
+        self._app, self._work, self._keys, self._refusals = app, work, keys, refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send = _echoing(Headers(scope=scope), send)
         if scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         posts = scope["method"] == "POST"
         try:
+            self._check_key(Headers(scope=scope), scope)
+            self._check_host(Headers(scope=scope), scope)
             self._check(Headers(scope=scope), posts)
             if posts:
                 with self._work.call():
-                    body = await _read_body(receive)
+                    body = await read_body(receive)
                     if body is not None:  # else the client went away
                         await _run_while_wanted(self._app, body, scope, receive, send)
                 return
@@ -42,11 +53,27 @@ class Guard:
             return
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, posts: bool) -> None:
+    def _check_key(self, headers: Headers, scope: Scope) -> None:
         """Raises `ApiError`."""
         given = headers.get("authorization")
         if self._keys is not None and not self._keys.accept(given):
+            self._refusals.add("{}:{}".format(*scope.get("client") or ("?", "?")))
             raise api_error(self._keys.fault(given))
+
+    def _check_host(self, headers: Headers, scope: Scope) -> None:
+        """On loopback without keys a browser of this machine is trusted, but not for any site's
+        page: one whose name was made to lead here sends that name. Raises `ApiError`."""
+        server = (scope.get("server") or ("",))[0]
+        host = headers.get("host", "")
+        if self._keys is None and _is_loopback(server) and not _is_of_this_machine(host):
+            raise ApiError(
+                421,
+                f"Host {shown(host)}: without API keys this address answers to localhost and "
+                "addresses alone; give the server keys, or have the proxy send Host: localhost",
+            )
+
+    def _check(self, headers: Headers, posts: bool) -> None:
+        """Raises `ApiError`."""
         if not posts:
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -57,12 +84,46 @@ class Guard:
             raise _too_large()
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """A header `Host` with a name that cannot be another site's."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    try:
+        ip_address(name)
+    except ValueError:
+        return name in ("", "localhost") or name.endswith(".localhost")
+    return True
+
+
+def _echoing(headers: Headers, send: Send) -> Send:
+    """Answers have their request's x-request-id, refusals too."""
+    name = headers.get("x-request-id", "")
+    if not name or len(name) > MAX_REQUEST_ID:
+        return send
+
+    async def send_on(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault("x-request-id", name)
+        await send(message)
+
+    return send_on
+
+
 def _too_large() -> ApiError:
     text = f"the body is over {MAX_BODY_BYTES} bytes; send smaller media, or URLs"
     return ApiError(413, text, code="request_too_large")
 
 
-async def _read_body(receive: Receive) -> bytes | None:
+async def read_body(receive: Receive) -> bytes | None:
     """None when the client went away. Raises `ApiError` for one that is too large."""
     chunks: list[bytes] = []
     size, more = 0, True

@@ -23,7 +23,10 @@ from ..tls import TlsFiles
 from .errors import Refused
 from .http_error import ApiError, error_of
 from .http_guard import Guard
+from .http_live import LiveView
+from .http_page import page_routes
 from .http_tls import server_context
+from .key_refusals import KeyRefusals
 from .keys import ApiKeys
 from .openai_routes import Routes
 from .work import Work
@@ -61,7 +64,10 @@ class HttpServer:
         """Listens; gives HOST:PORT. Raises OSError when the address cannot be taken. `work`: of
         all doors."""
         self._work, host = work, self._host
-        config = _config(make_app(Routes.of(engine, work), work, self._keys), self._tls)
+        asks_who = self._keys is not None or bool(self._tls and self._tls.client_ca)
+        view, refusals = LiveView(engine, asks_who), KeyRefusals(engine.engine.stats)
+        app = make_app(Routes.of(engine, work), work, self._keys, refusals, view)
+        config = _config(app, self._tls)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, self._port), family=family, backlog=2048)
         self._server = _Uvicorn(config)
@@ -95,11 +101,14 @@ def _config(app: ASGIApp, tls: TlsFiles | None) -> uvicorn.Config:
     return config
 
 
-def make_app(routes: Routes, work: Work, keys: ApiKeys | None) -> ASGIApp:
-    """More paths (/metrics, a page) are more of `routes`: the guard stands before all."""
+def make_app(
+    routes: Routes, work: Work, keys: ApiKeys | None, refusals: KeyRefusals, view: LiveView
+) -> ASGIApp:
+    """The guard stands before all paths."""
     kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
     handlers = dict.fromkeys((*kinds, Refused, Exception), _tell)
-    return Guard(Starlette(routes=routes.all, exception_handlers=handlers), work, keys)
+    paths = [*routes.all, *page_routes(), *view.routes]
+    return Guard(Starlette(routes=paths, exception_handlers=handlers), work, keys, refusals)
 
 
 async def _tell(request: Request, error: Exception) -> Response:

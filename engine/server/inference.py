@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -27,11 +26,9 @@ from .convert import (
     write_reply,
 )
 from .errors import Fault, Refused, fault_in, fault_of
-from .metadata import CallMetadata, checked_request_id, read_metadata
+from .metadata import checked_request_id, log_trace, read_metadata
 from .status import abort, failure_of
 from .work import Work
-
-log = logging.getLogger("octavo.server")
 
 
 @dataclass
@@ -89,7 +86,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         name = checked_request_id(request.request_id, "request_id") or beside.request_id
         name = name or uuid.uuid4().hex
         options = read_options(request, context.time_remaining(), beside.priority)
-        _log_trace(name, beside)
+        log_trace(name, beside)
         limits = self._engine.engine.processor.limits
         prompt, params = read_prompt(request, limits), read_sampling(request.sampling)
         stream = self._engine.generate(
@@ -131,8 +128,3 @@ async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
             raise
         call.fault = fault_of(error)
         yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
-
-
-def _log_trace(name: str, beside: CallMetadata) -> None:
-    if beside.traceparent:
-        log.info("request %r: traceparent %s", name, beside.traceparent)

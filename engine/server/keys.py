@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
@@ -11,20 +12,48 @@ from pathlib import Path
 from ..config import ConfigError
 from .errors import Fault
 
+log = logging.getLogger("octavo.server")
+
 VARIABLE = "OCTAVO_API_KEYS"  # keys apart by commas
 LEAST = 8  # characters of a key
 SCHEME = "Bearer "
 
 
 class ApiKeys:
-    """Kept as their digests: a comparison tells nothing of a key, not even its length."""
+    """Kept as their digests: a comparison tells nothing of a key, not even its length. Those of a
+    file are read again when it changes; one that cannot be read, or has none, changes nothing."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+    def __init__(self, keys: Iterable[str], path: Path | None = None) -> None:
+        """`keys`: that stay; those of the file `path` come beside them. Raises `ConfigError`."""
+        self._fixed = [_digest(key) for key in keys]
+        self._path, self._stamp = path, _stamp(path)
+        self._digests = self._read()
+
+    def _read(self) -> list[bytes]:
+        if self._path is None:
+            return self._fixed
+        found = _checked(_lines(self._path), str(self._path))
+        if not found and not self._fixed:
+            raise ConfigError(f"{self._path}: has no key; give one, or leave it out")
+        return [*self._fixed, *map(_digest, found)]
+
+    def _refresh(self) -> None:
+        """Looks at the file's stamp first: what is written while it is read is seen next time."""
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._digests = self._read()
+        except ConfigError:
+            log.warning("the file of API keys has changed and cannot be used; the former keys stay")
+        else:
+            log.info("the file of API keys has changed and is used from now on")
 
     def accept(self, authorization: str | bytes | None) -> bool:
         """Whether a header `authorization` brings one of the keys: all of them are compared, each
         in constant time."""
+        self._refresh()
         text = authorization if isinstance(authorization, str) else ""
         given = _digest(text.removeprefix(SCHEME))
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
@@ -48,11 +77,9 @@ def read_keys(
     if path is None and variable is None:
         return None
     keys = _checked((variable or "").split(","), VARIABLE)
-    if path is not None:
-        keys += _checked(_lines(path), str(path))
-    if not keys:
-        raise ConfigError(f"{path or VARIABLE}: has no key; give one, or leave it out")
-    return ApiKeys(keys)
+    if path is None and not keys:
+        raise ConfigError(f"{VARIABLE}: has no key; give one, or leave it out")
+    return ApiKeys(keys, path)
 
 
 def _checked(keys: Iterable[str], where: str) -> list[str]:
@@ -70,6 +97,15 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{path}: cannot be read as a file of API keys") from None
     return [line for line in lines if not line.lstrip().startswith("#")]
+
+
+def _stamp(path: Path | None) -> tuple[int, ...]:
+    """What changes when the file does; empty where there is none."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        return ()
+    return (found.st_mtime_ns, found.st_ino, found.st_size) if found is not None else ()
 
 
 def _digest(key: str) -> bytes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...scheduler.params import PRIORITIES, shown
 from ..input_error import InputError
+
+log = logging.getLogger("octavo.server")
 
 MAX_REQUEST_ID = 256  # characters
 # W3C Trace Context: version, trace id, parent id, flags; later versions may have more behind.
@@ -31,6 +34,12 @@ def read_metadata(pairs: Iterable[tuple[str, str | bytes]]) -> CallMetadata:
         priority=_priority(given),
         traceparent=_traceparent(given.get("traceparent", "")),
     )
+
+
+def log_trace(name: str, beside: CallMetadata) -> None:
+    """So that the log's lines of a request are found by its caller's trace."""
+    if beside.traceparent:
+        log.info("request %r: traceparent %s", name, beside.traceparent)
 
 
 def checked_request_id(name: str, field: str) -> str:

@@ -132,6 +132,9 @@ def _times(stats: EngineStats) -> Iterator[Metric]:
         yield _histogram(name, text, {"": histogram})
     text = "A step of the workers: one that encodes, else one that computes prompts, else decodes."
     yield _histogram("step", text, stats.steps, "stage")
+    text = "In steps that encode the vision tower alone, as the slowest rank's device measured it; "
+    text += "the rest is the decoder's, which computes prompts and answers in one batch."
+    yield _histogram("encode_stage", text, {"": stats.encode_stage})
 
 
 def _caches(stats: EngineStats, load: EngineLoad) -> Iterator[Metric]:

@@ -31,6 +31,27 @@ def write_logprobs(entries: Iterable[Any], decode: Decode, is_chat: bool) -> dic
     }
 
 
+def write_prompt_logprobs(
+    entries: Iterable[Any], decode: Decode
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Of a prompt's tokens, in vLLM's form: by token id, the token's own first. `rank` counts from
+    1, and is null for a token that is not among the likeliest. None where an entry is None."""
+    return [entry and _by_token(entry, decode) for entry in entries]
+
+
+def _by_token(entry: Any, decode: Decode) -> dict[str, dict[str, Any]]:
+    ranks = {token: rank for rank, token in enumerate(entry.top, 1)}
+    told = {entry.token_id: entry.logprob} | entry.top
+    return {
+        str(token): {
+            "logprob": logprob,
+            "rank": ranks.get(token),
+            "decoded_token": decode([token]),
+        }
+        for token, logprob in told.items()
+    }
+
+
 def _entry(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
     """`bytes` is null for a token that is a part of a character."""
     text = decode([token])

@@ -28,9 +28,8 @@ def _read_message(message: Any, field: str) -> Any:
     found = {name: value for name, value in message.items() if value not in (None, [])}
     if found.get("role") == "developer":
         found["role"] = "system"
-    for name in ("tool_calls", "tool_call_id", "function_call"):
-        if name in found:
-            raise InputError(f"{field}.{name}", "this server does not have tools yet")
+    if "function_call" in found:
+        raise InputError(f"{field}.function_call", "is tool_calls by now: use that")
     content = message.get("content")
     if content is None and found.get("role") == "assistant":
         content = ""
@@ -68,7 +67,11 @@ def _read_media(part: Mapping[str, Any], name: str, field: str) -> dict[str, Any
     source = inside.get("url")
     if not _is_source(source, kind):
         more = ", or a list of them, the frames" if kind == "video" else ""
-        raise InputError(f"{field}.url", f"must be a URL or a data URI{more}")
+        text = f"must be a URL or a data URI{more}"
+        if name not in part:
+            keys = ", ".join(shown(key) for key in part if key != "type")
+            text += f", under the part's key {name!r}; it has {keys or 'none'}"
+        raise InputError(f"{field}.url", text)
     return {"type": kind, kind: source, **_read_detail(options, field)}
 
 

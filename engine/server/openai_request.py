@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
-from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ...scheduler.params import MAX_LOGPROBS, OptionFields, RequestOptions, SamplingParams, shown
+from ..input.tools import TOOL_FIELDS
 from ..input_error import InputError
 from .errors import Refused, field_in
 from .http_error import ApiError
 from .openai_messages import read_messages
+from .openai_structured import read_structured
 
 MAX_PROMPTS = 64  # of one request for completions
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 
-# A field that SamplingParams has is passed on. Prompts' log probabilities have no place in
-# OpenAI's answers.
-PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "prompt_logprobs"}
+# A field that SamplingParams has is passed on; forms of answers go by other names.
+PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "structured"}
 OPTIONS = tuple(each.name for each in fields(RequestOptions))
 # Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
@@ -36,7 +37,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -57,6 +57,7 @@ class Asked:
     options: OptionFields
     stream: bool
     include_usage: bool  # at the end of the stream
+    form_field: str = ""  # where the answers' form stands, if they are to have one
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def read_chat(body: Mapping[str, Any], model: str) -> Asked:
             raise InputError("max_completion_tokens", "is max_tokens' new name: give one of them")
         given["max_tokens"] = newer
     given["logprobs"] = _read_chat_logprobs(given)
-    return _asked(({"messages": messages},), given)
+    tools = {name: given.pop(name, None) for name in TOOL_FIELDS}
+    return _asked(({"messages": messages, **tools},), given)
 
 
 def read_completions(body: Mapping[str, Any], model: str) -> Asked:
@@ -101,6 +103,9 @@ def read_completions(body: Mapping[str, Any], model: str) -> Asked:
 def _read_chat_logprobs(given: dict[str, Any]) -> Any:
     """In chats a flag, and their number apart."""
     top = given.pop("top_logprobs", None)
+    if top is not None and (type(top) is not int or not 0 <= top <= MAX_LOGPROBS):
+        text = f"{shown(top)}: must be a whole number from 0 to {MAX_LOGPROBS}"
+        raise InputError("top_logprobs", text)
     if read_flag(given, "logprobs"):
         return top or 0
     if top:
@@ -146,6 +151,9 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     """`given`: what else stands in the body."""
     stream = read_flag(given, "stream")
     include_usage = _read_stream_options(given.pop("stream_options", None), stream)
+    if stream and given.get("prompt_logprobs") is not None:
+        raise InputError("prompt_logprobs", "comes with whole answers: leave out stream=true")
+    form, form_field = read_structured(given)
     sampling: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in given.items():
@@ -159,10 +167,11 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
             _refuse(name)
     try:
         RequestOptions(**options)
-        params = SamplingParams(**sampling)
+        params = SamplingParams(**sampling, structured=form)
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
-    return Asked(prompts, params, cast(OptionFields, options), stream, include_usage)
+    told = cast(OptionFields, options)
+    return Asked(prompts, params, told, stream, include_usage, form_field)
 
 
 def _read_stream_options(given: Any, stream: bool) -> bool:

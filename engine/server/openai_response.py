@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...scheduler.logprobs import TokenLogprobs
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
-from .openai_logprobs import Decode, write_logprobs
+from ..tool_calls import ToolCall
+from .openai_logprobs import Decode, write_logprobs, write_prompt_logprobs
+
+PromptLogprobs = Sequence[TokenLogprobs | None]
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,25 @@ class AnswerForm:
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def chunk(
-        self, choice: int, delta: OutputDelta, is_first: bool, with_usage: bool
+        self,
+        choice: int,
+        delta: OutputDelta,
+        is_first: bool,
+        with_usage: bool,
+        num_calls: int = 0,
     ) -> dict[str, Any]:
         """Of a stream. `is_first` of its choice; `with_usage`: the stream ends with its usage, and
-        every chunk before has null there."""
+        every chunk before has null there; `num_calls`: that its choice had before."""
         new: dict[str, Any] = {"text": delta.text}
         if self.is_chat:
             content = {"content": delta.text} if delta.text or is_first else {}
             new = {"delta": ({"role": "assistant"} if is_first else {}) | content}
+            if delta.tool_calls:
+                calls = enumerate(write_calls(delta.tool_calls), num_calls)
+                new["delta"]["tool_calls"] = [{"index": i, **call} for i, call in calls]
         told = write_logprobs(delta.logprobs, self.decode, self.is_chat)
-        reason = {"logprobs": told, "finish_reason": delta.finish_reason}
+        has_calls = bool(num_calls or delta.tool_calls)
+        reason = {"logprobs": told, "finish_reason": _reason(delta.finish_reason, has_calls)}
         chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
         if with_usage:
             chunk["usage"] = None
@@ -44,18 +57,32 @@ class AnswerForm:
         return self._head("chat.completion.chunk", []) | {"usage": write_usage(usages)}
 
     def whole(
-        self, outputs: Sequence[Output], usages: Sequence[Usage], media: Sequence[MediaInfo]
+        self,
+        outputs: Sequence[Output],
+        usages: Sequence[Usage],
+        media: Sequence[MediaInfo],
+        prompt_logprobs: Sequence[PromptLogprobs] = (),
     ) -> dict[str, Any]:
-        """`outputs` in the order of their choices."""
+        """`outputs` in the order of their choices; `prompt_logprobs` one a prompt, where they were
+        asked for: as vLLM has it in each choice of completions, and in a chat beside them."""
+        prompts = [write_prompt_logprobs(each, self.decode) for each in prompt_logprobs]
         choices = []
         for choice, output in enumerate(outputs):
             new: dict[str, Any] = {"text": output.text}
             if self.is_chat:
                 new = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
+                if output.tool_calls:
+                    calls = {"tool_calls": write_calls(output.tool_calls)}
+                    new["message"] |= {"content": output.text or None} | calls
             told = write_logprobs(output.logprobs, self.decode, self.is_chat)
-            reason = {"logprobs": told, "finish_reason": output.finish_reason}
+            ended = _reason(output.finish_reason, bool(output.tool_calls))
+            reason = {"logprobs": told, "finish_reason": ended}
+            if prompts and not self.is_chat:
+                new["prompt_logprobs"] = prompts[choice * len(prompts) // len(outputs)]
             choices.append({"index": choice, **new, **reason})
         answer = self._head("chat.completion", choices) | {"usage": write_usage(usages)}
+        if prompts and self.is_chat:
+            answer["prompt_logprobs"] = prompts[0]
         return answer | ({"media": write_media(media)} if media else {})
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -66,6 +93,22 @@ class AnswerForm:
             "model": self.model,
             "choices": choices,
         }
+
+
+def write_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in calls
+    ]
+
+
+def _reason(reason: str | None, has_calls: bool) -> str | None:
+    """An answer that was cut off says so, calls or not."""
+    return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 def write_usage(usages: Sequence[Usage]) -> dict[str, Any]:

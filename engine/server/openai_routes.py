@@ -24,11 +24,12 @@ from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
 from .errors import Refused, fault_in
 from .http_error import api_error, error_of
-from .metadata import read_metadata
+from .metadata import log_trace, read_metadata
 from .metrics import CONTENT_TYPE, metrics_text
 from .openai_messages import read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
-from .openai_response import AnswerForm
+from .openai_response import AnswerForm, PromptLogprobs
+from .openai_structured import renamed
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -82,10 +83,15 @@ class Routes:
         tokenizer = self.engine.engine.processor.tokenizer.backend
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
         form = AnswerForm(name, self.model, is_chat, decode)
-        answers = _answers(self.engine, asked, name)
+        log_trace(name, beside)
+        answers = _answers(self.engine, asked, name, beside.traceparent)
         headers = {"x-request-id": name}
         if not asked.stream:
-            return _json(await _gather(answers, asked, form), headers)
+            make = await _gather(answers, asked, form)
+            if asked.params.prompt_logprobs is None:
+                return _json(make(), headers)
+            # A long prompt's are megabytes, which all other requests would wait for.
+            return await asyncio.to_thread(lambda: _json(make(), headers))
         try:  # what is refused, is so with a status: nothing is sent before the first delta
             first = await anext(answers)
             if first[1].error:
@@ -189,12 +195,13 @@ def _only(body: Mapping[str, Any], *known: str) -> None:
             raise InputError(name, f"unknown; this takes {', '.join(known)}")
 
 
-async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str, Any]:
-    """All deltas as one object."""
+async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> Callable[[], dict[str, Any]]:
+    """Waits for all deltas; what makes one object of them."""
     n = asked.params.n
     outputs = [Output(i) for i in range(n * len(asked.prompts))]
     usages: list[Usage] = []
     media: list[MediaInfo] = []
+    prompts: list[PromptLogprobs] = [()] * len(asked.prompts)
     async with contextlib.aclosing(answers):
         async for prompt, delta in answers:
             if delta.error:
@@ -202,17 +209,20 @@ async def _gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str,
             output = outputs[prompt * n + delta.index]
             output.text += delta.text
             output.logprobs.extend(delta.logprobs)
+            output.tool_calls.extend(delta.tool_calls)
             output.finish_reason = delta.finish_reason or output.finish_reason
             media.extend(delta.media)
+            prompts[prompt] = delta.prompt_logprobs or prompts[prompt]
             usages.extend([delta.usage] if delta.usage else [])
-    return form.whole(outputs, usages, media)
+    told = prompts if asked.params.prompt_logprobs is not None else ()
+    return functools.partial(form.whole, outputs, usages, media, told)
 
 
 async def _chunks(
     first: tuple[int, OutputDelta], rest: Answers, asked: Asked, form: AnswerForm
 ) -> AsyncGenerator[bytes, None]:
     """A stream's events; an error ends it."""
-    begun: set[int] = set()
+    begun: dict[int, int] = {}  # calls that a choice had
     usages: list[Usage] = []
     try:
         event: tuple[int, OutputDelta] | None = first
@@ -222,11 +232,11 @@ async def _chunks(
                 raise api_error(fault_in(delta.error))
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
-            is_told = bool(delta.text or delta.logprobs)
+            is_told = bool(delta.text or delta.logprobs or delta.tool_calls)
             if is_told or delta.finish_reason or delta.media or choice not in begun:
-                is_first = choice not in begun
-                begun.add(choice)
-                yield _event(form.chunk(choice, delta, is_first, asked.include_usage))
+                is_first, had = choice not in begun, begun.get(choice, 0)
+                begun[choice] = had + len(delta.tool_calls)
+                yield _event(form.chunk(choice, delta, is_first, asked.include_usage, had))
             event = await anext(rest, None)
         if asked.include_usage:
             yield _event(form.usage_chunk(usages))
@@ -242,10 +252,28 @@ def _event(value: Any) -> bytes:
     return b"data: " + _dump(value) + b"\n\n"
 
 
-async def _answers(engine: AsyncLLM, asked: Asked, name: str) -> Answers:
+async def _answers(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:
     """(which prompt, delta) of all prompts, as they come. Closing it aborts them all."""
+    async with contextlib.aclosing(_merged(engine, asked, name, traceparent)) as merged:
+        try:
+            async for event in merged:
+                yield event
+        except InputError as error:
+            raise renamed(error, asked.form_field) from None
+
+
+async def _merged(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:
+    def begin(prompt: int, request_id: str) -> AsyncGenerator[OutputDelta, None]:
+        return engine.generate(
+            asked.prompts[prompt],
+            asked.params,
+            request_id=request_id,
+            traceparent=traceparent,
+            **asked.options,
+        )
+
     if len(asked.prompts) == 1:
-        stream = engine.generate(asked.prompts[0], asked.params, request_id=name, **asked.options)
+        stream = begin(0, name)
         async with contextlib.aclosing(stream):
             async for delta in stream:
                 yield 0, delta
@@ -253,11 +281,9 @@ async def _answers(engine: AsyncLLM, asked: Asked, name: str) -> Answers:
     queue: asyncio.Queue[tuple[int, OutputDelta | Exception | None]] = asyncio.Queue()
 
     async def feed(index: int) -> None:
-        each = f"{name}-{index}"
         end: Exception | None = None
         try:
-            prompt = asked.prompts[index]
-            stream = engine.generate(prompt, asked.params, request_id=each, **asked.options)
+            stream = begin(index, f"{name}-{index}")
             async with contextlib.aclosing(stream):
                 async for delta in stream:
                     queue.put_nowait((index, delta))

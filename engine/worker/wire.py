@@ -26,12 +26,13 @@ from ..runner.batch import (
     Logprobs,
     PromptTargets,
     SamplingBatch,
+    TokenMasks,
     UInt8,
 )
 
 # Fields of `SamplingBatch` that are None where no row needs them.
 MAYBE_ARRAYS = ("presence_penalty", "frequency_penalty", "logprob_places")
-MAYBE_TABLES = ("edits", "prompt_targets")
+MAYBE_TABLES = ("edits", "prompt_targets", "masks")
 
 INT32, FLOAT32, UINT64 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
 
@@ -177,6 +178,10 @@ def _unpack_asked_for(sampling: pb.Sampling, num_rows: int) -> dict[str, Any]:
         size = len(places)
         after, token_ids = _array(edits.after, INT32, size), _array(edits.token_ids, INT32, size)
         found["edits"] = LogitEdits(places, after, token_ids, _array(edits.bias, FLOAT32, size))
+    if sampling.HasField("masks"):
+        places = _array(sampling.masks.places, INT32)
+        allowed = _array(sampling.masks.allowed, INT32, len(places), -1)
+        found["masks"] = TokenMasks(places, allowed)
     if sampling.logprob_places:
         found["logprob_places"] = _array(sampling.logprob_places, INT32)
     if sampling.HasField("prompt_targets"):
@@ -215,6 +220,7 @@ def pack_result(
         missing=[_pack_key(key) for key in result.missing],
         errors=[pb.RowError(row=row, text=text) for row, text in result.errors],
         seconds=seconds,
+        encode_seconds=result.encode_seconds,
     )
     for name in ("logprobs", "prompt_logprobs"):
         if (found := getattr(result, name)) is not None:
@@ -233,6 +239,7 @@ def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
         errors=tuple((error.row, error.text) for error in first.errors),
         logprobs=_unpack_logprobs(first, "logprobs"),
         prompt_logprobs=_unpack_logprobs(first, "prompt_logprobs"),
+        encode_seconds=max(reply.encode_seconds for reply in replies),
     )
 
 

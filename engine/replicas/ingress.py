@@ -1,0 +1,234 @@
+"""Where requests come in: Serve's HTTP and gRPC proxies hand them to this, which says by what they
+are to be routed and passes them on. It holds no model; several may share the load."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...proto import octavo_pb2 as pb
+from ..server.errors import Fault, Refused
+from ..server.http_error import ApiError, error_of
+from ..server.http_guard import read_body
+from ..server.status import failure_of
+from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
+from .prefix import Prefix
+from .read import grpc_prefix, http_prefix
+from .run_grpc import end_of
+
+log = logging.getLogger("octavo.server")
+
+TRIES = 3  # replicas that are asked until one has begun to answer
+LOST = Fault("UNAVAILABLE", "the replica that answered was lost; try again")
+ONE_SERVER = "is about one server; there are several here. "
+REFUSED = {
+    "Abort": Fault("UNIMPLEMENTED", f"Abort {ONE_SERVER}Cancel the call instead"),
+    "GetLoad": Fault("UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Ray's dashboard and metrics have it"),
+    "Drain": Fault("UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains what it stops"),
+}
+
+
+@serve.ingress()
+class Ingress:
+    """Serve's gRPC proxy calls the methods that are named as those of `octavo.v1`."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas.options(stream=True)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return Starlette(routes=[Mount("/", app=self._http)])
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+        try:
+            call = await _http_call(scope, receive)
+            if call is None:  # the client went away
+                return
+            async with contextlib.aclosing(self._answers("http", call)) as answers:
+                async for message in answers:
+                    has_begun = True
+                    await send(_asgi(message))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (ApiError, Refused) as error:
+            told = error_of(error)
+            if not has_begun:
+                await told.response()(scope, receive, send)
+                return
+            event = b"data: " + told.body.encode() + b"\n\n"  # as the door ends a stream that fails
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def Generate(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.GenerateDelta]:
+        """A status travels to Serve's proxy beside a message alone: a request that is refused gets
+        one delta, with its `failure`."""
+        call = _grpc_call("Inference", "Generate", request, grpc_context)
+        delta = pb.GenerateDelta(request_id=call.request_id)
+        try:
+            async with contextlib.aclosing(self._answers("grpc", call)) as answers:
+                async for message in answers:
+                    if isinstance(message, GrpcEnd):
+                        if delta.HasField("failure"):  # the last delta has said so
+                            return
+                        _set(grpc_context, message)
+                        delta = pb.GenerateDelta(request_id=call.request_id)
+                        delta.failure.CopyFrom(failure_of(Fault(message.code, message.text)))
+                        yield delta
+                        return
+                    delta = pb.GenerateDelta.FromString(message)
+                    if delta.HasField("failure"):
+                        failed = delta.failure
+                        _set(grpc_context, end_of(Fault(failed.code, failed.text)))
+                    yield delta
+        except Refused as error:
+            _set(grpc_context, end_of(error.fault))
+            yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(error.fault))
+
+    async def GenerateOnce(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GenerateReply:
+        return await self._once(
+            "Inference", "GenerateOnce", request, grpc_context, pb.GenerateReply
+        )
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.TokenizeReply:
+        return await self._once("Inference", "Tokenize", request, grpc_context, pb.TokenizeReply)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeReply:
+        return await self._once(
+            "Inference", "Detokenize", request, grpc_context, pb.DetokenizeReply
+        )
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ModelInfo:
+        return await self._once("Control", "GetModelInfo", request, grpc_context, pb.ModelInfo)
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ServerInfo:
+        """Of the replica that answers."""
+        return await self._once("Control", "GetServerInfo", request, grpc_context, pb.ServerInfo)
+
+    async def Abort(
+        self, request: pb.AbortRequest, grpc_context: RayServegRPCContext
+    ) -> pb.AbortReply:
+        _set(grpc_context, end_of(REFUSED["Abort"]))
+        return pb.AbortReply()
+
+    async def GetLoad(
+        self, request: pb.GetLoadRequest, grpc_context: RayServegRPCContext
+    ) -> pb.Load:
+        _set(grpc_context, end_of(REFUSED["GetLoad"]))
+        return pb.Load()
+
+    async def Drain(
+        self, request: pb.DrainRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DrainReply:
+        _set(grpc_context, end_of(REFUSED["Drain"]))
+        return pb.DrainReply()
+
+    async def _once(
+        self, service: str, method: str, request: Message, context: RayServegRPCContext, reply: Any
+    ) -> Any:
+        """The one message; an empty one beside a status that is not OK."""
+        found = reply()
+        try:
+            call = _grpc_call(service, method, request, context)
+            async with contextlib.aclosing(self._answers("grpc", call)) as answers:
+                async for message in answers:
+                    if isinstance(message, GrpcEnd):
+                        _set(context, message)
+                    else:
+                        found = reply.FromString(message)
+        except Refused as error:
+            _set(context, end_of(error.fault))
+        return found
+
+    async def _answers(self, method: str, call: Call) -> AsyncGenerator[Any, None]:
+        """A replica's. Where one is lost, or cannot serve, before it has begun to answer, another
+        is asked, by its load alone. Raises `Refused`."""
+        for left in reversed(range(TRIES)):
+            stream = getattr(self._replicas, method).remote(call)
+            has_begun = False
+            try:
+                async for message in stream:
+                    if not has_begun and left and _cannot_serve(message):
+                        break
+                    has_begun = True
+                    yield message
+                else:
+                    return
+            except (RayError, RayServeException) as error:
+                log.warning("request %r: its replica was lost: %s", call.request_id, type(error))
+                if has_begun or not left:
+                    raise Refused(LOST.code, LOST.text) from None
+            finally:
+                stream.cancel()
+            call = replace(call, prefix=Prefix())
+
+
+def _cannot_serve(message: Any) -> bool:
+    if isinstance(message, HttpStart):
+        return message.status == 503
+    return isinstance(message, GrpcEnd) and message.code == "UNAVAILABLE"
+
+
+async def _http_call(scope: Scope, receive: Receive) -> HttpCall | None:
+    """Raises `ApiError`."""
+    body = await read_body(receive)
+    if body is None:
+        return None
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    headers = tuple((bytes(name), bytes(value)) for name, value in scope["headers"])
+    given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
+    name = given or uuid.uuid4().hex
+    if not given:
+        headers = (*headers, (b"x-request-id", name.encode()))
+    prefix = await http_prefix(path, body)
+    query = scope.get("query_string", b"")
+    return HttpCall(name, prefix, scope["method"], path, query, headers, body)
+
+
+def _asgi(message: HttpStart | bytes) -> dict[str, Any]:
+    if isinstance(message, HttpStart):
+        headers = list(message.headers)
+        return {"type": "http.response.start", "status": message.status, "headers": headers}
+    return {"type": "http.response.body", "body": message, "more_body": True}
+
+
+def _grpc_call(
+    service: str, method: str, request: Message, context: RayServegRPCContext
+) -> GrpcCall:
+    metadata = dict(context.invocation_metadata())
+    name = getattr(request, "request_id", "") or metadata.get("x-request-id", "")
+    if not name:
+        name = metadata["x-request-id"] = uuid.uuid4().hex
+    prefix = grpc_prefix(request) if isinstance(request, pb.GenerateRequest) else Prefix()
+    data = request.SerializeToString()
+    return GrpcCall(name, prefix, service, method, data, tuple(metadata.items()), context.peer())
+
+
+def _set(context: RayServegRPCContext, end: GrpcEnd) -> None:
+    context.set_code(grpc.StatusCode[end.code])
+    context.set_details(end.text)
+    context.set_trailing_metadata(list(end.trailing_metadata))

@@ -1,0 +1,48 @@
+"""The prefix of a request as it came. What cannot be read has none: a replica will say why."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from ...proto import octavo_pb2 as pb
+from ..input_error import InputError
+from ..media.limits import MediaLimits
+from ..server.convert import read_prompt
+from ..server.errors import Refused
+from ..server.http_error import ApiError
+from ..server.openai_request import read_chat, read_completions, read_json
+from .prefix import Prefix, prefix_of
+
+LIMITS = MediaLimits()
+AT_ONCE = 64 << 10  # bytes of a body that is read on the event loop
+READERS: dict[str, Any] = {
+    "/v1/chat/completions": read_chat,
+    "/v1/completions": read_completions,
+}
+
+
+async def http_prefix(path: str, body: bytes) -> Prefix:
+    if path not in READERS:
+        return Prefix()
+    if len(body) <= AT_ONCE:
+        return _http_prefix(path, body)
+    return await asyncio.to_thread(_http_prefix, path, body)
+
+
+def _http_prefix(path: str, body: bytes) -> Prefix:
+    """Of several prompts the first one's."""
+    try:
+        found = read_json(body)
+        asked = READERS[path](found, found.get("model"))
+        return prefix_of(asked.prompts[0], asked.options.get("cache_salt", ""))
+    except (InputError, ApiError, Refused, ValueError, TypeError, json.JSONDecodeError):
+        return Prefix()
+
+
+def grpc_prefix(request: pb.GenerateRequest) -> Prefix:
+    try:
+        return prefix_of(read_prompt(request, LIMITS), request.cache_salt)
+    except (InputError, Refused, ValueError, TypeError):
+        return Prefix()

@@ -1,0 +1,99 @@
+"""One replica: an engine with its worker group, and its doors without sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from ..async_llm import AsyncLLM
+from ..logs import set_up_logs
+from ..server.control import ControlServicer
+from ..server.grpc_server import warm_up
+from ..server.http_live import LiveView
+from ..server.http_server import make_app
+from ..server.inference import InferenceServicer
+from ..server.key_refusals import KeyRefusals
+from ..server.keys import read_keys
+from ..server.openai_routes import Routes
+from ..server.work import Work
+from .calls import GrpcCall, GrpcEnd, HttpCall, HttpStart
+from .held import Held
+from .run_grpc import run_grpc
+from .run_http import run_http
+
+
+class EngineReplica:
+    """Ray Serve's deployment: it calls `http` and `grpc` for requests, `check_health` and
+    `record_routing_stats` by itself, and `__del__` once those that run have ended."""
+
+    def __init__(
+        self, engine: dict[str, Any], threads_per_rank: int, api_key_file: Path | None
+    ) -> None:
+        """`engine`: the settings of `octavo.AsyncLLM`. Takes as long as loading the weights."""
+        set_up_logs("text")
+        # Ray gives a process the threads of its CPUs; here each rank is a process.
+        os.environ["OMP_NUM_THREADS"] = str(threads_per_rank)
+        self._keys = read_keys(api_key_file)
+        self._engine = AsyncLLM(**engine, isolate_media=True)
+        self._held = Held(self._engine.engine.scheduler, self._engine.config.block_size)
+        self._engine.on_admitted = self._held.admitted
+        self._work = Work()
+        routes = Routes.of(self._engine, self._work)
+        refusals = KeyRefusals(self._engine.engine.stats)
+        view = LiveView(self._engine, self._keys is not None)
+        self._app = make_app(routes, self._work, self._keys, refusals, view)
+        control = ControlServicer(self._engine, self._work, _nothing, self._keys is not None)
+        self._servicers = {
+            "Inference": InferenceServicer(self._engine, self._work),
+            "Control": control,
+        }
+        self._is_warm = False
+
+    async def http(self, call: HttpCall) -> AsyncGenerator[HttpStart | bytes, None]:
+        async with contextlib.aclosing(run_http(self._app, call)) as answer:
+            async for message in self._followed(call.request_id, call, answer):
+                yield message
+
+    async def grpc(self, call: GrpcCall) -> AsyncGenerator[bytes | GrpcEnd, None]:
+        servicer = self._servicers[call.service]
+        async with contextlib.aclosing(run_grpc(servicer, call, self._keys)) as answer:
+            async for message in self._followed(call.request_id, call, answer):
+                yield message
+
+    async def _followed(
+        self, request_id: str, call: HttpCall | GrpcCall, answer: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[Any, None]:
+        """The answer; what the request's prompt leaves in the caches is kept in mind."""
+        if call.prefix.links:
+            self._held.expect(request_id, call.prefix)
+        try:
+            async for message in answer:
+                self._held.answered(request_id)
+                yield message
+        finally:
+            self._held.forget(request_id)
+
+    async def check_health(self) -> None:
+        """Raises what Serve then replaces this replica for. The first call is before any request:
+        a step runs before anybody waits for one."""
+        if self._engine.failed:
+            raise RuntimeError(f"the engine stopped: {self._engine.failed}")
+        if not self._is_warm:
+            self._is_warm = True
+            await warm_up(self._engine)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What this replica holds, for `PrefixRouter`."""
+        return self._held.report()
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+
+async def _nothing() -> None:
+    """Serve itself tells who is healthy."""

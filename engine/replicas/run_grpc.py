@@ -1,0 +1,103 @@
+"""A replica's gRPC door without a socket: a servicer's method is run on one call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from ...proto import octavo_pb2 as pb
+from ..server.errors import Fault, Refused, fault_of
+from ..server.keys import ApiKeys
+from ..server.status import DETAILS, details_of, short
+from .calls import GrpcCall, GrpcEnd
+
+log = logging.getLogger("octavo.server")
+
+# Of each method what it takes. The rest of octavo.v1 is about one server, and not about many.
+METHODS: dict[str, Any] = {
+    "Generate": pb.GenerateRequest,
+    "GenerateOnce": pb.GenerateRequest,
+    "Tokenize": pb.TokenizeRequest,
+    "Detokenize": pb.DetokenizeRequest,
+    "GetModelInfo": pb.GetModelInfoRequest,
+    "GetServerInfo": pb.GetServerInfoRequest,
+}
+
+
+class _Aborted(Exception):
+    """The servicer ended its call."""
+
+
+@dataclass
+class _Context:
+    """As much of grpc.aio.ServicerContext as our servicers use."""
+
+    call: GrpcCall
+    end: GrpcEnd | None = field(default=None)
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return self.call.metadata
+
+    def time_remaining(self) -> float | None:
+        """A call whose deadline passes is cancelled by the proxy."""
+        return None
+
+    async def abort(
+        self, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()
+    ) -> NoReturn:
+        self.end = GrpcEnd(code.name, text, tuple(trailing_metadata))
+        raise _Aborted
+
+
+async def run_grpc(
+    servicer: Any, call: GrpcCall, keys: ApiKeys | None
+) -> AsyncGenerator[bytes | GrpcEnd, None]:
+    """The answer's messages, and how it ended where it failed. Closing it cancels the call."""
+    context = _Context(call)
+    try:
+        _check_key(call, keys)
+        answer = getattr(servicer, call.method)(_parsed(call), context)
+        if not hasattr(answer, "__aiter__"):
+            yield (await answer).SerializeToString()
+            return
+        async with contextlib.aclosing(answer):
+            async for message in answer:
+                yield message.SerializeToString()
+    except _Aborted:
+        assert context.end is not None
+        yield context.end
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except Exception as error:
+        fault = fault_of(error)
+        if fault.code == "INTERNAL":
+            log.exception("a call failed")
+        yield end_of(fault)
+
+
+def end_of(fault: Fault) -> GrpcEnd:
+    text = short(fault.text)
+    details = ((DETAILS, details_of(fault, text).SerializeToString()),)
+    return GrpcEnd(fault.code, text, details)
+
+
+def _check_key(call: GrpcCall, keys: ApiKeys | None) -> None:
+    given = dict(call.metadata).get("authorization")
+    if keys is not None and not keys.accept(given):
+        fault = keys.fault(given)
+        raise Refused(fault.code, fault.text, fault.field)
+
+
+def _parsed(call: GrpcCall) -> Any:
+    try:
+        return METHODS[call.method].FromString(call.message)
+    except DecodeError:
+        text = f"the message's {len(call.message)} bytes are not the protobuf that it takes"
+        raise Refused("INVALID_ARGUMENT", text) from None

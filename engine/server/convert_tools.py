@@ -1,0 +1,75 @@
+"""Tools, calls and choices of the public protocol as the engine takes them: OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ...proto import octavo_pb2 as pb
+from ..input.tools import CHOICES, MAX_TOOLS, MAX_TOOLS_SIZE
+from ..input_error import InputError, shown
+from ..tool_calls import ToolCall
+
+
+def read_tools(request: pb.GenerateRequest) -> dict[str, Any]:
+    """The fields of a prompt that say something. Raises `InputError`."""
+    found: dict[str, Any] = {}
+    if request.tools:
+        if len(request.tools) > MAX_TOOLS:
+            raise InputError("tools", f"{len(request.tools)} of them; at most {MAX_TOOLS}")
+        found["tools"] = [_read_tool(t, f"tools[{i}]") for i, t in enumerate(request.tools)]
+    if request.tool_choice and request.tool_name:
+        raise InputError("tool_name", "goes without tool_choice: give one of them")
+    if request.tool_choice:
+        if request.tool_choice not in CHOICES:
+            known = ", ".join(CHOICES)
+            raise InputError("tool_choice", f"{shown(request.tool_choice)}; must be {known}")
+        found["tool_choice"] = request.tool_choice
+    if request.tool_name:
+        if all(tool.function.name != request.tool_name for tool in request.tools):
+            raise InputError("tool_name", f"{shown(request.tool_name)} is none of the tools")
+        named = {"name": request.tool_name}
+        found["tool_choice"] = {"type": "function", "function": named}
+    if request.HasField("parallel_tool_calls"):
+        found["parallel_tool_calls"] = request.parallel_tool_calls
+    return found
+
+
+def _read_tool(tool: pb.Tool, field: str) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.function.name}
+    if tool.function.description:
+        function["description"] = tool.function.description
+    if tool.function.parameters:
+        field = f"{field}.function.parameters"
+        if len(tool.function.parameters) > MAX_TOOLS_SIZE:
+            raise InputError(field, f"over {MAX_TOOLS_SIZE} characters of JSON")
+        try:
+            function["parameters"] = json.loads(tool.function.parameters)
+        except (ValueError, RecursionError):
+            raise InputError(field, "is not JSON") from None
+    return {"type": "function", "function": function}
+
+
+def read_message_calls(message: pb.Message) -> dict[str, Any]:
+    """The fields of a message about calls that say something."""
+    found: dict[str, Any] = {}
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.arguments},
+            }
+            for call in message.tool_calls[: MAX_TOOLS + 1]
+        ]
+    if message.tool_call_id:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def write_calls(calls: Iterable[ToolCall]) -> list[pb.ToolCall]:
+    return [
+        pb.ToolCall(id=call.id, function=pb.FunctionCall(name=call.name, arguments=call.arguments))
+        for call in calls
+    ]

@@ -1,0 +1,106 @@
+"""A request's use of tools: the form that its choice asks for, and the calls in its deltas."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..scheduler.params import SamplingParams
+from ..scheduler.structured import MAX_FORM_BYTES, StructuredOutput
+from .input.tools import read_choice, read_tools
+from .input_error import InputError
+from .output import OutputDelta
+from .tool_calls import ToolParser
+
+# How llguidance writes JSON.
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class CallReader:
+    """Takes the calls out of one request's deltas. Without tools, deltas stay as they are."""
+
+    def __init__(self, prompt: Any) -> None:
+        """`prompt`: as `AsyncLLM.generate` takes it."""
+        has_tools = isinstance(prompt, Mapping) and bool(prompt.get("tools"))
+        self._is_on = has_tools and prompt.get("tool_choice") != "none"
+        self._most = 1 if has_tools and prompt.get("parallel_tool_calls") is False else None
+        self._parsers: defaultdict[int, ToolParser] = defaultdict(ToolParser)
+        self._counts: defaultdict[int, int] = defaultdict(int)  # calls told, by answer
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """What is wrong with the grammar is so with the tools that it was made of."""
+        try:
+            yield
+        except InputError as error:
+            if self._is_on and error.field.startswith("structured.lark"):
+                reason = str(error).rpartition("column ")[2].partition(": ")[2]
+                text = f"a schema that tool_choice cannot keep to: {reason or 'too complex'}"
+                raise InputError("tools", text) from None
+            raise
+
+    def read(self, delta: OutputDelta) -> OutputDelta:
+        if not self._is_on:
+            return delta
+        parser = self._parsers[delta.index]
+        text, calls = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            rest, last = parser.flush()
+            text, calls = text + rest, calls + last
+        if self._most is not None:
+            calls = calls[: self._most - self._counts[delta.index]]
+        self._counts[delta.index] += len(calls)
+        named = tuple(replace(call, id=f"call_{uuid.uuid4().hex[:24]}") for call in calls)
+        return replace(delta, text=text, tool_calls=named)
+
+
+def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingParams | None:
+    """The sampling that a prompt's `tool_choice` asks for. Raises `InputError`."""
+    if not isinstance(prompt, Mapping) or prompt.get("tool_choice") in (None, "auto", "none"):
+        return params
+    grammar = tool_grammar(
+        prompt.get("tools"), prompt["tool_choice"], prompt.get("parallel_tool_calls") is not False
+    )
+    return _with_grammar(params or SamplingParams(), grammar)
+
+
+def _with_grammar(params: SamplingParams, grammar: str) -> SamplingParams:
+    """The one place where a choice becomes a form of the answer."""
+    if params.structured is not None:
+        raise InputError("tool_choice", "asks for a form of the answer, and so do you: give one")
+    try:
+        return replace(params, structured=StructuredOutput(lark=grammar))
+    except ValueError:  # over its size
+        text = f"over {MAX_FORM_BYTES} bytes of schemas, which tool_choice makes a grammar of"
+        raise InputError("tools", text) from None
+
+
+def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
+    """Calls of the tools and nothing else, as a Lark grammar of llguidance's. `choice`: "required",
+    or one named function, of which one call is made. Raises `InputError`."""
+    read_tools(tools)
+    kind = read_choice(choice, tools)
+    if kind is None:
+        tools = [t for t in tools if t["function"]["name"] == choice["function"]["name"]]
+    names = [f"call_{index}" for index in range(len(tools))]
+    more = r' ("\n" call)*' if kind is not None and parallel else ""
+    rules = [f"start: call{more}", f"call: {' | '.join(names)}"]
+    rules += [_call_rule(name, tool) for name, tool in zip(names, tools, strict=True)]
+    return "\n".join(rules) + "\n"
+
+
+def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
+    """`name` is the rule's. Arguments are an object, whether the schema says so or not, written as
+    Qwen does; free white space would be all that a small model writes."""
+    function = tool["function"]
+    head = f'<tool_call>\n{{"name": "{function["name"]}", "arguments": '
+    schema = {**(function.get("parameters") or {}), "x-guidance": WRITTEN}
+    if "$ref" not in schema:
+        schema.setdefault("type", "object")
+    body, tail = json.dumps(schema), json.dumps("}\n</tool_call>")
+    return f"{name}: {json.dumps(head)} %json {body} {tail}"

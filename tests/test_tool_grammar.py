@@ -1,0 +1,120 @@
+"""The grammar that a tool choice asks for, as llguidance reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.engine.input_error import InputError
+from octavo.engine.tool_calls import ToolCall, split_answer
+from octavo.engine.tool_use import tool_grammar, with_tool_choice
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"place": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "a.b-c"}},
+]
+ONE = {"type": "function", "function": {"name": "weather"}}
+
+
+def call(name: str, arguments: Any) -> str:
+    """As llguidance writes it: it escapes nothing but what JSON has to."""
+    written = json.dumps(arguments, ensure_ascii=False)
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {written}}}\n</tool_call>'
+
+
+def is_taken(text: str, choice: Any, parallel: bool = True, tools: Any = TOOLS) -> bool:
+    """Whether the grammar has the whole text as an answer."""
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = llguidance.LLMatcher.grammar_from_lark(tool_grammar(tools, choice, parallel))
+    assert not llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
+    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.validate_tokens(tokens) == len(tokens) and (
+        matcher.consume_tokens(tokens) and matcher.is_accepting()
+    )
+
+
+WARM = call("weather", {"place": "Oslo", "days": 3})
+OTHER = call("a.b-c", {"x": [{"</tool_call>": "é"}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "choice", "parallel", "taken"),
+    [
+        (WARM, "required", True, True),
+        (OTHER, "required", True, True),
+        (f"{WARM}\n{OTHER}\n{WARM}", "required", True, True),
+        (f"{WARM}\n{OTHER}", "required", False, False),
+        (WARM, "required", False, True),
+        (WARM, ONE, True, True),
+        (OTHER, ONE, True, False),
+        (f"{WARM}\n{WARM}", ONE, True, False),
+        (f"Let me see.\n{WARM}", "required", True, False),
+        (call("weather", {"days": 3}), "required", True, False),
+        (call("weather", {"place": 3}), "required", True, False),
+        (call("news", {}), "required", True, False),
+        (call("a.b-c", []), "required", True, False),
+        ("", "required", True, False),
+    ],
+)
+def test_calls_and_nothing_else(text: str, choice: Any, parallel: bool, taken: bool) -> None:
+    assert is_taken(text, choice, parallel) == taken
+
+
+def test_a_schema_without_a_type_is_an_object_s() -> None:
+    bare = [{"type": "function", "function": {"name": "a", "parameters": {"properties": {}}}}]
+    assert is_taken(call("a", {"x": 1}), "required", tools=bare)
+    assert not is_taken(call("a", 5), "required", tools=bare)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=20), st.integers(-99, 99))
+def test_what_the_grammar_has_the_parser_finds(place: str, days: int) -> None:
+    arguments = {"place": place, "days": days}
+    text = call("weather", arguments)
+    assert is_taken(text, ONE)
+    content, (found,) = split_answer(text)
+    assert content == "" and json.loads(found.arguments) == arguments
+    assert isinstance(found, ToolCall) and found.name == "weather"
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "field"),
+    [
+        (None, "required", "tool_choice"),
+        ([], "required", "tool_choice"),
+        (TOOLS, {"type": "function", "function": {"name": "x"}}, "tool_choice.function.name"),
+        (TOOLS, {"type": "function"}, "tool_choice.function"),
+        (TOOLS, {"type": "allowed_tools"}, "tool_choice"),
+        ([{}], "required", "tools[0].type"),
+    ],
+)
+def test_L27_a_bad_choice_names_the_field(tools: Any, choice: Any, field: str) -> None:
+    with pytest.raises(InputError) as caught:
+        tool_grammar(tools, choice)
+    assert caught.value.field == field
+
+
+def test_a_choice_is_a_form_of_the_answer() -> None:
+    prompt = {"tools": TOOLS, "tool_choice": "required"}
+    params = with_tool_choice(prompt, None)
+    assert params is not None and params.structured is not None
+    assert params.structured.lark == tool_grammar(TOOLS, "required")
+    assert with_tool_choice({**prompt, "tool_choice": "auto"}, None) is None
+    with pytest.raises(InputError, match=r"^tool_choice: "):
+        with_tool_choice(prompt, params)
+    many = {"type": "object", "properties": {f"x{i}": {"type": "string"} for i in range(4000)}}
+    large = [{"type": "function", "function": {"name": "a", "parameters": many}}]
+    with pytest.raises(InputError, match=r"^tools: over 65536 bytes"):
+        with_tool_choice({"tools": large, "tool_choice": "required"}, None)
