@@ -158,7 +158,7 @@ def test_L31_message_size_pings_while_nothing_comes_cut_no_stream_off(
         assert not still_watches(address), "gRPC's defaults would do"
 
 
-def test_L31_message_size_warm_before_serving() -> None:
+def test_L31_message_size_warm_before_serving(served: Served) -> None:
     """While the first step runs nobody is served; then all are."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -173,19 +173,25 @@ def test_L31_message_size_warm_before_serving() -> None:
                 return error.code().name
             return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 
-    class Engine:
-        async def generate(self, *given: Any) -> AsyncIterator[None]:
+    class Watched:
+        """The engine, which looks what callers see at two moments."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(served.engine, name)
+
+        async def generate(self, *given: Any) -> AsyncIterator[Any]:
             seen.append(f"first step: {await look()}")
-            yield None
+            async for delta in served.engine.generate(*given):
+                yield delta
 
         async def wait_failed(self) -> str:
             seen.append(f"ready: {await look()}")
             return "it is over"
 
-    engine: Any = Engine()
+    engine: Any = Watched()
     ready: list[str] = []
-    served = grpc_server.serve(engine, "127.0.0.1", port, lambda *given: ready.append(given[0]))
-    assert asyncio.run(served) == 1
+    ends = grpc_server.serve(engine, "127.0.0.1", port, lambda *given: ready.append(given[0]))
+    assert asyncio.run(ends) == 1
     assert seen[0] in ("first step: UNAVAILABLE", "first step: DEADLINE_EXCEEDED")
     assert seen[1:] == ["ready: SERVING"] and ready == [f"127.0.0.1:{port}"]
 
