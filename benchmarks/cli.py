@@ -16,6 +16,7 @@ from octavo.engine.cli_errors import user_errors
 
 from .cli_media import media
 from .cli_roofline import roofline
+from .cli_streams import streams
 from .options import (
     EngineOptions,
     OutputOptions,
@@ -29,6 +30,7 @@ from .options import (
 bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
 bench_app.command()(roofline)
 bench_app.command()(media)
+bench_app.command()(streams)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
@@ -168,7 +168,7 @@ class AsyncLLM:
                             continue
                         finished = event.usage is not None
                         record.add(event)
-                        yield calls.read(replace(event, request_id=name))
+                        yield calls.read(event.named(name))
             finally:
                 del self._streams[key], self._keys[name]
                 if stream.work is not None:

@@ -55,6 +55,13 @@ class OutputDelta:
     tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; they are no part of the text
     times: RequestTimes | None = None  # on the request's last delta
 
+    def named(self, request_id: str) -> OutputDelta:
+        """The same of a request by another name: `replace`, without its price, for each delta of
+        every stream."""
+        other = object.__new__(OutputDelta)
+        other.__dict__.update(self.__dict__, request_id=request_id)
+        return other
+
 
 @dataclass
 class Output:
@@ -137,6 +144,11 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that `token_ids` add, up to a stop string."""
+        if len(token_ids) == 1 and not self._stop:  # one of each step's many: nothing is held
+            self._token_ids.append(token_ids[0])
+            piece = self._decode.step(self._tokenizer, token_ids[0]) or ""
+            self._decoded += len(piece)
+            return piece
         early, text = "", ""
         for token in token_ids:
             self._token_ids.append(token)

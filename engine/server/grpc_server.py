@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -118,6 +119,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
     await warm_up(engine)
+    _spare_collector()
     await made.set_health(SERVING)
     await made.server.start()
     on_ready(f"{address}:{port}", await http.start(engine, made.work) if http else "")
@@ -149,6 +151,13 @@ async def _stop(made: GrpcServer, grace: float) -> None:
     await asyncio.sleep(0.1)  # the last request's status is still to be sent
     await made.server.stop(None)
     await stopping
+
+
+def _spare_collector() -> None:
+    """What is there before the first request stays for good. The garbage collector is not to go
+    through it again and again while streams run, which would stop them for tenths of seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 async def warm_up(engine: AsyncLLM) -> None:
