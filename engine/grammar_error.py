@@ -39,12 +39,14 @@ def reason_of(text: str, field: str) -> str:
 
 
 def _reason(text: str, field: str) -> str:
+    is_regex = "regex parse error" in text
+    said = text.partition("\nerror:")[2].partition("\n")[0] if is_regex else text  # no pattern
     for pattern, told in _KNOWN:
-        if found := re.search(pattern, text, re.DOTALL):
+        if found := re.search(pattern, said, re.DOTALL):
             return told(found)
-    if any(part in text for part in _COMPLEX):
+    if any(part in said for part in _COMPLEX):
         return TOO_COMPLEX
-    if "regex parse error" in text or "invalid regex" in text:
+    if is_regex or "invalid regex" in text:
         return "a pattern in it is no regular expression" if field != "regex" else _regex(text)
     if field == "lark":
         return "is not Lark's grammar from there on"

@@ -51,7 +51,7 @@ class StructuredOutput:
             object.__setattr__(self, "json_schema", _as_json(self.json_schema))
         for text in self.choice if self.choice else (getattr(self, given[0]),):
             _check_text(f"structured.{given[0]}", text)
-        if sum(map(len, self.choice)) > MAX_FORM_BYTES:
+        if sum(len(text.encode("utf-8", "replace")) for text in self.choice) > MAX_FORM_BYTES:
             raise ValueError(f"structured.choice: at most {MAX_FORM_BYTES} bytes together")
         if self.lark is not None and self.lark.lstrip().startswith("{"):
             raise ValueError("structured.lark: begins with '{', and a Lark grammar with a rule")

@@ -53,6 +53,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "product": ({"json_schema": {"allOf": [{"anyOf": [{"minimum": i}, {"maximum": -i}]}
                                            for i in range(30)]}}, "too complex"),
     "group": ({"regex": "ab("}, "see character 3"),
+    "words": ({"regex": "(too many"}, "is no regular expression"),
+    "word": ({"regex": "[exceeds"}, "is no regular expression"),
     "look": ({"regex": "a(?=b)"}, "look-around"),
     "back": ({"regex": r"(a)\1"}, "back-references"),
     "nothing": ({"regex": r"[^\s\S]"}, "matches nothing"),
@@ -75,6 +77,10 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": '{"a":"' + "x" * 1_000_000 + '"}'}, "structured.json_schema: 1000008 char"),
     ({"regex": "a" * 1_000_000}, "structured.regex: 1000000 characters; at most 65536 bytes"),
     ({"lark": ' {"grammars":[{"regex":"a"}]}'}, "structured.lark: begins with '{'"),
+    (
+        {"choice": ["\U0001f600" * 60 + str(i) for i in range(300)]},
+        "structured.choice: at most 65536 bytes together",
+    ),
     ({"regex": 3}, "structured.regex=3: must be a text"),
     ({"regex": "\ud800"}, "structured.regex="),
     ({"choice": "yes"}, "structured.choice: must be a list"),

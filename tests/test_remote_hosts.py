@@ -164,8 +164,26 @@ def test_a_stranger_is_not_let_in(
     with pytest.raises(RuntimeError, match=r"rank 0 .* is not there"):
         engine(checkpoint, hosts, tmp_path)
     shutil.copy(tmp_path / "tls.crt", tmp_path / "ca.crt")
+    monkeypatch.setattr(remote, "JOIN_TIMEOUT", 60.0)  # it may still be starting
     with pytest.raises(ConfigError, match="the certificates do not fit"):
         engine(checkpoint, hosts, tmp_path)
+
+
+def test_a_worker_whose_certificate_names_another_address_is_refused(
+    checkpoint: Path, hosts: list[Kept], certificates: Path, monkeypatch: Any
+) -> None:
+    ip("-n", HOSTS[0], "addr", "add", "10.98.7.9/24", "dev", "eth0")
+    kept = keep(
+        checkpoint,
+        *("--listen", "10.98.7.9:7000", "--rank", "0", "--tls", str(certificates / "rank0")),
+        within=("ip", "netns", "exec", HOSTS[0]),
+    )
+    kept.read()
+    try:
+        with pytest.raises(ConfigError, match="the certificates do not fit"):
+            engine(checkpoint, [kept], certificates / "engine")
+    finally:
+        assert kept.close() == 0
 
 
 @pytest.mark.slow

@@ -113,8 +113,8 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, content: bytes) -> None:
 class Rank:
     """A worker's meeting, and an engine's thread that answers it."""
 
-    def __init__(self, shared: SharedStore) -> None:
-        self.meeting, self._open = Meeting(), True
+    def __init__(self, shared: SharedStore, ours: Meeting | None = None) -> None:
+        self.meeting, self._open = ours or Meeting(), True
         self.store = MeetingStore(self.meeting)
         self._shared = shared
         threading.Thread(target=self._answer, daemon=True).start()
@@ -179,6 +179,67 @@ def test_ranks_meet_by_it(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) ->
     for thread in threads:
         thread.join(30)
     assert found == [[3.0] * 3] * 2
+
+
+def test_a_stream_that_breaks_fails_what_was_asked_by_it_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meeting, "OPEN_CHECK", 0.05)
+    ours = Meeting()
+    store, failed = MeetingStore(ours), threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(RuntimeError, match="does not answer"):
+            store.get("a")
+        failed.set()
+
+    def broken() -> Any:
+        yield pb.StoreReply(value=b"of another question")
+        raise ConnectionError
+
+    replies = broken()
+    next(replies)
+    stream = ours.serve(replies, lambda: True)
+    threading.Thread(target=ask, daemon=True).start()
+    assert next(stream).key == "a"
+    with pytest.raises(ConnectionError):
+        next(stream)
+    assert failed.wait(5)
+    shared = SharedStore()
+    shared.answer(pb.StoreRequest(key="b", set=b"B"))
+    rank = Rank(shared, ours)  # the stream that is opened again
+    assert store.get("b") == b"B"
+    rank.close()
+
+
+def test_a_later_stream_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Meeting()
+    first = ours.serve(iter(()), lambda: True)
+    done = threading.Thread(target=lambda: next(first, None), daemon=True)
+    done.start()
+    rank = Rank(SharedStore(), ours)
+    done.join(5)
+    assert not done.is_alive()
+    assert rank.store.add("n", 1) == 1
+    rank.close()
+
+
+def test_a_late_reply_is_no_other_question_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "ASK_TIMEOUT", 0.05)
+    ours, replies = Meeting(), [pb.StoreReply(value=b"B"), pb.StoreReply(value=b"A")]
+    stream = ours.serve(iter(replies.pop, None), lambda: True)
+    with pytest.raises(RuntimeError, match="does not answer"):
+        ours.ask(pb.StoreRequest(key="nobody serves"))
+    monkeypatch.setattr(meeting, "ASK_TIMEOUT", 5.0)
+    answers: list[Any] = []
+    asker = threading.Thread(
+        target=lambda: answers.append(ours.ask(pb.StoreRequest(key="a"))), daemon=True
+    )
+    asker.start()
+    assert next(stream).key == "a"  # and not the one that was given up
+    threading.Thread(target=lambda: next(stream, None), daemon=True).start()
+    asker.join(5)
+    assert answers == [b"A"]
 
 
 def test_an_engine_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,53 @@ def test_a_worker_that_is_killed_comes_back(
         assert len(llm.engine.restarts.times) == 1
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_killed_by_its_keeper(
+    checkpoint: Path, pair: list[Kept], expected: list[list[int]]
+) -> None:
+    """It answers nothing, not even that it is to end."""
+    with engine(checkpoint, pair) as llm:
+        before = llm.engine.worker_pids
+        at_steps(llm, {5}, lambda: os.kill(before[1], signal.SIGSTOP))
+        assert answers(llm) == expected
+        assert before[1] not in llm.engine.worker_pids
+        assert len(llm.engine.restarts.times) == 1
+
+
+def test_a_checkpoint_that_changed_while_a_worker_waited_is_seen(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
+    write_tiny_checkpoint(tmp_path, seed=5)
+    kept = keep(tmp_path, "--listen", "127.0.0.1:0", "--rank", "0")
+    kept.read()
+    old = kept.pid
+    write_tiny_checkpoint(tmp_path)
+    with octavo.LLM(tmp_path, **SETTINGS, workers=[kept.address]) as llm:
+        assert answers(llm) == expected
+        assert llm.engine.worker_pids != (old,)
+    assert kept.close() == 0
+
+
+def test_a_proxy_is_not_asked(
+    checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would dial a loopback of its own."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(remote, "JOIN_TIMEOUT", 20.0)
+    with engine(checkpoint, pair) as llm:
+        assert answers(llm)
+
+
+def test_a_worker_ends_with_its_keeper_though_it_is_stopped(checkpoint: Path) -> None:
+    kept = keep(checkpoint, "--listen", "127.0.0.1:0", "--rank", "0")
+    kept.read()
+    os.kill(kept.pid, signal.SIGSTOP)
+    assert kept.close() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(kept.pid, 0)
+
+
 def test_a_second_engine_waits_its_turn(
     checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:

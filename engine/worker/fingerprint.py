@@ -29,6 +29,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file of the checkpoint does. Raises `ConfigError`."""
+    try:
+        files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+        found = sorted((file.name, file.stat()) for file in files)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from None
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+
+
 def _tensors(path: Path) -> Iterator[bytes]:
     """What tells of each tensor of a file."""
     try:

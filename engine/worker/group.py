@@ -36,9 +36,12 @@ log = logging.getLogger("octavo.group")
 START_TIMEOUT = 120.0  # seconds for a worker's socket to answer: imports on a cold disk
 ALIVE_CHECK = 0.5  # seconds between two looks at the processes while waiting for an answer
 RESEND_PAUSE = 0.05  # seconds before a rank that was out of reach is asked again
+LOAD_SILENCE = 900.0  # seconds without a word of a rank that loads
+TOO_LONG = "a step took far longer than its work should"
+NOT_LOADING = "the workers neither load nor fail: perhaps the ranks cannot reach each other"
 EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
 
-_epochs = itertools.count(1 + secrets.randbits(40))  # no other engine's
+_epochs = itertools.count(1 + secrets.randbits(62))  # no other engine's
 
 
 @dataclass(eq=False)
@@ -204,7 +207,7 @@ class WorkerGroup:
         )
         reports: list[pb.MemoryReport] = []
         while len(reports) < self.size:
-            rank, item = self._await(items)
+            rank, item = self._await(items, time.monotonic() + LOAD_SILENCE, NOT_LOADING)
             if isinstance(item, Exception):
                 raise self._fault(item, is_mendable=True)
             if item.HasField("memory"):
@@ -247,15 +250,18 @@ class WorkerGroup:
         call.add_done_callback(done)
         return call
 
-    def _await(self, source: queue.SimpleQueue[Any], deadline: float = math.inf) -> Any:
-        """The next of a queue. Raises `WorkerGroupError` when a worker ends or hangs meanwhile."""
+    def _await(
+        self, source: queue.SimpleQueue[Any], deadline: float = math.inf, late: str = TOO_LONG
+    ) -> Any:
+        """The next of a queue. Raises `WorkerGroupError` when a worker ends or hangs meanwhile, and
+        with the text `late` after the deadline."""
         while True:
             try:
                 return source.get(timeout=ALIVE_CHECK)
             except queue.Empty:
                 self.check_alive()
             if time.monotonic() > deadline:
-                raise WorkerGroupError("a step took far longer than its work should")
+                raise WorkerGroupError(late)
 
     def _fault(self, error: Exception, is_mendable: bool = False) -> Exception:
         """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""

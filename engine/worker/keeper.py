@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,10 +14,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from ..config import ConfigError
+from ..config import ConfigError, ModelConfig
 from ..tls import group_tls
 from .address import Address
-from .fingerprint import fingerprint
 from .process import worker_env
 from .remote_worker import check_exposure
 
@@ -24,6 +24,9 @@ log = logging.getLogger("octavo.worker")
 
 MODULE = "octavo.engine.worker.remote_worker"
 SOON = 10.0  # seconds; a worker that ends with a fault before has failed to start
+SILENCE = 30.0  # seconds without a beat after which a worker is taken to hang
+GRACE = 5.0  # seconds for it to end when asked
+LOOK = 0.5  # seconds between two looks
 PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0)  # seconds before the next start, by failures in a row
 
 
@@ -52,9 +55,10 @@ class Keeper:
         check_exposure(address, tls)
         if tls is not None:
             group_tls(tls)  # they can be read,
-        fingerprint(model)  # and this
+        ModelConfig.from_dir(model)  # and this
         self._command = _command(free_address(address), rank, local_rank, model, tls)
         self._stopped = threading.Event()
+        self._stopped_at = 0.0  # on the monotonic clock; 0: not yet
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -73,17 +77,41 @@ class Keeper:
         return 0
 
     def _run_one(self) -> int:
-        env = worker_env(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        beats, beat = os.pipe()
         # Its own session: Ctrl-C in a terminal reaches the keeper alone.
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, env=env, start_new_session=True
+        process = self._process = subprocess.Popen(
+            [*self._command, "--beat", str(beat)],
+            stdin=subprocess.PIPE,
+            env=_env(),
+            start_new_session=True,
+            pass_fds=[beat],
         )
+        os.close(beat)
         if self._stopped.is_set():  # between the two
             self._close()
-        return self._process.wait()
+        try:
+            return self._watch(process, beats)
+        finally:
+            os.close(beats)
+
+    def _watch(self, process: subprocess.Popen[bytes], beats: int) -> int:
+        """Its status once it has ended. One that hangs is killed: it ends for nobody else."""
+        heard = time.monotonic()
+        while process.poll() is None:
+            if select.select([beats], [], [], LOOK)[0]:
+                if not os.read(beats, 4096):
+                    return process.wait()
+                heard = time.monotonic()
+            patience = GRACE if self._stopped.is_set() else SILENCE
+            if time.monotonic() - (self._stopped_at or heard) > patience:
+                log.warning("the worker does not answer and is killed")
+                process.kill()
+                return process.wait()
+        return process.returncode
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped.set()
+        self._stopped_at = time.monotonic()
         self._close()
 
     def _close(self) -> None:
@@ -91,6 +119,14 @@ class Keeper:
         process = self._process
         if process is not None and process.stdin and not process.stdin.closed:
             process.stdin.close()
+
+
+def _env() -> dict[str, str]:
+    """Of the worker. torchrun gives each process one thread where nobody has said how many."""
+    env = dict(os.environ)
+    if "TORCHELASTIC_RUN_ID" in env and env.get("OMP_NUM_THREADS") == "1":
+        del env["OMP_NUM_THREADS"]
+    return worker_env(int(env.get("LOCAL_WORLD_SIZE", "1")), env)
 
 
 def _command(

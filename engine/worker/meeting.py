@@ -7,14 +7,20 @@ has open to it anyway, under that call's TLS.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from ...proto import worker_pb2 as pb
 
 ASK_TIMEOUT = 60.0  # seconds for the engine to answer
 OPEN_CHECK = 1.0  # seconds between two looks whether the engine is there
+
+
+# What a rank asks, and where its reply is put; None: there will be none.
+Question = tuple[pb.StoreRequest, "queue.SimpleQueue[pb.StoreReply | None]"]
 
 
 class SharedStore:
@@ -44,33 +50,50 @@ class SharedStore:
 
 
 class Meeting:
-    """A worker's end: asks on any thread go out one after the other, by the stream that is open."""
+    """A worker's end: what any thread asks goes out by the stream that the engine opened last."""
 
     def __init__(self) -> None:
-        self._one_at_a_time = threading.Lock()
-        self._asked: queue.SimpleQueue[pb.StoreRequest] = queue.SimpleQueue()
-        self._answered: queue.SimpleQueue[pb.StoreReply | None] = queue.SimpleQueue()
+        self._moved = threading.Condition()
+        self._asked: deque[Question] = deque()
+        self._stream = 0  # which is the latest
 
     def ask(self, request: pb.StoreRequest) -> bytes | None:
         """The value. Raises RuntimeError when the engine does not answer."""
-        with self._one_at_a_time:
-            self._asked.put(request)
-            try:
-                reply = self._answered.get(timeout=ASK_TIMEOUT)
-            except queue.Empty:
-                reply = None
+        question: Question = (request, queue.SimpleQueue())
+        with self._moved:
+            self._asked.append(question)
+            self._moved.notify_all()
+        try:
+            reply = question[1].get(timeout=ASK_TIMEOUT)
+        except queue.Empty:
+            reply = None
         if reply is None:
+            with self._moved, contextlib.suppress(ValueError):
+                self._asked.remove(question)
             raise RuntimeError("the engine does not answer while the ranks meet")
         return reply.value if reply.HasField("value") else None
 
     def serve(
         self, replies: Iterator[pb.StoreReply], is_open: Callable[[], bool]
     ) -> Iterator[pb.StoreRequest]:
-        """What is asked, as long as the stream is open; each is followed by its reply."""
-        while is_open():
+        """What is asked, each followed by its reply; as long as the stream is open and no later one
+        is. What breaks off fails: an `add` that came twice would count twice."""
+        with self._moved:
+            self._stream += 1
+            mine = self._stream
+            self._moved.notify_all()
+        while (question := self._next(mine, is_open)) is not None:
+            reply = None
             try:
-                request = self._asked.get(timeout=OPEN_CHECK)
-            except queue.Empty:
-                continue
-            yield request
-            self._answered.put(next(replies, None))
+                yield question[0]
+                reply = next(replies, None)
+            finally:
+                question[1].put(reply)
+
+    def _next(self, mine: int, is_open: Callable[[], bool]) -> Question | None:
+        with self._moved:
+            while self._stream == mine and is_open():
+                if self._asked:
+                    return self._asked.popleft()
+                self._moved.wait(OPEN_CHECK)
+        return None

@@ -19,9 +19,8 @@ import grpc
 from ... import __version__
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
-from ..config import ConfigError
 from .address import interface_towards
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, stamps
 from .meeting import Meeting
 
 log = logging.getLogger("octavo.worker")
@@ -49,8 +48,11 @@ class Claim:
 
 class MembershipServicer(worker_pb2_grpc.MembershipServicer):
     def __init__(self, place: Place, leave: Callable[[str], None]) -> None:
-        """`leave` ends the process; it is told why."""
+        """`leave` ends the process; it is told why. Reads samples of the checkpoint. Raises
+        `ConfigError`."""
         self._place, self._leave = place, leave
+        self._stamps = stamps(place.model)
+        self._mark = fingerprint(place.model)
         self._lock = threading.Lock()
         self._claim: Claim | None = None
         self._num_open = 0  # of the engine's streams: two while a broken one is not noticed yet
@@ -61,19 +63,18 @@ class MembershipServicer(worker_pb2_grpc.MembershipServicer):
         place = self._place
         if problem := _problem(request, place.rank):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
-        try:
-            mark = fingerprint(place.model)
-        except ConfigError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         if refused := self._take(Claim(request.engine_id, request.epoch)):
             context.abort(grpc.StatusCode.UNAVAILABLE, refused)
         log.info("rank %d of %d joins an engine", place.rank, request.tensor_parallel_size)
-        return pb.JoinReply(fingerprint=mark, model=str(place.model), pid=os.getpid())
+        return pb.JoinReply(fingerprint=self._mark, model=str(place.model), pid=os.getpid())
 
     def Meet(
         self, replies: Iterator[pb.StoreReply], context: grpc.ServicerContext
     ) -> Iterator[pb.StoreRequest]:
+        patience = threading.Timer(LEASE, context.cancel)
+        patience.start()
         first = next(replies, None)
+        patience.cancel()
         if first is None or not self.is_taken_in(first.epoch):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this is not its engine's stream")
         with self._lock:
@@ -95,6 +96,9 @@ class MembershipServicer(worker_pb2_grpc.MembershipServicer):
     def _take(self, claim: Claim) -> str:
         """Why it is refused, or nothing."""
         with self._lock:
+            if self._claim is None and stamps(self._place.model) != self._stamps:
+                self._leave_soon("its checkpoint has changed")
+                return "it starts anew: its checkpoint has changed"
             if self._claim is None:
                 self._claim, self._left_at = claim, time.monotonic()
             if self._claim == claim:
@@ -136,3 +140,6 @@ def use_interface(peer: str) -> None:
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    elif "GLOO_SOCKET_IFNAME" not in os.environ and "NCCL_SOCKET_IFNAME" not in os.environ:
+        text = "no interface is known to lead to %s: the ranks find their own way to each other"
+        log.warning(text, peer)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -74,11 +75,7 @@ def _start(socket: Path, num_ranks: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
 
 
-def worker_env(num_ranks: int) -> dict[str, str]:
+def worker_env(num_ranks: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a worker that shares the machine with `num_ranks` - 1 others."""
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT),
-    }
+    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, **env}

@@ -29,9 +29,15 @@ JOIN_PAUSE = 0.2  # seconds between two tries
 CALL_TIMEOUT = 30.0  # seconds for one: the checkpoint's fingerprint is made meanwhile
 TELL_EVERY = 10.0  # seconds between two lines on a worker that is waited for
 REOPEN_PAUSE = 0.5  # seconds before a stream that broke is opened again
+UNTRUSTED = ("handshake failed", "verification check failed")  # in gRPC's texts
+# What a worker says by hanging up; gRPC's text is no more than that the socket closed.
+HUNG_UP = (
+    "; it may be that its ca.crt did not sign this engine's certificate, or that it has no --tls"
+)
 # See remote_worker.py: a cut cable says nothing.
 OPTIONS = [
     *UNLIMITED,
+    ("grpc.enable_http_proxy", 0),  # it would dial a loopback of its own
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -142,8 +148,9 @@ class RemoteWorkers:
         self._holds: list[Hold] = []
         self.links: list[WorkerLink] = []
         store, addresses = SharedStore(), check_workers(config)
+        credentials = _credentials(config)
         for rank, address in enumerate(addresses):
-            channel = _open(address, config)
+            channel = _open(address, credentials)
             seat = _Seat(address, rank, len(addresses), engine_id, epoch)
             self._holds.append(Hold(seat, channel, store))
             self.links.append(WorkerLink(rank, epoch, channel, self._holds[-1]))
@@ -172,21 +179,26 @@ def _join(name: str, hold: Hold, deadline: float) -> pb.JoinReply:
             reason = error.details() or error.code().name
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise ConfigError(f"{name}: {reason}") from None
-            if "handshake failed" in reason.lower():
+            if any(words in reason.lower() for words in UNTRUSTED):
                 raise ConfigError(f"{name}: TLS: the certificates do not fit: {reason}") from None
         now = time.monotonic()
         if now > deadline:
-            raise WorkerGroupError(f"{name} is not there: {reason}")
+            hint = HUNG_UP if "socket closed" in reason.lower() else ""
+            raise WorkerGroupError(f"{name} is not there: {reason}{hint}")
         if now - told > TELL_EVERY:
             told = now
             log.info("waiting for %s: %s", name, reason)
         time.sleep(JOIN_PAUSE)
 
 
-def _open(address: Address, config: EngineConfig) -> grpc.Channel:
+def _credentials(config: EngineConfig) -> grpc.ChannelCredentials | None:
     if config.worker_tls is None:
-        return grpc.insecure_channel(str(address), options=OPTIONS)
+        return None
     cert, key, ca = group_tls(config.worker_tls).read()
-    return grpc.secure_channel(
-        str(address), grpc.ssl_channel_credentials(ca, key, cert), options=OPTIONS
-    )
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def _open(address: Address, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    if credentials is None:
+        return grpc.insecure_channel(str(address), options=OPTIONS)
+    return grpc.secure_channel(str(address), credentials, options=OPTIONS)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent import futures
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from .membership import MembershipServicer, Place
 from .worker import WorkerServicer
 
 log = logging.getLogger("octavo.worker")
+
+BEAT = 1.0  # seconds
 
 # A machine whose cable is cut says nothing: the other end is asked every few seconds.
 KEEPALIVE = [
@@ -45,11 +48,13 @@ def main() -> None:
     parser.add_argument("--local-rank", type=int, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tls", type=Path)
+    parser.add_argument("--beat", type=int, required=True, help="open file: a byte there is a beat")
     args = parser.parse_args()
     set_up_worker_logs()
     for number in (signal.SIGINT, signal.SIGTERM):  # its parent's: that ends this one
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_beat, args=(args.beat,), name="beat", daemon=True).start()
     place = Place(args.rank, args.local_rank, args.model)
     serve(Address.parse(args.listen, "--listen"), place, args.tls)
 
@@ -58,7 +63,8 @@ def serve(address: Address, place: Place, tls: Path | None) -> None:
     """Does not return. Exits with status 2 where nothing can listen there. Raises `ConfigError`."""
     check_exposure(address, tls)
     server = grpc.server(
-        futures.ThreadPoolExecutor(max_workers=32), options=[*UNLIMITED, *KEEPALIVE]
+        futures.ThreadPoolExecutor(max_workers=32),
+        options=[*UNLIMITED, *KEEPALIVE, ("grpc.so_reuseport", 0)],
     )
     membership = MembershipServicer(place, _leave)
     worker = WorkerServicer(place, membership.is_taken_in)
@@ -91,6 +97,13 @@ def check_exposure(address: Address, tls: Path | None) -> None:
 def _leave(why: str) -> None:
     log.info("the worker ends: %s", why)
     os._exit(0)  # a thread may wait in a collective for ever
+
+
+def _beat(file: int) -> None:
+    """Tells the keeper that this process is not stuck."""
+    while True:
+        os.write(file, b".")
+        time.sleep(BEAT)
 
 
 def _end_with_parent() -> None:

@@ -10,6 +10,7 @@ from .group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.group")
 
+AGAIN_PAUSE = 1.0  # seconds, times the restarts so far, after one that failed
 RESTART_WINDOW = 600.0  # seconds in which restarts are counted
 
 
@@ -36,6 +37,7 @@ class Restarts:
                 self._group.restart()
             except (WorkerGroupError, ConfigError, OSError) as again:
                 error = WorkerGroupError(str(again))
+                time.sleep(AGAIN_PAUSE * len(self.times))
                 continue
             log.warning("the workers are back after %.1f s", time.monotonic() - now)
             return

@@ -180,7 +180,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return pending, start
 
     def Ping(self, request: pb.PingRequest, context: grpc.ServicerContext) -> pb.PingReply:
-        return pb.PingReply(epoch=self.epoch, step_id=self._steps.latest)
+        # Whoever does not know the epoch is not told: it is the group's secret too.
+        epoch = self.epoch if request.epoch == self.epoch else 0
+        return pb.PingReply(epoch=epoch, step_id=self._steps.latest)
 
     def _live(self, epoch: int) -> ModelRunner:
         if self.runner is None or epoch != self.epoch:

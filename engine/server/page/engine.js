@@ -16,6 +16,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 let steps = []; // [number, milliseconds, encoded, prefill, decode]
 let rates = []; // tokens a second, one a look
 let latest = null; // what was told last
+let drawnWidth = 0;
 let timer = 0;
 let toldAt = -QUIET, told = "0 running, 0 waiting.";
 
@@ -74,6 +75,7 @@ function showNumbers(load) {
 
 function draw() {
   if (latest === null || panel.hidden) return;
+  drawnWidth = panel.clientWidth;
   drawBlocks($("blocks"), latest, nameOf);
   drawSteps($("steps"), steps);
   drawThroughput($("throughput"), rates);
@@ -94,6 +96,8 @@ document.querySelector(".skip").addEventListener("click", () => {
 document.addEventListener("visibilitychange", lookAgain);
 addEventListener("octavo-key", lookAgain);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-new ResizeObserver(draw).observe(panel);
+new ResizeObserver(() => { // drawing changes the panel's height, which is no reason to draw again
+  if (panel.clientWidth !== drawnWidth) draw();
+}).observe(panel);
 wide.addEventListener("change", () => open(wide.matches));
 open(wide.matches);
