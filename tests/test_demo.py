@@ -1,9 +1,11 @@
 """`make demo`'s program: right answers and an exit status that tells."""
 
-from pathlib import Path
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+import octavo
 from octavo.benchmarks import demo
 
 
@@ -18,16 +20,16 @@ def test_every_answer_is_right(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_answer_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    make_questions = demo.make_questions
+    """No server is started: what it would say is known."""
 
-    def unfair(folder: Path) -> list[demo.Question]:
-        questions = make_questions(folder)
-        questions[0].right = lambda text: text == "pink"
-        return questions
+    def send(client: octavo.Client, question: demo.Question) -> None:
+        question.deltas.put(SimpleNamespace(text="pink", finish_reason="stop"))
 
-    monkeypatch.setattr(demo, "make_questions", unfair)
+    monkeypatch.setattr(demo, "send", send)
+    monkeypatch.setattr(demo, "server", lambda: nullcontext("127.0.0.1:1"))
     assert demo.main() == 1
-    assert "not every answer is right" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "pink" in said and "wrong" in said and "not every answer is right" in said
 
 
 def test_a_server_that_does_not_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
