@@ -277,9 +277,11 @@ def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
         group = llm.engine.group
         stub = group._workers[0].stub
         request = pb.StepRequest(epoch=group.epoch + 1, step_id=1)
-        with pytest.raises(grpc.RpcError, match="is not the live one"):
+        with pytest.raises(grpc.RpcError, match="is not the live one") as caught:
             stub.Step(request)
-        assert stub.Ping(pb.PingRequest()).epoch == group.epoch
+        assert str(group.epoch) not in caught.value.details()  # who does not know it is not told
+        assert stub.Ping(pb.PingRequest(epoch=group.epoch + 1)).epoch == 0
+        assert stub.Ping(pb.PingRequest(epoch=group.epoch)).epoch == group.epoch
         assert answers(llm) == answers(llm)
 
 

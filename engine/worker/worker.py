@@ -186,7 +186,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _live(self, epoch: int) -> ModelRunner:
         if self.runner is None or epoch != self.epoch:
-            raise RuntimeError(f"epoch {epoch} is not the live one ({self.epoch})")
+            raise RuntimeError(f"epoch {epoch} is not the live one")
         return self.runner
 
 
