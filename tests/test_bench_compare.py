@@ -57,6 +57,7 @@ def test_an_engine_s_name_and_settings() -> None:
         compare.EngineSpec.parse("octavo:int8")
 
 
+@pytest.mark.slow
 def test_engines_in_their_processes_and_who_is_not_there(tmp_path: Path) -> None:
     """Octavo and transformers; one with a wrong setting; vLLM where there is none."""
     file = tmp_path / "a.json"

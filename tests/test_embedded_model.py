@@ -73,6 +73,7 @@ def test_transformers_reads_its_tokenizer_and_template(llm: octavo.LLM) -> None:
     assert llm.chat(WHO.messages, GREEDY)[0].prompt_token_ids == list(ids)
 
 
+@pytest.mark.slow
 def test_training_is_seeded_and_resumes(tmp_path: Path) -> None:
     def trainer() -> train.Trainer:
         torch.manual_seed(1)

@@ -164,6 +164,7 @@ def one_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_shape")
 def test_command(tmp_path: Path) -> None:
     json_file, markdown = tmp_path / "p.json", tmp_path / "p.md"

@@ -139,6 +139,7 @@ def test_a_proxy_is_not_asked(
         assert answers(llm)
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_keeper_though_it_is_stopped(checkpoint: Path) -> None:
     kept = keep(checkpoint, "--listen", "127.0.0.1:0", "--rank", "0")
     kept.read()

@@ -39,8 +39,8 @@ WHO = [{"role": "user", "content": "Who are you?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
-    "max_model_len": 1024,
-    "kv_cache_memory_bytes": 16 << 20,
+    "max_model_len": 4096,
+    "kv_cache_memory_bytes": 32 << 20,
     "max_num_seqs": 8,
 }
 REPLICA = "ray::ServeReplica:default:EngineReplica"
@@ -223,7 +223,11 @@ def test_requests_go_where_their_picture_is_by_either_door(cluster: Cluster) -> 
 
 def test_a_client_that_goes_away_frees_its_request(cluster: Cluster) -> None:
     client = cluster.client()
-    body: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    body: dict[str, Any] = {
+        "temperature": 0,
+        "max_tokens": 3900,
+        "extra_body": {"ignore_eos": True},
+    }
     name = "goes-away"
     streams = [
         client.chat.completions.create(
@@ -233,10 +237,10 @@ def test_a_client_that_goes_away_frees_its_request(cluster: Cluster) -> None:
     next(iter(streams[0]))
     streams[0].close()
     with octavo.Client(cluster.grpc) as grpc_client:
-        stream = grpc_client.chat(WHO, temperature=0, max_tokens=900, ignore_eos=True)
+        stream = grpc_client.chat(WHO, temperature=0, max_tokens=3900, ignore_eos=True)
         next(stream)
         stream.close()
-    wait_for(lambda: aborted(cluster) >= 2, 20)
+    wait_for(lambda: aborted(cluster) >= 2)
 
 
 def aborted(cluster: Cluster) -> int:
