@@ -91,7 +91,9 @@ class StepLoop:
         return asked.snapshot
 
     def close(self) -> None:
-        """Stops after the step in progress; requests left over are dropped."""
+        """Stops after the step in progress; requests left over are dropped. Workers that are gone
+        are not waited for."""
+        self._engine.group.give_up()
         self._inbox.put(None)
         self._thread.join()
 

@@ -3,11 +3,14 @@ the same answers, one engine at a time, and what does not fit is refused with th
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +94,10 @@ def test_the_same_answers_engine_after_engine(
 
 
 def test_a_worker_that_is_killed_comes_back(
-    checkpoint: Path, pair: list[Kept], expected: list[list[int]]
+    checkpoint: Path,
+    pair: list[Kept],
+    expected: list[list[int]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with engine(checkpoint, pair) as llm:
         before = llm.engine.worker_pids
@@ -99,6 +105,9 @@ def test_a_worker_that_is_killed_comes_back(
         assert answers(llm) == expected
         assert not set(llm.engine.worker_pids) & set(before)
         assert len(llm.engine.restarts.times) == 1
+    (told,) = [line for line in caplog.messages if line.endswith("the workers are started anew")]
+    assert told.startswith(f"the worker of rank 1 ({pair[1].address}) has ended")
+    assert sum("is sent to rank" in line for line in caplog.messages) <= 2  # once a rank
 
 
 @pytest.mark.slow
@@ -147,6 +156,47 @@ def test_a_worker_ends_with_its_keeper_though_it_is_stopped(checkpoint: Path) ->
     assert kept.close() == 0
     with pytest.raises(ProcessLookupError):
         os.kill(kept.pid, 0)
+
+
+def test_an_engine_that_closes_waits_for_no_worker(checkpoint: Path) -> None:
+    """All are told to stop at once, and a request runs."""
+    kept = keep(checkpoint, "--listen", "127.0.0.1:0", "--rank", "0")
+    kept.read()
+    settings = {**SETTINGS, "max_model_len": 4096}
+    engine = octavo.AsyncLLM(checkpoint, **settings, workers=[kept.address])
+
+    async def ask_and_stop() -> None:
+        params = replace(PARAMS, max_tokens=4000)
+        async for _ in engine.generate({"prompt_token_ids": [5, 6]}, params):
+            assert kept.close() == 0
+            break
+
+    asyncio.run(ask_and_stop())
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_server_stops_with_its_workers(checkpoint: Path, leaves: bool) -> None:
+    kept = keep(checkpoint, "--listen", "127.0.0.1:0", "--rank", "0")
+    kept.read()
+    options = ("--max-model-len", "16384", "--port", "0", "--workers", kept.address)
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--model", str(checkpoint)]
+    server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    address = server.stdout.readline().split("grpc=")[1].split()[0]
+    with octavo.Client(address) as client:
+        stream = client.generate([5, 6], max_tokens=16000, ignore_eos=True)
+        next(stream)
+        if leaves:
+            stream.close()
+        kept.process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(40) == 0
+    assert kept.process.wait(20) == 0
 
 
 def test_a_second_engine_waits_its_turn(

@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import queue
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from ...proto import worker_pb2 as pb
-from ..config import ConfigError, EngineConfig
+from ..config import EngineConfig
 from ..failpoint import failpoint
 from ..runner.batch import BatchResult, InputBatch
 from .bound import StepBound, work_of
@@ -28,16 +27,15 @@ from .link import PING_TIMEOUT, WorkerGroupError, WorkerLink
 from .loading import GroupMemory, start_loading
 from .process import start_worker
 from .remote import RemoteWorkers
+from .watch import Watch
 from .wire import pack_steps, unpack_results
 from .worker import GROUP_FOLDER, RENDEZVOUS
 
 log = logging.getLogger("octavo.group")
 
 START_TIMEOUT = 120.0  # seconds for a worker's socket to answer: imports on a cold disk
-ALIVE_CHECK = 0.5  # seconds between two looks at the processes while waiting for an answer
 RESEND_PAUSE = 0.05  # seconds before a rank that was out of reach is asked again
 LOAD_SILENCE = 900.0  # seconds without a word of a rank that loads
-TOO_LONG = "a step took far longer than its work should"
 NOT_LOADING = "the workers neither load nor fail: perhaps the ranks cannot reach each other"
 EXIT_TIMEOUT = 5.0  # seconds for a worker to end when asked
 
@@ -70,6 +68,7 @@ class WorkerGroup:
         self._config = config
         self._engine_id = secrets.token_hex(8)
         self._is_first = True
+        self.given_up = threading.Event()  # nobody waits for workers any more: see `give_up`
         self._num_blocks = 0
         self._bound = StepBound()
         self._launch(on_progress or (lambda done, total: None))
@@ -78,7 +77,7 @@ class WorkerGroup:
         self.epoch = next(_epochs)
         self._dir = Path(tempfile.mkdtemp(prefix=GROUP_FOLDER))  # mode 0700: ours alone
         self._workers: list[WorkerLink] = []
-        self._is_loaded = False
+        self._watch = Watch(self._workers, self.given_up)
         self._sent: deque[SentStep] = deque()
         self._latest = 0  # the step sent last in this epoch
         self.done_at = (
@@ -90,7 +89,7 @@ class WorkerGroup:
             else:
                 self._start_workers()
             self.memory = self._load(on_progress)
-            self._is_loaded, self._is_first = True, False
+            self._watch.is_loaded, self._is_first = True, False
         except BaseException:
             self.close()
             raise
@@ -103,6 +102,11 @@ class WorkerGroup:
         self.close()
         self._launch(lambda done, total: None)
         self.allocate(self._num_blocks)
+
+    def give_up(self) -> None:
+        """From now on workers that are gone are not waited for: the group is to close. Whoever
+        waits gets `WorkerGroupError`; a step of workers that are there is finished. Any thread."""
+        self.given_up.set()
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -124,9 +128,9 @@ class WorkerGroup:
             for call in calls:
                 call.add_done_callback(done.put)
             for _ in calls:
-                error = self._await(done).exception()
+                error = self._watch.next_of(done).exception()
                 if error is not None:
-                    raise self._fault(error)
+                    raise self._watch.fault(error)
 
     def send(self, batch: InputBatch, step_id: int) -> None:
         """Has all ranks run a step, after those that were sent before."""
@@ -179,8 +183,8 @@ class WorkerGroup:
 
     def _join_workers(self) -> None:
         remote = RemoteWorkers(self._config, self._engine_id, self.epoch)
-        self._workers = remote.links
-        remote.join(self._is_first)
+        self._workers.extend(remote.links)
+        remote.join(self._is_first, self.given_up)
 
     def _start_workers(self) -> None:
         for rank in range(self.size):
@@ -207,9 +211,9 @@ class WorkerGroup:
         )
         reports: list[pb.MemoryReport] = []
         while len(reports) < self.size:
-            rank, item = self._await(items, time.monotonic() + LOAD_SILENCE, NOT_LOADING)
+            rank, item = self._watch.next_of(items, time.monotonic() + LOAD_SILENCE, NOT_LOADING)
             if isinstance(item, Exception):
-                raise self._fault(item, is_mendable=True)
+                raise self._watch.fault(item, is_mendable=True)
             if item.HasField("memory"):
                 reports.append(item.memory)
             elif rank == 0:
@@ -225,19 +229,22 @@ class WorkerGroup:
         replies: dict[int, pb.StepReply] = {}
         lost_at: dict[int, float] = {}  # when each rank was first out of reach
         while len(replies) < self.size:
-            rank = self._await(done, deadline)
+            rank = self._watch.next_of(done, deadline)
             error = sent.calls[rank].exception()
             if error is None:
                 replies[rank] = sent.calls[rank].result()
                 self._workers[rank].heard()
                 continue
             now = time.monotonic()
+            if rank not in lost_at and _is_lost(error):  # told once, however often it is tried
+                text = "step %d is sent to rank %d again: %s"
+                log.warning(text, sent.step_id, rank, _text(error))
             if not _is_lost(error) or now - lost_at.setdefault(rank, now) > PING_TIMEOUT:
-                raise self._fault(error)
-            time.sleep(RESEND_PAUSE)
+                raise self._watch.fault(error)
+            if self.given_up.wait(RESEND_PAUSE):
+                raise self._watch.fault(error)
             self._workers[rank].check_ended()
             deadline = time.monotonic() + self._bound.seconds(sent.work)
-            log.warning("step %d is sent to rank %d again: %s", sent.step_id, rank, _text(error))
             sent.calls[rank] = self._ask(sent, rank)
             sent.calls[rank].add_done_callback(lambda _, rank=rank: done.put(rank))
         return [replies[rank] for rank in range(self.size)]
@@ -250,43 +257,9 @@ class WorkerGroup:
         call.add_done_callback(done)
         return call
 
-    def _await(
-        self, source: queue.SimpleQueue[Any], deadline: float = math.inf, late: str = TOO_LONG
-    ) -> Any:
-        """The next of a queue. Raises `WorkerGroupError` when a worker ends or hangs meanwhile, and
-        with the text `late` after the deadline."""
-        while True:
-            try:
-                return source.get(timeout=ALIVE_CHECK)
-            except queue.Empty:
-                self.check_alive()
-            if time.monotonic() > deadline:
-                raise WorkerGroupError(late)
-
-    def _fault(self, error: Exception, is_mendable: bool = False) -> Exception:
-        """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""
-        if not isinstance(error, grpc.RpcError):
-            return WorkerGroupError(f"a worker failed: {error}")
-        if is_mendable and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            return ConfigError(error.details())
-        # A rank that died is the cause, also where another's broken connection told of it first;
-        # its socket closes a moment before the process can be waited for.
-        deadline = time.monotonic() + ALIVE_CHECK
-        while time.monotonic() < deadline:
-            try:
-                self.check_alive()
-            except WorkerGroupError as dead:
-                return dead
-            time.sleep(0.02)
-        return WorkerGroupError(f"a worker failed: {error.details()}")
-
     def check_alive(self) -> None:
         """Raises `WorkerGroupError` when a worker has ended, or has not answered for long."""
-        for worker in self._workers:
-            worker.check_ended()
-        if self._is_loaded:
-            for worker in self._workers:
-                worker.check_answers()
+        self._watch.check_alive()
 
 
 def _is_lost(error: Exception) -> bool:

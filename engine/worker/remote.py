@@ -27,8 +27,9 @@ JOIN_TIMEOUT = 600.0  # seconds for a worker to be there: it may still be fetchi
 REJOIN_TIMEOUT = 120.0  # seconds for it to be back
 JOIN_PAUSE = 0.2  # seconds between two tries
 CALL_TIMEOUT = 30.0  # seconds for one: the checkpoint's fingerprint is made meanwhile
+TELL_FIRST = 1.0  # seconds of waiting before it is told of,
 TELL_EVERY = 10.0  # seconds between two lines on a worker that is waited for
-REOPEN_PAUSE = 0.5  # seconds before a stream that broke is opened again
+REOPEN_PAUSE = 0.1  # seconds before a stream that broke is opened again
 UNTRUSTED = ("handshake failed", "verification check failed")  # in gRPC's texts
 # What a worker says by hanging up; gRPC's text is no more than that the socket closed.
 HUNG_UP = (
@@ -83,6 +84,7 @@ class Hold:
         self._store = store
         self._given_up = threading.Event()
         self._end: grpc.Future | None = None
+        self._has_ended = False  # for certain
 
     def __str__(self) -> str:
         return str(self.seat.address)
@@ -113,14 +115,20 @@ class Hold:
                 for request in call:
                     replies.put(self._store.answer(request))
             except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                    return  # it has begun anew: pings tell
+                # Another process, or none: a host that is out of reach refuses nothing.
+                is_new = error.code() is grpc.StatusCode.FAILED_PRECONDITION
+                if is_new or "connection refused" in (error.details() or "").lower():
+                    self._has_ended = True
+                    return
             finally:
                 replies.put(None)
             self._given_up.wait(REOPEN_PAUSE)
 
     def check_ended(self) -> None:
-        """Only its answers tell: see `WorkerLink.check_answers`."""
+        """Raises `WorkerGroupError` when that is certain. One that is stopped or out of reach does
+        not answer: see `WorkerLink.check_answers`."""
+        if self._has_ended:
+            raise WorkerGroupError("has ended")
 
     def kill(self) -> None:
         self.ask_to_end()
@@ -155,13 +163,14 @@ class RemoteWorkers:
             self._holds.append(Hold(seat, channel, store))
             self.links.append(WorkerLink(rank, epoch, channel, self._holds[-1]))
 
-    def join(self, is_first: bool) -> None:
-        """Takes them for this engine; waits for those that are not there. Raises `ConfigError` for
-        what the user can mend and `WorkerGroupError` for one that does not come."""
+    def join(self, is_first: bool, given_up: threading.Event) -> None:
+        """Takes them for this engine; waits for those that are not there, until it is given up.
+        Raises `ConfigError` for what the user can mend and `WorkerGroupError` for one that does not
+        come."""
         mark = fingerprint(self._model)
         deadline = time.monotonic() + (JOIN_TIMEOUT if is_first else REJOIN_TIMEOUT)
         for link, hold in zip(self.links, self._holds, strict=True):
-            reply = _join(str(link), hold, deadline)
+            reply = _join(str(link), hold, deadline, given_up)
             if reply.fingerprint != mark:
                 raise ConfigError(
                     f"{link} has other weights than {self._model}: its checkpoint {reply.model} "
@@ -170,8 +179,8 @@ class RemoteWorkers:
                 )
 
 
-def _join(name: str, hold: Hold, deadline: float) -> pb.JoinReply:
-    told = time.monotonic()
+def _join(name: str, hold: Hold, deadline: float, given_up: threading.Event) -> pb.JoinReply:
+    told = time.monotonic() - TELL_EVERY + TELL_FIRST
     while True:
         try:
             return hold.join()
@@ -182,13 +191,12 @@ def _join(name: str, hold: Hold, deadline: float) -> pb.JoinReply:
             if any(words in reason.lower() for words in UNTRUSTED):
                 raise ConfigError(f"{name}: TLS: the certificates do not fit: {reason}") from None
         now = time.monotonic()
-        if now > deadline:
+        if now > deadline or given_up.wait(JOIN_PAUSE):
             hint = HUNG_UP if "socket closed" in reason.lower() else ""
             raise WorkerGroupError(f"{name} is not there: {reason}{hint}")
         if now - told > TELL_EVERY:
             told = now
             log.info("waiting for %s: %s", name, reason)
-        time.sleep(JOIN_PAUSE)
 
 
 def _credentials(config: EngineConfig) -> grpc.ChannelCredentials | None:

@@ -24,11 +24,11 @@ class Restarts:
 
     def restart(self, error: WorkerGroupError) -> None:
         """Brings the group back after `error`. Raises the latest `WorkerGroupError` when it has
-        ended too often."""
+        ended too often, or is to close."""
         while True:
             now = time.monotonic()
             self.times = [at for at in self.times if at > now - RESTART_WINDOW]
-            if len(self.times) >= self._max:
+            if len(self.times) >= self._max or self._group.given_up.is_set():
                 raise error
             self.times.append(now)
             self.total += 1
@@ -37,7 +37,7 @@ class Restarts:
                 self._group.restart()
             except (WorkerGroupError, ConfigError, OSError) as again:
                 error = WorkerGroupError(str(again))
-                time.sleep(AGAIN_PAUSE * len(self.times))
+                self._group.given_up.wait(AGAIN_PAUSE * len(self.times))
                 continue
             log.warning("the workers are back after %.1f s", time.monotonic() - now)
             return
