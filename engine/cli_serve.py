@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .cli_media import read_options
 from .cli_watch import WatchOptions
 from .logs import set_up_logs
+
+log = logging.getLogger("octavo.server")
 
 if TYPE_CHECKING:  # what a command imports is loaded when it runs
     from .server.http_server import HttpServer
@@ -40,6 +43,7 @@ def serve_model(
     from .server.keys import read_keys
     from .server.watch import watched
     from .tls import read_tls
+    from .worker.address import Address
 
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -53,6 +57,9 @@ def serve_model(
     for flag, each in (("--port", port), ("--metrics-port", metrics_port)):
         if each is not None:
             check_address(host, each, flag)
+    if keys is None and not (tls and tls.client_ca) and not Address(host, port).is_loopback:
+        text = "%s is open to other machines, and whoever reaches it is served: see --api-key-file"
+        log.warning(text, host)
     http = None
     if http_host is not None and http_port is None:
         raise ValueError(f"--http-host {http_host}: nothing listens there without --http-port")

@@ -85,7 +85,6 @@ def _number(name: str, default: int | None) -> int:
     """Of the environment. Raises ValueError."""
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise ValueError(
-            f"--rank: give it, or start by torchrun ({name}={text!r} in the environment)"
-        )
+        found = f"; there it is {text!r}" if text else ""
+        raise ValueError(f"--rank: give it, or the variable {name} as torchrun does{found}")
     return int(text)

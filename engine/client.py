@@ -15,18 +15,15 @@ import grpc
 
 from ..proto import octavo_pb2 as pb
 from ..scheduler.logprobs import TokenLogprobs
-from ..scheduler.params import shown
-from ..scheduler.structured import StructuredOutput
 from .client_channel import Tls, error_of
-from .client_error import ClientError, invalid
-from .client_media import KINDS, check_size, media_item
-from .client_tools import add_tools, message_calls, read_calls
+from .client_error import ClientError
+from .client_request import conversation_of, fill, raw_request, read_prompt
+from .client_tools import add_tools, read_calls
 from .client_unary import UnaryClient
 from .tool_calls import ToolCall
 
 __all__ = ["Client", "ClientDelta", "ClientError", "ClientReply", "Deltas", "Tls"]
 
-OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 FINISH_REASONS = {
     pb.FINISH_REASON_UNSPECIFIED: None,
     pb.FINISH_REASON_STOP: "stop",
@@ -90,7 +87,7 @@ class Client(UnaryClient):
         `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
         aborts the request. Raises `ClientError`.
         """
-        request = pb.GenerateRequest(request_id=request_id, conversation=_conversation(messages))
+        request = pb.GenerateRequest(request_id=request_id, conversation=conversation_of(messages))
         add_tools(request, tools, tool_choice)
         return self._generate(request, images, videos, timeout, settings)
 
@@ -105,7 +102,7 @@ class Client(UnaryClient):
         **settings: Any,
     ) -> Deltas:
         """Continues a raw text or token ids. Otherwise as `chat`."""
-        request = _raw_request(prompt, request_id)
+        request = raw_request(prompt, request_id)
         return self._generate(request, images, videos, timeout, settings)
 
     def generate_once(
@@ -121,9 +118,9 @@ class Client(UnaryClient):
         **settings: Any,
     ) -> ClientReply:
         """Answers a text, token ids or a conversation all at once. Otherwise as `chat`."""
-        request = _request(prompt, request_id)
+        request = read_prompt(prompt, request_id)
         add_tools(request, tools, tool_choice)
-        _fill(request, images, videos, settings)
+        fill(request, images, videos, settings)
         reply = self._call(self._stub.GenerateOnce, request, timeout)
         answers = tuple(_client_delta(answer) for answer in reply.answers)
         media = tuple(reply.media)
@@ -139,7 +136,7 @@ class Client(UnaryClient):
         if isinstance(prompt, str):
             request.text = prompt
         else:
-            request.conversation.CopyFrom(_conversation(prompt))
+            request.conversation.CopyFrom(conversation_of(prompt))
         return tuple(self._call(self._stub.Tokenize, request).ids)
 
     def _generate(
@@ -150,7 +147,7 @@ class Client(UnaryClient):
         timeout: float | None,
         settings: Mapping[str, Any],
     ) -> Deltas:
-        _fill(request, images, videos, settings)
+        fill(request, images, videos, settings)
         return self._stream(request, timeout)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Deltas:
@@ -189,114 +186,3 @@ def _client_delta(delta: pb.GenerateDelta) -> ClientDelta:
         ),
         tool_calls=read_calls(delta.tool_calls),
     )
-
-
-def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
-    """Writes sampling values and options where they belong."""
-    known = [*pb.SamplingParams.DESCRIPTOR.fields_by_name, *OPTIONS_OF_A_REQUEST]
-    for name, value in settings.items():
-        if name not in known:
-            raise invalid(f"{name}: unknown; settings are {', '.join(known)}")
-        if value is None:
-            continue
-        target = request if name in OPTIONS_OF_A_REQUEST else request.sampling
-        try:
-            if name == "logit_bias":
-                target.logit_bias.update(value)  # type: ignore[union-attr]
-            elif name == "structured":
-                target.structured.CopyFrom(_structured(value))  # type: ignore[union-attr]
-            elif name in ("stop", "stop_token_ids", "bad_words"):
-                getattr(target, name).extend([value] if isinstance(value, str) else value)
-            else:
-                setattr(target, name, value)
-        except (TypeError, ValueError) as error:
-            raise invalid(f"{name}={shown(value)}: {error}") from None
-
-
-def _request(
-    prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], request_id: str
-) -> pb.GenerateRequest:
-    """Messages are told from token ids by what comes first."""
-    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-        conversation = _conversation(prompt)  # type: ignore[arg-type]
-        return pb.GenerateRequest(request_id=request_id, conversation=conversation)
-    return _raw_request(prompt, request_id)  # type: ignore[arg-type]
-
-
-def _raw_request(prompt: str | Sequence[int], request_id: str) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(request_id=request_id)
-    try:
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.ids.extend(prompt)
-    except (TypeError, ValueError) as error:
-        raise invalid(f"must be a text or token ids: {error}", "prompt") from None
-    return request
-
-
-def _fill(
-    request: pb.GenerateRequest,
-    images: Sequence[Any] | None,
-    videos: Sequence[Any] | None,
-    settings: Mapping[str, Any],
-) -> None:
-    """What stands beside the prompt."""
-    for kind, sources in (("image", images), ("video", videos)):
-        for index, source in enumerate(sources or ()):
-            beside = source if isinstance(source, Mapping) else {kind: source}
-            request.media.append(_item({**beside, "type": kind}, f"{kind}s[{index}]"))
-    _set_all(request, settings)
-    check_size(request)
-
-
-def _conversation(messages: Sequence[Mapping[str, Any]]) -> pb.Conversation:
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-        raise invalid("must be a list of dicts with role and content", "messages")
-    read = [_message(message, f"messages[{m}]") for m, message in enumerate(messages)]
-    return pb.Conversation(messages=read)
-
-
-def _structured(form: Any) -> pb.StructuredOutput:
-    """Raises TypeError or ValueError."""
-    if not isinstance(form, StructuredOutput):
-        raise TypeError("must be an octavo.StructuredOutput")
-    if form.choice:
-        return pb.StructuredOutput(choice=pb.Choice(texts=form.choice))
-    return pb.StructuredOutput(**{form.field: getattr(form, form.field)})
-
-
-def _message(message: Mapping[str, Any], field: str) -> pb.Message:
-    if not isinstance(message, Mapping):
-        raise invalid("must be a dict with role and content", field)
-    for name in message:
-        if name not in ("role", "content", "tool_calls", "tool_call_id"):
-            raise invalid(f"{name!r} is unknown; a message has role and content", field)
-    content = () if message.get("content") is None else message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    calls = message_calls(message, field)
-    try:
-        read = [_part(part, f"{field}.content[{p}]") for p, part in enumerate(parts)]
-        return pb.Message(role=message.get("role", ""), content=read, **calls)
-    except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a role
-        raise invalid(str(error), field) from None
-
-
-def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
-    if not isinstance(part, Mapping):
-        raise invalid(f"must be a dict, not {type(part).__name__}", field)
-    if part.get("type") == "text":
-        try:
-            return pb.ContentPart(text=part.get("text", ""))
-        except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair
-            raise invalid(str(error), f"{field}.text") from None
-    if part.get("type") in KINDS:
-        return pb.ContentPart(media=_item(part, field))
-    raise invalid(f"type={part.get('type')!r}: must be text, image or video", field)
-
-
-def _item(part: Mapping[str, Any], field: str) -> pb.MediaItem:
-    try:
-        return media_item(part)
-    except ClientError as error:
-        raise invalid(error.text, field) from None

@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from ..proto import octavo_pb2 as pb
+from ..scheduler.params import shown
 from .client_error import ClientError, invalid
 from .client_media import MAX_MESSAGE_BYTES
 
@@ -38,6 +39,8 @@ class Tls:
 def open_channel(address: str, tls: Tls | bool) -> grpc.Channel:
     """`tls`: True trusts this machine's roots. Raises `ClientError` for files that cannot be
     read."""
+    if address.startswith(("http://", "https://")):
+        raise invalid(f"{shown(address)}: must be HOST:PORT of gRPC; TLS is tls=True", "address")
     if tls is False:
         return grpc.insecure_channel(address, options=OPTIONS)
     chosen = Tls() if tls is True else tls
@@ -73,7 +76,8 @@ def error_of(error: grpc.RpcError) -> ClientError:
         if detail.Unpack(failure):
             retryable = failure.retryable
         elif detail.Unpack(bad) and bad.field_violations:
-            field = bad.field_violations[0].field
+            field = bad.field_violations[0].field.removeprefix("conversation.")
+            field = field.removeprefix("sampling.")  # the arguments here have no such level
     return ClientError(error.code().name, error.details() or "", retryable, field)
 
 

@@ -27,8 +27,7 @@ def split_code(error: str) -> tuple[str, str]:
 class ClientError(RuntimeError):
     """A call that the server refused or could not finish. `code` is gRPC's, such as
     "INVALID_ARGUMENT" or "UNAVAILABLE"; `retryable`: the same call may be answered later; `field`:
-    what is to blame, where one thing is, such as "messages[0].content[2]", by its path in the
-    protocol's message where the server said so."""
+    what is to blame, where one thing is, such as "messages[0].content[2]" or "temperature"."""
 
     def __init__(
         self, code: str, text: str, retryable: bool | None = None, field: str = ""

@@ -21,6 +21,7 @@ from google.protobuf.message import EncodeError
 from ..proto import octavo_pb2 as pb
 from ..scheduler.params import shown
 from .client_error import ClientError, invalid
+from .media.options import IMAGE_OPTIONS
 
 MAX_MESSAGE_BYTES = 256 << 20
 KINDS = {"image": pb.MEDIA_KIND_IMAGE, "video": pb.MEDIA_KIND_VIDEO}
@@ -48,7 +49,7 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
     """A message's part, or an item of `images` or `videos`. Raises `ClientError`."""
     kind = part["type"]
     item = pb.MediaItem(kind=KINDS[kind])
-    known = pb.MediaOptions.DESCRIPTOR.fields_by_name
+    known = IMAGE_OPTIONS if kind == "image" else tuple(pb.MediaOptions.DESCRIPTOR.fields_by_name)
     for name, value in part.items():
         if name in ("type", kind) or value is None:
             continue

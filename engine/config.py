@@ -277,6 +277,8 @@ class EngineConfig:
                 f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(workers)} "
                 "workers; leave it out"
             )
+        if self.worker_tls is not None and not workers:
+            raise ConfigError(f"worker_tls={self.worker_tls}: there are no workers to talk it with")
         if workers:
             object.__setattr__(self, "tensor_parallel_size", len(workers))
 

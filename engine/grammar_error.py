@@ -92,5 +92,6 @@ _KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"look-around", _says("look-around is not supported")),
     (r"backreference", _says("back-references are not supported")),
     (r"unknown name: \"([^\"]*)\"", _quotes("", " is not defined")),
+    (r"no start rule found", _says("has no rule named start: that is where it begins")),
     (r"NoExtension", _says("matches nothing")),
 )

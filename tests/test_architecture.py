@@ -43,7 +43,7 @@ LAYERS = [
     ("engine.error_codes", "engine.info", "engine.loop"),
     ("engine.client_media", "engine.client_tools", "engine.request_record"),
     ("engine.client_channel",),
-    ("engine.client_unary",),
+    ("engine.client_request", "engine.client_unary"),
     ("engine.async_llm", "engine.llm", "engine.client"),
     ("engine.server", "engine.cli_errors"),
     ("engine.cli_serve", "engine.cli_worker", "engine.replicas"),

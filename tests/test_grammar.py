@@ -55,6 +55,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "group": ({"regex": "ab("}, "see character 3"),
     "words": ({"regex": "(too many"}, "is no regular expression"),
     "word": ({"regex": "[exceeds"}, "is no regular expression"),
+    "start": ({"lark": 'foo: "a"'}, "has no rule named start"),
     "look": ({"regex": "a(?=b)"}, "look-around"),
     "back": ({"regex": r"(a)\1"}, "back-references"),
     "nothing": ({"regex": r"[^\s\S]"}, "matches nothing"),

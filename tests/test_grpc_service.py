@@ -931,15 +931,18 @@ def test_the_clients_errors_keep_the_place(served: Served) -> None:
             ({"type": "image", "path": "/a.png"}, ".content[2]"),
             ({"type": "audio"}, ".content[2]"),
             ({"type": "text", "text": 5}, ".content[2].text"),
+            ({"type": "text", "txt": "hi"}, ".content[2]"),
             ({"type": "image", "image": b"no image"}, ".content[2].image"),
         ):
             found = field_of([{"role": "user", "content": [text, text, part]}])
-            assert found.removeprefix("conversation.") == f"messages[0]{field}", part
+            assert found == f"messages[0]{field}", part  # whoever found it
         assert field_of([{"role": "user", "content": "x"}, {"rôle": "user"}]) == "messages[1]"
         with pytest.raises(ClientError, match="the image itself goes under 'image'"):
             client.generate_once([{"role": "user", "content": [{"type": "image", "path": "a"}]}])
         assert field_of("x", images=["/no/such.png"]) == "images[0]"
-        assert field_of("x", temperature=-1) == "sampling.temperature"
+        assert field_of("x", temperature=-1) == "temperature"
+        assert field_of("x", temperatur=0) == "temperatur"
+        assert field_of("x", structured={"regex": "a"}) == "structured"
         with pytest.raises(ClientError) as streamed:
             list(client.generate("x", temperature=-1))
         assert streamed.value.field == "sampling.temperature"

@@ -251,7 +251,7 @@ def test_another_version_is_refused(
         (("127.0.0.1:7000", "10.0.0.2:7000"), "cannot reach 127.0.0.1:7000, a loopback"),
         (("10.0.0.2:7000", "10.0.0.2:7000"), "named twice"),
         (("10.0.0.2",), "must be HOST:PORT"),
-        (("10.0.0.2:99999",), "must be HOST:PORT"),
+        (("10.0.0.2:99999",), "a port of at most 65535"),
     ],
 )
 def test_workers_that_are_no_group_are_refused(workers: tuple[str, ...], text: str) -> None:
@@ -262,6 +262,8 @@ def test_workers_that_are_no_group_are_refused(workers: tuple[str, ...], text: s
 def test_the_number_of_ranks_is_that_of_workers() -> None:
     with pytest.raises(ConfigError, match="there are 2 workers; leave it out"):
         EngineConfig(workers=("a:1", "b:1"), tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match="worker_tls=/x: there are no workers"):
+        EngineConfig(worker_tls=Path("/x"))
     with pytest.raises(ConfigError, match="must be a list of HOST:PORT"):
         EngineConfig(workers="a:1")  # type: ignore[arg-type]
 
@@ -270,7 +272,10 @@ def test_the_number_of_ranks_is_that_of_workers() -> None:
     ("args", "text"),
     [
         (["--listen", "0.0.0.0:0", "--rank", "0"], "is open to other machines, so it takes mutual"),
-        (["--listen", "127.0.0.1:0"], "--rank: give it, or start by torchrun"),
+        (
+            ["--listen", "127.0.0.1:0"],
+            "--rank: give it, or the variable RANK as torchrun does",
+        ),
         (["--listen", "127.0.0.1", "--rank", "0"], "must be HOST:PORT"),
         (["--listen", "192.0.2.1:7000", "--rank", "0", "--tls", "/nowhere"], "cannot be read"),
     ],

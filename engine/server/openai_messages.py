@@ -68,9 +68,10 @@ def _read_media(part: Mapping[str, Any], name: str, field: str) -> dict[str, Any
     if not _is_source(source, kind):
         more = ", or a list of them, the frames" if kind == "video" else ""
         text = f"must be a URL or a data URI{more}"
-        if name not in part:
-            keys = ", ".join(shown(key) for key in part if key != "type")
-            text += f", under the part's key {name!r}; it has {keys or 'none'}"
+        if name not in part or "url" not in inside:
+            place, under = (inside, "'url'") if name in part else (part, f"the part's key {name!r}")
+            keys = ", ".join(shown(key) for key in place if key != "type")
+            text += f", under {under}; it has {keys or 'none'}"
         raise InputError(f"{field}.url", text)
     return {"type": kind, kind: source, **_read_detail(options, field)}
 

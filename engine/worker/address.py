@@ -27,7 +27,8 @@ class Address:
         """Raises `ConfigError` that says where it stands: `name`."""
         match = ADDRESS.fullmatch(text.strip())
         if match is None or int(match["port"]) > 65535:
-            raise ConfigError(f"{name}={text!r}: must be HOST:PORT, such as 10.0.0.2:7000")
+            port = ", a port of at most 65535" if match else ""
+            raise ConfigError(f"{name}={text!r}: must be HOST:PORT, such as 10.0.0.2:7000{port}")
         return cls(match["six"] or match["host"], int(match["port"]))
 
     def __str__(self) -> str:
