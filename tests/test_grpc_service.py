@@ -945,4 +945,4 @@ def test_the_clients_errors_keep_the_place(served: Served) -> None:
         assert field_of("x", structured={"regex": "a"}) == "structured"
         with pytest.raises(ClientError) as streamed:
             list(client.generate("x", temperature=-1))
-        assert streamed.value.field == "sampling.temperature"
+        assert streamed.value.field == "temperature"
