@@ -46,7 +46,7 @@ LAYERS = [
     ("engine.client_request", "engine.client_unary"),
     ("engine.async_llm", "engine.llm", "engine.client"),
     ("engine.server", "engine.cli_errors"),
-    ("engine.cli_serve", "engine.cli_worker", "engine.replicas"),
+    ("engine.cli_chat", "engine.cli_serve", "engine.cli_worker", "engine.replicas"),
     ("benchmarks", "engine.cli"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
