@@ -7,46 +7,26 @@ import contextlib
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import Request, RequestStatus
-from .backlog import Backlog
 from .config import EngineConfig, ModelConfig
 from .engine import DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .input_pool import InputJob, InputPool
 from .loop import Admitted, Event, StepLoop
-from .output import OutputDelta, Usage
+from .output import OutputDelta
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
 from .request_record import RequestRecord
+from .request_stream import RequestStream
 from .snapshot import Snapshot
 from .spans import RequestSpans
 from .tool_use import CallReader, with_tool_choice
 
 LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A request as its reader has it."""
-
-    num_answers: int
-    events: Backlog[Event | EngineDead] = field(default_factory=Backlog)
-    work: InputJob | None = None  # its input
-    ready: asyncio.Future[ProcessedInput] | None = None  # that input, as it is waited for
-    is_aborted: bool = False  # before that was done
-    is_admitted: bool = False  # the step thread knows it
-
-    def end(self, status: RequestStatus, error: str = "") -> None:
-        """The last deltas of a request that ended before the step thread had it."""
-        for index in range(self.num_answers):
-            usage = Usage(0, 0) if index == self.num_answers - 1 else None
-            delta = OutputDelta("", index, finish_reason=status.value, usage=usage, error=error)
-            self.events.put(delta)
 
 
 class AsyncLLM:
@@ -68,7 +48,7 @@ class AsyncLLM:
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.
         self._keys: dict[str, str] = {}  # request_id: key
-        self._streams: dict[str, _Stream] = {}  # by key
+        self._streams: dict[str, RequestStream] = {}  # by key
         self._numbers = itertools.count()
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._death: asyncio.Event | None = None
@@ -178,18 +158,18 @@ class AsyncLLM:
                 if stream.is_admitted and not finished:
                     self._steps.abort(key)
 
-    def _open(self, name: str, num_answers: int) -> tuple[str, _Stream]:
+    def _open(self, name: str, num_answers: int) -> tuple[str, RequestStream]:
         """A stream for a new request, and its key; refused where all places or the name are
         taken."""
         self._check_room()
         if name in self._keys:
             raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         key = self._keys[name] = f"{name}#{next(self._numbers)}"
-        stream = self._streams[key] = _Stream(num_answers)
+        stream = self._streams[key] = RequestStream(num_answers)
         return key, stream
 
     async def _preprocess(
-        self, work: InputJob, clock: Countdown, stream: _Stream
+        self, work: InputJob, clock: Countdown, stream: RequestStream
     ) -> ProcessedInput | None:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""

@@ -11,12 +11,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, Unpack
 
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
-from ..scheduler.request import RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
@@ -27,6 +26,7 @@ from .grammar import Grammars
 from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .live import LiveRequest
+from .live_requests import LiveRequests
 from .matchers import Matchers
 from .media_settings import MediaSettings, media_settings
 from .model.parallel import check_tensor_parallel_size
@@ -117,10 +117,11 @@ class Engine:
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.stats = EngineStats(self.scheduler, self.group)
         self._matchers = Matchers()
+        self.requests = LiveRequests(self.scheduler, self.stats, self._matchers, self._trace)
         self._pipeline = StepPipeline(
             self.scheduler,
             self.group,
-            lambda name: self._answers[name][0].pixels,
+            self.requests.pixels_of,
             self._trace,
             asked.overlap_steps,
             self.stats,
@@ -128,8 +129,6 @@ class Engine:
         )
         self.failed = ""
         self.restarts = Restarts(self.group, asked.max_restarts)
-        self._live: dict[str, LiveRequest] = {}
-        self._answers: dict[str, tuple[LiveRequest, int]] = {}  # by the scheduler's names
         self._names = itertools.count()
         self._arrived = threading.Event()  # units of a video were made
         log_capacity(self.config, memory, self.num_blocks)
@@ -140,7 +139,7 @@ class Engine:
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._live)
+        return bool(self.requests)
 
     @property
     def has_steps(self) -> bool:
@@ -159,7 +158,7 @@ class Engine:
 
     def new_request_id(self) -> str:
         """A name that no request of this engine has now."""
-        return next(n for i in self._names if (n := f"request-{i}") not in self._live)
+        return next(n for i in self._names if (n := f"request-{i}") not in self.requests)
 
     def add_request(
         self,
@@ -185,7 +184,7 @@ class Engine:
         count = 1 if params is None else params.n
         names = [request_id, *(f"{request_id}[{index}]" for index in range(1, count))]
         for name in names:
-            if name in self._answers or name in self._live:
+            if name in self.requests:
                 raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
         ready = self.preprocess(prompt)
         grammar = ready.grammar
@@ -203,21 +202,13 @@ class Engine:
         if ready.stream is not None:
             ready.stream.on_arrival = self._arrived.set
         self.stats.add(request_id, requests, ready, asked_at)
-        self._live[request_id] = live
-        self._answers |= {name: (live, index) for index, name in enumerate(names)}
+        self.requests.add(live, names)
         return request_id
 
     def abort(self, request_id: str) -> list[OutputDelta]:
         """Ends a request and frees what it holds: the last delta of each answer that was not done;
         none when it is not here."""
-        live = self._live.get(request_id)
-        if live is None:
-            return []
-        status = RequestStatus.FINISHED_ABORTED
-        return self._deltas(
-            self.scheduler.finish(name, status) or RequestUpdate(name, (), status)
-            for name in live.unfinished_names
-        )
+        return self.requests.abort(request_id)
 
     def step(self) -> list[OutputDelta]:
         """Sends the next step to the workers, and gives what the step before it added to each
@@ -226,33 +217,19 @@ class Engine:
         Raises `EngineDead` when the workers fail too often.
         """
         self.check_alive()
-        updates = [*self._take_media(), *self.scheduler.expire()]
+        self._arrived.clear()
+        updates = [*self.requests.take_media(), *self.scheduler.expire()]
         try:
             updates += self._pipeline.step()
         except WorkerGroupError as error:
             updates += self._recover(error)
-        deltas = self._deltas(updates)
+        deltas = self.requests.deltas(updates)
         self._pipeline.settle()
         if self._pipeline.is_idle and not self.scheduler.requests:
-            deltas += self._deltas(
-                RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, LOST)
-                for name in tuple(self._answers)  # there should be none
-            )
-        if self._pipeline.is_starved and any(live.stream for live in self._live.values()):
+            deltas += self.requests.give_up(LOST)  # there should be none
+        if self._pipeline.is_starved and self.requests.await_media:
             self._arrived.wait(MEDIA_WAIT)
         return deltas
-
-    def _take_media(self) -> list[RequestUpdate]:
-        """Hands on the units that were made since; the ends of requests whose media are broken."""
-        self._arrived.clear()
-        failed = []
-        for live in self._live.values():
-            if live.stream is not None and (error := live.take_units()):
-                failed += [
-                    RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
-                    for name in live.unfinished_names
-                ]
-        return failed
 
     def check_workers(self) -> None:
         """For a loop that has nothing to step: starts workers that have ended anew."""
@@ -275,46 +252,6 @@ class Engine:
         self.failed = str(error)
         self.group.close()
         return EngineDead(f"the engine stopped: {self.failed}")
-
-    def _deltas(self, updates: Iterable[RequestUpdate]) -> list[OutputDelta]:
-        """What updates come to as text. Those of a request that has ended before are dropped. An
-        error of one answer ends the others, after what this step gave them."""
-        deltas: list[OutputDelta] = []
-        failed: list[tuple[LiveRequest, str]] = []
-        for update in updates:
-            if update.request_id in self._answers:
-                live, index = self._answers[update.request_id]
-                deltas.append(self._delta(live, index, update))
-                if deltas[-1].error:
-                    failed.append((live, deltas[-1].error))
-        for live, error in failed:
-            for name in live.unfinished_names:
-                update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
-                deltas.append(self._delta(*self._answers[name], update))
-        return self.stats.take(deltas)
-
-    def _delta(self, live: LiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
-        """One update's text. Its answer may end with it."""
-        try:
-            delta = live.delta(index, update)
-        except Exception:  # a fault of ours: this request's alone all the same
-            log.exception("request %r: its tokens made no text", live.request_id)
-            delta = live.failure(index, "INTERNAL: the answer's tokens made no text")
-        if delta.finish_reason is not None:
-            self._end(update.request_id, update, delta.finish_reason)
-            if not live.unfinished:
-                live.close()
-                del self._live[live.request_id]
-        return delta
-
-    def _end(self, name: str, update: RequestUpdate, reason: str) -> None:
-        """An answer is over, perhaps before the scheduler thinks so. Its name may be used again."""
-        del self._answers[name]
-        self._matchers.remove(name)
-        if not update.status.is_finished or update.error:
-            self.scheduler.finish(name, RequestStatus.FINISHED_STOPPED, update.error)
-        if self._trace is not None:
-            self._trace.end(name, reason)
 
     def check_alive(self) -> None:
         """Raises `EngineDead` once the engine has failed or was closed."""

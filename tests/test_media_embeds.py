@@ -242,7 +242,7 @@ def with_embeds(runner: ModelRunner, processor: InputProcessor, messages: Any) -
 @torch.inference_mode()
 def tower(runner: ModelRunner, unit: UnitContent) -> np.ndarray:
     task = EncodeTask((unit.media_hash, 0), unit.grid_thw, 0, unit.pixels)
-    return runner.model.visual(runner._patches(task), [unit.grid_thw]).numpy()
+    return runner.model.visual(runner._encoder._patches(task), [unit.grid_thw]).numpy()
 
 
 def make(checkpoint: Path, **settings: Any) -> octavo.LLM:

@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(checkpoint: Path) -> Iterator[octavo.LLM]:
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         yield llm
-        assert not llm.engine.has_requests and not llm.engine._answers
+        assert not llm.engine.has_requests and not llm.engine.requests._answers
         llm.engine.scheduler.check_integrity()
 
 
@@ -410,7 +410,7 @@ def test_a_full_queue_is_resource_exhausted(
         for thread in first:
             thread.start()
         deadline = time.monotonic() + 10
-        while len(served.engine.engine._live) < 6:  # the step thread has them all
+        while len(served.engine.engine.requests) < 6:  # the step thread has them all
             assert time.monotonic() < deadline
             time.sleep(0.01)
         monkeypatch.setattr(

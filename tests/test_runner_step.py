@@ -15,7 +15,7 @@ from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import GREEDY, TinyDriver, TinyMedia, TinyRequest, tiny_request
 from octavo.engine.config import ModelConfig, PreprocessConfig, read_json
 from octavo.engine.model.parallel import TensorParallel
-from octavo.engine.runner import model_runner
+from octavo.engine.runner import encode_stage
 from octavo.engine.runner.kv_cache import activation_bytes, device_memory, kv_block_bytes
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import NOT_FINITE
@@ -300,7 +300,7 @@ def test_units_that_pass_the_tower_apart_are_the_same(
     """A bound on the patches of a pass; a unit that is larger goes alone."""
     runs = []
     for most in (1 << 20, 16, 1):
-        monkeypatch.setattr(model_runner, "CPU_PATCHES", most)
+        monkeypatch.setattr(encode_stage, "CPU_PATCHES", most)
         runner.embeddings.clear()
         tower = mock.Mock(side_effect=runner.model.visual.forward)
         monkeypatch.setattr(runner.model.visual, "forward", tower)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from ...kernels import native
 from ...kernels.kv_cache import copy_blocks
 from ...kernels.paged_attention import AttentionBatch
-from ...kernels.patches import cut_patches
 from ...scheduler.request import UnitKey
 from ..config import ModelConfig, PreprocessConfig
 from ..model.decoder import LayerCache
@@ -21,16 +19,14 @@ from ..model.parallel import TensorParallel
 from ..model.qwen2_vl import Qwen2VL
 from .batch import BatchResult, EncodeTask, InputBatch, Int32
 from .decode_graph import DecodeGraphs, decode_graphs
+from .encode_stage import EncodeStage
 from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_bytes
 from .loader import OnProgress, load_weights
 from .logprobs import LogprobTensors, prompt_logprobs, token_logprobs
 from .pending import SKIPPED, PendingResult
 from .sampler import Sampler, SeenTokens
 from .stage_clock import StageClock
-
-# Patches of one pass of the tower. Measured at the 2B shape on two cores: eight images of 1,024
-# patches take 1.07 times as long in one pass as in eight.
-CPU_PATCHES = 1024
+from .tensors import to_device
 
 
 @dataclass(eq=False)
@@ -54,6 +50,9 @@ class ModelRunner:
         """Raises ConfigError where the ranks cannot share the checkpoint's heads."""
         self.model = Qwen2VL(self.config, self.parallel, self.dtype)
         seen = SeenTokens(self.config.vocab_size, self.device)
+        self._encoder = EncodeStage(
+            self.model.visual, self.config, self.preprocess, self.parallel, self.device, self.dtype
+        )
         self.sampler = Sampler(self.config.vision_token_ids, seen)
         # What the latest step drew, int64 [s] on the device: rows of the next may await it.
         self._sampled = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -162,8 +161,7 @@ class ModelRunner:
                 copy_blocks(cache, pairs)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        # arrays over a message's bytes are read-only, which torch does not know
-        return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(self.device)
+        return to_device(array, self.device)
 
     def _checked_token_ids(self, batch: InputBatch) -> tuple[Int32, list[tuple[int, str]]]:
         """The step's token ids with those outside the vocabulary set to 0, and their rows."""
@@ -177,77 +175,11 @@ class ModelRunner:
         return np.where(wrong, 0, ids).astype(np.int32), [(row, text) for row in rows]
 
     def _encode(self, tasks: tuple[EncodeTask, ...]) -> StageClock:
-        """Encodes this rank's units in one pass, then shares the embeddings of all ranks."""
         clock = StageClock(self.device)
         clock.mark()
-        for rank in range(self.parallel.size):
-            units = [task for task in tasks if task.rank == rank]
-            if not units:
-                continue
-            counts = [self._num_tokens(task) for task in units]
-            if rank == self.parallel.rank:
-                joined = self._embed_units(units)
-            else:
-                shape = (sum(counts), self.config.hidden_size)
-                joined = torch.empty(shape, dtype=self.dtype, device=self.device)
-            self.parallel.broadcast(joined, rank)
-            for task, part in zip(units, joined.split(counts), strict=True):
-                # a part alone must not keep the memory of all
-                self.embeddings[task.key] = part.clone() if len(units) > 1 else part
+        self.embeddings |= self._encoder.run(tasks)
         clock.mark()
         return clock
-
-    def _embed_units(self, units: list[EncodeTask]) -> torch.Tensor:
-        """The units' embeddings in order: the tower's, or what a caller brought."""
-        seen = [task for task in units if task.embeds is None]
-        if len(seen) == len(units):
-            return self._encode_units(units)
-        counts = [self._num_tokens(task) for task in seen]
-        left = iter(self._encode_units(seen).split(counts) if seen else ())
-        return torch.cat([self._brought(t) if t.embeds is not None else next(left) for t in units])
-
-    def _brought(self, task: EncodeTask) -> torch.Tensor:
-        """An embedding from outside, in the model's dtype; NaN where it does not fit its grid."""
-        shape = (self._num_tokens(task), self.config.hidden_size)
-        if task.embeds is None or task.embeds.shape != shape:
-            return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
-        return self._to_device(task.embeds).to(self.dtype)
-
-    def _encode_units(self, units: list[EncodeTask]) -> torch.Tensor:
-        """On a CPU few patches go through the tower at a time: what lies between two products of
-        it then stays in the cache."""
-        passes = passes_of(units, CPU_PATCHES) if self.device.type == "cpu" else [units]
-        made = [self._encode_pass(some) for some in passes]
-        return torch.cat(made) if len(made) > 1 else made[0]
-
-    def _encode_pass(self, units: list[EncodeTask]) -> torch.Tensor:
-        patches = torch.cat([self._patches(task) for task in units])
-        return self.model.visual(patches, [task.grid_thw for task in units])
-
-    def _patches(self, task: EncodeTask) -> torch.Tensor:
-        """Patches [t × h × w, patch_dim] of a unit. Pixels that do not fit its grid make NaN: no
-        unit's numbers reach another's, so the requests that use this one fail, and only they."""
-        vision, preprocess = self.config.vision, self.preprocess
-        frames, height, width = task.grid_thw
-        patch, both = vision.patch_size, vision.temporal_patch_size
-        counts = (1, both) if frames == 1 else (frames * both,)  # an image has one frame
-        fit = [(count, height * patch, width * patch, 3) for count in counts]
-        if task.pixels is None or task.pixels.shape not in fit:
-            shape = (frames * height * width, vision.patch_dim)
-            return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
-        return cut_patches(
-            self._to_device(task.pixels),
-            preprocess.image_mean,
-            preprocess.image_std,
-            patch,
-            both,
-            vision.spatial_merge_size,
-            self.dtype,
-        )
-
-    def _num_tokens(self, task: EncodeTask) -> int:
-        frames, height, width = task.grid_thw
-        return frames * height * width // self.config.vision.spatial_merge_size**2
 
     def _overlay(
         self, hidden: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
@@ -309,15 +241,3 @@ class ModelRunner:
             return None
         chosen = self._to_device(places.astype(np.int64))
         return token_logprobs(logits[chosen], sampled[chosen], places)
-
-
-def passes_of(units: list[EncodeTask], most: int) -> list[list[EncodeTask]]:
-    """The units in order, as many at a time as have `most` patches, and at least one."""
-    passes: list[list[EncodeTask]] = []
-    for unit in units:
-        some = passes[-1] if passes else []
-        if some and sum(math.prod(each.grid_thw) for each in (*some, unit)) <= most:
-            some.append(unit)
-        else:
-            passes.append([unit])
-    return passes
