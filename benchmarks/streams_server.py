@@ -42,7 +42,7 @@ class StepLog:
         self._serving = time.pthread_getcpuclockid(threading.get_ident())
         inner: Any = engine.engine
         inner.group.receive = self._watched(inner.group.receive)
-        inner._deltas = self._timed(inner._deltas, "_making")
+        inner.requests.deltas = self._timed(inner.requests.deltas, "_making")
         steps: Any = engine._steps
         steps._deliver = self._timed(steps._deliver, "_handing")
 
