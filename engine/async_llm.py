@@ -90,17 +90,19 @@ class AsyncLLM:
         videos: Sequence[Any] | None = None,
         tools: Sequence[Any] | None = None,
         tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        `tools`, `tool_choice`: as in `LLM.chat`. `options`: those of `octavo.RequestOptions`;
+        Tools: as in `LLM.chat`. `options`: those of `octavo.RequestOptions`;
         `traceparent`: the caller's span, in W3C's form, for the spans of the request. Raises
         `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
         `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
         """
         prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
         prompt |= {"tools": tools, "tool_choice": tool_choice}
+        prompt |= {"parallel_tool_calls": parallel_tool_calls}
         return self.generate(
             prompt, params, request_id=request_id, traceparent=traceparent, **options
         )

@@ -76,11 +76,12 @@ class Client(UnaryClient):
         videos: Sequence[Any] | None = None,
         tools: Sequence[Any] | None = None,
         tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         request_id: str = "",
         timeout: float | None = None,
         **settings: Any,
     ) -> Deltas:
-        """Answers one conversation. `tools`, `tool_choice`: as in `octavo.LLM.chat`.
+        """Answers one conversation. Tools: as in `octavo.LLM.chat`.
         `settings`: the fields of `octavo.SamplingParams`, and `priority`, `timeout_s` and
         `cache_salt` as in `octavo.RequestOptions`.
 
@@ -88,7 +89,7 @@ class Client(UnaryClient):
         aborts the request. Raises `ClientError`.
         """
         request = pb.GenerateRequest(request_id=request_id, conversation=conversation_of(messages))
-        add_tools(request, tools, tool_choice)
+        add_tools(request, tools, tool_choice, parallel_tool_calls)
         return self._generate(request, images, videos, timeout, settings)
 
     def generate(
@@ -113,13 +114,14 @@ class Client(UnaryClient):
         videos: Sequence[Any] | None = None,
         tools: Sequence[Any] | None = None,
         tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         request_id: str = "",
         timeout: float | None = None,
         **settings: Any,
     ) -> ClientReply:
         """Answers a text, token ids or a conversation all at once. Otherwise as `chat`."""
         request = read_prompt(prompt, request_id)
-        add_tools(request, tools, tool_choice)
+        add_tools(request, tools, tool_choice, parallel_tool_calls)
         fill(request, images, videos, settings)
         reply = self._call(self._stub.GenerateOnce, request, timeout)
         answers = tuple(_client_delta(answer) for answer in reply.answers)

@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..proto import octavo_pb2 as pb
+from ..scheduler.params import shown
 from .client_error import invalid
 from .tool_calls import ToolCall
 
 
-def add_tools(request: pb.GenerateRequest, tools: Sequence[Any] | None, choice: Any) -> None:
+def add_tools(
+    request: pb.GenerateRequest,
+    tools: Sequence[Any] | None,
+    choice: Any,
+    parallel: bool | None,
+) -> None:
     """Raises `ClientError` for what has no place in the protocol; the server checks the rest."""
     if tools is not None and not isinstance(tools, list | tuple):
         raise invalid(f"must be a list, not {type(tools).__name__}", "tools")
@@ -35,6 +41,10 @@ def add_tools(request: pb.GenerateRequest, tools: Sequence[Any] | None, choice: 
             request.tool_name = _mapping(named, "tool_choice.function").get("name", "")
     except (TypeError, ValueError) as error:
         raise invalid(str(error), "tool_choice") from None
+    if parallel is not None:
+        if not isinstance(parallel, bool):
+            raise invalid(f"{shown(parallel)}: must be true or false", "parallel_tool_calls")
+        request.parallel_tool_calls = parallel
 
 
 def message_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class LLM:
         videos: Sequence[Any] | None = None,
         tools: Sequence[Any] | None = None,
         tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         progress: bool = True,
         **options: Unpack[OptionFields],
     ) -> list[RequestOutput]:
@@ -64,10 +65,11 @@ class LLM:
         raises `InputError`; among several it ends with finish_reason "error" and its `error`, and
         the others go on. `tools`: OpenAI's, of all conversations; what the model asks of them is
         in each output's `tool_calls`. `tool_choice`: "auto", "none", "required", or OpenAI's object
-        that names a function. `options`: `priority`, `timeout_s`, `cache_salt`, as in
-        `octavo.RequestOptions`.
+        that names a function; `parallel_tool_calls=False`: at most one call. `options`: `priority`,
+        `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`.
         """
         beside: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
+        beside |= {"parallel_tool_calls": parallel_tool_calls}
         clock = Countdown(RequestOptions.of(**options))
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}

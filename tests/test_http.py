@@ -344,7 +344,6 @@ def _body(**more: Any) -> dict[str, Any]:
         (_body(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
         (_body(logprobs=True, top_logprobs=True), "top_logprobs", "whole number"),
         (_body(prompt_logprobs=21), "prompt_logprobs", "to 20"),
-        (_body(prompt_logprobs=1, stream=True), "prompt_logprobs", "whole answers"),
         (_body(temperature="hot"), "temperature", "finite number"),
         (_body(top_p=0), "top_p", "temperature=0 is greedy"),
         (_body(max_tokens=0), "max_tokens", "from 1"),
@@ -436,6 +435,24 @@ def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.C
     assert list(choices[2]["prompt_logprobs"][1]) == ["6"]
     plain = raw.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).json()
     assert "prompt_logprobs" not in plain["choices"][0] and "prompt_logprobs" not in plain
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_log_probabilities_of_prompts_in_a_stream(raw: httpx2.Client, path: str) -> None:
+    """Once a prompt, and the same as of the whole answer."""
+    is_chat = "chat" in path
+    asked = {"messages": WHO} if is_chat else {"prompt": ["Who are you?", "And who am I?"]}
+    body = {**asked, "n": 2, "max_tokens": 3, "prompt_logprobs": 1, "temperature": 0}
+    whole = raw.post(path, json=body).json()
+    lines = raw.post(path, json={**body, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    if is_chat:
+        told = [chunk["prompt_logprobs"] for chunk in chunks if "prompt_logprobs" in chunk]
+        assert told == [whole["prompt_logprobs"]]
+        return
+    found = [choice for chunk in chunks for choice in chunk["choices"]]
+    told = {each["index"]: each["prompt_logprobs"] for each in found if "prompt_logprobs" in each}
+    assert told == {i: whole["choices"][i]["prompt_logprobs"] for i in (0, 2)}
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL))

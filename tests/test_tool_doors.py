@@ -325,18 +325,33 @@ def test_our_own_client(door: Door, planted: type[Planted]) -> None:
         ]
         answer = client.chat(told, tools=[WEATHER], **settings)
         assert "".join(delta.text for delta in answer) == "Warm."
+        planted.text = f"{CALL}\n{CALL}"
+        for parallel, count in ((None, 2), (True, 2), (False, 1)):
+            more: dict[str, Any] = {"tools": [WEATHER], "parallel_tool_calls": parallel}
+            reply = client.generate_once(ASKED, **more, **settings)
+            deltas = list(client.chat(ASKED, **more, **settings))
+            assert len(reply.answers[0].tool_calls) == count
+            assert sum(len(delta.tool_calls) for delta in deltas) == count
         with pytest.raises(ClientError, match=r"tools\[0\]"):
             client.chat(ASKED, tools=[5])
+        with pytest.raises(ClientError, match=r"parallel_tool_calls.*'no'"):
+            client.chat(ASKED, tools=[WEATHER], parallel_tool_calls="no")  # type: ignore[arg-type]
 
 
 def test_async_llm(door: Door, planted: type[Planted]) -> None:
     async def ask() -> list[OutputDelta]:
         return [each async for each in door.engine.chat(ASKED, PARAMS, tools=[WEATHER])]
 
+    async def ask_for_one() -> list[OutputDelta]:
+        one: dict[str, Any] = {"tools": [WEATHER], "parallel_tool_calls": False}
+        return [each async for each in door.engine.chat(ASKED, PARAMS, **one)]
+
     deltas = door.run(ask())
     (call,) = [call for delta in deltas for call in delta.tool_calls]
     assert isinstance(call, octavo.ToolCall) and json.loads(call.arguments) == ARGUMENTS
     assert deltas[-1].finish_reason == "stop"
+    planted.text = f"{CALL}\n{CALL}"
+    assert [sum(len(d.tool_calls) for d in door.run(a())) for a in (ask, ask_for_one)] == [2, 1]
 
 
 def test_llm(checkpoint: Path, planted: type[Planted]) -> None:
@@ -347,6 +362,9 @@ def test_llm(checkpoint: Path, planted: type[Planted]) -> None:
         for output in (output for result in results for output in result.outputs):
             assert output.text == "I look." and output.finish_reason == "stop"
             assert [json.loads(call.arguments) for call in output.tool_calls] == [ARGUMENTS]
+        planted.text = f"{CALL}\n{CALL}"
+        (one,) = llm.chat(ASKED, PARAMS, tools=[WEATHER], parallel_tool_calls=False)
+        assert len(one.outputs[0].tool_calls) == 1
         (plain,) = llm.chat(ASKED, PARAMS)
         assert plain.outputs[0].text == planted.text and not plain.outputs[0].tool_calls
         with pytest.raises(InputError, match=r"^tools\[0\].type"):

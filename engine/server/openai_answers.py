@@ -92,11 +92,15 @@ async def chunks(
                 raise api_error(fault_in(delta.error))
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
-            is_told = bool(delta.text or delta.logprobs or delta.tool_calls)
-            if is_told or delta.finish_reason or delta.media or choice not in begun:
+            is_told = bool(delta.text or delta.logprobs or delta.tool_calls or delta.media)
+            if is_told or delta.finish_reason or choice not in begun:
                 is_first, had = choice not in begun, begun.get(choice, 0)
                 begun[choice] = had + len(delta.tool_calls)
-                yield _event(form.chunk(choice, delta, is_first, asked.include_usage, had))
+                args = (choice, delta, is_first, asked.include_usage, had)
+                if delta.prompt_logprobs:  # perhaps megabytes, which all others would wait for
+                    yield await asyncio.to_thread(lambda args=args: _event(form.chunk(*args)))
+                else:
+                    yield _event(form.chunk(*args))
             event = await anext(rest, None)
         if asked.include_usage:
             yield _event(form.usage_chunk(usages))

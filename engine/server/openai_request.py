@@ -151,8 +151,6 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     """`given`: what else stands in the body."""
     stream = read_flag(given, "stream")
     include_usage = _read_stream_options(given.pop("stream_options", None), stream)
-    if stream and given.get("prompt_logprobs") is not None:
-        raise InputError("prompt_logprobs", "comes with whole answers: leave out stream=true")
     form, form_field = read_structured(given)
     sampling: dict[str, Any] = {}
     options: dict[str, Any] = {}

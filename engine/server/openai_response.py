@@ -35,7 +35,8 @@ class AnswerForm:
         num_calls: int = 0,
     ) -> dict[str, Any]:
         """Of a stream. `is_first` of its choice; `with_usage`: the stream ends with its usage, and
-        every chunk before has null there; `num_calls`: that its choice had before."""
+        every chunk before has null there; `num_calls`: that its choice had before. A prompt's log
+        probabilities are in the first chunk of its first choice."""
         new: dict[str, Any] = {"text": delta.text}
         if self.is_chat:
             content = {"content": delta.text} if delta.text or is_first else {}
@@ -47,6 +48,9 @@ class AnswerForm:
         has_calls = bool(num_calls or delta.tool_calls)
         reason = {"logprobs": told, "finish_reason": _reason(delta.finish_reason, has_calls)}
         chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
+        if delta.prompt_logprobs:
+            told_of_prompt = write_prompt_logprobs(delta.prompt_logprobs, self.decode)
+            (chunk if self.is_chat else chunk["choices"][0])["prompt_logprobs"] = told_of_prompt
         if with_usage:
             chunk["usage"] = None
         if delta.media:
