@@ -6,7 +6,6 @@ text waits for no image, an image for no film, and nobody for another's server.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.structured import StructuredOutput
+from .cores import num_cores
 from .grammar import Grammar, Grammars
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .media.child_pool import DecoderPool
@@ -121,7 +121,7 @@ class InputPool:
         """`isolate`: files are decoded in processes of their own. `max_bytes`: of the sources of
         all requests until they are over; None: no bound."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
-        lanes = Lanes.of(os.cpu_count() or 1)
+        lanes = Lanes.of(num_cores())
         self._threads = {
             name: ThreadPoolExecutor(size, thread_name_prefix=name)
             for name, size in vars(lanes).items()

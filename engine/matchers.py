@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..scheduler.request import Request, RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
+from .cores import num_cores
 from .grammar import Grammar, Matcher
 from .runner.batch import TokenMasks
 
@@ -94,7 +94,7 @@ class Matchers:
         if self._executor is None:
             import llguidance
 
-            self._executor = llguidance.LLExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+            self._executor = llguidance.LLExecutor(min(MAX_THREADS, num_cores()))
         return self._executor
 
     def masks(self, drawn: Sequence[Request]) -> TokenMasks | None:

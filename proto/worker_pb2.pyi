@@ -20,14 +20,16 @@ class JoinRequest(_message.Message):
     def __init__(self, version: _Optional[str] = ..., engine_id: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("fingerprint", "model", "pid")
+    __slots__ = ("fingerprint", "model", "pid", "cores")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
     model: str
     pid: int
-    def __init__(self, fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    cores: str
+    def __init__(self, fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., cores: _Optional[str] = ...) -> None: ...
 
 class EndRequest(_message.Message):
     __slots__ = ("epoch",)
@@ -90,7 +92,7 @@ class PingReply(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("epoch", "model", "device", "dtype", "rank", "tensor_parallel_size", "rendezvous", "block_size", "quantization", "kv_cache_dtype")
+    __slots__ = ("epoch", "model", "device", "dtype", "rank", "tensor_parallel_size", "rendezvous", "block_size", "quantization", "kv_cache_dtype", "num_sharing")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +103,7 @@ class LoadRequest(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     model: str
     device: str
@@ -111,7 +114,8 @@ class LoadRequest(_message.Message):
     block_size: int
     quantization: str
     kv_cache_dtype: str
-    def __init__(self, epoch: _Optional[int] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., rendezvous: _Optional[str] = ..., block_size: _Optional[int] = ..., quantization: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
+    num_sharing: int
+    def __init__(self, epoch: _Optional[int] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., rendezvous: _Optional[str] = ..., block_size: _Optional[int] = ..., quantization: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., num_sharing: _Optional[int] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("done_bytes", "total_bytes", "memory")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from octavo.engine.cli import app
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.worker import remote
 from octavo.engine.worker.fingerprint import fingerprint
+from octavo.engine.worker.loading import start_loading
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SETTINGS: dict[str, Any] = {
@@ -91,6 +92,25 @@ def test_the_same_answers_engine_after_engine(
             assert answers(llm) == expected
             pids += [*llm.engine.worker_pids]
     assert len(set(pids)) == 4  # each engine had new processes
+
+
+def test_ranks_on_one_machine_share_its_cores(
+    checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo.engine.worker import group
+
+    told: list[list[int]] = []
+
+    def watched(workers: Any, config: Any, meeting: Any, sharing: Sequence[int]) -> Any:
+        told.append(list(sharing))
+        return start_loading(workers, config, meeting, sharing)
+
+    monkeypatch.setattr(group, "start_loading", watched)
+    with engine(checkpoint, pair):
+        pass
+    with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2):
+        pass
+    assert told == [[2, 2], []]
 
 
 def test_a_worker_that_is_killed_comes_back(

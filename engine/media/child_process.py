@@ -16,6 +16,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from ...proto import media_pb2 as pb
+from ..cores import num_cores
 from .limits import MediaLimits
 from .reader import Pixels
 
@@ -75,7 +76,7 @@ class DecoderProcess:
     """A process that was just started; it is there a quarter of a second later."""
 
     def __init__(self, limits: MediaLimits) -> None:
-        self._cpu_seconds = limits.media_timeout_s * (os.cpu_count() or 1)
+        self._cpu_seconds = limits.media_timeout_s * num_cores()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = _start(theirs.fileno(), self._cpu_seconds, limits)

@@ -96,14 +96,16 @@ async def chunks(
             if is_told or delta.finish_reason or choice not in begun:
                 is_first, had = choice not in begun, begun.get(choice, 0)
                 begun[choice] = had + len(delta.tool_calls)
-                args = (choice, delta, is_first, asked.include_usage, had)
+                make = functools.partial(
+                    form.chunk, choice, delta, is_first, asked.include_usage, had
+                )
                 if delta.prompt_logprobs:  # perhaps megabytes, which all others would wait for
-                    yield await asyncio.to_thread(lambda args=args: _event(form.chunk(*args)))
+                    yield await asyncio.to_thread(_event, make)
                 else:
-                    yield _event(form.chunk(*args))
+                    yield _event(make)
             event = await anext(rest, None)
         if asked.include_usage:
-            yield _event(form.usage_chunk(usages))
+            yield _event(lambda: form.usage_chunk(usages))
         yield DONE
     except Exception as error:
         told = error_of(error)
@@ -112,8 +114,8 @@ async def chunks(
         yield b"data: " + told.body.encode() + b"\n\n"
 
 
-def _event(value: Any) -> bytes:
-    return b"data: " + dump(value) + b"\n\n"
+def _event(make: Callable[[], dict[str, Any]]) -> bytes:
+    return b"data: " + dump(make()) + b"\n\n"
 
 
 async def answers_of(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:

@@ -77,12 +77,11 @@ class WorkerGroup:
         self.epoch = next(_epochs)
         self._dir = Path(tempfile.mkdtemp(prefix=GROUP_FOLDER))  # mode 0700: ours alone
         self._workers: list[WorkerLink] = []
+        self._sharing: list[int] = []  # see `RemoteWorkers.join`
         self._watch = Watch(self._workers, self.given_up)
         self._sent: deque[SentStep] = deque()
         self._latest = 0  # the step sent last in this epoch
-        self.done_at = (
-            0.0  # when the latest step that was received was done, on the monotonic clock
-        )
+        self.done_at = 0.0  # of the latest step that was received, on the monotonic clock
         try:
             if self._config.workers:
                 self._join_workers()
@@ -184,7 +183,7 @@ class WorkerGroup:
     def _join_workers(self) -> None:
         remote = RemoteWorkers(self._config, self._engine_id, self.epoch)
         self._workers.extend(remote.links)
-        remote.join(self._is_first, self.given_up)
+        self._sharing = remote.join(self._is_first, self.given_up)
 
     def _start_workers(self) -> None:
         for rank in range(self.size):
@@ -206,9 +205,8 @@ class WorkerGroup:
 
     def _load(self, on_progress: Callable[[int, int], None]) -> GroupMemory:
         """All ranks load at once; rank 0 tells how far."""
-        items = start_loading(
-            self._workers, self._config, None if self._config.workers else self._dir / RENDEZVOUS
-        )
+        rendezvous = None if self._config.workers else self._dir / RENDEZVOUS
+        items = start_loading(self._workers, self._config, rendezvous, self._sharing)
         reports: list[pb.MemoryReport] = []
         while len(reports) < self.size:
             rank, item = self._watch.next_of(items, time.monotonic() + LOAD_SILENCE, NOT_LOADING)

@@ -47,11 +47,15 @@ class GroupMemory:
 
 
 def start_loading(
-    workers: Sequence[WorkerLink], config: EngineConfig, rendezvous: Path | None
+    workers: Sequence[WorkerLink],
+    config: EngineConfig,
+    rendezvous: Path | None,
+    sharing: Sequence[int],
 ) -> queue.SimpleQueue[tuple[int, pb.LoadProgress | Exception]]:
     """Has all ranks load. (rank, item) as they come: progress, at last the memory; or an error.
 
-    They meet at the file `rendezvous`, or, without one, over their engine's streams."""
+    They meet at the file `rendezvous`, or, without one, over their engine's streams. `sharing`: how
+    many share each one's cores, of workers that were started apart."""
     items: queue.SimpleQueue[tuple[int, pb.LoadProgress | Exception]] = queue.SimpleQueue()
 
     def read(rank: int, call: Iterable[pb.LoadProgress]) -> None:
@@ -74,6 +78,7 @@ def start_loading(
                 block_size=config.block_size,
                 quantization=config.quantization or "",
                 kv_cache_dtype=config.kv_cache_dtype,
+                num_sharing=sharing[worker.rank] if sharing else 0,
             )
         )
         args = (worker.rank, call)

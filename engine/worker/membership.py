@@ -19,6 +19,7 @@ import grpc
 from ... import __version__
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
+from ..cores import cores_id
 from .address import interface_towards
 from .fingerprint import fingerprint, stamps
 from .meeting import Meeting
@@ -66,7 +67,9 @@ class MembershipServicer(worker_pb2_grpc.MembershipServicer):
         if refused := self._take(Claim(request.engine_id, request.epoch)):
             context.abort(grpc.StatusCode.UNAVAILABLE, refused)
         log.info("rank %d of %d joins an engine", place.rank, request.tensor_parallel_size)
-        return pb.JoinReply(fingerprint=self._mark, model=str(place.model), pid=os.getpid())
+        return pb.JoinReply(
+            fingerprint=self._mark, model=str(place.model), pid=os.getpid(), cores=cores_id()
+        )
 
     def Meet(
         self, replies: Iterator[pb.StoreReply], context: grpc.ServicerContext

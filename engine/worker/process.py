@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
 
+from ..cores import num_cores
 from .link import UNLIMITED, WorkerGroupError, WorkerLink
 
 WORKER_MODULE = "octavo.engine.worker.worker"
@@ -69,13 +69,9 @@ def connect(socket: Path) -> grpc.Channel:
 
 def _start(socket: Path, num_ranks: int) -> subprocess.Popen[bytes]:
     """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
-    env = {**worker_env(num_ranks), "GLOO_SOCKET_IFNAME": "lo"}
+    threads = max(1, num_cores() // num_ranks)
+    ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
+    env = {**ours, **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-P", "-m", WORKER_MODULE, "--socket", str(socket)]
     # Its own session: Ctrl-C in a terminal reaches the engine alone, which closes the group.
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
-
-
-def worker_env(num_ranks: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of a worker that shares the machine with `num_ranks` - 1 others."""
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, **env}

@@ -163,12 +163,13 @@ class RemoteWorkers:
             self._holds.append(Hold(seat, channel, store))
             self.links.append(WorkerLink(rank, epoch, channel, self._holds[-1]))
 
-    def join(self, is_first: bool, given_up: threading.Event) -> None:
+    def join(self, is_first: bool, given_up: threading.Event) -> list[int]:
         """Takes them for this engine; waits for those that are not there, until it is given up.
-        Raises `ConfigError` for what the user can mend and `WorkerGroupError` for one that does not
-        come."""
+        Gives how many of them share each one's cores, by rank. Raises `ConfigError` for what the
+        user can mend and `WorkerGroupError` for one that does not come."""
         mark = fingerprint(self._model)
         deadline = time.monotonic() + (JOIN_TIMEOUT if is_first else REJOIN_TIMEOUT)
+        cores: list[str] = []
         for link, hold in zip(self.links, self._holds, strict=True):
             reply = _join(str(link), hold, deadline, given_up)
             if reply.fingerprint != mark:
@@ -177,6 +178,8 @@ class RemoteWorkers:
                     f"has the fingerprint {reply.fingerprint[:12]} and not {mark[:12]}; start it "
                     "with the same one"
                 )
+            cores.append(reply.cores)
+        return [cores.count(each) for each in cores]
 
 
 def _join(name: str, hold: Hold, deadline: float, given_up: threading.Event) -> pb.JoinReply:

@@ -25,6 +25,7 @@ import grpc
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
 from ..config import ConfigError, ModelConfig, PreprocessConfig
+from ..cores import num_cores
 from ..failpoint import CutOff, failpoint
 from ..logs import set_up_worker_logs
 from .link import UNLIMITED
@@ -107,6 +108,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         check_weight_format(config, device, dtype)
         self.epoch, self.rank = request.epoch, request.rank
         failpoint("worker.load", self.rank)
+        _share_cores(request.num_sharing)
         self.runner = ModelRunner(
             model_dir,
             config,
@@ -188,6 +190,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         if self.runner is None or epoch != self.epoch:
             raise RuntimeError(f"epoch {epoch} is not the live one")
         return self.runner
+
+
+def _share_cores(num_sharing: int) -> None:
+    """Before any thread has computed. 0: whoever started the worker has seen to it."""
+    import torch
+
+    if num_sharing and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() // num_sharing))
 
 
 def resolve_device(name: str, rank: int) -> torch.device:

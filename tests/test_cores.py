@@ -1,0 +1,106 @@
+"""The cores that a process may use, and how ranks that were started apart share them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from octavo.engine import cores
+from octavo.engine.cores import cores_id, num_cores
+from octavo.engine.worker import process
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    return tmp_path / "cpu.max"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (None, 8),  # no cgroup of version 2
+        ("max 100000\n", 8),
+        ("400000 100000\n", 4),
+        ("250000 100000\n", 3),
+        ("10000 100000\n", 1),
+        ("6400000 100000\n", 8),  # more than there are
+        ("what ever\n", 8),
+        ("\n", 8),
+    ],
+)
+def test_a_container_with_a_limit_has_fewer(cgroup: Path, text: str | None, count: int) -> None:
+    if text is not None:
+        cgroup.write_text(text)
+    assert num_cores() == count
+
+
+def test_a_process_that_is_pinned_has_fewer() -> None:
+    """In a process of its own, for real."""
+    one = min(os.sched_getaffinity(0))
+    script = (
+        f"import os; os.sched_setaffinity(0, {{{one}}})\n"
+        "from octavo.engine.cores import num_cores; print(num_cores())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
+def test_who_shares(cgroup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same machine's same cores, unless each has a limit of its own."""
+    plain = cores_id()
+    assert cores_id() == plain
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert cores_id() != plain
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    cgroup.write_text("200000 100000\n")
+    limited = cores_id()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "cpu.max").write_text("200000 100000\n")
+    monkeypatch.setattr(cores, "CGROUP", other)
+    assert len({plain, limited, cores_id()}) == 3
+    monkeypatch.setattr(cores, "BOOT_ID", cgroup)
+    assert cores_id() not in (plain, limited)
+
+
+def test_an_engines_own_ranks_share_what_it_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not the machine's cores: a container of 4 cores on a machine of 64 would start 64 threads."""
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append(env))
+    monkeypatch.setattr(process, "num_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for num_ranks in (1, 2, 8):
+        process._start(tmp_path / "socket", num_ranks)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's word goes first
+    process._start(tmp_path / "socket", 2)
+    assert [env["OMP_NUM_THREADS"] for env in started] == ["4", "2", "1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("num_sharing", "set_by_user", "expected"), [(0, "", 1), (1, "", 6), (2, "", 3), (2, "1", 1)]
+)
+def test_a_rank_apart_takes_its_share(num_sharing: int, set_by_user: str, expected: int) -> None:
+    """In every thread that computes later, the kernels' own included: they ask torch."""
+    script = (
+        "import threading, torch\n"
+        "from octavo.engine.worker import worker\n"
+        "worker.num_cores = lambda: 6\n"
+        f"worker._share_cores({num_sharing})\n"
+        "late = threading.Thread(target=lambda: print(torch.get_num_threads()))\n"
+        "late.start(), late.join()"
+    )
+    env = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if set_by_user or num_sharing == 0:
+        env["OMP_NUM_THREADS"] = set_by_user or "1"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, env=env
+    )
+    assert done.stdout.split() == [str(expected)], done.stderr
