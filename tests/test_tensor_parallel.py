@@ -16,6 +16,8 @@ from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import TinyDriver, image, text, tiny_request
 from octavo.engine.config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
+from octavo.engine.runner.batch import EncodeTask
+from octavo.engine.runner.encode_stage import EncodeStage
 from octavo.engine.runner.model_runner import ModelRunner
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -120,3 +122,29 @@ def test_ranks_meet_twice_a_layer_and_no_more(
     calls.clear()
     driver.step([request], [1])
     assert calls == {"all_reduce": 2 * layers + 1, "gather": 1, "broadcast": 1}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_encode_before_they_wait_for_each_other(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Else they would encode one after the other."""
+    done: list[str] = []
+    config, preprocess = ModelConfig.from_dir(checkpoint), PreprocessConfig.from_dir(checkpoint)
+
+    def visual(patches: torch.Tensor, grids: list[Any]) -> torch.Tensor:
+        done.append("encode")
+        return torch.zeros(len(patches) // 4, config.hidden_size)
+
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda x, src, **_: done.append(f"broadcast {src}")
+    )
+    parallel, cpu = TensorParallel(rank, 2), torch.device("cpu")
+    stage = EncodeStage(visual, config, preprocess, parallel, cpu, torch.float32)  # type: ignore
+    tasks = tuple(
+        EncodeTask((bytes([i]), 0), (1, 4, 4), i, np.zeros((1, 56, 56, 3), np.uint8))
+        for i in (0, 1)
+    )
+    found = stage.run(tasks)
+    assert list(found) == [task.key for task in tasks]
+    assert done == ["encode", "broadcast 0", "broadcast 1"]

@@ -30,15 +30,19 @@ class EncodeStage:
     dtype: torch.dtype
 
     def run(self, tasks: tuple[EncodeTask, ...]) -> dict[UnitKey, torch.Tensor]:
-        """Encodes this rank's units in one pass; gives the embeddings of all ranks."""
+        """Encodes this rank's units; gives the embeddings of all ranks."""
+        ranks = range(self.parallel.size)
+        dealt = [[task for task in tasks if task.rank == rank] for rank in ranks]
+        mine = dealt[self.parallel.rank]
+        # Before any exchange, which waits for the rank that sends: so that all encode at once.
+        embedded = self._embed_units(mine) if mine else None
         found: dict[UnitKey, torch.Tensor] = {}
-        for rank in range(self.parallel.size):
-            units = [task for task in tasks if task.rank == rank]
+        for rank, units in enumerate(dealt):
             if not units:
                 continue
             counts = [self._num_tokens(task) for task in units]
-            if rank == self.parallel.rank:
-                joined = self._embed_units(units)
+            if embedded is not None and rank == self.parallel.rank:
+                joined = embedded
             else:
                 shape = (sum(counts), self.config.hidden_size)
                 joined = torch.empty(shape, dtype=self.dtype, device=self.device)
