@@ -1,6 +1,6 @@
 """Decode steps over static tensors: what a captured graph repeats. The capture needs a GPU.
 
-The tests that compute run in Triton's interpreter (`test_kernels_compiled.py` runs this file so):
+The tests that compute run in Triton's interpreter (`test_interpreter.py` runs this file so):
 nothing on the host may matter there, while the CPU path reads lengths from the host.
 """
 

@@ -3,11 +3,6 @@
 `test_kernels_compiled.py` has what they compile to, `test_fp8_serving.py` a model over it.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton
@@ -84,7 +79,7 @@ def _moved_kernel(words_ptr, out_ptr):
 def test_moved_bits_are_the_numbers(device: torch.device, dtype: torch.dtype, lift: int) -> None:
     """All but the two that are not numbers, which are never written."""
     if not INTERPRETED and device.type == "cpu":
-        pytest.skip("test_in_the_interpreter runs it")
+        pytest.skip("test_interpreter.py runs it")
     numbers = ALL_BYTES.to(device)
     found = torch.zeros(256, dtype=dtype, device=device)
     _moved_kernel[(1,)](numbers.view(torch.int16), found)
@@ -102,7 +97,7 @@ def _bits_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
 def test_bits_are_the_nearest_number(device: torch.device) -> None:
     """Beside each number and beside each middle of two, and ties to even: as torch rounds."""
     if not INTERPRETED and device.type == "cpu":
-        pytest.skip("test_in_the_interpreter runs it")
+        pytest.skip("test_interpreter.py runs it")
     numbers = ALL_BYTES.view(FP8).float()
     numbers = numbers[numbers.isfinite()].sort().values
     edges = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
@@ -228,13 +223,3 @@ def test_a_forked_block_takes_its_scales_along(device: torch.device) -> None:
     copy_blocks(cache, torch.tensor([[5, 0], [0, 3]], device=device))
     after = gather_kv(cache, torch.tensor([[0], [3]], device=device), 16)
     assert torch.equal(after, before)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
-def test_in_the_interpreter() -> None:
-    files = (Path(__file__).name, "test_fp8_serving.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,11 +1,6 @@
 """FP8 products against their oracle in Triton's interpreter. What they compile to:
 `test_kernels_compiled.py`."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton
@@ -46,12 +41,3 @@ def test_fp8_linear(shape: tuple[int, int, int], static: float | None) -> None:
 def test_fp8_linear_in_large_tiles(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_linear, "linear_size", lambda *args: size)
     test_fp8_linear((70, 640, 264), None)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,11 +1,6 @@
 """Weights of four bits: layouts against packers written out here, the kernel against its oracle
 in Triton's interpreter, in a process of its own. `test_kernels_compiled.py` has its code."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton
@@ -147,14 +142,3 @@ def test_int4_linear_in_large_tiles(size: str, monkeypatch: pytest.MonkeyPatch) 
     x, weight = make(70, 640, 264, 128)
     found, expected = (f(x, weight) for f in (int4_linear, int4_linear_ref))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-k", "test_int4_linear"],
-        cwd=Path(__file__).parent, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]

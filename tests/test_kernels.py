@@ -1,6 +1,6 @@
 """Every kernel against its oracle, and every oracle against loops written out here.
 
-The same tests run three ways: on the CPU path; in Triton's interpreter (`test_kernels_compiled.py`
+The same tests run three ways: on the CPU path; in Triton's interpreter (`test_interpreter.py`
 runs this file with TRITON_INTERPRET=1); and on a GPU with `pytest -m gpu`.
 """
 

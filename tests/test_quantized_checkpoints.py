@@ -4,10 +4,7 @@ what their weights mean; how ranks share them; and what is refused."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,7 +183,7 @@ def test_int8_goes_on_top_of_what_the_weights_mean(tmp_path: Path) -> None:
 def test_kernel_form(kind: str, tmp_path: Path) -> None:
     """In Triton's interpreter: the layouts of a GPU, and products by the kernels."""
     if not INTERPRETED:
-        pytest.skip("test_in_the_interpreter runs it")
+        pytest.skip("test_interpreter.py runs it")
     quantised, dense = write(tmp_path, kind, layers=1, vision_layers=1)
     model = load(quantised, torch.float16)
     down = model.decoder.layers[0].mlp.down.weight
@@ -215,17 +212,6 @@ def exact_rows(size: int) -> torch.Tensor:
     rows = torch.tensor([3.0, -5.0, 6.0, -7.0, 1.5, 0.0])[torch.randint(0, 6, (3, size))]
     rows[:, 0] = 448
     return rows
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what runs this file in the interpreter")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-k", "kernel_form"],
-        cwd=Path(__file__).parent, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-4000:]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the CPU's form")
