@@ -43,7 +43,7 @@ NATIVE = Extension(
     "octavo.kernels.native._kernels",
     sources=[
         f"kernels/native/{name}.c"
-        for name in ("amx", "attention", "decode", "layers", "linear", "rows")
+        for name in ("amx", "attention", "decode", "layers", "linear", "meet", "rows")
     ],
     depends=[
         f"kernels/native/{name}.h" for name in ("amx", "bf16", "kernels", "product", "transpose")

@@ -59,4 +59,4 @@ class SleepingServicer(WorkerServicer):
 
 
 if __name__ == "__main__":
-    main(SleepingServicer())
+    main(SleepingServicer)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...kernels import native
 from ..config import ConfigError, ModelConfig
+from .shared_memory import SharedMemory
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,13 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None  # None: torch.distributed's default group
+    shared: SharedMemory | None = None  # of ranks on one machine's CPUs, instead of the group
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sums `x` over the ranks, in place."""
-        if self.size > 1:
+        if self.shared is not None:
+            self.shared.all_reduce(x)
+        elif self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -34,13 +39,17 @@ class TensorParallel:
         """
         if self.size == 1:
             return x
+        if self.shared is not None:
+            return self.shared.gather(x)
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x.contiguous(), parts, dst=0, group=self.group)
         return None if parts is None else torch.cat(parts, dim=-1)
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """Fills `x` (contiguous) with what rank `source` has in it."""
-        if self.size > 1:
+        if self.shared is not None:
+            self.shared.broadcast(x, source)
+        elif self.size > 1:
             dist.broadcast(x, src=source, group=self.group)
         return x
 
@@ -56,13 +65,18 @@ class TensorParallel:
 
 
 def connect(
-    rank: int, size: int, device: torch.device, rendezvous: str | dist.Store
+    rank: int,
+    size: int,
+    device: torch.device,
+    rendezvous: str | dist.Store,
+    shared: int | None = None,
 ) -> TensorParallel:
     """Joins the group that meets at `rendezvous`, the path of a file or a store; waits for all
     `size` ranks.
 
-    NCCL on CUDA devices, gloo for CPUs, on the loopback interface unless GLOO_SOCKET_IFNAME says
-    otherwise. A group of one needs no meeting.
+    NCCL on CUDA devices. On CPUs `shared`, the open file of memory that the ranks share, where all
+    of them have it and the compiled kernels; else gloo, on the loopback interface unless
+    GLOO_SOCKET_IFNAME says otherwise. A group of one needs no meeting.
     """
     if size == 1:
         return TensorParallel()
@@ -80,7 +94,16 @@ def connect(
         world_size=size,
         timeout=timedelta(minutes=10),
     )
+    if device.type == "cpu" and _all_have(shared is not None and native.library() is not None):
+        assert shared is not None
+        return TensorParallel(rank, size, shared=SharedMemory(shared, rank, size))
     return TensorParallel(rank, size)
+
+
+def _all_have(it: bool) -> bool:
+    have = torch.tensor(int(it))
+    dist.all_reduce(have, dist.ReduceOp.MIN)
+    return bool(have)
 
 
 def valid_tensor_parallel_sizes(config: ModelConfig) -> tuple[int, ...]:

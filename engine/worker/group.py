@@ -25,7 +25,7 @@ from ..runner.batch import BatchResult, InputBatch
 from .bound import StepBound, work_of
 from .link import PING_TIMEOUT, WorkerGroupError, WorkerLink
 from .loading import GroupMemory, start_loading
-from .process import start_worker
+from .process import shared_memory, start_worker
 from .remote import RemoteWorkers
 from .watch import Watch
 from .wire import pack_steps, unpack_results
@@ -186,9 +186,10 @@ class WorkerGroup:
         self._sharing = remote.join(self._is_first, self.given_up)
 
     def _start_workers(self) -> None:
-        for rank in range(self.size):
-            socket = self._dir / f"rank{rank}.sock"
-            self._workers.append(start_worker(rank, socket, self.size, self.epoch))
+        with shared_memory() as shared:
+            for rank in range(self.size):
+                socket = self._dir / f"rank{rank}.sock"
+                self._workers.append(start_worker(rank, socket, self.size, self.epoch, shared))
         deadline = time.monotonic() + START_TIMEOUT
         for worker in self._workers:
             ready = grpc.channel_ready_future(worker.channel)

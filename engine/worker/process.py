@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -19,10 +21,22 @@ WORKER_MODULE = "octavo.engine.worker.worker"
 SPIN_COUNT = "10000"
 
 
-def start_worker(rank: int, socket: Path, num_ranks: int, epoch: int) -> WorkerLink:
-    """Starts a worker on the Unix socket `socket`; it listens a while later."""
-    process = ChildProcess(_start(socket, num_ranks))
+def start_worker(rank: int, socket: Path, num_ranks: int, epoch: int, shared: int) -> WorkerLink:
+    """Starts a worker on the Unix socket `socket`; it listens a while later. `shared`: see
+    `shared_memory`."""
+    process = ChildProcess(_start(socket, num_ranks, shared))
     return WorkerLink(rank, epoch, connect(socket), process)
+
+
+@contextlib.contextmanager
+def shared_memory() -> Iterator[int]:
+    """An open file for the memory of ranks on one machine. It has no name, and is gone when all
+    that have it open are."""
+    file = os.memfd_create("octavo-ranks")
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 class ChildProcess:
@@ -67,11 +81,14 @@ def connect(socket: Path) -> grpc.Channel:
     return grpc.insecure_channel(f"unix:{socket}", options=[*UNLIMITED, *backoff])
 
 
-def _start(socket: Path, num_ranks: int) -> subprocess.Popen[bytes]:
+def _start(socket: Path, num_ranks: int, shared: int) -> subprocess.Popen[bytes]:
     """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
     threads = max(1, num_cores() // num_ranks)
     ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
     env = {**ours, **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-P", "-m", WORKER_MODULE, "--socket", str(socket)]
+    command += ["--shared", str(shared)]
     # Its own session: Ctrl-C in a terminal reaches the engine alone, which closes the group.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, env=env, start_new_session=True, pass_fds=[shared]
+    )

@@ -50,11 +50,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     """Holds one `ModelRunner`. Steps run one after the other; pings are answered beside them."""
 
     def __init__(
-        self, place: Place | None = None, is_taken_in: Callable[[int], bool] | None = None
+        self,
+        place: Place | None = None,
+        is_taken_in: Callable[[int], bool] | None = None,
+        shared: int | None = None,
     ) -> None:
         """A worker that was started apart has a `place` of its own, and loads for the epoch alone
-        that an engine has taken it in."""
-        self._place, self._is_taken_in = place, is_taken_in
+        that an engine has taken it in. `shared`: the open file of memory that the ranks share."""
+        self._place, self._is_taken_in, self._shared = place, is_taken_in, shared
         self.epoch = 0
         self.rank = 0
         self.runner: ModelRunner | None = None
@@ -137,7 +140,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
         rank, size = request.rank, request.tensor_parallel_size
         if self._place is None:
-            return connect(rank, size, device, request.rendezvous)
+            return connect(rank, size, device, request.rendezvous, self._shared)
         return connect(rank, size, device, MeetingStore(self._place.meeting))
 
     def Allocate(
@@ -237,7 +240,7 @@ def _end_with_parent(socket: Path) -> None:
     os._exit(0)
 
 
-def main(servicer: WorkerServicer | None = None) -> None:
+def main(make: type[WorkerServicer] = WorkerServicer) -> None:
     """Serves until the parent is gone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -245,7 +248,9 @@ def main(servicer: WorkerServicer | None = None) -> None:
         required=True,
         help="path of the Unix socket to serve on",
     )
-    socket = Path(parser.parse_args().socket)
+    parser.add_argument("--shared", type=int, help="open file of memory that the ranks share")
+    args = parser.parse_args()
+    socket = Path(args.socket)
     set_up_worker_logs()
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
@@ -253,7 +258,7 @@ def main(servicer: WorkerServicer | None = None) -> None:
         target=_end_with_parent, args=(socket,), name="parent-watch", daemon=True
     ).start()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=UNLIMITED)
-    worker_pb2_grpc.add_WorkerServicer_to_server(servicer or WorkerServicer(), server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(make(shared=args.shared), server)
     server.add_insecure_port(f"unix:{socket}")
     server.start()
     server.wait_for_termination()

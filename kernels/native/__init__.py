@@ -118,6 +118,7 @@ SIGNATURES = {
     "octavo_rotate": "pl" + "pp" + "lll",
     "octavo_mrope_write_kv": "plppl" + "pppppp" + "lllll",
     "octavo_decoder_layers": "plp",
+    "octavo_meet": "plll",
 }
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
