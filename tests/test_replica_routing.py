@@ -305,6 +305,8 @@ def test_settings_are_ours_and_the_engines() -> None:
         ({"device": "auto"}, "device='auto': say cpu or cuda"),
         ({"target_ongoing_requests": "-1"}, "target_ongoing_requests=-1"),
         ({"trace_file": "a"}, "trace_file: one file"),
+        ({"workers": ["10.0.0.2:7000"]}, "workers: a replica's ranks share a host; .* leave it out"),
+        ({"worker_tls": "/tls"}, "worker_tls: .* leave it out"),
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
     ],
 )

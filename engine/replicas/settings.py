@@ -50,6 +50,8 @@ ENGINE = {each.name for each in fields(EngineConfig)} | {"hub"}
 NOT_HERE = {
     "isolate_media": "always on: callers are from outside",
     "trace_file": "one file for many replicas would be nobody's",
+    "workers": "a replica's ranks share a host; a group of several machines is an `octavo serve`'s",
+    "worker_tls": "there are no workers of other machines here",
 }
 
 
