@@ -118,12 +118,12 @@ def test_what_cannot_be_read_has_no_prefix(body: bytes) -> None:
 def held_after(request: Request, prefix: Prefix, **settings: int) -> tuple[Held, Simulation]:
     simulation = Simulation(make_config(**settings))
     held = Held(simulation.scheduler, simulation.scheduler.config.block_size)
-    held.expect(request.request_id, prefix)
+    call = held.expect(request.request_id, prefix)
     simulation.scheduler.add(request)
     held.admitted(request.request_id, request)
     simulation.run()
-    held.answered(request.request_id)
-    held.forget(request.request_id)
+    held.answered(call)
+    held.forget(call)
     return held, simulation
 
 
@@ -163,11 +163,45 @@ def test_a_link_before_the_first_full_block_is_not_held() -> None:
 def test_requests_that_never_answer_leave_nothing() -> None:
     simulation = Simulation(make_config())
     held = Held(simulation.scheduler, 4)
-    held.expect("a", prefix_of({"prompt": LONG}))
-    held.forget("a")
+    call = held.expect("a", prefix_of({"prompt": LONG}))
+    held.forget(call)
     held.admitted("a", make_request("a", 4))  # refused, and its name used again by another
-    held.answered("a")
+    held.answered(call)
     assert held.report() == {"links": b"", "media": {}}
+
+
+@pytest.mark.parametrize("comes", ["before the first is admitted", "after it"])
+def test_a_refused_duplicate_takes_nothing_from_the_first(comes: str) -> None:
+    simulation = Simulation(make_config())
+    held = Held(simulation.scheduler, simulation.scheduler.config.block_size)
+    prefix, request = prefix_of({"prompt": LONG}), make_request("a", 40)
+    first = held.expect("a", prefix)
+    simulation.scheduler.add(request)
+    if comes == "after it":
+        held.admitted("a", request)
+    duplicate = held.expect("a", prefix_of({"prompt": f"!{LONG}"}))
+    held.answered(duplicate)  # that it is refused
+    held.forget(duplicate)
+    if comes != "after it":
+        held.admitted("a", request)
+    simulation.run()
+    held.answered(first)
+    held.forget(first)
+    assert links_in(held.report()["links"]) == {link.hash for link in prefix.links}
+
+
+def test_of_several_prompts_the_first_is_learned() -> None:
+    """The engine knows the prompts of a call NAME as NAME-0, NAME-1, ..."""
+    simulation = Simulation(make_config())
+    held = Held(simulation.scheduler, simulation.scheduler.config.block_size)
+    prefix = prefix_of({"prompt": LONG})
+    call = held.expect("a", prefix)
+    for request in (make_request("a-1", 36, seed=9), make_request("a-0", 40)):
+        simulation.scheduler.add(request)
+        held.admitted(request.request_id, request)
+    simulation.run()
+    held.answered(call)
+    assert links_in(held.report()["links"]) == {link.hash for link in prefix.links}
 
 
 # The router
@@ -305,7 +339,7 @@ def test_settings_are_ours_and_the_engines() -> None:
         ({"device": "auto"}, "device='auto': say cpu or cuda"),
         ({"target_ongoing_requests": "-1"}, "target_ongoing_requests=-1"),
         ({"trace_file": "a"}, "trace_file: one file"),
-        ({"workers": ["10.0.0.2:7000"]}, "workers: a replica's ranks share a host; .* leave it out"),
+        ({"workers": ["a:1"]}, "workers: a replica's ranks share a host; .* leave it out"),
         ({"worker_tls": "/tls"}, "worker_tls: .* leave it out"),
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
     ],

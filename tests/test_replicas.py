@@ -261,9 +261,13 @@ def test_reports_name_what_is_held(cluster: Cluster) -> None:
     cached_of(client, [{"role": "system", "content": system}, *WHO])
     digest = prefix_of({"messages": [{"role": "system", "content": system}]}).links[-1].hash
     assert len(digest) == 8
+    text = "Of several prompts this is the first. " * 30
+    client.completions.create(model=MODEL, prompt=[text, "Another."], max_tokens=2)
     handle = serve.get_deployment_handle("EngineReplica", "default")
     reports = [handle.record_routing_stats.remote().result(timeout_s=20) for _ in range(8)]
-    assert any(digest in links_in(report["links"]) for report in reports)
+    held = frozenset[bytes]().union(*(links_in(report["links"]) for report in reports))
+    assert digest in held
+    assert prefix_of({"prompt": text}).links[-2].hash in held
 
 
 @dataclass

@@ -19,6 +19,15 @@ from .prefix import HASH_BYTES, Prefix
 MAX_KNOWN = 8192  # links, and as many media: 64 KiB of a report
 
 
+@dataclass(eq=False)
+class Expected:
+    """A call whose prompt is to be learned."""
+
+    request_id: str
+    prefix: Prefix
+    request: Request | None = None  # from when it is admitted until it has begun to answer
+
+
 @dataclass(frozen=True)
 class _Media:
     keys: tuple[UnitKey, ...]
@@ -30,37 +39,40 @@ class Held:
 
     def __init__(self, scheduler: Scheduler, block_size: int) -> None:
         self._scheduler, self._block_size = scheduler, block_size
-        self._expected: dict[str, Prefix] = {}  # by request_id, until it is admitted
-        self._running: dict[str, tuple[Prefix, Request]] = {}  # until it has begun to answer
+        self._expected: dict[str, Expected] = {}  # by request_id, until it is admitted
         self._blocks: OrderedDict[bytes, bytes] = OrderedDict()  # link: block_hash
         self._media: OrderedDict[bytes, _Media] = OrderedDict()  # by digest
 
-    def expect(self, request_id: str, prefix: Prefix) -> None:
-        """That request is to come."""
-        self._expected[request_id] = prefix
+    def expect(self, request_id: str, prefix: Prefix) -> Expected:
+        """That request is to come. Of two calls by one name it is the first: the other is refused,
+        and its end is not the first one's."""
+        call = Expected(request_id, prefix)
+        self._expected.setdefault(request_id, call)
+        return call
 
     def admitted(self, request_id: str, request: Request) -> None:
-        prefix = self._expected.pop(request_id, None)
-        if prefix is not None:
-            self._running[request_id] = prefix, request
+        """Of several prompts in one call, which are NAME-0, NAME-1, ..., the first is expected."""
+        for name in (request_id, request_id.removesuffix("-0")):
+            if name in self._expected:
+                self._expected.pop(name).request = request
+                return
 
-    def answered(self, request_id: str) -> None:
+    def answered(self, call: Expected) -> None:
         """It has an answer, or the beginning of one: its prompt is computed."""
-        found = self._running.pop(request_id, None)
-        if found is None or found[1].awaits_media:
+        request, call.request = call.request, None
+        if request is None or request.awaits_media:
             return
-        prefix, request = found
-        items = _items(request)
+        prefix, items = call.prefix, _items(request)
         if len(items) == len(prefix.media):
             for digest, item in zip(prefix.media, items, strict=True):
                 keys = tuple(unit.key for unit in item)
                 _put(self._media, digest, _Media(keys, sum(unit.num_tokens for unit in item)))
             self._learn(prefix, request, [item[-1].end for item in items])
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, call: Expected) -> None:
         """It is over, however it ended."""
-        self._expected.pop(request_id, None)
-        self._running.pop(request_id, None)
+        if self._expected.get(call.request_id) is call:
+            del self._expected[call.request_id]
 
     def _learn(self, prefix: Prefix, request: Request, media_ends: list[int]) -> None:
         """A link's last full block. Where text ends within the prompt is known of its characters,

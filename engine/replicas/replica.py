@@ -54,27 +54,28 @@ class EngineReplica:
 
     async def http(self, call: HttpCall) -> AsyncGenerator[HttpStart | bytes, None]:
         async with contextlib.aclosing(run_http(self._app, call)) as answer:
-            async for message in self._followed(call.request_id, call, answer):
+            async for message in self._followed(call, answer):
                 yield message
 
     async def grpc(self, call: GrpcCall) -> AsyncGenerator[bytes | GrpcEnd, None]:
         servicer = self._servicers[call.service]
         async with contextlib.aclosing(run_grpc(servicer, call, self._keys)) as answer:
-            async for message in self._followed(call.request_id, call, answer):
+            async for message in self._followed(call, answer):
                 yield message
 
     async def _followed(
-        self, request_id: str, call: HttpCall | GrpcCall, answer: AsyncGenerator[Any, None]
+        self, call: HttpCall | GrpcCall, answer: AsyncGenerator[Any, None]
     ) -> AsyncGenerator[Any, None]:
         """The answer; what the request's prompt leaves in the caches is kept in mind."""
-        if call.prefix.links:
-            self._held.expect(request_id, call.prefix)
+        expected = self._held.expect(call.request_id, call.prefix) if call.prefix.links else None
         try:
             async for message in answer:
-                self._held.answered(request_id)
+                if expected is not None:
+                    self._held.answered(expected)
                 yield message
         finally:
-            self._held.forget(request_id)
+            if expected is not None:
+                self._held.forget(expected)
 
     async def check_health(self) -> None:
         """Raises what Serve then replaces this replica for. The first call is before any request:
