@@ -4,10 +4,17 @@ our own commands' on what they are told."""
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import grpc
 import kubernetes_validate
 import pytest
 import typer.main
@@ -15,7 +22,12 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from octavo.engine.cli import app
+from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.replicas.settings import read_settings
+from octavo.engine.tls import group_tls
+from octavo.engine.worker import remote
+from octavo.proto import worker_pb2 as worker_pb
+from octavo.proto import worker_pb2_grpc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 VERSION = "1.33"
@@ -101,6 +113,77 @@ def test_parts_find_each_other() -> None:
     name, service = workers["metadata"]["name"], workers["spec"]["serviceName"]
     addresses = [f"{name}-{rank}.{service}:7000" for rank in range(workers["spec"]["replicas"])]
     assert f"--workers={','.join(addresses)}" in engine["containers"][0]["args"]
+
+
+def _workers() -> list[str]:
+    """The hosts that group.yaml's engine calls."""
+    (engine,) = (pod for pod in PODS if pod["containers"][0]["name"] == "engine")
+    (told,) = (each for each in engine["containers"][0]["args"] if each.startswith("--workers="))
+    return [each.partition(":")[0] for each in told.removeprefix("--workers=").split(",")]
+
+
+def _certificate(folder: Path, names: str) -> Path:
+    """A CA, and one that it signed; `names` as openssl takes them."""
+    script = f"""
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 \\
+  -subj "/CN=octavo group" -keyout ca.key -out ca.crt
+openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=worker" \\
+  -keyout tls.key -out worker.csr
+printf "{names}" > worker.ext
+openssl x509 -req -in worker.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 1 \\
+  -extfile worker.ext -out tls.crt
+"""
+    subprocess.run(["bash", "-e", "-c", script], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+class _Membership(worker_pb2_grpc.MembershipServicer):
+    def Join(self, request: Any, context: Any) -> worker_pb.JoinReply:
+        return worker_pb.JoinReply(fingerprint="same")
+
+
+@contextmanager
+def _worker(tls: Path) -> Iterator[str]:
+    cert, key, ca = group_tls(tls).read()
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    worker_pb2_grpc.add_MembershipServicer_to_server(_Membership(), server)  # type: ignore[no-untyped-call]
+    credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def _join(tls: Path, host: str) -> None:
+    """As an engine does for which `host` is this machine's name."""
+    with pytest.MonkeyPatch.context() as patch, _worker(tls) as address:
+        patch.setattr(remote, "OPTIONS", [*remote.OPTIONS, ("grpc.default_authority", host)])
+        patch.setattr(remote, "fingerprint", lambda model: "same")
+        patch.setattr(remote, "JOIN_TIMEOUT", 20.0)
+        config = EngineConfig(workers=(address,), worker_tls=tls)
+        remote.RemoteWorkers(config, "engine", 1).join(True, threading.Event())
+
+
+def test_the_certificate_of_the_group_serves_by_the_names_that_the_engine_calls(
+    tmp_path: Path,
+) -> None:
+    (names,) = re.findall(r"subjectAltName=\S+", (DOCS / "kubernetes" / "group.yaml").read_text())
+    tls, hosts = _certificate(tmp_path, names), _workers()
+    assert len(hosts) == 2
+    for host in hosts:
+        _join(tls, host)
+
+
+def test_a_certificate_that_gRPC_takes_for_no_call_is_told_at_once(
+    tmp_path: Path,
+) -> None:
+    """TLS itself takes this wildcard, and each call is then refused."""
+    tls = _certificate(tmp_path, "subjectAltName=DNS:*.octavo-worker")
+    told = r"worker of rank 0 \(127.0.0.1:\d+\): TLS: its certificate does not name the host"
+    with pytest.raises(ConfigError, match=told):
+        _join(tls, _workers()[0])
 
 
 @pytest.mark.parametrize(

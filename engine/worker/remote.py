@@ -191,6 +191,9 @@ def _join(name: str, hold: Hold, deadline: float, given_up: threading.Event) -> 
             reason = error.details() or error.code().name
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise ConfigError(f"{name}: {reason}") from None
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                text = "its certificate does not name the host by which it is called"
+                raise ConfigError(f"{name}: TLS: {text}: {reason}") from None
             if any(words in reason.lower() for words in UNTRUSTED):
                 raise ConfigError(f"{name}: TLS: the certificates do not fit: {reason}") from None
         now = time.monotonic()
