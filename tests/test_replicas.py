@@ -166,6 +166,8 @@ def test_what_is_refused_is_told_as_octavo_serve_tells_it(cluster: Cluster) -> N
         cluster.client().chat.completions.create(model="nope", messages=WHO)
     assert httpx2.post(f"{cluster.http}/v1/completions", content=b"{}").status_code == 415
     assert httpx2.get(f"{cluster.http}/v1/models").json()["data"][0]["id"] == MODEL
+    foreign = httpx2.get(f"{cluster.http}/v1/models", headers={"host": "evil.example"})
+    assert foreign.status_code == 421  # DNS rebinding: there are no keys
     assert httpx2.get(f"{cluster.http}/ready").json() == {"status": "ready"}
     with octavo.Client(cluster.grpc) as client, pytest.raises(ClientError) as caught:
         list(client.chat(WHO, temperature=-1))

@@ -25,6 +25,7 @@ class HttpCall(Call):
     query: bytes
     headers: Headers
     body: bytes
+    server: tuple[str, int | None] | None  # the address that the client reached, as ASGI has it
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,9 @@ async def _http_call(scope: Scope, receive: Receive) -> HttpCall | None:
     if not given:
         headers = (*headers, (b"x-request-id", name.encode()))
     prefix = await http_prefix(path, body)
-    query = scope.get("query_string", b"")
-    return HttpCall(name, prefix, scope["method"], path, query, headers, body)
+    query, server = scope.get("query_string", b""), scope.get("server")
+    server = tuple(server) if server else None
+    return HttpCall(name, prefix, scope["method"], path, query, headers, body, server)
 
 
 def _asgi(message: HttpStart | bytes) -> dict[str, Any]:

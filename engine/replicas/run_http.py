@@ -55,5 +55,5 @@ def _scope(call: HttpCall) -> dict[str, Any]:
         "root_path": "",
         "headers": list(call.headers),
         "client": None,
-        "server": None,
+        "server": call.server,
     }
