@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse
 
 from octavo.engine.replicas.calls import HttpCall, HttpStart
 from octavo.engine.replicas.ingress import _http_call
-from octavo.engine.replicas.run_http import run_http
+from octavo.engine.replicas.run_http import AHEAD, run_http
 from octavo.engine.server.http_guard import Guard
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.work import Work
@@ -61,3 +61,57 @@ def test_a_page_whose_name_was_made_to_lead_here_is_refused(
         return await head(guard, await called(scope))
 
     assert asyncio.run(ask()).status == status
+
+
+class Long:
+    """An application whose answer is long; how much of it has been sent."""
+
+    def __init__(self, num_messages: int) -> None:
+        self.num_messages, self.num_sent, self.ended = num_messages, 0, False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for index in range(self.num_messages):
+                self.num_sent += 1
+                await send({"type": "http.response.body", "body": b"%d" % index, "more_body": True})
+        finally:
+            self.ended = True
+
+
+async def turns(number: int) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+def test_an_answer_is_made_no_faster_than_it_is_read() -> None:
+    app = Long(1000)
+
+    async def ask() -> list[Any]:
+        answer = run_http(app, await called({}))
+        found = [await anext(answer)]
+        await turns(100)
+        assert app.num_sent <= AHEAD + 1
+        found += [message async for message in answer]
+        return found
+
+    start, *body = asyncio.run(ask())
+    assert start.status == 200
+    assert body == [b"%d" % index for index in range(1000)] and app.ended
+
+
+@pytest.mark.parametrize("num_messages", [0, 1, AHEAD - 1, AHEAD, AHEAD + 1, 1000])
+def test_who_goes_away_leaves_no_application_behind(num_messages: int) -> None:
+    """It waits for room, or has filled it and ended."""
+    app = Long(num_messages)
+
+    async def ask() -> None:
+        answer = run_http(app, await called({}))
+        await anext(answer)
+        await turns(100)
+        async with asyncio.timeout(20):
+            await answer.aclose()
+        assert app.ended
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(ask())

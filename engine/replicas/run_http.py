@@ -10,11 +10,14 @@ from starlette.types import ASGIApp, Message
 
 from .calls import HttpCall, HttpStart
 
+AHEAD = 8  # messages of an answer that wait to be read; then the application waits
+
 
 async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | bytes, None]:
     """The answer's head, then its body as it comes. Closing it cancels the application, as a client
     that goes away does."""
     queue: asyncio.Queue[Message | None] = asyncio.Queue()
+    room = asyncio.Semaphore(AHEAD)  # and no bound of the queue: the end must always find a place
     messages: list[Message] = [{"type": "http.request", "body": call.body, "more_body": False}]
 
     async def receive() -> Message:
@@ -23,6 +26,7 @@ async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | b
         return messages.pop()
 
     async def send(message: Message) -> None:
+        await room.acquire()
         queue.put_nowait(message)
 
     async def run() -> None:
@@ -32,6 +36,7 @@ async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | b
     task.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (message := await queue.get()) is not None:
+            room.release()
             if message["type"] == "http.response.start":
                 yield HttpStart(message["status"], tuple(message["headers"]))
             elif message.get("body"):
