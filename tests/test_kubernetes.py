@@ -42,8 +42,12 @@ def check(resource: dict[str, Any]) -> None:
     kubernetes_validate.validate(resource, VERSION, strict=True)
 
 
-PLAIN = [each for name in ("serve.yaml", "group.yaml") for each in read(name)]
-(RAY_SERVICE,) = read("rayservice.yaml")
+RAY_SERVICE, RAY_POLICY = read("rayservice.yaml")
+PLAIN = [*(each for name in ("serve.yaml", "group.yaml") for each in read(name)), RAY_POLICY]
+RAY_GROUPS = [
+    RAY_SERVICE["spec"]["rayClusterConfig"]["headGroupSpec"],
+    *RAY_SERVICE["spec"]["rayClusterConfig"]["workerGroupSpecs"],
+]
 PODS = [each["spec"]["template"]["spec"] for each in PLAIN if each["kind"] in WORKLOADS]
 
 
@@ -65,12 +69,32 @@ def test_the_schema_refuses_what_is_wrong() -> None:
 
 def test_pods_of_the_ray_cluster_are_pods() -> None:
     """KubeRay's own schema is not in the package; of its resource these parts are Kubernetes'."""
-    cluster = RAY_SERVICE["spec"]["rayClusterConfig"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    assert len(groups) == 2
-    for group in groups:
-        spec = group["template"]["spec"]
-        check({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec})
+    assert len(RAY_GROUPS) == 2
+    for group in RAY_GROUPS:
+        pod = copy.deepcopy(group["template"])
+        pod["metadata"]["name"] = "a"
+        check({"apiVersion": "v1", "kind": "Pod", **pod})
+
+
+def test_rays_own_ports_are_closed_to_strangers() -> None:
+    """Whoever reaches them runs code. A token is asked for, and only the cluster's own pods reach
+    them, and the operator the dashboard's."""
+    assert RAY_SERVICE["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    (labels,) = {tuple(each["template"]["metadata"]["labels"].items()) for each in RAY_GROUPS}
+    cluster = {"podSelector": {"matchLabels": dict(labels)}}
+    assert RAY_POLICY["spec"]["podSelector"] == cluster["podSelector"]
+    assert RAY_POLICY["spec"]["policyTypes"] == ["Ingress"]
+    within, operator, anyone = RAY_POLICY["spec"]["ingress"]
+    assert within == {"from": [cluster]}
+    assert operator["from"][0]["podSelector"]["matchLabels"]
+    assert operator["ports"] == [{"port": 8265}]
+    doors = {port["containerPort"] for port in _container(RAY_GROUPS[1])["ports"]}
+    assert anyone == {"ports": [{"port": port} for port in sorted(doors)]}
+
+
+def _container(group: dict[str, Any]) -> dict[str, Any]:
+    (found,) = group["template"]["spec"]["containers"]
+    return found
 
 
 @pytest.mark.parametrize("pod", PODS, ids=lambda pod: pod["containers"][0]["name"])
@@ -196,7 +220,9 @@ def test_rays_schema_and_ours_take_the_serve_config(text: str) -> None:
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
     assert callable(getattr(import_module(module), name))
-    read_settings(application.args)
+    settings = read_settings(application.args)
+    if config.grpc_options.grpc_servicer_functions:  # Ray opens that port to the whole network
+        assert settings.api_key_file is not None
     for path in config.grpc_options.grpc_servicer_functions:
         module, _, name = path.rpartition(".")
         assert callable(getattr(import_module(module), name))
