@@ -456,8 +456,25 @@ def test_bytes_that_are_no_message(stubs: Stubs, path: str) -> None:
             pb.Conversation(messages=[pb.Message(content=[pb.ContentPart()] * ((1 << 14) + 1))]),
             "16385 parts",
         ),
+        (
+            pb.Conversation(messages=[pb.Message(tool_calls=[pb.ToolCall()] * 8193)] * 2),
+            "over 16384 tool calls",
+        ),
+        (
+            pb.Conversation(
+                messages=[
+                    pb.Message(
+                        tool_calls=[
+                            pb.ToolCall(function=pb.FunctionCall(arguments="[" * (1 << 19)))
+                        ]
+                    )
+                ]
+                * 3
+            ),
+            "characters in tool calls",
+        ),
     ],
-    ids=["messages", "parts"],
+    ids=["messages", "parts", "calls", "arguments"],
 )
 def test_many_small_things_are_refused_before_they_are_gone_through(
     stubs: Stubs, conversation: pb.Conversation, text: str
@@ -488,6 +505,14 @@ def test_a_server_that_warms_up_can_be_stopped(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(grpc_server, "warm_up", warm_up)
     assert asyncio.run(stop()) is False and ends == ["cancelled"]
+
+
+def test_many_large_tools_are_refused_unread(stubs: Stubs) -> None:
+    function = pb.Function(name="f", parameters="[" * (1 << 19))
+    tools = [pb.Tool(function=function)] * 3
+    asked = pb.GenerateRequest(conversation=talk(pb.ContentPart(text="x")), tools=tools)
+    code, text, field, _ = refusal(lambda: stubs.inference.GenerateOnce(asked))
+    assert (code, field) == ("INVALID_ARGUMENT", "tools") and "over 1048576 characters" in text
 
 
 def test_every_setting_is_told_or_private(tmp_path: Path) -> None:

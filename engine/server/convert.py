@@ -17,7 +17,7 @@ from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..media.limits import MediaLimits
 from ..output import OutputDelta, Usage
-from .convert_tools import read_message_calls, read_tools, write_calls
+from .convert_tools import check_calls, read_message_calls, read_tools, write_calls
 from .errors import Refused, field_in
 from .read_media import read_source
 
@@ -54,6 +54,7 @@ def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
     serves all requests would wait for."""
     messages = request.conversation.messages
     check_parts(len(messages), (len(each.content) for each in messages))
+    check_calls(messages)
     items = [*request.media[: limits.max_media_items + 1]]
     items += [part.media for each in messages for part in each.content if part.HasField("media")]
     if len(items) > limits.max_media_items:
@@ -164,6 +165,7 @@ def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]
         raise InputError("prompt", "give one of conversation and text")
     given = request.conversation.messages
     check_parts(len(given), (len(each.content) for each in given))
+    check_calls(given)
     messages = _read_messages(request.conversation)
     for part in (part for message in messages for part in message["content"]):
         if part["type"] in KINDS.values():
