@@ -249,7 +249,7 @@ class Engine:
         return self._pipeline.lose_workers()
 
     def _died(self, error: WorkerGroupError) -> EngineDead:
-        self.failed = str(error)
+        self.failed = self.failed or str(error)
         self.group.close()
         return EngineDead(f"the engine stopped: {self.failed}")
 
@@ -259,8 +259,9 @@ class Engine:
             raise EngineDead(f"the engine stopped: {self.failed}")
 
     def close(self) -> None:
-        """Ends the workers. Safe to call twice."""
+        """Ends the workers, also while another thread starts them anew. Safe to call twice."""
         self.failed = self.failed or "it was closed"
+        self.group.give_up()
         self.group.close()
         if self._trace is not None:
             self._trace.close()

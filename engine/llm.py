@@ -127,7 +127,7 @@ class LLM:
             with of_one.naming(), _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
                     self._admit(waiting, results, clock, alone)
-                    self._step = self._stepper.submit(self.engine.step)
+                    self._step = self._submit_step()
                     for delta in self._step.result():
                         if delta.request_id in results:  # else of one added to `engine` directly
                             delta = calls[delta.request_id].read(delta)
@@ -142,6 +142,13 @@ class LLM:
             for job in jobs:
                 job.cancel()
         return [results[name] for name in names]
+
+    def _submit_step(self) -> Future[list[OutputDelta]]:
+        try:
+            return self._stepper.submit(self.engine.step)
+        except RuntimeError:  # another thread has closed the pool since
+            self.engine.check_alive()
+            raise
 
     def _admit(
         self,
@@ -171,11 +178,11 @@ class LLM:
 
     def close(self) -> None:
         """Ends the workers. Safe to call twice."""
+        if hasattr(self, "engine"):
+            self.engine.close()
         self._stepper.shutdown(wait=False)
         if hasattr(self, "_pool"):
             self._pool.close()
-        if hasattr(self, "engine"):
-            self.engine.close()
 
     def __enter__(self) -> LLM:
         return self

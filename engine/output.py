@@ -30,6 +30,7 @@ class RequestTimes:
     preprocess_s: float  # its input was made ready, waiting for a thread included
     queue_s: float  # ready, until a step took it up
     prefill_s: float | None  # from then to the first token
+    encode_s: float | None  # of that in encode stages with its images; None: nothing was encoded
     decode_s: float | None  # from then to the end
     ttft_s: float | None  # from its arrival to the first token
     total_s: float

@@ -78,6 +78,12 @@ class RequestRecord:
             code = "INVALID_ARGUMENT"  # an option that a program gave wrong; doors check theirs
         return "error" if code in ("INTERNAL", "UNAVAILABLE") else "refused", code
 
+    def refuse(self, error: Exception, code: str) -> None:
+        """It ends before it was entered."""
+        reason = "error" if code == "INTERNAL" else "refused"
+        self._stats.refuse(reason, code)
+        self._log(reason, code, error)
+
     def _log(self, reason: str, code: str, error: BaseException | None) -> None:
         fields = self._fields(reason)
         if code:

@@ -17,6 +17,7 @@ from .output import RequestTimes
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
 log = logging.getLogger("octavo.server")
 
@@ -59,9 +60,19 @@ class RequestSpans:
         inside = set_span_in_context(span)
         for name, stage in _stages(times):
             until = min(begin + _ns(stage), end)
-            self._tracer.start_span(name, inside, start_time=begin).end(until)
+            part = self._tracer.start_span(name, inside, start_time=begin)
+            if name == "prefill" and times and times.encode_s:
+                self._write_encode(part, begin, min(begin + _ns(times.encode_s), until))
+            part.end(until)
             begin = until
         span.end(end)
+
+    def _write_encode(self, prefill: Span, begin: int, end: int) -> None:
+        """At the prefill's begin, though a later step may have had some of it."""
+        from opentelemetry.trace import set_span_in_context
+
+        inside = set_span_in_context(prefill)
+        self._tracer.start_span("encode", inside, start_time=begin).end(end)
 
 
 def _stages(times: RequestTimes | None) -> Iterator[tuple[str, float]]:

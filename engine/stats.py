@@ -62,6 +62,7 @@ class _Clock:
     started_at: float = 0.0
     first_at: list[float] = field(default_factory=list)  # token of each answer
     last_at: list[float] = field(default_factory=list)
+    encode_s: float = 0.0  # of steps' encode stages in which its media were
 
     def times(self, now: float) -> RequestTimes:
         first = min((at for at in self.first_at if at), default=0.0)
@@ -70,6 +71,7 @@ class _Clock:
             preprocess_s=self.ready_at - self.arrived_at,
             queue_s=(started or now) - self.ready_at,
             prefill_s=(first or now) - started if started else None,
+            encode_s=self.encode_s or None,
             decode_s=now - first if first else None,
             ttft_s=first - self.arrived_at if first else None,
             total_s=now - self.arrived_at,
@@ -170,6 +172,9 @@ class EngineStats:
         self.steps[stage].add(seconds)
         if plan.encode:
             self.encode_stage.add(encode_s)
+        for name in {each.request_id for each in plan.encode}:
+            if clock := self._clocks.get(name):
+                clock.encode_s += encode_s
         self.num_prefill_tokens += num_prefill
         self.num_decode_tokens += num_decode
         self.num_encode_tokens += num_encode

@@ -55,9 +55,10 @@ def read_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> Tls
     return files
 
 
-def group_tls(folder: Path) -> TlsFiles:
+def group_tls(folder: str | Path) -> TlsFiles:
     """A group's, engine's or worker's, by the names that Kubernetes' secrets have. Raises
     `ConfigError`."""
+    folder = Path(folder)
     files = TlsFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
     files.read()
     return files

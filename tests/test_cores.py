@@ -78,9 +78,9 @@ def test_an_engines_own_ranks_share_what_it_may_use(
     monkeypatch.setattr(process, "num_cores", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for num_ranks in (1, 2, 8):
-        process._start(tmp_path / "socket", num_ranks)
+        process._start(tmp_path / "socket", num_ranks, 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's word goes first
-    process._start(tmp_path / "socket", 2)
+    process._start(tmp_path / "socket", 2, 0)
     assert [env["OMP_NUM_THREADS"] for env in started] == ["4", "2", "1", "3"]
 
 

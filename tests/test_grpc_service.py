@@ -11,6 +11,7 @@ import logging
 import random
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Served, wait_for
 from octavo.engine.backlog import MOST_WAITING, Backlog, join, merge
 from octavo.engine.client_error import RETRYABLE, ClientError
+from octavo.engine.config import EngineConfig
 from octavo.engine.engine import EngineDead
 from octavo.engine.output import OutputDelta, Usage
 from octavo.engine.server import control, errors, grpc_server, inference, status
@@ -424,13 +426,19 @@ def test_no_library_s_text_reaches_a_caller(
     assert caplog.text.count("/usr/lib/secret.so") >= 4, "the log is to have it"
 
 
-def test_what_a_worker_raised_reaches_no_caller() -> None:
-    dead = EngineDead("the engine stopped: a worker failed: torch.OutOfMemoryError: 3 GiB")
-    assert errors.fault_of(dead).text == (
-        "the engine stopped: a worker failed; the server's log has more"
-    )
-    killed = EngineDead("the engine stopped: rank 1 was ended by signal 9")
-    assert errors.fault_of(killed).text == str(killed)
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "a worker failed: torch.OutOfMemoryError: 3 GiB",
+        "the worker of rank 1 (10.0.0.2:7000) is not there: failed to connect: ipv4:10.0.0.2:7000",
+        "a step failed in the engine: KeyError('secret')",
+        "[Errno 28] No space left on device: '/tmp/octavo-secret'",
+    ],
+)
+def test_what_ended_the_engine_reaches_no_caller(cause: str) -> None:
+    """Libraries' texts, and addresses and paths of the server."""
+    told = errors.fault_of(EngineDead(f"the engine stopped: {cause}"))
+    assert (told.code, told.text) == ("UNAVAILABLE", errors.STOPPED)
 
 
 @pytest.mark.parametrize("path", ["Inference/Generate", "Inference/GenerateOnce", "Control/Drain"])
@@ -438,6 +446,89 @@ def test_bytes_that_are_no_message(stubs: Stubs, path: str) -> None:
     call = stubs.channel.unary_stream(f"/octavo.v1.{path}")
     code, text, _, _ = refusal(lambda: call(b"\xff\xff\xff"))
     assert code == "INVALID_ARGUMENT" and "3 bytes" in text
+
+
+@pytest.mark.parametrize(
+    ("conversation", "text"),
+    [
+        (pb.Conversation(messages=[pb.Message()] * 4097), "4097 messages"),
+        (
+            pb.Conversation(messages=[pb.Message(content=[pb.ContentPart()] * ((1 << 14) + 1))]),
+            "16385 parts",
+        ),
+        (
+            pb.Conversation(messages=[pb.Message(tool_calls=[pb.ToolCall()] * 8193)] * 2),
+            "over 16384 tool calls",
+        ),
+        (
+            pb.Conversation(
+                messages=[
+                    pb.Message(
+                        tool_calls=[
+                            pb.ToolCall(function=pb.FunctionCall(arguments="[" * (1 << 19)))
+                        ]
+                    )
+                ]
+                * 3
+            ),
+            "characters in tool calls",
+        ),
+    ],
+    ids=["messages", "parts", "calls", "arguments"],
+)
+def test_many_small_things_are_refused_before_they_are_gone_through(
+    stubs: Stubs, conversation: pb.Conversation, text: str
+) -> None:
+    """All requests would wait for that."""
+    for call in (
+        lambda: stubs.inference.Tokenize(pb.TokenizeRequest(conversation=conversation)),
+        lambda: stubs.inference.GenerateOnce(pb.GenerateRequest(conversation=conversation)),
+    ):
+        code, told, field, _ = refusal(call)
+        assert (code, field) == ("INVALID_ARGUMENT", "conversation.messages") and text in told
+
+
+def test_a_server_that_warms_up_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers may be gone, and waited for."""
+    ends: list[str] = []
+
+    async def warm_up(engine: Any) -> None:
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ends.append("cancelled")
+
+    async def stop() -> bool:
+        asked = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, asked.set)
+        return await grpc_server._warmed_up(None, asked)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(grpc_server, "warm_up", warm_up)
+    assert asyncio.run(stop()) is False and ends == ["cancelled"]
+
+
+def test_many_large_tools_are_refused_unread(stubs: Stubs) -> None:
+    function = pb.Function(name="f", parameters="[" * (1 << 19))
+    tools = [pb.Tool(function=function)] * 3
+    asked = pb.GenerateRequest(conversation=talk(pb.ContentPart(text="x")), tools=tools)
+    code, text, field, _ = refusal(lambda: stubs.inference.GenerateOnce(asked))
+    assert (code, field) == ("INVALID_ARGUMENT", "tools") and "over 1048576 characters" in text
+
+
+def test_every_setting_is_told_or_private(tmp_path: Path) -> None:
+    """Those that name places on the server's machine, or hosts of its network, are private."""
+    config = EngineConfig(
+        model=tmp_path,
+        trace_file=tmp_path,
+        allowed_media_paths=(tmp_path,),
+        allowed_media_domains=("secret.example",),
+        workers=("10.0.0.1:7000",),
+        worker_tls=tmp_path,
+    )
+    told = control.public_settings(config)
+    assert {*told, *control.PRIVATE} == {field.name for field in fields(EngineConfig)}
+    assert not {*told} & {*control.PRIVATE}
+    assert not any(s in " ".join(told.values()) for s in (str(tmp_path), "10.0.0.1", "secret"))
 
 
 def test_bytes_that_are_no_message_of_reflection(stubs: Stubs) -> None:

@@ -17,7 +17,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,8 @@ from octavo.benchmarks.tiny_server import Served, start, wait_for
 from octavo.engine.client_error import ClientError
 from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.input.tools import TOOL_FIELDS
-from octavo.engine.server import http_guard
+from octavo.engine.output import OutputDelta
+from octavo.engine.server import http_guard, openai_answers
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
@@ -435,6 +436,75 @@ def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.C
     assert list(choices[2]["prompt_logprobs"][1]) == ["6"]
     plain = raw.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).json()
     assert "prompt_logprobs" not in plain["choices"][0] and "prompt_logprobs" not in plain
+
+
+def test_what_a_door_refuses_by_itself_is_counted_and_logged(
+    door: Door, raw: httpx2.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    stats = door.engine.engine.stats
+    before = [stats.errors["INVALID_ARGUMENT"], stats.errors["NOT_FOUND"], stats.ends["refused"]]
+    with caplog.at_level(logging.INFO, "octavo.request"):
+        for field, value in (("temperature", -1), ("model", "other"), ("messages", 5)):
+            headers = {"x-request-id": f"http {field}"}
+            raw.post("/v1/chat/completions", json=_body(**{field: value}), headers=headers)
+        raw.post("/v1/chat/completions", content=b"{", headers=JSON)
+        with octavo.Client(door.address) as other:
+            for wrong in ({"temperature": -1.0}, {"images": [b"x"]}):
+                with pytest.raises(ClientError):
+                    other.generate_once([5], request_id=f"grpc {[*wrong]}", **wrong)
+    after = [stats.errors["INVALID_ARGUMENT"], stats.errors["NOT_FOUND"], stats.ends["refused"]]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [5, 1, 6]
+    told = [line for line in caplog.messages if line.startswith("request ")]
+    assert len(told) == 6 and all("refused" in line for line in told)
+    for name in ("http temperature", "http model", "http messages", "grpc ['temperature']"):
+        assert sum(name in line for line in told) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "text"),
+    [
+        (b'{"messages": [' + b"[]," * 200_001 + b"[]]}", 413, "too many parts"),
+        (b'{"prompt": [' + b"5," * 4_000_001 + b"5]}", 413, "too many parts"),
+        (b'{"messages": [' + b"{}," * 4096 + b"{}]}", 400, "at most 4096"),
+        (
+            b'{"messages": [{"role": "user", "content": [' + b"{}," * (1 << 14) + b"{}]}]}",
+            400,
+            "16385 parts",
+        ),
+    ],
+    ids=["nested", "values", "messages", "parts"],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_many_small_things_are_refused_before_they_are_gone_through(
+    raw: httpx2.Client, path: str, content: bytes, status: int, text: str
+) -> None:
+    """All requests would wait for that."""
+    answer = raw.post(path, content=content, headers=JSON)
+    assert (answer.status_code, text in error_in(answer)["message"]) == (status, True)
+
+
+def test_a_slow_reader_of_several_prompts_holds_their_streams_back() -> None:
+    """What a stream has then gathers in it, as one delta."""
+    made = [0, 0]
+
+    async def generate(prompt: int, *args: Any, **more: Any) -> AsyncIterator[OutputDelta]:
+        for _ in range(100):
+            made[prompt] += 1
+            yield OutputDelta("it")
+
+    async def read() -> None:
+        asked: Any = SimpleNamespace(prompts=[0, 1], params=None, options={})
+        engine: Any = SimpleNamespace(generate=generate)
+        merged = openai_answers._merged(engine, asked, "name", "")
+        for seen in (1, 5):
+            for _ in range(seen):
+                await anext(merged)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert sum(made) <= 11
+        assert sum([1 async for _ in merged]) == 200 - 6
+
+    asyncio.run(read())
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -899,7 +969,7 @@ def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
         )
         next(stream)
         os.kill(server.worker_pids[0], signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="the engine stopped") as gone:
+        with pytest.raises(openai.APIError, match="the engine has stopped") as gone:
             list(stream)
     assert gone.value.code == "unavailable"
     assert server.process.wait(30) == 1

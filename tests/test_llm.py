@@ -428,6 +428,42 @@ def test_closing_ends_what_waits_and_what_comes(checkpoint: Path) -> None:
         llm.chat(CONVERSATIONS[0])
 
 
+def test_closing_while_workers_start_anew_leaves_none(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread closes it, at each point of the restart."""
+    for point in ("_launch", "allocate"):
+        llm = make(checkpoint)
+        group, reached, closed = llm.engine.group, threading.Event(), threading.Event()
+        inner = getattr(group, point)
+
+        def late(*args: Any, inner: Any = inner, here: Any = (reached, closed)) -> None:
+            inner(*args)
+            here[0].set()
+            here[1].wait(1)  # the other thread is to come to the closing of the group
+
+        monkeypatch.setattr(group, point, late)
+        failed: list[Exception] = []
+
+        def ask(llm: octavo.LLM = llm, failed: list[Exception] = failed) -> None:
+            try:
+                llm.chat(CONVERSATIONS[0], GREEDY)
+            except EngineDead as dead:
+                failed.append(dead)
+
+        os.kill(llm.engine.worker_pids[0], signal.SIGKILL)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert reached.wait(30)
+        llm.close()
+        closed.set()
+        asking.join(30)
+        assert len(failed) == 1
+        for pid in group.pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
 def test_L11_cpu_preprocess(
     checkpoint: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -399,6 +399,20 @@ def test_the_bytes_of_a_request_are_bounded_together() -> None:
         open_source(uri, MediaAccess(), "image", task)
 
 
+@pytest.mark.parametrize("wrong", ["é", "A", "AA=A", "A===", "*", "\ud800"])
+def test_what_is_no_base64_is_told_in_our_words(wrong: str) -> None:
+    with pytest.raises(InputError) as caught:
+        open_source(
+            f"data:image/png;base64,{wrong}", MediaAccess(), "image", MediaTask(MediaLimits())
+        )
+    assert str(caught.value) == "image: what follows base64, in the data URI is not base64"
+
+
+def test_a_path_that_is_none_is_told_in_our_words() -> None:
+    with pytest.raises(InputError, match=r"image: '.*': is no path$"):
+        open_source("/a\0b", MediaAccess(roots=None), "image", MediaTask(MediaLimits()))
+
+
 def test_a_pool_that_is_closed_ends_what_is_under_way() -> None:
     begun, ended = threading.Event(), threading.Event()
 

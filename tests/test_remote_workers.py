@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from octavo.engine.cli import app
 from octavo.engine.config import ConfigError, EngineConfig
 from octavo.engine.worker import remote
 from octavo.engine.worker.fingerprint import fingerprint
+from octavo.engine.worker.link import WorkerGroupError
 from octavo.engine.worker.loading import start_loading
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -196,6 +198,29 @@ def test_an_engine_that_closes_waits_for_no_worker(checkpoint: Path) -> None:
     closing.start()
     closing.join(30)
     assert not closing.is_alive()
+
+
+def test_a_worker_that_hangs_in_being_joined_is_given_up(checkpoint: Path) -> None:
+    """It takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        config = EngineConfig(model=checkpoint, workers=(address,))
+        workers, given_up = remote.RemoteWorkers(config, "engine", 1), threading.Event()
+        failed: list[Exception] = []
+
+        def join() -> None:
+            try:
+                workers.join(True, given_up)
+            except Exception as error:
+                failed.append(error)
+
+        joining = threading.Thread(target=join, daemon=True)
+        joining.start()
+        silent.accept()[0].detach()
+        given_up.set()
+        joining.join(5)  # gRPC's own patience is 20 s
+        assert not joining.is_alive()
+        assert [type(error) for error in failed] == [WorkerGroupError]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from PIL import Image
 
 import octavo
 from octavo.engine.input_error import InputError
@@ -45,6 +46,25 @@ def ask(engine: octavo.AsyncLLM, prompt: Any, **more: Any) -> list[Any]:
         return [delta async for delta in engine.generate(prompt, PARAMS, **more)]
 
     return asyncio.run(collect())
+
+
+def test_a_request_with_a_picture_has_its_encoding_in_its_prefill(
+    engine: octavo.AsyncLLM, exporter: InMemorySpanExporter
+) -> None:
+    picture = Image.new("RGB", (56, 56), "red")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    (last,) = [
+        d for d in ask(engine, {"messages": [{"role": "user", "content": parts}]}) if d.times
+    ]
+    spans = by_name(exporter)
+    assert {*spans} == {*STAGES, "encode", "request"}
+    encode, prefill = spans["encode"], spans["prefill"]
+    assert encode.parent is not None and prefill.context is not None
+    assert encode.parent.span_id == prefill.context.span_id
+    assert encode.start_time == prefill.start_time and encode.end_time <= prefill.end_time
+    assert 0 < last.times.encode_s < last.times.prefill_s
+    seconds = (encode.end_time - encode.start_time) / 1e9
+    assert seconds == pytest.approx(last.times.encode_s, abs=1e-6)
 
 
 def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:

@@ -8,7 +8,7 @@ two added tokens is encoded whole as plain text. So no text can forge a turn or 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .tools import read_calls, read_tools
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
+MAX_PARTS = 1 << 14  # of all messages
 MAX_TEXT = 16 << 20  # characters of all texts
 
 
@@ -50,6 +51,15 @@ class Conversation:
     texts: list[str]
     media: list[MediaPart]
     tools: list[Written]
+
+
+def check_parts(num_messages: int, num_parts: Iterable[int]) -> None:
+    """Refuses a conversation of too many things before it is gone through, which a server's loop
+    would wait for. `num_parts`: of each message. Raises `InputError`."""
+    total = 0 if num_messages > MAX_MESSAGES else sum(num_parts)
+    if num_messages > MAX_MESSAGES or total > MAX_PARTS:
+        found = f"{num_messages} messages, {total} parts"
+        raise InputError("messages", f"{found}; at most {MAX_MESSAGES} and {MAX_PARTS} are taken")
 
 
 def read_messages(messages: Any, tools: Any = None) -> Conversation:

@@ -118,8 +118,8 @@ def _read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
     try:
         letters = body.encode("ascii").translate(None, b" \t\r\n\f\v")
         return base64.b64decode(letters, validate=True)
-    except ValueError as error:  # binascii.Error is one; what is not ASCII is another
-        raise InputError(field, f"the data URI is not base64: {error}") from None
+    except ValueError:  # binascii.Error is one; what is not ASCII is another
+        raise InputError(field, "what follows base64, in the data URI is not base64") from None
 
 
 def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) -> BinaryIO:
@@ -139,7 +139,7 @@ def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) 
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or "is no path"  # a ValueError: a null character
         raise InputError(field, f"{shown(path)}: {reason}") from None
     try:
         _check_file(number, path, access, limits, field)

@@ -21,7 +21,14 @@ from .errors import Refused
 from .work import Work
 
 # Settings that name places on the server's machine, or on its network.
-PRIVATE = ("model", "trace_file", "allowed_media_paths", "allowed_media_domains")
+PRIVATE = (
+    "model",
+    "trace_file",
+    "allowed_media_paths",
+    "allowed_media_domains",
+    "workers",
+    "worker_tls",
+)
 HERE = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "ipv6:[::ffff:127.", "unix:")
 
 

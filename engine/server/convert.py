@@ -12,16 +12,14 @@ from ...proto import octavo_pb2 as pb
 from ...scheduler.logprobs import TokenLogprobs
 from ...scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, SamplingParams
 from ...scheduler.structured import MAX_CHOICES, StructuredOutput
-from ..input.chat import MAX_MESSAGES
+from ..input.chat import check_parts
 from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..media.limits import MediaLimits
 from ..output import OutputDelta, Usage
-from .convert_tools import read_message_calls, read_tools, write_calls
+from .convert_tools import check_calls, read_message_calls, read_tools, write_calls
 from .errors import Refused, field_in
 from .read_media import read_source
-
-MAX_PARTS = 1 << 14  # of all messages
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
 FINISH_REASONS = {
@@ -55,10 +53,8 @@ def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
     """Refuses a message of many small things before it is gone through, which the loop that
     serves all requests would wait for."""
     messages = request.conversation.messages
-    num_parts = 0 if len(messages) > MAX_MESSAGES else sum(len(each.content) for each in messages)
-    if len(messages) > MAX_MESSAGES or num_parts > MAX_PARTS:
-        found = f"{len(messages)} messages, {num_parts} parts"
-        raise InputError("messages", f"{found}; at most {MAX_MESSAGES} and {MAX_PARTS} are taken")
+    check_parts(len(messages), (len(each.content) for each in messages))
+    check_calls(messages)
     items = [*request.media[: limits.max_media_items + 1]]
     items += [part.media for each in messages for part in each.content if part.HasField("media")]
     if len(items) > limits.max_media_items:
@@ -167,6 +163,9 @@ def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]
         return request.text
     if form is None:
         raise InputError("prompt", "give one of conversation and text")
+    given = request.conversation.messages
+    check_parts(len(given), (len(each.content) for each in given))
+    check_calls(given)
     messages = _read_messages(request.conversation)
     for part in (part for message in messages for part in message["content"]):
         if part["type"] in KINDS.values():

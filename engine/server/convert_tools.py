@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
 from ..input.tools import CHOICES, MAX_TOOLS, MAX_TOOLS_SIZE
 from ..input_error import InputError, shown
 from ..tool_calls import ToolCall
+
+MAX_CALLS = 1 << 14  # of all messages
 
 
 def read_tools(request: pb.GenerateRequest) -> dict[str, Any]:
@@ -18,6 +21,8 @@ def read_tools(request: pb.GenerateRequest) -> dict[str, Any]:
     if request.tools:
         if len(request.tools) > MAX_TOOLS:
             raise InputError("tools", f"{len(request.tools)} of them; at most {MAX_TOOLS}")
+        if sum(len(tool.function.parameters) for tool in request.tools) > MAX_TOOLS_SIZE:
+            raise InputError("tools", f"over {MAX_TOOLS_SIZE} characters of JSON")
         found["tools"] = [_read_tool(t, f"tools[{i}]") for i, t in enumerate(request.tools)]
     if request.tool_choice and request.tool_name:
         raise InputError("tool_name", "goes without tool_choice: give one of them")
@@ -42,13 +47,20 @@ def _read_tool(tool: pb.Tool, field: str) -> dict[str, Any]:
         function["description"] = tool.function.description
     if tool.function.parameters:
         field = f"{field}.function.parameters"
-        if len(tool.function.parameters) > MAX_TOOLS_SIZE:
-            raise InputError(field, f"over {MAX_TOOLS_SIZE} characters of JSON")
         try:
             function["parameters"] = json.loads(tool.function.parameters)
         except (ValueError, RecursionError):
             raise InputError(field, "is not JSON") from None
     return {"type": "function", "function": function}
+
+
+def check_calls(messages: Iterable[pb.Message]) -> None:
+    """Refuses what would take long to be read. Raises `InputError`."""
+    calls = (call for message in messages for call in message.tool_calls)
+    if sum(len(call.function.arguments) for call in islice(calls, MAX_CALLS)) > MAX_TOOLS_SIZE:
+        raise InputError("messages", f"over {MAX_TOOLS_SIZE} characters in tool calls")
+    if next(calls, None) is not None:
+        raise InputError("messages", f"over {MAX_CALLS} tool calls")
 
 
 def read_message_calls(message: pb.Message) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..engine import DuplicateRequest, EngineDead
 from ..error_codes import code_of
 from ..input_error import InputError
 
-WORKER_FAILED = "a worker failed"  # as `WorkerGroup` begins what a worker raised
+STOPPED = "the engine has stopped; the server's log says why"  # it may name hosts and libraries
 OURS = "internal error; the server's log has it"
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
@@ -51,8 +51,7 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, DuplicateRequest):
         return Fault(code, text, "request_id")
     if isinstance(error, EngineDead):
-        ours, failed, _ = text.partition(WORKER_FAILED)  # what follows is its library's
-        return Fault(code, f"{ours}{failed}; the server's log has more" if failed else text)
+        return Fault(code, STOPPED)
     return Fault(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
 
 

@@ -118,7 +118,8 @@ async def serve(
     asked_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
-    await warm_up(engine)
+    if not await _warmed_up(engine, asked_to_stop):
+        return 0
     _spare_collector()
     await made.set_health(SERVING)
     await made.server.start()
@@ -170,6 +171,20 @@ async def warm_up(engine: AsyncLLM) -> None:
     while engine.engine.has_steps and not engine.failed:  # of a token that nobody reads
         await asyncio.sleep(0.001)
     engine.engine.stats.start_over()
+
+
+async def _warmed_up(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> bool:
+    """False where the server is to stop before it has."""
+    warming = asyncio.create_task(warm_up(engine))
+    signalled = asyncio.create_task(asked_to_stop.wait())
+    await asyncio.wait({warming, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if warming.done():
+        warming.result()  # or what it raised
+        return True
+    warming.cancel()
+    await asyncio.wait({warming})
+    return False
 
 
 async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:

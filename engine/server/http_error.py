@@ -61,6 +61,11 @@ def api_error(fault: Fault) -> ApiError:
     return ApiError(status, fault.text, kind, fault.field or None, code)
 
 
+def fault_code(error: Exception) -> str:
+    """The engine's, for its log and metrics."""
+    return "INVALID_ARGUMENT" if isinstance(error, ApiError) else fault_of(error).code
+
+
 def error_of(error: Exception) -> ApiError:
     """What the caller is told. No text of a fault of ours goes out; the caller of this logs it."""
     if isinstance(error, ApiError):

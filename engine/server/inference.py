@@ -25,6 +25,7 @@ from .convert import (
     write_delta,
     write_reply,
 )
+from .counted import counted
 from .errors import Fault, Refused, fault_in, fault_of
 from .metadata import checked_request_id, log_trace, read_metadata
 from .status import abort, failure_of
@@ -77,6 +78,10 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
 
     def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         """Raises what a request is refused for, as far as that is seen before it is read."""
+        with counted(request.request_id, self._engine.engine.stats):
+            return self._read(request, context)
+
+    def _read(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         beside = read_metadata(context.invocation_metadata() or ())
         refuse_unknown(request)
         served = self._engine.engine.model_name

@@ -144,7 +144,8 @@ async def _merged(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -
             async for delta in stream:
                 yield 0, delta
         return
-    queue: asyncio.Queue[tuple[int, OutputDelta | Exception | None]] = asyncio.Queue()
+    # A slow reader's deltas gather in the streams, as those of one prompt do.
+    queue: asyncio.Queue[tuple[int, OutputDelta | Exception | None]] = asyncio.Queue(1)
 
     async def feed(index: int) -> None:
         end: Exception | None = None
@@ -152,10 +153,10 @@ async def _merged(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -
             stream = begin(index, f"{name}-{index}")
             async with contextlib.aclosing(stream):
                 async for delta in stream:
-                    queue.put_nowait((index, delta))
+                    await queue.put((index, delta))
         except Exception as error:
             end = error
-        queue.put_nowait((index, end))
+        await queue.put((index, end))
 
     tasks = [asyncio.create_task(feed(index)) for index in range(len(asked.prompts))]
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..input.chat import check_parts
 from ..input_error import InputError, shown
 
 LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
@@ -18,6 +19,8 @@ def read_messages(messages: Any) -> list[Any]:
     """A conversation for the engine. Raises `InputError`."""
     if not isinstance(messages, list):
         raise InputError("messages", "must be a list")
+    contents = (each.get("content") for each in messages if isinstance(each, dict))
+    check_parts(len(messages), (len(each) for each in contents if isinstance(each, list)))
     return [_read_message(each, f"messages[{m}]") for m, each in enumerate(messages)]
 
 

@@ -16,6 +16,8 @@ from .openai_messages import read_messages
 from .openai_structured import read_structured
 
 MAX_PROMPTS = 64  # of one request for completions
+MAX_NESTED = 200_000  # lists and objects in a body
+MAX_VALUES = 4_000_000  # in them: 64 prompts of as many token ids as a model takes
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 
 # A field that SamplingParams has is passed on; forms of answers go by other names.
@@ -62,6 +64,10 @@ class Asked:
 
 def read_json(body: bytes) -> dict[str, Any]:
     """A body's object. Raises `ApiError`."""
+    # Its reader holds up all requests, some tenths of a second for as much as this.
+    if body.count(b"[") + body.count(b"{") > MAX_NESTED or body.count(b",") > MAX_VALUES:
+        text = f"over {MAX_NESTED} brackets or {MAX_VALUES} commas"
+        raise ApiError(413, f"the body has too many parts: {text}")
     try:
         found = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

@@ -17,8 +17,9 @@ from starlette.routing import Route
 
 from ..async_llm import AsyncLLM
 from ..input_error import InputError
+from .counted import counted
 from .errors import Refused, fault_in
-from .http_error import api_error
+from .http_error import api_error, fault_code
 from .metadata import log_trace, read_metadata
 from .metrics import CONTENT_TYPE, metrics_text
 from .openai_answers import EventStream, answers_of, chunks, dump, gather
@@ -66,9 +67,12 @@ class Routes:
     async def _answer(
         self, request: Request, read: Callable[[Mapping[str, Any], str], Asked], is_chat: bool
     ) -> Response:
-        beside = read_metadata(request.headers.items())
+        body = await request.body()
+        told, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
+        with counted(told, stats, fault_code):
+            beside = read_metadata(request.headers.items())
+            asked = read(read_json(body), self.model)
         name = beside.request_id or uuid.uuid4().hex
-        asked = read(read_json(await request.body()), self.model)
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
         tokenizer = self.engine.engine.processor.tokenizer.backend

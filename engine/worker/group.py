@@ -69,6 +69,7 @@ class WorkerGroup:
         self._engine_id = secrets.token_hex(8)
         self._is_first = True
         self.given_up = threading.Event()  # nobody waits for workers any more: see `give_up`
+        self._in_change = threading.RLock()  # the workers are being started anew, or ended
         self._num_blocks = 0
         self._bound = StepBound()
         self._launch(on_progress or (lambda done, total: None))
@@ -96,11 +97,12 @@ class WorkerGroup:
     def restart(self) -> None:
         """Ends what is left of the workers and starts new ones, under a new epoch, with a KV cache
         of the same size and nothing in it. Raises `WorkerGroupError` if those fail too."""
-        for worker in self._workers:
-            worker.life.kill()
-        self.close()
-        self._launch(lambda done, total: None)
-        self.allocate(self._num_blocks)
+        with self._in_change:
+            for worker in self._workers:
+                worker.life.kill()
+            self.close()
+            self._launch(lambda done, total: None)
+            self.allocate(self._num_blocks)
 
     def give_up(self) -> None:
         """From now on workers that are gone are not waited for: the group is to close. Whoever
@@ -171,14 +173,16 @@ class WorkerGroup:
             raise
 
     def close(self) -> None:
-        """Ends the workers. Safe to call twice."""
-        for worker in self._workers:
-            worker.life.ask_to_end()
-        deadline = time.monotonic() + EXIT_TIMEOUT
-        for worker in self._workers:
-            worker.life.wait_ended(deadline)
-            worker.channel.close()
-        shutil.rmtree(self._dir, ignore_errors=True)
+        """Ends the workers. Safe to call twice, and on any thread: after `give_up`, where another
+        may be starting them anew."""
+        with self._in_change:
+            for worker in self._workers:
+                worker.life.ask_to_end()
+            deadline = time.monotonic() + EXIT_TIMEOUT
+            for worker in self._workers:
+                worker.life.wait_ended(deadline)
+                worker.channel.close()
+            shutil.rmtree(self._dir, ignore_errors=True)
 
     def _join_workers(self) -> None:
         remote = RemoteWorkers(self._config, self._engine_id, self.epoch)

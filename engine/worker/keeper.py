@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -57,8 +56,8 @@ class Keeper:
             group_tls(tls)  # they can be read,
         ModelConfig.from_dir(model)  # and this
         self._command = _command(free_address(address), rank, local_rank, model, tls)
-        self._stopped = threading.Event()
-        self._stopped_at = 0.0  # on the monotonic clock; 0: not yet
+        # By a signal's handler, which must not wait for a lock: when, on the monotonic clock.
+        self._stopped_at = 0.0  # 0: not yet
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -66,15 +65,21 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         failures = 0
-        while not self._stopped.wait(PAUSES[min(failures, len(PAUSES) - 1)]):
+        while not self._is_stopped_within(PAUSES[min(failures, len(PAUSES) - 1)]):
             began = time.monotonic()
             status = self._run_one()
-            if self._stopped.is_set():
+            if self._stopped_at:
                 break
             is_fault = status != 0 and time.monotonic() - began < SOON
             failures = failures + 1 if is_fault else 0
             log.info("the worker has ended with status %d; it is started anew", status)
         return 0
+
+    def _is_stopped_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self._stopped_at and (left := end - time.monotonic()) > 0:
+            time.sleep(min(LOOK, left))
+        return self._stopped_at > 0
 
     def _run_one(self) -> int:
         beats, beat = os.pipe()
@@ -87,7 +92,7 @@ class Keeper:
             pass_fds=[beat],
         )
         os.close(beat)
-        if self._stopped.is_set():  # between the two
+        if self._stopped_at:  # between the two
             self._close()
         try:
             return self._watch(process, beats)
@@ -102,7 +107,7 @@ class Keeper:
                 if not os.read(beats, 4096):
                     return process.wait()
                 heard = time.monotonic()
-            patience = GRACE if self._stopped.is_set() else SILENCE
+            patience = GRACE if self._stopped_at else SILENCE
             if time.monotonic() - (self._stopped_at or heard) > patience:
                 log.warning("the worker does not answer and is killed")
                 process.kill()
@@ -110,7 +115,6 @@ class Keeper:
         return process.returncode
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopped.set()
         self._stopped_at = time.monotonic()
         self._close()
 

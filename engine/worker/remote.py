@@ -89,8 +89,8 @@ class Hold:
     def __str__(self) -> str:
         return str(self.seat.address)
 
-    def join(self) -> pb.JoinReply:
-        """One try. Raises RpcError."""
+    def join(self, given_up: threading.Event) -> pb.JoinReply:
+        """One try. Raises RpcError, and `WorkerGroupError` once it is given up."""
         seat = self.seat
         request = pb.JoinRequest(
             version=__version__,
@@ -99,7 +99,12 @@ class Hold:
             rank=seat.rank,
             tensor_parallel_size=seat.size,
         )
-        reply = self._stub.Join(request, timeout=CALL_TIMEOUT)
+        call = self._stub.Join.future(request, timeout=CALL_TIMEOUT)
+        while not _is_done(call, JOIN_PAUSE):
+            if given_up.is_set():
+                call.cancel()
+                raise WorkerGroupError(f"{self} is not there")
+        reply = call.result()
         self.pid = reply.pid
         threading.Thread(target=self._attend, name="meet", daemon=True).start()
         return reply
@@ -186,7 +191,7 @@ def _join(name: str, hold: Hold, deadline: float, given_up: threading.Event) -> 
     told = time.monotonic() - TELL_EVERY + TELL_FIRST
     while True:
         try:
-            return hold.join()
+            return hold.join(given_up)
         except grpc.RpcError as error:
             reason = error.details() or error.code().name
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
@@ -203,6 +208,13 @@ def _join(name: str, hold: Hold, deadline: float, given_up: threading.Event) -> 
         if now - told > TELL_EVERY:
             told = now
             log.info("waiting for %s: %s", name, reason)
+
+
+def _is_done(call: grpc.Future, seconds: float) -> bool:
+    """Waits so long at most."""
+    with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError):
+        call.result(timeout=seconds)
+    return bool(call.done())
 
 
 def _credentials(config: EngineConfig) -> grpc.ChannelCredentials | None:

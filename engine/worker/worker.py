@@ -70,7 +70,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         def report(done: int, total: int) -> None:
             items.put(pb.LoadProgress(done_bytes=done, total_bytes=total))
 
-        if self._place is not None:
+        if self._is_taken_in is not None and self._is_taken_in(request.epoch):
             use_interface(context.peer())
 
         def load() -> None:
