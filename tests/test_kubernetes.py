@@ -73,6 +73,8 @@ def test_pods_of_the_ray_cluster_are_pods() -> None:
     for group in RAY_GROUPS:
         pod = copy.deepcopy(group["template"])
         pod["metadata"]["name"] = "a"
+        (mount,) = _container(group)["volumeMounts"]
+        assert mount["mountPath"] == "/keys"  # any node may have an ingress or a replica
         check({"apiVersion": "v1", "kind": "Pod", **pod})
 
 

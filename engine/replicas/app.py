@@ -32,7 +32,7 @@ def app(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=GRACE,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(replicas)
+    return ingress.bind(replicas, settings.api_key_file)
 
 
 def _options(settings: ReplicaSettings) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Where requests come in: Serve's HTTP and gRPC proxies hand them to this, which says by what they
-are to be routed and passes them on. It holds no model; several may share the load."""
+"""Where requests come in: Serve's HTTP and gRPC proxies hand them to this, which looks at their
+keys, says by what they are to be routed and passes them on. It holds no model; several may share
+the load. What is long is read in a thread, since all other requests pass by the loop."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,12 +28,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...proto import octavo_pb2 as pb
 from ..server.errors import Fault, Refused
 from ..server.http_error import ApiError, error_of
-from ..server.http_guard import read_body
+from ..server.http_guard import Guard, read_body
+from ..server.key_refusals import KeyRefusals
+from ..server.keys import read_keys
 from ..server.status import failure_of
+from ..server.work import Work
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .prefix import Prefix
-from .read import grpc_prefix, http_prefix
-from .run_grpc import end_of
+from .read import AT_ONCE, grpc_prefix, http_prefix
+from .run_grpc import check_key, end_of
 
 log = logging.getLogger("octavo.server")
 
@@ -47,11 +54,19 @@ REFUSED = {
 class Ingress:
     """Serve's gRPC proxy calls the methods that are named as those of `octavo.v1`."""
 
-    def __init__(self, replicas: DeploymentHandle) -> None:
+    def __init__(self, replicas: DeploymentHandle, api_key_file: Path | None) -> None:
+        """Raises `ConfigError`."""
         self._replicas = replicas.options(stream=True)
+        self._keys, self._refusals = read_keys(api_key_file), KeyRefusals(None)
+        self._guard = Guard(self._http, Work(), self._keys, self._refusals)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return Starlette(routes=[Mount("/", app=self._http)])
+        return Starlette(routes=[Mount("/", app=self._guarded)])
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What a replica would refuse unread is not sent to one."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        await self._guard({**scope, "path": path, "root_path": ""}, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
@@ -77,16 +92,18 @@ class Ingress:
     ) -> AsyncIterator[pb.GenerateDelta]:
         """A status travels to Serve's proxy beside a message alone: a request that is refused gets
         one delta, with its `failure`."""
-        call = _grpc_call("Inference", "Generate", request, grpc_context)
-        delta = pb.GenerateDelta(request_id=call.request_id)
+        name = request.request_id
         try:
+            call = await self._grpc_call("Inference", "Generate", request, grpc_context)
+            name = call.request_id
+            delta = pb.GenerateDelta(request_id=name)
             async with contextlib.aclosing(self._answers("grpc", call)) as answers:
                 async for message in answers:
                     if isinstance(message, GrpcEnd):
                         if delta.HasField("failure"):  # the last delta has said so
                             return
                         _set(grpc_context, message)
-                        delta = pb.GenerateDelta(request_id=call.request_id)
+                        delta = pb.GenerateDelta(request_id=name)
                         delta.failure.CopyFrom(failure_of(Fault(message.code, message.text)))
                         yield delta
                         return
@@ -97,7 +114,7 @@ class Ingress:
                     yield delta
         except Refused as error:
             _set(grpc_context, end_of(error.fault))
-            yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(error.fault))
+            yield pb.GenerateDelta(request_id=name, failure=failure_of(error.fault))
 
     async def GenerateOnce(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
@@ -153,7 +170,7 @@ class Ingress:
         """The one message; an empty one beside a status that is not OK."""
         found = reply()
         try:
-            call = _grpc_call(service, method, request, context)
+            call = await self._grpc_call(service, method, request, context)
             async with contextlib.aclosing(self._answers("grpc", call)) as answers:
                 async for message in answers:
                     if isinstance(message, GrpcEnd):
@@ -163,6 +180,19 @@ class Ingress:
         except Refused as error:
             _set(context, end_of(error.fault))
         return found
+
+    async def _grpc_call(
+        self, service: str, method: str, request: Message, context: RayServegRPCContext
+    ) -> GrpcCall:
+        """Raises `Refused` for one without a good key before anything of it is looked at."""
+        metadata = dict(context.invocation_metadata())
+        try:
+            check_key(metadata, self._keys)
+        except Refused:
+            self._refusals.add(context.peer())
+            raise
+        make = functools.partial(_grpc_call, service, method, request, metadata, context.peer())
+        return make() if request.ByteSize() <= AT_ONCE else await asyncio.to_thread(make)
 
     async def _answers(self, method: str, call: Call) -> AsyncGenerator[Any, None]:
         """A replica's. Where one is lost, or cannot serve, before it has begun to answer, another
@@ -198,7 +228,7 @@ async def _http_call(scope: Scope, receive: Receive) -> HttpCall | None:
     body = await read_body(receive)
     if body is None:
         return None
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = scope["path"]
     headers = tuple((bytes(name), bytes(value)) for name, value in scope["headers"])
     given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
     name = given or uuid.uuid4().hex
@@ -218,15 +248,14 @@ def _asgi(message: HttpStart | bytes) -> dict[str, Any]:
 
 
 def _grpc_call(
-    service: str, method: str, request: Message, context: RayServegRPCContext
+    service: str, method: str, request: Message, metadata: dict[str, Any], peer: str
 ) -> GrpcCall:
-    metadata = dict(context.invocation_metadata())
     name = getattr(request, "request_id", "") or metadata.get("x-request-id", "")
     if not name:
         name = metadata["x-request-id"] = uuid.uuid4().hex
     prefix = grpc_prefix(request) if isinstance(request, pb.GenerateRequest) else Prefix()
     data = request.SerializeToString()
-    return GrpcCall(name, prefix, service, method, data, tuple(metadata.items()), context.peer())
+    return GrpcCall(name, prefix, service, method, data, tuple(metadata.items()), peer)
 
 
 def _set(context: RayServegRPCContext, end: GrpcEnd) -> None:

@@ -48,8 +48,10 @@ class _Chain:
     num_characters: int = 0
 
     def add(self, kind: str, piece: bytes) -> None:
+        if len(self.links) == MAX_LINKS:
+            return
         self.last = sha256(self.last + _framed(kind.encode(), piece)).digest()
-        if kind != "role" and len(self.links) < MAX_LINKS:  # a role alone all requests share
+        if kind != "role":  # a role alone all requests share
             link = Link(self.last[:HASH_BYTES], self.num_characters, len(self.media))
             self.links.append(link)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -62,7 +62,7 @@ async def run_grpc(
     """The answer's messages, and how it ended where it failed. Closing it cancels the call."""
     context = _Context(call)
     try:
-        _check_key(call, keys)
+        check_key(dict(call.metadata), keys)
         answer = getattr(servicer, call.method)(_parsed(call), context)
         if not hasattr(answer, "__aiter__"):
             yield (await answer).SerializeToString()
@@ -88,8 +88,9 @@ def end_of(fault: Fault) -> GrpcEnd:
     return GrpcEnd(fault.code, text, details)
 
 
-def _check_key(call: GrpcCall, keys: ApiKeys | None) -> None:
-    given = dict(call.metadata).get("authorization")
+def check_key(metadata: Mapping[str, str | bytes], keys: ApiKeys | None) -> None:
+    """Raises `Refused`."""
+    given = metadata.get("authorization")
     if keys is not None and not keys.accept(given):
         fault = keys.fault(given)
         raise Refused(fault.code, fault.text, fault.field)

@@ -16,13 +16,17 @@ LOG_EVERY = 10.0  # seconds between two lines at least: whoever tries keys does 
 class KeyRefusals:
     """Counted in the metrics; told in the log, never with the key. Of one event loop."""
 
-    def __init__(self, stats: EngineStats, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stats: EngineStats | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`stats`: None where there is no engine to count for."""
         self._stats, self._clock = stats, clock
         self._num_untold, self._told_at = 0, float("-inf")
 
     def add(self, peer: str) -> None:
         """`peer`: where the call came from."""
-        self._stats.count_error("UNAUTHENTICATED")
+        if self._stats is not None:
+            self._stats.count_error("UNAUTHENTICATED")
         self._num_untold += 1
         now = self._clock()
         if now - self._told_at < LOG_EVERY:
