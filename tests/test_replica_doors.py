@@ -255,6 +255,17 @@ def test_over_grpc_too(
         assert answer.failure.code == "UNAUTHENTICATED"
 
 
+def test_a_message_that_octavo_serve_would_not_take_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingress_module, "MAX_BODY_BYTES", 1000)
+    replicas, context = Replicas(), Context(KEY)
+    request = pb.GenerateRequest(text="x" * 1000)
+    asyncio.run(make_ingress(replicas, tmp_path).GenerateOnce(request, context))
+    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "over 1000" in context.details and not replicas.calls
+
+
 @pytest.mark.parametrize(("size", "apart"), [(10, False), (AT_ONCE + 1, True)])
 def test_a_large_message_is_read_beside_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, apart: bool

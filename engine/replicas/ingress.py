@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...proto import octavo_pb2 as pb
 from ..server.errors import Fault, Refused
 from ..server.http_error import ApiError, error_of
-from ..server.http_guard import Guard, read_body
+from ..server.http_guard import MAX_BODY_BYTES, Guard, read_body
 from ..server.key_refusals import KeyRefusals
 from ..server.keys import read_keys
 from ..server.status import failure_of
@@ -184,15 +184,19 @@ class Ingress:
     async def _grpc_call(
         self, service: str, method: str, request: Message, context: RayServegRPCContext
     ) -> GrpcCall:
-        """Raises `Refused` for one without a good key before anything of it is looked at."""
+        """Raises `Refused` for one without a good key before anything of it is looked at, and for
+        one that is larger than `octavo serve` takes: Ray's own limit is 2 GiB."""
         metadata = dict(context.invocation_metadata())
         try:
             check_key(metadata, self._keys)
         except Refused:
             self._refusals.add(context.peer())
             raise
+        if (size := request.ByteSize()) > MAX_BODY_BYTES:
+            text = f"the message has {size} bytes, over {MAX_BODY_BYTES}; send smaller media"
+            raise Refused("RESOURCE_EXHAUSTED", text)
         make = functools.partial(_grpc_call, service, method, request, metadata, context.peer())
-        return make() if request.ByteSize() <= AT_ONCE else await asyncio.to_thread(make)
+        return make() if size <= AT_ONCE else await asyncio.to_thread(make)
 
     async def _answers(self, method: str, call: Call) -> AsyncGenerator[Any, None]:
         """A replica's. Where one is lost, or cannot serve, before it has begun to answer, another
