@@ -13,7 +13,7 @@ from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import Request, RequestStatus
 from .config import EngineConfig, ModelConfig
-from .engine import DuplicateRequest, Engine, EngineDead
+from .engine import WAS_CLOSED, DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .input_pool import InputJob, InputPool
 from .loop import Admitted, Event, StepLoop
@@ -259,7 +259,7 @@ class AsyncLLM:
 
     def _check_alive(self) -> None:
         if self.failed or self._closed:
-            raise EngineDead(f"the engine stopped: {self.failed or 'it was closed'}")
+            raise EngineDead(f"the engine stopped: {self.failed or WAS_CLOSED}")
 
     def _check_room(self) -> None:
         """Refuses a request before its media take any memory, where all places are taken."""

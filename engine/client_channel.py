@@ -41,6 +41,10 @@ def open_channel(address: str, tls: Tls | bool) -> grpc.Channel:
     read."""
     if address.startswith(("http://", "https://")):
         raise invalid(f"{shown(address)}: must be HOST:PORT of gRPC; TLS is tls=True", "address")
+    if ":" not in address or address.endswith("]"):
+        raise invalid(
+            f"{shown(address)}: must be HOST:PORT; 50051 is the port of octavo serve", "address"
+        )
     if tls is False:
         return grpc.insecure_channel(address, options=OPTIONS)
     chosen = Tls() if tls is True else tls

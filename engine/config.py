@@ -107,11 +107,11 @@ class ModelConfig:
         """Reads both forms: text fields at the top, or nested under `text_config`."""
         try:
             config = cls._read(raw)
+            config._check()
         except KeyError as error:
             raise ConfigError(f"config.json: has no {error.args[0]}") from None
         except (TypeError, AttributeError, ZeroDivisionError) as error:
             raise ConfigError(f"config.json: not a Qwen2-VL's: {error}") from None
-        config._check()
         return config
 
     def _check(self) -> None:
@@ -137,7 +137,9 @@ class ModelConfig:
     @classmethod
     def _read(cls, raw: dict[str, Any]) -> ModelConfig:
         if raw.get("model_type") != "qwen2_vl":
-            raise ConfigError(f"model_type={raw.get('model_type')!r}: only 'qwen2_vl' is served")
+            raise ConfigError(
+                f"config.json: model_type={raw.get('model_type')!r}: only 'qwen2_vl' is served"
+            )
         text = {**raw, **raw.get("text_config", {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         heads = text["num_attention_heads"]

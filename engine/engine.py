@@ -41,6 +41,7 @@ log = logging.getLogger("octavo.engine")
 
 MEDIA_WAIT = 0.02  # seconds at most that a step waits when only media could move things on
 
+WAS_CLOSED = "it was closed"  # why an engine stopped that nothing was wrong with
 LOST = "INTERNAL: the scheduler does not know the request"
 
 
@@ -260,7 +261,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the workers, also while another thread starts them anew. Safe to call twice."""
-        self.failed = self.failed or "it was closed"
+        self.failed = self.failed or WAS_CLOSED
         self.group.give_up()
         self.group.close()
         if self._trace is not None:

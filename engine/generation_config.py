@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..scheduler.params import SamplingParams
-from .config import read_json
+from .config import ConfigError, read_json
 
 
 def generation_defaults(path: Path) -> tuple[SamplingParams, frozenset[int]]:
     """Sampling defaults and end tokens of a checkpoint's `generation_config.json`."""
     raw = read_json(path / "generation_config.json", missing_ok=True)
+    try:
+        return _read(raw, path)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path / 'generation_config.json'}: {error}") from None
+
+
+def _read(raw: dict[str, Any], path: Path) -> tuple[SamplingParams, frozenset[int]]:
+    """Raises TypeError or ValueError."""
     eos = raw.get("eos_token_id", read_json(path / "config.json").get("eos_token_id"))
     ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if any(type(each) is not int for each in ends):
+        raise ValueError(f"eos_token_id={eos!r}: must be a token id, or a list of them")
     greedy = raw.get("do_sample") is False
     return SamplingParams(
         temperature=0.0 if greedy else float(raw.get("temperature", 1.0)),

@@ -11,7 +11,7 @@ from .config_error import ConfigError
 
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if missing_ok:
             return {}
@@ -21,3 +21,6 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: must be a JSON object, not {type(found).__name__}")
+    return found

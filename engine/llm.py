@@ -16,6 +16,7 @@ from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
+from .input_error import InputError
 from .input_pool import InputJob, InputPool
 from .output import Output, OutputDelta, RequestOutput
 from .progress import loading_bar
@@ -98,6 +99,9 @@ class LLM:
         clock = Countdown(RequestOptions.of(**options))
         if isinstance(prompts, str | Mapping | ProcessedInput):
             return self._run([prompts], params, clock, progress, alone=True)
+        if not isinstance(prompts, Sequence):
+            text = f"must be a text, a dict or a list of them, not {type(prompts).__name__}"
+            raise InputError("prompts", text)
         return self._run(list(prompts), params, clock, progress, alone=False)
 
     def _run(
@@ -196,7 +200,11 @@ class LLM:
 
 
 def _is_batch(messages: Sequence[Any]) -> bool:
-    """A conversation is a list of dicts, a batch a list of conversations."""
+    """A conversation is a list of dicts, a batch a list of conversations. Raises `InputError`."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    if not is_list or (messages and all(isinstance(each, str | bytes) for each in messages)):
+        text = "must be a list of dicts with role and content, or a list of such lists"
+        raise InputError("messages", text)
     return bool(messages) and not any(isinstance(message, Mapping) for message in messages)
 
 

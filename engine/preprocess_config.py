@@ -51,6 +51,9 @@ class PreprocessConfig:
         }
         found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
         found |= {name: video.get(name) for name in ("fps", "min_frames", "max_frames")}
+        for name, value in found.items():
+            if value and not isinstance(value, int | float | tuple):
+                raise ConfigError(f"{path}: {name}={value!r} in its preprocessors' configurations")
         return cls(**{name: value for name, value in found.items() if value})
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> PreprocessConfig:

@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -513,6 +514,36 @@ def test_many_large_tools_are_refused_unread(stubs: Stubs) -> None:
     asked = pb.GenerateRequest(conversation=talk(pb.ContentPart(text="x")), tools=tools)
     code, text, field, _ = refusal(lambda: stubs.inference.GenerateOnce(asked))
     assert (code, field) == ("INVALID_ARGUMENT", "tools") and "over 1048576 characters" in text
+
+
+def test_health_tells_of_workers_that_are_away_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    async def set_health(status: int) -> None:
+        told.append(status)
+
+    restarts = SimpleNamespace(is_long=False)
+    engine: Any = SimpleNamespace(engine=SimpleNamespace(restarts=restarts))
+    made: Any = SimpleNamespace(work=SimpleNamespace(is_draining=False), set_health=set_health)
+    monkeypatch.setattr(grpc_server, "HEALTH_CHECK", 0.001)
+
+    async def watch() -> None:
+        watching = asyncio.create_task(grpc_server._tell_health(made, engine))
+        for is_long in (False, True, False):
+            restarts.is_long = is_long
+            await asyncio.sleep(0.02)
+        made.work.is_draining = restarts.is_long = True
+        await watching
+
+    asyncio.run(watch())
+    assert told == [grpc_server.NOT_SERVING, grpc_server.SERVING]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "host", "[::1]"])
+def test_an_address_without_a_port_is_refused(address: str) -> None:
+    """gRPC would take 443."""
+    with pytest.raises(ClientError, match="must be HOST:PORT"):
+        octavo.Client(address)
 
 
 def test_every_setting_is_told_or_private(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,7 @@ from octavo.engine.client_error import ClientError
 from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.input.tools import TOOL_FIELDS
 from octavo.engine.output import OutputDelta
-from octavo.engine.server import http_guard, openai_answers
+from octavo.engine.server import errors, http_guard, http_live, openai_answers
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
@@ -320,7 +322,8 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "user"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "a list of parts"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "parts"),
-        ({"messages": [{**WHO[0], "name": "me"}]}, "messages[0]", "'name' is unknown"),
+        ({"messages": [{**WHO[0], "nome": "me"}]}, "messages[0]", "'nome' is unknown"),
+        ({"messages": [{**WHO[0], "name": 5}]}, "messages[0].name", "must be a text"),
         ({"messages": [{**WHO[0], "function_call": {}}]}, None, "tool_calls"),
         ({"messages": ask("\ud800")}, None, "surrogate"),
         ({"messages": ask("?", {"type": "input_audio"})}, None, "image_url or video_url"),
@@ -959,6 +962,83 @@ def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
             assert [line for line in lines if line][-1] == "data: [DONE]"
     assert server.process.wait(30) == 0, server.text()
     assert "Traceback" not in server.text()
+
+
+def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
+    """By each door in its own form: a stream, a whole answer and a page that looks."""
+    code = (
+        "from octavo.engine.server import grpc_server\n"
+        "from octavo.engine.cli import main\n"
+        "grpc_server.GRACE = 0.3\nmain()"
+    )
+    options = ("serve", "--model", str(checkpoint), "--port", "0", "--http-port", "0")
+    command = [sys.executable, "-P", "-c", code, *options, "--max-model-len", "16384"]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert server.stdout is not None
+    told = dict(word.split("=") for word in server.stdout.readline().split()[1:])
+    body = {**LONG_BODY, "max_tokens": 16000}
+    found: dict[str, Any] = {}
+
+    def whole() -> None:
+        url = f"http://{told['http']}/v1/chat/completions"
+        found["whole"] = httpx2.post(url, json=body, timeout=30)
+
+    def stream() -> None:
+        url = f"http://{told['http']}/v1/chat/completions"
+        found["stream"] = httpx2.post(url, json={**body, "stream": True}, timeout=30).text
+
+    def grpc_stream() -> None:
+        with octavo.Client(told["grpc"]) as client:
+            try:
+                list(client.generate([5, 6], max_tokens=16000, ignore_eos=True))
+            except ClientError as error:
+                found["grpc"] = error
+
+    threads = [threading.Thread(target=each) for each in (whole, stream, grpc_stream)]
+    for thread in threads:
+        thread.start()
+    with octavo.Client(told["grpc"]) as client:
+        wait_for(lambda: client.load().num_running == 3)
+    server.send_signal(signal.SIGTERM)
+    log = server.communicate(timeout=30)[1]
+    for thread in threads:
+        thread.join(30)
+    assert server.returncode == 0 and "Traceback" not in log and "Exception" not in log, log
+    assert found["whole"].status_code == 503
+    assert error_in(found["whole"])["message"] == errors.CLOSED
+    last = json.loads(found["stream"].strip().split("\n\n")[-1].removeprefix("data: "))
+    assert (last["error"]["code"], last["error"]["message"]) == ("unavailable", errors.CLOSED)
+    assert (found["grpc"].code, found["grpc"].text) == ("UNAVAILABLE", errors.CLOSED)
+    assert found["grpc"].retryable
+
+
+def test_workers_that_are_away_for_long_are_told(
+    door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests wait for them; who balances load is to ask another server."""
+    assert raw.get("/ready").status_code == 200
+    monkeypatch.setattr(door.engine.engine.restarts, "_away_since", time.monotonic() - 60)
+    assert raw.get("/ready").status_code == 503
+    monkeypatch.setattr(http_live, "PATIENCE", 0.05)
+    monkeypatch.setattr(door.engine._steps, "look", Future)
+    time.sleep(http_live.LEAST_AGE)
+    answer = raw.get("/engine/snapshot")
+    assert (answer.status_code, error_in(answer)["code"]) == (503, "unavailable")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"messages": [{**WHO[0], "name": "bob"}]},
+        {"top_k": -1, "length_penalty": 1.0, "chat_template_kwargs": {}},
+    ],
+)
+def test_what_frameworks_send_of_habit(raw: httpx2.Client, more: dict[str, Any]) -> None:
+    body = _body(messages=WHO, temperature=0)
+    found = [raw.post("/v1/chat/completions", json={**body, **each}).json() for each in ({}, more)]
+    assert found[0]["choices"] == found[1]["choices"]
 
 
 def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:

@@ -428,6 +428,20 @@ def test_closing_ends_what_waits_and_what_comes(checkpoint: Path) -> None:
         llm.chat(CONVERSATIONS[0])
 
 
+@pytest.mark.parametrize(
+    "messages", ["hello", {"role": "user", "content": "hi"}, ["hi", "ho"], None, 5]
+)
+def test_what_is_no_conversation_is_refused(llm: octavo.LLM, messages: Any) -> None:
+    """And is not taken for a batch of five that fail one by one."""
+    with pytest.raises(InputError, match="messages: must be a list of dicts"):
+        llm.chat(messages)
+
+
+def test_what_are_no_prompts_is_refused(llm: octavo.LLM) -> None:
+    with pytest.raises(InputError, match="prompts: must be a text, a dict or a list"):
+        llm.generate(None)  # type: ignore[arg-type]
+
+
 def test_closing_while_workers_start_anew_leaves_none(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from octavo.benchmarks.tiny_checkpoint import checkpoint_shapes, nested_name, write_tiny_checkpoint
 from octavo.engine.capacity import plan_capacity
-from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
+from octavo.engine.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    PreprocessConfig,
+)
+from octavo.engine.generation_config import generation_defaults
 from octavo.engine.model.parallel import (
     TensorParallel,
     check_tensor_parallel_size,
@@ -372,3 +379,32 @@ def test_L08_worst_case_profile_a_gpu_keeps_memory_for_a_step() -> None:
     assert step > 1 << 30
     used = weights + num_blocks * block + step
     assert total * 0.9 - block <= used <= total * 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("config.json", '"num_hidden_layers": "four"', "config.json: not a Qwen2-VL's"),
+        ("config.json", '"model_type": "llama"', "config.json: model_type='llama'"),
+        ("generation_config.json", '"top_p": "hot"', "generation_config.json: .*'hot'"),
+        (
+            "generation_config.json",
+            '"eos_token_id": "x"',
+            "generation_config.json: eos_token_id='x'",
+        ),
+        ("preprocessor_config.json", '"min_pixels": "y"', "min_pixels='y' in"),
+        ("preprocessor_config.json", None, "preprocessor_config.json: must be a JSON object"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_named(
+    tmp_path: Path, name: str, text: str | None, told: str
+) -> None:
+    for file in EMBEDDED_MODEL.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    found = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    new: Any = [] if text is None else found | json.loads("{" + text + "}")
+    (tmp_path / name).write_text(json.dumps(new))
+    with pytest.raises(ConfigError, match=told):
+        ModelConfig.from_dir(tmp_path)
+        PreprocessConfig.from_dir(tmp_path)
+        generation_defaults(tmp_path)

@@ -9,11 +9,12 @@ import re
 from dataclasses import dataclass
 
 from ..client_error import RETRYABLE, split_code
-from ..engine import DuplicateRequest, EngineDead
+from ..engine import WAS_CLOSED, DuplicateRequest, EngineDead
 from ..error_codes import code_of
 from ..input_error import InputError
 
 STOPPED = "the engine has stopped; the server's log says why"  # it may name hosts and libraries
+CLOSED = "the server is shutting down; ask another, or again later"
 OURS = "internal error; the server's log has it"
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
@@ -51,7 +52,7 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, DuplicateRequest):
         return Fault(code, text, "request_id")
     if isinstance(error, EngineDead):
-        return Fault(code, STOPPED)
+        return Fault(code, CLOSED if text.endswith(WAS_CLOSED) else STOPPED)
     return Fault(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
 
 

@@ -39,6 +39,8 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 MAX_MESSAGE_BYTES = 256 << 20
 NO_ADDRESS = "the address is in use or not this machine's"
 GRACE = 10.0  # seconds that running requests get when the server is asked to stop
+LAST_WORDS = 4.0  # seconds then for them to be ended, and told so
+HEALTH_CHECK = 1.0  # seconds between two looks at whether the workers are there
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -122,14 +124,15 @@ async def serve(
         return 0
     _spare_collector()
     await made.set_health(SERVING)
+    watching = asyncio.create_task(_tell_health(made, engine))
     await made.server.start()
     on_ready(f"{address}:{port}", await http.start(engine, made.work) if http else "")
     died = await _wait(engine, asked_to_stop)
     await made.set_health(NOT_SERVING)
+    watching.cancel()
     if died:
         log.error("the engine stopped: %s", died)
-    grace = 1.0 if died else GRACE
-    await asyncio.gather(_stop(made, grace), *([http.drain(grace)] if http else []))
+    await _stop(made, http, engine, 1.0 if died else GRACE)
     return 1 if died else 0
 
 
@@ -143,14 +146,16 @@ def listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
         raise OSError(f"{address}: {NO_ADDRESS}") from None
 
 
-async def _stop(made: GrpcServer, grace: float) -> None:
-    """Running requests get `grace` seconds; an open health watch is not waited for."""
-    stopping = asyncio.create_task(made.server.stop(grace))
-    idle = asyncio.create_task(made.work.idle.wait())
-    await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
-    idle.cancel()
+async def _stop(made: GrpcServer, http: HttpServer | None, engine: AsyncLLM, grace: float) -> None:
+    """Running requests get `grace` seconds; the engine then ends what is left, so that each caller
+    is told. An open health watch is not waited for."""
+    stopping = asyncio.create_task(made.server.stop(grace + LAST_WORDS))
+    if await made.work.drain(grace):
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        await asyncio.wait({closing}, timeout=LAST_WORDS / 2)
+        await made.work.drain(LAST_WORDS / 2)
     await asyncio.sleep(0.1)  # the last request's status is still to be sent
-    await made.server.stop(None)
+    await asyncio.gather(made.server.stop(None), *([http.drain(0.0)] if http else []))
     await stopping
 
 
@@ -187,6 +192,17 @@ async def _warmed_up(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> bool:
     return False
 
 
+async def _tell_health(made: GrpcServer, engine: AsyncLLM) -> None:
+    """NOT_SERVING while the workers are away for long: requests wait for them."""
+    was_away = False
+    while not made.work.is_draining:
+        is_away = engine.engine.restarts.is_long
+        if is_away != was_away:
+            await made.set_health(NOT_SERVING if is_away else SERVING)
+            was_away = is_away
+        await asyncio.sleep(HEALTH_CHECK)
+
+
 async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:
     """Until a signal (gives "") or the engine's death (gives the cause)."""
     death = asyncio.create_task(engine.wait_failed())
@@ -196,6 +212,7 @@ async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:
     if death.done():
         return death.result()
     death.cancel()
+    engine.engine.group.give_up()  # they are told to stop too, perhaps
     log.info("stopping; running requests get %.0f s", GRACE)
     return ""
 

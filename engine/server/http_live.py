@@ -22,8 +22,10 @@ from ..async_llm import AsyncLLM
 from ..input_error import InputError
 from ..snapshot import RequestRow, Snapshot
 from ..stats import StepRecord
+from .errors import Refused
 
 LEAST_AGE = 0.2  # seconds that a snapshot serves for all who ask
+PATIENCE = 3.0  # seconds for the step thread to come by
 MOST_DIGITS = 18  # of a step's number
 
 
@@ -67,7 +69,11 @@ class LiveView:
         """At most one is made in `LEAST_AGE` seconds, however many look."""
         async with self._lock:
             if self._snapshot is None or time.monotonic() - self._made_at >= LEAST_AGE:
-                made = await self._engine.snapshot()
+                try:
+                    made = await asyncio.wait_for(self._engine.snapshot(), PATIENCE)
+                except TimeoutError:
+                    text = "the engine is in a long step, or its workers are away"
+                    raise Refused("UNAVAILABLE", text) from None
                 self._runs = await asyncio.to_thread(made.runs)
                 self._snapshot, self._made_at = made, time.monotonic()
             return self._snapshot, self._runs

@@ -31,6 +31,8 @@ def _read_message(message: Any, field: str) -> Any:
     found = {name: value for name, value in message.items() if value not in (None, [])}
     if found.get("role") == "developer":
         found["role"] = "system"
+    if not isinstance(found.pop("name", ""), str):  # who speaks: the template has no place for it
+        raise InputError(f"{field}.name", "must be a text")
     if "function_call" in found:
         raise InputError(f"{field}.function_call", "is tool_calls by now: use that")
     content = message.get("content")

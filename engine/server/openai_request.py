@@ -31,7 +31,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
+    "chat_template_kwargs": ({},),
     "functions": ([],),
+    "length_penalty": (1,),
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
@@ -204,6 +206,8 @@ def _read_param(name: str, value: Any, given: Mapping[str, Any]) -> Any:
         return read_flag(given, name)
     if name == "logit_bias":
         return _read_bias(value)
+    if name == "top_k" and value == -1:  # vLLM's word for all tokens
+        return 0
     return value
 
 

@@ -152,6 +152,8 @@ class Routes:
             raise Refused("UNAVAILABLE", "the server is being drained")
         if self.engine.failed:
             raise Refused("UNAVAILABLE", "the engine has stopped")
+        if self.engine.engine.restarts.is_long:
+            raise Refused("UNAVAILABLE", "the workers are away; requests wait for them")
         return _json({"status": "ready"})
 
 

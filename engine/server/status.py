@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import NoReturn
 
 import grpc
@@ -18,10 +19,13 @@ _PATHS = {"messages": "conversation.messages", "prompt_token_ids": "token_ids.id
 
 
 async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> NoReturn:
-    """Ends a call. Raises what `context.abort` does."""
+    """Ends a call. Raises what `context.abort` does; CancelledError where the caller has gone."""
     code, text = grpc.StatusCode[fault.code], short(fault.text)
     details = ((DETAILS, details_of(fault, text).SerializeToString()),)
-    await context.abort(code, text, details)
+    try:
+        await context.abort(code, text, details)
+    except grpc.aio.InternalError:  # it could not be sent: who had read enough has left
+        raise asyncio.CancelledError from None
     raise AssertionError("context.abort came back")
 
 

@@ -11,6 +11,7 @@ from .group import WorkerGroup, WorkerGroupError
 log = logging.getLogger("octavo.group")
 
 AGAIN_PAUSE = 1.0  # seconds, times the restarts so far, after one that failed
+LONG = 5.0  # seconds; most restarts are over by then
 RESTART_WINDOW = 600.0  # seconds in which restarts are counted
 
 
@@ -21,10 +22,24 @@ class Restarts:
         self._group, self._max = group, max_restarts
         self.times: list[float] = []  # of the restarts that count
         self.total = 0  # of all
+        self._away_since: float | None = None  # the workers; on the monotonic clock
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the workers have been away for long. Any thread."""
+        since = self._away_since
+        return since is not None and time.monotonic() - since > LONG
 
     def restart(self, error: WorkerGroupError) -> None:
         """Brings the group back after `error`. Raises the latest `WorkerGroupError` when it has
         ended too often, or is to close."""
+        self._away_since = time.monotonic()
+        try:
+            self._restart(error)
+        finally:
+            self._away_since = None
+
+    def _restart(self, error: WorkerGroupError) -> None:
         while True:
             now = time.monotonic()
             self.times = [at for at in self.times if at > now - RESTART_WINDOW]
