@@ -20,6 +20,7 @@ from octavo.engine.pipeline import StepPipeline
 from octavo.engine.sampling_slots import SamplingSlots
 from octavo.engine.stats import EngineStats
 from octavo.engine.worker.bound import LEAST_BOUND, StepBound
+from octavo.engine.worker.group import SentStep
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
@@ -413,6 +414,23 @@ def test_the_time_in_which_nobody_asks_is_not_a_step_s(checkpoint: Path) -> None
         bound.learn = lambda work, seconds: learnt.append(seconds) or learn(work, seconds)  # type: ignore
         assert llm.chat(*ASKED[0])[0].outputs[0].token_ids == first.token_ids
         assert max(learnt) < 0.9
+
+
+def test_a_moment_that_is_noted_late_makes_no_step_of_no_time(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC may let an answer be seen before it has run what notes its moment."""
+    with octavo.LLM(checkpoint, **SETTINGS) as llm:
+        group = llm.engine.group
+
+        def ask_and_note_nothing(sent: SentStep, rank: int) -> Any:
+            return group._workers[rank].stub.Step.future(sent.requests[rank])
+
+        monkeypatch.setattr(group, "_ask", ask_and_note_nothing)
+        llm.chat(*ASKED[0])
+        steps = llm.engine.stats.latest_steps
+        assert len(steps) > 3 and all(step.seconds > 0 for step in steps)
+        assert time.monotonic() - steps[-1].done_at < 60
 
 
 def test_the_bound_of_a_step_follows_its_work_and_what_steps_have_taken() -> None:

@@ -158,8 +158,9 @@ class WorkerGroup:
                         f"a worker answered step {reply.step_id} of epoch {reply.epoch}, "
                         f"asked was step {sent.step_id} of epoch {self.epoch}"
                     )
-        self.done_at = sent.done_at
-        self._bound.learn(sent.work, sent.done_at - began)
+        # What notes the moment may run after the answer was seen: on gRPC's thread.
+        self.done_at = sent.done_at or time.monotonic()
+        self._bound.learn(sent.work, self.done_at - began)
         return unpack_results(replies)
 
     @contextlib.contextmanager
