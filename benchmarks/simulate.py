@@ -13,12 +13,10 @@ alone, and leave nothing behind.
 
 from __future__ import annotations
 
-import math
 import random
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import track
@@ -27,12 +25,11 @@ from octavo.scheduler.admission import AdmissionError, SchedulerConfig
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
-from .simulated_worker import Simulation, Span, make_config, make_request, naive_output
+from .simulated_requests import Unmade, draw_requests, withhold
+from .simulated_worker import Simulation, make_config, naive_output
 
-PLACEHOLDER = 49
 KINDS = ["add", "abort", "fail", "forget", "kill"]
 NUM_STEPS = 60  # over which events are spread
-IMAGES = [(bytes([i]) * 32, 1 + 3 * i) for i in range(5)]  # media_hash, tokens
 
 
 @dataclass(frozen=True)
@@ -186,65 +183,6 @@ class _Run:
             failed = update.error == "its row failed" and request.request_id in self.failing
             killed = "ended the workers twice" in update.error and self.num_kills >= 2
             assert late or missed or failed or killed, update.error
-
-
-@dataclass(frozen=True, eq=False)
-class Unmade:
-    """Requests with one prompt, whose later units are still being made."""
-
-    requests: Sequence[Request]
-    media_hashes: list[bytes]  # of those units
-    rng: random.Random
-
-    def __bool__(self) -> bool:
-        return bool(self.media_hashes)
-
-
-def withhold(requests: Sequence[Request], media_hashes: list[bytes], rng: random.Random) -> Unmade:
-    """Takes the content of later units away, as it is before they are made."""
-    count = rng.randint(0, len(media_hashes))
-    for request in requests:
-        later = (replace(unit, media_hash=b"") for unit in request.units[count:])
-        request.units = (*request.units[:count], *later)
-        request.supply([])
-    return Unmade(requests, media_hashes[count:], rng)
-
-
-def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Request], list[bytes]]:
-    """A request and its forks, and what each of their units is made of. Prompts are drawn from a
-    small tree, so that many begin alike."""
-    prompt: list[int] = []
-    spans: list[Span] = []
-    depth = rng.randint(1, 8)
-    branch = 0
-    for level in range(depth):
-        branch = branch * 2 + (rng.random() < 0.25)
-        part = random.Random(level * 1000 + branch)
-        if part.random() < 0.35:
-            media_hash, count = part.choice(IMAGES)
-            looks = rng.choice([media_hash, media_hash, media_hash[::-1][1:] + b"."])
-            frames = part.choice([1, 1, 2, 3])
-            spans.append((len(prompt), count * frames, looks, frames))  # perhaps another's pixels
-            prompt += [PLACEHOLDER] * (count * frames)
-        else:
-            prompt += [part.randrange(PLACEHOLDER) for _ in range(part.randint(1, 9))]
-    timeout = rng.choice([math.inf] * 5 + [rng.random() * 2])
-    common: dict[str, Any] = {
-        "max_tokens": rng.randint(1, 14),
-        "cache_salt": rng.choice([b"", b"", b"other"]),
-        "priority": rng.choice([5, 5, 0, 9, rng.randrange(10)]),
-        "deadline": now + timeout,
-        "stop_token_ids": frozenset(rng.sample(range(PLACEHOLDER), 2)),
-        "is_guided": zlib.crc32(name.encode()) % 4 == 0,  # some wait for each of their tokens
-    }
-    num_forks = rng.choice([0, 0, 0, 0, 1, 3])
-    names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
-    requests = [
-        make_request(each, prompt, *spans, seed=rng.choice([i, 0]), **common)
-        for i, each in enumerate(names)
-    ]
-    hashes = [hashed for _, _, hashed, *frames in spans for _ in range(int(frames[0]))]
-    return requests, hashes
 
 
 def shrink(scenario: Scenario) -> Scenario:

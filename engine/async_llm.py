@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import Request, RequestStatus
-from .config import EngineConfig, ModelConfig
+from .config import EngineConfig
 from .engine import WAS_CLOSED, DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .input_pool import InputJob, InputPool
@@ -63,14 +63,6 @@ class AsyncLLM:
         return self.engine.config
 
     @property
-    def model_config(self) -> ModelConfig:
-        return self.engine.model_config
-
-    @property
-    def num_blocks(self) -> int:
-        return self.engine.num_blocks
-
-    @property
     def worker_pids(self) -> tuple[int, ...]:
         return self.engine.worker_pids
 
@@ -103,9 +95,8 @@ class AsyncLLM:
         prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
         prompt |= {"tools": tools, "tool_choice": tool_choice}
         prompt |= {"parallel_tool_calls": parallel_tool_calls}
-        return self.generate(
-            prompt, params, request_id=request_id, traceparent=traceparent, **options
-        )
+        names = {"request_id": request_id, "traceparent": traceparent}
+        return self.generate(prompt, params, **names, **options)
 
     async def generate(
         self,
@@ -246,8 +237,7 @@ class AsyncLLM:
         self._steps.close()
         self._pool.close()
         self.engine.close()
-        if self._asyncio and not self._asyncio.is_closed():
-            self._asyncio.call_soon_threadsafe(self._end_streams, self.failed)
+        self._died(self.failed)
 
     def _bind(self) -> None:
         """The first coroutine's event loop is the one that streams are delivered on."""
@@ -272,9 +262,7 @@ class AsyncLLM:
 
     def _hand_over(self, events: list[Event]) -> None:
         """On the step thread: one hand-over a step."""
-        if self._asyncio is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                self._asyncio.call_soon_threadsafe(self._dispatch, events)
+        self._call_soon(self._dispatch, events)
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
@@ -283,9 +271,13 @@ class AsyncLLM:
                 stream.events.put(event)
 
     def _died(self, cause: str) -> None:
+        self._call_soon(self._end_streams, cause)
+
+    def _call_soon(self, call: Callable[[Any], None], given: Any) -> None:
+        """In the event loop, from any thread."""
         if self._asyncio is not None:
-            with contextlib.suppress(RuntimeError):
-                self._asyncio.call_soon_threadsafe(self._end_streams, cause)
+            with contextlib.suppress(RuntimeError):  # it is closed: nobody listens
+                self._asyncio.call_soon_threadsafe(call, given)
 
     def _end_streams(self, cause: str) -> None:
         if self._death is not None:

@@ -1020,7 +1020,7 @@ def test_the_clients_unary_calls_are_the_stubs(served: Served, stubs: Stubs) -> 
         assert client.server_info().settings == (
             stubs.control.GetServerInfo(pb.GetServerInfoRequest()).settings
         )
-        assert client.load().num_blocks == served.engine.num_blocks
+        assert client.load().num_blocks == served.engine.engine.num_blocks
         assert not client.abort("nobody")
         assert client.health() == client.health("octavo.v1.Inference") == "SERVING"
         with pytest.raises(ClientError, match="NOT_FOUND"):

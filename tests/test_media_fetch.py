@@ -28,6 +28,7 @@ from octavo.engine.config_error import ConfigError
 from octavo.engine.input.processor import InputProcessor
 from octavo.engine.input_error import InputError
 from octavo.engine.media import fetch as fetching
+from octavo.engine.media import network as networking
 from octavo.engine.media import source as sources
 from octavo.engine.media.addresses import is_public
 from octavo.engine.media.fetch import Network, fetch
@@ -103,7 +104,7 @@ class World:
     servers: dict[str, Server] = field(default_factory=dict)  # by address
     resolved: list[str] = field(default_factory=list)
     dialled: list[tuple[str, int]] = field(default_factory=list)
-    tls: Callable[[], ssl.SSLContext] = fetching.tls
+    tls: Callable[[], ssl.SSLContext] = networking.tls
 
     def resolve(self, host: str, port: int) -> Sequence[str]:
         self.resolved.append(host)
@@ -323,7 +324,7 @@ def test_L19_ssrf_this_machine_by_the_systems_own_resolver() -> None:
 
 def test_L19_ssrf_the_systems_dial_goes_where_it_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        sock = fetching.dial(*listener.getsockname(), 1.0)
+        sock = networking.dial(*listener.getsockname(), 1.0)
         assert sock.getpeername() == listener.getsockname()
         sock.close()
 
@@ -700,7 +701,7 @@ def test_L19_ssrf_certificates_are_checked_by_name(tmp_path: Path) -> None:
         net.names["b.example"] = [PUBLIC]
         assert "certificate" in net.refused("https://b.example/")
         assert "certificate" in net.refused(f"https://{PUBLIC}/")
-        net.tls = fetching.tls  # the system's authorities, who do not know it
+        net.tls = networking.tls  # the system's authorities, who do not know it
         assert "certificate" in net.refused("https://a.example/")
         assert len(net.servers[PUBLIC].asked) == 1
 

@@ -139,7 +139,7 @@ def test_known_requests_add_up(engine: octavo.AsyncLLM) -> None:
         assert seen[f"{once}_seconds_count"] == seen[f"{once}_seconds_bucket{{le=+Inf}}"] == 2
     load = engine.engine.stats.load()
     assert (load.num_running, load.num_waiting, load.num_preparing) == (0, 0, 0)
-    assert load.num_free_blocks == load.num_blocks == engine.num_blocks
+    assert load.num_free_blocks == load.num_blocks == engine.engine.num_blocks
     assert load.num_cached_blocks > 0 and 0 < load.prefix_hit_ratio < 1
 
 
@@ -199,7 +199,7 @@ def test_awarm_up_is_not_counted() -> None:
     with octavo.AsyncLLM(dtype="float32", max_model_len=64) as engine:
         fresh = read(engine.engine.stats)
         asyncio.run(warm_up(engine))
-        assert engine.engine.scheduler.state.blocks.num_free == engine.num_blocks
+        assert engine.engine.scheduler.state.blocks.num_free == engine.engine.num_blocks
         after = read(engine.engine.stats)
         after["worker_resident_memory_bytes{rank=0}"] = fresh[
             "worker_resident_memory_bytes{rank=0}"

@@ -177,7 +177,7 @@ def test_it_tells_of_requests_blocks_and_steps(door: Door, client: httpx2.Client
     names = [(row["name"], row["answer"]) for row in found["requests"]]
     assert names == [("mine#[7]", 0), ("mine#[7]", 1)]
     codes = expand(found["blocks"])
-    assert len(codes) == found["load"]["num_blocks"] == door.engine.num_blocks
+    assert len(codes) == found["load"]["num_blocks"] == door.engine.engine.num_blocks
     assert codes.count(SHARED) > 0  # of the prompt
     used = len(codes) - codes.count(UNUSED) - codes.count(CACHED)
     assert used == found["load"]["num_blocks"] - found["load"]["num_free_blocks"]

@@ -11,11 +11,10 @@ import socket
 import ssl
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from http.client import HTTPException
 from time import monotonic
 from typing import BinaryIO, NoReturn, cast
@@ -28,6 +27,7 @@ from urllib3.response import HTTPResponse
 from ..input_error import InputError
 from .addresses import is_public
 from .limits import MediaLimits
+from .network import Network
 from .task import MediaTask
 from .urls import OTHER_WAY, Target, is_allowed, read_url, without_secrets
 
@@ -39,33 +39,6 @@ IN_MEMORY = 8 << 20  # bytes: what is larger, videos mostly, waits in a file wit
 READ = 256 << 10  # bytes at a time
 REDIRECTS = (301, 302, 303, 307, 308)
 FLAGS = "--allow-media-domains, LLM(allowed_media_domains=...)"
-
-
-def resolve(host: str, port: int) -> list[str]:
-    """A host's addresses, as the system knows them."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-
-def dial(address: str, port: int, seconds: float) -> socket.socket:
-    return socket.create_connection((address, port), timeout=seconds)
-
-
-@cache
-def tls() -> ssl.SSLContext:
-    """Checks certificates against the system's authorities, and the host's name."""
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-@dataclass(frozen=True)
-class Network:
-    """What fetching needs of the system."""
-
-    resolve: Callable[[str, int], Sequence[str]] = resolve
-    dial: Callable[[str, int, float], socket.socket] = dial
-    tls: Callable[[], ssl.SSLContext] = tls
 
 
 def fetch(

@@ -54,7 +54,7 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInfo:
-        config = self._engine.model_config
+        config = self._engine.engine.model_config
         return pb.ModelInfo(
             name=self._engine.engine.model_name,
             dtype=config.dtype,
