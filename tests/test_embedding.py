@@ -41,15 +41,33 @@ with octavo.Engine(dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 <
     print(json.dumps([google.protobuf.__version__, grpc.__version__, text, ray.get(later)]))
 ray.shutdown()
 """
+FORKS = """
+import json
+import os
+import time
+
+import octavo
+
+def start() -> int:
+    child = os.fork()
+    if not child:  # what `subprocess` does with `preexec_fn`, but slowly
+        os.closerange(3, 1024)
+        time.sleep(0.1)
+        os.execvp("true", ["true"])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+with octavo.Engine(dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 << 20) as engine:
+    print(json.dumps([start() for _ in range(20)]))
+"""
 BESIDE = ("grpcio-health-checking", "grpcio-reflection", "grpcio-status")
 # What Ray imports and pip would choose otherwise with an older protobuf.
 LOOSE = ("googleapis-common-protos", "google-api-core")
 
 
-def run(paths: list[str]) -> list[Any]:
+def run(paths: list[str], program: str = PROGRAM) -> list[Any]:
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     env["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-c", PROGRAM]
+    command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -58,6 +76,12 @@ def run(paths: list[str]) -> list[Any]:
 def test_the_engine_runs_beside_ray() -> None:
     *_, text, doubled = run([])
     assert "Octavo" in text and doubled == 42
+
+
+def test_programs_start_beside_the_engine() -> None:
+    """As `ray.init` starts its own: at times one died of gRPC's threads, and Ray did not come up
+    ("The current node timed out during startup")."""
+    assert run([], FORKS) == [0] * 20
 
 
 @pytest.mark.slow
