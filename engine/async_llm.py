@@ -117,9 +117,10 @@ class AsyncLLM:
             params, calls = with_tool_choice(prompt, params), CallReader(prompt)
             clock = Countdown(RequestOptions.of(**options))
             key, stream = self._open(name, 1 if params is None else params.n)
-            finished = False
+            finished, preparing = False, self.engine.stats.preparing
             try:
                 self._check_alive()
+                preparing.add(key)
                 stream.work = self._pool.submit(prompt, params.structured if params else None)
                 del prompt  # it may be large, and is the pool's now
                 with calls.naming():
@@ -133,6 +134,7 @@ class AsyncLLM:
                         if isinstance(event, EngineDead):
                             raise event
                         if isinstance(event, Admitted):
+                            preparing.discard(key)
                             if event.error is not None:
                                 finished = True
                                 raise event.error
@@ -144,6 +146,7 @@ class AsyncLLM:
                         yield calls.read(event.named(name))
             finally:
                 del self._streams[key], self._keys[name]
+                preparing.discard(key)
                 if stream.work is not None:
                     stream.work.cancel()
                 if stream.ready is not None:
@@ -167,11 +170,7 @@ class AsyncLLM:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""
         future = stream.ready = asyncio.wrap_future(work.future)
-        self.engine.stats.num_preparing += 1
-        try:
-            await asyncio.wait([future], timeout=clock.left.timeout_s)
-        finally:
-            self.engine.stats.num_preparing -= 1
+        await asyncio.wait([future], timeout=clock.left.timeout_s)
         self._check_alive()  # `close` empties the pool
         if stream.is_aborted:
             stream.end(RequestStatus.FINISHED_ABORTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..scheduler.params import shown
 
-__all__ = ["InputError", "shown"]
+__all__ = ["InputError", "TooLong", "shown"]
 
 
 class InputError(ValueError):
@@ -13,3 +13,7 @@ class InputError(ValueError):
     def __init__(self, field: str, text: str) -> None:
         super().__init__(text if text.startswith(field) else f"{field}: {text}")
         self.field = field
+
+
+class TooLong(InputError):
+    """A prompt leaves no room for output in what the model or the server takes."""

@@ -32,7 +32,7 @@ class EngineLoad:
 
     num_running: int  # requests that have begun and are not done
     num_waiting: int  # admitted, not begun or preempted; n answers to one prompt are n
-    num_preparing: int  # whose input is being made ready
+    num_preparing: int  # whose input is being made ready, or that no step has seen yet
     num_blocks: int  # of the KV cache, on each rank
     num_free_blocks: int  # of these, with those that a prefix may still be found in
     num_cached_blocks: int  # the latter
@@ -89,7 +89,7 @@ class EngineStats:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler, self.group, self._now = scheduler, group, clock
-        self.num_preparing = 0  # set by whoever has the inputs made ready
+        self.preparing: set[str] = set()  # names; kept by whoever has the inputs made ready
         self.num_restarts = 0
         self._clocks: dict[str, _Clock] = {}  # by request_id
         self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
@@ -254,7 +254,7 @@ class EngineStats:
         return EngineLoad(
             num_running=len(state.running),
             num_waiting=len(state.waiting),
-            num_preparing=self.num_preparing,
+            num_preparing=len(self.preparing),
             num_blocks=blocks.num_blocks,
             num_free_blocks=blocks.num_free,
             num_cached_blocks=blocks.num_evictable,

@@ -11,6 +11,10 @@ class AdmissionError(ValueError):
     """A request that could never run here; the text names the limit."""
 
 
+class PromptTooLong(AdmissionError):
+    """It leaves no room for output."""
+
+
 class QueueFull(AdmissionError):
     """Too much is waiting already. The same request may be taken later."""
 
@@ -52,7 +56,7 @@ def check_size(request: Request, config: SchedulerConfig) -> None:
         limit = f"max_model_len is {config.max_model_len}"
         if config.max_request_len < config.max_model_len:
             limit = f"the KV cache holds {config.max_request_len}"
-        raise AdmissionError(f"prompt: {count} tokens leave no room for output; {limit}")
+        raise PromptTooLong(f"prompt: {count} tokens leave no room for output; {limit}")
     for limit in ("max_encode_tokens", "encoder_cache_tokens"):
         most = max((unit.num_tokens for unit in request.units), default=0)
         if most > getattr(config, limit):

@@ -3,11 +3,13 @@ repeats a token."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -104,8 +106,6 @@ def test_a_worker_that_hangs_is_told_by_its_silence(
 def test_a_worker_that_dies_while_nothing_runs_comes_back(
     checkpoint: Path, expected: list[list[int]]
 ) -> None:
-    import asyncio
-
     async def scenario() -> None:
         async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
             before = engine.worker_pids
@@ -116,6 +116,31 @@ def test_a_worker_that_dies_while_nothing_runs_comes_back(
                 await asyncio.sleep(0.05)
             stream = engine.chat(CONVERSATIONS[1], PARAMS)
             assert [t async for delta in stream for t in delta.token_ids] == expected[1]
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_wait_for_workers_are_counted(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step sees them, so neither running nor waiting does."""
+
+    async def scenario() -> None:
+        async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
+            stats, go_on = engine.engine.stats, threading.Event()
+            group, restart = engine.engine.group, engine.engine.group.restart
+            monkeypatch.setattr(group, "restart", lambda: (go_on.wait(60), restart()))
+            os.kill(engine.worker_pids[0], signal.SIGKILL)
+            while not engine.engine.restarts._away_since:
+                await asyncio.sleep(0.01)
+            stream = engine.chat(CONVERSATIONS[1], PARAMS)
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(1)
+            assert stats.load().num_preparing == 1 and not first.done()
+            go_on.set()
+            ids = [*(await first).token_ids]
+            assert stats.load().num_preparing == 0
+            assert ids + [t async for delta in stream for t in delta.token_ids] == expected[1]
 
     asyncio.run(scenario())
 
@@ -197,14 +222,14 @@ def test_deadlines_and_aborts_hold_through_a_restart(checkpoint: Path) -> None:
         engine.add_request("late", ask("Hi"), PARAMS, timeout_s=0.5)
         engine.add_request("gone", ask("Ho"), PARAMS)
         engine.add_request("stays", ask("Hey"), PARAMS)
-        engine.step()
-        os.kill(engine.worker_pids[0], signal.SIGKILL)
-        engine.step()  # takes over 0.5 s
-        assert [d.finish_reason for d in engine.abort("gone")] == ["abort"]
         deltas = engine.step()
-        assert [d.error[:17] for d in deltas if d.request_id == "late"] == ["DEADLINE_EXCEEDED"]
+        os.kill(engine.worker_pids[0], signal.SIGKILL)
+        deltas += engine.step()  # takes over 0.5 s
+        assert [d.finish_reason for d in engine.abort("gone")] == ["abort"]
         while engine.has_requests:
             deltas += engine.step()
+        last = {d.request_id: d for d in deltas if d.finish_reason}
+        assert last["late"].error.startswith("DEADLINE_EXCEEDED") and not last["stays"].error
         engine.scheduler.check_integrity()
 
 
@@ -270,7 +295,6 @@ def test_a_request_whose_step_cannot_be_made_ends_alone(
 
 def test_a_step_left_on_its_way_is_taken_in_while_nobody_asks(checkpoint: Path) -> None:
     """And if it failed, the workers are new before the next one asks."""
-    import asyncio
 
     async def scenario() -> None:
         async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:

@@ -344,6 +344,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("?", image(url="/etc/passwd"))}, None, "reads no files"),
         ({"messages": ask("?", image(url="file:///etc/passwd"))}, None, "reads no files"),
         ({"messages": ask("?", image(url="data:image/png;base64,AAAA"))}, None, "not an image"),
+        ({"messages": ask("?", image(url=star()[22:]))}, None, "looks like base64"),
         (_body(temperature=-1), "temperature", "temperature=-1"),
         (_body(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
         (_body(logprobs=True, top_logprobs=True), "top_logprobs", "whole number"),
@@ -386,6 +387,19 @@ def test_L27_bad_requests_are_told_the_field(
     assert words in error["message"] and len(error["message"]) < 2100
     assert error["type"] == "invalid_request_error"
     assert param in (None, error["param"])
+
+
+def test_L27_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:
+    """Programs trim their conversation by it. The bounds are apart: characters, tokens, pixels."""
+    large = ask("?", image(resized_height=1120, resized_width=1120))
+    for messages in (ask("x" * 1_000_000), ask("x" * 3000), ask("x" * 2000, image()), large):
+        response = raw.post("/v1/chat/completions", json={"messages": messages})
+        error = error_in(response)
+        assert (response.status_code, error["code"]) == (400, "context_length_exceeded"), error
+    for stream in (False, True):
+        body = {"prompt": [1] * 5000, "stream": stream}
+        error = error_in(raw.post("/v1/completions", json=body))
+        assert error["code"] == "context_length_exceeded", error
 
 
 def test_fields_that_ask_for_nothing_pass(raw: httpx2.Client) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from ...scheduler.request import MediaSpan
 from ..config import ModelConfig, PreprocessConfig
 from ..grammar import Grammar
-from ..input_error import InputError
+from ..input_error import InputError, TooLong
 from ..media.decode import OpenItem
 from ..media.embeds import MediaEmbeds
 from ..media.item import MediaItem, PatchShape, UnitContent
@@ -197,7 +197,7 @@ class InputProcessor:
         """A position must be left for a token of output. `end`: the first after the prompt."""
         most = self.config.max_position_embeddings
         if end >= most:
-            raise InputError(
+            raise TooLong(
                 "prompt",
                 f"reaches position {end - 1}, and the model has {most} positions; "
                 "shorten the text, or take fewer frames",

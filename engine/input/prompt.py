@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
-from ..input_error import InputError, shown
+from ..input_error import InputError, TooLong, shown
 from ..media.options import MediaOptions
 from .chat import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextTokenizer
@@ -108,7 +108,7 @@ class PromptReader:
         """Refuses what cannot fit before it is encoded, which takes 240 bytes a character."""
         most = self.max_model_len * self.tokenizer.longest
         if size > most:
-            raise InputError(
+            raise TooLong(
                 "prompt",
                 f"{size} characters are over max_model_len={self.max_model_len} tokens of at most "
                 f"{self.tokenizer.longest} characters; shorten the text",
@@ -122,7 +122,7 @@ class PromptReader:
             raise InputError(field, "is empty")
         if len(token_ids) >= self.max_model_len:
             text = f"{len(token_ids)} of them, max_model_len is {self.max_model_len}"
-            raise InputError(field, f"{text}; shorten the prompt, or raise max_model_len")
+            raise TooLong(field, f"{text}; shorten the prompt, or raise max_model_len")
         for token in token_ids:
             whole = isinstance(token, int) and not isinstance(token, bool)
             if not whole or not 0 <= token < self.config.vocab_size:

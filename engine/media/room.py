@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..input_error import InputError
+from ..input_error import TooLong
 from .options import MediaOptions
 
 
@@ -24,7 +24,7 @@ class TokenRoom:
 
     def __post_init__(self) -> None:
         if self.total < 0:
-            raise InputError(
+            raise TooLong(
                 "prompt",
                 f"{self.num_text_tokens} tokens of text, over max_model_len={self.max_model_len}; "
                 "shorten the text, or raise max_model_len",
@@ -40,7 +40,7 @@ class TokenRoom:
         return self.total // self.num_items
 
     def take_image(self, height: int, width: int, options: MediaOptions, field: str) -> None:
-        """Raises `InputError` when an image of that size does not fit beside what is there."""
+        """Raises `TooLong` when an image of that size does not fit beside what is there."""
         pixels = self.share * self.factor**2
         self._take(height, width, 1, field, self._advice("image", pixels, options))
 
@@ -60,7 +60,7 @@ class TokenRoom:
         """The same for an item that comes as embeddings."""
         left = self.total - self.taken
         if num_tokens > left:
-            raise InputError(
+            raise TooLong(
                 field,
                 f"{num_tokens} tokens of embeddings, and {left} are left of "
                 f"max_model_len={self.max_model_len}; make them of fewer pixels, or raise "
@@ -72,7 +72,7 @@ class TokenRoom:
         num_tokens = height * width // self.factor**2 * depth
         left = self.total - self.taken
         if num_tokens > left:
-            raise InputError(
+            raise TooLong(
                 field,
                 f"{width}×{height} pixels{f' a frame, {2 * depth} frames' if depth > 1 else ''} "
                 f"are {num_tokens} tokens, and {left} are left of "

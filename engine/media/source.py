@@ -23,6 +23,7 @@ from .task import MediaTask
 from .urls import is_address, read_host
 
 BYTES = str | bytes | bytearray | memoryview  # sequences that are no lists of frames
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256}")  # no path goes on for so long without a dot
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 
 
@@ -90,6 +91,8 @@ def open_source(
     elif _SCHEME.match(source):
         text = "of URLs, only http://, https://, file:// and data: are read"
         raise InputError(field, f"{shown(source.partition(':')[0])}: {text}")
+    elif _BASE64.match(source):
+        raise InputError(field, "looks like base64: put data:image/png;base64, or the like before")
     return _open_file(source, access, limits, field)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ...scheduler.admission import PromptTooLong
 from ..client_error import RETRYABLE, split_code
 from ..engine import WAS_CLOSED, DuplicateRequest, EngineDead
 from ..error_codes import code_of
-from ..input_error import InputError
+from ..input_error import InputError, TooLong
 
 STOPPED = "the engine has stopped; the server's log says why"  # it may name hosts and libraries
 CLOSED = "the server is shutting down; ask another, or again later"
@@ -21,11 +22,13 @@ _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
 @dataclass(frozen=True)
 class Fault:
-    """A request's end by an error. `field`: whose, where one is to blame."""
+    """A request's end by an error. `field`: whose, where one is to blame; `too_long`: its prompt
+    leaves no room for output."""
 
     code: str
     text: str
     field: str = ""
+    too_long: bool = False
 
     @property
     def retryable(self) -> bool:
@@ -48,12 +51,13 @@ def fault_of(error: Exception) -> Fault:
     if code == "INTERNAL":
         return Fault(code, OURS)
     if isinstance(error, InputError):
-        return Fault(code, text, error.field)
+        return Fault(code, text, error.field, isinstance(error, TooLong))
     if isinstance(error, DuplicateRequest):
         return Fault(code, text, "request_id")
     if isinstance(error, EngineDead):
         return Fault(code, CLOSED if text.endswith(WAS_CLOSED) else STOPPED)
-    return Fault(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
+    field = field_in(text) if code == "INVALID_ARGUMENT" else ""
+    return Fault(code, text, field, isinstance(error, PromptTooLong))
 
 
 def fault_in(error: str) -> Fault:

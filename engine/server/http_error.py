@@ -58,6 +58,8 @@ class ApiError(Exception):
 
 def api_error(fault: Fault) -> ApiError:
     status, kind, code = OF_CODE[fault.code]
+    if fault.too_long:
+        code = "context_length_exceeded"
     return ApiError(status, fault.text, kind, fault.field or None, code)
 
 

@@ -79,7 +79,7 @@ def _requests(stats: EngineStats, load: EngineLoad) -> Iterator[Metric]:
     )
     yield _gauge(
         "requests_preparing",
-        "Requests whose prompt, images or videos are being made ready.",
+        "Requests whose input is being made ready, or that no step has seen: workers are away.",
         load.num_preparing,
     )
     ends = {"stop": 0, "length": 0, "abort": 0, "error": 0, "refused": 0, **stats.ends}
