@@ -218,6 +218,23 @@ def _message(call: Any) -> list[Any]:
     return [{"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
+def test_results_stand_in_the_order_of_their_calls(reader: PromptReader) -> None:
+    """OpenAI's name their call, and programs send them as they are done."""
+    asked, (first, second) = ASKED[:-2], ASKED[-2:]
+    expected = reader.read({"messages": ASKED}).token_ids
+    assert reader.read({"messages": [*asked, second, first]}).token_ids == expected
+    again = [{"role": "user", "content": "Again?"}, *asked[2:], second, first]
+    for round_trip in ([*asked, first, second, *again], [*asked, second, first, *again]):
+        ids = reader.read({"messages": round_trip}).token_ids
+        assert list(ids[: len(expected) - 10]) == list(expected[:-10])
+        assert ids == reader.read({"messages": [*ASKED, *again]}).token_ids
+    unnamed = [{"role": "tool", "content": each["content"]} for each in (first, second)]
+    assert reader.read({"messages": [*asked, *unnamed]}).token_ids == expected
+    no_ids = [{k: v for k, v in each.items() if k != "id"} for each in asked[2]["tool_calls"]]
+    bare = [*asked[:2], {**asked[2], "tool_calls": no_ids}]
+    assert reader.read({"messages": [*bare, first, second]}).token_ids == expected
+
+
 @pytest.mark.parametrize(
     ("more", "field"),
     [
@@ -244,6 +261,14 @@ def _message(call: Any) -> list[Any]:
         (
             {"messages": [{"role": "tool", "content": "", "tool_call_id": 1}]},
             "messages[0].tool_call_id",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "", "tool_call_id": "a"}]},
+            "messages[0].tool_call_id",
+        ),
+        (
+            {"messages": [*ASKED[:-2], {"role": "tool", "content": "", "tool_call_id": "3"}]},
+            "messages[3].tool_call_id",
         ),
         (
             {"messages": [{"role": "tool", "content": [{"type": "image", "image": "x"}]}]},

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from .tokenizer import TextTokenizer
+from .tool_results import in_order_of_calls
 from .tool_turns import MARK, TEXTS, Written, add_mark, as_they_are, in_qwens_form, to_json
 from .tools import read_calls, read_tools
 
@@ -72,6 +73,7 @@ def read_messages(messages: Any, tools: Any = None) -> Conversation:
     found = Conversation([], [], [], [])
     for index, message in enumerate(messages):
         found.messages.append(_read_message(f"messages[{index}]", message, found))
+    found.messages[:] = [found.messages[at] for at in in_order_of_calls(messages)]
     for text in written:
         found.tools.append(Written(json.loads(text), _mark(text, "tools", found)))
     size = sum(map(len, found.texts))

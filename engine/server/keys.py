@@ -45,8 +45,8 @@ class ApiKeys:
         self._stamp = stamp
         try:
             self._digests = self._read()
-        except ConfigError:
-            log.warning("the file of API keys has changed and cannot be used; the former keys stay")
+        except ConfigError as error:  # it tells no key
+            log.warning("the file of API keys has changed: %s; the former keys stay", error)
         else:
             log.info("the file of API keys has changed and is used from now on")
 
