@@ -389,6 +389,24 @@ def test_L27_bad_requests_are_told_the_field(
     assert param in (None, error["param"])
 
 
+def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
+    frames = {"type": "video_url", "video_url": {"url": ["/a.png", "/b.png"]}}
+    text = {"type": "text", "text": "?"}
+    for part, field in (
+        (image(url="/a.png"), "messages[0].content[1].image_url.url"),
+        ({"type": "image_url", "image_url": "/a.png"}, "messages[0].content[1].image_url"),
+        ({"type": "image", "image": "/a.png"}, "messages[0].content[1].image"),
+        (frames, "messages[0].content[1].video_url.url[0]"),
+    ):
+        for stream in (False, True):
+            body = {"messages": ask("?", text, part), "stream": stream}
+            error = error_in(raw.post("/v1/chat/completions", json=body))
+            assert error["param"] == field and error["message"].startswith(f"{field}: ")
+    for prompt in ([10**9], [[1], [-1]]):
+        error = error_in(raw.post("/v1/completions", json={"prompt": prompt}))
+        assert error["param"] == "prompt" and "_ids" not in error["message"]
+
+
 def test_L27_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:
     """Programs trim their conversation by it. The bounds are apart: characters, tokens, pixels."""
     large = ask("?", image(resized_height=1120, resized_width=1120))

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from .errors import Fault, fault_of
 
 MAX_ERROR_TEXT = 2000  # characters
+PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /tokenize and /detokenize"
 RETRY_AFTER = "1"  # seconds, of 429 and 503
 OF_CODE: dict[str, tuple[int, str, str | None]] = {  # status, and OpenAI's type and code
     "INVALID_ARGUMENT": (400, "invalid_request_error", None),
@@ -74,6 +75,6 @@ def error_of(error: Exception) -> ApiError:
         return error
     if isinstance(error, HTTPException):  # the router's own
         if error.status_code == 404:
-            return ApiError(404, "there is no such path", "not_found_error")
+            return ApiError(404, f"there is no such path; there are {PATHS}", "not_found_error")
         return ApiError(error.status_code, "the path does not take this method")
     return api_error(fault_of(error))

@@ -3,7 +3,9 @@ videos. What the engine checks anyway is left to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..input.chat import check_parts
@@ -12,6 +14,7 @@ from ..input_error import InputError, shown
 LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
 DETAILS = (None, "auto", "low", "high")
 KIND_OF = {"image_url": "image", "video_url": "video", "image": "image", "video": "video"}
+_MEDIA = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\]\.(?:image|video)")  # the engine's name
 SIZES = ("max_pixels", "resized_height", "resized_width")
 
 
@@ -96,3 +99,27 @@ def _read_detail(options: dict[str, Any], field: str) -> dict[str, Any]:
     if detail == "low" and not any(options.get(name) for name in SIZES):
         options["max_pixels"] = LOW_DETAIL_PIXELS
     return options
+
+
+@contextmanager
+def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of a request that was taken name its fields as its caller wrote them."""
+    try:
+        yield
+    except InputError as error:
+        field = _as_written(error.field, body)
+        if field == error.field:
+            raise
+        raise type(error)(field, field + str(error).removeprefix(error.field)) from None
+
+
+def _as_written(field: str, body: Mapping[str, Any]) -> str:
+    if field == "prompt_token_ids":
+        return "prompt"
+    found = _MEDIA.match(field)
+    if found is None:
+        return field
+    part = body["messages"][int(found[1])]["content"][int(found[2])]
+    name = part["type"]
+    url = ".url" if isinstance(part[name], dict) else ""
+    return f"{found[0].rpartition('.')[0]}.{name}{url}{field[found.end() :]}"

@@ -23,7 +23,7 @@ from .http_error import api_error, fault_code
 from .metadata import log_trace, read_metadata
 from .metrics import CONTENT_TYPE, metrics_text
 from .openai_answers import EventStream, answers_of, chunks, dump, gather
-from .openai_messages import read_messages
+from .openai_messages import named_as_written, read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm
 from .work import Work
@@ -71,7 +71,8 @@ class Routes:
         told, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
         with counted(told, stats, fault_code):
             beside = read_metadata(request.headers.items())
-            asked = read(read_json(body), self.model)
+            written = read_json(body)
+            asked = read(written, self.model)
         name = beside.request_id or uuid.uuid4().hex
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
@@ -82,13 +83,15 @@ class Routes:
         answers = answers_of(self.engine, asked, name, beside.traceparent)
         headers = {"x-request-id": name}
         if not asked.stream:
-            make = await gather(answers, asked, form)
+            with named_as_written(written):
+                make = await gather(answers, asked, form)
             if asked.params.prompt_logprobs is None:
                 return _json(make(), headers)
             # A long prompt's are megabytes, which all other requests would wait for.
             return await asyncio.to_thread(lambda: _json(make(), headers))
         try:  # what is refused, is so with a status: nothing is sent before the first delta
-            first = await anext(answers)
+            with named_as_written(written):
+                first = await anext(answers)
             if first[1].error:
                 raise api_error(fault_in(first[1].error))
         except BaseException:
