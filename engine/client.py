@@ -17,7 +17,7 @@ from ..proto import octavo_pb2 as pb
 from ..scheduler.logprobs import TokenLogprobs
 from .client_channel import Tls, error_of
 from .client_error import ClientError
-from .client_request import conversation_of, fill, raw_request, read_prompt
+from .client_request import chat_request, conversation_of, fill, raw_request, read_prompt
 from .client_tools import add_tools, read_calls
 from .client_unary import UnaryClient
 from .tool_calls import ToolCall
@@ -88,7 +88,7 @@ class Client(UnaryClient):
         `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
         aborts the request. Raises `ClientError`.
         """
-        request = pb.GenerateRequest(request_id=request_id, conversation=conversation_of(messages))
+        request = chat_request(messages, request_id)
         add_tools(request, tools, tool_choice, parallel_tool_calls)
         return self._generate(request, images, videos, timeout, settings)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..proto import octavo_pb2 as pb
-from ..scheduler.params import shown
+from ..scheduler.params import RequestOptions, SamplingParams, shown
 from ..scheduler.structured import StructuredOutput
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
@@ -33,9 +33,19 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
                 getattr(target, name).extend([value] if isinstance(value, str) else value)
             else:
                 setattr(target, name, value)
-        except (TypeError, ValueError) as error:
-            text = f"{name}={shown(value)}: {error}"
-            raise ClientError("INVALID_ARGUMENT", text, field=name) from None
+        except (TypeError, ValueError):
+            raise ClientError("INVALID_ARGUMENT", _why(name, value), field=name) from None
+
+
+def _why(name: str, value: Any) -> str:
+    """What is wrong with a setting that protobuf refuses, in the engine's words."""
+    kind = RequestOptions if name in OPTIONS_OF_A_REQUEST else SamplingParams
+    try:
+        kind(**{name: value})
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(name):
+            return str(error)
+    return f"{name}={shown(value)}: cannot be sent"
 
 
 def read_prompt(
@@ -43,21 +53,27 @@ def read_prompt(
 ) -> pb.GenerateRequest:
     """Messages are told from token ids by what comes first."""
     if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-        conversation = conversation_of(prompt)  # type: ignore[arg-type]
-        return pb.GenerateRequest(request_id=request_id, conversation=conversation)
+        return chat_request(prompt, request_id)  # type: ignore[arg-type]
     return raw_request(prompt, request_id)  # type: ignore[arg-type]
 
 
 def raw_request(prompt: str | Sequence[int], request_id: str) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(request_id=request_id)
+    request = _named(request_id)
     try:
         if isinstance(prompt, str):
             request.text = prompt
         else:
             request.token_ids.ids.extend(prompt)
-    except (TypeError, ValueError) as error:
-        raise invalid(f"must be a text or token ids: {error}", "prompt") from None
+    except (TypeError, ValueError):
+        raise invalid("must be a text or token ids", "prompt") from None
     return request
+
+
+def _named(request_id: str) -> pb.GenerateRequest:
+    try:
+        return pb.GenerateRequest(request_id=request_id)
+    except (TypeError, ValueError):
+        raise invalid(f"{shown(request_id)}: must be a text", "request_id") from None
 
 
 def fill(
@@ -73,6 +89,12 @@ def fill(
             request.media.append(_item({**beside, "type": kind}, f"{kind}s[{index}]"))
     _set_all(request, settings)
     check_size(request)
+
+
+def chat_request(messages: Sequence[Mapping[str, Any]], request_id: str) -> pb.GenerateRequest:
+    request = _named(request_id)
+    request.conversation.CopyFrom(conversation_of(messages))
+    return request
 
 
 def conversation_of(messages: Sequence[Mapping[str, Any]]) -> pb.Conversation:
@@ -97,12 +119,17 @@ def _message(message: Mapping[str, Any], field: str) -> pb.Message:
     for name in message:
         if name not in ("role", "content", "tool_calls", "tool_call_id"):
             raise invalid(f"{name!r} is unknown; a message has role and content", field)
+    role = message.get("role", "")
+    if not isinstance(role, str):
+        raise invalid(f"{shown(role)}: must be a text", f"{field}.role")
     content = () if message.get("content") is None else message["content"]
+    if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
+        raise invalid("must be a text or a list of parts", f"{field}.content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     calls = message_calls(message, field)
     try:
         read = [_part(part, f"{field}.content[{p}]") for p, part in enumerate(parts)]
-        return pb.Message(role=message.get("role", ""), content=read, **calls)
+        return pb.Message(role=role, content=read, **calls)
     except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a role
         raise invalid(str(error), field) from None
 
@@ -116,8 +143,8 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
                 raise invalid(f"{shown(name)} is unknown; it has type and text", field)
         try:
             return pb.ContentPart(text=part.get("text", ""))
-        except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair
-            raise invalid(str(error), f"{field}.text") from None
+        except (TypeError, ValueError):  # ValueError: half a surrogate pair
+            raise invalid("must be a text, of whole characters", f"{field}.text") from None
     if part.get("type") in KINDS:
         return pb.ContentPart(media=_item(part, field))
     raise invalid(f"type={part.get('type')!r}: must be text, image or video", field)

@@ -133,6 +133,15 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask("\ud800"), {}, "messages"),
         (ask("?", {"type": "image", "image": picture(), "min_pixels": 1 << 40}), {}, "max_pixels"),
         (ask(), {"request_id": "x" * 300}, "request_id"),
+        (ask(), {"request_id": 3}, "request_id: 3: must be a text"),
+        (ask(), {"n": "x"}, "n='x': must be a whole number"),
+        (ask(), {"max_tokens": 2.5}, "max_tokens=2.5: must be a whole number"),
+        (ask(), {"timeout_s": "x"}, "timeout_s='x': must be a finite number"),
+        (ask(), {"stop": 3}, "stop=3: must be a list"),
+        (ask(), {"seed": -1}, "seed=-1: must be from 0"),
+        (ask(), {"logit_bias": [1]}, "logit_bias=[1]: must be a dict"),
+        ([{"role": "user", "content": 3}], {}, "messages[0].content: must be a text or a list"),
+        ([{"role": 3, "content": "x"}], {}, "messages[0].role: 3: must be a text"),
     ],
 )
 def test_L27_unbounded_n_bad_input_is_refused_clearly(
