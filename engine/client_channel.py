@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,28 @@ OPTIONS = [
 ]
 
 
-HTTP1 = "http1.x server"  # gRPC's words for what it met
-WHICH_PORT = "give the port of gRPC, which is `grpc=` in the server's line `ready ...`"
+# What gRPC says where it met something else than it came for, and what that means here.
+MET = (
+    (
+        "http1.x server",
+        "there is a server, and it speaks HTTP: give the port of gRPC, which is `grpc=` in the "
+        "server's line `ready ...`",
+    ),
+    ("WRONG_VERSION_NUMBER", "the server speaks no TLS: leave tls= (--tls-ca) out"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "who signed the server's certificate is not known here: tls=octavo.Tls(ca=...) (--tls-ca)",
+    ),
+    (
+        "Hostname Verification Check failed",
+        "the server's certificate is for another name than its address: server_name= of octavo.Tls",
+    ),
+    (
+        "failed to connect.*: Socket closed",
+        "the server closed the connection: it may want TLS (tls=, --tls-ca), or a certificate that "
+        "it knows (cert= and key= of octavo.Tls)",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +89,10 @@ def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def error_of(error: grpc.RpcError) -> ClientError:
     """By the status's details, where it has any."""
-    if error.code() is grpc.StatusCode.UNAVAILABLE and HTTP1 in (error.details() or ""):
-        return ClientError("UNAVAILABLE", "there is a server, and it speaks HTTP: " + WHICH_PORT)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        for words, text in MET:
+            if re.search(words, error.details() or ""):
+                return ClientError("UNAVAILABLE", text)
     retryable, field = None, ""
     try:
         status = rpc_status.from_call(error)
