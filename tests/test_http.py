@@ -766,12 +766,18 @@ def test_a_full_queue_is_told_to_come_again(door: Door, client: openai.OpenAI) -
     create(model="embedded", messages=WHO, max_tokens=1)
 
 
-def test_time_that_runs_out(client: openai.OpenAI) -> None:
+def test_time_that_runs_out(door: Door, client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     for stream in (True, False):
         with pytest.raises(openai.InternalServerError) as late:
             create(model="embedded", messages=WHO, stream=stream, extra_body={"timeout_s": 0.0})
         assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+        ends = door.engine.engine.stats.errors["DEADLINE_EXCEEDED"]
+        with pytest.raises(openai.InternalServerError):  # by its defaults it sends a 5xx again
+            client.with_options(max_retries=2).chat.completions.create(
+                model="embedded", messages=WHO, stream=stream, extra_body={"timeout_s": 0.0}
+            )
+        assert door.engine.engine.stats.errors["DEADLINE_EXCEEDED"] == ends + 1
     more = {**LONG, "extra_body": {"ignore_eos": True, "timeout_s": 0.3}}
     texts = []
     with pytest.raises(openai.APIError) as cut:  # an event of a stream that had begun

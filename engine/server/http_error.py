@@ -52,6 +52,8 @@ class ApiError(Exception):
         headers = {}
         if self.status in (429, 503):
             headers["retry-after"] = RETRY_AFTER
+        if self.status == 504:  # OpenAI's clients send again what a 5xx ended: the time is up
+            headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return Response(self.body, self.status, headers, "application/json")
