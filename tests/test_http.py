@@ -423,6 +423,7 @@ def test_L27_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:
 def test_fields_that_ask_for_nothing_pass(raw: httpx2.Client) -> None:
     nothing = {name: values[0] for name, values in NEUTRAL.items() if values}
     labels = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s"}
+    labels |= {"prompt_cache_key": "k", "prompt_cache_retention": "24h"}
     nulls = dict.fromkeys([*NEUTRAL, *PARAMS, "stream_options", "priority", "model"])
     expected = raw.post("/v1/chat/completions", json={"messages": WHO}).json()["choices"]
     for more in (nothing, labels, nulls):
@@ -575,6 +576,23 @@ def test_what_we_do_not_have_is_not_ignored(raw: httpx2.Client, name: str) -> No
     error = error_in(response)
     assert (response.status_code, error["param"]) == (400, name)
     assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("guided_json", "structured_outputs.json"),
+        ("guided_regex", "structured_outputs.regex"),
+        ("guided_choice", "structured_outputs.choice"),
+        ("guided_grammar", "structured_outputs.grammar"),
+        ("include_stop_str_in_output", "include_stop_str"),
+    ],
+)
+def test_names_of_vllm_s_that_have_another_here(raw: httpx2.Client, name: str, here: str) -> None:
+    """Who only leaves them out gets another answer than was asked for."""
+    error = error_in(raw.post("/v1/chat/completions", json=_body(**{name: True})))
+    assert (error["param"], error["code"]) == (name, "unknown_parameter")
+    assert error["message"].endswith(f"here it is {here}")
 
 
 def test_completions_are_checked(raw: httpx2.Client) -> None:

@@ -24,10 +24,15 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "structured"}
 OPTIONS = tuple(each.name for each in fields(RequestOptions))
 # Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
-LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
+LABELS = (
+    *("user", "safety_identifier", "metadata"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "audio": (),
     "best_of": (1,),
+    "continue_final_message": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
@@ -42,13 +47,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
+}
+# Fields of vLLM's that have another name here: left out, they would be missed.
+RENAMED = {
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "include_stop_str_in_output": "include_stop_str",
+    "request_id": "the header x-request-id",
 }
 
 
@@ -225,5 +241,6 @@ def _refuse(name: str) -> NoReturn:
     if name in NEUTRAL:
         text = f"{name}: this server does not have it yet; leave it out"
         raise ApiError(400, text, param=name, code="unsupported_parameter")
-    text = f"{shown(name)}: unknown; leave it out"
+    here = f"here it is {RENAMED[name]}" if name in RENAMED else "leave it out"
+    text = f"{shown(name)}: unknown; {here}"
     raise ApiError(400, text, param=name, code="unknown_parameter")
