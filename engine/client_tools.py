@@ -26,7 +26,7 @@ def add_tools(
         if _mapping(tool, field).get("type") != "function":
             raise invalid("must be function", f"{field}.type")
         function = dict(_mapping(tool.get("function"), f"{field}.function"))
-        if "parameters" in function:
+        if function.get("parameters") is not None:
             function["parameters"] = _json(function["parameters"], f"{field}.function.parameters")
         function.pop("strict", None)  # says something of OpenAI's own service
         try:

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import octavo
+from octavo.engine.client_tools import add_tools
 from octavo.engine.config import ModelConfig
 from octavo.engine.input.chat import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
 from octavo.engine.input_error import InputError
 from octavo.engine.tool_calls import ToolCall, ToolParser, split_answer
+from octavo.proto import octavo_pb2 as pb
 
 A = '<tool_call>\n{"name": "a", "arguments": {"x": {"y": [1]}}}\n</tool_call>'
 CALL_A = ToolCall("a", '{"x": {"y": [1]}}')
@@ -160,6 +162,21 @@ def test_tools_without_a_system_message(reader: PromptReader) -> None:
     ids = reader.read({"messages": [{"role": "user", "content": "x"}], "tools": [TOOL]}).token_ids
     text = reader.tokenizer.backend.decode(list(ids), skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.\n\n# Tools\n\n")
+
+
+def test_null_in_a_tool_is_what_is_left_out(reader: PromptReader) -> None:
+    """As in messages, and in the request itself."""
+    nulls = {"description": None, "parameters": None, "strict": None}
+
+    def read(function: dict[str, Any]) -> list[int]:
+        tools = [{"type": "function", "function": function}]
+        return list(reader.read({"messages": ASKED[:2], "tools": tools}).token_ids)
+
+    assert read({"name": "now", **nulls}) == read({"name": "now"})
+    assert read({**TOOL["function"], "strict": None}) == read(TOOL["function"])
+    sent = pb.GenerateRequest()
+    add_tools(sent, [{"type": "function", "function": {"name": "now", **nulls}}], None, None)
+    assert list(sent.tools) == [pb.Tool(function=pb.Function(name="now"))]
 
 
 # In the manner of Qwen2.5's, shortened; and a template that looks inside its tools.

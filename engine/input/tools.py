@@ -88,6 +88,8 @@ def _read_tool(tool: Any, field: str) -> str:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise InputError(f"{field}.function", f"must be an object, not {type(function).__name__}")
+    # Clients write null for what they have not set.
+    function = {name: value for name, value in function.items() if value is not None}
     check_name(function.get("name"), f"{field}.function.name")
     if not isinstance(function.get("description", ""), str):
         raise InputError(f"{field}.function.description", "must be a text")
@@ -97,7 +99,7 @@ def _read_tool(tool: Any, field: str) -> str:
     if schema.get("type", "object") != "object":
         where, kind = f"{field}.function.parameters.type", shown(schema["type"])
         raise InputError(where, f"{kind}; must be object: arguments have names")
-    return to_json(tool, field)
+    return to_json({**tool, "function": function}, field)
 
 
 def check_name(name: Any, field: str) -> None:
