@@ -153,6 +153,8 @@ def test_the_client_with_each_key_and_without(guarded: str) -> None:
             with pytest.raises(ClientError) as refused:
                 answer(client)
             assert (refused.value.code, refused.value.retryable) == ("UNAUTHENTICATED", False)
+            way_out = "Client(api_key=KEY) does, and octavo chat with OCTAVO_API_KEY"
+            assert (way_out in str(refused.value)) == (key is None)
             with pytest.raises(ClientError, match="UNAUTHENTICATED"):
                 client.abort("nobody")
     for wrong in ("a\nb", "ü", 5):

@@ -65,6 +65,7 @@ class ApiKeys:
             text = "the API key is not one of this server's"
         else:
             text = "this server asks for an API key: send the header `authorization: Bearer KEY`"
+            text += " (octavo.Client(api_key=KEY) does, and octavo chat with OCTAVO_API_KEY=KEY)"
         return Fault("UNAUTHENTICATED", f"authorization: {text}", "authorization")
 
 
