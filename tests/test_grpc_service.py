@@ -1029,9 +1029,13 @@ def test_the_clients_unary_calls_are_the_stubs(served: Served, stubs: Stubs) -> 
         client.load()
 
 
-def test_the_client_drains(served: Served) -> None:
+def test_the_client_drains(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "octavo.server")
     with served.another() as address, octavo.Client(address) as client:
-        assert client.drain(5.0) == 0
+        assert [client.drain(5.0), client.drain()] == [0, 0]
+        assert [line for line in caplog.messages if "Control.Drain" in line] == [
+            "draining, as Control.Drain asks: no new requests are taken, 0 run"
+        ]
         assert client.health() == "NOT_SERVING" and client.load().is_draining
         with pytest.raises(ClientError, match="UNAVAILABLE: the server is being drained"):
             client.generate_once("What is it?", **GREEDY)

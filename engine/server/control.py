@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields
@@ -19,6 +20,8 @@ from ..config import EngineConfig
 from ..input_error import InputError
 from .errors import Refused
 from .work import Work
+
+log = logging.getLogger("octavo.server")
 
 # Settings that name places on the server's machine, or on its network.
 PRIVATE = (
@@ -108,6 +111,9 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
         if timeout is not None and not 0 <= timeout <= MAX_TIMEOUT:
             text = f"{shown(timeout)}: must be from 0 to {MAX_TIMEOUT:.0f} seconds"
             raise InputError("timeout_s", text)
+        if not self._work.is_draining:
+            running = self._work.num_running
+            log.info("draining, as Control.Drain asks: no new requests are taken, %d run", running)
         await self._stop_serving()
         return pb.DrainReply(num_running=await self._work.drain(timeout))
 
