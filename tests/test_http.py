@@ -672,15 +672,22 @@ def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
 
 
 def test_paths_methods_and_models_that_are_not(client: openai.OpenAI, raw: httpx2.Client) -> None:
-    for method, path, status in (
-        ("GET", "/no/such", 404),
-        ("POST", "/v1/embeddings", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("POST", "/v1/models", 405),
+    there = "there are /v1/chat/completions, /v1/completions, /v1/models"
+    for method, path, status, words in (
+        ("GET", "/no/such", 404, there),
+        ("POST", "/v1/embeddings", 404, there),
+        ("POST", "/v1/responses", 404, there),
+        ("POST", "/chat/completions", 404, "/v1/chat/completions; base_url of OpenAI's clients"),
+        ("GET", "/models", 404, "but /v1/models; base_url"),
+        ("POST", "/v1/tokenize", 404, "but /tokenize"),
+        ("GET", "/v1/chat/completions", 405, "takes POST, not 'GET'"),
+        ("POST", "/v1/models", 405, "not 'POST'"),
     ):
         response = raw.request(method, path, **({"json": {}} if method == "POST" else {}))
         assert response.status_code == status
-        assert error_in(response)["message"]
+        message = error_in(response)["message"]
+        assert f"'{path}'" in message and words in message, message
+        assert ("allow" in response.headers) == (status == 405)
     with pytest.raises(openai.NotFoundError, match="another") as refused:
         client.chat.completions.create(model="another", messages=WHO)
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ...scheduler.params import shown
 from .errors import Fault, fault_of
 
 MAX_ERROR_TEXT = 2000  # characters
-PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /tokenize and /detokenize"
 RETRY_AFTER = "1"  # seconds, of 429 and 503
 OF_CODE: dict[str, tuple[int, str, str | None]] = {  # status, and OpenAI's type and code
     "INVALID_ARGUMENT": (400, "invalid_request_error", None),
@@ -52,7 +53,7 @@ class ApiError(Exception):
         headers = {}
         if self.status in (429, 503):
             headers["retry-after"] = RETRY_AFTER
-        if self.status == 504:  # OpenAI's clients send again what a 5xx ended: the time is up
+        if self.status in (500, 504):  # OpenAI's clients send a 5xx again: it would end the same
             headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -75,8 +76,18 @@ def error_of(error: Exception) -> ApiError:
     """What the caller is told. No text of a fault of ours goes out; the caller of this logs it."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, HTTPException):  # the router's own
-        if error.status_code == 404:
-            return ApiError(404, f"there is no such path; there are {PATHS}", "not_found_error")
-        return ApiError(error.status_code, "the path does not take this method")
     return api_error(fault_of(error))
+
+
+def misrouted(error: HTTPException, method: str, path: str, paths: Sequence[str]) -> ApiError:
+    """The router's own error. `paths`: all that there are."""
+    if error.status_code == 404:
+        near = [each for each in paths if each in (f"/v1{path}", path.removeprefix("/v1"))]
+        some = [each for each in paths if each.startswith("/v1/") and "{" not in each]
+        text = f"there is no such path; there are {', '.join(some)}"
+        if near:
+            text = f"there is no such path, but {near[0]}"
+            text += "; base_url of OpenAI's clients ends with /v1" if path in near[0][1:] else ""
+        return ApiError(404, f"{shown(path)}: {text}", "not_found_error")
+    takes = (error.headers or {}).get("Allow", "")
+    return ApiError(error.status_code, f"{shown(path)} takes {takes}, not {shown(method)}")

@@ -21,7 +21,7 @@ from ..engine import DuplicateRequest, EngineDead
 from ..input_error import InputError
 from ..tls import TlsFiles
 from .errors import Refused
-from .http_error import ApiError, error_of
+from .http_error import ApiError, error_of, misrouted
 from .http_guard import Guard
 from .http_live import LiveView
 from .http_page import page_routes
@@ -112,4 +112,9 @@ def make_app(
 
 
 async def _tell(request: Request, error: Exception) -> Response:
-    return error_of(error).response()
+    if not isinstance(error, HTTPException):
+        return error_of(error).response()
+    paths = [route.path for route in request.app.routes]
+    answer = misrouted(error, request.method, request.url.path, paths).response()
+    answer.headers.update(error.headers or {})
+    return answer

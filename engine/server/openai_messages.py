@@ -115,7 +115,7 @@ def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
 
 def _as_written(field: str, body: Mapping[str, Any]) -> str:
     if field == "prompt_token_ids":
-        return "prompt"
+        return "tokens" if "tokens" in body else "prompt"
     found = _MEDIA.match(field)
     if found is None:
         return field

@@ -138,7 +138,8 @@ class Routes:
         tokens = body.get("tokens")
         if not isinstance(tokens, list):
             raise InputError("tokens", "must be a list of token ids")
-        return _json({"prompt": await self.engine.detokenize(tokens)})
+        with named_as_written(body):
+            return _json({"prompt": await self.engine.detokenize(tokens)})
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus, in its text form."""
