@@ -48,6 +48,7 @@ from .cli_options import (
     MaxRestarts,
     MinPixels,
     Model,
+    ModelName,
     OverlapSteps,
     Quantization,
     TensorParallelSize,
@@ -55,6 +56,7 @@ from .cli_options import (
     TlsClientCa,
     TlsKey,
     TraceFile,
+    one_model,
 )
 from .cli_serve import serve_model
 from .cli_watch import LogFormat, MetricsPort, OtlpEndpoint
@@ -103,6 +105,7 @@ app.add_typer(trace_app, name="trace")
 
 @app.command()
 def serve(
+    model_name: ModelName = None,
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -161,6 +164,7 @@ def serve(
     """
     settings = locals()
     with user_errors():
+        settings["model"] = one_model(settings.pop("model_name"), model)
         status = serve_model(settings, **{name: settings.pop(name) for name in DOOR_OPTIONS})
     raise typer.Exit(status)
 
@@ -171,6 +175,7 @@ app.command()(chat)
 
 @app.command()
 def info(
+    model_name: ModelName = None,
     model: Model = None,
     hub: Hub = "huggingface",
     dtype: Dtype = "auto",
@@ -184,7 +189,12 @@ def info(
 
     with user_errors():
         found = checkpoint_info(
-            model, hub, dtype, tensor_parallel_size, quantization, kv_cache_dtype
+            one_model(model_name, model),
+            hub,
+            dtype,
+            tensor_parallel_size,
+            quantization,
+            kv_cache_dtype,
         )
         print(json.dumps(found.as_dict(), indent=2) if as_json else found.as_text())
 

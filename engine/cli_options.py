@@ -14,6 +14,9 @@ Model = Annotated[
         "Default: the small embedded model, which knows colored shapes and numbers."
     ),
 ]
+ModelName = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)
+]
 Hub = Annotated[str, typer.Option(help="Where hub ids come from: huggingface or modelscope.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[
@@ -143,3 +146,10 @@ TlsClientCa = Annotated[
     Path | None,
     typer.Option(help="Mutual TLS: clients must have a certificate that this one signed, PEM."),
 ]
+
+
+def one_model(name: str | None, model: str | None) -> str | None:
+    """Of the two ways to give it. Raises ValueError."""
+    if name and model and name != model:
+        raise ValueError(f"--model {model}: and {name} as well; give one of them")
+    return name or model

@@ -45,7 +45,7 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 # White space is bounded, or a small model writes nothing else; keywords are kept to, or refused.
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n]{0,12}", "lenient": False}
+JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"( |\n {0,20})?", "lenient": False}
 
 
 class Grammars:

@@ -51,6 +51,16 @@ def test_serve_has_vllms_names() -> None:
         assert name in done.stdout, name
 
 
+def test_a_model_without_its_option(checkpoint: str) -> None:
+    """As others' `serve MODEL`."""
+    assert octavo("info", checkpoint).stdout == octavo("info", "--model", checkpoint).stdout != ""
+    done = octavo("info", checkpoint, "--model", "/no/such")
+    assert done.returncode == 2 and "give one of them" in done.stderr
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "/no/such"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "/no/such: no such folder" in done.stderr
+
+
 def test_info(checkpoint: str) -> None:
     done = octavo("info", "--model", checkpoint, "--json", "--dtype", "float32")
     assert done.returncode == 0, done.stderr

@@ -168,6 +168,21 @@ def test_each_choice_can_be_written(grammars: Grammars, tokenizer: Tokenizer, ch
     assert not matcher.error and matcher.is_done == (not is_begin)
 
 
+def test_json_is_written_as_people_do(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """Indented or not, and no more white space: a small model would write nothing else."""
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"enum": ["b"]}}}}
+    form = grammars.compile(StructuredOutput(json_schema=schema))
+    value = {"a": ["b", "b"]}
+    written = {json.dumps(value, indent=indent): True for indent in (None, 0, 1, 2, 4, 8)}
+    written |= {'{"a":["b"]}': True, '{ "a" : [ "b" , "b" ] }': True}
+    written |= {'{"a":  ["b"]}': False, '{"a":\n\n["b"]}': False, '{ \n"a": []}': False}
+    for answer, is_right in written.items():
+        matcher = Matcher(form, request_of())
+        matcher.request.token_ids.extend(tokenizer.encode(answer, add_special_tokens=False).ids)
+        matcher.read()
+        assert (not matcher.error and matcher.is_done) == is_right, answer
+
+
 def test_masks_are_the_models_vocabulary(tokenizer: Tokenizer) -> None:
     """Padding, special and banned tokens are never allowed, and an end only where it is one."""
     size, end = tokenizer.get_vocab_size(), tokenizer.token_to_id("<|im_end|>")
