@@ -156,15 +156,13 @@ def serve(
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
 ) -> None:
-    """Serve a model over gRPC (octavo.v1.Inference and Control, grpc.health.v1, reflection), and
-    over HTTP with --http-port.
+    """Serve a model over gRPC (octavo.v1, grpc.health.v1, reflection); HTTP with --http-port.
 
     Prints one line on stdout when it is ready: ready grpc=HOST:PORT [http=HOST:PORT] pid=N
     worker_pids=N,N [metrics=HOST:PORT]. SIGTERM lets running requests finish for ten seconds.
     """
     settings = locals()
     with user_errors():
-        settings["model"] = one_model(settings.pop("model_name"), model)
         status = serve_model(settings, **{name: settings.pop(name) for name in DOOR_OPTIONS})
     raise typer.Exit(status)
 

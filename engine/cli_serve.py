@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_media import read_options
+from .cli_options import one_model
 from .cli_watch import WatchOptions
 from .logs import set_up_logs
 
@@ -48,8 +49,9 @@ def serve_model(
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     set_up_logs(log_format)
+    settings["model"] = one_model(settings.pop("model_name"), settings["model"])
     keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
-    settings["workers"] = tuple(filter(None, (settings["workers"] or "").split(",")))
+    settings["workers"] = _addresses(settings["workers"])
     for name in ("allowed_media_domains", "allowed_media_paths"):
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
@@ -74,6 +76,13 @@ def serve_model(
             print(ready_line(engine, address, http_address) + metrics, flush=True)
 
         return asyncio.run(serve_grpc(engine, host, port, on_ready, keys, tls, http))
+
+
+def _addresses(workers: str | None) -> tuple[str, ...]:
+    found = tuple(filter(None, (workers or "").split(",")))
+    if workers is not None and not found:  # a variable that nobody has set
+        raise ValueError("--workers: names none; give HOST:PORT,HOST:PORT, or leave it out")
+    return found
 
 
 def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | None) -> HttpServer:

@@ -15,9 +15,17 @@ import grpc
 
 from ..proto import octavo_pb2 as pb
 from ..scheduler.logprobs import TokenLogprobs
+from ..scheduler.params import SamplingParams
 from .client_channel import Tls, error_of
 from .client_error import ClientError
-from .client_request import chat_request, conversation_of, fill, raw_request, read_prompt
+from .client_request import (
+    chat_request,
+    conversation_of,
+    fill,
+    raw_request,
+    read_prompt,
+    with_params,
+)
 from .client_tools import add_tools, read_calls
 from .client_unary import UnaryClient
 from .tool_calls import ToolCall
@@ -71,6 +79,7 @@ class Client(UnaryClient):
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
         *,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
@@ -82,19 +91,20 @@ class Client(UnaryClient):
         **settings: Any,
     ) -> Deltas:
         """Answers one conversation. Tools: as in `octavo.LLM.chat`.
-        `settings`: the fields of `octavo.SamplingParams`, and `priority`, `timeout_s` and
-        `cache_salt` as in `octavo.RequestOptions`.
+        `settings`: the fields of `octavo.SamplingParams`, where `params` does not have them, and
+        `priority`, `timeout_s` and `cache_salt` as in `octavo.RequestOptions`.
 
         `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
         aborts the request. Raises `ClientError`.
         """
         request = chat_request(messages, request_id)
         add_tools(request, tools, tool_choice, parallel_tool_calls)
-        return self._generate(request, images, videos, timeout, settings)
+        return self._generate(request, images, videos, timeout, with_params(params, settings))
 
     def generate(
         self,
         prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
         *,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
@@ -104,11 +114,12 @@ class Client(UnaryClient):
     ) -> Deltas:
         """Continues a raw text or token ids. Otherwise as `chat`."""
         request = raw_request(prompt, request_id)
-        return self._generate(request, images, videos, timeout, settings)
+        return self._generate(request, images, videos, timeout, with_params(params, settings))
 
     def generate_once(
         self,
         prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
         *,
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
@@ -122,7 +133,7 @@ class Client(UnaryClient):
         """Answers a text, token ids or a conversation all at once. Otherwise as `chat`."""
         request = read_prompt(prompt, request_id)
         add_tools(request, tools, tool_choice, parallel_tool_calls)
-        fill(request, images, videos, settings)
+        fill(request, images, videos, with_params(params, settings))
         reply = self._call(self._stub.GenerateOnce, request, timeout)
         answers = tuple(_client_delta(answer) for answer in reply.answers)
         media = tuple(reply.media)

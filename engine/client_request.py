@@ -15,6 +15,19 @@ from .client_tools import message_calls
 OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 
 
+def with_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What both say; nothing may stand in both."""
+    if params is None:
+        return settings
+    if not isinstance(params, SamplingParams):
+        text = f"must be octavo.SamplingParams, not {type(params).__name__}"
+        raise invalid(text, "params")
+    for name in settings:
+        if name in vars(params):
+            raise invalid("stands in params already", name)
+    return {**vars(params), **settings}
+
+
 def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
     """Writes sampling values and options where they belong."""
     known = [*pb.SamplingParams.DESCRIPTOR.fields_by_name, *OPTIONS_OF_A_REQUEST]

@@ -93,7 +93,7 @@ class RequestRecord:
         log.info(
             "request %s ended: %s, %d prompt tokens, %d output tokens, %.3f s",
             shown(self.request_id),
-            f"{reason} {code}".strip(),
+            f"{reason} {code} {fields.get('field', '')}".strip(),
             fields["prompt_tokens"],
             fields["output_tokens"],
             fields["total_s"],

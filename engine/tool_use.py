@@ -21,6 +21,10 @@ from .tool_calls import ToolParser
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+# A schema of no other keywords names all of a tool's arguments.
+PLAIN = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
+
+
 class CallReader:
     """Takes the calls out of one request's deltas. Without tools, deltas stay as they are."""
 
@@ -96,11 +100,15 @@ def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
 
 def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
     """`name` is the rule's. Arguments are an object, whether the schema says so or not, written as
-    Qwen does; free white space would be all that a small model writes."""
+    Qwen does; free white space would be all that a small model writes, and so would be arguments
+    that the tool does not name. Without parameters, as OpenAI has it, it takes none."""
     function = tool["function"]
+    parameters = function.get("parameters") or {"properties": {}}
     head = f'<tool_call>\n{{"name": "{function["name"]}", "arguments": '
-    schema = {**(function.get("parameters") or {}), "x-guidance": WRITTEN}
+    schema = {**parameters, "x-guidance": WRITTEN}
     if "$ref" not in schema:
         schema.setdefault("type", "object")
+    if "properties" in parameters and parameters.keys() <= PLAIN:
+        schema["additionalProperties"] = False
     body, tail = json.dumps(schema), json.dumps("}\n</tool_call>")
     return f"{name}: {json.dumps(head)} %json {body} {tail}"

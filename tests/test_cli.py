@@ -56,9 +56,10 @@ def test_a_model_without_its_option(checkpoint: str) -> None:
     assert octavo("info", checkpoint).stdout == octavo("info", "--model", checkpoint).stdout != ""
     done = octavo("info", checkpoint, "--model", "/no/such")
     assert done.returncode == 2 and "give one of them" in done.stderr
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "/no/such"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "/no/such: no such folder" in done.stderr
+    for wrong, words in ((["/no/such"], "/no/such: no such folder"), (["--workers", ""], "none")):
+        command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", *wrong]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and words in done.stderr
 
 
 def test_info(checkpoint: str) -> None:

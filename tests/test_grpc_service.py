@@ -34,10 +34,12 @@ from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import Served, wait_for
 from octavo.engine.backlog import MOST_WAITING, Backlog, join, merge
 from octavo.engine.client_error import RETRYABLE, ClientError
+from octavo.engine.client_request import fill, with_params
 from octavo.engine.config import EngineConfig
 from octavo.engine.engine import EngineDead
 from octavo.engine.output import OutputDelta, Usage
 from octavo.engine.server import control, errors, grpc_server, inference, status
+from octavo.engine.server.convert import read_sampling
 from octavo.engine.server.metadata import read_metadata
 from octavo.engine.server.metrics import metrics_text
 from octavo.proto import make_docs, octavo_pb2_grpc
@@ -1013,6 +1015,8 @@ def test_the_clients_unary_calls_are_the_stubs(served: Served, stubs: Stubs) -> 
             assert reply.answers[0].text == "".join(delta.text for delta in streamed)
             assert reply.usage.output_tokens == 24 and reply.answers[1].finish_reason == "length"
         reply = client.generate_once(messages, request_id="me", **GREEDY)
+        same = client.generate_once(messages, octavo.SamplingParams(**GREEDY), request_id="me")
+        assert same.answers[0].text == reply.answers[0].text
         assert reply.request_id == "me"
         assert reply.answers[0].text == "".join(d.text for d in client.chat(messages, **GREEDY))
         assert len(client.tokenize(messages)) == reply.usage.prompt_tokens
@@ -1027,6 +1031,23 @@ def test_the_clients_unary_calls_are_the_stubs(served: Served, stubs: Stubs) -> 
             client.health("octavo.v1.Nothing")
     with pytest.raises(ClientError, match="closed"):
         client.load()
+
+
+def test_the_client_takes_sampling_params_as_llm_does(served: Served) -> None:
+    """Each field as if it were given by itself; once."""
+    more: dict[str, Any] = {"logit_bias": {5: -2.0}, "bad_words": ["x"], "stop": ["y"], "n": 2}
+    more |= {"structured": octavo.StructuredOutput(regex="[a-z]+"), "logprobs": 2, "seed": 3}
+    params = octavo.SamplingParams(**more)
+    alone, together = pb.GenerateRequest(), pb.GenerateRequest()
+    fill(alone, None, None, {**more, "priority": 3})
+    fill(together, None, None, with_params(params, {"priority": 3}))
+    for request in (alone, together):
+        assert read_sampling(request.sampling) == params and request.priority == 3
+    with octavo.Client(served.address) as client:
+        for wrong, settings, field in ((params, {"n": 1}, "n"), ({"n": 1}, {}, "params")):
+            with pytest.raises(ClientError, match="INVALID_ARGUMENT") as refused:
+                list(client.chat([{"role": "user", "content": "a"}], wrong, **settings))  # type: ignore[arg-type]
+            assert refused.value.field == field
 
 
 def test_the_client_drains(served: Served, caplog: pytest.LogCaptureFixture) -> None:

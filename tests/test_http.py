@@ -405,6 +405,8 @@ def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
     for prompt in ([10**9], [[1], [-1]]):
         error = error_in(raw.post("/v1/completions", json={"prompt": prompt}))
         assert error["param"] == "prompt" and "_ids" not in error["message"]
+    error = error_in(raw.post("/v1/completions", json={"prompt": "<|image_pad|>?"}))
+    assert error["param"] == "prompt" and "/v1/chat/completions" in error["message"]
 
 
 def test_L27_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:

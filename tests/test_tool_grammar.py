@@ -22,7 +22,8 @@ SCHEMA = {
 }
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
-    {"type": "function", "function": {"name": "a.b-c"}},
+    {"type": "function", "function": {"name": "a.b-c", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "now"}},
 ]
 ONE = {"type": "function", "function": {"name": "weather"}}
 
@@ -65,6 +66,8 @@ OTHER = call("a.b-c", {"x": [{"</tool_call>": "é"}]})
         (call("weather", {"place": 3}), "required", True, False),
         (call("news", {}), "required", True, False),
         (call("a.b-c", []), "required", True, False),
+        (call("now", {}), "required", True, True),
+        (call("now", {"x": 1}), "required", True, False),
         ("", "required", True, False),
     ],
 )
@@ -72,10 +75,21 @@ def test_calls_and_nothing_else(text: str, choice: Any, parallel: bool, taken: b
     assert is_taken(text, choice, parallel) == taken
 
 
-def test_a_schema_without_a_type_is_an_object_s() -> None:
-    bare = [{"type": "function", "function": {"name": "a", "parameters": {"properties": {}}}}]
-    assert is_taken(call("a", {"x": 1}), "required", tools=bare)
-    assert not is_taken(call("a", 5), "required", tools=bare)
+@pytest.mark.parametrize(
+    ("schema", "has_others"),
+    [
+        ({"properties": {"x": {}}}, False),
+        ({"properties": {"x": {}}, "additionalProperties": True}, True),
+        ({"properties": {"x": {}}, "allOf": [{"properties": {"y": {}}}]}, True),
+        ({"type": "object"}, True),
+    ],
+)
+def test_arguments_are_an_object_of_what_is_named(schema: dict[str, Any], has_others: bool) -> None:
+    """JSON's schemas let others pass unless they say so; a small model would write nothing else."""
+    tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+    assert is_taken(call("a", {"x": 1}), "required", tools=tools)
+    assert is_taken(call("a", {"x": 1, "y": 1}), "required", tools=tools) == has_others
+    assert not is_taken(call("a", 5), "required", tools=tools)
 
 
 @settings(max_examples=30, deadline=None)

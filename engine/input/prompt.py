@@ -15,6 +15,8 @@ from .chat import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextTokenizer
 from .tools import TOOL_FIELDS, tools_of
 
+PLACEHOLDER = "a placeholder"  # in a raw prompt: where errors say that something is wrong
+
 
 @dataclass(frozen=True, eq=False)
 class ReadPrompt:
@@ -139,7 +141,7 @@ class PromptReader:
     ) -> list[MediaPart]:
         """A part for each run of placeholder tokens, with its media."""
         runs = [(kind, at) for kind, at, _ in self.runs(token_ids)]
-        bare = [MediaPart(f"the placeholder at token {at}", kind, {}) for kind, at in runs]
+        bare = [MediaPart(f"{PLACEHOLDER} at token {at}", kind, {}) for kind, at in runs]
         return _fill(bare, {"image": images, "video": videos})
 
     def runs(self, token_ids: Sequence[int]) -> Iterator[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..input.chat import check_parts
+from ..input.prompt import PLACEHOLDER
 from ..input_error import InputError, shown
 
 LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
@@ -107,6 +108,9 @@ def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        if error.field.startswith(PLACEHOLDER):
+            text = f"has {PLACEHOLDER} for an image or a video: /v1/chat/completions takes them"
+            raise InputError("prompt", text) from None
         field = _as_written(error.field, body)
         if field == error.field:
             raise

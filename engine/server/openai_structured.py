@@ -56,6 +56,8 @@ def _read_outputs(given: Any) -> tuple[StructuredOutput, str]:
     if len(found) != 1:
         raise InputError(field, f"give exactly one of {', '.join(FORMS)}")
     ((name, value),) = found.items()
+    if value in ("", []):
+        raise InputError(f"{field}.{name}", "is empty")
     return _made(f"{field}.{name}", **{FORMS[name]: value}), f"{field}.{name}"
 
 
