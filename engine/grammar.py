@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from ..scheduler.request import Request
 from ..scheduler.structured import StructuredOutput
 from .grammar_error import TOO_COMPLEX, reason_of
+from .grammar_joins import too_joined
 from .input_error import InputError
 
 log = logging.getLogger("octavo.engine")
@@ -111,6 +112,8 @@ class Grammars:
         if self._tokenizer is None:
             text = "not with this checkpoint's tokenizer and end tokens; see the log"
             raise InputError("structured", text)
+        if reason := too_joined(form):
+            raise InputError(f"structured.{form.field}", reason)
         begun = time.perf_counter()
         try:
             text = grammar_text(form)

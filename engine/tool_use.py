@@ -110,5 +110,5 @@ def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
         schema.setdefault("type", "object")
     if "properties" in parameters and parameters.keys() <= PLAIN:
         schema["additionalProperties"] = False
-    body, tail = json.dumps(schema), json.dumps("}\n</tool_call>")
+    body, tail = json.dumps(schema).replace("&", r"\u0026"), json.dumps("}\n</tool_call>")
     return f"{name}: {json.dumps(head)} %json {body} {tail}"

@@ -52,6 +52,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nested": ({"json_schema": '{"items":' * 300 + "{}" + "}" * 300}, "nested too deep"),
     "product": ({"json_schema": {"allOf": [{"anyOf": [{"minimum": i}, {"maximum": -i}]}
                                            for i in range(30)]}}, "too complex"),
+    "joined": ({"json_schema": {"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(15)]}},
+               "15 patterns"),
     "group": ({"regex": "ab("}, "see character 3"),
     "words": ({"regex": "(too many"}, "is no regular expression"),
     "word": ({"regex": "[exceeds"}, "is no regular expression"),

@@ -1,0 +1,75 @@
+"""Forms in which one text has to have many forms at once: `&` of Lark, `allOf` and the like of JSON
+schemas.
+
+One step of llguidance's lexer may go through all subsets of these, which none of its limits counts:
+thirty in a form of a kilobyte take whatever time and memory there is. So they are counted here.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..scheduler.structured import StructuredOutput
+
+MAX_JOINED = 8  # at so many a form takes some hundredths of a second to compile
+JOINING = ("allOf", "anyOf", "oneOf", "$ref")
+SILENT = {  # keywords that say nothing of a value
+    *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
+    *("writeOnly", "discriminator", "x-guidance", "$comment", "$id", "$schema", "$anchor"),
+    *("$defs", "definitions"),
+}
+DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
+SCHEMA = "%json"  # Lark's word before a JSON schema
+
+_JSON = json.JSONDecoder()
+
+
+def too_joined(form: StructuredOutput) -> str:
+    """Why a form is not compiled; empty where it may be."""
+    if form.json_schema is not None:
+        return _in_schema(json.loads(str(form.json_schema)))
+    if form.lark is None:
+        return ""
+    if form.lark.count("&") > MAX_JOINED:
+        return f"has '&' over {MAX_JOINED} times; simplify it (in a text, '&' may be \\u0026)"
+    for text in form.lark.split(SCHEMA)[1:]:
+        try:
+            schema, _ = _JSON.raw_decode(text.lstrip())
+        except (ValueError, RecursionError):
+            return f"has {SCHEMA} without a schema behind it"
+        if reason := _in_schema(schema):
+            return reason
+    return ""
+
+
+def _in_schema(schema: Any) -> str:
+    """Which of its patterns meet in one text is not worked out: where any may, all are counted."""
+    found: set[tuple[str, str]] = set()
+    is_joined, left = False, [schema]
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left.extend(node)
+        elif isinstance(node, dict):
+            found |= {(key, node[key]) for key in ("pattern", "format") if _is_text(node, key)}
+            is_joined = is_joined or _joins(node)
+            left.extend(value for key, value in node.items() if key not in DATA)
+    if not is_joined or len(found) <= MAX_JOINED:
+        return ""
+    text = f"joins forms (as allOf does), and has {len(found)} patterns and formats"
+    return f"{text}; at most {MAX_JOINED} then"
+
+
+def _joins(node: dict[str, Any]) -> bool:
+    """Whether a value has to be as one part says, and as another does too."""
+    parts = node.get("allOf")
+    if isinstance(parts, list) and len(parts) > 1:
+        return True
+    return any(isinstance(node.get(key), str | list) for key in JOINING) and (
+        len(node.keys() - SILENT) > 1
+    )
+
+
+def _is_text(node: dict[str, Any], key: str) -> bool:
+    return isinstance(node.get(key), str)

@@ -1,0 +1,66 @@
+"""Forms that join forms: what llguidance would follow through all subsets is refused before."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from octavo import StructuredOutput
+from octavo.engine.grammar_joins import MAX_JOINED, too_joined
+from octavo.engine.tool_use import tool_grammar
+
+PATTERNS = [{"type": "string", "pattern": f"^.*a.{{{n}}}b.*$"} for n in range(MAX_JOINED + 1)]
+TERMS = [f"/.*a.{{{n}}}b.*/" for n in range(MAX_JOINED + 2)]
+
+
+def nested() -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for each in PATTERNS:
+        schema = {**each, "anyOf": [schema]}
+    return schema
+
+
+def chained() -> dict[str, Any]:
+    chain = {f"a{i}": {**each, "$ref": f"#/$defs/a{i + 1}"} for i, each in enumerate(PATTERNS)}
+    chain[f"a{len(PATTERNS)}"] = {"type": "string"}
+    return {"$ref": "#/$defs/a0", "$defs": chain}
+
+
+JOINED: dict[str, dict[str, Any]] = {
+    "all_of": {"json_schema": {"allOf": PATTERNS}},
+    "of_properties": {"json_schema": {"allOf": [{"properties": {"a": p}} for p in PATTERNS]}},
+    "nested": {"json_schema": nested()},
+    "chained": {"json_schema": chained()},
+    "in_lark": {"lark": f"start: %json {json.dumps(nested())}"},
+    "lark": {"lark": f"start: A\nA: {' & '.join(TERMS)}"},
+}
+NOT_JOINED: dict[str, dict[str, Any]] = {
+    "properties": {"json_schema": {"properties": {str(i): p for i, p in enumerate(PATTERNS)}}},
+    "any_of": {"json_schema": {"title": "any", "default": None, "anyOf": PATTERNS}},
+    "few": {"json_schema": {"allOf": PATTERNS[:MAX_JOINED]}},
+    "plain": {"json_schema": {"allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]}},
+    "data": {"json_schema": {"allOf": [{"const": PATTERNS}, {"type": "array"}]}},
+    "lark": {"lark": f"start: A\nA: {' & '.join(TERMS[: MAX_JOINED + 1])}"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(JOINED))
+def test_many_forms_of_one_text_are_refused(name: str) -> None:
+    assert str(MAX_JOINED) in too_joined(StructuredOutput(**JOINED[name]))
+
+
+@pytest.mark.parametrize("name", sorted(NOT_JOINED))
+def test_many_forms_of_many_texts_are_not(name: str) -> None:
+    assert too_joined(StructuredOutput(**NOT_JOINED[name])) == ""
+
+
+def test_a_schema_that_cannot_be_read_is_no_way_around() -> None:
+    assert "%json" in too_joined(StructuredOutput(lark="start: %json // {}"))
+
+
+def test_what_a_tool_says_of_itself_joins_nothing() -> None:
+    described = {"type": "object", "description": "R&D " * 20}
+    tool = {"type": "function", "function": {"name": "find", "parameters": described}}
+    assert too_joined(StructuredOutput(lark=tool_grammar([tool], "required"))) == ""
