@@ -43,7 +43,7 @@ from octavo.engine.client_error import ClientError
 from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.input.tools import TOOL_FIELDS
 from octavo.engine.output import OutputDelta
-from octavo.engine.server import errors, http_guard, http_live, openai_answers
+from octavo.engine.server import errors, http_guard, http_live, openai_answers, openai_response
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
@@ -448,6 +448,36 @@ def test_log_probabilities_in_openai_s_form(door: Door, raw: httpx2.Client) -> N
     assert bare.json()["choices"][0]["logprobs"] is None
     refused = raw.post("/v1/chat/completions", json={**body, "logprobs": False})
     assert error_in(refused)["param"] == "top_logprobs"
+
+
+def test_many_log_probabilities_are_written_beside_the_loop(
+    raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other requests would wait for them."""
+    threads: list[str] = []
+
+    def write(entries: Any, *more: Any) -> Any:
+        threads.extend([threading.current_thread().name] if len(entries) > 2 else [])
+        return write_logprobs(entries, *more)
+
+    monkeypatch.setattr(openai_response, "write_logprobs", write)
+    monkeypatch.setattr(openai_answers, "FEW", 2)
+    body = {"messages": WHO, "max_tokens": 8, "ignore_eos": True, "logprobs": True}
+    assert raw.post("/v1/chat/completions", json=body).status_code == 200
+    entry: Any = SimpleNamespace(token_id=1, logprob=-0.5, top={})
+    delta = OutputDelta("it", text="aaa", logprobs=(entry,) * 3)
+
+    async def read() -> list[bytes]:
+        async def rest() -> Any:
+            return
+            yield
+
+        asked: Any = SimpleNamespace(params=SimpleNamespace(n=1), include_usage=False)
+        form = openai_response.AnswerForm("it", "model", True, lambda ids: "a")
+        return [each async for each in openai_answers.chunks((0, delta), rest(), asked, form)]
+
+    assert len(asyncio.run(read())) == 2
+    assert len(threads) == 2 and all(name.startswith("asyncio_") for name in threads)
 
 
 def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.Client) -> None:

@@ -26,6 +26,7 @@ from .openai_structured import renamed
 log = logging.getLogger("octavo.server")
 
 DONE = b"data: [DONE]\n\n"
+FEW = 16  # tokens whose log probabilities are written on the event loop
 
 Answers = AsyncGenerator[tuple[int, OutputDelta], None]
 
@@ -99,7 +100,8 @@ async def chunks(
                 make = functools.partial(
                     form.chunk, choice, delta, is_first, asked.include_usage, had
                 )
-                if delta.prompt_logprobs:  # perhaps megabytes, which all others would wait for
+                # Perhaps megabytes, which all others would wait for: a slow reader's gather.
+                if delta.prompt_logprobs or len(delta.logprobs) > FEW:
                     yield await asyncio.to_thread(_event, make)
                 else:
                     yield _event(make)

@@ -85,9 +85,9 @@ class Routes:
         if not asked.stream:
             with named_as_written(written):
                 make = await gather(answers, asked, form)
-            if asked.params.prompt_logprobs is None:
+            if asked.params.logprobs is None and asked.params.prompt_logprobs is None:
                 return _json(make(), headers)
-            # A long prompt's are megabytes, which all other requests would wait for.
+            # Those of long prompts and answers are megabytes, which all others would wait for.
             return await asyncio.to_thread(lambda: _json(make(), headers))
         try:  # what is refused, is so with a status: nothing is sent before the first delta
             with named_as_written(written):
