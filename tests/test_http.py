@@ -749,6 +749,44 @@ def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.Monkey
     assert raw.post("/v1/chat/completions", content=small, headers=JSON).status_code == 200
 
 
+def test_bodies_that_are_here_are_bounded_together() -> None:
+    """Whole or not: one client could send as many of 256 MiB as it likes. One alone may be more."""
+    nobody: Any = None
+    guard = http_guard.Guard(PlainTextResponse("let through"), Work(), nobody, nobody, 1000)
+
+    async def post(chunks: asyncio.Queue[bytes]) -> int:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            if sent:
+                await asyncio.Event().wait()
+            chunk = await chunks.get()
+            return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": "/tokenize", "headers": headers}
+        await guard({**scope, "server": ("127.0.0.1", 8000)}, receive, send)
+        return sent[0]["status"]
+
+    async def run() -> list[int]:
+        first: asyncio.Queue[bytes] = asyncio.Queue()
+        first.put_nowait(b"a" * 1500)
+        slow = asyncio.create_task(post(first))
+        await asyncio.sleep(0.01)
+        others: list[asyncio.Queue[bytes]] = [asyncio.Queue(), asyncio.Queue()]
+        for each in others:
+            each.put_nowait(b"a" * 10)
+            each.put_nowait(b"")
+        refused = await post(others[0])
+        first.put_nowait(b"")
+        return [refused, await slow, await post(others[1])]
+
+    assert asyncio.run(run()) == [429, 200, 200]
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

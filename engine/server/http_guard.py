@@ -4,6 +4,8 @@ ends one whose client has gone."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -11,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...scheduler.params import shown
-from .errors import Refused
+from .errors import Fault, Refused
 from .http_error import ApiError, api_error, error_of
 from .http_page import PATHS
 from .key_refusals import KeyRefusals
@@ -20,7 +22,33 @@ from .metadata import MAX_REQUEST_ID
 from .work import Work
 
 MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
+MAX_BODIES_BYTES = 4 << 30  # of all calls together
 OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
+
+
+class Bodies:
+    """Bytes that the calls which run have sent by now. Of one event loop."""
+
+    def __init__(self, most: int = MAX_BODIES_BYTES) -> None:
+        self.num_bytes, self._most = 0, most
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[Callable[[int], None]]:
+        """While a call runs. Gives what is told of bytes that came; it raises `ApiError` where
+        there are too many. One call's alone may be more."""
+        held = 0
+
+        def take(size: int) -> None:
+            nonlocal held
+            if held < self.num_bytes and self.num_bytes + size > self._most:
+                text = f"bodies of {self.num_bytes} bytes are here already; try again later"
+                raise api_error(Fault("RESOURCE_EXHAUSTED", text))
+            held, self.num_bytes = held + size, self.num_bytes + size
+
+        try:
+            yield take
+        finally:
+            self.num_bytes -= held
 
 
 class Guard:
@@ -28,9 +56,16 @@ class Guard:
     client goes away, as gRPC does it."""
 
     def __init__(
-        self, app: ASGIApp, work: Work, keys: ApiKeys | None, refusals: KeyRefusals
+        self,
+        app: ASGIApp,
+        work: Work,
+        keys: ApiKeys | None,
+        refusals: KeyRefusals,
+        max_bytes: int = MAX_BODIES_BYTES,
     ) -> None:
+        """`max_bytes`: of the bodies of all calls that run."""
         self._app, self._work, self._keys, self._refusals = app, work, keys, refusals
+        self._bodies = Bodies(max_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = _echoing(Headers(scope=scope), send)
@@ -43,8 +78,8 @@ class Guard:
             self._check_host(Headers(scope=scope), scope)
             self._check(Headers(scope=scope), posts)
             if posts:
-                with self._work.call():
-                    body = await read_body(receive)
+                with self._work.call(), self._bodies.call() as take:
+                    body = await read_body(receive, take)
                     if body is not None:  # else the client went away
                         await _run_while_wanted(self._app, body, scope, receive, send)
                 return
@@ -123,8 +158,11 @@ def _too_large() -> ApiError:
     return ApiError(413, text, code="request_too_large")
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """None when the client went away. Raises `ApiError` for one that is too large."""
+async def read_body(
+    receive: Receive, take: Callable[[int], None] = lambda size: None
+) -> bytes | None:
+    """None when the client went away. Raises `ApiError` for one that is too large. `take`: told of
+    all that comes."""
     chunks: list[bytes] = []
     size, more = 0, True
     while more:
@@ -133,6 +171,7 @@ async def read_body(receive: Receive) -> bytes | None:
             return None
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
+        take(len(chunks[-1]))
         if size > MAX_BODY_BYTES:
             raise _too_large()
         more = message.get("more_body", False)

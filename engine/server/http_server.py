@@ -108,7 +108,8 @@ def make_app(
     kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
     handlers = dict.fromkeys((*kinds, Refused, Exception), _tell)
     paths = [*routes.all, *page_routes(), *view.routes]
-    return Guard(Starlette(routes=paths, exception_handlers=handlers), work, keys, refusals)
+    app = Starlette(routes=paths, exception_handlers=handlers)
+    return Guard(app, work, keys, refusals, routes.engine.config.max_queue_bytes)
 
 
 async def _tell(request: Request, error: Exception) -> Response:
