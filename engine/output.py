@@ -137,6 +137,7 @@ class TextStream:
         self._skip_special_tokens = skip_special_tokens
         self._decode = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop, self._include_stop = tuple(stop), include_stop
+        self._begun = [0] * len(self._stop)  # characters of each that the text so far ends with
         self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._decoded = 0  # characters decoded so far, held back or not
@@ -175,20 +176,23 @@ class TextStream:
         """Adds `text` to what is held and gives out what cannot be part of a stop string."""
         if self.stopped:
             return ""
-        text = self._held + text
+        more, text = len(text), self._held + text
         found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             at, stop = min(found)
             return text[: at + len(stop) * self._include_stop]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        # None is begun by more than before: else each token would go through all of each.
+        pairs = zip(self._stop, self._begun, strict=True)
+        self._begun = [_overlap(text, stop, begun + more) for stop, begun in pairs]
+        keep = max(self._begun, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
+def _overlap(text: str, stop: str, most: int) -> int:
+    """Length of the longest end of `text` that begins `stop`; it is known to be at most `most`."""
+    for size in range(min(len(text), len(stop) - 1, most), 0, -1):
         if text.endswith(stop[:size]):
             return size
     return 0

@@ -5,6 +5,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from octavo.engine import output
 from octavo.engine.output import TextStream
 
 
@@ -84,6 +85,25 @@ def test_stop_strings_agree_with_a_search_of_the_whole_text(tokenizer: Tokenizer
         assert text.startswith(shown)
         if not stream.stopped:
             assert shown == text
+
+
+def test_stop_strings_cost_a_token_little_however_long_they_are(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here one holds back all of the text, which the others are not looked for in again."""
+    tried: list[int] = []
+
+    def overlap(text: str, stop: str, most: int) -> int:
+        tried.append(most)
+        return real(text, stop, most)
+
+    real = output._overlap
+    monkeypatch.setattr(output, "_overlap", overlap)
+    stream = TextStream(tokenizer, ["a" * 200 + "!", *("b" * 200 + str(n) for n in range(9))])
+    for token in tokenizer.encode("a" * 150).ids:
+        assert stream.push([token]) == ""
+    assert sum(tried) == 9 * 150 + sum(range(151))
+    assert stream.flush() == "a" * 150
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
