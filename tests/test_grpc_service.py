@@ -288,6 +288,7 @@ def test_abort_through_either_service(stubs: Stubs, service: str) -> None:
 
 # Errors.
 
+NEWER = b"\xb8\x3e\x01"  # a field that nobody knows
 REFUSED = [
     (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt"),
     (request(temperature=-1.0), "INVALID_ARGUMENT", "sampling.temperature"),
@@ -311,6 +312,27 @@ REFUSED = [
         pb.GenerateRequest(text="x", sampling=pb.SamplingParams.FromString(b"\xb8\x3e\x01")),
         "UNIMPLEMENTED",
         "sampling",
+    ),
+    *(
+        (
+            pb.GenerateRequest(conversation=pb.Conversation(messages=[message])),
+            "UNIMPLEMENTED",
+            f"conversation.messages[0]{field}",
+        )
+        for message, field in (
+            (pb.Message.FromString(NEWER), ""),
+            (pb.Message(role="user", content=[pb.ContentPart.FromString(NEWER)]), ".content[0]"),
+        )
+    ),
+    (
+        pb.GenerateRequest(text="x", media=[pb.MediaItem.FromString(NEWER)]),
+        "UNIMPLEMENTED",
+        "media[0]",
+    ),
+    (
+        pb.GenerateRequest(tools=[pb.Tool(function=pb.Function.FromString(b"\x0a\x01a" + NEWER))]),
+        "UNIMPLEMENTED",
+        "tools[0].function",
     ),
 ]
 

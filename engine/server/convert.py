@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ...proto import octavo_pb2 as pb
@@ -32,13 +33,16 @@ FINISH_REASONS = {
 
 
 def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, Any]:
-    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError`."""
+    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError` or `Refused`."""
     _check_counts(request, limits)
     media: dict[str, list[Any]] = {"image": [], "video": []}
     for index, item in enumerate(request.media):
         part = _read_media(item, f"media[{index}]")
         media[part.pop("type")].append(part)
     given = {f"{kind}s": items for kind, items in media.items() if items} | read_tools(request)
+    for index, tool in enumerate(request.tools):
+        _refuse_unknown_of(tool, f"tools[{index}]")
+        _refuse_unknown_of(tool.function, f"tools[{index}].function")
     form = request.WhichOneof("prompt")
     if form == "conversation":
         return {"messages": _read_messages(request.conversation), **given}
@@ -65,6 +69,8 @@ def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
 
 
 def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
+    for m, message in enumerate(conversation.messages):
+        _refuse_unknown_of(message, f"messages[{m}]")
     return [
         {
             "role": message.role,
@@ -79,6 +85,7 @@ def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
 
 
 def _read_part(part: pb.ContentPart, field: str) -> dict[str, Any]:
+    _refuse_unknown_of(part, field)
     form = part.WhichOneof("part")
     if form == "text":
         return {"type": "text", "text": part.text}
@@ -89,6 +96,7 @@ def _read_part(part: pb.ContentPart, field: str) -> dict[str, Any]:
 
 def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
     """A message's part; without a source where it is a placeholder."""
+    _refuse_unknown_of(item, field)
     kind = KINDS.get(item.kind)
     if kind is None:
         raise InputError(f"{field}.kind", f"{item.kind}: must be image or video")
@@ -96,8 +104,7 @@ def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
     if item.WhichOneof("source") is not None:
         part[kind] = read_source(item, f"{field}.{kind}")
     options = item.options
-    if len(UnknownFieldSet(options)):
-        raise InputError(f"{field}.options", "has a field that this server does not know")
+    _refuse_unknown_of(options, f"{field}.options")
     return part | {d.name: getattr(options, d.name) for d, _ in options.ListFields()}
 
 
@@ -146,14 +153,19 @@ def read_options(
 
 
 def refuse_unknown(request: pb.GenerateRequest) -> None:
-    """To pass over a field of a newer client would answer another question. Raises `Refused`."""
+    """To pass over a field of a newer client would answer another question. Raises `Refused`. What
+    is inside of messages, media and tools `read_prompt` looks at, once it knows how much it is."""
     sampling = request.sampling
     messages = {"": request, "sampling": sampling, "sampling.structured": sampling.structured}
     for path, message in messages.items():
-        unknown = UnknownFieldSet(message)
-        if len(unknown):
-            text = f"field number {unknown[0].field_number} is not known to this server"
-            raise Refused("UNIMPLEMENTED", f"{path or 'GenerateRequest'}: {text}", path)
+        _refuse_unknown_of(message, path)
+
+
+def _refuse_unknown_of(message: Message, path: str) -> None:
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        text = f"field number {unknown[0].field_number} is not known to this server"
+        raise Refused("UNIMPLEMENTED", f"{path or 'GenerateRequest'}: {text}", path)
 
 
 def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:
