@@ -15,7 +15,9 @@ from octavo.engine.client_tools import add_tools
 from octavo.engine.config import ModelConfig
 from octavo.engine.input.chat import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
+from octavo.engine.input.tools import read_tools
 from octavo.engine.input_error import InputError
+from octavo.engine.server import convert_tools
 from octavo.engine.tool_calls import ToolCall, ToolParser, split_answer
 from octavo.proto import octavo_pb2 as pb
 
@@ -177,6 +179,17 @@ def test_null_in_a_tool_is_what_is_left_out(reader: PromptReader) -> None:
     sent = pb.GenerateRequest()
     add_tools(sent, [{"type": "function", "function": {"name": "now", **nulls}}], None, None)
     assert list(sent.tools) == [pb.Tool(function=pb.Function(name="now"))]
+
+
+def test_every_door_tells_the_model_the_same_of_a_tool() -> None:
+    """As openai's `pydantic_function_tool` writes it, and as the protocol has it."""
+    schema = {"type": "object", "properties": {}}
+    function = {"name": "get", "strict": True, "parameters": schema, "description": "Gets."}
+    tools = [{"function": function, "type": "function"}]
+    request = pb.GenerateRequest()
+    add_tools(request, tools, None, None)
+    assert read_tools(tools) == read_tools(convert_tools.read_tools(request)["tools"])
+    assert "strict" not in read_tools(tools)[0]
 
 
 # In the manner of Qwen2.5's, shortened; and a template that looks inside its tools.

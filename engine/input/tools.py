@@ -14,6 +14,9 @@ MAX_TOOLS_SIZE = 1 << 20  # characters of JSON, of all tools or of one message's
 MAX_DEPTH = 32  # of a JSON value
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a prompt, as OpenAI's
 CHOICES = ("auto", "none", "required")
+# A function's fields, in the order in which the model is told of them, whoever's door it came by;
+# others follow, but for `strict`, which says something of OpenAI's own service.
+FUNCTION = ("name", "description", "parameters")
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 SECTION_HEAD = (
@@ -99,7 +102,9 @@ def _read_tool(tool: Any, field: str) -> str:
     if schema.get("type", "object") != "object":
         where, kind = f"{field}.function.parameters.type", shown(schema["type"])
         raise InputError(where, f"{kind}; must be object: arguments have names")
-    return to_json({**tool, "function": function}, field)
+    fields = {name: function[name] for name in FUNCTION if name in function}
+    fields |= {name: each for name, each in function.items() if name not in (*FUNCTION, "strict")}
+    return to_json({"type": "function", **tool, "function": fields}, field)
 
 
 def check_name(name: Any, field: str) -> None:
