@@ -273,11 +273,17 @@ def test_what_proves_too_complex_ends_its_own_request_alone(
     with pytest.raises(ClientError) as caught:
         list(client.chat(WHO, structured=bad.structured, **DRAWN))
     assert caught.value.code == "INVALID_ARGUMENT" and "too complex" in str(caught.value)
-    with pytest.raises(openai.BadRequestError, match="too complex"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"structured_outputs\.regex: .* too c"
+    ) as told:
         web.chat.completions.create(
             model="embedded", messages=WHO,
             extra_body={"structured_outputs": {"regex": HOSTILE}},
         )  # fmt: skip
+    assert told.value.param == "structured_outputs.regex"
+    with pytest.raises(ClientError) as caught:
+        client.generate_once(WHO, structured=bad.structured, **DRAWN)
+    assert caught.value.field == "structured.regex"
     door.wait_empty()
     assert not door.engine.engine._matchers._matchers
 

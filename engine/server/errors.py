@@ -62,7 +62,8 @@ def fault_of(error: Exception) -> Fault:
 
 def fault_in(error: str) -> Fault:
     """Of a delta's error, of a request that failed after admission: it may begin with a code."""
-    return Fault(*split_code(error))
+    code, text = split_code(error)
+    return Fault(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
 
 
 def field_in(text: str) -> str:

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -18,7 +19,7 @@ from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
 from .errors import fault_in
-from .http_error import api_error, error_of
+from .http_error import ApiError, api_error, error_of
 from .openai_request import Asked
 from .openai_response import AnswerForm, PromptLogprobs
 from .openai_structured import renamed
@@ -56,6 +57,13 @@ def dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def failed(error: str, asked: Asked) -> ApiError:
+    """Of a delta's error."""
+    fault = fault_in(error)
+    told = renamed(InputError(fault.field, fault.text), asked.form_of)
+    return api_error(replace(fault, text=str(told), field=told.field))
+
+
 async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> Callable[[], dict[str, Any]]:
     """Waits for all deltas; what makes one object of them."""
     n = asked.params.n
@@ -66,7 +74,7 @@ async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> Callable[[
     async with contextlib.aclosing(answers):
         async for prompt, delta in answers:
             if delta.error:
-                raise api_error(fault_in(delta.error))
+                raise failed(delta.error, asked)
             output = outputs[prompt * n + delta.index]
             output.text += delta.text
             output.logprobs.extend(delta.logprobs)
@@ -90,7 +98,7 @@ async def chunks(
         while event is not None:
             prompt, delta = event
             if delta.error:
-                raise api_error(fault_in(delta.error))
+                raise failed(delta.error, asked)
             choice = prompt * asked.params.n + delta.index
             usages.extend([delta.usage] if delta.usage else [])
             is_told = bool(delta.text or delta.logprobs or delta.tool_calls or delta.media)
@@ -127,7 +135,7 @@ async def answers_of(engine: AsyncLLM, asked: Asked, name: str, traceparent: str
             async for event in merged:
                 yield event
         except InputError as error:
-            raise renamed(error, asked.form_field) from None
+            raise renamed(error, asked.form_of) from None
 
 
 async def _merged(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:

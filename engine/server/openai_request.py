@@ -79,6 +79,11 @@ class Asked:
     include_usage: bool  # at the end of the stream
     form_field: str = ""  # where the answers' form stands, if they are to have one
 
+    @property
+    def form_of(self) -> str:
+        """The field that asks for a form: `tool_choice` where none says one."""
+        return self.form_field or "tool_choice"
+
 
 def read_json(body: bytes) -> dict[str, Any]:
     """A body's object. Raises `ApiError`."""

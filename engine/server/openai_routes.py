@@ -18,11 +18,11 @@ from starlette.routing import Route
 from ..async_llm import AsyncLLM
 from ..input_error import InputError
 from .counted import counted
-from .errors import Refused, fault_in
-from .http_error import api_error, fault_code
+from .errors import Refused
+from .http_error import fault_code
 from .metadata import log_trace, read_metadata
 from .metrics import CONTENT_TYPE, metrics_text
-from .openai_answers import EventStream, answers_of, chunks, dump, gather
+from .openai_answers import EventStream, answers_of, chunks, dump, failed, gather
 from .openai_messages import named_as_written, read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm
@@ -93,7 +93,7 @@ class Routes:
             with named_as_written(written):
                 first = await anext(answers)
             if first[1].error:
-                raise api_error(fault_in(first[1].error))
+                raise failed(first[1].error, asked)
         except BaseException:
             await answers.aclose()
             raise
