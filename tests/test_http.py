@@ -43,7 +43,14 @@ from octavo.engine.client_error import ClientError
 from octavo.engine.config import EMBEDDED_MODEL
 from octavo.engine.input.tools import TOOL_FIELDS
 from octavo.engine.output import OutputDelta
-from octavo.engine.server import errors, http_guard, http_live, openai_answers, openai_response
+from octavo.engine.server import (
+    errors,
+    http_error,
+    http_guard,
+    http_live,
+    openai_answers,
+    openai_response,
+)
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
@@ -915,6 +922,24 @@ def test_a_fault_of_ours_tells_nothing(
         assert response.status_code == (200 if first else 500)
         wait_for(lambda: "the secret path" in caplog.text)
         caplog.clear()
+
+
+@pytest.mark.parametrize(("code", "times"), [("INTERNAL", 1), ("UNAVAILABLE", 3)])
+def test_openai_s_client_sends_again_what_may_be(
+    door: Door, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, code: str, times: int
+) -> None:
+    """What has brought the workers down is not to do so thrice."""
+    came: list[str] = []
+
+    async def fail(*given: Any, **named: Any) -> Any:
+        came.append(code)
+        yield OutputDelta("x", finish_reason="error", error=f"{code}: it failed")
+
+    monkeypatch.setattr(door.engine, "generate", fail)
+    monkeypatch.setattr(http_error, "RETRY_AFTER", "0.01")
+    with pytest.raises(openai.InternalServerError):
+        client.with_options(max_retries=2).chat.completions.create(model="embedded", messages=WHO)
+    assert len(came) == times
 
 
 # Lives of requests

@@ -53,7 +53,7 @@ class ApiError(Exception):
         headers = {}
         if self.status in (429, 503):
             headers["retry-after"] = RETRY_AFTER
-        if self.status in (500, 501, 504):  # OpenAI's clients send a 5xx again: it would end the same
+        if self.status in (500, 501, 504):  # else OpenAI's clients send all 5xx again
             headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
