@@ -13,6 +13,7 @@ import pytest
 
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
 from octavo.engine.config_error import ConfigError
+from octavo.engine.replicas import read
 from octavo.engine.replicas import router as router_module
 from octavo.engine.replicas.calls import Call
 from octavo.engine.replicas.held import Held, links_in
@@ -109,6 +110,17 @@ def test_both_doors_name_a_chat_alike() -> None:
 def test_what_cannot_be_read_has_no_prefix(body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/nowhere"):
         assert asyncio.run(http_prefix(path, body)) == Prefix()
+
+
+def test_what_nests_too_deep_to_be_hashed_has_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on JSON may nest deeper than Python calls; the replica refuses it."""
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    part = {"type": "image_url", "image_url": {"url": "data:,", "max_pixels": deep}}
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    monkeypatch.setattr(read, "read_json", lambda data: body)
+    assert asyncio.run(http_prefix("/v1/chat/completions", b"{}")) == Prefix()
     assert grpc_prefix(pb.GenerateRequest()) == Prefix()
 
 

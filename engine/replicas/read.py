@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
@@ -37,7 +36,7 @@ def _http_prefix(path: str, body: bytes) -> Prefix:
         found = read_json(body)
         asked = READERS[path](found, found.get("model"))
         return prefix_of(asked.prompts[0], asked.options.get("cache_salt", ""))
-    except (InputError, ApiError, Refused, ValueError, TypeError, json.JSONDecodeError):
+    except (InputError, ApiError, Refused, ValueError, TypeError, RecursionError):
         return Prefix()
 
 
