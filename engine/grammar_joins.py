@@ -2,7 +2,8 @@
 schemas.
 
 One step of llguidance's lexer may go through all subsets of these, which none of its limits counts:
-thirty in a form of a kilobyte take whatever time and memory there is. So they are counted here.
+thirty in a form of a kilobyte take whatever time and memory there is. So they are counted here. So
+are `patternProperties`, each of which is held against each other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from ..scheduler.structured import StructuredOutput
 
 MAX_JOINED = 8  # at so many a form takes some hundredths of a second to compile
+MAX_PATTERN_PROPERTIES = 64  # 600 took over ten seconds
 JOINING = ("allOf", "anyOf", "oneOf", "$ref")
 SILENT = {  # keywords that say nothing of a value
     *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
@@ -46,7 +48,7 @@ def too_joined(form: StructuredOutput) -> str:
 def _in_schema(schema: Any) -> str:
     """Which of its patterns meet in one text is not worked out: where any may, all are counted."""
     found: set[tuple[str, str]] = set()
-    is_joined, left = False, [schema]
+    num_names, is_joined, left = 0, False, [schema]
     while left:
         node = left.pop()
         if isinstance(node, list):
@@ -54,7 +56,11 @@ def _in_schema(schema: Any) -> str:
         elif isinstance(node, dict):
             found |= {(key, node[key]) for key in ("pattern", "format") if _is_text(node, key)}
             is_joined = is_joined or _joins(node)
+            names = node.get("patternProperties")
+            num_names += len(names) if isinstance(names, dict) else 0
             left.extend(value for key, value in node.items() if key not in DATA)
+    if num_names > MAX_PATTERN_PROPERTIES:
+        return f"has {num_names} patternProperties; at most {MAX_PATTERN_PROPERTIES}"
     if not is_joined or len(found) <= MAX_JOINED:
         return ""
     text = f"joins forms (as allOf does), and has {len(found)} patterns and formats"

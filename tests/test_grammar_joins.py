@@ -56,6 +56,14 @@ def test_many_forms_of_many_texts_are_not(name: str) -> None:
     assert too_joined(StructuredOutput(**NOT_JOINED[name])) == ""
 
 
+@pytest.mark.parametrize(("count", "is_refused"), [(64, False), (65, True)])
+def test_pattern_properties_are_few(count: int, is_refused: bool) -> None:
+    """In all of a schema: `allOf` may bring them together."""
+    parts = [{"patternProperties": {f"^{at}_": {}}} for at in range(count)]
+    reason = too_joined(StructuredOutput(json_schema={"allOf": parts}))
+    assert ("patternProperties" in reason) == is_refused
+
+
 def test_a_schema_that_cannot_be_read_is_no_way_around() -> None:
     assert "%json" in too_joined(StructuredOutput(lark="start: %json // {}"))
 
