@@ -30,6 +30,7 @@ log = logging.getLogger("octavo.engine")
 Int32 = npt.NDArray[np.int32]
 
 CACHED = 64  # grammars
+CACHED_TEXT = 1 << 19  # characters of them together: compiled, one takes some 250 times as much
 RENEWABLE = 0.02  # seconds: one that took longer to compile is not compiled again within a step
 MAX_ANSWERS = 256  # of one grammar: what their lexer has found on the way adds up
 MAX_RENEWED = 8  # answers of one grammar that are read anew: that is work within a step
@@ -68,7 +69,7 @@ class Grammars:
         self._lock, self._building = threading.Lock(), threading.Lock()
 
     def compile(self, form: StructuredOutput) -> Grammar:
-        """Milliseconds for most, and at most some tenths of a second. Raises `InputError`."""
+        """Milliseconds for most, and about a second at most. Raises `InputError`."""
         with self._lock:
             found = self._found.get(form)
             if found is not None and found.num_answers < MAX_ANSWERS:
@@ -77,8 +78,9 @@ class Grammars:
         grammar = self._compile(form)
         with self._lock:
             self._found[form] = grammar
-            while len(self._found) > CACHED:
-                self._found.popitem(last=False)
+            size = sum(len(each.text) for each in self._found.values())
+            while len(self._found) > CACHED or (size > CACHED_TEXT and len(self._found) > 1):
+                size -= len(self._found.popitem(last=False)[1].text)
         return grammar
 
     def forget(self, grammar: Grammar) -> None:

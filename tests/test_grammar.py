@@ -219,7 +219,11 @@ def test_forms_are_compiled_once_and_the_oldest_are_let_go(grammars: Grammars) -
     assert grammars.compile(StructuredOutput(regex="first")) is first
     for index in range(70):
         grammars.compile(StructuredOutput(regex=f"a{index}"))
-    assert grammars.compile(StructuredOutput(regex="first")) is not first
+    again = grammars.compile(StructuredOutput(regex="first"))
+    assert again is not first
+    for letter in "abcdefghi":  # 60 KB each
+        grammars.compile(StructuredOutput(json_schema={"enum": [letter * 60_000]}))
+    assert grammars.compile(StructuredOutput(regex="first")) is not again
 
 
 def test_used_up_lexers_are_not_inherited(
