@@ -93,7 +93,7 @@ class PromptReader:
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Their text. Raises `InputError` for what are no tokens of the model's."""
-        ids = self._check_token_ids(token_ids)
+        ids = self._check_token_ids(token_ids, self.max_model_len)
         return self.tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def from_token_ids(
@@ -103,7 +103,7 @@ class PromptReader:
         videos: Sequence[Any] | None = None,
     ) -> ReadPrompt:
         """Token ids, placeholders expanded or not. Raises `InputError`."""
-        ids = self._check_token_ids(token_ids)
+        ids = self._check_token_ids(token_ids, self.max_model_len - 1)
         return ReadPrompt(ids, self._parts_of(ids, images, videos))
 
     def _check_text(self, size: int) -> None:
@@ -116,15 +116,15 @@ class PromptReader:
                 f"{self.tokenizer.longest} characters; shorten the text",
             )
 
-    def _check_token_ids(self, token_ids: Any) -> list[int]:
+    def _check_token_ids(self, token_ids: Any, most: int) -> list[int]:
         field = "prompt_token_ids"
         if not isinstance(token_ids, Sequence | array) or isinstance(token_ids, str | bytes):
             raise InputError(field, f"must be a list, not {type(token_ids).__name__}")
         if len(token_ids) == 0:
             raise InputError(field, "is empty")
-        if len(token_ids) >= self.max_model_len:
+        if len(token_ids) > most:
             text = f"{len(token_ids)} of them, max_model_len is {self.max_model_len}"
-            raise TooLong(field, f"{text}; shorten the prompt, or raise max_model_len")
+            raise TooLong(field, f"{text}; give at most {most}, or raise max_model_len")
         for token in token_ids:
             whole = isinstance(token, int) and not isinstance(token, bool)
             if not whole or not 0 <= token < self.config.vocab_size:
