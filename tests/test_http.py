@@ -300,6 +300,9 @@ def test_tokens_and_back(door: Door, raw: httpx2.Client) -> None:
     assert (told["count"], told["max_model_len"]) == (len(told["tokens"]), 1024)
     back = raw.post("/detokenize", json={"tokens": told["tokens"]}).json()
     assert back == {"prompt": text}
+    full = [told["tokens"][0]] * 1024  # of a prompt and its answer
+    assert raw.post("/detokenize", json={"tokens": full}).status_code == 200
+    assert raw.post("/detokenize", json={"tokens": [*full, 1]}).status_code == 400
     plain = raw.post("/tokenize", json={"model": "embedded", "messages": WHO}).json()["tokens"]
     assert plain == list(reader.read(WHO).token_ids)
     seen = raw.post("/tokenize", json={"messages": ask("Who are you?", image())}).json()["tokens"]
