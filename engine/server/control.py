@@ -114,6 +114,7 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
         if not self._work.is_draining:
             running = self._work.num_running
             log.info("draining, as Control.Drain asks: no new requests are taken, %d run", running)
+        self._work.is_draining = True  # first: from now on nothing makes health SERVING again
         await self._stop_serving()
         return pb.DrainReply(num_running=await self._work.drain(timeout))
 

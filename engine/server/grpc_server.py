@@ -65,7 +65,7 @@ class GrpcServer:
 
     async def set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
-            await self.health.set(service, status)
+            await self.health.set(service, NOT_SERVING if self.work.is_draining else status)
 
 
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
@@ -128,8 +128,8 @@ async def serve(
     await made.server.start()
     on_ready(f"{address}:{port}", await http.start(engine, made.work) if http else "")
     died = await _wait(engine, asked_to_stop)
-    await made.set_health(NOT_SERVING)
     watching.cancel()
+    await made.set_health(NOT_SERVING)
     if died:
         log.error("the engine stopped: %s", died)
     await _stop(made, http, engine, 1.0 if died else GRACE)
