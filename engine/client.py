@@ -16,7 +16,7 @@ import grpc
 from ..proto import octavo_pb2 as pb
 from ..scheduler.logprobs import TokenLogprobs
 from ..scheduler.params import SamplingParams
-from .client_channel import Tls, error_of
+from .client_channel import Tls, argument_of, error_of
 from .client_error import ClientError
 from .client_request import (
     chat_request,
@@ -170,7 +170,8 @@ class Client(UnaryClient):
                 yield _client_delta(delta)
                 if delta.HasField("failure"):  # the last one; the call's status says the same
                     failure = delta.failure
-                    raise ClientError(failure.code, failure.text, failure.retryable)
+                    field = argument_of(failure.field)
+                    raise ClientError(failure.code, failure.text, failure.retryable, field)
         except grpc.RpcError as error:
             raise error_of(error) from None
         finally:

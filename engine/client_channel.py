@@ -103,9 +103,13 @@ def error_of(error: grpc.RpcError) -> ClientError:
         if detail.Unpack(failure):
             retryable = failure.retryable
         elif detail.Unpack(bad) and bad.field_violations:
-            field = bad.field_violations[0].field.removeprefix("conversation.")
-            field = field.removeprefix("sampling.")  # the arguments here have no such level
+            field = argument_of(bad.field_violations[0].field)
     return ClientError(error.code().name, error.details() or "", retryable, field)
+
+
+def argument_of(field: str) -> str:
+    """A field of the request's message by its name as an argument, which has no such levels."""
+    return field.removeprefix("conversation.").removeprefix("sampling.")
 
 
 def _read(path: str | Path | None) -> bytes | None:

@@ -316,14 +316,16 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("code", "text", "retryable")
+    __slots__ = ("code", "text", "retryable", "field")
     CODE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     code: str
     text: str
     retryable: bool
-    def __init__(self, code: _Optional[str] = ..., text: _Optional[str] = ..., retryable: bool = ...) -> None: ...
+    field: str
+    def __init__(self, code: _Optional[str] = ..., text: _Optional[str] = ..., retryable: bool = ..., field: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("request_id", "answers", "usage", "media", "media_times")

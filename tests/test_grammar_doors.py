@@ -273,6 +273,7 @@ def test_what_proves_too_complex_ends_its_own_request_alone(
     with pytest.raises(ClientError) as caught:
         list(client.chat(WHO, structured=bad.structured, **DRAWN))
     assert caught.value.code == "INVALID_ARGUMENT" and "too complex" in str(caught.value)
+    assert caught.value.field == "structured.regex"
     with pytest.raises(
         openai.BadRequestError, match=r"structured_outputs\.regex: .* too c"
     ) as told:

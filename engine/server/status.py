@@ -42,7 +42,9 @@ def details_of(fault: Fault, text: str) -> status_pb2.Status:
 
 def failure_of(fault: Fault) -> pb.Failure:
     """The event at a stream's end."""
-    return pb.Failure(code=fault.code, text=short(fault.text), retryable=fault.retryable)
+    field = path_of(fault.field) if fault.field else ""
+    text = short(fault.text)
+    return pb.Failure(code=fault.code, text=text, retryable=fault.retryable, field=field)
 
 
 def path_of(field: str) -> str:
