@@ -11,6 +11,8 @@ from ..scheduler.structured import StructuredOutput
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
 from .client_tools import message_calls
+from .input.openai_parts import URLS, read_media
+from .input_error import InputError
 
 OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 
@@ -158,9 +160,18 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
             return pb.ContentPart(text=part.get("text", ""))
         except (TypeError, ValueError):  # ValueError: half a surrogate pair
             raise invalid("must be a text, of whole characters", f"{field}.text") from None
+    if part.get("type") in URLS:
+        name = part["type"]
+        try:
+            part = read_media(part, name, f"{field}.{name}")
+        except InputError as error:
+            raise ClientError("INVALID_ARGUMENT", str(error), field=error.field) from None
     if part.get("type") in KINDS:
         return pb.ContentPart(media=_item(part, field))
-    raise invalid(f"type={part.get('type')!r}: must be text, image or video", field)
+    raise invalid(
+        f"type={part.get('type')!r}: must be text, image, video or OpenAI's image_url, video_url",
+        field,
+    )
 
 
 def _item(part: Mapping[str, Any], field: str) -> pb.MediaItem:

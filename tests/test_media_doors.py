@@ -186,6 +186,32 @@ def test_every_source_of_an_image_through_every_door(doors: list[Door], files: P
             assert door(image(source)) == expected, name
 
 
+def test_openai_s_parts_through_every_door(
+    doors: list[Door], llm: octavo.LLM, client: Client, files: Path
+) -> None:
+    """(Over HTTP: test_http.py.)"""
+    path = files / "a picture.png"
+    uri, clip = data_uri(path.read_bytes(), "image/png"), str(files / "a clip.mp4")
+    for door in doors:
+        expected = door(image(uri))
+        for part in (
+            {"type": "image_url", "image_url": {"url": uri, **SIZES}},
+            {"type": "image_url", "image_url": {"url": uri, "detail": "high"}, **SIZES},
+            {"type": "image_url", "image_url": str(path), **SIZES},
+        ):
+            assert door(part) == expected
+        wanted = door(video(clip, fps=2))
+        assert door({"type": "video_url", "video_url": {"url": clip, "fps": 2}, **SIZES}) == wanted
+    wrong: Any = ask({"type": "image_url", "image_url": {"uri": uri}})
+    for chat in (llm.chat, client.chat):
+        with pytest.raises((ValueError, ClientError)) as caught:
+            list(chat(wrong))
+        assert caught.value.field == "messages[0].content[0].image_url.url"  # type: ignore[union-attr]
+        assert "under 'url'; it has 'uri'" in str(caught.value)
+    with pytest.raises(ValueError, match=r"^messages\[0\]\.content\[0\]\.image_url\.url: "):
+        llm.chat(ask({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}))
+
+
 def test_every_source_of_a_video_through_every_door(doors: list[Door], files: Path) -> None:
     path = files / "a clip.mp4"
     sources = [

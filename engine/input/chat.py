@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
+from .openai_parts import URLS, read_media
 from .tokenizer import TextTokenizer
 from .tool_results import in_order_of_calls
 from .tool_turns import MARK, TEXTS, Written, add_mark, as_they_are, in_qwens_form, to_json
@@ -37,6 +38,12 @@ class MediaPart:
     field: str  # "messages[0].content[1]"
     kind: str  # "image" | "video"
     part: Mapping[str, Any]
+    name: str = ""  # of its source in what was written: "image_url.url"; empty: its kind
+
+    @property
+    def place(self) -> str:
+        """Of its source, for errors."""
+        return f"{self.field}.{self.name or self.kind}"
 
     @property
     def source(self) -> Any:
@@ -151,9 +158,17 @@ def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     if kind == "text":
         _refuse_unknown(field, part, ("type", "text"))
         return {"type": "text", "text": _mark(part.get("text"), f"{field}.text", found)}
+    name = ""
+    if kind in URLS:
+        name = f"{kind}.url" if isinstance(part.get(kind), Mapping) else kind
+        part = read_media(part, kind, f"{field}.{kind}")
+        kind = part["type"]
     if kind not in MEDIA_KINDS:
-        raise InputError(f"{field}.type", f"{shown(kind)}; must be text, image or video")
-    found.media.append(MediaPart(field, kind, part))
+        raise InputError(
+            f"{field}.type",
+            f"{shown(kind)}; must be text, image, video or OpenAI's image_url, video_url",
+        )
+    found.media.append(MediaPart(field, kind, part, name))
     return {"type": kind, kind: ""}
 
 

@@ -149,8 +149,7 @@ class InputProcessor:
         opened = []
         for part in parts:
             options = self._options(part)
-            field = f"{part.field}.{part.kind}"
-            opened.append(self.loader.open(part.kind, part.source, options, room, field, task))
+            opened.append(self.loader.open(part.kind, part.source, options, room, part.place, task))
         return opened
 
     def _options(self, part: MediaPart) -> MediaOptions:

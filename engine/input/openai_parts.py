@@ -1,0 +1,57 @@
+"""Images and videos as OpenAI's messages have them: `image_url` and `video_url`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..input_error import InputError, shown
+
+LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
+DETAILS = (None, "auto", "low", "high")
+URLS = ("image_url", "video_url")
+KIND_OF = {"image_url": "image", "video_url": "video", "image": "image", "video": "video"}
+SIZES = ("max_pixels", "resized_height", "resized_width")
+
+
+def read_media(part: Mapping[str, Any], name: str, field: str) -> dict[str, Any]:
+    """{"type": "image_url", "image_url": {"url": ..., options}, options}, or the model card's
+    {"type": "image", "image": ..., options}."""
+    kind, given = KIND_OF[name], part.get(name)
+    inside = given if isinstance(given, Mapping) else {"url": given}
+    options = {each: value for each, value in part.items() if each not in ("type", name)}
+    for option, value in inside.items():
+        if option in options:
+            raise InputError(f"{field}.{option}", "is given twice: beside the url and around it")
+        if option != "url":
+            options[option] = value
+    for option in ("type", kind, "url"):
+        if option in options:
+            raise InputError(f"{field}.{option}", "is no option")
+    source = inside.get("url")
+    if not _is_source(source, kind):
+        more = ", or a list of them, the frames" if kind == "video" else ""
+        text = f"must be a URL or a data URI{more}"
+        if name not in part or "url" not in inside:
+            place, under = (inside, "'url'") if name in part else (part, f"the part's key {name!r}")
+            keys = ", ".join(shown(key) for key in place if key != "type")
+            text += f", under {under}; it has {keys or 'none'}"
+        raise InputError(f"{field}.url", text)
+    return {"type": kind, kind: source, **_read_detail(options, field)}
+
+
+def _is_source(source: Any, kind: str) -> bool:
+    """What JSON can bring: nothing else of it is read as pixels or the like."""
+    if kind == "video" and isinstance(source, list):
+        return all(isinstance(frame, str) for frame in source)
+    return isinstance(source, str)
+
+
+def _read_detail(options: dict[str, Any], field: str) -> dict[str, Any]:
+    """OpenAI's word for the size of an image, as options of ours."""
+    detail = options.pop("detail", None)
+    if not isinstance(detail, str | None) or detail not in DETAILS:
+        raise InputError(f"{field}.detail", f"{shown(detail)}: must be auto, low or high")
+    if detail == "low" and not any(options.get(name) for name in SIZES):
+        options["max_pixels"] = LOW_DETAIL_PIXELS
+    return options
