@@ -129,9 +129,8 @@ class AsyncLLM:
                     record.num_prompt_tokens = len(ready.prompt_token_ids)
                     stream.is_admitted = record.is_admitted = True
                     self._steps.add(key, ready, params, clock)
-                    stream.end_after(clock.left.timeout_s, lambda: record.usage)
                 while not finished:
-                    for event in await stream.events.take():
+                    for event in await stream.take(clock, record.usage):
                         if isinstance(event, EngineDead):
                             raise event
                         if isinstance(event, Admitted):
@@ -143,14 +142,16 @@ class AsyncLLM:
                                 self.on_admitted(name, event.request)
                             continue
                         finished = event.usage is not None
-                        if event.finish_reason is not None:
-                            stream.unfinished.discard(event.index)
+                        stream.unfinished -= {event.index} if event.finish_reason else set()
                         record.add(event)
                         yield calls.read(event.named(name))
             finally:
                 del self._streams[key], self._keys[name]
                 preparing.discard(key)
-                stream.close()
+                if stream.work is not None:
+                    stream.work.cancel()
+                if stream.ready is not None:
+                    stream.ready.cancel()  # or asyncio tells of errors that nobody waits for
                 if stream.is_admitted and not finished:
                     self._steps.abort(key)
 

@@ -23,10 +23,6 @@ class Backlog(Generic[T]):
         self._limit = MOST_WAITING
         self._come = asyncio.Event()
 
-    @property
-    def has_some(self) -> bool:
-        return bool(self._waiting)
-
     def put(self, event: T | OutputDelta) -> None:
         self._waiting.append(event)
         self._come.set()

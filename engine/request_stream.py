@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..scheduler.request import RequestStatus
@@ -13,6 +12,7 @@ from .input.processor import ProcessedInput
 from .input_pool import InputJob
 from .loop import Event
 from .output import OutputDelta, Usage
+from .request_maker import Countdown
 
 PATIENCE = 1.0  # seconds beyond its time for the step thread to end a request: it may be in a step
 
@@ -29,31 +29,21 @@ class RequestStream:
     is_admitted: bool = False  # the step thread knows it
 
     def __post_init__(self) -> None:
-        self.unfinished = set(range(self.num_answers))  # answers whose end its reader has not got
-        self._timer: asyncio.TimerHandle | None = None
+        self.unfinished = set(range(self.num_answers))
 
-    def end_after(self, seconds: float | None, usage: Callable[[], Usage]) -> None:
-        """Ends it when its time is over and the step thread does not come to it, as it waits for
-        workers. `usage`: what its reader has got by then."""
-        if seconds is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(seconds + PATIENCE, self._run_out, usage)
-
-    def _run_out(self, usage: Callable[[], Usage]) -> None:
-        if self.events.has_some:  # perhaps its end, which its reader has yet to take
-            self.end_after(0.0, usage)
-        elif self.unfinished:
-            text = f"the time ran out after {usage().output_tokens} tokens of output"
-            self.end(RequestStatus.FINISHED_ERROR, f"DEADLINE_EXCEEDED: {text}", usage())
-
-    def close(self) -> None:
-        """Its reader is gone, or has all."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self.work is not None:
-            self.work.cancel()
-        if self.ready is not None:
-            self.ready.cancel()  # or asyncio tells of errors that nobody waits for
+    async def take(self, clock: Countdown, usage: Usage) -> list[Event | EngineDead | OutputDelta]:
+        """The next events. One whose time is over is ended here where the step thread does not come
+        to it, as it waits for workers. `usage`: so far."""
+        left = clock.left.timeout_s
+        if left is None:
+            return await self.events.take()
+        try:
+            async with asyncio.timeout(left + PATIENCE):
+                return await self.events.take()
+        except TimeoutError:
+            text = f"the time ran out after {usage.output_tokens} tokens of output"
+            self.end(RequestStatus.FINISHED_ERROR, f"DEADLINE_EXCEEDED: {text}", usage)
+            return await self.events.take()
 
     def end(self, status: RequestStatus, error: str = "", usage: Usage | None = None) -> None:
         """The last deltas of a request that ends without the step thread."""
