@@ -130,7 +130,7 @@ class AsyncLLM:
                     stream.is_admitted = record.is_admitted = True
                     self._steps.add(key, ready, params, clock)
                 while not finished:
-                    for event in await stream.take(clock, record.usage):
+                    for event in await stream.events.take():
                         if isinstance(event, EngineDead):
                             raise event
                         if isinstance(event, Admitted):
@@ -142,7 +142,6 @@ class AsyncLLM:
                                 self.on_admitted(name, event.request)
                             continue
                         finished = event.usage is not None
-                        stream.unfinished -= {event.index} if event.finish_reason else set()
                         record.add(event)
                         yield calls.read(event.named(name))
             finally:

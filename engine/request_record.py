@@ -12,7 +12,7 @@ from ..scheduler.params import shown
 from .client_error import split_code
 from .error_codes import code_of
 from .input_error import InputError
-from .output import OutputDelta, Usage
+from .output import OutputDelta
 from .spans import RequestSpans
 from .stats import EngineStats
 
@@ -39,11 +39,6 @@ class RequestRecord:
         self._num_output_tokens = 0  # that its reader was given
         self._came_at, self._first_at = time.monotonic(), 0.0
         self._last: OutputDelta | None = None  # the one that ended it
-
-    @property
-    def usage(self) -> Usage:
-        """As far as its reader was given it."""
-        return Usage(self.num_prompt_tokens, self._num_output_tokens)
 
     def add(self, delta: OutputDelta) -> None:
         """A delta is about to go to the reader."""

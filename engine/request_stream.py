@@ -12,9 +12,6 @@ from .input.processor import ProcessedInput
 from .input_pool import InputJob
 from .loop import Event
 from .output import OutputDelta, Usage
-from .request_maker import Countdown
-
-PATIENCE = 1.0  # seconds beyond its time for the step thread to end a request: it may be in a step
 
 
 @dataclass(eq=False)
@@ -28,27 +25,9 @@ class RequestStream:
     is_aborted: bool = False  # before that was done
     is_admitted: bool = False  # the step thread knows it
 
-    def __post_init__(self) -> None:
-        self.unfinished = set(range(self.num_answers))
-
-    async def take(self, clock: Countdown, usage: Usage) -> list[Event | EngineDead | OutputDelta]:
-        """The next events. One whose time is over is ended here where the step thread does not come
-        to it, as it waits for workers. `usage`: so far."""
-        left = clock.left.timeout_s
-        if left is None:
-            return await self.events.take()
-        try:
-            async with asyncio.timeout(left + PATIENCE):
-                return await self.events.take()
-        except TimeoutError:
-            text = f"the time ran out after {usage.output_tokens} tokens of output"
-            self.end(RequestStatus.FINISHED_ERROR, f"DEADLINE_EXCEEDED: {text}", usage)
-            return await self.events.take()
-
-    def end(self, status: RequestStatus, error: str = "", usage: Usage | None = None) -> None:
-        """The last deltas of a request that ends without the step thread."""
-        last = max(self.unfinished)
-        for index in sorted(self.unfinished):
-            told = (usage or Usage(0, 0)) if index == last else None
-            delta = OutputDelta("", index, finish_reason=status.value, usage=told, error=error)
+    def end(self, status: RequestStatus, error: str = "") -> None:
+        """The last deltas of a request that ended before the step thread had it."""
+        for index in range(self.num_answers):
+            usage = Usage(0, 0) if index == self.num_answers - 1 else None
+            delta = OutputDelta("", index, finish_reason=status.value, usage=usage, error=error)
             self.events.put(delta)

@@ -892,23 +892,6 @@ def test_time_that_runs_out(door: Door, client: openai.OpenAI) -> None:
     assert len(texts) > 1
 
 
-def test_time_runs_out_while_the_workers_are_waited_for(
-    door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The step thread cannot say so then: it may be minutes until they are back."""
-    engine, back = door.engine.engine, threading.Event()
-    step, before = engine.step, engine.stats.errors["DEADLINE_EXCEEDED"]
-    monkeypatch.setattr(engine, "step", lambda: (back.wait(8), step())[1])
-    begun = time.monotonic()
-    answer = raw.post("/v1/chat/completions", json=_body(n=2, timeout_s=0.2))
-    assert time.monotonic() - begun < 4
-    assert (answer.status_code, error_in(answer)["code"]) == (504, "deadline_exceeded")
-    assert "after 0 tokens" in error_in(answer)["message"]
-    back.set()
-    door.wait_empty()
-    assert engine.stats.errors["DEADLINE_EXCEEDED"] == before + 1
-
-
 def test_a_fault_of_ours_tells_nothing(
     door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
