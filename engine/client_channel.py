@@ -30,6 +30,7 @@ MET = (
         "server's line `ready ...`",
     ),
     ("WRONG_VERSION_NUMBER", "the server speaks no TLS: leave tls= (--tls-ca) out"),
+    ("certificate has expired|not yet valid", "the server's certificate is not valid now"),
     (
         "CERTIFICATE_VERIFY_FAILED",
         "who signed the server's certificate is not known here: tls=octavo.Tls(ca=...) (--tls-ca)",

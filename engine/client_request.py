@@ -80,7 +80,7 @@ def raw_request(prompt: str | Sequence[int], request_id: str) -> pb.GenerateRequ
         else:
             request.token_ids.ids.extend(prompt)
     except (TypeError, ValueError):
-        raise invalid("must be a text or token ids", "prompt") from None
+        raise invalid("must be a text, of whole characters, or token ids", "prompt") from None
     return request
 
 
@@ -160,7 +160,9 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
             return pb.ContentPart(text=part.get("text", ""))
         except (TypeError, ValueError):  # ValueError: half a surrogate pair
             raise invalid("must be a text, of whole characters", f"{field}.text") from None
-    if part.get("type") in URLS:
+    if not isinstance(part.get("type"), str):
+        raise invalid(f"type={shown(part.get('type'))}: must be a text", field)
+    if part["type"] in URLS:
         name = part["type"]
         try:
             part = read_media(part, name, f"{field}.{name}")

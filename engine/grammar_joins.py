@@ -21,7 +21,6 @@ SILENT = {  # keywords that say nothing of a value
     *("writeOnly", "discriminator", "x-guidance", "$comment", "$id", "$schema", "$anchor"),
     *("$defs", "definitions"),
 }
-DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
 SCHEMA = "%json"  # Lark's word before a JSON schema
 
 _JSON = json.JSONDecoder()
@@ -35,13 +34,16 @@ def too_joined(form: StructuredOutput) -> str:
         return ""
     if form.lark.count("&") > MAX_JOINED:
         return f"has '&' over {MAX_JOINED} times; simplify it (in a text, '&' may be \\u0026)"
-    for text in form.lark.split(SCHEMA)[1:]:
+    end = 0
+    while (at := form.lark.find(SCHEMA, end)) >= 0:
+        rest = form.lark[at + len(SCHEMA) :].lstrip()
         try:
-            schema, _ = _JSON.raw_decode(text.lstrip())
+            schema, size = _JSON.raw_decode(rest)
         except (ValueError, RecursionError):
             return f"has {SCHEMA} without a schema behind it"
         if reason := _in_schema(schema):
             return reason
+        end = len(form.lark) - len(rest) + size  # what stands within a schema is its text
     return ""
 
 
@@ -58,7 +60,7 @@ def _in_schema(schema: Any) -> str:
             is_joined = is_joined or _joins(node)
             names = node.get("patternProperties")
             num_names += len(names) if isinstance(names, dict) else 0
-            left.extend(value for key, value in node.items() if key not in DATA)
+            left.extend(node.values())  # data too: a property or `$ref` may lead into all of it
     if num_names > MAX_PATTERN_PROPERTIES:
         return f"has {num_names} patternProperties; at most {MAX_PATTERN_PROPERTIES}"
     if not is_joined or len(found) <= MAX_JOINED:

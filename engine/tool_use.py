@@ -108,7 +108,14 @@ def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
     schema = {**parameters, "x-guidance": WRITTEN}
     if "$ref" not in schema:
         schema.setdefault("type", "object")
-    if "properties" in parameters and parameters.keys() <= PLAIN:
+    if "properties" in parameters and parameters.keys() <= PLAIN and _names_all(parameters):
         schema["additionalProperties"] = False
     body, tail = json.dumps(schema).replace("&", r"\u0026"), json.dumps("}\n</tool_call>")
     return f"{name}: {json.dumps(head)} %json {body} {tail}"
+
+
+def _names_all(parameters: Mapping[str, Any]) -> bool:
+    """Whether what it requires is among its properties."""
+    named, required = parameters["properties"], parameters.get("required") or ()
+    lists = isinstance(named, Mapping) and isinstance(required, list | tuple)
+    return lists and all(isinstance(name, str) and name in named for name in required)

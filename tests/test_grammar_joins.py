@@ -35,13 +35,16 @@ JOINED: dict[str, dict[str, Any]] = {
     "chained": {"json_schema": chained()},
     "in_lark": {"lark": f"start: %json {json.dumps(nested())}"},
     "lark": {"lark": f"start: A\nA: {' & '.join(TERMS)}"},
+    "a_property": {"json_schema": {"properties": {"default": {"allOf": PATTERNS}}}},
+    "a_definition": {"json_schema": {"$ref": "#/$defs/enum", "$defs": {"enum": nested()}}},
+    "data": {"json_schema": {"$ref": "#/examples", "examples": {"allOf": PATTERNS}}},
 }
 NOT_JOINED: dict[str, dict[str, Any]] = {
     "properties": {"json_schema": {"properties": {str(i): p for i, p in enumerate(PATTERNS)}}},
     "any_of": {"json_schema": {"title": "any", "default": None, "anyOf": PATTERNS}},
     "few": {"json_schema": {"allOf": PATTERNS[:MAX_JOINED]}},
     "plain": {"json_schema": {"allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]}},
-    "data": {"json_schema": {"allOf": [{"const": PATTERNS}, {"type": "array"}]}},
+    "a_text": {"lark": 'start: %json {"description": "%json in a text"} "b"'},
     "lark": {"lark": f"start: A\nA: {' & '.join(TERMS[: MAX_JOINED + 1])}"},
 }
 

@@ -633,7 +633,7 @@ def test_what_we_do_not_have_is_not_ignored(raw: httpx2.Client, name: str) -> No
 def test_names_of_vllm_s_that_have_another_here(raw: httpx2.Client, name: str, here: str) -> None:
     """Who only leaves them out gets another answer than was asked for."""
     error = error_in(raw.post("/v1/chat/completions", json=_body(**{name: True})))
-    assert (error["param"], error["code"]) == (name, "unknown_parameter")
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
     assert error["message"].endswith(f"here it is {here}")
 
 

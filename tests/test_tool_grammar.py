@@ -81,13 +81,14 @@ def test_calls_and_nothing_else(text: str, choice: Any, parallel: bool, taken: b
         ({"properties": {"x": {}}}, False),
         ({"properties": {"x": {}}, "additionalProperties": True}, True),
         ({"properties": {"x": {}}, "allOf": [{"properties": {"y": {}}}]}, True),
+        ({"properties": {"x": {}}, "required": ["y"]}, True),
         ({"type": "object"}, True),
     ],
 )
 def test_arguments_are_an_object_of_what_is_named(schema: dict[str, Any], has_others: bool) -> None:
     """JSON's schemas let others pass unless they say so; a small model would write nothing else."""
     tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
-    assert is_taken(call("a", {"x": 1}), "required", tools=tools)
+    assert is_taken(call("a", {"x": 1}), "required", tools=tools) == ("required" not in schema)
     assert is_taken(call("a", {"x": 1, "y": 1}), "required", tools=tools) == has_others
     assert not is_taken(call("a", 5), "required", tools=tools)
 

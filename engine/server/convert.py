@@ -49,6 +49,7 @@ def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, A
     if form == "text":
         return {"prompt": request.text, **given}
     if form == "token_ids":
+        _refuse_unknown_of(request.token_ids, form)
         return {"prompt_token_ids": request.token_ids.ids, **given}
     raise InputError("prompt", "give one of conversation, text and token_ids")
 
@@ -69,8 +70,12 @@ def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
 
 
 def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
+    _refuse_unknown_of(conversation, "conversation")
     for m, message in enumerate(conversation.messages):
         _refuse_unknown_of(message, f"messages[{m}]")
+        for c, call in enumerate(message.tool_calls):
+            _refuse_unknown_of(call, f"messages[{m}].tool_calls[{c}]")
+            _refuse_unknown_of(call.function, f"messages[{m}].tool_calls[{c}].function")
     return [
         {
             "role": message.role,
@@ -102,6 +107,7 @@ def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
         raise InputError(f"{field}.kind", f"{item.kind}: must be image or video")
     part: dict[str, Any] = {"type": kind}
     if item.WhichOneof("source") is not None:
+        _refuse_unknown_in_source(item, field)
         part[kind] = read_source(item, f"{field}.{kind}")
     options = item.options
     _refuse_unknown_of(options, f"{field}.options")
@@ -161,15 +167,26 @@ def refuse_unknown(request: pb.GenerateRequest) -> None:
         _refuse_unknown_of(message, path)
 
 
+def _refuse_unknown_in_source(item: pb.MediaItem, field: str) -> None:
+    name = item.WhichOneof("source")
+    if name in ("frames", "pixels", "embeddings"):
+        _refuse_unknown_of(getattr(item, name), f"{field}.{name}")
+    if name == "frames":
+        for index, frame in enumerate(item.frames.frames):
+            _refuse_unknown_of(frame, f"{field}.frames[{index}]")
+            _refuse_unknown_of(frame.pixels, f"{field}.frames[{index}].pixels")
+
+
 def _refuse_unknown_of(message: Message, path: str) -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown):
         text = f"field number {unknown[0].field_number} is not known to this server"
-        raise Refused("UNIMPLEMENTED", f"{path or 'GenerateRequest'}: {text}", path)
+        raise Refused("UNIMPLEMENTED", f"{path or message.DESCRIPTOR.name}: {text}", path)
 
 
 def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:
     """A text, or messages whose images and videos are placeholders. Raises `InputError`."""
+    _refuse_unknown_of(request, "")
     form = request.WhichOneof("prompt")
     if form == "text":
         return request.text

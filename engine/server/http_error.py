@@ -83,6 +83,7 @@ def misrouted(error: HTTPException, method: str, path: str, paths: Sequence[str]
     """The router's own error. `paths`: all that there are."""
     if error.status_code == 404:
         near = [each for each in paths if each in (f"/v1{path}", path.removeprefix("/v1"))]
+        near = [each for each in near if each != "/"]
         some = [each for each in paths if each.startswith("/v1/") and "{" not in each]
         text = f"there is no such path; there are {', '.join(some)}"
         if near:

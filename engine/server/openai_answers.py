@@ -20,6 +20,7 @@ from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
 from .errors import fault_in
 from .http_error import ApiError, api_error, error_of
+from .openai_messages import as_written
 from .openai_request import Asked
 from .openai_response import AnswerForm, PromptLogprobs
 from .openai_structured import renamed
@@ -61,6 +62,7 @@ def failed(error: str, asked: Asked) -> ApiError:
     """Of a delta's error."""
     fault = fault_in(error)
     told = renamed(InputError(fault.field, fault.text), asked.form_of)
+    told = as_written(told, asked.body)
     return api_error(replace(fault, text=str(told), field=told.field))
 
 

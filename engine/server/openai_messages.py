@@ -62,13 +62,18 @@ def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if error.field.startswith(PLACEHOLDER):
-            text = f"has {PLACEHOLDER} for an image or a video: /v1/chat/completions takes them"
-            raise InputError("prompt", text) from None
-        field = _as_written(error.field, body)
-        if field == error.field:
-            raise
-        raise type(error)(field, field + str(error).removeprefix(error.field)) from None
+        raise as_written(error, body) from None
+
+
+def as_written(error: InputError, body: Mapping[str, Any]) -> InputError:
+    """The error with its field's name in `body`, a request that was taken."""
+    if error.field.startswith(PLACEHOLDER):
+        text = f"has {PLACEHOLDER} for an image or a video: /v1/chat/completions takes them"
+        return InputError("prompt", text)
+    field = _as_written(error.field, body)
+    if field == error.field:
+        return error
+    return type(error)(field, field + str(error).removeprefix(error.field))
 
 
 def _as_written(field: str, body: Mapping[str, Any]) -> str:

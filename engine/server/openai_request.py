@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, cast
 
 from ...scheduler.params import MAX_LOGPROBS, OptionFields, RequestOptions, SamplingParams, shown
@@ -38,6 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "chat_template_kwargs": ({},),
     "functions": ([],),
+    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logprobs": (False,),
@@ -78,6 +79,7 @@ class Asked:
     stream: bool
     include_usage: bool  # at the end of the stream
     form_field: str = ""  # where the answers' form stands, if they are to have one
+    body: Mapping[str, Any] = field(default_factory=dict)  # as it was written
 
     @property
     def form_of(self) -> str:
@@ -243,9 +245,11 @@ def _read_bias(given: Any) -> dict[int, float]:
 
 
 def _refuse(name: str) -> NoReturn:
+    if name in RENAMED:
+        text = f"{name}: here it is {RENAMED[name]}"
+        raise ApiError(400, text, param=name, code="unsupported_parameter")
     if name in NEUTRAL:
         text = f"{name}: this server does not have it yet; leave it out"
         raise ApiError(400, text, param=name, code="unsupported_parameter")
-    here = f"here it is {RENAMED[name]}" if name in RENAMED else "leave it out"
-    text = f"{shown(name)}: unknown; {here}"
+    text = f"{shown(name)}: unknown; leave it out"
     raise ApiError(400, text, param=name, code="unknown_parameter")

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -72,7 +72,7 @@ class Routes:
         with counted(told, stats, fault_code):
             beside = read_metadata(request.headers.items())
             written = read_json(body)
-            asked = read(written, self.model)
+            asked = replace(read(written, self.model), body=written)
         name = beside.request_id or uuid.uuid4().hex
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
@@ -83,14 +83,14 @@ class Routes:
         answers = answers_of(self.engine, asked, name, beside.traceparent)
         headers = {"x-request-id": name}
         if not asked.stream:
-            with named_as_written(written):
+            with named_as_written(asked.body):
                 make = await gather(answers, asked, form)
             if asked.params.logprobs is None and asked.params.prompt_logprobs is None:
                 return _json(make(), headers)
             # Those of long prompts and answers are megabytes, which all others would wait for.
             return await asyncio.to_thread(lambda: _json(make(), headers))
         try:  # what is refused, is so with a status: nothing is sent before the first delta
-            with named_as_written(written):
+            with named_as_written(asked.body):
                 first = await anext(answers)
             if first[1].error:
                 raise failed(first[1].error, asked)
