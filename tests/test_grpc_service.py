@@ -289,6 +289,12 @@ def test_abort_through_either_service(stubs: Stubs, service: str) -> None:
 # Errors.
 
 NEWER = b"\xb8\x3e\x01"  # a field that nobody knows
+
+
+def item_of(frames: pb.Frames) -> pb.MediaItem:
+    return pb.MediaItem(kind=pb.MEDIA_KIND_VIDEO, frames=frames)
+
+
 REFUSED = [
     (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt"),
     (request(temperature=-1.0), "INVALID_ARGUMENT", "sampling.temperature"),
@@ -322,12 +328,31 @@ REFUSED = [
         for message, field in (
             (pb.Message.FromString(NEWER), ""),
             (pb.Message(role="user", content=[pb.ContentPart.FromString(NEWER)]), ".content[0]"),
+            (pb.Message(tool_calls=[pb.ToolCall.FromString(NEWER)]), ".tool_calls[0]"),
         )
     ),
     (
         pb.GenerateRequest(text="x", media=[pb.MediaItem.FromString(NEWER)]),
         "UNIMPLEMENTED",
         "media[0]",
+    ),
+    (
+        pb.GenerateRequest(text="x", media=[item_of(pb.Frames.FromString(NEWER))]),
+        "UNIMPLEMENTED",
+        "media[0].frames",
+    ),
+    (
+        pb.GenerateRequest(
+            text="x", media=[item_of(pb.Frames(frames=[pb.Frame.FromString(NEWER)]))]
+        ),
+        "UNIMPLEMENTED",
+        "media[0].frames[0]",
+    ),
+    (pb.GenerateRequest(token_ids=pb.TokenIds.FromString(NEWER)), "UNIMPLEMENTED", "token_ids"),
+    (
+        pb.GenerateRequest(conversation=pb.Conversation.FromString(NEWER)),
+        "UNIMPLEMENTED",
+        "conversation",
     ),
     (
         pb.GenerateRequest(tools=[pb.Tool(function=pb.Function.FromString(b"\x0a\x01a" + NEWER))]),

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ from octavo.engine.server import (
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
 from octavo.engine.server.openai_logprobs import write_logprobs
-from octavo.engine.server.openai_request import NEUTRAL, PARAMS
+from octavo.engine.server.openai_request import NEUTRAL, PARAMS, read_chat
 from octavo.engine.server.work import Work
 from octavo.engine.tls import TlsFiles
 
@@ -417,6 +418,15 @@ def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
         assert error["param"] == "prompt" and "_ids" not in error["message"]
     error = error_in(raw.post("/v1/completions", json={"prompt": "<|image_pad|>?"}))
     assert error["param"] == "prompt" and "/v1/chat/completions" in error["message"]
+
+
+def test_L27_fields_are_named_as_they_were_written_after_admission_too() -> None:
+    """A video's later frames are read while it runs."""
+    body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
+    asked = replace(read_chat({"messages": WHO}, "embedded"), body=body)
+    told = openai_answers.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
+    assert (told.status, told.param) == (400, "messages[0].content[0].video_url.url")
+    assert told.text == "messages[0].content[0].video_url.url: broken"
 
 
 def test_L27_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:
