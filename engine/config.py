@@ -1,21 +1,17 @@
-"""Frozen settings: the checkpoint's shape, its preprocessing, and how the engine is to run.
-
-Source: `config.json` of a Hugging Face Qwen2-VL folder.
-"""
+"""Settings of an engine. The checkpoint's own are in `model_config` and `preprocess_config`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from ..scheduler.params import shown
 from .config_error import ConfigError
 from .json_files import read_json
 from .media.limits import MediaLimits
+from .model_config import ModelConfig, VisionConfig
 from .preprocess_config import PreprocessConfig
-from .weight_format import WeightFormat, read_weight_format
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -29,170 +25,6 @@ __all__ = [
 ]
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Shape of the vision tower."""
-
-    depth: int
-    embed_dim: int
-    num_heads: int
-    mlp_ratio: float
-    in_channels: int
-    patch_size: int
-    spatial_merge_size: int
-    temporal_patch_size: int
-    hidden_size: int  # of the decoder, which the merger writes
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def resize_factor(self) -> int:
-        return self.patch_size * self.spatial_merge_size
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a Qwen2-VL checkpoint. `dtype` is the checkpoint's, as a torch name."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    tie_word_embeddings: bool
-    dtype: str
-    vision_start_token_id: int
-    vision_end_token_id: int
-    vision_token_id: int  # <|vision_pad|>
-    image_token_id: int
-    video_token_id: int
-    vision: VisionConfig
-    weight_format: WeightFormat | None = None  # of a quantised checkpoint's decoder
-
-    def stored(self, layer: int, name: str) -> WeightFormat | None:
-        """How the linear layer `name` of a decoder layer is stored; None: dense."""
-        return self.weight_format and self.weight_format.of(layer, name)
-
-    @property
-    def vision_token_ids(self) -> tuple[int, ...]:
-        """Tokens that are never sampled and never come from plain text."""
-        return (
-            self.vision_start_token_id,
-            self.vision_end_token_id,
-            self.vision_token_id,
-            self.image_token_id,
-            self.video_token_id,
-        )
-
-    @classmethod
-    def from_dir(cls, path: Path) -> ModelConfig:
-        return cls.from_dict(read_json(path / "config.json"))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Reads both forms: text fields at the top, or nested under `text_config`."""
-        try:
-            config = cls._read(raw)
-            config._check()
-        except KeyError as error:
-            raise ConfigError(f"config.json: has no {error.args[0]}") from None
-        except (TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ConfigError(f"config.json: not a Qwen2-VL's: {error}") from None
-        return config
-
-    def _check(self) -> None:
-        """Raises `ConfigError` for a shape that is not one."""
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads:
-            raise ConfigError(f"num_key_value_heads={kv_heads}: must divide {heads} heads")
-        sizes = (self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.vocab_size)
-        if min(*sizes, self.vision.depth, self.vision.embed_dim) < 1:
-            raise ConfigError("config.json: a size is less than 1")
-        inputs = (self.hidden_size, heads * self.head_dim, self.intermediate_size)
-        if self.weight_format and self.weight_format.group_size:
-            group, outputs = self.weight_format.group_size, (self.head_dim, self.intermediate_size)
-            if any(size % group for size in inputs) or any(size % 8 for size in outputs):
-                raise ConfigError(
-                    f"group_size={group}: must divide the inputs of every layer, {inputs}; and 8 "
-                    f"its outputs, head_dim and intermediate_size {outputs}"
-                )
-        for token in self.vision_token_ids:
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(f"token id {token}: outside the vocabulary of {self.vocab_size}")
-
-    @classmethod
-    def _read(cls, raw: dict[str, Any]) -> ModelConfig:
-        if raw.get("model_type") != "qwen2_vl":
-            raise ConfigError(
-                f"config.json: model_type={raw.get('model_type')!r}: only 'qwen2_vl' is served"
-            )
-        text = {**raw, **raw.get("text_config", {})}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        heads = text["num_attention_heads"]
-        head_dim = text.get("head_dim") or text["hidden_size"] // heads
-        section = tuple(rope.get("mrope_section", ()))
-        if len(section) != 3 or sum(section) * 2 != head_dim:
-            raise ConfigError(
-                f"mrope_section={list(section)}: must be three numbers whose sum is half of "
-                f"head_dim={head_dim}"
-            )
-        if text.get("use_sliding_window"):
-            raise ConfigError("use_sliding_window=true: only full attention is served")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "mrope"):
-            raise ConfigError(f"rope type {kind!r}: only plain M-RoPE is served")
-        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        stored = text.get("quantization_config") or text.get("compression_config")
-        return cls(
-            hidden_size=text["hidden_size"],
-            intermediate_size=text["intermediate_size"],
-            num_hidden_layers=text["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=text.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            vocab_size=text["vocab_size"],
-            max_position_embeddings=text.get("max_position_embeddings", 32768),
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1_000_000.0,
-            mrope_section=section,
-            tie_word_embeddings=bool(tied),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"),
-            vision_start_token_id=text.get("vision_start_token_id", 151652),
-            vision_end_token_id=text.get("vision_end_token_id", 151653),
-            vision_token_id=text.get("vision_token_id", 151654),
-            image_token_id=raw.get("image_token_id", text.get("image_token_id", 151655)),
-            video_token_id=raw.get("video_token_id", text.get("video_token_id", 151656)),
-            vision=_vision_config(raw["vision_config"], text["hidden_size"]),
-            weight_format=read_weight_format(stored, text["num_hidden_layers"]),
-        )
-
-
-def _vision_config(raw: dict[str, Any], hidden_size: int) -> VisionConfig:
-    return VisionConfig(
-        depth=raw["depth"],
-        embed_dim=raw["embed_dim"],
-        num_heads=raw["num_heads"],
-        mlp_ratio=raw.get("mlp_ratio", 4),
-        in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
-        patch_size=raw.get("patch_size", 14),
-        spatial_merge_size=raw.get("spatial_merge_size", 2),
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        hidden_size=raw.get("hidden_size", hidden_size),
-    )
 
 
 CHOICES = {  # of a setting, and how they are told

@@ -1,4 +1,4 @@
-"""What a checkpoint says of sampling."""
+"""Sampling defaults and end tokens of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ from typing import Any
 
 from ..scheduler.params import SamplingParams
 from .config import ConfigError, read_json
+from .json_fields import JsonFields
+
+FILE = "generation_config.json"
+MAX_END_TOKENS = 256
 
 
 def generation_defaults(path: Path) -> tuple[SamplingParams, frozenset[int]]:
-    """Sampling defaults and end tokens of a checkpoint's `generation_config.json`."""
-    raw = read_json(path / "generation_config.json", missing_ok=True)
-    try:
-        return _read(raw, path)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path / 'generation_config.json'}: {error}") from None
-
-
-def _read(raw: dict[str, Any], path: Path) -> tuple[SamplingParams, frozenset[int]]:
-    """Raises TypeError or ValueError."""
-    eos = raw.get("eos_token_id", read_json(path / "config.json").get("eos_token_id"))
-    ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    if any(type(each) is not int for each in ends):
-        raise ValueError(f"eos_token_id={eos!r}: must be a token id, or a list of them")
+    """Return the defaults and end tokens of `generation_config.json`. Raises `ConfigError`."""
+    raw = JsonFields(read_json(path / FILE, missing_ok=True), str(path / FILE))
     greedy = raw.get("do_sample") is False
-    return SamplingParams(
-        temperature=0.0 if greedy else float(raw.get("temperature", 1.0)),
-        top_k=int(raw.get("top_k") or 0),
-        top_p=float(raw.get("top_p") or 1.0),
-        min_p=float(raw.get("min_p") or 0.0),
-        repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
-    ), ends
+    try:
+        params = SamplingParams(
+            temperature=0.0 if greedy else float(raw.number("temperature", 0, 100, 1.0)),
+            top_k=raw.integer("top_k", 0, 1 << 30, 0),
+            top_p=float(raw.number("top_p", 0, 1, 1.0)) or 1.0,
+            min_p=float(raw.number("min_p", 0, 1, 0.0)),
+            repetition_penalty=float(raw.number("repetition_penalty", 0, 100, 1.0)) or 1.0,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path / FILE}: {error}") from None
+    return params, _end_tokens(raw, path)
+
+
+def _end_tokens(raw: JsonFields, path: Path) -> frozenset[int]:
+    if "eos_token_id" not in raw.raw:
+        raw = JsonFields(read_json(path / "config.json"), str(path / "config.json"))
+    eos: Any = raw.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if len(ends) > MAX_END_TOKENS or any(type(each) is not int or each < 0 for each in ends):
+        text = f"must be a token id, or a list of at most {MAX_END_TOKENS} of them"
+        raise raw.error("eos_token_id", text)
+    return frozenset(ends)

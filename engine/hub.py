@@ -7,7 +7,8 @@ import importlib
 import re
 from pathlib import Path
 
-from .config import EMBEDDED_MODEL, ConfigError, read_json
+from .config import EMBEDDED_MODEL, ConfigError
+from .json_files import indexed_files
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no other format is read
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -72,11 +73,8 @@ def is_complete(folder: Path) -> bool:
     """
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
-    names = read_json(index).get("weight_map", {}).values()
-    return all((folder / name).is_file() for name in set(names))
+    files = indexed_files(folder) or tuple(folder.glob("*.safetensors"))
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def model_name(name_or_path: str | Path | None, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint is and needs, from its JSON files and tensor shapes alone."""
+"""What a checkpoint is and needs, from its JSON files and the headers of its weight files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .capacity import plan_capacity
@@ -21,7 +22,13 @@ from .model.parallel import (
 from .model.qwen2_vl import Qwen2VL
 from .model.weights import DenseWeight
 from .runner.kv_cache import device_memory, kv_block_bytes
-from .runner.loader import resolve_dtype, resolve_kv_cache_dtype, resolve_quantization
+from .runner.loader import (
+    check_checkpoint,
+    checkpoint_files,
+    resolve_dtype,
+    resolve_kv_cache_dtype,
+    resolve_quantization,
+)
 from .worker.loading import GroupMemory
 from .worker.worker import resolve_device
 
@@ -53,6 +60,9 @@ class CheckpointInfo:
     kv_bytes_per_token: int
     free_bytes: int
     kv_cache_tokens: int
+    weight_files: int
+    weight_file_bytes: int
+    weight_error: str  # what is wrong with the weight files; "" where they fit the configuration
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,10 +87,15 @@ class CheckpointInfo:
                 f"  weights    {self.weight_bytes / 1e9:.2f} GB",
                 f"  KV cache   {self.kv_bytes_per_token:,} bytes a token",
                 f"  free now   {self.free_bytes / 1e9:.2f} GB",
+                f"  files      {self.weight_error or self._files()}",
                 f"  fits       {self.kv_cache_tokens:,} tokens of KV cache: "
                 f"{self.kv_cache_tokens // short} requests of {short:,} tokens",
             ]
         )
+
+    def _files(self) -> str:
+        size = f"{self.weight_file_bytes / 1e9:.2f} GB"
+        return f"{self.weight_files} of weights, {size}; every tensor is there"
 
 
 def checkpoint_info(
@@ -139,7 +154,22 @@ def checkpoint_info(
         kv_bytes_per_token=kv_block_bytes(config, size, 1, kept),
         free_bytes=free,
         kv_cache_tokens=_kv_tokens(settings, config, memory),
+        **_check_weight_files(folder, config, kind),
     )
+
+
+def _check_weight_files(folder: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare the headers of the weight files with the configuration, as a worker does before it
+    loads them; no weights are read."""
+    size, error = 0, ""
+    files: tuple[Path, ...] = ()
+    try:
+        files = checkpoint_files(folder)
+        check_checkpoint(Qwen2VL(config, TensorParallel(), dtype), folder, config)
+        size = sum(file.stat().st_size for file in files)
+    except ConfigError as found:
+        error = str(found)
+    return {"weight_files": len(files), "weight_file_bytes": size, "weight_error": error}
 
 
 def _weight_bytes(model: nn.Module, quantization: str | None) -> int:

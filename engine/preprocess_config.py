@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .config_error import ConfigError
+from .json_fields import JsonFields
 from .json_files import read_json
 
+MAX_PIXELS = 1 << 40
+MAX_FRAMES = 1 << 20
 TOKEN_PIXELS = 28 * 28  # pixels behind one image token of the real models
 
 
@@ -38,23 +40,29 @@ class PreprocessConfig:
         embedded model's does. What transformers writes under `size` there are the image's limits,
         which qwen-vl-utils does not use for videos.
         """
-        whole = read_json(path / "processor_config.json", missing_ok=True)  # newer writers
-        image = whole.get("image_processor") or {}
-        image = {**image, **read_json(path / "preprocessor_config.json", missing_ok=True)}
-        video = read_json(path / "video_preprocessor_config.json", missing_ok=True)
-        size = image.get("size") or {}  # newer writers keep the limits there
-        found: dict[str, Any] = {
-            "min_pixels": image.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": image.get("max_pixels") or size.get("longest_edge"),
-            "video_min_pixels": video.get("min_pixels"),
-            "video_max_pixels": video.get("max_pixels"),
-        }
-        found |= {name: tuple(image[name]) for name in ("image_mean", "image_std") if name in image}
-        found |= {name: video.get(name) for name in ("fps", "min_frames", "max_frames")}
-        for name, value in found.items():
-            if value and not isinstance(value, int | float | tuple):
-                raise ConfigError(f"{path}: {name}={value!r} in its preprocessors' configurations")
-        return cls(**{name: value for name, value in found.items() if value})
+        newer = _fields(path, "processor_config.json").nested("image_processor")
+        older = _fields(path, "preprocessor_config.json")
+        image = JsonFields({**newer.raw, **older.raw}, older.file)
+        video = _fields(path, "video_preprocessor_config.json")
+        size = image.nested("size")  # newer writers keep the limits there
+        found = cls(
+            min_pixels=_pixels(image, "min_pixels", _pixels(size, "shortest_edge", cls.min_pixels)),
+            max_pixels=_pixels(image, "max_pixels", _pixels(size, "longest_edge", cls.max_pixels)),
+            video_min_pixels=_pixels(video, "min_pixels", cls.video_min_pixels),
+            video_max_pixels=_pixels(video, "max_pixels", cls.video_max_pixels),
+            fps=video.number("fps", 1e-3, 1e3, cls.fps),
+            min_frames=video.integer("min_frames", 1, MAX_FRAMES, cls.min_frames),
+            max_frames=video.integer("max_frames", 1, MAX_FRAMES, cls.max_frames),
+            image_mean=_channels(image, "image_mean", -10, cls.image_mean),
+            image_std=_channels(image, "image_std", 1e-6, cls.image_std),
+        )
+        if found.min_pixels > found.max_pixels:
+            raise image.error("min_pixels", f"must be at most max_pixels={found.max_pixels}")
+        if found.video_min_pixels > found.video_max_pixels:
+            raise video.error("min_pixels", f"must be at most max_pixels={found.video_max_pixels}")
+        if found.min_frames > found.max_frames:
+            raise video.error("min_frames", f"must be at most max_frames={found.max_frames}")
+        return found
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> PreprocessConfig:
         """With the caller's limits of an image in place of the checkpoint's."""
@@ -63,3 +71,18 @@ class PreprocessConfig:
         if low > high:
             raise ConfigError(f"min_pixels={low}: over max_pixels={high}")
         return replace(self, min_pixels=low, max_pixels=high)
+
+
+def _fields(folder: Path, name: str) -> JsonFields:
+    return JsonFields(read_json(folder / name, missing_ok=True), str(folder / name))
+
+
+def _pixels(fields: JsonFields, name: str, default: int) -> int:
+    return fields.integer(name, 1, MAX_PIXELS, default)
+
+
+def _channels(
+    fields: JsonFields, name: str, low: float, default: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    red, green, blue = fields.numbers(name, 3, low, 10) or default
+    return red, green, blue

@@ -21,8 +21,9 @@ FILES = sorted(
 LAYERS = [
     ("proto", "scheduler", "kernels"),
     ("engine.config_error", "engine.cores", "engine.input_error"),
-    ("engine.client_error", "engine.json_files", "engine.media.limits"),
+    ("engine.client_error", "engine.json_fields", "engine.json_files", "engine.media.limits"),
     ("engine.preprocess_config", "engine.weight_format"),
+    ("engine.model_config",),
     ("engine.config", "engine.failpoint", "engine.logs", "engine.grammar_error"),
     ("engine.tls",),
     ("engine.generation_config", "engine.grammar_joins"),

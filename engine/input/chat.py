@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
+from ..json_files import read_text
 from .openai_parts import URLS, read_media
+from .template_environment import BoundedEnvironment, TemplateLimitError
 from .tokenizer import TextTokenizer
 from .tool_results import in_order_of_calls
 from .tool_turns import MARK, TEXTS, Written, add_mark, as_they_are, in_qwens_form, to_json
@@ -197,7 +198,7 @@ class ChatTemplate:
     """The checkpoint's template, in jinja2's sandbox."""
 
     def __init__(self, model_dir: Path, tokenizer: TextTokenizer) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = self._environment = BoundedEnvironment()
         environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = to_json
         self._tokenizer = tokenizer
@@ -207,18 +208,27 @@ class ChatTemplate:
             self._has_tools = "tools" in meta.find_undeclared_variables(environment.parse(text))
         except TemplateError as error:
             raise ConfigError(f"{model_dir}: its chat template does not parse: {error}") from None
+        try:
+            self.encode(read_messages([{"role": "user", "content": "Hello"}]))
+        except InputError as error:  # other messages may be valid, unless it took too long
+            if isinstance(error.__cause__, TemplateLimitError):
+                text = f"{model_dir}: its chat template {error.__cause__}; replace it"
+                raise ConfigError(text) from None
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids with one placeholder token for each image or video."""
         texts = [*conversation.texts]
         try:
-            rendered = self._template.render(
+            rendered = self._environment.render(
+                self._template,
                 **self._turns(conversation, texts),
                 **{TEXTS: texts},
                 add_generation_prompt=True,
                 add_vision_id=False,
             )
-        except (TemplateError, TypeError) as error:
+        except TemplateLimitError as error:
+            raise InputError("messages", f"the chat template {error}") from error
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
             raise InputError("messages", f"the chat template refuses them{own}") from None
         token_ids: list[int] = []
@@ -253,7 +263,7 @@ def _template_text(model_dir: Path) -> str:
             return found
     path = model_dir / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     raise ConfigError(f"{model_dir}: no chat template (chat_template.json, tokenizer_config.json)")
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..config import ConfigError
+from ..json_files import read_text
+
+MAX_TOKENIZER_BYTES = 256 << 20
 
 
 class TextTokenizer:
@@ -21,13 +24,16 @@ class TextTokenizer:
     def __init__(self, model_dir: Path) -> None:
         path = model_dir / "tokenizer.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            text = read_text(path, MAX_TOKENIZER_BYTES)
+            raw = json.loads(text)
             self.longest = max(map(len, raw["model"]["vocab"]))  # characters of one token
             self.added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-            self.backend = Tokenizer.from_file(str(path))
+            self.backend = Tokenizer.from_str(text)
             self._plain = Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint needs its tokenizer") from None
+        except ConfigError:
+            raise
         except Exception as error:  # what `tokenizers` raises is a plain Exception
             raise ConfigError(f"{path}: not a tokenizer: {error}") from None
         longest_first = sorted(self.added, key=len, reverse=True)

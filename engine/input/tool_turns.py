@@ -18,6 +18,7 @@ from jinja2.runtime import Context
 from .tools import SECTION_HEAD, SECTION_TAIL
 
 SYSTEM = "You are a helpful assistant."  # Qwen2-VL's, where a conversation begins with no other
+MAX_INDENT = 16  # spaces of a level in `tojson`
 TEXTS = "octavo_texts"  # a template's variable: what the marks stand for
 MARK = re.compile("\x00(\\d+)\x00")
 
@@ -99,6 +100,8 @@ def _marked(value: Any, mark: Callable[[str], str]) -> Any:
 @pass_context
 def to_json(context: Context, value: Any, indent: int | None = None) -> str:
     """Templates' `tojson` as transformers has it: nothing is escaped for HTML. Gives a mark."""
+    if indent is not None and not 0 <= indent <= MAX_INDENT:
+        raise TemplateRuntimeError(f"tojson(indent={indent}): must be from 0 to {MAX_INDENT}")
     texts: list[str] = context[TEXTS]
     plain = _marked(value, lambda text: MARK.sub(lambda found: texts[int(found[1])], text))
     try:

@@ -17,13 +17,13 @@ from torch import nn
 
 from ...kernels.fp8_linear import FP8, check_fp8
 from ...kernels.int4_layout import GROUPS, in_order
-from ..config import ConfigError, ModelConfig, read_json
+from ..config import ConfigError, ModelConfig
+from ..json_files import check_regular_file, indexed_files
 from ..model.layers import VocabParallelEmbedding
 from ..model.quantized import LinearWeight
 from ..model.qwen2_vl import Qwen2VL
 from ..model.weights import WeightLoader
 
-INDEX = "model.safetensors.index.json"
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}  # safetensors' names
 FLOATS = ("BF16", "F16", "F32")  # are converted; others are served where a weight is just of those
 EXACT = {torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
@@ -112,14 +112,10 @@ def canonical_name(name: str) -> str:
 
 def checkpoint_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint folder. Raises ConfigError where there are none."""
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"{folder / INDEX}: has no weight_map")
-        files = tuple(folder / str(name) for name in sorted(set(weight_map.values())))
-    elif (folder / "model.safetensors").is_file():
+    files = indexed_files(folder)
+    if not files and (folder / "model.safetensors").exists():
         files = (folder / "model.safetensors",)
-    else:
+    elif not files:
         files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
         others = sorted(path.name for path in folder.glob("*.bin"))
@@ -142,6 +138,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
+        check_regular_file(file)  # opening a pipe would block forever
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: (tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
@@ -221,6 +218,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
+def check_checkpoint(
+    model: Qwen2VL, folder: Path, config: ModelConfig
+) -> tuple[dict[str, list[WeightLoader]], dict[str, StoredTensor]]:
+    """Return where each tensor goes, and all tensors, by canonical name; from headers alone.
+
+    Raises `ConfigError` where files and configuration do not fit together.
+    """
+    loaders: dict[str, list[WeightLoader]] = {}
+    for loader in model.weight_loaders():
+        loaders.setdefault(loader.name, []).append(loader)
+    found = stored_tensors(folder)
+    drop_gptq_extras(loaders, found, config)
+    check_tensors({name: each[0] for name, each in loaders.items()}, found, config)
+    return loaders, found
+
+
 def load_weights(
     model: Qwen2VL,
     folder: Path,
@@ -236,12 +249,7 @@ def load_weights(
     its last part is there, so no second copy of the weights exists at any time.
     `on_progress(done_bytes, total_bytes)` is called for every tensor.
     """
-    loaders: dict[str, list[WeightLoader]] = {}
-    for loader in model.weight_loaders():
-        loaders.setdefault(loader.name, []).append(loader)
-    found = stored_tensors(folder)
-    drop_gptq_extras(loaders, found, config)
-    check_tensors({name: each[0] for name, each in loaders.items()}, found, config)
+    loaders, found = check_checkpoint(model, folder, config)
     total = sum(found[name].nbytes for name in loaders)
     done = 0
     parts_left = Counter(id(each.owner) for parts in loaders.values() for each in parts)
