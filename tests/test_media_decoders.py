@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import encoded, mp4, noise
+from octavo.benchmarks.media_cases import encoded, mp4, noise, without_late_frames
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.tiny_server import wait_for
 from octavo.engine import machine_memory
@@ -102,7 +102,7 @@ REJECTED: dict[str, tuple[str, Any]] = {
     "cut video": ("video", mp4(20)[:200]),
     "second frame": ("video", [GOOD, b"hello"]),
     "second frame's pixels": ("video", [encoded(noise(300, 200)), CUT]),
-    "late frames": ("video", b"".join((mp4(64)[:4000], bytes(len(mp4(64)) - 4000)))),
+    "late frames": ("video", without_late_frames(mp4(64))),
 }
 
 
