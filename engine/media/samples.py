@@ -117,7 +117,7 @@ def _correct_tiff(image: Any) -> None:
     if tile.codec_name != "raw":
         return
     is_planar = image.tag_v2.get(PLANAR, 1) == SEPARATE_PLANES and len(image.getbands()) > 1
-    is_deep = image.tag_v2[BITS][0] == 16
+    is_deep = image.tag_v2.get(BITS, (1,))[0] == 16
     if is_planar and (is_deep or "a" in raw_modes):  # taken for 8 bits; multiplied alpha
         raw_mode = image.mode + ";16N" * is_deep
     elif raw_modes[0] == "L;IR":  # white is zero, bits of each byte reversed
