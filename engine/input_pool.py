@@ -20,6 +20,7 @@ from ..scheduler.admission import QueueFull
 from ..scheduler.structured import StructuredOutput
 from .cores import num_cores
 from .grammar import Grammar, Grammars
+from .input.openai_parts import KIND_OF
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .machine_memory import available_memory
 from .media.child_pool import DecoderPool
@@ -184,8 +185,8 @@ class InputPool:
         return job
 
     def _begin(self, job: InputJob, lane: str) -> None:
-        decoders = None if lane == "text" else self._decoders
-        self._in_lane(lane, job, job.run, self._processor, decoders, lane)
+        decoder_lane = "images" if lane == "text" else lane
+        self._in_lane(lane, job, job.run, self._processor, self._decoders, decoder_lane)
 
     def _in_lane(self, lane: str, job: InputJob, task: Callable[..., None], *more: Any) -> None:
         work = self._threads[lane].submit(task, *more)
@@ -238,8 +239,16 @@ def _sources(prompt: Any) -> Iterator[tuple[str, Any]]:
         prompt = prompt.get("messages")
     for message in _list(prompt):
         for part in _list(message.get("content")) if isinstance(message, Mapping) else ():
-            if isinstance(part, Mapping) and part.get("type") in KINDS:
-                yield part["type"], part.get(part["type"])
+            if isinstance(part, Mapping):
+                yield from _sources_of_part(part)
+
+
+def _sources_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of the model card's and of OpenAI's parts, with a type or without."""
+    for name, kind in KIND_OF.items():
+        if name in part or part.get("type") == name:
+            source = part.get(name)
+            yield kind, source.get("url") if isinstance(source, Mapping) else source
 
 
 def _list(value: Any) -> Sequence[Any]:
