@@ -211,7 +211,8 @@ def test_every_limit_from_one_token_on_suits_a_square(side: int) -> None:
         size = image_size(side, side, MediaOptions(max_pixels=value), DEFAULTS, 28, "image")
         assert size[0] * size[1] <= value
         options = MediaOptions(max_pixels=value)
-        assert frame_size(side, side, 2, options, DEFAULTS, 9000, 28, "video") == size
+        frame = frame_size(side, side, 2, options, DEFAULTS, 9000, 28, "video")
+        assert min(frame) >= 28 and frame[0] * frame[1] <= value
 
 
 def test_a_limit_too_small_for_an_image_says_which_would_do() -> None:
@@ -240,4 +241,3 @@ def test_limits_of_item_and_server_in_every_combination() -> None:
                     assert "max_pixels" in str(error), (given, error)
                     continue
                 assert height >= 28 and width >= 28
-                assert height * width <= (high or max(server.max_pixels, low or 0) + 10**9)
