@@ -109,7 +109,8 @@ class MediaLoader:
     def _choose(
         self, reader: MediaReader, options: MediaOptions, room: TokenRoom, field: str
     ) -> tuple[tuple[int, ...], float]:
-        """The frames that are taken of a file, and how many of them make a second."""
+        """The frames that are taken of a file, and how many of them make a second. A single frame
+        is repeated."""
         for name in OF_LISTS:
             if getattr(options, name) is not None:
                 text = "is for lists of frames, which were sampled already; for a file, give fps"
@@ -117,11 +118,12 @@ class MediaLoader:
         header = reader.header
         first, last = frame_range(options, header.num_frames, header.fps, field)
         total = last - first + 1
+        if total == 1 and (options.nframes or 1) <= FRAME_FACTOR:
+            return pad([first], FRAME_FACTOR), header.fps
         most = int(VIDEO_SHARE * room.share) * self.shape.factor**2
         preprocess = with_room(self.preprocess, options, most)
         count = smart_nframes(options, total, header.fps, preprocess, self.limits, field)
-        indices = pad(frame_indices(count, first, last), FRAME_FACTOR)
-        return indices, count / total * header.fps
+        return tuple(frame_indices(count, first, last)), count / total * header.fps
 
     def _listed(
         self, sources: Any, options: MediaOptions, field: str, task: MediaTask

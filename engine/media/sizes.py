@@ -62,9 +62,15 @@ def image_size(
     """The size that an image is resized to. Limits of the item go before the server's."""
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
-    low = options.min_pixels or min(preprocess.min_pixels, options.max_pixels or NO_LIMIT)
+    low = options.min_pixels or _low(preprocess.min_pixels, options, factor)
     high = options.max_pixels or max(preprocess.max_pixels, options.min_pixels or 0)
     return smart_resize(height, width, factor, low, high, field)
+
+
+def _low(default: int, options: MediaOptions, factor: int) -> int:
+    """The server's lower limit; one token where a request's `max_pixels` is below that, so that
+    no image is enlarged beyond what was asked for."""
+    return factor**2 if options.max_pixels and options.max_pixels < default else default
 
 
 def exact_size(height: int, width: int, factor: int, field: str) -> tuple[int, int]:
@@ -123,10 +129,7 @@ def smart_nframes(
     limits: MediaLimits,
     field: str,
 ) -> int:
-    """How many frames are taken: even, at most `total_frames`; 1 of a single frame, which is
-    repeated. Raises `InputError`."""
-    if total_frames == 1 and (options.nframes or 1) <= FRAME_FACTOR:
-        return 1
+    """How many frames are taken: even, at most `total_frames`. Raises `InputError`."""
     if options.nframes is not None:
         count = round(options.nframes / FRAME_FACTOR) * FRAME_FACTOR
     else:
@@ -158,8 +161,6 @@ def _frames_field(options: MediaOptions, total_frames: int, field: str) -> str:
 
 def frame_indices(count: int, first: int, last: int) -> list[int]:
     """`count` frames evenly from first to last, rounded as torch.linspace rounds: to float32."""
-    if count == 1:
-        return [first]
     step = float(np.float32(last - first) / np.float32(count - 1))
     rising = np.arange(count, dtype=np.float64) * step
     half = np.arange(count) < count // 2
@@ -180,7 +181,7 @@ def frame_size(
     """The size that every frame is resized to."""
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
-    low = options.min_pixels or preprocess.video_min_pixels
+    low = options.min_pixels or _low(preprocess.video_min_pixels, options, factor)
     total = options.total_pixels or VIDEO_SHARE * max_model_len * factor**2
     high: float = max(
         min(preprocess.video_max_pixels, total / num_frames * FRAME_FACTOR),
@@ -188,5 +189,4 @@ def frame_size(
     )
     if options.max_pixels is not None:
         high = min(high, options.max_pixels)
-        low = min(low, options.max_pixels)
     return smart_resize(height, width, factor, low, int(high), field)
