@@ -1,4 +1,4 @@
-"""Data URIs as browsers and clients write them, and what is nearly one."""
+"""Data URIs as browsers and clients write them, and malformed ones."""
 
 import base64
 import io
@@ -89,7 +89,7 @@ def test_data_uris_are_read_as_browsers_read_them(name: str) -> None:
         ("ftp://a.org/b.png", "only http://, https://, file:// and data: are read"),
     ],
 )
-def test_what_is_no_data_uri_is_told_clearly(source: str, words: str) -> None:
+def test_malformed_sources_are_rejected_clearly(source: str, words: str) -> None:
     assert words in error_of(source)
 
 
@@ -101,7 +101,7 @@ BARE = {
 
 @pytest.mark.parametrize("form", BARE)
 @pytest.mark.parametrize("length", [48, 200, 10_000])
-def test_bare_base64_is_told_of(form: str, length: int) -> None:
+def test_bare_base64_is_reported_as_such(form: str, length: int) -> None:
     """A server said that it reads no files, a client that the file's name is too long."""
     for text in (BARE[form][:length], " " + BARE[form][:length], BARE[form][:length] + "\n"):
         assert "looks like base64; write data:image/png;base64," in error_of(text)

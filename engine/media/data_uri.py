@@ -22,8 +22,8 @@ for _value, _letters in enumerate(zip("0123456789abcdef", "0123456789ABCDEF", st
 
 def read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
     """Its bytes. The media type says nothing: content tells the format. Raises `InputError`."""
-    limits_characters = 3 * limits.max_media_bytes + MAX_HEAD  # all of them as %XX
-    if len(uri) > limits_characters:
+    most = 3 * limits.max_media_bytes + MAX_HEAD  # all of them as %XX
+    if len(uri) > most:
         limits.refuse("max_media_bytes", field, f"a data URI of {len(uri)} characters")
     at = uri.find(",", 0, MAX_HEAD)
     if at < 0:
