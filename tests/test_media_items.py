@@ -207,12 +207,14 @@ def test_a_limit_below_one_token_is_what_is_wrong(name: str, value: int) -> None
 
 @pytest.mark.parametrize("side", [28, 29, 100, 999])
 def test_every_limit_from_one_token_on_suits_a_square(side: int) -> None:
+    """As in qwen-vl-utils, a small image is rounded up, at most to the next token of each side."""
     for value in (784, 785, 1000, 1567, 1568, 50_000):
-        size = image_size(side, side, MediaOptions(max_pixels=value), DEFAULTS, 28, "image")
-        assert size[0] * size[1] <= value
         options = MediaOptions(max_pixels=value)
+        size = image_size(side, side, options, DEFAULTS, 28, "image")
         frame = frame_size(side, side, 2, options, DEFAULTS, 9000, 28, "video")
-        assert min(frame) >= 28 and frame[0] * frame[1] <= 1.01 * value  # rounded up
+        for height, width in (size, frame):
+            assert height >= 28 and width >= 28
+            assert (height - 28) * (width - 28) <= value
 
 
 def test_a_limit_too_small_for_an_image_says_which_would_do() -> None:

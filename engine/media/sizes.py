@@ -62,15 +62,9 @@ def image_size(
     """The size that an image is resized to. Limits of the item go before the server's."""
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
-    low = options.min_pixels or _low(preprocess.min_pixels, options, factor)
+    low = options.min_pixels or min(preprocess.min_pixels, options.max_pixels or NO_LIMIT)
     high = options.max_pixels or max(preprocess.max_pixels, options.min_pixels or 0)
     return smart_resize(height, width, factor, low, high, field)
-
-
-def _low(default: int, options: MediaOptions, factor: int) -> int:
-    """The server's lower limit; one token where a request's `max_pixels` is below that, so that
-    no image is enlarged beyond what was asked for."""
-    return factor**2 if options.max_pixels and options.max_pixels < default else default
 
 
 def exact_size(height: int, width: int, factor: int, field: str) -> tuple[int, int]:
@@ -181,7 +175,7 @@ def frame_size(
     """The size that every frame is resized to."""
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
-    low = options.min_pixels or _low(preprocess.video_min_pixels, options, factor)
+    low = options.min_pixels or preprocess.video_min_pixels
     total = options.total_pixels or VIDEO_SHARE * max_model_len * factor**2
     high: float = max(
         min(preprocess.video_max_pixels, total / num_frames * FRAME_FACTOR),
@@ -189,4 +183,5 @@ def frame_size(
     )
     if options.max_pixels is not None:
         high = min(high, options.max_pixels)
+        low = min(low, options.max_pixels)
     return smart_resize(height, width, factor, low, int(high), field)
