@@ -371,9 +371,11 @@ def test_only_large_files_may_use_all_of_the_memory() -> None:
             assert address_space(pid_of(lease)) == 4 << 30
             with pool.lease() as other:
                 decode(other)
-            with pool.lease(MediaTask(MediaLimits(media_timeout_s=1))) as other:
-                with pytest.raises(InputError, match="--media-timeout-s"):  # it waits
-                    decode(other, large)
+            with (
+                pool.lease(MediaTask(MediaLimits(media_timeout_s=1))) as other,
+                pytest.raises(InputError, match="--media-timeout-s"),  # it waits
+            ):
+                decode(other, large)
             with pool.lease() as other:
                 decode(other)
             list(reader.frames([0], 28, 28))
