@@ -55,6 +55,12 @@ def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> by
     return buffer.getvalue()
 
 
+def without_late_frames(video: bytes) -> bytes:
+    """An MP4 file whose header and first frames can be read, and whose later frames cannot."""
+    end = video.index(b"moov") - 4  # of the frames: the index follows them
+    return video[: end // 2] + bytes(end - end // 2) + video[end:]
+
+
 def load(
     kind: str,
     source: Any,

@@ -44,6 +44,7 @@ class AsyncLLM:
             self.engine.config.isolate_media,
             self.engine.config.max_queue_bytes,
             self.engine.grammars,
+            self.engine.host_kv_bytes,
         )
         # A name may be used again while the last deltas of its former request are still on their
         # way, so streams go by a key that is never used again.

@@ -71,8 +71,8 @@ DecoderMemory = Annotated[
     int,
     typer.Option(
         "--decoder-memory-bytes",
-        help="Limit of media: address space of each process that decodes files. A request whose "
-        "file needs more is refused, and no other is touched.",
+        help="Limit of media: address space of a process that decodes files; all of them together "
+        "stay within half of the available memory. A request whose file needs more is rejected.",
     ),
 ]
 

@@ -22,11 +22,12 @@ from ..proto import octavo_pb2 as pb
 from ..scheduler.params import shown
 from .client_error import ClientError, invalid
 from .media.options import IMAGE_OPTIONS
+from .media.source_text import BARE_BASE64, is_data_uri, looks_like_base64
 
 MAX_MESSAGE_BYTES = 256 << 20
 KINDS = {"image": pb.MEDIA_KIND_IMAGE, "video": pb.MEDIA_KIND_VIDEO}
 BYTES = bytes | bytearray | memoryview
-URLS = ("data:", "http://", "https://")
+URLS = ("http://", "https://")
 Target = TypeVar("Target", pb.MediaItem, pb.Frame)
 SOURCES = (
     "path, file://, http(s):// URL, data URI, bytes, PIL image, uint8 array, octavo.MediaEmbeds or "
@@ -95,7 +96,7 @@ def _set_source(target: Target, source: Any) -> Target:
         if not os.path.isabs(source.path):
             raise invalid(f"ServerFile({shown(source.path)}): must begin with /")
         target.url = f"file://{quote(source.path)}"
-    elif isinstance(source, str) and source[:8].lower().startswith(URLS):
+    elif isinstance(source, str) and _is_url(source):
         _check_bytes(len(source), "the data URI")
         target.url = source
     elif hasattr(source, "dtype") and hasattr(source, "shape"):  # numpy's or torch's
@@ -108,6 +109,15 @@ def _set_source(target: Target, source: Any) -> Target:
     else:
         target.data = _bytes(source)
     return target
+
+
+def _is_url(source: str) -> bool:
+    """Sent as it is; other texts are paths of files here. Raises `ClientError` for base64."""
+    if source[:8].lower().startswith(URLS) or is_data_uri(source):
+        return True
+    if looks_like_base64(source):
+        raise invalid(BARE_BASE64)
+    return False
 
 
 def _embeddings(source: Any) -> pb.Embeddings:

@@ -11,7 +11,7 @@ from ..scheduler.structured import StructuredOutput
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
 from .client_tools import message_calls
-from .input.openai_parts import URLS, read_media
+from .input.openai_parts import URLS, read_media, with_type
 from .input_error import InputError
 
 OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
@@ -152,6 +152,10 @@ def _message(message: Mapping[str, Any], field: str) -> pb.Message:
 def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
     if not isinstance(part, Mapping):
         raise invalid(f"must be a dict, not {type(part).__name__}", field)
+    try:
+        part = with_type(part, field)
+    except InputError as error:
+        raise ClientError("INVALID_ARGUMENT", str(error), field=error.field) from None
     if part.get("type") == "text":
         for name in part:
             if name not in ("type", "text"):

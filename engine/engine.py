@@ -135,6 +135,14 @@ class Engine:
         log_capacity(self.config, memory, self.num_blocks)
 
     @property
+    def host_kv_bytes(self) -> int:
+        """Memory of this machine that the KV cache will use; it is allocated page by page."""
+        memory = self.group.memory
+        if memory.device != "cpu" or self.config.workers:
+            return 0
+        return self.num_blocks * memory.kv_block_bytes * self.config.tensor_parallel_size
+
+    @property
     def worker_pids(self) -> tuple[int, ...]:
         return self.group.pids
 

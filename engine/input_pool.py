@@ -6,11 +6,12 @@ text waits for no image, an image for no film, and nobody for another's server.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,9 +20,14 @@ from ..scheduler.admission import QueueFull
 from ..scheduler.structured import StructuredOutput
 from .cores import num_cores
 from .grammar import Grammar, Grammars
+from .input.openai_parts import KIND_OF
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
+from .machine_memory import available_memory
 from .media.child_pool import DecoderPool
+from .media.decoder_plan import MEDIA_LANES, plan_decoders
 from .media.task import MediaTask
+
+log = logging.getLogger("octavo.media")
 
 KINDS = ("image", "video")
 
@@ -62,26 +68,43 @@ class InputJob:
         else:
             go_on()
 
-    def run(self, processor: InputProcessor, decoders: DecoderPool | None) -> None:
-        """In the pool. `decoders`: processes that open files; None: this one does."""
+    def run(self, processor: InputProcessor, decoders: DecoderPool | None, lane: str = "") -> None:
+        """Preprocess the prompt, in a thread of the pool. `decoders`: processes that open files;
+        None: this process does.
+
+        The decoder is given back before the outcome is known, so that a client who acts on it
+        interferes with no other request. A video is the exception: its later frames are still
+        being decoded.
+        """
         if not self.future.set_running_or_notify_cancel():
             return
-        with ExitStack() as stack:
-            try:
-                task = self._task = MediaTask(processor.limits)
-                if decoders is not None:
-                    lease = stack.enter_context(decoders.lease(task))
-                    stack.enter_context(task.watched(lease.interrupt))
-                    task.open_reader = lease
-                if self._is_dropped:
-                    task.cancel()
+        try:
+            with self._started_task(processor, decoders, lane) as task:
                 ready = self._begin(processor, task)
-            except BaseException as error:
-                self.future.set_exception(error)
-                return
+                if ready.stream is not None:
+                    self.future.set_result(ready)
+                    ready.stream.run()
+                    return
+        except BaseException as error:
+            if self.future.done():  # a stream keeps its own errors
+                raise
+            self.future.set_exception(error)
+        else:
             self.future.set_result(ready)
-            if ready.stream is not None:
-                ready.stream.run()
+
+    @contextmanager
+    def _started_task(
+        self, processor: InputProcessor, decoders: DecoderPool | None, lane: str
+    ) -> Iterator[MediaTask]:
+        task = self._task = MediaTask(processor.limits)
+        if self._is_dropped:
+            task.cancel()
+        if decoders is None:
+            yield task
+            return
+        with decoders.lease(task, lane) as lease:
+            task.open_reader = lease
+            yield task
 
     def _begin(self, processor: InputProcessor, task: MediaTask) -> ProcessedInput:
         begun = time.monotonic()
@@ -105,9 +128,10 @@ class Lanes:
     def of(cls, cores: int) -> Lanes:
         return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8, grammars=2)
 
-    @property
-    def num_decoders(self) -> int:
-        return self.images + self.videos + self.urls
+    def decoders(self) -> dict[str, int]:
+        """How many decoder processes each lane has work for. Threads of URLs mostly wait."""
+        decoding = (self.images, self.videos, min(self.images, self.urls))
+        return dict(zip(MEDIA_LANES, decoding, strict=True))
 
 
 class InputPool:
@@ -117,17 +141,23 @@ class InputPool:
         isolate: bool = False,
         max_bytes: int | None = None,
         grammars: Grammars | None = None,
+        claimed_bytes: int = 0,
     ) -> None:
-        """`isolate`: files are decoded in processes of their own. `max_bytes`: of the sources of
-        all requests until they are over; None: no bound."""
+        """`isolate`: decode files in separate processes. `max_bytes`: of the sources of all
+        unfinished requests; None: unlimited. `claimed_bytes`: of available memory that the engine
+        will still use."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = Lanes.of(num_cores())
         self._threads = {
             name: ThreadPoolExecutor(size, thread_name_prefix=name)
             for name, size in vars(lanes).items()
         }
-        self._decoders = DecoderPool(processor.limits, lanes.num_decoders) if isolate else None
-        if self._decoders is not None:
+        self._decoders: DecoderPool | None = None
+        if isolate:
+            available = max(0, available_memory().bytes - claimed_bytes)
+            plan = plan_decoders(lanes.decoders(), processor.limits, available)
+            log.info("media decoders: %s (%s available)", plan, f"{available / 1e9:.1f} GB")
+            self._decoders = DecoderPool(processor.limits, plan)
             self._decoders.warm()
         self._num_bytes = 0
         self._jobs: dict[InputJob, int] = {}  # whose requests are not over; bytes of their sources
@@ -155,8 +185,8 @@ class InputPool:
         return job
 
     def _begin(self, job: InputJob, lane: str) -> None:
-        decoders = None if lane == "text" else self._decoders
-        self._in_lane(lane, job, job.run, self._processor, decoders)
+        decoder_lane = "images" if lane == "text" else lane
+        self._in_lane(lane, job, job.run, self._processor, self._decoders, decoder_lane)
 
     def _in_lane(self, lane: str, job: InputJob, task: Callable[..., None], *more: Any) -> None:
         work = self._threads[lane].submit(task, *more)
@@ -209,8 +239,16 @@ def _sources(prompt: Any) -> Iterator[tuple[str, Any]]:
         prompt = prompt.get("messages")
     for message in _list(prompt):
         for part in _list(message.get("content")) if isinstance(message, Mapping) else ():
-            if isinstance(part, Mapping) and part.get("type") in KINDS:
-                yield part["type"], part.get(part["type"])
+            if isinstance(part, Mapping):
+                yield from _sources_of_part(part)
+
+
+def _sources_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of the model card's and of OpenAI's parts, with a type or without."""
+    for name, kind in KIND_OF.items():
+        if name in part or part.get("type") == name:
+            source = part.get(name)
+            yield kind, source.get("url") if isinstance(source, Mapping) else source
 
 
 def _list(value: Any) -> Sequence[Any]:

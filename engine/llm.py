@@ -43,8 +43,12 @@ class LLM:
         self._in_use = threading.Lock()
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
-        isolate, grammars = self.engine.config.isolate_media, self.engine.grammars
-        self._pool = InputPool(self.engine.processor, isolate, grammars=grammars)
+        self._pool = InputPool(
+            self.engine.processor,
+            self.engine.config.isolate_media,
+            grammars=self.engine.grammars,
+            claimed_bytes=self.engine.host_kv_bytes,
+        )
 
     def chat(
         self,

@@ -179,7 +179,7 @@ class Embeddings(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., grid_thw: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MediaOptions(_message.Message):
-    __slots__ = ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end")
+    __slots__ = ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end", "sample_fps", "raw_fps")
     MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     RESIZED_HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +191,8 @@ class MediaOptions(_message.Message):
     TOTAL_PIXELS_FIELD_NUMBER: _ClassVar[int]
     VIDEO_START_FIELD_NUMBER: _ClassVar[int]
     VIDEO_END_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FPS_FIELD_NUMBER: _ClassVar[int]
+    RAW_FPS_FIELD_NUMBER: _ClassVar[int]
     min_pixels: int
     max_pixels: int
     resized_height: int
@@ -202,7 +204,9 @@ class MediaOptions(_message.Message):
     total_pixels: int
     video_start: float
     video_end: float
-    def __init__(self, min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., resized_height: _Optional[int] = ..., resized_width: _Optional[int] = ..., fps: _Optional[float] = ..., nframes: _Optional[int] = ..., min_frames: _Optional[int] = ..., max_frames: _Optional[int] = ..., total_pixels: _Optional[int] = ..., video_start: _Optional[float] = ..., video_end: _Optional[float] = ...) -> None: ...
+    sample_fps: float
+    raw_fps: float
+    def __init__(self, min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., resized_height: _Optional[int] = ..., resized_width: _Optional[int] = ..., fps: _Optional[float] = ..., nframes: _Optional[int] = ..., min_frames: _Optional[int] = ..., max_frames: _Optional[int] = ..., total_pixels: _Optional[int] = ..., video_start: _Optional[float] = ..., video_end: _Optional[float] = ..., sample_fps: _Optional[float] = ..., raw_fps: _Optional[float] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "logprobs", "prompt_logprobs", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "min_tokens", "include_stop_str", "skip_special_tokens", "structured")
@@ -360,7 +364,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ResolvedMedia(_message.Message):
-    __slots__ = ("kind", "height", "width", "num_frames", "num_tokens", "grid_thw", "frame_indices", "sample_fps", "frame_times")
+    __slots__ = ("kind", "height", "width", "num_frames", "num_tokens", "grid_thw", "frame_indices", "sample_fps", "frame_times", "raw_fps")
     KIND_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -370,6 +374,7 @@ class ResolvedMedia(_message.Message):
     FRAME_INDICES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FPS_FIELD_NUMBER: _ClassVar[int]
     FRAME_TIMES_FIELD_NUMBER: _ClassVar[int]
+    RAW_FPS_FIELD_NUMBER: _ClassVar[int]
     kind: MediaKind
     height: int
     width: int
@@ -379,7 +384,8 @@ class ResolvedMedia(_message.Message):
     frame_indices: _containers.RepeatedScalarFieldContainer[int]
     sample_fps: float
     frame_times: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, kind: _Optional[_Union[MediaKind, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_tokens: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., frame_indices: _Optional[_Iterable[int]] = ..., sample_fps: _Optional[float] = ..., frame_times: _Optional[_Iterable[float]] = ...) -> None: ...
+    raw_fps: float
+    def __init__(self, kind: _Optional[_Union[MediaKind, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_tokens: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., frame_indices: _Optional[_Iterable[int]] = ..., sample_fps: _Optional[float] = ..., frame_times: _Optional[_Iterable[float]] = ..., raw_fps: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

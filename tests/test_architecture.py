@@ -20,7 +20,7 @@ FILES = sorted(
 # From bottom to top; a room imports from rooms before it, and from itself.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
-    ("engine.config_error", "engine.cores", "engine.input_error"),
+    ("engine.config_error", "engine.cores", "engine.input_error", "engine.machine_memory"),
     ("engine.client_error", "engine.json_fields", "engine.json_files", "engine.media.limits"),
     ("engine.preprocess_config", "engine.weight_format"),
     ("engine.model_config",),

@@ -57,7 +57,7 @@ def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
         ("http://example.com/a.png", "--allow-media-domains"),
         ("HTTPS://example.com/a.png", "--allow-media-domains"),
         ("data:image/png;base64,@@@", "base64"),
-        ("data:image/png,abc", "base64"),
+        ("data:image/png,abc", "not an image"),
         ("data:image/png;base64,", "no bytes"),
         (b"", "no bytes"),
         (b"no picture", "not an image"),

@@ -591,12 +591,21 @@ def test_many_items_of_one_request_are_open_at_once(pool: DecoderPool) -> None:
 # The pool
 
 
+def await_waiter(pool: DecoderPool, count: int = 1) -> None:
+    """Until so many leases wait for a process."""
+    deadline = time.monotonic() + 10
+    while len(pool._all_slots._waiting) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_lease_waits_for_a_process_and_close_ends_the_wait() -> None:
     pool, outcomes = DecoderPool(LIMITS, 1), []
 
     def take() -> None:
         try:
-            with pool.lease():
+            with pool.lease() as lease:
+                pid_of(lease)
                 outcomes.append("taken")
         except RuntimeError:
             outcomes.append("closed")
@@ -605,6 +614,7 @@ def test_a_lease_waits_for_a_process_and_close_ends_the_wait() -> None:
         first = pid_of(lease)
         waiting = threading.Thread(target=take)
         waiting.start()
+        await_waiter(pool)
         assert not outcomes
     waiting.join(10)
     assert outcomes == ["taken"] and pids(pool) == [first]

@@ -383,8 +383,6 @@ def test_broken_animations_are_refused(form: str) -> None:
         open_video(data, MediaLimits(max_video_seconds=0))
     with pytest.raises(InputError, match="--max-media-pixels"):
         open_video(data, MediaLimits(max_media_pixels=100))
-    with pytest.raises(InputError, match="of a video of 1"):
-        video(encoded(noise(), form))
 
 
 def test_frames_are_resized_as_torchvision_does() -> None:
@@ -436,7 +434,6 @@ def test_frames_of_a_part_are_torchs() -> None:
     [
         ({"video_start": 3.0}, "video.video_start"),
         ({"video_start": 2.95}, "video.video_start"),
-        ({"video_end": 0.05}, "video.video_end"),
         ({"nframes": 32}, "video.nframes"),
         ({"nframes": 1}, "video.nframes"),
         ({"max_frames": 1}, "video.max_frames"),
@@ -524,10 +521,9 @@ def test_L22_bombs_lists_of_frames_are_bounded() -> None:
         (b"#EXTM3U\nhttp://10.0.0.1/a.ts", {}, "MP4, MOV, MKV, WebM"),
         (mp4(10)[:300], {}, "broken"),
         (mp4(10)[:32] + bytes(500), {}, "broken"),
-        (mp4(1), {}, "1 frames|of a video of 1"),
         (mp4(10), {"nframes": 12}, "2 to 10"),
         ([], {}, "0 frames"),
-        ([noise(), noise(41, 30)], {}, "one size"),
+        ([noise(), noise(49, 30)], {}, "one size"),
         ([noise(), b"junk"], {}, r"video\[1\]"),
         ([noise(), noise()], {"nframes": 2}, "as they are"),
         (noise(), {}, "one image"),

@@ -18,7 +18,7 @@ from jinja2 import TemplateError, meta
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from ..json_files import read_text
-from .openai_parts import URLS, read_media
+from .openai_parts import URLS, read_media, with_type
 from .template_environment import BoundedEnvironment, TemplateLimitError
 from .tokenizer import TextTokenizer
 from .tool_results import in_order_of_calls
@@ -148,13 +148,18 @@ def _text_of(field: str, content: Any, found: Conversation) -> str:
 def _says_something(content: Any) -> bool:
     """True of text that is not empty and of every part but an empty text."""
     if isinstance(content, Mapping):
-        return content.get("type") != "text" or content.get("text") != ""
+        return (
+            content.get("type", "text") != "text"
+            or "text" not in content
+            or content.get("text") != ""
+        )
     return isinstance(content, str) and content != ""
 
 
 def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(part, Mapping):
         raise InputError(field, f"must be a dict, not {type(part).__name__}")
+    part = with_type(part, field)
     kind = part.get("type")
     if kind == "text":
         _refuse_unknown(field, part, ("type", "text"))

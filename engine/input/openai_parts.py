@@ -11,7 +11,21 @@ LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
 DETAILS = (None, "auto", "low", "high")
 URLS = ("image_url", "video_url")
 KIND_OF = {"image_url": "image", "video_url": "video", "image": "image", "video": "video"}
+PART_KEYS = ("text", "image", "video", "image_url", "video_url")
 SIZES = ("max_pixels", "resized_height", "resized_width")
+
+
+def with_type(part: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """A part as the model card and qwen-vl-utils also write it, {"image": ...}, with the type that
+    its key says. Raises `InputError` where that is not one."""
+    if part.get("type") is not None:
+        return part
+    kinds = [name for name in PART_KEYS if part.get(name) is not None]
+    if len(kinds) == 1:
+        return {"type": kinds[0], **{k: v for k, v in part.items() if k != "type"}}
+    found = f"it has {' and '.join(kinds)}" if kinds else "it has none of them"
+    text = "missing; give text, image, video, image_url or video_url, or one of these as the key"
+    raise InputError(f"{field}.type", f"{text}: {found}")
 
 
 def read_media(part: Mapping[str, Any], name: str, field: str) -> dict[str, Any]:

@@ -155,11 +155,12 @@ class InputProcessor:
     def _options(self, part: MediaPart) -> MediaOptions:
         """The item's own, and the server's as far as they suit its source and its own."""
         own = MediaOptions.from_part(part.part, part.kind, part.field)
+        own.check_size(self.shape.factor, part.field)
         if isinstance(part.source, MediaEmbeds):
             return own
         defaults = self.defaults[part.kind]
         is_file = isinstance(part.source, BYTES | os.PathLike)
-        return own.over(defaults if is_file else defaults.of_lists())
+        return own.over(defaults.of_files() if is_file else defaults.of_lists())
 
     def _num_at_once(self, media: Sequence[MediaItem]) -> int | None:
         """Units that are made before a request goes on: up to the first of the first video of

@@ -1,19 +1,25 @@
-"""A few decoder processes, each lent to one request at a time."""
+"""Decoder processes, each used by one request at a time."""
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import BinaryIO, Self
 
 from PIL import Image
 
 from ..input_error import InputError
+from .animation import is_animation
 from .child_process import DecoderProcess, DecoderStoppedError
 from .child_reader import STOPPED, ChildReader
+from .decoder_plan import DecoderPlan, is_small
 from .limits import MediaLimits
 from .opening import open_here
 from .reader import MediaReader
+from .slots import FairSlots
 from .task import MediaTask
 
 log = logging.getLogger("octavo.media")
@@ -23,84 +29,113 @@ MOST_RESIDENT = 512 << 20  # bytes that a process may keep between requests
 
 
 class DecoderPool:
-    """At most `size` processes, started when they are first needed. Thread-safe."""
+    """Processes of a `DecoderPlan`, started when they are first needed. Thread-safe."""
 
-    def __init__(self, limits: MediaLimits, size: int) -> None:
-        self._limits = limits
-        self._changed = threading.Condition()
-        self._free: list[DecoderProcess | None] = [None] * size  # the last one is lent first
+    def __init__(self, limits: MediaLimits, plan: DecoderPlan | int) -> None:
+        """`plan`: also a number of processes, each of `decoder_memory_bytes`."""
+        if isinstance(plan, int):
+            most = limits.decoder_memory_bytes
+            plan = DecoderPlan(plan, plan, most, most, {}, are_shared=True)
+        self.plan, self.num_started = plan, 0
+        self.limits = replace(limits, decoder_memory_bytes=plan.large_bytes)
+        self._lock = threading.Lock()
+        self._free: list[DecoderProcess] = []  # the last one is lent first
         self._lent: set[DecoderProcess] = set()
         self._is_closed = self._is_logged = False
+        self._all_slots = FairSlots(plan.num_decoders)
+        lanes = {} if plan.are_shared else plan.lanes
+        self._slots = {lane: FairSlots(count) for lane, count in lanes.items()}
+        self._large_slots = [FairSlots(count) for count in _halves(plan.num_large)]
 
     def warm(self) -> None:
-        """Starts one process, so that the first request does not wait for it. Takes a few ms."""
+        """Start one process, so that the first request does not wait for it. Takes a few ms."""
         process = self._start_early()
-        with self._changed:
-            if process is not None and self._free and self._free[-1] is None:
-                self._free[-1] = process
-                process = None
         if process is not None:
-            process.kill()
+            self._keep(process)
 
-    def lease(self, task: MediaTask | None = None) -> Lease:
-        """To be entered: then it holds a process, once one is free, until it is left. `task`: whose
-        time it has."""
-        return Lease(self, task)
+    def lease(self, task: MediaTask | None = None, lane: str = "") -> Lease:
+        """Where a request's files are opened. It takes a process for the first one, which it gives
+        back when it is left. `task`: of the request."""
+        return Lease(self, task, self._slots.get(lane, self._all_slots))
 
-    def take(self) -> DecoderProcess | None:
-        """A process, or None where one is to be started. Waits until one is free."""
-        with self._changed:
-            while not self._free and not self._is_closed:
-                self._changed.wait()
-            self._check_open()
-            process = self._free.pop()
-            if process is not None:
+    def large_slots(self, kind: str) -> FairSlots:
+        """Of the processes that may use all of `decoder_memory_bytes`: images have slots of their
+        own, since videos take long."""
+        return self._large_slots[0 if kind == "video" else -1]
+
+    def take(self) -> DecoderProcess:
+        """A process that answers, for the caller of `FairSlots.acquire`. Raises
+        `DecoderStoppedError`, `OSError`."""
+        while True:
+            with self._lock:
+                self._check_open()
+                if not self._free:
+                    break
+                process = self._free.pop()
                 self._lent.add(process)
-            return process
+            if process.answers():
+                return process
+            log.warning("media decoder: an idle process has ended; another takes its place")
+            self.drop(process)
+        return self._start()
 
-    def start(self) -> DecoderProcess:
-        """In the place of one that was taken and is dead, or of None."""
-        process = DecoderProcess(self._limits)
-        with self._changed:
+    def _start(self) -> DecoderProcess:
+        process = self._new()
+        with self._lock:
             self._lent.add(process)
             is_closed = self._is_closed
         if is_closed:
             self.drop(process)
             self._check_open()
+        try:
+            process.await_ready()
+        except DecoderStoppedError:
+            self.drop(process)
+            raise
         return process
 
+    def _new(self) -> DecoderProcess:
+        with self._lock:
+            self.num_started += 1
+        return DecoderProcess(self.limits)
+
     def drop(self, process: DecoderProcess) -> None:
-        """Ends one that was taken."""
-        with self._changed:
+        """End one that was taken."""
+        with self._lock:
             self._lent.discard(process)
         process.kill()
 
     def log_start(self, process: DecoderProcess) -> None:
-        """Says once what holds the processes."""
-        with self._changed:
+        """Log once how the processes are confined."""
+        with self._lock:
             is_first, self._is_logged = not self._is_logged, True
         if is_first:
             log.info("media decoder: %s", process.sandbox)
 
-    def give_back(self, process: DecoderProcess | None) -> None:
-        """One that is dead, old or has grown is replaced, which nobody waits for."""
-        if process is not None and not _is_good(process):
+    def give_back(self, process: DecoderProcess) -> None:
+        """Replace one that is dead, busy, old or has grown, without waiting for the new one."""
+        process.end_request()
+        if not _is_good(process):
             self.drop(process)
-            process = self._start_early()
-        with self._changed:
-            if process is not None:
-                self._lent.discard(process)
-            if not self._is_closed:
-                self._free.append(process)
-                self._changed.notify()
+            fresh = self._start_early()
+            if fresh is None:
                 return
-        if process is not None:
+            process = fresh
+        self._keep(process)
+
+    def _keep(self, process: DecoderProcess) -> None:
+        with self._lock:
+            self._lent.discard(process)
+            is_closed = self._is_closed
+            if not is_closed:
+                self._free.append(process)
+        if is_closed:
             process.kill()
 
     def _start_early(self) -> DecoderProcess | None:
         try:
-            return None if self._is_closed else DecoderProcess(self._limits)
-        except OSError:  # who needs it will try again, and be told
+            return None if self._is_closed else self._new()
+        except OSError:  # the next request tries again, and reports it
             return None
 
     def _check_open(self) -> None:
@@ -108,22 +143,27 @@ class DecoderPool:
             raise RuntimeError("the pool of media decoders is closed")
 
     def close(self) -> None:
-        """Ends all processes, also those that are lent: their requests' readers fail."""
-        with self._changed:
+        """End all processes, also those that are lent: their requests' readers fail."""
+        with self._lock:
             self._is_closed = True
             free, self._free = self._free, []
             for lent in self._lent:
-                lent.interrupt()
-            self._changed.notify_all()
+                lent.terminate()
+        for slots in (*self._slots.values(), self._all_slots, *self._large_slots):
+            slots.close()
         for process in free:
-            if process is not None:
-                process.kill()
+            process.kill()
+
+
+def _halves(count: int) -> tuple[int, ...]:
+    return (count // 2, count - count // 2) if count > 1 else (count,)
 
 
 def _is_good(process: DecoderProcess) -> bool:
     """Fit for another request: alive, done with this one, neither old nor large."""
     return (
         process.is_alive
+        and process.is_idle
         and not process.open_readers
         and process.num_readers < MOST_READERS
         and process.resident_bytes < MOST_RESIDENT
@@ -131,56 +171,102 @@ def _is_good(process: DecoderProcess) -> bool:
 
 
 class Lease:
-    """A process for one request: a context manager, and a `loader.OpenReader` while it is entered.
+    """A process for one request: a context manager, and an `OpenReader` while it is entered.
 
-    One thread at a time uses it and its readers, which are closed before it is left.
+    One thread at a time uses it and its readers, which are closed before it is left. Only
+    `cancel` may be called by any thread.
     """
 
-    def __init__(self, pool: DecoderPool, task: MediaTask | None) -> None:
-        self._pool, self._task = pool, task
+    def __init__(self, pool: DecoderPool, task: MediaTask | None, slots: FairSlots) -> None:
+        self._pool, self._task, self._slots = pool, task, slots
         self._process: DecoderProcess | None = None
-        self._is_held = False
+        self._has_slot = self._is_cancelled = False
+        self._large_slots: FairSlots | None = None  # of which it has one
+        self._lock = threading.Lock()
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._process, self._is_held = self._pool.take(), True
+        if self._task is not None:
+            self._stack.enter_context(self._task.watched(self.cancel))
         return self
 
-    def interrupt(self) -> None:
-        """Ends what its process is at, while another thread waits for that."""
-        process = self._process
-        if process is not None:
-            process.interrupt()
+    def cancel(self) -> None:
+        """End what its process does, while another thread waits for that."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._process is not None:
+                self._process.cancel()
 
     def __exit__(self, *exc: object) -> None:
-        process, self._process = self._process, None
-        if self._is_held:
-            self._is_held = False
+        with self._lock:  # from here on, `cancel` reaches no process
+            process, self._process = self._process, None
+        if process is not None:
+            self._shrink(process)
             self._pool.give_back(process)
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.release()
+        self._stack.close()
 
     def __call__(
         self, kind: str, file: BinaryIO | Image.Image, limits: MediaLimits, field: str
     ) -> MediaReader:
-        """A reader of the file, by the process; images of callers in this process are here
-        already. Raises `InputError`."""
+        """A reader of the file, by the process; a PIL image is in this process already. Raises
+        `InputError`."""
         if isinstance(file, Image.Image):
             return open_here(kind, file, limits, field)
-        seconds = float(limits.media_timeout_s)
-        if self._task is not None:
-            seconds = self._task.seconds_left(field)
-        return ChildReader(self._ready_process(field), kind, file, limits, field, seconds)
+        process = self._ready_process(field)
+        num_bytes = file.seek(0, io.SEEK_END)
+        if kind == "video" and is_animation(file):  # all of its frames are decoded as it is opened
+            self._grow(process, kind, field)
+        reader = ChildReader(process, kind, file, limits, field, self._seconds_left(field))
+        try:
+            if not is_small(kind, reader.header, num_bytes):
+                self._grow(process, kind, field)
+        except BaseException:
+            reader.__exit__(None, None, None)
+            raise
+        return reader
+
+    def _seconds_left(self, field: str) -> float:
+        if self._task is None:
+            return float(self._pool.limits.media_timeout_s)
+        return self._task.seconds_left(field)
 
     def _ready_process(self, field: str) -> DecoderProcess:
-        if not self._is_held:
-            raise RuntimeError("the lease is not held")
-        if self._process is not None and not self._process.is_alive:
-            self._pool.drop(self._process)
-            self._process = None
+        """The process, once there is one. Raises `InputError`."""
+        process = self._process
+        if process is not None and process.is_alive:
+            return process
+        if process is not None:
+            self._shrink(process)
+            self._pool.drop(process)
+        if not self._has_slot:
+            self._slots.acquire(self._task, field)
+            self._has_slot = True
         try:
-            if self._process is None:
-                self._process = self._pool.start()
-            self._process.await_ready()
+            process = self._pool.take()
         except (DecoderStoppedError, OSError) as error:
             log.error("media decoder: %s", error)
             raise InputError(field, STOPPED) from None
-        self._pool.log_start(self._process)
-        return self._process
+        process.allow_memory(self._pool.plan.small_bytes)
+        with self._lock:
+            self._process = process
+            if self._is_cancelled:
+                process.cancel()
+        self._pool.log_start(process)
+        return process
+
+    def _grow(self, process: DecoderProcess, kind: str, field: str) -> None:
+        """Let the process use all of `decoder_memory_bytes`, once that is available."""
+        if self._large_slots is None:
+            slots = self._pool.large_slots(kind)
+            slots.acquire(self._task, field)
+            self._large_slots = slots
+            process.allow_memory(self._pool.plan.large_bytes)
+
+    def _shrink(self, process: DecoderProcess) -> None:
+        if self._large_slots is not None:
+            process.allow_memory(self._pool.plan.small_bytes)
+            self._large_slots.release()
+            self._large_slots = None

@@ -6,10 +6,12 @@ import fcntl
 import mmap
 import os
 import resource
+import select
 import socket
 import subprocess
 import sys
 import time
+from threading import Lock
 from typing import NoReturn
 
 import numpy as np
@@ -22,6 +24,8 @@ from .reader import Pixels
 
 MODULE = "octavo.engine.media.child"
 START_SECONDS = 60.0
+PING_SECONDS = 5.0  # for an idle process to answer
+CANCEL_SECONDS = 0.5  # for work in flight to end once its request was cancelled
 PACKET_BYTES = 256 * 1024  # more than a socket pair takes in one
 MOST_SLOTS, SLOTS_BYTES = 4, 32 << 20  # frames that a process may be ahead by
 LEAST_MEMORY = 8 << 20  # bytes: that most images fit, so that it is made once
@@ -83,8 +87,12 @@ class DecoderProcess:
         self._memory: PixelMemory | None = None
         self._is_ready = False
         self.sandbox = ""  # what holds it, once it is ready
+        self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable once it is
+        self._lock = Lock()
         self.open_readers: set[int] = set()
         self.num_readers = 0  # that were opened in its life
+        self.is_idle = True  # no reply is outstanding
+        self.is_cancelled = False  # the request that uses it
         self.is_killed = False
 
     @property
@@ -115,6 +123,15 @@ class DecoderProcess:
             self.fail("did not start")
         self.sandbox, self._is_ready = reply.ready.sandbox, True
 
+    def answers(self) -> bool:
+        """Whether the process has started and answers, which one that is being killed does not."""
+        try:
+            self.await_ready()
+            self.send(pb.Request(stop=pb.Stop()))
+            return self.receive(PING_SECONDS).HasField("stopped")
+        except (TimeoutError, DecoderStoppedError):
+            return False
+
     def send(self, request: pb.Request, descriptors: tuple[int, ...] = ()) -> None:
         """Raises `DecoderStoppedError`."""
         try:
@@ -124,9 +141,9 @@ class DecoderProcess:
             self.fail("does not listen")
 
     def receive(self, seconds: float) -> pb.Reply:
-        """The next reply. Raises `TimeoutError`, `DecoderStoppedError`."""
+        """The next reply. Raises `TimeoutError`, soon after `cancel`, and `DecoderStoppedError`."""
         try:
-            self._channel.settimeout(max(seconds, 1e-3))
+            self._await_packet(seconds)
             data = self._channel.recv(PACKET_BYTES)  # descriptors that come along are dropped
         except TimeoutError:
             raise
@@ -139,6 +156,34 @@ class DecoderProcess:
         except DecodeError:
             self.fail("sends what is no reply")
 
+    def _await_packet(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        poll.register(self._cancelled, select.POLLIN)
+        ready = dict(poll.poll(max(seconds, 1e-3) * 1000))
+        if list(ready) == [self._cancelled]:
+            poll.unregister(self._cancelled)
+            left = min(deadline - time.monotonic(), CANCEL_SECONDS)
+            ready = dict(poll.poll(max(left, 1e-3) * 1000))
+        if self._channel.fileno() not in ready:
+            raise TimeoutError
+
+    def cancel(self) -> None:
+        """The request that uses it is over: a thread that waits for a reply stops waiting soon,
+        and kills the process only if its work has not ended by then. Callable by any thread."""
+        with self._lock:
+            self.is_cancelled = True
+            if not self.is_killed:
+                os.eventfd_write(self._cancelled, 1)
+
+    def end_request(self) -> None:
+        """The request has given it back: a cancellation does not concern the next one."""
+        with self._lock:
+            if self.is_cancelled and not self.is_killed:
+                os.eventfd_read(self._cancelled)
+            self.is_cancelled = False
+
     def allow_cpu(self) -> None:
         """CPU time for one more file: past it the kernel ends the process."""
         try:
@@ -146,6 +191,17 @@ class DecoderProcess:
             hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
             resource.prlimit(self.pid, resource.RLIMIT_CPU, (most, hard))
         except OSError:  # it is gone, as who asks it next will see
+            pass
+
+    def allow_memory(self, num_bytes: int) -> None:
+        """Set its address space; allocations beyond it fail."""
+        if not self.is_alive:
+            return
+        try:
+            hard = resource.prlimit(self.pid, resource.RLIMIT_AS)[1]
+            soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+            resource.prlimit(self.pid, resource.RLIMIT_AS, (soft, hard))
+        except OSError:  # it is gone, as the next request to it shows
             pass
 
     def _used_cpu_seconds(self) -> int:
@@ -168,15 +224,17 @@ class DecoderProcess:
         self.kill()
         raise DecoderStoppedError(f"the decoder {what}")
 
-    def interrupt(self) -> None:
-        """Ends it while another thread uses it, which is to `kill` it then."""
+    def terminate(self) -> None:
+        """Kill it while another thread may be using it, which calls `kill` later."""
         self._process.kill()
 
     def kill(self) -> None:
-        """Ends it at once: it keeps nothing that would be missed."""
-        if self.is_killed:
-            return
-        self.is_killed = True
+        """End it at once: it keeps nothing that would be missed."""
+        with self._lock:
+            if self.is_killed:
+                return
+            self.is_killed = True
+            os.close(self._cancelled)
         self._process.kill()
         self._process.wait()
         self._channel.close()

@@ -18,6 +18,7 @@ from .limits import MediaLimits, setting
 from .reader import Frame, MediaHeader
 
 STOP_SECONDS = 0.5  # until a process that should stop is killed: a group of pictures may be long
+CANCELLED = "the request was cancelled"
 MOST_TEXT = 500  # characters of an error's text
 TIMES_AT_ONCE = 4096  # indices of a packet
 STOPPED = (
@@ -85,7 +86,7 @@ class ChildReader:
             for count in range(len(indices)):
                 reply = self._receive("frame_ready", "done")
                 if reply.HasField("done"):
-                    self._is_streaming = False
+                    self._end_stream()
                     return
                 index = reply.frame_ready.index
                 if index not in wanted:  # goes on to it, so each comes once and they rise
@@ -94,7 +95,7 @@ class ChildReader:
                 if count + 1 < len(indices):
                     self._send(pb.Request(frame_taken=pb.FrameTaken()))
                 else:
-                    self._is_streaming = False
+                    self._end_stream()
                 yield Frame(index, pixels)
         finally:
             self._stop()
@@ -102,8 +103,7 @@ class ChildReader:
     def _ask_for_frames(
         self, indices: Sequence[int], height: int, width: int
     ) -> tuple[PixelMemory, int]:
-        if self._process.is_killed:
-            raise InputError(self._field, STOPPED)
+        self._check_usable()
         memory, num_slots, is_new = self._process.pixel_memory(height * width * 3, len(indices))
         asked = pb.GetFrames(
             reader_id=self._id,
@@ -119,8 +119,11 @@ class ChildReader:
         self._is_streaming = True
         return memory, num_slots
 
+    def _end_stream(self) -> None:
+        self._is_streaming, self._process.is_idle = False, True
+
     def _stop(self) -> None:
-        """Ends a stream that not all frames were taken of, or the process where it goes on."""
+        """End a stream of which not all frames were taken; kill the process if it goes on."""
         if not self._is_streaming:
             return
         self._is_streaming = False
@@ -130,6 +133,7 @@ class ChildReader:
             while True:
                 reply = self._process.receive(deadline - time.monotonic())
                 if reply.HasField("stopped"):
+                    self._process.is_idle = True
                     return
         except TimeoutError:
             self._process.kill()
@@ -137,12 +141,19 @@ class ChildReader:
             return
 
     def _send(self, request: pb.Request, *descriptors: int) -> None:
-        if self._process.is_killed:
-            raise InputError(self._field, STOPPED)
+        self._check_usable()
+        self._process.is_idle = False
         try:
             self._process.send(request, descriptors)
         except DecoderStoppedError:
             raise InputError(self._field, STOPPED) from None
+
+    def _check_usable(self) -> None:
+        """Raise `InputError` if the process is gone or the request was cancelled."""
+        if self._process.is_killed:
+            raise InputError(self._field, STOPPED)
+        if self._process.is_cancelled:
+            raise InputError(self._field, CANCELLED)
 
     def _receive(self, *kinds: str) -> pb.Reply:
         """One of `kinds`, within what is left of the file's time. Raises `InputError`."""
@@ -151,12 +162,15 @@ class ChildReader:
             reply = self._process.receive(self._seconds_left)
         except TimeoutError:
             self._process.kill()
+            if self._process.is_cancelled:
+                raise InputError(self._field, CANCELLED) from None
             spent = f"not decoded after {self._limits.media_timeout_s} seconds"
             self._limits.refuse("media_timeout_s", self._field, spent)
         except DecoderStoppedError:
             raise InputError(self._field, STOPPED) from None
         self._seconds_left -= time.monotonic() - began
         kind = reply.WhichOneof("reply")
+        self._process.is_idle = kind in ("header", "times", "error")
         if kind == "error":
             self._is_streaming = False
             raise InputError(self._field, clean(reply.error.text))

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 from ..input_error import InputError
 from .reader import Frame, MediaHeader, MediaReader
 
+MAX_DIFFERENCE, MAX_SHARE = 8, 0.05  # pixels, or share, by which a side may differ from the first's
 LISTED_FPS = 2.0  # where the caller says nothing
 
 
@@ -21,7 +22,8 @@ class FrameList:
     def __init__(
         self, sources: Sequence[Any], open_image: OpenImage, fps: float, field: str
     ) -> None:
-        """Reads the first frame's header: all must be of its size. Raises `InputError`."""
+        """Reads the first frame's header: all are resized to the size that is chosen for it, so
+        they may differ by little. Raises `InputError`."""
         self._sources, self._open, self._field = sources, open_image, field
         self._first: MediaReader | None = open_image(sources[0], f"{field}[0]")  # until its turn
         size = self._first.header
@@ -43,12 +45,13 @@ class FrameList:
         field = f"{self._field}[{index}]"
         reader = self._open(self._sources[index], field)
         size, first = reader.header, self.header
-        if (size.height, size.width) != (first.height, first.width):
+        if not (_is_close(size.height, first.height) and _is_close(size.width, first.width)):
             with reader:
                 raise InputError(
                     field,
                     f"{size.width}×{size.height} pixels, the first frame {first.width}×"
-                    f"{first.height}; all must be of one size",
+                    f"{first.height}; frames must be of one size, or within {MAX_DIFFERENCE} "
+                    f"pixels or {MAX_SHARE:.0%} of it: resize them",
                 )
         return reader
 
@@ -58,6 +61,10 @@ class FrameList:
     def __exit__(self, *exc: object) -> None:
         if self._first is not None:
             self._first.__exit__(*exc)
+
+
+def _is_close(size: int, first: int) -> bool:
+    return abs(size - first) <= max(MAX_DIFFERENCE, MAX_SHARE * first)
 
 
 def pad(indices: Sequence[int], factor: int) -> tuple[int, ...]:

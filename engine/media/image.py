@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from PIL import Image, ImageCms, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
@@ -16,6 +16,7 @@ from .limits import MediaLimits
 from .reader import Frame, MediaHeader, Pixels
 from .resample import resize_frame
 from .rgb import to_rgb
+from .samples import correct, describe_unread
 
 BROKEN = "the image is broken: it cannot be decoded whole"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -78,10 +79,13 @@ class ImageFile:
 
     def _open(self) -> Image.Image:
         if isinstance(self._file, Image.Image):
+            correct(self._file)
             return self._file
         try:
             self._file.seek(0)
-            return Image.open(self._file, formats=FORMATS)
+            image = Image.open(self._file, formats=FORMATS)
+            correct(image)
+            return image
         except Image.DecompressionBombError:
             most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit, here and not in `serve`
             if most >= self._limits.max_media_pixels:
@@ -90,16 +94,19 @@ class ImageFile:
             raise InputError(self._field, text) from None
         except Exception:  # decoders raise all kinds; their texts may tell of memory
             text = f"not an image that is read ({', '.join(FORMATS)})"
+            if what := describe_unread(self._file):
+                text = f"{what}, is broken or not read; save it as PNG"
             raise InputError(self._field, text) from None
 
     def _orientation(self, image: Image.Image) -> int:
         """1 to 8, by EXIF or XMP; 1 where neither can be read, as viewers have it."""
         if image.format == "TIFF":
             return 1  # Pillow turns it as it decodes it, and its size beforehand
+        file: Any = getattr(image, "fp", None) if getattr(image, "tile", None) else None
         try:
-            if image.format != "PNG" or isinstance(self._file, Image.Image):
+            if image.format != "PNG" or file is None:
                 turn = image.getexif().get(ORIENTATION, 1)
-            elif _has_late_turn(self._file):
+            elif _has_late_turn(file):
                 turn = self._open().getexif().get(ORIENTATION, 1)
             else:  # a PNG's own `getexif` decodes its pixels, to look behind them
                 turn = Image.Image.getexif(image).get(ORIENTATION, 1)

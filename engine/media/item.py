@@ -53,6 +53,7 @@ class MediaInfo:
     frame_indices: tuple[int, ...] = ()  # of the file's frames
     sample_fps: float | None = None
     frame_times: tuple[float, ...] = ()  # seconds from the video's first frame
+    raw_fps: float | None = None  # as the caller said of a list of frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,7 @@ def make_item(
     frame_indices: tuple[int, ...] = (),
     frame_times: tuple[float, ...] = (),
     sample_fps: float | None = None,
+    raw_fps: float | None = None,
 ) -> MediaItem:
     grid = shape.grid(num_frames, height, width)
     num_tokens = math.prod(grid) // shape.merge_size**2
@@ -107,6 +109,7 @@ def make_item(
             frame_indices,
             sample_fps,
             frame_times,
+            raw_fps,
         )
     )
 

@@ -16,7 +16,7 @@ from .embeds import MediaEmbeds, check_options, check_values, read_grid, read_va
 from .frames import LISTED_FPS, FrameList, pad
 from .item import PatchShape, UnitContent, make_item
 from .limits import MediaLimits
-from .options import MediaOptions
+from .options import OF_LISTS, MediaOptions
 from .reader import MediaReader
 from .room import TokenRoom
 from .sizes import (
@@ -89,7 +89,8 @@ class MediaLoader:
         )
         room.take_video(*size, count, options, field)
         times = tuple(reader.times(indices))
-        item = make_item("video", count, *size, self.shape, indices, times, rate)
+        raw = options.raw_fps
+        item = make_item("video", count, *size, self.shape, indices, times, rate, raw)
         return OpenItem(item, reader, field)
 
     def _open_embeds(
@@ -108,10 +109,17 @@ class MediaLoader:
     def _choose(
         self, reader: MediaReader, options: MediaOptions, room: TokenRoom, field: str
     ) -> tuple[tuple[int, ...], float]:
-        """The frames that are taken of a file, and how many of them make a second."""
+        """The frames that are taken of a file, and how many of them make a second. A single frame
+        is repeated."""
+        for name in OF_LISTS:
+            if getattr(options, name) is not None:
+                text = "is for lists of frames, which were sampled already; for a file, give fps"
+                raise InputError(f"{field}.{name}", text)
         header = reader.header
         first, last = frame_range(options, header.num_frames, header.fps, field)
         total = last - first + 1
+        if total == 1 and (options.nframes or 1) <= FRAME_FACTOR:
+            return pad([first], FRAME_FACTOR), header.fps
         most = int(VIDEO_SHARE * room.share) * self.shape.factor**2
         preprocess = with_room(self.preprocess, options, most)
         count = smart_nframes(options, total, header.fps, preprocess, self.limits, field)
@@ -126,7 +134,7 @@ class MediaLoader:
                 raise InputError(
                     field, f"{name} is for video files; frames of a list are taken as they are"
                 )
-        fps = options.fps or LISTED_FPS
+        fps = options.sample_fps or options.fps or LISTED_FPS
         if is_array(sources):
             return ArrayFile(sources, "video", self.limits, field, fps)
         if not sources:

@@ -9,7 +9,7 @@ from typing import Any
 from ..input_error import InputError, shown
 
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-NUMBERS = ("fps", "video_start", "video_end")  # that need not be whole
+NUMBERS = ("fps", "video_start", "video_end", "sample_fps", "raw_fps")  # that need not be whole
 FROM_ZERO = ("video_start", "video_end")
 MOST = 1 << 40
 ORDERED = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end"))
@@ -17,8 +17,11 @@ ORDERED = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_s
 DECIDING = (
     (("resized_height", "resized_width"), ("min_pixels", "max_pixels", "total_pixels")),
     (("nframes",), ("fps", "min_frames", "max_frames")),
+    (("sample_fps",), ("fps",)),
 )
 # What says which frames of a file are taken. (The fps of a list says what it is.)
+# What is said of frames that were sampled already: a list, or an array.
+OF_LISTS = ("sample_fps", "raw_fps")
 OF_FILES = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
 
@@ -37,6 +40,8 @@ class MediaOptions:
     total_pixels: int | None = None
     video_start: float | None = None  # seconds
     video_end: float | None = None
+    sample_fps: float | None = None  # of a list: how many of its frames make a second; as fps
+    raw_fps: float | None = None  # of the video that a list was sampled from; for the echo alone
 
     @classmethod
     def from_part(cls, part: Mapping[str, Any], kind: str, field: str) -> MediaOptions:
@@ -77,6 +82,18 @@ class MediaOptions:
         """A server's defaults, as far as they are of use for frames that are all taken."""
         return replace(self, **dict.fromkeys(OF_FILES))
 
+    def of_files(self) -> MediaOptions:
+        """A server's defaults, as far as they are of use for files."""
+        return replace(self, **dict.fromkeys(OF_LISTS))
+
+    def check_size(self, factor: int, field: str) -> None:
+        """Raise `InputError` for a limit below one token, which is `factor` pixels wide."""
+        for name in ("max_pixels", "total_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < factor**2:
+                text = f"{value} is less than one token, which has {factor}×{factor} pixels"
+                raise InputError(f"{field}.{name}", f"{text}; pass at least {factor**2}")
+
     def _check(self, field: str) -> None:
         if self.fps is not None and self.nframes is not None:
             raise InputError(f"{field}.fps", "give fps or nframes, not both")
@@ -85,6 +102,11 @@ class MediaOptions:
                 raise InputError(f"{field}.{name}", "bounds what fps asks for: nframes is exact")
         if (self.resized_height is None) != (self.resized_width is None):
             raise InputError(f"{field}.resized_height", "goes with resized_width: give both")
+        if None not in (self.fps, self.sample_fps) and self.fps != self.sample_fps:
+            text = (
+                f"{self.sample_fps}, and fps={self.fps}, which means the same for frames of a list"
+            )
+            raise InputError(f"{field}.sample_fps", f"{text}: give one of the two")
         for low, high in ORDERED:
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:

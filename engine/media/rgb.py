@@ -1,9 +1,11 @@
-"""Pillow's modes as RGB: of all depths, without transparency."""
+"""Convert all of Pillow's modes to RGB, without transparency."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+
+from .samples import GraySamples, covered_part, deep_transparency, gray_samples
 
 BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
@@ -13,29 +15,63 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     As Pillow's `convert`, but for more than 8 bits, where that cuts all over 255 to white.
     """
+    box = covered_part(image)
+    if box is None:
+        return _to_rgb(image)
+    whole = Image.new("RGB", image.size, BACKGROUND)
+    whole.paste(_to_rgb(image).crop(box), box)
+    return whole
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    samples = gray_samples(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_deep(image)
+        return _from_deep(image, samples)
+    if samples and samples.is_signed and samples.bits == 8:
+        signed = np.asarray(image).view(np.int8)
+        return Image.fromarray(signed.clip(0).astype(np.uint8)).convert("RGB")
+    is_clear = deep_transparency(image)
+    if is_clear is not None:
+        pixels = np.array(image)
+        pixels[is_clear] = BACKGROUND
+        return Image.fromarray(pixels)
     if image.mode == "La":  # has no way to RGB of its own
         image = image.convert("LA")
     if image.has_transparency_data:
-        whole = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, BACKGROUND)
-        flat.paste(whole, mask=whole.getchannel("A"))
-        return flat
+        return _on_background(image)
     if image.mode != "RGB":
         return image.convert("RGB")
     image.load()
     return image
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
-    """Gray of 16 or 32 bits or of floats, as RGB of the highest 8 bits.
+def _on_background(image: Image.Image) -> Image.Image:
+    whole = image.convert("RGBA")
+    alpha = whole.getchannel("A")
+    if image.format == "BMP" and not alpha.getbbox():  # writers leave it empty, as browsers know
+        return whole.convert("RGB")
+    flat = Image.new("RGB", image.size, BACKGROUND)
+    flat.paste(whole, mask=alpha)
+    return flat
 
-    Modes I and F do not say how far they go: to 1 (F alone), 255, 65,535 or 2³¹ - 1, whichever is
-    the first to hold the largest value. What is under 0 or not a number is black.
+
+def _from_deep(image: Image.Image, samples: GraySamples | None) -> Image.Image:
+    """Gray of 12 to 32 bits or of floats, as RGB of the highest 8 bits.
+
+    Modes I and F do not say how far they go: to 1 (F alone), 255, 65,535 or 2³¹ - 1 (unsigned:
+    2³² - 1), whichever is the first to hold the largest value. What is under 0 or not a number is
+    black.
     """
     values = np.asarray(image)
-    gray = _high_bits(values, image.mode)
+    if samples and samples.bits == 32 and image.mode == "I" and not samples.is_signed:
+        values = values.view(np.uint32)
+    if image.mode.startswith("I;16"):
+        gray = (values >> (samples.bits - 8 if samples else 8)).astype(np.uint8)
+    else:
+        gray = _high_bits(values, image.mode)
+    if samples and samples.white_is_zero:
+        gray = 255 - gray
+        gray[values != values] = 0
     clear = image.info.get("transparency")  # the gray that is transparent, in 16-bit PNGs
     if isinstance(clear, int):
         gray[values == clear] = BACKGROUND[0]
@@ -43,12 +79,10 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _high_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    if mode.startswith("I;16"):
-        return (values >> 8).astype(np.uint8)
-    known = np.nan_to_num(values.astype(np.float32), nan=0.0)
+    known = np.nan_to_num(values.astype(np.float64 if mode == "I" else np.float32), nan=0.0)
     top = float(known.max(initial=0.0))
     if mode == "F" and top <= 1:
-        known = np.rint(known * 255)
+        known = np.rint(known.clip(0) * 255)
     elif top > 255:
-        known /= 1 << 8 if top <= 65535 else 1 << 23
+        known /= 1 << 8 if top <= 65535 else 1 << (24 if values.dtype == np.uint32 else 23)
     return known.clip(0, 255).astype(np.uint8)

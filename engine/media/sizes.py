@@ -42,9 +42,11 @@ def smart_resize(
         beta = math.sqrt(min_pixels / (height * width))
         new = [math.ceil(side * beta / factor) * factor for side in (height, width)]
     if min(new) < factor:
+        least = math.ceil(factor**2 * max(height, width) / min(height, width))
         raise InputError(
             field,
-            f"{width}×{height} pixels: too narrow for max_pixels={max_pixels}; raise it, or crop",
+            f"{width}×{height} pixels: max_pixels={max_pixels} leaves less than one token "
+            f"({factor} pixels) of the shorter side; pass at least {least}, or crop",
         )
     return new[0], new[1]
 
@@ -89,12 +91,12 @@ def frame_range(options: MediaOptions, num_frames: int, fps: float, field: str) 
         first = math.ceil(min(options.video_start, lasts) * fps)
     if options.video_end is not None:
         last = min(math.floor(min(options.video_end, lasts) * fps), num_frames - 1)
-    if first >= last:
+    if first > last:
         name = "video_start" if options.video_end is None else "video_end"
         raise InputError(
             f"{field}.{name}",
-            f"video_start={options.video_start} and video_end={options.video_end} leave less than "
-            f"two frames of a video of {lasts:.3f} seconds",
+            f"video_start={options.video_start} and video_end={options.video_end} leave no "
+            f"frame of a video of {lasts:.3f} seconds",
         )
     return first, last
 
@@ -134,8 +136,9 @@ def smart_nframes(
     if not FRAME_FACTOR <= count <= total_frames:
         raise InputError(
             _frames_field(options, total_frames, field),
-            f"{count} frames asked of a video of {total_frames}; must be {FRAME_FACTOR} to "
-            f"{total_frames}: change nframes, fps, min_frames or max_frames",
+            f"{count} frames asked of a video of {total_frames} (numbers of frames are rounded to "
+            f"even ones); must be {FRAME_FACTOR} to {max(FRAME_FACTOR, total_frames)}: change "
+            "nframes, fps, min_frames or max_frames",
         )
     limits.check_frames(count, field)
     return count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import re
@@ -17,13 +16,14 @@ from PIL import Image
 
 from ..config_error import ConfigError
 from ..input_error import InputError, shown
+from .data_uri import read_data_uri
 from .fetch import fetch
 from .limits import MediaLimits
+from .source_text import BARE_BASE64, is_data_uri, looks_like_base64
 from .task import MediaTask
 from .urls import is_address, read_host
 
 BYTES = str | bytes | bytearray | memoryview  # sequences that are no lists of frames
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256}")  # no path goes on for so long without a dot
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 
 
@@ -83,17 +83,24 @@ def open_source(
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
         return _fetched(fetch(source, access.domains, field, task), field, task)
-    if scheme.startswith("data:"):
-        return _in_memory(_read_data_uri(source, limits, field), field, task)
-    if scheme.startswith("file://"):
+    if is_data_uri(source):
+        return _in_memory(read_data_uri(source, limits, field), field, task)
+    return _open_file(_path_of(source, field), access, limits, field)
+
+
+def _path_of(source: str, field: str) -> str:
+    """Raises `InputError` for what is surely no path."""
+    if source[:7].lower() == "file://":
         rest = source[7:]
-        source = unquote(rest[9:] if rest.startswith("localhost/") else rest)
-    elif _SCHEME.match(source):
+        return unquote(rest[9:] if rest.lower().startswith("localhost/") else rest)
+    if _SCHEME.match(source.lstrip()[:64]):
+        if source[0].isspace():
+            raise InputError(field, f"{shown(source[:64])}: remove the space before the URL")
         text = "of URLs, only http://, https://, file:// and data: are read"
         raise InputError(field, f"{shown(source.partition(':')[0])}: {text}")
-    elif _BASE64.match(source):
-        raise InputError(field, "looks like base64: put data:image/png;base64, or the like before")
-    return _open_file(source, access, limits, field)
+    if looks_like_base64(source):
+        raise InputError(field, BARE_BASE64)
+    return source
 
 
 def _in_memory(data: bytes | bytearray | memoryview, field: str, task: MediaTask) -> BinaryIO:
@@ -110,19 +117,6 @@ def _fetched(file: BinaryIO, field: str, task: MediaTask) -> BinaryIO:
         raise
     file.seek(0)
     return file
-
-
-def _read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
-    head, comma, body = uri.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise InputError(field, f"{shown(uri)}: a data URI must be data:<type>;base64,<data>")
-    if len(body) > limits.max_media_bytes * 4 // 3 + 4:
-        limits.refuse("max_media_bytes", field, f"a data URI of {len(body)} characters")
-    try:
-        letters = body.encode("ascii").translate(None, b" \t\r\n\f\v")
-        return base64.b64decode(letters, validate=True)
-    except ValueError:  # binascii.Error is one; what is not ASCII is another
-        raise InputError(field, "what follows base64, in the data URI is not base64") from None
 
 
 def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) -> BinaryIO:

@@ -54,7 +54,7 @@ class VideoFile:
             for _ in packets:
                 pass
             index = maker.make()
-            rate = _frame_rate(index, stream)
+            rate = _frame_rate(index, stream) or float(index.num_frames == 1)
             lacking = stream.frames - len(index.pts)
         if first is None or not rate or lacking > stream.frames * MOST_LACKING:
             raise InputError(self._field, BROKEN)

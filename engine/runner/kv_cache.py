@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +10,11 @@ import torch
 from ...kernels.fp8_linear import FP8
 from ...kernels.kv_cache import Cache, Fp8Cache
 from ..config import ModelConfig
+from ..machine_memory import available_memory
 from ..model.decoder import LayerCache
 from ..model.parallel import num_kv_heads_per_rank
 
 SCALE = torch.float32  # of a token and a KV head in FP8
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes: of the GPU, or of this machine within its container's limit."""
+    """(free, total) bytes: of the GPU, or of this machine within its container's limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    free, total = found["MemAvailable"], found["MemTotal"]
-    limit = _cgroup_number("memory.max")
-    if limit is not None and limit < total:
-        total = limit
-        free = min(free, max(0, limit - (_cgroup_number("memory.current") or 0)))
-    return free, total
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((CGROUP / name).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such controller, or "max"
-        return None
+    memory = available_memory()
+    return memory.bytes, memory.total_bytes

@@ -255,5 +255,6 @@ def _write_media(info: MediaInfo) -> pb.ResolvedMedia:
         grid_thw=info.grid_thw,
         frame_indices=info.frame_indices,
         sample_fps=info.sample_fps,
+        raw_fps=info.raw_fps,
         frame_times=info.frame_times,
     )

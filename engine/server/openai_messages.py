@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..input.chat import check_parts
-from ..input.openai_parts import KIND_OF, read_media
+from ..input.openai_parts import KIND_OF, read_media, with_type
 from ..input.prompt import PLACEHOLDER
 from ..input_error import InputError, shown
 
@@ -47,6 +47,7 @@ def _read_message(message: Any, field: str) -> Any:
 def _read_part(part: Any, field: str) -> Any:
     if not isinstance(part, dict):
         raise InputError(field, f"must be an object, not {type(part).__name__}")
+    part = with_type(part, field)
     name = part.get("type")
     if name == "text":
         return part
@@ -83,6 +84,6 @@ def _as_written(field: str, body: Mapping[str, Any]) -> str:
     if found is None:
         return field
     part = body["messages"][int(found[1])]["content"][int(found[2])]
-    name = part["type"]
+    name = with_type(part, field)["type"]
     url = ".url" if isinstance(part[name], dict) else ""
     return f"{found[0].rpartition('.')[0]}.{name}{url}{field[found.end() :]}"

@@ -1,0 +1,76 @@
+"""The memory that this process may still use: of the machine, within its cgroups' limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60  # version 1 writes a number near 2^63
+# Of each version: its limit, what is used, and the key of page cache that the kernel can reclaim.
+FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    bytes: int  # available
+    total_bytes: int
+
+
+def available_memory() -> Memory:
+    """Without swap. Memory that only holds reclaimable file contents counts as available."""
+    lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    available, total = found["MemAvailable"], found["MemTotal"]
+    for folder, version in _cgroups():
+        limit_name, used_name, cache_key = FILES[version]
+        limit = _number(folder / limit_name)
+        if limit is not None and limit < UNLIMITED:
+            used = (_number(folder / used_name) or 0) - _stat(folder, cache_key)
+            available = min(available, max(0, limit - max(0, used)))
+            total = min(total, limit)
+    return Memory(available, total)
+
+
+def _cgroups() -> Iterator[tuple[Path, int]]:
+    """(folder, version) of this process's memory cgroups: the limits of all ancestors hold. A
+    container sees its own as the root."""
+    for line in _text(OWN_CGROUPS).splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            root, version = CGROUP, 2
+        elif "memory" in controllers.split(","):
+            root, version = CGROUP / "memory", 1
+        else:
+            continue
+        yield root, version
+        at = root
+        for part in Path(path).parts[1:]:
+            at /= part
+            yield at, version
+
+
+def _stat(folder: Path, key: str) -> int:
+    for line in _text(folder / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.isdecimal():
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text.isdecimal() else None  # "max": no limit
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):  # no such controller
+        return ""
