@@ -12,8 +12,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from .errors import Fault, Refused, fault_of
-from .key_refusals import KeyRefusals
 from .keys import ApiKeys
+from .rejection_log import API_KEY, RejectionLog
 from .status import abort
 
 log = logging.getLogger("octavo.server")
@@ -25,8 +25,8 @@ Continue = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler |
 class Door(grpc.aio.ServerInterceptor):
     """One interceptor over every service."""
 
-    def __init__(self, keys: ApiKeys | None, refusals: KeyRefusals) -> None:
-        self._keys, self._refusals = keys, refusals
+    def __init__(self, keys: ApiKeys | None, rejections: RejectionLog) -> None:
+        self._keys, self._rejections = keys, rejections
 
     async def intercept_service(
         self, continuation: Continue, details: grpc.HandlerCallDetails
@@ -34,7 +34,7 @@ class Door(grpc.aio.ServerInterceptor):
         if self._keys is not None and not details.method.startswith(OPEN):
             given = dict(details.invocation_metadata).get("authorization")
             if not self._keys.accept(given):
-                return _refusal(self._keys.fault(given), self._refusals)
+                return _refusal(self._keys.fault(given), self._rejections)
         handler = await continuation(details)
         if handler is None:  # gRPC says so
             return None
@@ -43,11 +43,11 @@ class Door(grpc.aio.ServerInterceptor):
         return _unary_stream(handler) if handler.response_streaming else _unary_unary(handler)
 
 
-def _refusal(fault: Fault, refusals: KeyRefusals) -> grpc.RpcMethodHandler:
+def _refusal(fault: Fault, rejections: RejectionLog) -> grpc.RpcMethodHandler:
     """Of a call whose messages nobody reads."""
 
     async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        refusals.add(context.peer())
+        rejections.add(API_KEY, context.peer())
         await abort(context, fault)
         yield b""
 

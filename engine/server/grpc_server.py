@@ -24,8 +24,8 @@ from ..tls import TlsFiles, server_credentials
 from .control import ControlServicer
 from .door import Door
 from .inference import InferenceServicer
-from .key_refusals import KeyRefusals
 from .keys import ApiKeys
+from .rejection_log import RejectionLog
 from .work import Work
 
 if TYPE_CHECKING:  # the extra octavo[http] may not be installed
@@ -71,7 +71,7 @@ class GrpcServer:
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     """To be called in the event loop that serves."""
     work = Work()
-    door = Door(keys, KeyRefusals(engine.engine.stats))
+    door = Door(keys, RejectionLog(engine.engine.stats))
     server = grpc.aio.server(options=OPTIONS, interceptors=[door])
     made = GrpcServer(server, health.aio.HealthServicer(), work)
     control = ControlServicer(
