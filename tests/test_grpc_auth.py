@@ -88,7 +88,7 @@ def every_method() -> list[str]:
 def test_L28_key_timing_one_door_before_every_method(guarded: str, path: str) -> None:
     """Also before what is not there, so that nobody learns what is."""
     wrong = [(), (("authorization", "Bearer nobody's-key"),), (("authorization", KEYS[0]),)]
-    wrong += [(("authorization", f"bearer {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]
+    wrong += [(("authorization", f"Basic {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]
     wrong += [(("authorization", f"Bearer {KEYS[0][:-1]}"),), (("authorization", "Bearer "),)]
     with grpc.insecure_channel(guarded) as channel:
         for metadata in wrong:
@@ -202,6 +202,10 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     assert both is not None
     assert all(both.accept(f"Bearer {key}") for key in (*KEYS, "another-key-4"))
     assert not both.accept("Bearer # ours") and not both.accept("Bearer ")
+    for scheme in ("bearer ", "BEARER\t", "Bearer   ", " bearer \t "):  # RFC 9110
+        assert both.accept(f"{scheme}{KEYS[0]}") and both.accept(f"{scheme}{KEYS[0]} "), scheme
+    for wrong in (f"Bearer{KEYS[0]}", f"Basic {KEYS[0]}", KEYS[0], f"Bearer {KEYS[0]} x", "bearer"):
+        assert not both.accept(wrong), wrong
     assert read_keys(None, {}) is None
     alone = read_keys(None, {"OCTAVO_API_KEYS": KEYS[0]})
     assert alone is not None and alone.accept(f"Bearer {KEYS[0]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 
 from .errors import Refused
 
@@ -18,6 +18,7 @@ class Work:
 
     def __init__(self) -> None:
         self.send_timeout = SEND_TIMEOUT
+        self._sends: set[asyncio.Timeout] = set()
         self.num_running = 0
         self.is_draining = False
         self.idle = asyncio.Event()  # no call runs
@@ -45,6 +46,19 @@ class Work:
         """The server stops: do not wait long for clients that do not read."""
         self.is_draining = True
         self.send_timeout = SEND_TIMEOUT_STOPPING
+        latest = asyncio.get_running_loop().time() + self.send_timeout
+        for timeout in self._sends:
+            if not timeout.expired():
+                timeout.reschedule(min(timeout.when() or latest, latest))
+
+    async def send(self, sending: Awaitable[None]) -> None:
+        """Wait until the client has taken a message. Raises TimeoutError after `send_timeout`."""
+        async with asyncio.timeout(self.send_timeout) as timeout:
+            self._sends.add(timeout)
+            try:
+                await sending
+            finally:
+                self._sends.discard(timeout)
 
     async def drain(self, timeout_s: float | None) -> int:
         """Takes no more calls, and waits for those that run: how many are left."""
