@@ -31,8 +31,8 @@ from octavo.engine.client_error import ClientError
 from octavo.engine.config import ConfigError
 from octavo.engine.server import control
 from octavo.engine.server import keys as keys_module
-from octavo.engine.server.rejection_log import API_KEY, LOG_INTERVAL, RejectionLog
 from octavo.engine.server.keys import ApiKeys, read_keys
+from octavo.engine.server.rejection_log import API_KEY, LOG_INTERVAL, RejectionLog
 from octavo.engine.tls import TlsFiles, read_tls
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
