@@ -23,7 +23,6 @@ MAX_CONNECTIONS = 64
 MAX_HEAD_BYTES = 16 << 10
 HEAD_TIMEOUT = 10.0  # seconds from accepting a connection to the end of its request's head
 SEND_TIMEOUT_S = 30.0  # seconds from then until the response is sent
-METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -115,7 +114,7 @@ class _MetricsConnection(asyncio.Protocol):
         lines = head.split("\r\n")
         method, _, rest = lines[0].partition(" ")
         target, _, version = rest.partition(" ")
-        if method not in METHODS or not target or not version.startswith("HTTP/1."):
+        if not method.isalpha() or not target or not version.startswith("HTTP/1."):
             self._reject("400 Bad Request")
             return
         status, headers, body = call_app(self._app, method, target, lines[1:])
