@@ -181,6 +181,10 @@ class AsyncLLM:
             return None
         return future.result()
 
+    def is_running(self, request_id: str) -> bool:
+        """Return whether a request that has not ended has this name."""
+        return request_id in self._keys
+
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
         key = self._keys.get(request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -36,9 +37,12 @@ def serve_model(
     otlp_endpoint: str | None,
     log_format: str,
 ) -> int:
-    """Serves until it is told to stop; `settings` are the engine's. Raises ValueError or OSError
-    for what cannot be served, `EngineDead` or `WorkerGroupError`."""
+    """Serves until a signal; `settings` are the engine's. Raises ValueError or OSError for what
+    cannot be served, `EngineDead` or `WorkerGroupError`."""
+    # gRPC reads it when it is imported. It logs each failed TLS handshake as INFO.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from .async_llm import AsyncLLM
+    from .server.connections import raise_descriptor_limit
     from .server.grpc_server import check_address, ready_line
     from .server.grpc_server import serve as serve_grpc
     from .server.keys import read_keys
@@ -47,8 +51,11 @@ def serve_model(
     from .worker.address import Address
 
     # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+            signal.signal(number, lambda number, frame: sys.exit(0))
     set_up_logs(log_format)
+    raise_descriptor_limit()
     settings["model"] = one_model(settings.pop("model_name"), settings["model"])
     keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
     settings["workers"] = _addresses(settings["workers"])
@@ -60,7 +67,7 @@ def serve_model(
         if each is not None:
             check_address(host, each, flag)
     if keys is None and not (tls and tls.client_ca) and not Address(host, port).is_loopback:
-        text = "%s is open to other machines, and whoever reaches it is served: see --api-key-file"
+        text = "listening on %s without authentication; set --api-key-file or --tls-client-ca"
         log.warning(text, host)
     http = None
     if http_host is not None and http_port is None:
@@ -73,9 +80,22 @@ def serve_model(
     ):
 
         def on_ready(address: str, http_address: str) -> None:
+            log.info("%s", listening_text(address, http_address, tls is not None))
             print(ready_line(engine, address, http_address) + metrics, flush=True)
 
         return asyncio.run(serve_grpc(engine, host, port, on_ready, keys, tls, http))
+
+
+def listening_text(address: str, http_address: str, has_tls: bool) -> str:
+    """Return the log line that says which API listens where."""
+    secure = " with TLS" if has_tls else ""
+    text = f"listening: gRPC API on {address}{secure}; OpenAI-compatible HTTP API "
+    if http_address:
+        return f"{text}on {'https' if has_tls else 'http'}://{http_address}/v1"
+    return (
+        f"{text}off: OpenAI clients cannot use the gRPC port; add --http-port PORT and use "
+        "base_url=http://HOST:PORT/v1"
+    )
 
 
 def _addresses(workers: str | None) -> tuple[str, ...]:

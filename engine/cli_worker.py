@@ -65,6 +65,7 @@ def worker(
     reach for some seconds, the worker starts anew and waits for the next. Prints a line on stdout
     whenever it waits: ready worker=HOST:PORT rank=R pid=N. Logs go to stderr.
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when gRPC is imported: as in cli_serve
     from .hub import resolve_model
     from .logs import set_up_logs
     from .worker.address import Address

@@ -104,6 +104,7 @@ class EngineStats:
         self.num_encode_tokens = self.num_preemptions = 0
         self.ends: Counter[str] = Counter()  # requests by finish reason, or "refused"
         self.errors: Counter[str] = Counter()  # by code
+        self.closed_connections: Counter[str] = Counter()  # by reason
         self.ttft, self.e2e = Histogram(MIDDLE), Histogram(LONG)
         self.tpot, self.itl = Histogram(SHORT), Histogram(SHORT)
         self.input_queue, self.preprocess = Histogram(SHORT), Histogram(SHORT)
@@ -145,6 +146,11 @@ class EngineStats:
         """Of a call that never became a request. On any thread."""
         with self._lock:
             self.errors[code] += 1
+
+    def count_closed_connection(self, reason: str) -> None:
+        """Count a connection that the HTTP or metrics server closed. On any thread."""
+        with self._lock:
+            self.closed_connections[reason] += 1
 
     def plan(self, plan: StepPlan, planned_at: float) -> None:
         """A step was planned."""

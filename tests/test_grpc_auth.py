@@ -31,8 +31,8 @@ from octavo.engine.client_error import ClientError
 from octavo.engine.config import ConfigError
 from octavo.engine.server import control
 from octavo.engine.server import keys as keys_module
-from octavo.engine.server.key_refusals import LOG_EVERY, KeyRefusals
 from octavo.engine.server.keys import ApiKeys, read_keys
+from octavo.engine.server.rejection_log import API_KEY, LOG_INTERVAL, RejectionLog
 from octavo.engine.tls import TlsFiles, read_tls
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
@@ -88,7 +88,7 @@ def every_method() -> list[str]:
 def test_L28_key_timing_one_door_before_every_method(guarded: str, path: str) -> None:
     """Also before what is not there, so that nobody learns what is."""
     wrong = [(), (("authorization", "Bearer nobody's-key"),), (("authorization", KEYS[0]),)]
-    wrong += [(("authorization", f"bearer {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]
+    wrong += [(("authorization", f"Basic {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]
     wrong += [(("authorization", f"Bearer {KEYS[0][:-1]}"),), (("authorization", "Bearer "),)]
     with grpc.insecure_channel(guarded) as channel:
         for metadata in wrong:
@@ -179,16 +179,20 @@ def test_calls_without_a_good_key_are_counted_and_logged(
     assert "a-wrong-key-0001" not in caplog.text and KEYS[0] not in caplog.text
 
 
-def test_the_log_tells_of_refusals_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_log_line_per_interval_counts_rejected_calls(caplog: pytest.LogCaptureFixture) -> None:
     now = 100.0
     stats = SimpleNamespace(count_error=lambda code: None)
-    refusals = KeyRefusals(stats, lambda: now)  # type: ignore[arg-type]
+    rejections = RejectionLog(stats, lambda: now)  # type: ignore[arg-type]
     for _ in range(50):
-        refusals.add("here")
-    now += LOG_EVERY
-    refusals.add("there")
-    told = [each.getMessage() for each in caplog.records]
-    assert [": 1 call" in told[0], ": 50 call" in told[1], len(told)] == [True, True, 2]
+        rejections.add(API_KEY, "here")
+    now += LOG_INTERVAL
+    rejections.add(API_KEY, "there")
+    lines = [each.getMessage() for each in caplog.records]
+    assert ["rejected 1 call" in lines[0], "rejected 50 call" in lines[1], len(lines)] == [
+        True,
+        True,
+        2,
+    ]
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
@@ -198,6 +202,10 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     assert both is not None
     assert all(both.accept(f"Bearer {key}") for key in (*KEYS, "another-key-4"))
     assert not both.accept("Bearer # ours") and not both.accept("Bearer ")
+    for scheme in ("bearer ", "BEARER\t", "Bearer   ", " bearer \t "):  # RFC 9110
+        assert both.accept(f"{scheme}{KEYS[0]}") and both.accept(f"{scheme}{KEYS[0]} "), scheme
+    for wrong in (f"Bearer{KEYS[0]}", f"Basic {KEYS[0]}", KEYS[0], f"Bearer {KEYS[0]} x", "bearer"):
+        assert not both.accept(wrong), wrong
     assert read_keys(None, {}) is None
     alone = read_keys(None, {"OCTAVO_API_KEYS": KEYS[0]})
     assert alone is not None and alone.accept(f"Bearer {KEYS[0]}")

@@ -975,8 +975,9 @@ def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
     first = next(iter(stream))
     assert first.id == "chatcmpl-mine"
     assert stream.response.headers["x-request-id"] == "mine"
-    with pytest.raises(openai.ConflictError, match="in use"):
-        client.chat.completions.create(model="embedded", messages=WHO, **named)
+    for prompt in ("one", ["one", "two"]):  # a mesh's trace id: no conflict
+        also = client.completions.create(model="embedded", prompt=prompt, max_tokens=2, **named)
+        assert also.id.startswith("cmpl-mine-") and also._request_id == "mine"
     with octavo.Client(door.address) as other:
         assert other.abort("mine")
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "abort"

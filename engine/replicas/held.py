@@ -14,6 +14,7 @@ from typing import Any
 
 from ...scheduler.request import EncodeUnit, Request, UnitKey
 from ...scheduler.scheduler import Scheduler
+from ..server.metadata import header_in
 from .prefix import HASH_BYTES, Prefix
 
 MAX_KNOWN = 8192  # links, and as many media: 64 KiB of a report
@@ -51,8 +52,8 @@ class Held:
         return call
 
     def admitted(self, request_id: str, request: Request) -> None:
-        """Of several prompts in one call, which are NAME-0, NAME-1, ..., the first is expected."""
-        for name in (request_id, request_id.removesuffix("-0")):
+        """Learn of a request. Of several prompts in one call the first is expected."""
+        for name in (request_id, header_in(request_id)):
             if name in self._expected:
                 self._expected.pop(name).request = request
                 return

@@ -29,8 +29,8 @@ from ...proto import octavo_pb2 as pb
 from ..server.errors import Fault, Refused
 from ..server.http_error import ApiError, error_of
 from ..server.http_guard import MAX_BODY_BYTES, Guard, read_body
-from ..server.key_refusals import KeyRefusals
 from ..server.keys import read_keys
+from ..server.rejection_log import API_KEY, RejectionLog
 from ..server.status import failure_of
 from ..server.work import Work
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
@@ -57,8 +57,8 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle, api_key_file: Path | None) -> None:
         """Raises `ConfigError`."""
         self._replicas = replicas.options(stream=True)
-        self._keys, self._refusals = read_keys(api_key_file), KeyRefusals(None)
-        self._guard = Guard(self._http, Work(), self._keys, self._refusals)
+        self._keys, self._rejections = read_keys(api_key_file), RejectionLog(None)
+        self._guard = Guard(self._http, Work(), self._keys, self._rejections)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Starlette(routes=[Mount("/", app=self._guarded)])
@@ -190,7 +190,7 @@ class Ingress:
         try:
             check_key(metadata, self._keys)
         except Refused:
-            self._refusals.add(context.peer())
+            self._rejections.add(API_KEY, context.peer())
             raise
         if (size := request.ByteSize()) > MAX_BODY_BYTES:
             text = f"the message has {size} bytes, over {MAX_BODY_BYTES}; send smaller media"

@@ -15,9 +15,9 @@ from ..server.grpc_server import warm_up
 from ..server.http_live import LiveView
 from ..server.http_server import make_app
 from ..server.inference import InferenceServicer
-from ..server.key_refusals import KeyRefusals
 from ..server.keys import read_keys
 from ..server.openai_routes import Routes
+from ..server.rejection_log import RejectionLog
 from ..server.work import Work
 from .calls import GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .held import Held
@@ -42,9 +42,9 @@ class EngineReplica:
         self._engine.on_admitted = self._held.admitted
         self._work = Work()
         routes = Routes.of(self._engine, self._work)
-        refusals = KeyRefusals(self._engine.engine.stats)
+        rejections = RejectionLog(self._engine.engine.stats)
         view = LiveView(self._engine, self._keys is not None)
-        self._app = make_app(routes, self._work, self._keys, refusals, view)
+        self._app = make_app(routes, self._work, self._keys, rejections, view)
         control = ControlServicer(self._engine, self._work, _nothing, self._keys is not None)
         self._servicers = {
             "Inference": InferenceServicer(self._engine, self._work),

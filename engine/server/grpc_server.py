@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ...proto import octavo_pb2_grpc
 from ...scheduler.params import SamplingParams
 from ..async_llm import AsyncLLM
 from ..tls import TlsFiles, server_credentials
+from .connections import connections_that_fit
 from .control import ControlServicer
 from .door import Door
+from .health import HealthServicer
 from .inference import InferenceServicer
-from .key_refusals import KeyRefusals
 from .keys import ApiKeys
+from .rejection_log import RejectionLog
 from .work import Work
 
 if TYPE_CHECKING:  # the extra octavo[http] may not be installed
@@ -34,10 +36,12 @@ if TYPE_CHECKING:  # the extra octavo[http] may not be installed
 log = logging.getLogger("octavo.server")
 
 SERVICES = ("octavo.v1.Inference", "octavo.v1.Control")
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 MAX_MESSAGE_BYTES = 256 << 20
 NO_ADDRESS = "the address is in use or not this machine's"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 10.0  # seconds that running requests get when the server is asked to stop
 LAST_WORDS = 4.0  # seconds then for them to be ended, and told so
 HEALTH_CHECK = 1.0  # seconds between two looks at whether the workers are there
@@ -51,6 +55,10 @@ OPTIONS = [
     # Clients may ping as often as this; gRPC's default of five minutes cuts long prefills off.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # Connections that send nothing, or make no calls; clients connect again by themselves.
+    ("grpc.server_handshake_timeout_ms", 20_000),  # TLS, then HTTP/2's settings
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_concurrent_streams", 4096),  # of one connection
     ("grpc.so_reuseport", 0),  # a port in use is an error, not half of the clients lost
 ]
 
@@ -60,27 +68,28 @@ class GrpcServer:
     """All services of one engine, before anybody listens."""
 
     server: grpc.aio.Server
-    health: health.aio.HealthServicer
+    health: HealthServicer
     work: Work
 
     async def set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
-            await self.health.set(service, NOT_SERVING if self.work.is_draining else status)
+            self.health.set(service, NOT_SERVING if self.work.is_draining else status)
 
 
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     """To be called in the event loop that serves."""
     work = Work()
-    door = Door(keys, KeyRefusals(engine.engine.stats))
-    server = grpc.aio.server(options=OPTIONS, interceptors=[door])
-    made = GrpcServer(server, health.aio.HealthServicer(), work)
+    door = Door(keys, RejectionLog(engine.engine.stats), work)
+    limit = ("grpc.max_allowed_incoming_connections", connections_that_fit())
+    server = grpc.aio.server(options=[*OPTIONS, limit], interceptors=[door])
+    made = GrpcServer(server, HealthServicer(), work)
     control = ControlServicer(
         engine, work, lambda: made.set_health(NOT_SERVING), has_api_keys=keys is not None
     )
     octavo_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine, work), server)
     octavo_pb2_grpc.add_ControlServicer_to_server(control, server)
     health_pb2_grpc.add_HealthServicer_to_server(made.health, server)
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (*SERVICES, HEALTH, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return made
 
@@ -108,7 +117,8 @@ async def serve(
     tls: TlsFiles | None = None,
     http: HttpServer | None = None,
 ) -> int:
-    """Serves until SIGTERM or SIGINT (returns 0) or until the worker group dies (returns 1).
+    """Serves until SIGTERM, SIGINT or SIGHUP (returns 0), or until the worker group dies (returns
+    1). A second signal ends without waiting for running requests.
 
     `http`: the other door, if it is wanted. `on_ready` is called once with the HOST:PORT of gRPC
     and of HTTP ("" without), after a first step has run. Raises OSError when an address cannot be
@@ -117,9 +127,7 @@ async def serve(
     made = make_server(engine, keys)
     address = f"[{host}]" if ":" in host else host
     port = listen(made.server, f"{address}:{port}", tls)
-    asked_to_stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
+    asked_to_stop, asked_again = _signals()
     if not await _warmed_up(engine, asked_to_stop):
         return 0
     _spare_collector()
@@ -132,8 +140,22 @@ async def serve(
     await made.set_health(NOT_SERVING)
     if died:
         log.error("the engine stopped: %s", died)
-    await _stop(made, http, engine, 1.0 if died else GRACE)
+    await _stop(made, http, engine, 1.0 if died else GRACE, asked_again)
     return 1 if died else 0
+
+
+def _signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Return the events of the first and the second signal to stop. SIGHUP (a terminal that is
+    closed) is one of them, but not under `nohup`."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+    return first, second
 
 
 def listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
@@ -146,17 +168,38 @@ def listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
         raise OSError(f"{address}: {NO_ADDRESS}") from None
 
 
-async def _stop(made: GrpcServer, http: HttpServer | None, engine: AsyncLLM, grace: float) -> None:
-    """Running requests get `grace` seconds; the engine then ends what is left, so that each caller
-    is told. An open health watch is not waited for."""
+async def _stop(
+    made: GrpcServer,
+    http: HttpServer | None,
+    engine: AsyncLLM,
+    grace: float,
+    asked_again: asyncio.Event,
+) -> None:
+    """Running requests get `grace` seconds, or until a second signal; the engine then ends what is
+    left, so that each caller is told. An open health watch is not waited for, nor a client that
+    does not read its response."""
+    made.work.hurry()
     stopping = asyncio.create_task(made.server.stop(grace + LAST_WORDS))
-    if await made.work.drain(grace):
+    if await _drained(made.work, grace, asked_again):
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
         await asyncio.wait({closing}, timeout=LAST_WORDS / 2)
         await made.work.drain(LAST_WORDS / 2)
     await asyncio.sleep(0.1)  # the last request's status is still to be sent
     await asyncio.gather(made.server.stop(None), *([http.drain(0.0)] if http else []))
     await stopping
+
+
+async def _drained(work: Work, grace: float, asked_again: asyncio.Event) -> int:
+    """Return how many requests are left when the time or the operator's patience is over."""
+    drained = asyncio.create_task(work.drain(grace))
+    again = asyncio.create_task(asked_again.wait())
+    await asyncio.wait({drained, again}, return_when=asyncio.FIRST_COMPLETED)
+    if again.done():
+        log.info("stopping at once: a second signal came")
+    for task in (drained, again):
+        task.cancel()
+    await asyncio.wait({drained, again})
+    return work.num_running
 
 
 def _spare_collector() -> None:

@@ -55,6 +55,8 @@ class ApiError(Exception):
             headers["retry-after"] = RETRY_AFTER
         if self.status in (500, 501, 504):  # else OpenAI's clients send all 5xx again
             headers["x-should-retry"] = "false"
+        if self.status == 408:  # the rest of the body may still come
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return Response(self.body, self.status, headers, "application/json")

@@ -16,13 +16,15 @@ from ...scheduler.params import shown
 from .errors import Fault, Refused
 from .http_error import ApiError, api_error, error_of
 from .http_page import PATHS
-from .key_refusals import KeyRefusals
 from .keys import ApiKeys
 from .metadata import MAX_REQUEST_ID
+from .rejection_log import API_KEY, RejectionLog
 from .work import Work
 
 MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
 MAX_BODIES_BYTES = 4 << 30  # of all calls together
+PROGRESS_BYTES = 64 << 10  # so much of a body, or all of what is left, has to come in ..
+BODY_TIMEOUT = 30.0  # .. so many seconds
 OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
 
 
@@ -53,19 +55,21 @@ class Bodies:
 
 class Guard:
     """The one middleware. What it lets through has its whole body, and is cancelled when its
-    client goes away, as gRPC does it."""
+    client goes away, as gRPC does it. Draining does not wait for a body that is being sent: its
+    request is rejected when it is complete."""
 
     def __init__(
         self,
         app: ASGIApp,
         work: Work,
         keys: ApiKeys | None,
-        refusals: KeyRefusals,
+        rejections: RejectionLog,
         max_bytes: int = MAX_BODIES_BYTES,
+        body_timeout: float = BODY_TIMEOUT,
     ) -> None:
         """`max_bytes`: of the bodies of all calls that run."""
-        self._app, self._work, self._keys, self._refusals = app, work, keys, refusals
-        self._bodies = Bodies(max_bytes)
+        self._app, self._work, self._keys, self._rejections = app, work, keys, rejections
+        self._bodies, self._body_timeout = Bodies(max_bytes), body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = _echoing(Headers(scope=scope), send)
@@ -78,10 +82,12 @@ class Guard:
             self._check_host(Headers(scope=scope), scope)
             self._check(Headers(scope=scope), posts)
             if posts:
-                with self._work.call(), self._bodies.call() as take:
-                    body = await read_body(receive, take)
+                self._work.check_not_draining()
+                with self._bodies.call() as take:
+                    body = await read_body(receive, take, self._body_timeout)
                     if body is not None:  # else the client went away
-                        await _run_while_wanted(self._app, body, scope, receive, send)
+                        with self._work.call():
+                            await _run_while_wanted(self._app, body, scope, receive, send)
                 return
         except (ApiError, Refused) as error:
             await error_of(error).response()(scope, receive, send)
@@ -92,7 +98,7 @@ class Guard:
         """Raises `ApiError`."""
         given = headers.get("authorization")
         if self._keys is not None and not self._keys.accept(given):
-            self._refusals.add("{}:{}".format(*scope.get("client") or ("?", "?")))
+            self._rejections.add(API_KEY, "{}:{}".format(*scope.get("client") or ("?", "?")))
             raise api_error(self._keys.fault(given))
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:
@@ -140,7 +146,7 @@ def _is_of_this_machine(host: str) -> bool:
 
 
 def _echoing(headers: Headers, send: Send) -> Send:
-    """Answers have their request's x-request-id, refusals too."""
+    """Answers have their request's x-request-id, errors too."""
     name = headers.get("x-request-id", "")
     if not name or len(name) > MAX_REQUEST_ID:
         return send
@@ -159,23 +165,40 @@ def _too_large() -> ApiError:
 
 
 async def read_body(
-    receive: Receive, take: Callable[[int], None] = lambda size: None
+    receive: Receive,
+    take: Callable[[int], None] = lambda size: None,
+    progress_timeout: float = BODY_TIMEOUT,
 ) -> bytes | None:
-    """None when the client went away. Raises `ApiError` for one that is too large. `take`: told of
-    all that comes."""
-    chunks: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        take(len(chunks[-1]))
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
-        more = message.get("more_body", False)
-    return b"".join(chunks)
+    """Return a request's body, or None when the client went away. Raises `ApiError` for one that
+    is too large, or slower than `PROGRESS_BYTES` in `progress_timeout` seconds. `take`: called with
+    the size of each part."""
+    body = bytearray()  # not a list: parts can be single bytes
+    progress, more = 0, True
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(progress_timeout) as timeout:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                take(len(part))
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+                if len(body) - progress >= PROGRESS_BYTES:
+                    progress = len(body)
+                    timeout.reschedule(loop.time() + progress_timeout)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise _too_slow(len(body), progress_timeout) from None
+    return bytes(body)
+
+
+def _too_slow(size: int, seconds: float) -> ApiError:
+    text = f"the body did not arrive in time: {size} bytes came, and then less than "
+    text += f"{PROGRESS_BYTES} in {seconds:g} s; send it again over a faster connection"
+    return ApiError(408, text, "timeout_error", code="request_timeout")
 
 
 async def _run_while_wanted(

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -14,50 +16,78 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
+from uvicorn.server import ServerState
 
 from ...scheduler.admission import AdmissionError
 from ..async_llm import AsyncLLM
 from ..engine import DuplicateRequest, EngineDead
 from ..input_error import InputError
 from ..tls import TlsFiles
+from .connections import Acceptor, ConnectionLimits, Slot, connections_that_fit
 from .errors import Refused
+from .http_connection import HttpConnection, Timeouts, http_config
 from .http_error import ApiError, error_of, misrouted
-from .http_guard import Guard
+from .http_guard import BODY_TIMEOUT, Guard
 from .http_live import LiveView
 from .http_page import page_routes
 from .http_tls import server_context
-from .key_refusals import KeyRefusals
 from .keys import ApiKeys
 from .openai_routes import Routes
+from .rejection_log import RejectionLog
 from .work import Work
 
-KEEP_ALIVE = 60  # seconds that a connection may rest between two requests
+CLOSE_GRACE = 1.0  # seconds for connections to send what is left of their responses
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the program, and says when it listens."""
+    """Leaves signals to the program, and accepts connections within limits."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        accept: Callable[[socket.socket, Callable[[Slot], HttpConnection]], Acceptor],
+        connect: Callable[[ServerState, Slot], HttpConnection],
+    ) -> None:
         super().__init__(config)
         self.listens = asyncio.Event()
+        self._listener, self._accept, self._connect = listener, accept, connect
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        connect = functools.partial(self._connect, self.server_state)
+        self._acceptor = self._accept(self._listener, connect)
+        self.started = True
         self.listens.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End connections without a response in progress, then, after `CLOSE_GRACE`, all."""
+        self._acceptor.close()
+        for connection in list(self.server_state.connections):
+            cast(HttpConnection, connection).end()
+        await self._acceptor.close_all(CLOSE_GRACE)
+        if self.server_state.tasks:
+            await asyncio.wait(list(self.server_state.tasks), timeout=CLOSE_GRACE)
 
 
 class HttpServer:
     """The door of one engine: `start`, then `drain`."""
 
     def __init__(
-        self, host: str, port: int, keys: ApiKeys | None = None, tls: TlsFiles | None = None
+        self,
+        host: str,
+        port: int,
+        keys: ApiKeys | None = None,
+        tls: TlsFiles | None = None,
+        timeouts: Timeouts | None = None,
+        max_connections: int | None = None,
     ) -> None:
         """`port`: 0 takes a free one. `keys`: of which every request must bring one."""
         self._host, self._port, self._keys, self._tls = host, port, keys, tls
+        self._timeouts, self._max_connections = timeouts or Timeouts(), max_connections
         self._work = Work()
 
     async def start(self, engine: AsyncLLM, work: Work) -> str:
@@ -65,16 +95,32 @@ class HttpServer:
         all doors."""
         self._work, host = work, self._host
         asks_who = self._keys is not None or bool(self._tls and self._tls.client_ca)
-        view, refusals = LiveView(engine, asks_who), KeyRefusals(engine.engine.stats)
-        app = make_app(Routes.of(engine, work), work, self._keys, refusals, view)
-        config = _config(app, self._tls)
+        view = LiveView(engine, asks_who)
+        self._rejections = RejectionLog(engine.engine.stats)
+        app = make_app(
+            Routes.of(engine, work), work, self._keys, self._rejections, view, self._timeouts.body
+        )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, self._port), family=family, backlog=2048)
-        self._server = _Uvicorn(config)
-        self._serving = asyncio.create_task(self._server.serve([listener]))
-        await self._server.listens.wait()
+        self._config = http_config(app)
+        self._server = _Uvicorn(self._config, listener, self._accept, self._connect)
         address = f"[{host}]" if ":" in host else host
-        return f"{address}:{listener.getsockname()[1]}"
+        name = f"{address}:{listener.getsockname()[1]}"
+        self._serving = asyncio.create_task(self._server.serve())
+        await self._server.listens.wait()
+        return name
+
+    def _accept(
+        self, listener: socket.socket, connect: Callable[[Slot], HttpConnection]
+    ) -> Acceptor:
+        limits = ConnectionLimits(self._max_connections or connections_that_fit())
+        tls = server_context(self._tls) if self._tls else None
+        return Acceptor(listener, connect, limits, self._rejections, tls)
+
+    def _connect(self, state: ServerState, slot: Slot) -> HttpConnection:
+        return HttpConnection(
+            self._config, state, slot, self._timeouts, self._work, self._rejections
+        )
 
     async def drain(self, grace: float) -> None:
         """Takes no more requests, gives the running ones `grace` seconds, and ends."""
@@ -83,33 +129,21 @@ class HttpServer:
         await self._serving
 
 
-def _config(app: ASGIApp, tls: TlsFiles | None) -> uvicorn.Config:
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=1,
-    )
-    config.load()
-    config.ssl = server_context(tls) if tls else None
-    return config
-
-
 def make_app(
-    routes: Routes, work: Work, keys: ApiKeys | None, refusals: KeyRefusals, view: LiveView
+    routes: Routes,
+    work: Work,
+    keys: ApiKeys | None,
+    rejections: RejectionLog,
+    view: LiveView,
+    body_timeout: float = BODY_TIMEOUT,
 ) -> ASGIApp:
     """The guard stands before all paths."""
     kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
     handlers = dict.fromkeys((*kinds, Refused, Exception), _tell)
     paths = [*routes.all, *page_routes(), *view.routes]
     app = Starlette(routes=paths, exception_handlers=handlers)
-    return Guard(app, work, keys, refusals, routes.engine.config.max_queue_bytes)
+    max_bytes = routes.engine.config.max_queue_bytes
+    return Guard(app, work, keys, rejections, max_bytes, body_timeout)
 
 
 async def _tell(request: Request, error: Exception) -> Response:

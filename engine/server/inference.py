@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from .convert import (
 )
 from .counted import counted
 from .errors import Fault, Refused, fault_in, fault_of
-from .metadata import checked_request_id, log_trace, read_metadata
+from .metadata import checked_request_id, log_trace, read_metadata, request_name
 from .status import abort, failure_of
 from .work import Work
 
@@ -88,8 +87,8 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         if request.model not in ("", served):
             text = f"model={shown(request.model)}: this server has {served}"
             raise Refused("NOT_FOUND", text, "model")
-        name = checked_request_id(request.request_id, "request_id") or beside.request_id
-        name = name or uuid.uuid4().hex
+        name = checked_request_id(request.request_id, "request_id")
+        name = name or request_name(beside.request_id, self._engine.is_running)
         options = read_options(request, context.time_remaining(), beside.priority)
         log_trace(name, beside)
         limits = self._engine.engine.processor.limits

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ log = logging.getLogger("octavo.server")
 
 VARIABLE = "OCTAVO_API_KEYS"  # keys apart by commas
 LEAST = 8  # characters of a key
-SCHEME = "Bearer "
+_BEARER = re.compile(r"bearer[ \t]+(\S.*)", re.IGNORECASE)  # RFC 9110, 11.4
 
 
 class ApiKeys:
@@ -51,22 +52,31 @@ class ApiKeys:
             log.info("the file of API keys has changed and is used from now on")
 
     def accept(self, authorization: str | bytes | None) -> bool:
-        """Whether a header `authorization` brings one of the keys: all of them are compared, each
-        in constant time."""
+        """Return whether the header `authorization` has one of the keys. All keys are compared,
+        each in constant time."""
         self._refresh()
-        text = authorization if isinstance(authorization, str) else ""
-        given = _digest(text.removeprefix(SCHEME))
-        same = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return text.startswith(SCHEME) and any(same)
+        given = bearer_token(authorization)
+        digest = _digest(given or "")
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]
+        return given is not None and any(matches)
 
     def fault(self, authorization: str | bytes | None) -> Fault:
-        """What a call is told that `accept` refuses."""
-        if isinstance(authorization, str) and authorization.startswith(SCHEME):
+        """Return the error of a call that `accept` rejects."""
+        if bearer_token(authorization) is not None:
             text = "the API key is not one of this server's"
         else:
             text = "this server asks for an API key: send the header `authorization: Bearer KEY`"
             text += " (octavo.Client(api_key=KEY) does, and octavo chat with OCTAVO_API_KEY=KEY)"
         return Fault("UNAUTHENTICATED", f"authorization: {text}", "authorization")
+
+
+def bearer_token(authorization: str | bytes | None) -> str | None:
+    """Return the token of a header `authorization`: the scheme in any case, then spaces or tabs.
+    None for another scheme and for a header without a token."""
+    if not isinstance(authorization, str):
+        return None
+    found = _BEARER.fullmatch(authorization.strip(" \t"))
+    return found[1] if found else None
 
 
 def read_keys(

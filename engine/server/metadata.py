@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...scheduler.params import PRIORITIES, shown
@@ -13,6 +14,7 @@ from ..input_error import InputError
 log = logging.getLogger("octavo.server")
 
 MAX_REQUEST_ID = 256  # characters
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{12}-0$")
 # W3C Trace Context: version, trace id, parent id, flags; later versions may have more behind.
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 
@@ -34,6 +36,24 @@ def read_metadata(pairs: Iterable[tuple[str, str | bytes]]) -> CallMetadata:
         priority=_priority(given),
         traceparent=_traceparent(given.get("traceparent", "")),
     )
+
+
+def request_name(header: str, is_running: Callable[[str], bool], num_prompts: int = 1) -> str:
+    """Return a request's unique name by its header x-request-id, which may be a mesh's trace id
+    that several requests share: the header's value where no request has that name, else the value
+    and a random suffix. To be used before the event loop goes on."""
+    random = uuid.uuid4().hex
+    if not header:
+        return random
+    if num_prompts == 1 and not is_running(header):
+        return header
+    return f"{header}-{random[:12]}"
+
+
+def header_in(name: str) -> str:
+    """Return the header's value in a name that `request_name` made for several prompts; the name
+    of the first prompt's request ends in -0."""
+    return _RANDOM_SUFFIX.sub("", name)
 
 
 def log_trace(name: str, beside: CallMetadata) -> None:

@@ -8,17 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import (
-    CollectorRegistry,
-    generate_latest,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ..histogram import Histogram
 from ..stats import EngineLoad, EngineStats
+from .metrics_server import MetricsServer
+from .rejection_log import CONNECTION_REASONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -32,22 +30,13 @@ def metrics_text(stats: EngineStats) -> bytes:
 
 @contextmanager
 def serving_metrics(stats: EngineStats, host: str, port: int | None) -> Iterator[str]:
-    """Answers every GET at `port` with the metrics, on threads of its own, and gives HOST:PORT;
-    port 0 takes a free one, None serves nothing. Raises OSError when the address is taken."""
+    """Answer every GET at `port` with the metrics, on a thread, and yield HOST:PORT. Port 0 takes a
+    free one; None serves nothing. Raises OSError when the address is taken."""
     if port is None:
         yield ""
         return
-    try:
-        server, thread = start_http_server(port, host, _registry(stats))
-    except OSError:
-        text = "the address is in use or not this machine's"
-        raise OSError(f"--metrics-port {port}: {host}:{port}: {text}") from None
-    try:
-        yield f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with MetricsServer(stats, _registry(stats), host, port) as server:
+        yield server.address
 
 
 def _registry(stats: EngineStats) -> CollectorRegistry:
@@ -64,6 +53,7 @@ class _EngineCollector(Collector):
         stats = self._stats
         load = stats.load()
         yield from _requests(stats, load)
+        yield from _connections(stats)
         yield from _tokens(stats, load)
         yield from _times(stats)
         yield from _caches(stats, load)
@@ -89,6 +79,12 @@ def _requests(stats: EngineStats, load: EngineLoad) -> Iterator[Metric]:
     yield _counter("request_errors", text, errors, "code")
     text = "Times a running request lost its blocks to a more urgent one."
     yield _counter("preemptions", text, {"": stats.num_preemptions})
+
+
+def _connections(stats: EngineStats) -> Iterator[Metric]:
+    closed = {**dict.fromkeys(CONNECTION_REASONS, 0), **stats.closed_connections}
+    text = "Connections to the HTTP and metrics servers that were closed, by reason."
+    yield _counter("connections_closed", text, closed, "reason")
 
 
 def _tokens(stats: EngineStats, load: EngineLoad) -> Iterator[Metric]:

@@ -30,6 +30,9 @@ log = logging.getLogger("octavo.server")
 DONE = b"data: [DONE]\n\n"
 FEW = 16  # tokens whose log probabilities are written on the event loop
 
+# JSON escapes all other line separators by itself: they are control characters below U+0020.
+_LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
+
 Answers = AsyncGenerator[tuple[int, OutputDelta], None]
 
 
@@ -55,7 +58,12 @@ class EventStream(Response):
 
 
 def dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Return `value` as JSON in UTF-8 on one line, also for clients that split lines at Unicode's
+    line separators (Python's `splitlines`, for one)."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character, escaped in _LINE_SEPARATORS:
+        text = text.replace(character, escaped)  # it can only be inside a string
+    return text.encode()
 
 
 def failed(error: str, asked: Asked) -> ApiError:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import logging
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from ..input_error import InputError
 from .counted import counted
 from .errors import Refused
 from .http_error import fault_code
-from .metadata import log_trace, read_metadata
+from .metadata import log_trace, read_metadata, request_name
 from .metrics import CONTENT_TYPE, metrics_text
 from .openai_answers import EventStream, answers_of, chunks, dump, failed, gather
 from .openai_messages import named_as_written, read_messages
@@ -73,7 +72,7 @@ class Routes:
             beside = read_metadata(request.headers.items())
             written = read_json(body)
             asked = replace(read(written, self.model), body=written)
-        name = beside.request_id or uuid.uuid4().hex
+        name = request_name(beside.request_id, self.engine.is_running, len(asked.prompts))
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
         tokenizer = self.engine.engine.processor.tokenizer.backend
@@ -81,7 +80,7 @@ class Routes:
         form = AnswerForm(name, self.model, is_chat, decode)
         log_trace(name, beside)
         answers = answers_of(self.engine, asked, name, beside.traceparent)
-        headers = {"x-request-id": name}
+        headers = {"x-request-id": beside.request_id or name}
         if not asked.stream:
             with named_as_written(asked.body):
                 make = await gather(answers, asked, form)
