@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from .openai_parts import URLS, read_media
-from .tokenizer import TextTokenizer
+from .tokenizer import TextBudget, TextTokenizer
 from .tool_results import in_order_of_calls
 from .tool_turns import MARK, TEXTS, Written, add_mark, as_they_are, in_qwens_form, to_json
 from .tools import read_calls, read_tools
@@ -28,7 +28,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
 MAX_PARTS = 1 << 14  # of all messages
-MAX_TEXT = 16 << 20  # characters of all texts
+MAX_TEXT = 8 << 20  # characters of all texts
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,11 @@ class ChatTemplate:
         except TemplateError as error:
             raise ConfigError(f"{model_dir}: its chat template does not parse: {error}") from None
 
-    def encode(self, conversation: Conversation) -> list[int]:
-        """Token ids with one placeholder token for each image or video."""
+    def encode(self, conversation: Conversation, budget: TextBudget | None = None) -> list[int]:
+        """Return token ids with one placeholder token for each image or video.
+
+        Raises `TooLong` over the budget.
+        """
         texts = [*conversation.texts]
         try:
             rendered = self._template.render(
@@ -222,12 +225,11 @@ class ChatTemplate:
             own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
             raise InputError("messages", f"the chat template refuses them{own}") from None
         token_ids: list[int] = []
-        for piece in self._tokenizer.split_added(rendered):
-            if piece in self._tokenizer.added:
-                token_ids.append(self._tokenizer.added[piece])
-            elif piece:
-                run = MARK.sub(lambda mark: texts[int(mark[1])], piece)
-                token_ids.extend(self._tokenizer.encode_plain(run))
+        for part, token in self._tokenizer.split_added(rendered):
+            run = MARK.sub(lambda mark: texts[int(mark[1])], part)
+            token_ids += self._tokenizer.encode_plain(run, budget)
+            if token:
+                token_ids.append(self._tokenizer.added[token])
         return token_ids
 
     def _turns(self, conversation: Conversation, texts: list[str]) -> dict[str, Any]:
@@ -237,7 +239,7 @@ class ChatTemplate:
             return {"messages": in_qwens_form(messages, tools)}
 
         def mark(text: str) -> str:
-            forges = "\0" in text or len(self._tokenizer.split_added(text)) > 1
+            forges = "\0" in text or self._tokenizer.has_added(text)
             return add_mark(text, texts) if forges else text
 
         return {

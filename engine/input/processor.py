@@ -122,7 +122,7 @@ class InputProcessor:
         task = task or MediaTask(self.limits)
         with ExitStack() as on_failure:
             on_failure.callback(task.close)
-            found = self.reader.read(prompt, images, videos)
+            found = self.reader.read(prompt, images, videos, task.check)
             opened = self._open_all(found.token_ids, found.parts, task)
             media = tuple(each.item for each in opened)
             expanded, spans = self._expand(found.token_ids, media)
