@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
@@ -121,7 +122,7 @@ class AsyncLLM:
             try:
                 self._check_alive()
                 preparing.add(key)
-                stream.work = self._pool.submit(prompt, params.structured if params else None)
+                stream.work = self._pool.submit(prompt, params)
                 del prompt  # it may be large, and is the pool's now
                 with calls.naming():
                     ready = await self._preprocess(stream.work, clock, stream)
@@ -207,17 +208,32 @@ class AsyncLLM:
         return asked.result()
 
     async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
-        """Token ids of a text or of a conversation, whose images and videos are one placeholder
-        each. `plain`: in the text an added token's spelling means nothing. Raises `InputError`."""
-        reader = self.engine.processor.reader
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(reader.tokenize, prompt, plain)
-        return list((await asyncio.to_thread(reader.read, prompt)).token_ids)
+        """Return the token ids of a text or of a conversation, at most `max_model_len`.
+
+        Images and videos of a conversation are one placeholder each. `plain`: in the text an added
+        token's spelling means nothing. Raises `InputError` or `QueueFull`.
+        """
+        self._check_alive()
+        job = self._pool.tokenize(prompt, plain)
+        try:
+            return await self._result(job.future)
+        finally:
+            job.cancel()
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Raises `InputError`."""
-        reader = self.engine.processor.reader
-        return await asyncio.to_thread(reader.detokenize, token_ids, skip_special_tokens)
+        """Return the text of token ids. Raises `InputError`."""
+        self._check_alive()
+        return await self._result(self._pool.detokenize(token_ids, skip_special_tokens))
+
+    async def _result(self, work: Future[Any]) -> Any:
+        """Wait for the pool. Raises `EngineDead` where `close` has emptied it."""
+        future = asyncio.wrap_future(work)
+        try:
+            await asyncio.wait([future])
+        finally:
+            future.cancel()
+        self._check_alive()
+        return future.result()
 
     async def wait_failed(self) -> str:
         """Returns the cause once the worker group has died."""

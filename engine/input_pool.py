@@ -1,39 +1,45 @@
-"""Threads that make requests' input ready, beside the engine's loop.
+"""Threads that preprocess requests' input, alongside the engine's loop.
 
-Decoding, resizing and hashing hold no lock of Python's. Each kind of prompt has threads of its own:
-text waits for no image, an image for no film, and nobody for another's server.
+Encoding text, decoding, resizing and hashing release the GIL. Short texts, long texts, images,
+videos and URL fetches have separate threads, so none queues behind a slower kind.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from sys import getsizeof
 from typing import Any
 
 from ..scheduler.admission import QueueFull
-from ..scheduler.structured import StructuredOutput
+from ..scheduler.params import SamplingParams
 from .cores import num_cores
 from .grammar import Grammar, Grammars
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
+from .input_error import InputError
 from .media.child_pool import DecoderPool
 from .media.task import MediaTask
 
 KINDS = ("image", "video")
+RAW = ("prompt", "prompt_token_ids")
+TOKEN_ID_BYTES = 40  # of a list of numbers
+LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
 
 
 class InputJob:
     """A prompt on its way. `future` is done when the request can begin: later frames of a video
     are decoded after that."""
 
-    def __init__(self, prompt: Prompt, form: StructuredOutput | None = None) -> None:
-        """`form`: what its answers are to have."""
+    def __init__(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """`params`: their grammar and bad words are prepared too."""
         self.future: Future[ProcessedInput] = Future()
-        self.form = form
+        self.form = None if params is None else params.structured
+        self._bad_words = () if params is None else params.bad_words
         self._grammar: Grammar | None = None
         self._prompt = [prompt]
         self._given = time.monotonic()
@@ -87,15 +93,53 @@ class InputJob:
         begun = time.monotonic()
         prompt = self._prompt.pop() if self._prompt else ""  # it was dropped in this moment
         ready = processor.begin(prompt, task=task)
+        if self._bad_words:
+            ready = replace(ready, bad_words=processor.bad_word_ids(self._bad_words))
         times = InputTimes(begun - self._given, time.monotonic() - begun)
         return replace(ready, times=times, arrived_at=self._given, grammar=self._grammar)
+
+
+class TokenizeJob:
+    """Tokenizes a text or a conversation: what the endpoints for that return."""
+
+    def __init__(self, prompt: str | Sequence[Any], plain: bool) -> None:
+        self.future: Future[list[int]] = Future()
+        self._prompt, self._plain = prompt, plain
+        self._is_dropped = False
+        self.on_cancel: Callable[[], None] = lambda: None
+
+    def cancel(self) -> None:
+        """Stop at the next piece of text. To be called in any case, as `InputJob.cancel`."""
+        self._is_dropped = True
+        self.future.cancel()
+        self.on_cancel()
+
+    def run(self, processor: InputProcessor) -> None:
+        """In the pool."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        prompt, reader = self._prompt, processor.reader
+        try:
+            if isinstance(prompt, str):
+                ids = reader.tokenize(prompt, self._plain, self._check)
+            else:
+                ids = list(reader.read(prompt, check=self._check).token_ids)
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(ids)
+
+    def _check(self) -> None:
+        if self._is_dropped:
+            raise InputError("prompt", "the request is over")
 
 
 @dataclass(frozen=True)
 class Lanes:
     """Threads for each kind of prompt, so that none waits for what takes longer by nature."""
 
-    text: int  # no images, no videos
+    text: int  # no images, no videos, at most LONG_TEXT characters
+    long_texts: int  # the same of more characters
     images: int
     videos: int
     urls: int  # anything to be fetched: they mostly wait
@@ -103,7 +147,8 @@ class Lanes:
 
     @classmethod
     def of(cls, cores: int) -> Lanes:
-        return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8, grammars=2)
+        images, videos = max(2, cores), max(2, cores // 2)
+        return cls(text=2, long_texts=2, images=images, videos=videos, urls=8, grammars=2)
 
     @property
     def num_decoders(self) -> int:
@@ -118,8 +163,8 @@ class InputPool:
         max_bytes: int | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        """`isolate`: files are decoded in processes of their own. `max_bytes`: of the sources of
-        all requests until they are over; None: no bound."""
+        """`isolate`: files are decoded in processes of their own. `max_bytes`: of the media and
+        long texts of all requests until they are over; None: no bound."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = Lanes.of(num_cores())
         self._threads = {
@@ -130,23 +175,18 @@ class InputPool:
         if self._decoders is not None:
             self._decoders.warm()
         self._num_bytes = 0
-        self._jobs: dict[InputJob, int] = {}  # whose requests are not over; bytes of their sources
+        self._jobs: dict[
+            InputJob | TokenizeJob, int
+        ] = {}  # whose requests are not over; bytes of their input
         self._lock = threading.Lock()
 
-    def submit(self, prompt: Prompt, form: StructuredOutput | None = None) -> InputJob:
-        """`form`: of the answers. Raises `QueueFull` where too many bytes are waiting already."""
-        job, size, lane = InputJob(prompt, form), source_bytes(prompt), lane_of(prompt)
-        with self._lock:
-            total, most = self._num_bytes + size, self._max_bytes
-            if most is not None and 0 < size < total and total > most:  # one alone may be larger
-                raise QueueFull(
-                    f"requests have {self._num_bytes} bytes of images and videos, and {size} more "
-                    f"are over max_queue_bytes={self._max_bytes}; try again later"
-                )
-            self._num_bytes = total
-            self._jobs[job] = size
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> InputJob:
+        """Start to preprocess a request. Raises `QueueFull` where too many bytes are waiting
+        already."""
+        job, lane = InputJob(prompt, params), lane_of(prompt)
+        self._reserve(job, source_bytes(prompt) + long_text_bytes(prompt))
         job.on_cancel = lambda: self._release(job)
-        if form is None or self._grammars is None:
+        if job.form is None or self._grammars is None:
             self._begin(job, lane)
         else:
             self._in_lane(
@@ -154,15 +194,44 @@ class InputPool:
             )
         return job
 
+    def tokenize(self, prompt: str | Sequence[Any], plain: bool) -> TokenizeJob:
+        """Start to tokenize a text or a conversation. Raises `QueueFull` as `submit` does."""
+        job, lane = TokenizeJob(prompt, plain), "text"
+        if size := long_text_bytes(prompt):
+            lane = "long_texts"
+        self._reserve(job, size)
+        job.on_cancel = lambda: self._release(job)
+        self._in_lane(lane, job, job.run, self._processor)
+        return job
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> Future[str]:
+        """Start to decode token ids: at most as many as the model's length."""
+        decode = self._processor.reader.detokenize
+        return self._threads["text"].submit(decode, token_ids, skip_special_tokens)
+
+    def _reserve(self, job: InputJob | TokenizeJob, size: int) -> None:
+        """Raises `QueueFull`."""
+        with self._lock:
+            total, most = self._num_bytes + size, self._max_bytes
+            if most is not None and 0 < size < total and total > most:  # one alone may be larger
+                raise QueueFull(
+                    f"requests have {self._num_bytes} bytes of images, videos and long texts, and "
+                    f"{size} more are over max_queue_bytes={self._max_bytes}; try again later"
+                )
+            self._num_bytes = total
+            self._jobs[job] = size
+
     def _begin(self, job: InputJob, lane: str) -> None:
-        decoders = None if lane == "text" else self._decoders
+        decoders = None if lane in ("text", "long_texts") else self._decoders
         self._in_lane(lane, job, job.run, self._processor, decoders)
 
-    def _in_lane(self, lane: str, job: InputJob, task: Callable[..., None], *more: Any) -> None:
+    def _in_lane(
+        self, lane: str, job: InputJob | TokenizeJob, task: Callable[..., None], *more: Any
+    ) -> None:
         work = self._threads[lane].submit(task, *more)
         work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
 
-    def _release(self, job: InputJob) -> None:
+    def _release(self, job: InputJob | TokenizeJob) -> None:
         """Its request is over, and with it the message that brought its bytes."""
         with self._lock:
             self._num_bytes -= self._jobs.pop(job, 0)
@@ -186,7 +255,9 @@ def lane_of(prompt: Any) -> str:
         return "urls"
     if any(kind == "video" for kind, _ in found):
         return "videos"
-    return "images" if found else "text"
+    if found:
+        return "images"
+    return "long_texts" if long_text_bytes(prompt) else "text"
 
 
 def _has_url(source: Any) -> bool:
@@ -198,6 +269,30 @@ def _has_url(source: Any) -> bool:
 def source_bytes(prompt: Any) -> int:
     """Bytes that a prompt's media hold as they came: of files, data URIs and arrays."""
     return sum(_num_bytes(source) for _, source in _sources(prompt))
+
+
+def long_text_bytes(prompt: Any) -> int:
+    """Return the memory of a prompt's texts or token ids; 0 up to LONG_TEXT characters."""
+    size = characters = 0
+    for text in _texts(prompt):
+        size += len(text) * TOKEN_ID_BYTES if not isinstance(text, str) else getsizeof(text)
+        characters += len(text)
+    return size if characters > LONG_TEXT else 0
+
+
+def _texts(prompt: Any) -> Iterator[Sequence[Any]]:
+    """Yield the texts, or the token ids, of a prompt of any kind, which may be wrong."""
+    if isinstance(prompt, Mapping):
+        yield from (prompt[name] for name in RAW if isinstance(prompt.get(name), Sized))
+        prompt = prompt.get("messages")
+    elif isinstance(prompt, str):
+        yield prompt
+    for message in _list(prompt):
+        content = message.get("content") if isinstance(message, Mapping) else ()
+        for part in [content] if isinstance(content, str) else _list(content):
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(text, str):
+                yield text
 
 
 def _sources(prompt: Any) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ PATTERN = (
 def can_cut(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether `is_cut` holds for a `tokenizer.json`: NFC or nothing, then `PATTERN`."""
     normalizer = tokenizer.get("normalizer")
-    steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or ()
+    steps: list[Any] = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or []
     if normalizer not in (None, {"type": "NFC"}) or len(steps) != 2:
         return False
     split, to_bytes = steps
