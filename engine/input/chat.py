@@ -7,7 +7,6 @@ two added tokens is encoded whole as plain text. So no text can forge a turn or 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
+from ..json_reader import read_json as read_value
 from .openai_parts import URLS, read_media
 from .tokenizer import TextBudget, TextTokenizer
 from .tool_results import in_order_of_calls
@@ -82,7 +82,7 @@ def read_messages(messages: Any, tools: Any = None) -> Conversation:
         found.messages.append(_read_message(f"messages[{index}]", message, found))
     found.messages[:] = [found.messages[at] for at in in_order_of_calls(messages)]
     for text in written:
-        found.tools.append(Written(json.loads(text), _mark(text, "tools", found)))
+        found.tools.append(Written(read_value(text.encode()), _mark(text, "tools", found)))
     size = sum(map(len, found.texts))
     if size > MAX_TEXT:
         raise InputError("messages", f"{size} characters of text; at most {MAX_TEXT}")
@@ -125,7 +125,7 @@ def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) ->
     text = _text_of(f"{field}.content", content, found) if content else ""
     calls = []
     for name, arguments in read_calls(message["tool_calls"], f"{field}.tool_calls"):
-        written = Written(json.loads(arguments), _mark(arguments, field, found))
+        written = Written(read_value(arguments.encode()), _mark(arguments, field, found))
         function = {"name": name, "arguments": written}
         calls.append({"type": "function", "function": function})
     return {"role": "assistant", "content": text, "tool_calls": calls}
