@@ -25,7 +25,7 @@ from .request_record import RequestRecord
 from .request_stream import RequestStream
 from .snapshot import Snapshot
 from .spans import RequestSpans
-from .tool_use import CallReader, with_tool_choice
+from .tool_use import CallReader, has_tool_grammar, with_tool_choice
 
 LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
 
@@ -115,8 +115,10 @@ class AsyncLLM:
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
             check_params(params)
-            params, calls = with_tool_choice(prompt, params), CallReader(prompt)
             clock = Countdown(RequestOptions.of(**options))
+            if has_tool_grammar(prompt):  # which may be made of a megabyte of schemas
+                params = await asyncio.to_thread(with_tool_choice, prompt, params)
+            calls = CallReader(prompt)
             key, stream = self._open(name, 1 if params is None else params.n)
             finished, preparing = False, self.engine.stats.preparing
             try:

@@ -26,7 +26,7 @@ from .media.child_pool import DecoderPool
 from .media.task import MediaTask
 
 KINDS = ("image", "video")
-RAW = ("prompt", "prompt_token_ids")
+MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)  # the first are found fastest
 TOKEN_ID_BYTES = 40  # of a list of numbers
 LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
 
@@ -183,25 +183,22 @@ class InputPool:
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> InputJob:
         """Start to preprocess a request. Raises `QueueFull` where too many bytes are waiting
         already."""
-        job, lane = InputJob(prompt, params), lane_of(prompt)
-        self._reserve(job, source_bytes(prompt) + long_text_bytes(prompt))
+        job, size = InputJob(prompt, params), PromptSize.of(prompt)
+        self._reserve(job, size.source_bytes + size.text_bytes)
         job.on_cancel = lambda: self._release(job)
         if job.form is None or self._grammars is None:
-            self._begin(job, lane)
+            self._begin(job, size.lane)
         else:
-            self._in_lane(
-                "grammars", job, job.compile, self._grammars, partial(self._begin, job, lane)
-            )
+            go_on = partial(self._begin, job, size.lane)
+            self._in_lane("grammars", job, job.compile, self._grammars, go_on)
         return job
 
     def tokenize(self, prompt: str | Sequence[Any], plain: bool) -> TokenizeJob:
         """Start to tokenize a text or a conversation. Raises `QueueFull` as `submit` does."""
-        job, lane = TokenizeJob(prompt, plain), "text"
-        if size := long_text_bytes(prompt):
-            lane = "long_texts"
+        job, size = TokenizeJob(prompt, plain), PromptSize.of(prompt).text_bytes
         self._reserve(job, size)
         job.on_cancel = lambda: self._release(job)
-        self._in_lane(lane, job, job.run, self._processor)
+        self._in_lane("long_texts" if size else "text", job, job.run, self._processor)
         return job
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> Future[str]:
@@ -248,16 +245,35 @@ class InputPool:
             self._decoders.close()
 
 
-def lane_of(prompt: Any) -> str:
-    """Which of `Lanes` a prompt in any form takes. What is no prompt is refused fastest as text."""
-    found = list(_sources(prompt))
-    if any(_has_url(source) for _, source in found):
+@dataclass(frozen=True)
+class PromptSize:
+    """What decides where and when a prompt of any kind, which may be wrong, is preprocessed."""
+
+    lane: str  # of `Lanes`; what is not a prompt is rejected fastest as text
+    source_bytes: int  # of its media as they came: files, data URIs, arrays
+    text_bytes: int  # in memory, of its texts or token ids; 0 up to LONG_TEXT characters
+
+    @classmethod
+    def of(cls, prompt: Any) -> PromptSize:
+        values = list(_values(prompt))
+        sources = [(kind, value) for kind, value in values if kind in KINDS]
+        texts: list[Any] = [value for kind, value in values if kind not in KINDS]
+        is_long = sum(map(len, texts)) > LONG_TEXT
+        return cls(
+            lane=_lane_of(sources, is_long),
+            source_bytes=sum(_num_bytes(source) for _, source in sources),
+            text_bytes=sum(map(_text_bytes, texts)) if is_long else 0,
+        )
+
+
+def _lane_of(sources: Sequence[tuple[str, Any]], is_long: bool) -> str:
+    if any(_has_url(source) for _, source in sources):
         return "urls"
-    if any(kind == "video" for kind, _ in found):
+    if any(kind == "video" for kind, _ in sources):
         return "videos"
-    if found:
+    if sources:
         return "images"
-    return "long_texts" if long_text_bytes(prompt) else "text"
+    return "long_texts" if is_long else "text"
 
 
 def _has_url(source: Any) -> bool:
@@ -266,50 +282,35 @@ def _has_url(source: Any) -> bool:
     return any(map(_has_url, _list(source)))
 
 
-def source_bytes(prompt: Any) -> int:
-    """Bytes that a prompt's media hold as they came: of files, data URIs and arrays."""
-    return sum(_num_bytes(source) for _, source in _sources(prompt))
+def _text_bytes(text: Sequence[Any]) -> int:
+    return getsizeof(text) if isinstance(text, str) else len(text) * TOKEN_ID_BYTES
 
 
-def long_text_bytes(prompt: Any) -> int:
-    """Return the memory of a prompt's texts or token ids; 0 up to LONG_TEXT characters."""
-    size = characters = 0
-    for text in _texts(prompt):
-        size += len(text) * TOKEN_ID_BYTES if not isinstance(text, str) else getsizeof(text)
-        characters += len(text)
-    return size if characters > LONG_TEXT else 0
-
-
-def _texts(prompt: Any) -> Iterator[Sequence[Any]]:
-    """Yield the texts, or the token ids, of a prompt of any kind, which may be wrong."""
-    if isinstance(prompt, Mapping):
-        yield from (prompt[name] for name in RAW if isinstance(prompt.get(name), Sized))
-        prompt = prompt.get("messages")
-    elif isinstance(prompt, str):
-        yield prompt
-    for message in _list(prompt):
-        content = message.get("content") if isinstance(message, Mapping) else ()
-        for part in [content] if isinstance(content, str) else _list(content):
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if isinstance(text, str):
-                yield text
-
-
-def _sources(prompt: Any) -> Iterator[tuple[str, Any]]:
-    """("image" or "video", source) of each item of a prompt in any form, which may be wrong."""
-    if isinstance(prompt, Mapping):
+def _values(prompt: Any) -> Iterator[tuple[str, Any]]:
+    """Yield ("image", "video" or "text", source or text) of each part of a prompt."""
+    if isinstance(prompt, MAPPINGS):
         for kind in KINDS:
             for source in _list(prompt.get(f"{kind}s")):
-                yield kind, source.get(kind) if isinstance(source, Mapping) else source
+                yield kind, source.get(kind) if isinstance(source, MAPPINGS) else source
+        for name in ("prompt", "prompt_token_ids"):
+            if isinstance(prompt.get(name), Sized):
+                yield "text", prompt[name]
         prompt = prompt.get("messages")
+    elif isinstance(prompt, str):
+        yield "text", prompt
     for message in _list(prompt):
-        for part in _list(message.get("content")) if isinstance(message, Mapping) else ():
-            if isinstance(part, Mapping) and part.get("type") in KINDS:
-                yield part["type"], part.get(part["type"])
+        content = message.get("content") if isinstance(message, MAPPINGS) else ()
+        for part in (content,) if isinstance(content, str) else _list(content):
+            if isinstance(part, str):
+                yield "text", part
+            elif isinstance(part, MAPPINGS):
+                what = part.get("type")
+                if what in KINDS or (what == "text" and isinstance(part.get("text"), str)):
+                    yield what, part.get(what)
 
 
 def _list(value: Any) -> Sequence[Any]:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    is_list = isinstance(value, SEQUENCES) and not isinstance(value, str | bytes)
     return value if is_list else ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -14,7 +15,9 @@ from google.protobuf.message import DecodeError
 from .errors import Fault, Refused, fault_of
 from .key_refusals import KeyRefusals
 from .keys import ApiKeys
+from .readers import AT_ONCE, read
 from .status import abort
+from .wire_check import TooManyFields, check_wire
 
 log = logging.getLogger("octavo.server")
 
@@ -57,7 +60,7 @@ def _refusal(fault: Fault, refusals: KeyRefusals) -> grpc.RpcMethodHandler:
 def _unary_unary(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     async def answer(data: bytes, context: grpc.aio.ServicerContext) -> Any:
         async with told(context):
-            return await handler.unary_unary(_parsed(handler, data), context)
+            return await handler.unary_unary(await _parsed(handler, data), context)
 
     return grpc.unary_unary_rpc_method_handler(
         answer, response_serializer=handler.response_serializer
@@ -67,7 +70,7 @@ def _unary_unary(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
 def _unary_stream(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     async def answer(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         async with told(context):
-            stream = handler.unary_stream(_parsed(handler, data), context)
+            stream = handler.unary_stream(await _parsed(handler, data), context)
             if not hasattr(stream, "__aiter__"):  # a coroutine that writes, as health's Watch
                 await stream
                 return
@@ -87,7 +90,7 @@ def _stream_stream(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         data: AsyncIterator[bytes], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Any]:
         async with told(context):
-            messages = (_parsed(handler, each) async for each in data)
+            messages = (await _parsed(handler, each) async for each in data)
             async for message in handler.stream_stream(messages, context):
                 yield message
 
@@ -96,10 +99,20 @@ def _stream_stream(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     )
 
 
-def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
-    """gRPC itself would tell a caller what protobuf raised."""
+async def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
+    """Return the request's message. Raises `Refused`: gRPC itself would return what protobuf
+    raised."""
+    return await read(functools.partial(_parse, handler, data), len(data) > AT_ONCE)
+
+
+def _parse(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
+    kind = getattr(handler.request_deserializer, "__self__", None)
     try:
+        if kind is not None:
+            check_wire(data, kind.DESCRIPTOR)
         return handler.request_deserializer(data)
+    except TooManyFields as error:
+        raise Refused("INVALID_ARGUMENT", str(error)) from None
     except DecodeError:
         text = f"the message's {len(data)} bytes are not the protobuf that the method takes"
         raise Refused("INVALID_ARGUMENT", text) from None
