@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..engine.input import pieces
 from ..engine.input.tokenizer import TextBudget, TextTokenizer
 from ..engine.input_error import InputError
 from .tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
@@ -94,7 +95,7 @@ def random_text(rng: random.Random, size: int) -> str:
     return "".join(runs)
 
 
-def write_large_tokenizer(folder: Path, size: int = 20_000) -> None:
+def write_large_tokenizer(folder: Path, size: int = 8_000) -> None:
     """Write a `tokenizer.json` with Qwen's rules and merges of this package's own texts."""
     from tokenizers import AddedToken, Tokenizer, trainers
 
@@ -226,6 +227,7 @@ def report(tokenizer: TextTokenizer, seed: int, seconds: float, context: int) ->
         hold = longest_hold(tokenizer, text, context)
         spent = time.process_time() - started
         print(f"{name:34} GIL hold {1000 * hold:5.1f} ms, {spent:5.2f} s of CPU", flush=True)
+    pieces.PIECE = 2  # cut wherever it can be
     end, count, wrong = time.monotonic() + seconds, 0, 0
     for text in differing(tokenizer, seed):
         count, wrong = count + 1, wrong + bool(text)

@@ -54,8 +54,9 @@ def _fields(data: bytes, descriptor: Descriptor) -> Iterator[tuple[int, int]]:
             packed = text = 0
             if kind == _LENGTH:
                 size, at = _varint(data, at)
+                size = min(size, max(0, end - at))
                 if found is not None and found.message_type is not None:
-                    parts.append((at, min(end, at + size), _by_number(found.message_type)))
+                    parts.append((at, at + size, _by_number(found.message_type)))
                 elif found is not None and found.type == FieldDescriptor.TYPE_STRING:
                     text = size if found.name != "url" else 0
                 elif found is not None and found.type != FieldDescriptor.TYPE_BYTES:
