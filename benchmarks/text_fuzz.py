@@ -174,7 +174,9 @@ async def longest_block(call: Callable[[], Any]) -> tuple[Any, float]:
     await asyncio.sleep(5 * TICK)
     longest = 0.0
     try:
-        return await call(), longest
+        found = await call()
+        await asyncio.sleep(5 * TICK)
+        return found, longest
     finally:
         done = True
         await ticking
