@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
@@ -24,7 +25,7 @@ from .request_record import RequestRecord
 from .request_stream import RequestStream
 from .snapshot import Snapshot
 from .spans import RequestSpans
-from .tool_use import CallReader, with_tool_choice
+from .tool_use import CallReader, has_tool_grammar, with_tool_choice
 
 LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
 
@@ -115,14 +116,16 @@ class AsyncLLM:
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
             check_params(params)
-            params, calls = with_tool_choice(prompt, params), CallReader(prompt)
             clock = Countdown(RequestOptions.of(**options))
+            if has_tool_grammar(prompt):  # which may be made of a megabyte of schemas
+                params = await asyncio.to_thread(with_tool_choice, prompt, params)
+            calls = CallReader(prompt)
             key, stream = self._open(name, 1 if params is None else params.n)
             finished, preparing = False, self.engine.stats.preparing
             try:
                 self._check_alive()
                 preparing.add(key)
-                stream.work = self._pool.submit(prompt, params.structured if params else None)
+                stream.work = self._pool.submit(prompt, params)
                 del prompt  # it may be large, and is the pool's now
                 with calls.naming():
                     ready = await self._preprocess(stream.work, clock, stream)
@@ -212,17 +215,32 @@ class AsyncLLM:
         return asked.result()
 
     async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
-        """Token ids of a text or of a conversation, whose images and videos are one placeholder
-        each. `plain`: in the text an added token's spelling means nothing. Raises `InputError`."""
-        reader = self.engine.processor.reader
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(reader.tokenize, prompt, plain)
-        return list((await asyncio.to_thread(reader.read, prompt)).token_ids)
+        """Return the token ids of a text or of a conversation, at most `max_model_len`.
+
+        Images and videos of a conversation are one placeholder each. `plain`: in the text an added
+        token's spelling means nothing. Raises `InputError` or `QueueFull`.
+        """
+        self._check_alive()
+        job = self._pool.tokenize(prompt, plain)
+        try:
+            return await self._result(job.future)
+        finally:
+            job.cancel()
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Raises `InputError`."""
-        reader = self.engine.processor.reader
-        return await asyncio.to_thread(reader.detokenize, token_ids, skip_special_tokens)
+        """Return the text of token ids. Raises `InputError`."""
+        self._check_alive()
+        return await self._result(self._pool.detokenize(token_ids, skip_special_tokens))
+
+    async def _result(self, work: Future[Any]) -> Any:
+        """Wait for the pool. Raises `EngineDead` where `close` has emptied it."""
+        future = asyncio.wrap_future(work)
+        try:
+            await asyncio.wait([future])
+        finally:
+            future.cancel()
+        self._check_alive()
+        return future.result()
 
     async def wait_failed(self) -> str:
         """Returns the cause once the worker group has died."""

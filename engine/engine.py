@@ -106,7 +106,7 @@ class Engine:
             self.model_config.max_position_embeddings,
             asked.max_unit_temporal_patches,
             self.model_config.vocab_size,
-            self.processor.tokenizer.encode_plain,
+            self.processor.bad_word_ids,
         )
         self.grammars = Grammars(
             self.processor.tokenizer.backend,

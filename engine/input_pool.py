@@ -1,7 +1,7 @@
-"""Threads that make requests' input ready, beside the engine's loop.
+"""Threads that preprocess requests' input, alongside the engine's loop.
 
-Decoding, resizing and hashing hold no lock of Python's. Each kind of prompt has threads of its own:
-text waits for no image, an image for no film, and nobody for another's server.
+Encoding text, decoding, resizing and hashing release the GIL. Short texts, long texts, images,
+videos and URL fetches have separate threads, so none queues behind a slower kind.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from sys import getsizeof
 from typing import Any
 
 from ..scheduler.admission import QueueFull
-from ..scheduler.structured import StructuredOutput
+from ..scheduler.params import SamplingParams
 from .cores import num_cores
 from .grammar import Grammar, Grammars
 from .input.openai_parts import KIND_OF
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
+from .input_error import InputError
 from .machine_memory import available_memory
 from .media.child_pool import DecoderPool
 from .media.decoder_plan import MEDIA_LANES, plan_decoders
@@ -30,16 +32,20 @@ from .media.task import MediaTask
 log = logging.getLogger("octavo.media")
 
 KINDS = ("image", "video")
+MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)  # the first are found fastest
+TOKEN_ID_BYTES = 40  # of a list of numbers
+LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
 
 
 class InputJob:
     """A prompt on its way. `future` is done when the request can begin: later frames of a video
     are decoded after that."""
 
-    def __init__(self, prompt: Prompt, form: StructuredOutput | None = None) -> None:
-        """`form`: what its answers are to have."""
+    def __init__(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """`params`: their grammar and bad words are prepared too."""
         self.future: Future[ProcessedInput] = Future()
-        self.form = form
+        self.form = None if params is None else params.structured
+        self._bad_words = () if params is None else params.bad_words
         self._grammar: Grammar | None = None
         self._prompt = [prompt]
         self._given = time.monotonic()
@@ -110,15 +116,53 @@ class InputJob:
         begun = time.monotonic()
         prompt = self._prompt.pop() if self._prompt else ""  # it was dropped in this moment
         ready = processor.begin(prompt, task=task)
+        if self._bad_words:
+            ready = replace(ready, bad_words=processor.bad_word_ids(self._bad_words))
         times = InputTimes(begun - self._given, time.monotonic() - begun)
         return replace(ready, times=times, arrived_at=self._given, grammar=self._grammar)
+
+
+class TokenizeJob:
+    """Tokenizes a text or a conversation: what the endpoints for that return."""
+
+    def __init__(self, prompt: str | Sequence[Any], plain: bool) -> None:
+        self.future: Future[list[int]] = Future()
+        self._prompt, self._plain = prompt, plain
+        self._is_dropped = False
+        self.on_cancel: Callable[[], None] = lambda: None
+
+    def cancel(self) -> None:
+        """Stop at the next piece of text. To be called in any case, as `InputJob.cancel`."""
+        self._is_dropped = True
+        self.future.cancel()
+        self.on_cancel()
+
+    def run(self, processor: InputProcessor) -> None:
+        """In the pool."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        prompt, reader = self._prompt, processor.reader
+        try:
+            if isinstance(prompt, str):
+                ids = reader.tokenize(prompt, self._plain, self._check)
+            else:
+                ids = list(reader.read(prompt, check=self._check).token_ids)
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(ids)
+
+    def _check(self) -> None:
+        if self._is_dropped:
+            raise InputError("prompt", "the request is over")
 
 
 @dataclass(frozen=True)
 class Lanes:
     """Threads for each kind of prompt, so that none waits for what takes longer by nature."""
 
-    text: int  # no images, no videos
+    text: int  # no images, no videos, at most LONG_TEXT characters
+    long_texts: int  # the same of more characters
     images: int
     videos: int
     urls: int  # anything to be fetched: they mostly wait
@@ -126,7 +170,8 @@ class Lanes:
 
     @classmethod
     def of(cls, cores: int) -> Lanes:
-        return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8, grammars=2)
+        images, videos = max(2, cores), max(2, cores // 2)
+        return cls(text=2, long_texts=2, images=images, videos=videos, urls=8, grammars=2)
 
     def decoders(self) -> dict[str, int]:
         """How many decoder processes each lane has work for. Threads of URLs mostly wait."""
@@ -143,9 +188,9 @@ class InputPool:
         grammars: Grammars | None = None,
         claimed_bytes: int = 0,
     ) -> None:
-        """`isolate`: decode files in separate processes. `max_bytes`: of the sources of all
-        unfinished requests; None: unlimited. `claimed_bytes`: of available memory that the engine
-        will still use."""
+        """`isolate`: decode files in separate processes. `max_bytes`: of the media and long texts
+        of all unfinished requests; None: unlimited. `claimed_bytes`: of available memory that the
+        engine will still use."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = Lanes.of(num_cores())
         self._threads = {
@@ -160,39 +205,60 @@ class InputPool:
             self._decoders = DecoderPool(processor.limits, plan)
             self._decoders.warm()
         self._num_bytes = 0
-        self._jobs: dict[InputJob, int] = {}  # whose requests are not over; bytes of their sources
+        self._jobs: dict[
+            InputJob | TokenizeJob, int
+        ] = {}  # whose requests are not over; bytes of their input
         self._lock = threading.Lock()
 
-    def submit(self, prompt: Prompt, form: StructuredOutput | None = None) -> InputJob:
-        """`form`: of the answers. Raises `QueueFull` where too many bytes are waiting already."""
-        job, size, lane = InputJob(prompt, form), source_bytes(prompt), lane_of(prompt)
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> InputJob:
+        """Start to preprocess a request. Raises `QueueFull` where too many bytes are waiting
+        already."""
+        job, size = InputJob(prompt, params), PromptSize.of(prompt)
+        self._reserve(job, size.source_bytes + size.text_bytes)
+        job.on_cancel = lambda: self._release(job)
+        if job.form is None or self._grammars is None:
+            self._begin(job, size.lane)
+        else:
+            go_on = partial(self._begin, job, size.lane)
+            self._in_lane("grammars", job, job.compile, self._grammars, go_on)
+        return job
+
+    def tokenize(self, prompt: str | Sequence[Any], plain: bool) -> TokenizeJob:
+        """Start to tokenize a text or a conversation. Raises `QueueFull` as `submit` does."""
+        job, size = TokenizeJob(prompt, plain), PromptSize.of(prompt).text_bytes
+        self._reserve(job, size)
+        job.on_cancel = lambda: self._release(job)
+        self._in_lane("long_texts" if size else "text", job, job.run, self._processor)
+        return job
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> Future[str]:
+        """Start to decode token ids: at most as many as the model's length."""
+        decode = self._processor.reader.detokenize
+        return self._threads["text"].submit(decode, token_ids, skip_special_tokens)
+
+    def _reserve(self, job: InputJob | TokenizeJob, size: int) -> None:
+        """Raises `QueueFull`."""
         with self._lock:
             total, most = self._num_bytes + size, self._max_bytes
             if most is not None and 0 < size < total and total > most:  # one alone may be larger
                 raise QueueFull(
-                    f"requests have {self._num_bytes} bytes of images and videos, and {size} more "
-                    f"are over max_queue_bytes={self._max_bytes}; try again later"
+                    f"requests have {self._num_bytes} bytes of images, videos and long texts, and "
+                    f"{size} more are over max_queue_bytes={self._max_bytes}; try again later"
                 )
             self._num_bytes = total
             self._jobs[job] = size
-        job.on_cancel = lambda: self._release(job)
-        if form is None or self._grammars is None:
-            self._begin(job, lane)
-        else:
-            self._in_lane(
-                "grammars", job, job.compile, self._grammars, partial(self._begin, job, lane)
-            )
-        return job
 
     def _begin(self, job: InputJob, lane: str) -> None:
-        decoder_lane = "images" if lane == "text" else lane
-        self._in_lane(lane, job, job.run, self._processor, self._decoders, decoder_lane)
+        decoders = None if lane in ("text", "long_texts") else self._decoders
+        self._in_lane(lane, job, job.run, self._processor, decoders, lane)
 
-    def _in_lane(self, lane: str, job: InputJob, task: Callable[..., None], *more: Any) -> None:
+    def _in_lane(
+        self, lane: str, job: InputJob | TokenizeJob, task: Callable[..., None], *more: Any
+    ) -> None:
         work = self._threads[lane].submit(task, *more)
         work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
 
-    def _release(self, job: InputJob) -> None:
+    def _release(self, job: InputJob | TokenizeJob) -> None:
         """Its request is over, and with it the message that brought its bytes."""
         with self._lock:
             self._num_bytes -= self._jobs.pop(job, 0)
@@ -209,14 +275,35 @@ class InputPool:
             self._decoders.close()
 
 
-def lane_of(prompt: Any) -> str:
-    """Which of `Lanes` a prompt in any form takes. What is no prompt is refused fastest as text."""
-    found = list(_sources(prompt))
-    if any(_has_url(source) for _, source in found):
+@dataclass(frozen=True)
+class PromptSize:
+    """What decides where and when a prompt of any kind, which may be wrong, is preprocessed."""
+
+    lane: str  # of `Lanes`; what is not a prompt is rejected fastest as text
+    source_bytes: int  # of its media as they came: files, data URIs, arrays
+    text_bytes: int  # in memory, of its texts or token ids; 0 up to LONG_TEXT characters
+
+    @classmethod
+    def of(cls, prompt: Any) -> PromptSize:
+        values = list(_values(prompt))
+        sources = [(kind, value) for kind, value in values if kind in KINDS]
+        texts: list[Any] = [value for kind, value in values if kind not in KINDS]
+        is_long = sum(map(len, texts)) > LONG_TEXT
+        return cls(
+            lane=_lane_of(sources, is_long),
+            source_bytes=sum(_num_bytes(source) for _, source in sources),
+            text_bytes=sum(map(_text_bytes, texts)) if is_long else 0,
+        )
+
+
+def _lane_of(sources: Sequence[tuple[str, Any]], is_long: bool) -> str:
+    if any(_has_url(source) for _, source in sources):
         return "urls"
-    if any(kind == "video" for kind, _ in found):
+    if any(kind == "video" for kind, _ in sources):
         return "videos"
-    return "images" if found else "text"
+    if sources:
+        return "images"
+    return "long_texts" if is_long else "text"
 
 
 def _has_url(source: Any) -> bool:
@@ -225,34 +312,43 @@ def _has_url(source: Any) -> bool:
     return any(map(_has_url, _list(source)))
 
 
-def source_bytes(prompt: Any) -> int:
-    """Bytes that a prompt's media hold as they came: of files, data URIs and arrays."""
-    return sum(_num_bytes(source) for _, source in _sources(prompt))
+def _text_bytes(text: Sequence[Any]) -> int:
+    return getsizeof(text) if isinstance(text, str) else len(text) * TOKEN_ID_BYTES
 
 
-def _sources(prompt: Any) -> Iterator[tuple[str, Any]]:
-    """("image" or "video", source) of each item of a prompt in any form, which may be wrong."""
-    if isinstance(prompt, Mapping):
+def _values(prompt: Any) -> Iterator[tuple[str, Any]]:
+    """Yield ("image", "video" or "text", source or text) of each part of a prompt."""
+    if isinstance(prompt, MAPPINGS):
         for kind in KINDS:
             for source in _list(prompt.get(f"{kind}s")):
-                yield kind, source.get(kind) if isinstance(source, Mapping) else source
+                yield kind, source.get(kind) if isinstance(source, MAPPINGS) else source
+        for name in ("prompt", "prompt_token_ids"):
+            if isinstance(prompt.get(name), Sized):
+                yield "text", prompt[name]
         prompt = prompt.get("messages")
+    elif isinstance(prompt, str):
+        yield "text", prompt
     for message in _list(prompt):
-        for part in _list(message.get("content")) if isinstance(message, Mapping) else ():
-            if isinstance(part, Mapping):
-                yield from _sources_of_part(part)
+        content = message.get("content") if isinstance(message, MAPPINGS) else ()
+        for part in (content,) if isinstance(content, str) else _list(content):
+            if isinstance(part, str):
+                yield "text", part
+            elif isinstance(part, MAPPINGS):
+                yield from _values_of_part(part)
 
 
-def _sources_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _values_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Of the model card's and of OpenAI's parts, with a type or without."""
+    if isinstance(part.get("text"), str):
+        yield "text", part["text"]
     for name, kind in KIND_OF.items():
         if name in part or part.get("type") == name:
             source = part.get(name)
-            yield kind, source.get("url") if isinstance(source, Mapping) else source
+            yield kind, source.get("url") if isinstance(source, MAPPINGS) else source
 
 
 def _list(value: Any) -> Sequence[Any]:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    is_list = isinstance(value, SEQUENCES) and not isinstance(value, str | bytes)
     return value if is_list else ()
 
 

@@ -127,8 +127,7 @@ class LLM:
             name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
             for name, p in zip(names, each, strict=True)
         }
-        forms = [None if p is None else p.structured for p in each]
-        jobs = [self._pool.submit(*some) for some in zip(prompts, forms, strict=True)]
+        jobs = [self._pool.submit(*some) for some in zip(prompts, each, strict=True)]
         waiting = deque(zip(names, jobs, each, strict=True))
         try:
             of_one = calls[names[0]] if alone else CallReader(None)

@@ -48,7 +48,7 @@ class RequestMaker:
     max_position_embeddings: int
     max_unit_temporal_patches: int
     vocab_size: int
-    encode: Callable[[str], list[int]]  # plain text to token ids
+    bad_word_ids: Callable[[Sequence[str]], tuple[tuple[int, ...], ...]]
 
     def make(
         self,
@@ -64,7 +64,9 @@ class RequestMaker:
         salt = options.cache_salt.encode("utf-8", "surrogatepass")
         size = self.max_unit_temporal_patches
         stops = ends | frozenset(chosen.stop_token_ids)
-        bad_words = self._bad_words(chosen.bad_words)
+        bad_words = ready.bad_words
+        if bad_words is None:  # not preprocessed by a pool
+            bad_words = self.bad_word_ids(chosen.bad_words)
         units = tuple(unit for span in ready.spans for unit in span.units(size))
         return tuple(
             Request(
@@ -103,10 +105,3 @@ class RequestMaker:
             max_tokens=longest,
             min_tokens=min(longest, params.min_tokens),
         )
-
-    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The token ids of each word by itself and after a space, where that makes others: a
-        vocabulary has most words twice."""
-        texts = [text for word in words for text in (word, f" {word.lstrip()}")]
-        found = dict.fromkeys(tuple(self.encode(text)) for text in texts)
-        return tuple(ids for ids in found if ids and max(ids) < self.vocab_size)

@@ -63,9 +63,15 @@ class CallReader:
         return replace(delta, text=text, tool_calls=named)
 
 
+def has_tool_grammar(prompt: Any) -> bool:
+    """Return whether a prompt's `tool_choice` restricts its answers."""
+    is_free = not isinstance(prompt, Mapping) or prompt.get("tool_choice") in (None, "auto", "none")
+    return not is_free
+
+
 def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingParams | None:
     """The sampling that a prompt's `tool_choice` asks for. Raises `InputError`."""
-    if not isinstance(prompt, Mapping) or prompt.get("tool_choice") in (None, "auto", "none"):
+    if not has_tool_grammar(prompt):
         return params
     grammar = tool_grammar(
         prompt.get("tools"), prompt["tool_choice"], prompt.get("parallel_tool_calls") is not False

@@ -15,7 +15,7 @@ from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import InputPool, lane_of, source_bytes
+from octavo.engine.input_pool import InputPool, PromptSize
 from octavo.engine.media.image import ImageFile
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.loader import MediaLoader
@@ -302,7 +302,7 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
     ],
 )
 def test_bytes_of_a_prompt(prompt: Any, size: int) -> None:
-    assert source_bytes(prompt) == size
+    assert PromptSize.of(prompt).source_bytes == size
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_bytes_of_a_prompt(prompt: Any, size: int) -> None:
     ],
 )
 def test_each_kind_of_prompt_has_its_lane(prompt: Any, lane: str) -> None:
-    assert lane_of(prompt) == lane
+    assert PromptSize.of(prompt).lane == lane
 
 
 def test_text_waits_for_no_image(engine: octavo.AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ two added tokens is encoded whole as plain text. So no text can forge a turn or 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from jinja2 import TemplateError, meta
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from ..json_files import read_text
+from ..json_reader import read_json as read_value
 from .openai_parts import URLS, read_media, with_type
 from .template_environment import BoundedEnvironment, TemplateLimitError
-from .tokenizer import TextTokenizer
+from .tokenizer import TextBudget, TextTokenizer
 from .tool_results import in_order_of_calls
 from .tool_turns import MARK, TEXTS, Written, add_mark, as_they_are, in_qwens_form, to_json
 from .tools import read_calls, read_tools
@@ -29,7 +29,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
 MAX_PARTS = 1 << 14  # of all messages
-MAX_TEXT = 16 << 20  # characters of all texts
+MAX_TEXT = 8 << 20  # characters of all texts
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_messages(messages: Any, tools: Any = None) -> Conversation:
         found.messages.append(_read_message(f"messages[{index}]", message, found))
     found.messages[:] = [found.messages[at] for at in in_order_of_calls(messages)]
     for text in written:
-        found.tools.append(Written(json.loads(text), _mark(text, "tools", found)))
+        found.tools.append(Written(read_value(text.encode()), _mark(text, "tools", found)))
     size = sum(map(len, found.texts))
     if size > MAX_TEXT:
         raise InputError("messages", f"{size} characters of text; at most {MAX_TEXT}")
@@ -126,7 +126,7 @@ def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) ->
     text = _text_of(f"{field}.content", content, found) if content else ""
     calls = []
     for name, arguments in read_calls(message["tool_calls"], f"{field}.tool_calls"):
-        written = Written(json.loads(arguments), _mark(arguments, field, found))
+        written = Written(read_value(arguments.encode()), _mark(arguments, field, found))
         function = {"name": name, "arguments": written}
         calls.append({"type": "function", "function": function})
     return {"role": "assistant", "content": text, "tool_calls": calls}
@@ -220,8 +220,11 @@ class ChatTemplate:
                 text = f"{model_dir}: its chat template {error.__cause__}; replace it"
                 raise ConfigError(text) from None
 
-    def encode(self, conversation: Conversation) -> list[int]:
-        """Token ids with one placeholder token for each image or video."""
+    def encode(self, conversation: Conversation, budget: TextBudget | None = None) -> list[int]:
+        """Return token ids with one placeholder token for each image or video.
+
+        Raises `TooLong` over the budget.
+        """
         texts = [*conversation.texts]
         try:
             rendered = self._environment.render(
@@ -237,12 +240,11 @@ class ChatTemplate:
             own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
             raise InputError("messages", f"the chat template refuses them{own}") from None
         token_ids: list[int] = []
-        for piece in self._tokenizer.split_added(rendered):
-            if piece in self._tokenizer.added:
-                token_ids.append(self._tokenizer.added[piece])
-            elif piece:
-                run = MARK.sub(lambda mark: texts[int(mark[1])], piece)
-                token_ids.extend(self._tokenizer.encode_plain(run))
+        for part, token in self._tokenizer.split_added(rendered):
+            run = MARK.sub(lambda mark: texts[int(mark[1])], part)
+            token_ids += self._tokenizer.encode_plain(run, budget)
+            if token:
+                token_ids.append(self._tokenizer.added[token])
         return token_ids
 
     def _turns(self, conversation: Conversation, texts: list[str]) -> dict[str, Any]:
@@ -252,7 +254,7 @@ class ChatTemplate:
             return {"messages": in_qwens_form(messages, tools)}
 
         def mark(text: str) -> str:
-            forges = "\0" in text or len(self._tokenizer.split_added(text)) > 1
+            forges = "\0" in text or self._tokenizer.has_added(text)
             return add_mark(text, texts) if forges else text
 
         return {

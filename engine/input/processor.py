@@ -55,6 +55,7 @@ class ProcessedInput:
     times: InputTimes | None = None
     arrived_at: float | None = None  # when it was asked for, on the monotonic clock
     grammar: Grammar | None = None  # of the form that its answers are to have, compiled beforehand
+    bad_words: tuple[tuple[int, ...], ...] | None = None  # their ids, encoded beforehand
 
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput
@@ -122,7 +123,7 @@ class InputProcessor:
         task = task or MediaTask(self.limits)
         with ExitStack() as on_failure:
             on_failure.callback(task.close)
-            found = self.reader.read(prompt, images, videos)
+            found = self.reader.read(prompt, images, videos, task.check)
             opened = self._open_all(found.token_ids, found.parts, task)
             media = tuple(each.item for each in opened)
             expanded, spans = self._expand(found.token_ids, media)
@@ -134,6 +135,13 @@ class InputProcessor:
         first = tuple(itertools.islice(units, count))
         rest = None if count is None else UnitStream(units)
         return ProcessedInput(expanded, spans, media, positions, delta, first, rest)
+
+    def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the ids of each word by itself and after a space, where those differ: a
+        vocabulary has most words twice."""
+        texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+        found = dict.fromkeys(tuple(self.tokenizer.encode_plain(text)) for text in texts)
+        return tuple(ids for ids in found if ids and max(ids) < self.config.vocab_size)
 
     def _open_all(
         self,

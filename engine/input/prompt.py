@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..config import ModelConfig
 from ..input_error import InputError, TooLong, shown
 from ..media.options import MediaOptions
 from .chat import ChatTemplate, MediaPart, check_text, read_messages
-from .tokenizer import TextTokenizer
+from .tokenizer import TextBudget, TextTokenizer
 from .tools import TOOL_FIELDS, tools_of
 
 PLACEHOLDER = "a placeholder"  # in a raw prompt: where errors say that something is wrong
@@ -35,16 +35,27 @@ class PromptReader:
         self._template = ChatTemplate(model_dir, self.tokenizer)
         self._pads = {config.image_token_id: "image", config.video_token_id: "video"}
 
-    def read(self, prompt: Any, images: Any = None, videos: Any = None) -> ReadPrompt:
-        """Messages, a raw text, or a dict with one of `messages`, `prompt` and `prompt_token_ids`
-        and maybe `images` and `videos`. Raises `InputError`."""
-        if isinstance(prompt, Mapping):
-            return self._from_dict(prompt)
-        if isinstance(prompt, str):
-            return self.from_text(prompt, images, videos)
-        return self.from_messages(prompt, images, videos)
+    def read(
+        self,
+        prompt: Any,
+        images: Any = None,
+        videos: Any = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> ReadPrompt:
+        """Read messages, a raw text, or a dict with one of `messages`, `prompt` and
+        `prompt_token_ids` and maybe `images` and `videos`.
 
-    def _from_dict(self, prompt: Mapping[str, Any]) -> ReadPrompt:
+        `check`: called between pieces of text; raises once the request has ended. Raises
+        `InputError`.
+        """
+        budget = TextBudget(self.max_model_len, check)
+        if isinstance(prompt, Mapping):
+            return self._from_dict(prompt, budget)
+        if isinstance(prompt, str):
+            return self.from_text(prompt, images, videos, budget)
+        return self.from_messages(prompt, images, videos, budget=budget)
+
+    def _from_dict(self, prompt: Mapping[str, Any], budget: TextBudget) -> ReadPrompt:
         known = {"prompt", "prompt_token_ids", "messages", "images", "videos", *TOOL_FIELDS}
         for name in prompt:
             if name not in known:
@@ -54,12 +65,13 @@ class PromptReader:
         if len(kinds) != 1:
             raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
         if kinds == ["messages"]:
-            return self.from_messages(prompt["messages"], *media, tools=tools_of(prompt))
+            tools = tools_of(prompt)
+            return self.from_messages(prompt["messages"], *media, tools=tools, budget=budget)
         for name in TOOL_FIELDS:
             if prompt.get(name):
                 raise InputError(name, "goes with messages alone")
         if kinds == ["prompt"]:
-            return self.from_text(prompt["prompt"], *media)
+            return self.from_text(prompt["prompt"], *media, budget)
         return self.from_token_ids(prompt["prompt_token_ids"], *media)
 
     def from_messages(
@@ -68,33 +80,46 @@ class PromptReader:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
         tools: Any = None,
+        budget: TextBudget | None = None,
     ) -> ReadPrompt:
-        """A conversation, as the model card writes it; OpenAI's `tools`. Raises `InputError`."""
+        """Read a conversation, as the model card writes it; OpenAI's `tools`. Raises
+        `InputError`."""
         conversation = read_messages(messages, tools)
         parts = _fill(conversation.media, {"image": images, "video": videos})
         self._check_text(sum(map(len, conversation.texts)))
-        return ReadPrompt(self._template.encode(conversation), parts)
+        budget = budget or TextBudget(self.max_model_len)
+        return ReadPrompt(self._template.encode(conversation, budget), parts)
 
     def from_text(
-        self, text: Any, images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
+        self,
+        text: Any,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        budget: TextBudget | None = None,
     ) -> ReadPrompt:
-        """A raw prompt, in which special tokens are parsed. Raises `InputError`."""
-        if not check_text(text, "prompt"):
+        """Read a raw prompt, in which special tokens are parsed. Raises `InputError`."""
+        if not self._checked(text, "prompt"):
             raise InputError("prompt", "is empty")
-        self._check_text(len(text))
-        token_ids = self.tokenizer.encode_marked(text)
+        budget = budget or TextBudget(self.max_model_len)
+        token_ids = self.tokenizer.encode_marked(text, budget)
         return ReadPrompt(token_ids, self._parts_of(token_ids, images, videos))
 
-    def tokenize(self, text: str, plain: bool) -> list[int]:
-        """A text's token ids; `plain`: an added token's spelling means nothing."""
-        self._check_text(len(check_text(text, "text")))
+    def tokenize(
+        self, text: str, plain: bool, check: Callable[[], None] = lambda: None
+    ) -> list[int]:
+        """Return a text's token ids, at most `max_model_len`.
+
+        `plain`: an added token's spelling means nothing. `check`: as in `read`. Raises
+        `InputError`.
+        """
         encode = self.tokenizer.encode_plain if plain else self.tokenizer.encode_marked
-        return encode(text)
+        return encode(self._checked(text, "text"), TextBudget(self.max_model_len, check))
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Their text. Raises `InputError` for what are no tokens of the model's."""
+        """Return the text of token ids. Raises `InputError` for ids that the model does not
+        have."""
         ids = self._check_token_ids(token_ids, self.max_model_len)
-        return self.tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(ids, skip_special_tokens)
 
     def from_token_ids(
         self,
@@ -106,8 +131,14 @@ class PromptReader:
         ids = self._check_token_ids(token_ids, self.max_model_len - 1)
         return ReadPrompt(ids, self._parts_of(ids, images, videos))
 
+    def _checked(self, text: Any, field: str) -> str:
+        """Return the text if it may fit. Its size is checked first: that takes no time."""
+        if isinstance(text, str):
+            self._check_text(len(text))
+        return check_text(text, field)
+
     def _check_text(self, size: int) -> None:
-        """Refuses what cannot fit before it is encoded, which takes 240 bytes a character."""
+        """Reject text that cannot fit before any of it is encoded."""
         most = self.max_model_len * self.tokenizer.longest
         if size > most:
             raise TooLong(

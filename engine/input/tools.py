@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..input_error import InputError, shown
+from ..json_reader import read_json
 
 MAX_TOOLS = 128
 MAX_TOOLS_SIZE = 1 << 20  # characters of JSON, of all tools or of one message's calls
@@ -134,7 +135,7 @@ def _read_call(call: Any, field: str) -> tuple[str, str]:
         if len(arguments) > MAX_TOOLS_SIZE:
             raise InputError(where, f"over {MAX_TOOLS_SIZE} characters")
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = read_json(arguments.encode() or b"{}")
         except (ValueError, RecursionError):
             raise InputError(where, "is not JSON") from None
     if not isinstance(arguments, Mapping):
@@ -156,14 +157,19 @@ def to_json(value: Any, field: str) -> str:
 
 
 def _check_depth(value: Any, field: str) -> None:
-    level, depth = [value], 0
+    """Reject what takes long to write before it is written."""
+    level, depth, size = [value], 0, 0
     while level:
+        size += sum(len(each) if isinstance(each, str) else 1 for each in level)
         if depth > MAX_DEPTH:
             raise InputError(field, f"is nested deeper than {MAX_DEPTH}")
+        if size > MAX_TOOLS_SIZE:
+            raise InputError(field, f"over {MAX_TOOLS_SIZE} characters of JSON")
         inner: list[Any] = []
         for each in level:
             if isinstance(each, Mapping):
                 inner.extend(each.values())
+                inner.extend(each)
             elif isinstance(each, Sequence) and not isinstance(each, str | bytes):
                 inner.extend(each)
         level, depth = inner, depth + 1

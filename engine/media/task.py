@@ -41,6 +41,11 @@ class MediaTask:
             self.limits.refuse("media_timeout_s", field, found)
         return self.limits.media_timeout_s - spent
 
+    def check(self) -> None:
+        """Raise `InputError` once the request has ended: its result is not used."""
+        if self._is_cancelled:
+            raise InputError("prompt", "the request is over")
+
     def charge(self, num_bytes: int, field: str) -> None:
         """A file takes memory from now on. Raises `InputError` when all of them take too much."""
         self._num_bytes += num_bytes

@@ -4,7 +4,6 @@ the load. What is long is read in a thread, since all other requests pass by the
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
@@ -30,12 +29,14 @@ from ..server.errors import Fault, Refused
 from ..server.http_error import ApiError, error_of
 from ..server.http_guard import MAX_BODY_BYTES, Guard, read_body
 from ..server.keys import read_keys
+from ..server.readers import AT_ONCE
+from ..server.readers import read as in_thread
 from ..server.rejection_log import API_KEY, RejectionLog
 from ..server.status import failure_of
 from ..server.work import Work
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .prefix import Prefix
-from .read import AT_ONCE, grpc_prefix, http_prefix
+from .read import grpc_prefix, http_prefix
 from .run_grpc import check_key, end_of
 
 log = logging.getLogger("octavo.server")
@@ -196,7 +197,7 @@ class Ingress:
             text = f"the message has {size} bytes, over {MAX_BODY_BYTES}; send smaller media"
             raise Refused("RESOURCE_EXHAUSTED", text)
         make = functools.partial(_grpc_call, service, method, request, metadata, context.peer())
-        return make() if size <= AT_ONCE else await asyncio.to_thread(make)
+        return await in_thread(make, size > AT_ONCE)
 
     async def _answers(self, method: str, call: Call) -> AsyncGenerator[Any, None]:
         """A replica's. Where one is lost, or cannot serve, before it has begun to answer, another

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
@@ -12,10 +12,11 @@ from ..server.convert import read_prompt
 from ..server.errors import Refused
 from ..server.http_error import ApiError
 from ..server.openai_request import read_chat, read_completions, read_json
+from ..server.readers import AT_ONCE
+from ..server.readers import read as in_thread
 from .prefix import Prefix, prefix_of
 
 LIMITS = MediaLimits()
-AT_ONCE = 64 << 10  # bytes of a body that is read on the event loop
 READERS: dict[str, Any] = {
     "/v1/chat/completions": read_chat,
     "/v1/completions": read_completions,
@@ -25,9 +26,7 @@ READERS: dict[str, Any] = {
 async def http_prefix(path: str, body: bytes) -> Prefix:
     if path not in READERS:
         return Prefix()
-    if len(body) <= AT_ONCE:
-        return _http_prefix(path, body)
-    return await asyncio.to_thread(_http_prefix, path, body)
+    return await in_thread(functools.partial(_http_prefix, path, body), len(body) > AT_ONCE)
 
 
 def _http_prefix(path: str, body: bytes) -> Prefix:

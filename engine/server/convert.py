@@ -21,6 +21,7 @@ from ..output import OutputDelta, Usage
 from .convert_tools import check_calls, read_message_calls, read_tools, write_calls
 from .errors import Refused, field_in
 from .read_media import read_source
+from .readers import MAX_AT_ONCE
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
 FINISH_REASONS = {
@@ -52,6 +53,14 @@ def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, A
         _refuse_unknown_of(request.token_ids, form)
         return {"prompt_token_ids": request.token_ids.ids, **given}
     raise InputError("prompt", "give one of conversation, text and token_ids")
+
+
+def is_large(request: pb.GenerateRequest | pb.TokenizeRequest) -> bool:
+    """Return whether a request is read in a thread. `check_wire` bounds the messages."""
+    messages = request.conversation.messages
+    count = len(messages) + len(getattr(request, "tools", ()))
+    count += sum(len(each.content) + len(each.tool_calls) for each in messages[:MAX_AT_ONCE])
+    return count > MAX_AT_ONCE
 
 
 def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:

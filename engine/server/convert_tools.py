@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ...proto import octavo_pb2 as pb
 from ..input.tools import CHOICES, MAX_TOOLS, MAX_TOOLS_SIZE
 from ..input_error import InputError, shown
+from ..json_reader import read_json
 from ..tool_calls import ToolCall
 
 MAX_CALLS = 1 << 14  # of all messages
@@ -48,7 +48,7 @@ def _read_tool(tool: pb.Tool, field: str) -> dict[str, Any]:
     if tool.function.parameters:
         field = f"{field}.function.parameters"
         try:
-            function["parameters"] = json.loads(tool.function.parameters)
+            function["parameters"] = read_json(tool.function.parameters.encode())
         except (ValueError, RecursionError):
             raise InputError(field, "is not JSON") from None
     return {"type": "function", "function": function}

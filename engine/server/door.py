@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -13,8 +14,10 @@ from google.protobuf.message import DecodeError
 
 from .errors import Fault, Refused, fault_of
 from .keys import ApiKeys
+from .readers import AT_ONCE, read
 from .rejection_log import API_KEY, RejectionLog
 from .status import abort
+from .wire_check import TooManyFields, check_wire
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -83,11 +86,11 @@ async def _responses(
     timeout: float,
 ) -> AsyncGenerator[Any, None]:
     if handler.request_streaming:  # reflection's; no service of ours takes a stream
-        requests = (_parsed(handler, each) async for each in messages)
+        requests = (await _parsed(handler, each) async for each in messages)
         async for response in handler.stream_stream(requests, context):
             yield response
         return
-    request = _parsed(handler, await _receive(messages, timeout))
+    request = await _parsed(handler, await _receive(messages, timeout))
     if not handler.response_streaming:
         yield await handler.unary_unary(request, context)
         return
@@ -129,10 +132,20 @@ def _forget(end: asyncio.Future[Any]) -> None:
         end.exception()  # AbortError, always
 
 
-def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
-    """gRPC itself would tell a caller what protobuf raised."""
+async def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
+    """Return the request's message. Raises `Refused`: gRPC itself would return what protobuf
+    raised."""
+    return await read(functools.partial(_parse, handler, data), len(data) > AT_ONCE)
+
+
+def _parse(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
+    kind = getattr(handler.request_deserializer, "__self__", None)
     try:
+        if kind is not None:
+            check_wire(data, kind.DESCRIPTOR)
         return handler.request_deserializer(data)
+    except TooManyFields as error:
+        raise Refused("INVALID_ARGUMENT", str(error)) from None
     except DecodeError:
         text = f"the message's {len(data)} bytes are not the protobuf that the method takes"
         raise Refused("INVALID_ARGUMENT", text) from None

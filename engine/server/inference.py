@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
@@ -10,12 +11,14 @@ import grpc
 
 from ...proto import octavo_pb2 as pb
 from ...proto import octavo_pb2_grpc
-from ...scheduler.params import shown
+from ...scheduler.params import OptionFields, SamplingParams, shown
 from ..async_llm import AsyncLLM
 from ..backlog import join
 from ..engine import EngineDead
+from ..input.processor import Prompt
 from ..output import OutputDelta
 from .convert import (
+    is_large,
     read_options,
     read_prompt,
     read_sampling,
@@ -26,7 +29,14 @@ from .convert import (
 )
 from .counted import counted
 from .errors import Fault, Refused, fault_in, fault_of
-from .metadata import checked_request_id, log_trace, read_metadata, request_name
+from .metadata import (
+    CallMetadata,
+    checked_request_id,
+    log_trace,
+    read_metadata,
+    request_name,
+)
+from .readers import read
 from .status import abort, failure_of
 from .work import Work
 
@@ -53,7 +63,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         """gRPC cancels this coroutine when its client goes away, which closes the stream, which
         aborts the request."""
         with self._work.call():
-            call = self._begin(request, context)
+            call = await self._begin(request, context)
             async with contextlib.aclosing(call.stream):
                 async for message in _messages(call):
                     yield message
@@ -64,7 +74,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateReply:
         with self._work.call():
-            call = self._begin(request, context)
+            call = await self._begin(request, context)
             answers: dict[int, list[OutputDelta]] = {}
             async with contextlib.aclosing(call.stream):
                 async for delta in call.stream:
@@ -75,28 +85,33 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
                 await abort(context, fault_in(errors[0]))
             return write_reply(whole)
 
-    def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
-        """Raises what a request is refused for, as far as that is seen before it is read."""
+    async def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
+        """Raises what a request is rejected for, as far as that is seen before it is
+        preprocessed."""
         with counted(request.request_id, self._engine.engine.stats):
-            return self._read(request, context)
+            beside = read_metadata(context.invocation_metadata() or ())
+            reading = functools.partial(self._read, request, beside, context.time_remaining())
+            prompt, params, options = await read(reading, is_large(request))
+            name = checked_request_id(request.request_id, "request_id")
+            name = name or request_name(beside.request_id, self._engine.is_running)
+        log_trace(name, beside)
+        stream = self._engine.generate(
+            prompt, params, request_id=name, traceparent=beside.traceparent, **options
+        )
+        return _Call(name, stream)
 
-    def _read(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
-        beside = read_metadata(context.invocation_metadata() or ())
+    def _read(
+        self, request: pb.GenerateRequest, beside: CallMetadata, time_remaining: float | None
+    ) -> tuple[Prompt, SamplingParams, OptionFields]:
+        """Check and convert a request, in a thread where it is large."""
         refuse_unknown(request)
         served = self._engine.engine.model_name
         if request.model not in ("", served):
             text = f"model={shown(request.model)}: this server has {served}"
             raise Refused("NOT_FOUND", text, "model")
-        name = checked_request_id(request.request_id, "request_id")
-        name = name or request_name(beside.request_id, self._engine.is_running)
-        options = read_options(request, context.time_remaining(), beside.priority)
-        log_trace(name, beside)
+        options = read_options(request, time_remaining, beside.priority)
         limits = self._engine.engine.processor.limits
-        prompt, params = read_prompt(request, limits), read_sampling(request.sampling)
-        stream = self._engine.generate(
-            prompt, params, request_id=name, traceparent=beside.traceparent, **options
-        )
-        return _Call(name, stream)
+        return read_prompt(request, limits), read_sampling(request.sampling), options
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
@@ -106,7 +121,8 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeReply:
-        ids = await self._engine.tokenize(read_token_prompt(request), request.plain)
+        prompt = await read(functools.partial(read_token_prompt, request), is_large(request))
+        ids = await self._engine.tokenize(prompt, request.plain)
         return pb.TokenizeReply(ids=ids)
 
     async def Detokenize(

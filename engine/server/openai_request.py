@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn, cast
 
 from ...scheduler.params import MAX_LOGPROBS, OptionFields, RequestOptions, SamplingParams, shown
 from ..input.tools import TOOL_FIELDS
 from ..input_error import InputError
+from ..json_reader import TooManyParts
+from ..json_reader import read_json as read_value
 from .errors import Refused, field_in
 from .http_error import ApiError
 from .openai_messages import read_messages
 from .openai_structured import read_structured
 
 MAX_PROMPTS = 64  # of one request for completions
-MAX_NESTED = 200_000  # lists and objects in a body
-MAX_VALUES = 4_000_000  # in them: 64 prompts of as many token ids as a model takes
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 
 # A field that SamplingParams has is passed on; forms of answers go by other names.
@@ -88,22 +87,22 @@ class Asked:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """A body's object. Raises `ApiError`."""
-    # Its reader holds up all requests, some tenths of a second for as much as this.
-    if body.count(b"[") + body.count(b"{") > MAX_NESTED or body.count(b",") > MAX_VALUES:
-        text = f"over {MAX_NESTED} brackets or {MAX_VALUES} commas"
-        raise ApiError(413, f"the body has too many parts: {text}")
+    """Return a body's object. Raises `ApiError`."""
     try:
-        found = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        found = read_value(body)
+    except TooManyParts as error:
+        raise ApiError(413, f"the body has too many parts: {error}") from None
+    except ValueError:
         raise ApiError(400, "the body is not JSON") from None
     if not isinstance(found, dict):
         raise ApiError(400, f"the body must be a JSON object, not {type(found).__name__}")
     return found
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are not JSON
+def read_request(body: bytes, model: str, read: Callable[[Mapping[str, Any], str], Asked]) -> Asked:
+    """Read a body with `read_chat` or `read_completions`. Raises what they raise."""
+    written = read_json(body)
+    return replace(read(written, model), body=written)
 
 
 def read_chat(body: Mapping[str, Any], model: str) -> Asked:

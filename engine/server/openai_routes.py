@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -23,8 +23,17 @@ from .metadata import log_trace, read_metadata, request_name
 from .metrics import CONTENT_TYPE, metrics_text
 from .openai_answers import EventStream, answers_of, chunks, dump, failed, gather
 from .openai_messages import named_as_written, read_messages
-from .openai_request import Asked, check_model, read_chat, read_completions, read_json
+from .openai_request import (
+    Asked,
+    check_model,
+    read_chat,
+    read_completions,
+    read_json,
+    read_request,
+)
 from .openai_response import AnswerForm
+from .readers import AT_ONCE
+from .readers import read as in_thread
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -70,8 +79,8 @@ class Routes:
         told, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
         with counted(told, stats, fault_code):
             beside = read_metadata(request.headers.items())
-            written = read_json(body)
-            asked = replace(read(written, self.model), body=written)
+            reading = functools.partial(read_request, body, self.model, read)
+            asked = await in_thread(reading, len(body) > AT_ONCE)
         name = request_name(beside.request_id, self.engine.is_running, len(asked.prompts))
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
@@ -115,10 +124,14 @@ class Routes:
             "max_model_len": self.engine.config.max_model_len,
         }
 
+    async def _body(self, request: Request) -> dict[str, Any]:
+        data = await request.body()
+        return await in_thread(functools.partial(read_json, data), len(data) > AT_ONCE)
+
     async def tokenize(self, request: Request) -> Response:
         """Of {"prompt": ...} or {"messages": ...}: one placeholder token for each item, which is
         neither fetched nor looked at."""
-        body = read_json(await request.body())
+        body = await self._body(request)
         check_model(body, self.model)
         _only(body, "model", "prompt", "messages")
         prompt, messages = body.get("prompt"), body.get("messages")
@@ -131,7 +144,7 @@ class Routes:
         return _json({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
     async def detokenize(self, request: Request) -> Response:
-        body = read_json(await request.body())
+        body = await self._body(request)
         check_model(body, self.model)
         _only(body, "model", "tokens")
         tokens = body.get("tokens")
