@@ -6,6 +6,7 @@ with free text around. The tags are read as text, which they are to Qwen2-VL's t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -155,10 +156,8 @@ def read_cut_call(text: str, name: str = "") -> ToolCall | None:
     if found is None:
         return ToolCall(name, "") if name else None
     arguments = found["arguments"] or ""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):  # they are incomplete
         arguments = _dump(_DECODER.raw_decode(arguments)[0])
-    except (ValueError, RecursionError):
-        pass  # incomplete
     return ToolCall(found["name"], arguments)
 
 

@@ -57,7 +57,9 @@ class CallReader:
         parser = self._parsers[delta.index]
         text, calls = parser.push(delta.text)
         if delta.finish_reason is not None:
-            rest, last = self._end(parser, delta.finish_reason, self._counts[delta.index] + len(calls))
+            rest, last = self._end(
+                parser, delta.finish_reason, self._counts[delta.index] + len(calls)
+            )
             text, calls = text + rest, calls + last
         if self._most is not None:
             calls = calls[: self._most - self._counts[delta.index]]

@@ -17,8 +17,8 @@ from octavo.engine.input.chat import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
 from octavo.engine.input.tools import read_tools
 from octavo.engine.input_error import InputError
-from octavo.engine.server import convert_tools
 from octavo.engine.output import OutputDelta
+from octavo.engine.server import convert_tools
 from octavo.engine.tool_calls import ToolCall, ToolParser, split_answer
 from octavo.engine.tool_use import CallReader
 from octavo.proto import octavo_pb2 as pb

@@ -15,6 +15,7 @@ from ...scheduler.params import shown
 from ..async_llm import AsyncLLM
 from ..backlog import join
 from ..engine import EngineDead
+from ..logprob_budget import LogprobCharge
 from ..output import OutputDelta
 from .convert import (
     read_options,
@@ -22,14 +23,18 @@ from .convert import (
     read_sampling,
     read_token_prompt,
     refuse_unknown,
+    reply_pieces,
+    split_delta,
     write_delta,
-    write_reply,
 )
 from .counted import counted
 from .errors import Fault, Refused, fault_in, fault_of
+from .json_pieces import Turns
 from .metadata import checked_request_id, log_trace, read_metadata
 from .status import abort, failure_of
 from .work import Work
+
+MAX_DELTAS = 64  # of an answer that is gathered, before they are joined
 
 
 @dataclass
@@ -38,6 +43,7 @@ class _Call:
 
     request_id: str
     stream: AsyncGenerator[OutputDelta, None]
+    charge: LogprobCharge
     fault: Fault | None = None  # it failed after admission
 
 
@@ -47,6 +53,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     def __init__(self, engine: AsyncLLM, work: Work | None = None) -> None:
         self._engine = engine
         self._work = work or Work()
+        self._turns = Turns()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -56,8 +63,9 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         with self._work.call():
             call = self._begin(request, context)
             async with contextlib.aclosing(call.stream):
-                async for message in _messages(call):
-                    yield message
+                with call.charge:
+                    async for message in self._messages(call):
+                        yield message
             if call.fault is not None:
                 await abort(context, call.fault)
 
@@ -66,15 +74,15 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     ) -> pb.GenerateReply:
         with self._work.call():
             call = self._begin(request, context)
-            answers: dict[int, list[OutputDelta]] = {}
-            async with contextlib.aclosing(call.stream):
-                async for delta in call.stream:
-                    answers.setdefault(delta.index, []).append(delta)
-            whole = [join(answers[index]) for index in sorted(answers)]
-            errors = [answer.error for answer in whole if answer.error]
-            if errors:
-                await abort(context, fault_in(errors[0]))
-            return write_reply(whole)
+            with call.charge:
+                whole = await _gather(call.stream)
+                errors = [answer.error for answer in whole if answer.error]
+                if errors:
+                    await abort(context, fault_in(errors[0]))
+                reply = pb.GenerateReply()
+                async for piece in self._turns.paced(reply_pieces(whole)):
+                    reply = piece
+            return reply
 
     def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         """Raises what a request is refused for, as far as that is seen before it is read."""
@@ -94,10 +102,42 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         log_trace(name, beside)
         limits = self._engine.engine.processor.limits
         prompt, params = read_prompt(request, limits), read_sampling(request.sampling)
+        budget, max_model_len = self._engine.logprob_budget, self._engine.config.max_model_len
+        charge = budget.call(params, max_model_len or 0)
         stream = self._engine.generate(
-            prompt, params, request_id=name, traceparent=beside.traceparent, **options
+            prompt,
+            params,
+            request_id=name,
+            traceparent=beside.traceparent,
+            on_ready=charge.add,
+            **options,
         )
-        return _Call(name, stream)
+        return _Call(name, stream, charge)
+
+    async def _messages(self, call: _Call) -> AsyncIterator[pb.GenerateDelta]:
+        """The deltas; the last of all says what failed, and so does `call` then."""
+        has_begun = False
+        try:
+            async for delta in call.stream:
+                has_begun = True
+                async for message in self._written(delta):
+                    if delta.error and message.HasField("usage"):  # all answers have ended
+                        call.fault = fault_in(delta.error)
+                        message.failure.CopyFrom(failure_of(call.fault))
+                    yield message
+        except EngineDead as error:
+            if not has_begun:
+                raise
+            call.fault = fault_of(error)
+            yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
+
+    async def _written(self, delta: OutputDelta) -> AsyncIterator[pb.GenerateDelta]:
+        """Yield a delta's messages: several where its log probabilities are many."""
+        if not (delta.logprobs or delta.prompt_logprobs):
+            yield write_delta(delta)
+            return
+        async for message in self._turns.paced(map(write_delta, split_delta(delta))):
+            yield message
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
@@ -117,19 +157,13 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         return pb.DetokenizeReply(text=text)
 
 
-async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
-    """The deltas; the last of all says what failed, and so does `call` then."""
-    has_begun = False
-    try:
-        async for delta in call.stream:
-            message = write_delta(delta)
-            has_begun = True
-            if delta.error and delta.usage is not None:  # all answers have ended
-                call.fault = fault_in(delta.error)
-                message.failure.CopyFrom(failure_of(call.fault))
-            yield message
-    except EngineDead as error:
-        if not has_begun:
-            raise
-        call.fault = fault_of(error)
-        yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
+async def _gather(stream: AsyncGenerator[OutputDelta, None]) -> list[OutputDelta]:
+    """Return whole answers, by index; their log probabilities are joined as they come."""
+    answers: dict[int, list[OutputDelta]] = {}
+    async with contextlib.aclosing(stream):
+        async for delta in stream:
+            deltas = answers.setdefault(delta.index, [])
+            deltas.append(delta)
+            if len(deltas) > MAX_DELTAS:
+                deltas[:] = [join(deltas)]
+    return [join(answers[index]) for index in sorted(answers)]

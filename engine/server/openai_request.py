@@ -78,6 +78,7 @@ class Asked:
     options: OptionFields
     stream: bool
     include_usage: bool  # at the end of the stream
+    continuous_usage: bool = False  # in every chunk of the stream
     form_field: str = ""  # where the answers' form stands, if they are to have one
     body: Mapping[str, Any] = field(default_factory=dict)  # as it was written
 
@@ -181,7 +182,7 @@ def _read_prompts(prompt: Any) -> tuple[dict[str, Any], ...]:
 def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Asked:
     """`given`: what else stands in the body."""
     stream = read_flag(given, "stream")
-    include_usage = _read_stream_options(given.pop("stream_options", None), stream)
+    usage = _read_stream_options(given.pop("stream_options", None), stream)
     form, form_field = read_structured(given)
     sampling: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -200,19 +201,19 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
     told = cast(OptionFields, options)
-    return Asked(prompts, params, told, stream, include_usage, form_field)
+    return Asked(prompts, params, told, stream, *usage, form_field)
 
 
-def _read_stream_options(given: Any, stream: bool) -> bool:
-    """Whether the stream is to end with its usage."""
+def _read_stream_options(given: Any, stream: bool) -> tuple[bool, bool]:
+    """Return whether usage goes to the stream's end, and whether into each chunk."""
     if given is None:
-        return False
+        return False, False
     if not isinstance(given, dict) or not stream:
         raise InputError("stream_options", "is an object, and goes with stream=true")
     for name in given:
-        if name not in ("include_usage", "include_obfuscation"):
+        if name not in ("include_usage", "include_obfuscation", "continuous_usage_stats"):
             _refuse(f"stream_options.{name}")
-    return read_flag(given, "include_usage")
+    return read_flag(given, "include_usage"), read_flag(given, "continuous_usage_stats")
 
 
 def _is_neutral(name: str, value: Any) -> bool:

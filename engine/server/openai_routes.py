@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
+import contextlib
 import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -20,12 +19,15 @@ from ..input_error import InputError
 from .counted import counted
 from .errors import Refused
 from .http_error import fault_code
+from .http_pieces import event_stream, json_response
+from .json_pieces import Turns, dump
 from .metadata import log_trace, read_metadata
 from .metrics import CONTENT_TYPE, metrics_text
-from .openai_answers import EventStream, answers_of, chunks, dump, failed, gather
+from .openai_answers import RunningUsage, answers_of, chunks, failed, gather
 from .openai_messages import named_as_written, read_messages
 from .openai_request import Asked, check_model, read_chat, read_completions, read_json
 from .openai_response import AnswerForm
+from .token_texts import TokenTexts
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -39,10 +41,13 @@ class Routes:
     model: str  # its name here
     work: Work
     created: int  # seconds since 1970
+    texts: TokenTexts
+    turns: Turns = field(default_factory=Turns)
 
     @classmethod
     def of(cls, engine: AsyncLLM, work: Work) -> Routes:
-        return cls(engine, engine.engine.model_name, work, int(time.time()))
+        texts = TokenTexts(engine.engine.processor.tokenizer.backend)
+        return cls(engine, engine.engine.model_name, work, int(time.time()), texts)
 
     @property
     def all(self) -> list[Route]:
@@ -76,28 +81,33 @@ class Routes:
         name = beside.request_id or uuid.uuid4().hex
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
-        tokenizer = self.engine.engine.processor.tokenizer.backend
-        decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        form = AnswerForm(name, self.model, is_chat, decode)
         log_trace(name, beside)
-        answers = answers_of(self.engine, asked, name, beside.traceparent)
-        headers = {"x-request-id": name}
-        if not asked.stream:
+        return await self._respond(asked, name, beside.traceparent, is_chat)
+
+    async def _respond(self, asked: Asked, name: str, traceparent: str, is_chat: bool) -> Response:
+        shows_special = not asked.params.skip_special_tokens
+        form = AnswerForm(name, self.model, is_chat, self.texts, not shows_special)
+        headers, usage = {"x-request-id": name}, RunningUsage()
+        async with contextlib.AsyncExitStack() as stack:
+            budget, max_model_len = self.engine.logprob_budget, self.engine.config.max_model_len
+            charge = stack.enter_context(budget.call(asked.params, max_model_len or 0))
+
+            def on_ready(num_prompt_tokens: int) -> None:
+                charge.add(num_prompt_tokens)
+                usage.prompt_tokens += num_prompt_tokens
+
+            answers = answers_of(self.engine, asked, name, traceparent, on_ready)
+            stack.push_async_callback(answers.aclose)
             with named_as_written(asked.body):
-                make = await gather(answers, asked, form)
-            if asked.params.logprobs is None and asked.params.prompt_logprobs is None:
-                return _json(make(), headers)
-            # Those of long prompts and answers are megabytes, which all others would wait for.
-            return await asyncio.to_thread(lambda: _json(make(), headers))
-        try:  # what is refused, is so with a status: nothing is sent before the first delta
-            with named_as_written(asked.body):
+                if not asked.stream:
+                    whole = await gather(answers, asked, form)
+                    return json_response(whole, stack.pop_all(), headers, self.turns)
+                # What is rejected gets a status: nothing is sent before the first delta.
                 first = await anext(answers)
             if first[1].error:
                 raise failed(first[1].error, asked)
-        except BaseException:
-            await answers.aclose()
-            raise
-        return EventStream(answers, chunks(first, answers, asked, form), headers)
+            events = chunks(first, answers, asked, form, usage, self.turns)
+            return event_stream(events, stack.pop_all(), headers)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._model]})
