@@ -17,6 +17,14 @@ Model = Annotated[
 ModelName = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)
 ]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A name of the model in requests; responses have the first. May be repeated. "
+        "Default: the hub id or the folder's name.",
+    ),
+]
 Hub = Annotated[str, typer.Option(help="Where hub ids come from: huggingface or modelscope.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[

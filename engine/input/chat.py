@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
+from .openai_fields import IGNORED_OF_PART, without, without_ignored
 from .openai_parts import URLS, read_media
 from .tokenizer import TextTokenizer
 from .tool_results import in_order_of_calls
@@ -92,6 +93,7 @@ def read_messages(messages: Any, tools: Any = None) -> Conversation:
 def _read_message(field: str, message: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(field, f"must be a dict, not {type(message).__name__}")
+    message = without_ignored(message)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{field}.role", f"{shown(role)}; must be one of {', '.join(ROLES)}")
@@ -154,7 +156,7 @@ def _says_something(content: Any) -> bool:
 def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(part, Mapping):
         raise InputError(field, f"must be a dict, not {type(part).__name__}")
-    kind = part.get("type")
+    kind, part = part.get("type"), without(part, IGNORED_OF_PART)
     if kind == "text":
         _refuse_unknown(field, part, ("type", "text"))
         return {"type": "text", "text": _mark(part.get("text"), f"{field}.text", found)}

@@ -92,9 +92,9 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     def _read(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         beside = read_metadata(context.invocation_metadata() or ())
         refuse_unknown(request)
-        served = self._engine.engine.model_name
-        if request.model not in ("", served):
-            text = f"model={shown(request.model)}: this server has {served}"
+        names = self._engine.engine.served_model_names
+        if request.model not in ("", *names):
+            text = f"model={shown(request.model)}: this server has {', '.join(names)}"
             raise Refused("NOT_FOUND", text, "model")
         name = checked_request_id(request.request_id, "request_id") or beside.request_id
         name = name or uuid.uuid4().hex

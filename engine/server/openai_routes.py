@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ class Routes:
     """The endpoints of one engine."""
 
     engine: AsyncLLM
-    model: str  # its name here
+    names: tuple[str, ...]  # of its model; responses have the first
     work: Work
     created: int  # seconds since 1970
     texts: TokenTexts
@@ -47,7 +47,7 @@ class Routes:
     @classmethod
     def of(cls, engine: AsyncLLM, work: Work) -> Routes:
         texts = TokenTexts(engine.engine.processor.tokenizer.backend)
-        return cls(engine, engine.engine.model_name, work, int(time.time()), texts)
+        return cls(engine, engine.engine.served_model_names, work, int(time.time()), texts)
 
     @property
     def all(self) -> list[Route]:
@@ -70,14 +70,17 @@ class Routes:
         return await self._answer(request, read_completions, is_chat=False)
 
     async def _answer(
-        self, request: Request, read: Callable[[Mapping[str, Any], str], Asked], is_chat: bool
+        self,
+        request: Request,
+        read: Callable[[Mapping[str, Any], Sequence[str]], Asked],
+        is_chat: bool,
     ) -> Response:
         body = await request.body()
         told, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
         with counted(told, stats, fault_code):
             beside = read_metadata(request.headers.items())
             written = read_json(body)
-            asked = replace(read(written, self.model), body=written)
+            asked = replace(read(written, self.names), body=written)
         name = beside.request_id or uuid.uuid4().hex
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
@@ -86,7 +89,7 @@ class Routes:
 
     async def _respond(self, asked: Asked, name: str, traceparent: str, is_chat: bool) -> Response:
         shows_special = not asked.params.skip_special_tokens
-        form = AnswerForm(name, self.model, is_chat, self.texts, not shows_special)
+        form = AnswerForm(name, self.names[0], is_chat, self.texts, not shows_special)
         headers, usage = {"x-request-id": name}, RunningUsage()
         async with contextlib.AsyncExitStack() as stack:
             budget, max_model_len = self.engine.logprob_budget, self.engine.config.max_model_len
@@ -110,16 +113,16 @@ class Routes:
             return event_stream(events, stack.pop_all(), headers)
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model]})
+        return _json({"object": "list", "data": [self._model(name) for name in self.names]})
 
     async def one_model(self, request: Request) -> Response:
-        check_model({"model": request.path_params["name"]}, self.model)
-        return _json(self._model)
+        name = request.path_params["name"]
+        check_model({"model": name}, self.names)
+        return _json(self._model(name))
 
-    @property
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "octavo",
@@ -130,7 +133,7 @@ class Routes:
         """Of {"prompt": ...} or {"messages": ...}: one placeholder token for each item, which is
         neither fetched nor looked at."""
         body = read_json(await request.body())
-        check_model(body, self.model)
+        check_model(body, self.names)
         _only(body, "model", "prompt", "messages")
         prompt, messages = body.get("prompt"), body.get("messages")
         if (prompt is None) == (messages is None) or not isinstance(prompt, str | None):
@@ -143,7 +146,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = read_json(await request.body())
-        check_model(body, self.model)
+        check_model(body, self.names)
         _only(body, "model", "tokens")
         tokens = body.get("tokens")
         if not isinstance(tokens, list):
