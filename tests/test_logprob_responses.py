@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -364,3 +365,53 @@ def test_what_a_slow_reader_has_not_read_is_kept_in_arrays() -> None:
     deltas = [OutputDelta("it", token_ids=(1,), logprobs=(entry(1, 2),)) for _ in range(9)]
     joined = join([join(deltas), *deltas])
     assert isinstance(joined.logprobs, LogprobTable) and joined.logprobs == [entry(1, 2)] * 18
+
+
+# The event loop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", ["whole", "stream", "grpc", "grpc once"])
+def test_L37_the_largest_response_never_holds_the_loop(api: str) -> None:
+    """CPU time of each callback of the loop, so that other load on the machine does not count."""
+    longest = 0.0
+    run = asyncio.events.Handle._run
+
+    def timed(handle: Any) -> None:
+        nonlocal longest
+        start = time.thread_time()
+        run(handle)
+        longest = max(longest, time.thread_time() - start)
+
+    settings: dict[str, Any] = {"max_model_len": 8192, "kv_cache_memory_bytes": 64 << 20}
+    settings["max_num_batched_tokens"] = 2048
+    with pytest.MonkeyPatch.context() as patch:
+        door = Door(EMBEDDED_MODEL, dtype="float32", **settings)
+        try:
+            patch.setattr(asyncio.events.Handle, "_run", timed)
+            size = _largest(door, api)
+        finally:
+            door.close()
+    assert size > 1_000_000
+    assert longest < 0.05, f"{longest * 1e3:.0f} ms"
+
+
+def _largest(door: Door, api: str) -> int:
+    """Ask for as much as is accepted: 16 prompts (of gRPC one) of 6,000 tokens."""
+    prompt = [64] * 6000
+    if api.startswith("grpc"):
+        with octavo.Client(door.address) as client:
+            ask: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": 20}
+            if api == "grpc":
+                deltas = list(client.generate(prompt, **ask))
+                return sum(len(e.top) for d in deltas for e in d.prompt_logprobs if e) * 10
+            (answer,) = client.generate_once(prompt, **ask).answers
+            return sum(len(e.top) for e in answer.prompt_logprobs if e) * 10
+    body: dict[str, Any] = {"prompt": [prompt] * 16, "max_tokens": 1, "prompt_logprobs": 20}
+    body["stream"] = api == "stream"
+    with (
+        httpx2.Client(base_url=door.url, timeout=300) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        assert response.status_code == 200
+        return sum(map(len, response.iter_bytes()))
