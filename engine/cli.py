@@ -50,6 +50,7 @@ from .cli_options import (
     Model,
     ModelName,
     OverlapSteps,
+    Port,
     Quantization,
     ServedModelName,
     TensorParallelSize,
@@ -110,9 +111,7 @@ def serve(
     model: Model = None,
     served_model_name: ServedModelName = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
-    ] = 50051,
+    port: Port = 50051,
     http_port: HttpPort = None,
     http_host: HttpHost = None,
     device: Device = "auto",

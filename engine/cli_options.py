@@ -115,6 +115,9 @@ MaxPixels = Annotated[
     int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
 ]
 
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
+]
 HttpPort = Annotated[
     int | None,
     typer.Option(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -15,7 +16,6 @@ from ...scheduler.params import shown
 from ..async_llm import AsyncLLM
 from ..backlog import join
 from ..engine import EngineDead
-from ..logprob_budget import LogprobCharge
 from ..output import OutputDelta
 from .convert import (
     read_options,
@@ -43,8 +43,9 @@ class _Call:
 
     request_id: str
     stream: AsyncGenerator[OutputDelta, None]
-    charge: LogprobCharge
     fault: Fault | None = None  # it failed after admission
+    turns: Turns = field(default_factory=Turns)
+    charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
 
 class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
@@ -64,7 +65,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             call = self._begin(request, context)
             async with contextlib.aclosing(call.stream):
                 with call.charge:
-                    async for message in self._messages(call):
+                    async for message in _messages(call):
                         yield message
             if call.fault is not None:
                 await abort(context, call.fault)
@@ -112,32 +113,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             on_ready=charge.add,
             **options,
         )
-        return _Call(name, stream, charge)
-
-    async def _messages(self, call: _Call) -> AsyncIterator[pb.GenerateDelta]:
-        """The deltas; the last of all says what failed, and so does `call` then."""
-        has_begun = False
-        try:
-            async for delta in call.stream:
-                has_begun = True
-                async for message in self._written(delta):
-                    if delta.error and message.HasField("usage"):  # all answers have ended
-                        call.fault = fault_in(delta.error)
-                        message.failure.CopyFrom(failure_of(call.fault))
-                    yield message
-        except EngineDead as error:
-            if not has_begun:
-                raise
-            call.fault = fault_of(error)
-            yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
-
-    async def _written(self, delta: OutputDelta) -> AsyncIterator[pb.GenerateDelta]:
-        """Yield a delta's messages: several where its log probabilities are many."""
-        if not (delta.logprobs or delta.prompt_logprobs):
-            yield write_delta(delta)
-            return
-        async for message in self._turns.paced(map(write_delta, split_delta(delta))):
-            yield message
+        return _Call(name, stream, turns=self._turns, charge=charge)
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
@@ -155,6 +131,33 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     ) -> pb.DetokenizeReply:
         text = await self._engine.detokenize(request.ids, request.skip_special_tokens)
         return pb.DetokenizeReply(text=text)
+
+
+async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
+    """The deltas; the last of all says what failed, and so does `call` then."""
+    has_begun = False
+    try:
+        async for delta in call.stream:
+            has_begun = True
+            async for message in _written(delta, call.turns):
+                if delta.error and message.HasField("usage"):  # all answers have ended
+                    call.fault = fault_in(delta.error)
+                    message.failure.CopyFrom(failure_of(call.fault))
+                yield message
+    except EngineDead as error:
+        if not has_begun:
+            raise
+        call.fault = fault_of(error)
+        yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
+
+
+async def _written(delta: OutputDelta, turns: Turns) -> AsyncIterator[pb.GenerateDelta]:
+    """Yield a delta's messages: several where its log probabilities are many."""
+    if not (delta.logprobs or delta.prompt_logprobs):
+        yield write_delta(delta)
+        return
+    async for message in turns.paced(map(write_delta, split_delta(delta))):
+        yield message
 
 
 async def _gather(stream: AsyncGenerator[OutputDelta, None]) -> list[OutputDelta]:
