@@ -421,7 +421,7 @@ def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
 def test_L27_fields_are_named_as_they_were_written_after_admission_too() -> None:
     """A video's later frames are read while it runs."""
     body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
-    asked = replace(read_chat({"messages": WHO}, "embedded"), body=body)
+    asked = replace(read_chat({"messages": WHO}, ("embedded",)), body=body)
     told = openai_answers.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
     assert (told.status, told.param) == (400, "messages[0].content[0].video_url.url")
     assert told.text == "messages[0].content[0].video_url.url: broken"
