@@ -42,11 +42,6 @@ class LogprobTable(Sequence[TokenLogprobs | None]):
         self._top_logprobs = array("f")
         self.extend(entries)
 
-    @property
-    def num_values(self) -> int:
-        """Number of log probabilities, alternatives included."""
-        return len(self._token_ids) + len(self._top_token_ids)
-
     def append(self, entry: TokenLogprobs | None) -> None:
         if entry is not None:
             self._top_token_ids.extend(entry.top_token_ids)

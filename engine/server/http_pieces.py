@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
@@ -12,8 +11,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .json_pieces import Turns, json_pieces
-
-log = logging.getLogger("octavo.server")
 
 
 class PiecesResponse(Response):
