@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .engine import WAS_CLOSED, DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .input_pool import InputJob, InputPool
+from .logprob_budget import LogprobBudget
 from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta
 from .progress import loading_bar
@@ -56,6 +57,7 @@ class AsyncLLM:
         self._death: asyncio.Event | None = None
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
         self._closed = False
+        self.logprob_budget = LogprobBudget()  # of the servers on this engine
         self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
         # Told of each request that is admitted: its request_id, and what it becomes.
         self.on_admitted: Callable[[str, Request], None] | None = None
@@ -97,8 +99,9 @@ class AsyncLLM:
         prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
         prompt |= {"tools": tools, "tool_choice": tool_choice}
         prompt |= {"parallel_tool_calls": parallel_tool_calls}
-        names = {"request_id": request_id, "traceparent": traceparent}
-        return self.generate(prompt, params, **names, **options)
+        return self.generate(
+            prompt, params, request_id=request_id, traceparent=traceparent, **options
+        )
 
     async def generate(
         self,
@@ -107,11 +110,13 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
+        on_ready: Callable[[int], None] | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
         """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
-        `chat`. A reader that is slower than the model gets what has gathered as one delta for each
-        answer."""
+        `chat`. `on_ready` is called with the number of prompt tokens before admission; what it
+        raises rejects the request. A reader that is slower than the model gets what has gathered
+        as one delta for each answer."""
         name = request_id or uuid.uuid4().hex
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
@@ -131,6 +136,8 @@ class AsyncLLM:
                     ready = await self._preprocess(stream.work, clock, stream)
                 if ready is not None:
                     record.num_prompt_tokens = len(ready.prompt_token_ids)
+                    if on_ready is not None:
+                        on_ready(record.num_prompt_tokens)
                     stream.is_admitted = record.is_admitted = True
                     self._steps.add(key, ready, params, clock)
                 while not finished:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Generic, TypeVar
 
+from ..scheduler.logprobs import LogprobTable, TokenLogprobs
 from .output import OutputDelta
 
 MOST_WAITING = 64  # events; more are put together, whoever reads them
+
+LOGPROBS = ("logprobs", "prompt_logprobs")
 
 T = TypeVar("T")  # what comes beside deltas
 
@@ -69,8 +72,20 @@ def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
         values = [getattr(delta, field.name) for delta in deltas]
         if field.name == "text":
             joined["text"] = "".join(values)
+        elif field.name in LOGPROBS:
+            joined[field.name] = _join_logprobs([value for value in values if value])
         elif isinstance(values[0], tuple):
             joined[field.name] = tuple(each for value in values for each in value)
         else:
             joined[field.name] = next((v for v in reversed(values) if v), values[0])
     return replace(first, **joined)
+
+
+def _join_logprobs(values: Sequence[Sequence[TokenLogprobs | None]]) -> Any:
+    """Concatenate log probabilities in arrays: a slow reader may have many of them."""
+    if len(values) < 2:
+        return values[0] if values else ()
+    table = LogprobTable()
+    for value in values:
+        table.extend(value)
+    return table

@@ -50,7 +50,9 @@ from .cli_options import (
     Model,
     ModelName,
     OverlapSteps,
+    Port,
     Quantization,
+    ServedModelName,
     TensorParallelSize,
     TlsCert,
     TlsClientCa,
@@ -107,10 +109,9 @@ app.add_typer(trace_app, name="trace")
 def serve(
     model_name: ModelName = None,
     model: Model = None,
+    served_model_name: ServedModelName = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
-    ] = 50051,
+    port: Port = 50051,
     http_port: HttpPort = None,
     http_host: HttpHost = None,
     device: Device = "auto",

@@ -17,6 +17,14 @@ Model = Annotated[
 ModelName = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)
 ]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A name of the model in requests; responses have the first. May be repeated. "
+        "Default: the hub id or the folder's name.",
+    ),
+]
 Hub = Annotated[str, typer.Option(help="Where hub ids come from: huggingface or modelscope.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[
@@ -107,6 +115,9 @@ MaxPixels = Annotated[
     int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
 ]
 
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
+]
 HttpPort = Annotated[
     int | None,
     typer.Option(

@@ -59,7 +59,7 @@ def serve_model(
     settings["model"] = one_model(settings.pop("model_name"), settings["model"])
     keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
     settings["workers"] = _addresses(settings["workers"])
-    for name in ("allowed_media_domains", "allowed_media_paths"):
+    for name in ("allowed_media_domains", "allowed_media_paths", "served_model_name"):
         settings[name] = tuple(settings[name] or ())
     for kind in ("image", "video"):
         settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")

@@ -11,6 +11,7 @@ from ..scheduler.structured import StructuredOutput
 from .client_error import ClientError, invalid
 from .client_media import KINDS, check_size, media_item
 from .client_tools import message_calls
+from .input.openai_fields import IGNORED_OF_PART, without, without_ignored
 from .input.openai_parts import URLS, read_media, with_type
 from .input_error import InputError
 
@@ -131,6 +132,7 @@ def _structured(form: Any) -> pb.StructuredOutput:
 def _message(message: Mapping[str, Any], field: str) -> pb.Message:
     if not isinstance(message, Mapping):
         raise invalid("must be a dict with role and content", field)
+    message = without_ignored(message)
     for name in message:
         if name not in ("role", "content", "tool_calls", "tool_call_id"):
             raise invalid(f"{name!r} is unknown; a message has role and content", field)
@@ -153,7 +155,7 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
     if not isinstance(part, Mapping):
         raise invalid(f"must be a dict, not {type(part).__name__}", field)
     try:
-        part = with_type(part, field)
+        part = with_type(without(part, IGNORED_OF_PART), field)
     except InputError as error:
         raise ClientError("INVALID_ARGUMENT", str(error), field=error.field) from None
     if part.get("type") == "text":

@@ -28,7 +28,8 @@ def add_tools(
         function = dict(_mapping(tool.get("function"), f"{field}.function"))
         if function.get("parameters") is not None:
             function["parameters"] = _json(function["parameters"], f"{field}.function.parameters")
-        function.pop("strict", None)  # says something of OpenAI's own service
+        for name in ("strict", "cache_control"):  # about other services
+            function.pop(name, None)
         try:
             request.tools.add(function=pb.Function(**function))
         except (TypeError, ValueError) as error:

@@ -81,6 +81,8 @@ class EngineConfig:
     media_timeout_s: int = MediaLimits.media_timeout_s
     decoder_memory_bytes: int = MediaLimits.decoder_memory_bytes
     isolate_media: bool = False  # decode files in processes of their own: for callers from outside
+    served_model_name: str | tuple[str, ...] = ()  # names that requests may use; the first is in
+    # responses; (): the hub id or the folder's name
     trace_file: Path | None = None  # record each step there, for `octavo trace draw`
 
     def __post_init__(self) -> None:
@@ -97,10 +99,21 @@ class EngineConfig:
             if (type(value), value) not in [(type(each), each) for each in choices]:  # 1, True
                 raise ConfigError(f"{name}={shown(value)}: must be {text}")
         self._count_workers()
+        self._read_served_names()
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             text = "must be a number over 0 and at most 1"
             raise ConfigError(f"gpu_memory_utilization={shown(share)}: {text}")
+
+    def _read_served_names(self) -> None:
+        names = self.served_model_name
+        names = (names,) if isinstance(names, str) else names
+        if not isinstance(names, list | tuple) or not all(
+            isinstance(name, str) and name and name.isprintable() for name in names
+        ):
+            text = "must be a printable name or a list of them"
+            raise ConfigError(f"served_model_name={shown(self.served_model_name)}: {text}")
+        object.__setattr__(self, "served_model_name", tuple(dict.fromkeys(names)))
 
     def _count_workers(self) -> None:
         workers = self.workers

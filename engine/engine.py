@@ -74,7 +74,8 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"{name}: unknown; settings are {', '.join(known)}")
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
-        self.model_name = model_name(model, asked.model)
+        own = model_name(model, asked.model)
+        self.served_model_names = tuple(asked.served_model_name) or (own,)
         self.model_config = ModelConfig.from_dir(asked.model)
         check_tensor_parallel_size(self.model_config, asked.tensor_parallel_size)
         media = media_settings(asked, self.model_config)
@@ -141,6 +142,11 @@ class Engine:
         if memory.device != "cpu" or self.config.workers:
             return 0
         return self.num_blocks * memory.kv_block_bytes * self.config.tensor_parallel_size
+
+    @property
+    def model_name(self) -> str:
+        """The name in responses: the first that requests may use."""
+        return self.served_model_names[0]
 
     @property
     def worker_pids(self) -> tuple[int, ...]:

@@ -120,12 +120,12 @@ class LiveRequest:
             error=error,
         )
 
-    def _prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+    def _prompt_logprobs(self) -> Sequence[TokenLogprobs | None]:
         """Where they are asked for, once: the first answer's request has computed the prompt."""
         if self.requests[0].params.prompt_logprobs is None or self.has_told_of_prompt:
             return ()
         self.has_told_of_prompt = True
-        return tuple(self.requests[0].prompt_logprobs)
+        return self.requests[0].prompt_logprobs
 
     def _usage(self) -> Usage:
         num_output_tokens = sum(request.num_output_tokens for request in self.requests)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from ..scheduler.logprobs import TokenLogprobs
+from ..scheduler.logprobs import LogprobTable, TokenLogprobs
 from .input.processor import InputTimes
 from .media.item import MediaInfo
 from .tool_calls import ToolCall
@@ -48,10 +48,10 @@ class OutputDelta:
     usage: Usage | None = None  # over all answers, on the request's last delta
     media: tuple[MediaInfo, ...] = ()  # on the first delta
     media_times: InputTimes | None = None  # on the first delta; zeros where there are no media
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where they were asked for
+    logprobs: Sequence[TokenLogprobs] = ()  # of token_ids, where they were asked for
     # On the first answer's delta with its first token, where they were asked for: one a token of
     # the prompt; None for the first, and for those of images and videos.
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     error: str = ""
     tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; they are no part of the text
     times: RequestTimes | None = None  # on the request's last delta
@@ -72,7 +72,8 @@ class Output:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, if asked for
+    # Of token_ids, if asked for.
+    logprobs: list[TokenLogprobs] | LogprobTable = field(default_factory=list)
     tool_calls: list[ToolCall] = field(default_factory=list)  # no part of the text
 
 
@@ -87,7 +88,7 @@ class RequestOutput:
     media_times: InputTimes | None = None  # what they took; zeros where there are none
     usage: Usage | None = None
     # One a token of the prompt, if asked for; None for the first, and for those of media.
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     error: str = ""
 
     @property

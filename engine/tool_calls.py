@@ -6,6 +6,7 @@ with free text around. The tags are read as text, which they are to Qwen2-VL's t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -14,6 +15,12 @@ from typing import Any, NoReturn
 from .input.tools import NAME
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_CUT_CALL = re.compile(
+    rf'\s*{OPEN}\s*\{{\s*"name":\s*"(?P<name>{NAME.pattern})"'
+    r'(?:\s*,\s*"arguments"\s*:\s*(?P<arguments>.*))?',
+    re.DOTALL,
+)
+_DECODER = json.JSONDecoder()
 _TEXT_BORDER = re.compile(r'\\.|"', re.DOTALL)  # in JSON: what opens or closes a text
 
 
@@ -22,7 +29,7 @@ class ToolCall:
     """A function that the model wants called."""
 
     name: str
-    arguments: str  # an object in JSON
+    arguments: str  # an object in JSON; its beginning, where the answer was cut off inside it
     id: str = ""  # once it is told
 
 
@@ -61,11 +68,18 @@ class ToolParser:
         return "".join(content), tuple(calls)
 
     def flush(self) -> tuple[str, tuple[ToolCall, ...]]:
-        """What was held back, at the answer's end: a call that lacks but its closing tag is one."""
-        held, body = self._held, self._body
-        self._held, self._body = "", None
-        call = None if body is None else read_call(held[body:])
+        """Return what is undecided when the answer ends.
+
+        A call whose JSON is complete counts, although its closing tag is missing or cut.
+        """
+        held = self.take()
+        call = read_unclosed_call(held)
         return (held, ()) if call is None else ("", (call,))
+
+    def take(self) -> str:
+        """Return the undecided text and forget it."""
+        held, self._held, self._body = self._held, "", None
+        return held
 
     def _open(self, content: list[str]) -> bool:
         """Whether a call begins; what goes before it is content."""
@@ -121,6 +135,30 @@ def read_call(text: str) -> ToolCall | None:
         return None if not isinstance(arguments, dict) else ToolCall(name, _dump(arguments))
     except (ValueError, RecursionError):
         return None
+
+
+def read_unclosed_call(text: str) -> ToolCall | None:
+    """Read a call from an answer's end: `text` lacks all or a part of the closing tag."""
+    start = text.find(OPEN)
+    if start < 0:
+        return None
+    body = text[start + len(OPEN) :]
+    return read_call(body) or read_call(body[: len(body) - _overlap(body, CLOSE)])
+
+
+def read_cut_call(text: str, name: str = "") -> ToolCall | None:
+    """Read a call that was cut off inside its JSON, written as `tool_choice`'s grammar has it.
+
+    `arguments` is as much of their JSON as there is. `name`: of the only function that may be
+    called; without one, the call's name must be complete. None: the name is not known.
+    """
+    found = _CUT_CALL.match(text)
+    if found is None:
+        return ToolCall(name, "") if name else None
+    arguments = found["arguments"] or ""
+    with contextlib.suppress(ValueError, RecursionError):  # they are incomplete
+        arguments = _dump(_DECODER.raw_decode(arguments)[0])
+    return ToolCall(found["name"], arguments)
 
 
 def _dump(value: Any) -> str:

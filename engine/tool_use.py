@@ -15,7 +15,9 @@ from ..scheduler.structured import MAX_FORM_BYTES, StructuredOutput
 from .input.tools import read_choice, read_tools
 from .input_error import InputError
 from .output import OutputDelta
-from .tool_calls import ToolParser
+from .tool_calls import ToolCall, ToolParser, read_cut_call
+
+CUT_OFF = ("length", "abort")  # finish reasons of answers that are not complete
 
 # How llguidance writes JSON.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -33,6 +35,7 @@ class CallReader:
         has_tools = isinstance(prompt, Mapping) and bool(prompt.get("tools"))
         self._is_on = has_tools and prompt.get("tool_choice") != "none"
         self._most = 1 if has_tools and prompt.get("parallel_tool_calls") is False else None
+        self._forced = _forced_name(prompt) if self._is_on else None
         self._parsers: defaultdict[int, ToolParser] = defaultdict(ToolParser)
         self._counts: defaultdict[int, int] = defaultdict(int)  # calls told, by answer
 
@@ -54,13 +57,38 @@ class CallReader:
         parser = self._parsers[delta.index]
         text, calls = parser.push(delta.text)
         if delta.finish_reason is not None:
-            rest, last = parser.flush()
+            rest, last = self._end(
+                parser, delta.finish_reason, self._counts[delta.index] + len(calls)
+            )
             text, calls = text + rest, calls + last
         if self._most is not None:
             calls = calls[: self._most - self._counts[delta.index]]
         self._counts[delta.index] += len(calls)
         named = tuple(replace(call, id=f"call_{uuid.uuid4().hex[:24]}") for call in calls)
         return replace(delta, text=text, tool_calls=named)
+
+    def _end(
+        self, parser: ToolParser, reason: str, num_calls: int
+    ) -> tuple[str, tuple[ToolCall, ...]]:
+        """Return the rest of an answer, which had `num_calls` before: content and calls.
+
+        An answer of calls alone that was cut off has its last call as far as it goes. (One that a
+        stop string ended is text: its finish reason would tell the client that the call is whole.)
+        """
+        rest, calls = parser.flush()
+        if self._forced is None or calls or reason not in CUT_OFF or not rest.strip():
+            return rest, calls
+        call = read_cut_call(rest, "" if num_calls else self._forced)
+        return (rest, ()) if call is None else ("", (call,))
+
+
+def _forced_name(prompt: Mapping[str, Any]) -> str | None:
+    """Return the function that `tool_choice` names, "" where it is "required", else None."""
+    choice = prompt.get("tool_choice")
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        return str(function.get("name", "")) if isinstance(function, Mapping) else None
+    return "" if choice == "required" else None
 
 
 def has_tool_grammar(prompt: Any) -> bool:

@@ -434,7 +434,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "dtype", "weight_format", "max_model_len", "max_position_embeddings", "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "num_vision_layers", "image_token_id", "video_token_id")
+    __slots__ = ("name", "dtype", "weight_format", "max_model_len", "max_position_embeddings", "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "num_vision_layers", "image_token_id", "video_token_id", "served_names")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FORMAT_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +448,7 @@ class ModelInfo(_message.Message):
     NUM_VISION_LAYERS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     VIDEO_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    SERVED_NAMES_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     weight_format: str
@@ -461,7 +462,8 @@ class ModelInfo(_message.Message):
     num_vision_layers: int
     image_token_id: int
     video_token_id: int
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., weight_format: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., num_vision_layers: _Optional[int] = ..., image_token_id: _Optional[int] = ..., video_token_id: _Optional[int] = ...) -> None: ...
+    served_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., weight_format: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., num_vision_layers: _Optional[int] = ..., image_token_id: _Optional[int] = ..., video_token_id: _Optional[int] = ..., served_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

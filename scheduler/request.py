@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
-from .logprobs import TokenLogprobs
+from .logprobs import LogprobTable
 from .params import DEFAULT_PRIORITY, SamplingParams
 
 UnitKey = tuple[bytes, int]  # (media_hash, index of the encode unit in its item)
@@ -123,7 +123,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked
     # Of the prompt's first tokens, as far as steps have told; the first token, and those of media,
     # have none. Only where `params` asks for them.
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: LogprobTable = field(default_factory=LogprobTable)
     num_preemptions: int = 0
     num_kills: int = 0  # steps with it that ended the workers, since it last ran well alone
     num_misses: int = 0  # steps in a row that lacked an embedding

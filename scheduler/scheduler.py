@@ -262,4 +262,4 @@ class Scheduler:
 def _take_prompt_logprobs(request: Request, end: int, found: Mapping[int, TokenLogprobs]) -> None:
     """Tokens up to `end` are computed: they tell of those up to the one after them."""
     first, last = len(request.prompt_logprobs), min(end + 1, request.num_prompt_tokens)
-    request.prompt_logprobs += [found.get(index) for index in range(first, last)]
+    request.prompt_logprobs.extend(found.get(index) for index in range(first, last))

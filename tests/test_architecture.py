@@ -38,7 +38,7 @@ LAYERS = [
     ("engine.input_pool", "engine.media_settings", "engine.tool_calls"),
     ("engine.output",),
     ("engine.histogram", "engine.spans", "engine.backlog", "engine.tool_use"),
-    ("engine.stats",),
+    ("engine.stats", "engine.logprob_budget"),
     ("engine.matchers", "engine.sampling_slots", "engine.step_logprobs", "engine.token_edits"),
     ("engine.step_input", "engine.capacity", "engine.request_maker"),
     ("engine.live", "engine.pipeline", "engine.snapshot"),

@@ -50,11 +50,9 @@ from octavo.engine.server import (
     http_guard,
     http_live,
     openai_answers,
-    openai_response,
 )
 from octavo.engine.server.http_server import HttpServer
 from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.openai_logprobs import write_logprobs
 from octavo.engine.server.openai_request import NEUTRAL, PARAMS, read_chat
 from octavo.engine.server.work import Work
 from octavo.engine.tls import TlsFiles
@@ -423,7 +421,7 @@ def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
 def test_L27_fields_are_named_as_they_were_written_after_admission_too() -> None:
     """A video's later frames are read while it runs."""
     body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
-    asked = replace(read_chat({"messages": WHO}, "embedded"), body=body)
+    asked = replace(read_chat({"messages": WHO}, ("embedded",)), body=body)
     told = openai_answers.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
     assert (told.status, told.param) == (400, "messages[0].content[0].video_url.url")
     assert told.text == "messages[0].content[0].video_url.url: broken"
@@ -468,36 +466,6 @@ def test_log_probabilities_in_openai_s_form(door: Door, raw: httpx2.Client) -> N
     assert bare.json()["choices"][0]["logprobs"] is None
     refused = raw.post("/v1/chat/completions", json={**body, "logprobs": False})
     assert error_in(refused)["param"] == "top_logprobs"
-
-
-def test_many_log_probabilities_are_written_beside_the_loop(
-    raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All other requests would wait for them."""
-    threads: list[str] = []
-
-    def write(entries: Any, *more: Any) -> Any:
-        threads.extend([threading.current_thread().name] if len(entries) > 2 else [])
-        return write_logprobs(entries, *more)
-
-    monkeypatch.setattr(openai_response, "write_logprobs", write)
-    monkeypatch.setattr(openai_answers, "FEW", 2)
-    body = {"messages": WHO, "max_tokens": 8, "ignore_eos": True, "logprobs": True}
-    assert raw.post("/v1/chat/completions", json=body).status_code == 200
-    entry: Any = SimpleNamespace(token_id=1, logprob=-0.5, top={})
-    delta = OutputDelta("it", text="aaa", logprobs=(entry,) * 3)
-
-    async def read() -> list[bytes]:
-        async def rest() -> Any:
-            return
-            yield
-
-        asked: Any = SimpleNamespace(params=SimpleNamespace(n=1), include_usage=False)
-        form = openai_response.AnswerForm("it", "model", True, lambda ids: "a")
-        return [each async for each in openai_answers.chunks((0, delta), rest(), asked, form)]
-
-    assert len(asyncio.run(read())) == 2
-    assert len(threads) == 2 and all(name.startswith("asyncio_") for name in threads)
 
 
 def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.Client) -> None:
@@ -583,7 +551,7 @@ def test_a_slow_reader_of_several_prompts_holds_their_streams_back() -> None:
     async def read() -> None:
         asked: Any = SimpleNamespace(prompts=[0, 1], params=None, options={})
         engine: Any = SimpleNamespace(generate=generate)
-        merged = openai_answers._merged(engine, asked, "name", "")
+        merged = openai_answers._merged(engine, asked, "name", "", lambda count: None)
         for seen in (1, 5):
             for _ in range(seen):
                 await anext(merged)
@@ -1238,20 +1206,3 @@ def test_a_door_that_cannot_open_says_why() -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
-
-
-def test_log_probabilities_in_both_forms() -> None:
-    words = {1: "a", 2: "東", 3: "\ufffd"}
-    entries = [SimpleNamespace(token_id=1, logprob=-0.5, top={2: -0.1, 3: -2.0})]
-    chat = write_logprobs(entries, lambda ids: words[ids[0]], is_chat=True)
-    assert chat is not None and len(chat["content"]) == 1
-    top = chat["content"][0].pop("top_logprobs")
-    assert chat["content"][0] == {"token": "a", "logprob": -0.5, "bytes": [97]}
-    assert top[0] == {"token": "東", "logprob": -0.1, "bytes": [230, 157, 177]}
-    assert top[1]["bytes"] is None  # a part of a character
-    assert write_logprobs(entries, lambda ids: words[ids[0]], is_chat=False) == {
-        "tokens": ["a"],
-        "token_logprobs": [-0.5],
-        "top_logprobs": [{"東": -0.1, "\ufffd": -2.0}],
-    }
-    assert write_logprobs([], lambda ids: "", is_chat=True) is None

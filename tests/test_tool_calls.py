@@ -17,8 +17,10 @@ from octavo.engine.input.chat import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
 from octavo.engine.input.tools import read_tools
 from octavo.engine.input_error import InputError
+from octavo.engine.output import OutputDelta
 from octavo.engine.server import convert_tools
 from octavo.engine.tool_calls import ToolCall, ToolParser, split_answer
+from octavo.engine.tool_use import CallReader
 from octavo.proto import octavo_pb2 as pb
 
 A = '<tool_call>\n{"name": "a", "arguments": {"x": {"y": [1]}}}\n</tool_call>'
@@ -85,6 +87,55 @@ def test_any_cut_finds_the_same(text: str, sizes: list[int]) -> None:
 def test_without_calls_nothing_is_lost(pieces: list[str]) -> None:
     text = "".join(pieces)
     assert split_answer(text) == (text, ())
+
+
+NAMED = {"type": "function", "function": {"name": "a"}}
+FORCED = '<tool_call>\n{"name": "a", "arguments": {"x": "</tool_call>", "y": [1]}}\n</tool_call>'
+ARGUMENTS = '{"x": "</tool_call>", "y": [1]}'
+
+
+def cut_off(text: str, choice: Any, reason: str = "length", size: int = 7) -> tuple[str, list[Any]]:
+    """An answer's content and calls, of deltas of `size` characters."""
+    reader = CallReader({"tools": [{"function": {"name": "a"}}], "tool_choice": choice})
+    deltas = [OutputDelta("it", text=text[at : at + size]) for at in range(0, len(text), size)]
+    deltas.append(OutputDelta("it", finish_reason=reason))
+    found = [reader.read(delta) for delta in deltas]
+    return "".join(each.text for each in found), [c for each in found for c in each.tool_calls]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", NAMED], ids=["auto", "required", "named"])
+@pytest.mark.parametrize("reason", ["length", "abort", "stop"])
+def test_a_call_of_whole_json_counts_wherever_its_closing_tag_is_cut(
+    choice: Any, reason: str
+) -> None:
+    for end in range(len(FORCED) - len("\n</tool_call>"), len(FORCED) + 1):
+        for size in (1, 7, 1000):
+            content, calls = cut_off(FORCED[:end], choice, reason, size)
+            assert (content, [(c.name, c.arguments) for c in calls]) == ("", [("a", ARGUMENTS)])
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_forced_call_that_is_cut_has_the_arguments_so_far(choice: Any, before: int) -> None:
+    """As OpenAI's API has it; the finish reason says that they are not complete."""
+    start = f"{FORCED}\n" * before
+    for end in range(1, len(FORCED) - len("}\n</tool_call>") + 1):
+        content, calls = cut_off(start + FORCED[:end], choice)
+        whole, last = calls[:before], calls[before:]
+        assert [call.arguments for call in whole] == [ARGUMENTS] * before
+        has_name = end >= FORCED.index('", "arg') + 1
+        if not has_name and (before or choice == "required"):  # any tool may have been meant
+            assert not last and content.strip() == FORCED[:end].strip()
+            continue
+        arguments = FORCED[FORCED.index(': {"x"') + 2 : end]
+        assert content == "" and [(c.name, c.arguments) for c in last] == [("a", arguments)]
+        assert all(call.id for call in last)
+
+
+def test_a_call_that_is_cut_stays_text_where_it_is_not_forced_or_a_stop_string_cut_it() -> None:
+    cut = FORCED[:50]
+    assert cut_off(cut, "auto") == cut_off(cut, NAMED, "stop") == (cut, [])
+    assert cut_off("", NAMED, "abort") == ("", [])
 
 
 TOOL = {

@@ -189,6 +189,34 @@ def test_a_choice_is_kept_to_by_a_model_that_was_never_told_how(client: openai.O
         assert json.loads(calls[0].function.arguments).keys() == {"warm"}
 
 
+def test_a_forced_call_that_max_tokens_cut_is_a_call(door: Door, client: openai.OpenAI) -> None:
+    """By every API, wherever it is cut. Nothing is planted here either."""
+    function = {"name": "tell", "parameters": {"properties": {"warm": {"enum": ["yes", "</a>"]}}}}
+    function["parameters"]["required"] = ["warm"]  # type: ignore[index]
+    tools = [WEATHER, {"type": "function", "function": function}]
+    more = {"tools": tools, "tool_choice": _named("tell"), "extra_body": {}, "seed": 3}
+    whole = chat(client, **more)
+    (call,) = whole.choices[0].message.tool_calls
+    settings: dict[str, Any] = {"temperature": 0, "seed": 3}
+    with octavo.Client(door.address) as other:
+        for size in range(1, whole.usage.completion_tokens):
+            (choice,) = chat(client, **more, max_tokens=size).choices
+            assert choice.finish_reason == "length" and choice.message.content is None
+            (cut,) = choice.message.tool_calls
+            assert cut.function.name == "tell"
+            assert call.function.arguments.startswith(cut.function.arguments)
+            chunks = list(chat(client, **more, max_tokens=size, stream=True))
+            (streamed,) = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
+            assert streamed.function.arguments == cut.function.arguments
+            assert chunks[-1].choices[0].finish_reason == "length"
+            own: dict[str, Any] = {"tools": tools, "tool_choice": _named("tell"), **settings}
+            answer = other.generate_once(ASKED, **own, max_tokens=size).answers[0]
+            (theirs,) = answer.tool_calls
+            assert (theirs.arguments, answer.text) == (cut.function.arguments, "")
+            assert answer.finish_reason == "length"
+    assert cut.function.arguments == call.function.arguments  # only the closing tag was cut
+
+
 def _named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 

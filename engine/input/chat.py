@@ -18,6 +18,7 @@ from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
 from ..json_files import read_text
 from ..json_reader import read_json as read_value
+from .openai_fields import IGNORED_OF_PART, without, without_ignored
 from .openai_parts import URLS, read_media, with_type
 from .template_environment import BoundedEnvironment, TemplateLimitError
 from .tokenizer import TextBudget, TextTokenizer
@@ -93,6 +94,7 @@ def read_messages(messages: Any, tools: Any = None) -> Conversation:
 def _read_message(field: str, message: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(field, f"must be a dict, not {type(message).__name__}")
+    message = without_ignored(message)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{field}.role", f"{shown(role)}; must be one of {', '.join(ROLES)}")
@@ -159,7 +161,7 @@ def _says_something(content: Any) -> bool:
 def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     if not isinstance(part, Mapping):
         raise InputError(field, f"must be a dict, not {type(part).__name__}")
-    part = with_type(part, field)
+    part = with_type(without(part, IGNORED_OF_PART), field)
     kind = part.get("type")
     if kind == "text":
         _refuse_unknown(field, part, ("type", "text"))

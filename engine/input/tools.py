@@ -9,6 +9,7 @@ from typing import Any
 
 from ..input_error import InputError, shown
 from ..json_reader import read_json
+from .openai_fields import IGNORED_OF_TOOL, without
 
 MAX_TOOLS = 128
 MAX_TOOLS_SIZE = 1 << 20  # characters of JSON, of all tools or of one message's calls
@@ -89,9 +90,10 @@ def _read_tool(tool: Any, field: str) -> str:
         raise InputError(field, f"must be an object, not {type(tool).__name__}")
     if tool.get("type") != "function":
         raise InputError(f"{field}.type", f"{shown(tool.get('type'))}; must be function")
-    function = tool.get("function")
+    function, tool = tool.get("function"), without(tool, IGNORED_OF_TOOL)
     if not isinstance(function, Mapping):
         raise InputError(f"{field}.function", f"must be an object, not {type(function).__name__}")
+    function = without(function, IGNORED_OF_TOOL)
     # Clients write null for what they have not set.
     function = {name: value for name, value in function.items() if value is not None}
     check_name(function.get("name"), f"{field}.function.name")

@@ -33,7 +33,7 @@ def _http_prefix(path: str, body: bytes) -> Prefix:
     """Of several prompts the first one's."""
     try:
         found = read_json(body)
-        asked = READERS[path](found, found.get("model"))
+        asked = READERS[path](found, (found.get("model"),))
         return prefix_of(asked.prompts[0], asked.options.get("cache_salt", ""))
     except (InputError, ApiError, Refused, ValueError, TypeError, RecursionError):
         return Prefix()

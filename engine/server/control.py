@@ -60,6 +60,7 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
         config = self._engine.engine.model_config
         return pb.ModelInfo(
             name=self._engine.engine.model_name,
+            served_names=self._engine.engine.served_model_names,
             dtype=config.dtype,
             weight_format=config.weight_format.label if config.weight_format else "",
             max_model_len=self._engine.config.max_model_len or 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .read_media import read_source
 from .readers import MAX_AT_ONCE
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
+PIECE_TOKENS = 128  # tokens whose log probabilities are in one message of a stream
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     "stop": pb.FINISH_REASON_STOP,
@@ -211,6 +212,37 @@ def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]
     return messages
 
 
+def split_delta(delta: OutputDelta) -> Iterator[OutputDelta]:
+    """Cut a delta's log probabilities into pieces of about a millisecond's work.
+
+    Those of the prompt come first, then those of tokens with their ids. Media are in the first
+    piece; all else is in the last.
+    """
+    of_prompt, of_tokens = len(delta.prompt_logprobs), len(delta.logprobs)
+    if of_prompt + of_tokens <= PIECE_TOKENS:
+        yield delta
+        return
+    piece = OutputDelta(
+        delta.request_id, delta.index, media=delta.media, media_times=delta.media_times
+    )
+    for start in range(0, of_prompt, PIECE_TOKENS):
+        yield replace(piece, prompt_logprobs=delta.prompt_logprobs[start : start + PIECE_TOKENS])
+        piece = OutputDelta(delta.request_id, delta.index)
+    last = max(0, of_tokens - PIECE_TOKENS)
+    for start in range(0, last, PIECE_TOKENS):
+        part = slice(start, min(start + PIECE_TOKENS, last))
+        yield replace(piece, logprobs=delta.logprobs[part], token_ids=delta.token_ids[part])
+        piece = OutputDelta(delta.request_id, delta.index)
+    yield replace(
+        delta,
+        media=piece.media,
+        media_times=piece.media_times,
+        prompt_logprobs=(),
+        logprobs=delta.logprobs[last:],
+        token_ids=delta.token_ids[last:],
+    )
+
+
 def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
     times = delta.media_times
     return pb.GenerateDelta(
@@ -233,16 +265,24 @@ def _write_logprobs(entry: TokenLogprobs | None) -> pb.TokenLogprobs:
     return pb.TokenLogprobs() if entry is None else pb.TokenLogprobs(**entry._asdict())
 
 
-def write_reply(answers: Sequence[OutputDelta]) -> pb.GenerateReply:
-    """Whole answers, in order."""
-    whole = [write_delta(replace(a, media=(), media_times=None, usage=None)) for a in answers]
+def reply_pieces(answers: Sequence[OutputDelta]) -> Iterator[pb.GenerateReply]:
+    """Yield the reply of whole answers, in order, each time with a piece more."""
+    reply = _reply_head(answers)
+    for answer in answers:
+        message = reply.answers.add()
+        for piece in split_delta(replace(answer, media=(), media_times=None, usage=None)):
+            message.MergeFrom(write_delta(piece))
+            yield reply
+
+
+def _reply_head(answers: Sequence[OutputDelta]) -> pb.GenerateReply:
+    """Return a reply without its answers."""
     usage, times = (
         next((found for a in answers if (found := getattr(a, name)) is not None), None)
         for name in ("usage", "media_times")
     )
     return pb.GenerateReply(
         request_id=answers[0].request_id,
-        answers=whole,
         usage=_write_usage(usage),
         media=[_write_media(info) for answer in answers for info in answer.media],
         media_times=pb.MediaTimes(**vars(times)) if times else None,

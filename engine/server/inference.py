@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -24,11 +25,13 @@ from .convert import (
     read_sampling,
     read_token_prompt,
     refuse_unknown,
+    reply_pieces,
+    split_delta,
     write_delta,
-    write_reply,
 )
 from .counted import counted
 from .errors import Fault, Refused, fault_in, fault_of
+from .json_pieces import Turns
 from .metadata import (
     CallMetadata,
     checked_request_id,
@@ -40,6 +43,8 @@ from .readers import read
 from .status import abort, failure_of
 from .work import Work
 
+MAX_DELTAS = 64  # of an answer that is gathered, before they are joined
+
 
 @dataclass
 class _Call:
@@ -48,6 +53,8 @@ class _Call:
     request_id: str
     stream: AsyncGenerator[OutputDelta, None]
     fault: Fault | None = None  # it failed after admission
+    turns: Turns = field(default_factory=Turns)
+    charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
 
 class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
@@ -56,6 +63,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     def __init__(self, engine: AsyncLLM, work: Work | None = None) -> None:
         self._engine = engine
         self._work = work or Work()
+        self._turns = Turns()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -65,8 +73,9 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         with self._work.call():
             call = await self._begin(request, context)
             async with contextlib.aclosing(call.stream):
-                async for message in _messages(call):
-                    yield message
+                with call.charge:
+                    async for message in _messages(call):
+                        yield message
             if call.fault is not None:
                 await abort(context, call.fault)
 
@@ -75,15 +84,15 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     ) -> pb.GenerateReply:
         with self._work.call():
             call = await self._begin(request, context)
-            answers: dict[int, list[OutputDelta]] = {}
-            async with contextlib.aclosing(call.stream):
-                async for delta in call.stream:
-                    answers.setdefault(delta.index, []).append(delta)
-            whole = [join(answers[index]) for index in sorted(answers)]
-            errors = [answer.error for answer in whole if answer.error]
-            if errors:
-                await abort(context, fault_in(errors[0]))
-            return write_reply(whole)
+            with call.charge:
+                whole = await _gather(call.stream)
+                errors = [answer.error for answer in whole if answer.error]
+                if errors:
+                    await abort(context, fault_in(errors[0]))
+                reply = pb.GenerateReply()
+                async for piece in self._turns.paced(reply_pieces(whole)):
+                    reply = piece
+            return reply
 
     async def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         """Raises what a request is rejected for, as far as that is seen before it is
@@ -95,19 +104,26 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             name = checked_request_id(request.request_id, "request_id")
             name = name or request_name(beside.request_id, self._engine.is_running)
         log_trace(name, beside)
+        budget, max_model_len = self._engine.logprob_budget, self._engine.config.max_model_len
+        charge = budget.call(params, max_model_len or 0)
         stream = self._engine.generate(
-            prompt, params, request_id=name, traceparent=beside.traceparent, **options
+            prompt,
+            params,
+            request_id=name,
+            traceparent=beside.traceparent,
+            on_ready=charge.add,
+            **options,
         )
-        return _Call(name, stream)
+        return _Call(name, stream, turns=self._turns, charge=charge)
 
     def _read(
         self, request: pb.GenerateRequest, beside: CallMetadata, time_remaining: float | None
     ) -> tuple[Prompt, SamplingParams, OptionFields]:
         """Check and convert a request, in a thread where it is large."""
         refuse_unknown(request)
-        served = self._engine.engine.model_name
-        if request.model not in ("", served):
-            text = f"model={shown(request.model)}: this server has {served}"
+        names = self._engine.engine.served_model_names
+        if request.model not in ("", *names):
+            text = f"model={shown(request.model)}: this server has {', '.join(names)}"
             raise Refused("NOT_FOUND", text, "model")
         options = read_options(request, time_remaining, beside.priority)
         limits = self._engine.engine.processor.limits
@@ -137,14 +153,35 @@ async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
     has_begun = False
     try:
         async for delta in call.stream:
-            message = write_delta(delta)
             has_begun = True
-            if delta.error and delta.usage is not None:  # all answers have ended
-                call.fault = fault_in(delta.error)
-                message.failure.CopyFrom(failure_of(call.fault))
-            yield message
+            async for message in _written(delta, call.turns):
+                if delta.error and message.HasField("usage"):  # all answers have ended
+                    call.fault = fault_in(delta.error)
+                    message.failure.CopyFrom(failure_of(call.fault))
+                yield message
     except EngineDead as error:
         if not has_begun:
             raise
         call.fault = fault_of(error)
         yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
+
+
+async def _written(delta: OutputDelta, turns: Turns) -> AsyncIterator[pb.GenerateDelta]:
+    """Yield a delta's messages: several where its log probabilities are many."""
+    if not (delta.logprobs or delta.prompt_logprobs):
+        yield write_delta(delta)
+        return
+    async for message in turns.paced(map(write_delta, split_delta(delta))):
+        yield message
+
+
+async def _gather(stream: AsyncGenerator[OutputDelta, None]) -> list[OutputDelta]:
+    """Return whole answers, by index; their log probabilities are joined as they come."""
+    answers: dict[int, list[OutputDelta]] = {}
+    async with contextlib.aclosing(stream):
+        async for delta in stream:
+            deltas = answers.setdefault(delta.index, [])
+            deltas.append(delta)
+            if len(deltas) > MAX_DELTAS:
+                deltas[:] = [join(deltas)]
+    return [join(answers[index]) for index in sorted(answers)]

@@ -1,34 +1,32 @@
-"""The engine's deltas as the HTTP door gives them: gathered, or as server-sent events."""
+"""The engine's deltas as HTTP responses: gathered into one object, or as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
+from ...scheduler.logprobs import LogprobTable
 from ..async_llm import AsyncLLM
 from ..input_error import InputError
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
 from .errors import fault_in
 from .http_error import ApiError, api_error, error_of
+from .json_pieces import Turns, dump, json_pieces
 from .openai_messages import as_written
 from .openai_request import Asked
-from .openai_response import AnswerForm, PromptLogprobs
+from .openai_response import AnswerForm, ChoiceState, PromptLogprobs
 from .openai_structured import renamed
 
 log = logging.getLogger("octavo.server")
 
 DONE = b"data: [DONE]\n\n"
-FEW = 16  # tokens whose log probabilities are written on the event loop
+FEW = 16  # log probabilities' tokens that are written in one go
 
 # JSON escapes all other line separators by itself: they are control characters below U+0020.
 _LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
@@ -36,48 +34,41 @@ _LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\
 Answers = AsyncGenerator[tuple[int, OutputDelta], None]
 
 
-class EventStream(Response):
-    """Server-sent events. Closes them and the answers behind them however it ends."""
+@dataclass(eq=False)
+class RunningUsage:
+    """A request's token counts so far, over all of its prompts and choices."""
 
-    media_type = "text/event-stream"
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    final: list[Usage] = field(default_factory=list)  # of the prompts that are done
 
-    def __init__(
-        self, answers: Answers, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(headers={**headers, "cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._answers, self._events = answers, events
+    def add(self, delta: OutputDelta) -> None:
+        self.output_tokens += len(delta.token_ids)
+        if delta.usage is not None:
+            self.final.append(delta.usage)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        async with contextlib.aclosing(self._answers), contextlib.aclosing(self._events):
-            await send(start)
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def dump(value: Any) -> bytes:
-    """Return `value` as JSON in UTF-8 on one line, also for clients that split lines at Unicode's
-    line separators (Python's `splitlines`, for one)."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for character, escaped in _LINE_SEPARATORS:
-        text = text.replace(character, escaped)  # it can only be inside a string
-    return text.encode()
+    def write(self) -> dict[str, Any]:
+        """Return the counts so far; cached tokens are known at the end alone."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self.prompt_tokens + self.output_tokens,
+        }
 
 
 def failed(error: str, asked: Asked) -> ApiError:
-    """Of a delta's error."""
+    """Return the response for a delta's error."""
     fault = fault_in(error)
     told = renamed(InputError(fault.field, fault.text), asked.form_of)
     told = as_written(told, asked.body)
     return api_error(replace(fault, text=str(told), field=told.field))
 
 
-async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> Callable[[], dict[str, Any]]:
-    """Waits for all deltas; what makes one object of them."""
+async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str, Any]:
+    """Wait for all deltas and return the response, whose log probabilities are lazy lists."""
     n = asked.params.n
-    outputs = [Output(i) for i in range(n * len(asked.prompts))]
+    outputs = [Output(i, logprobs=LogprobTable()) for i in range(n * len(asked.prompts))]
+    texts: list[list[str]] = [[] for _ in outputs]
     usages: list[Usage] = []
     media: list[MediaInfo] = []
     prompts: list[PromptLogprobs] = [()] * len(asked.prompts)
@@ -86,46 +77,52 @@ async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> Callable[[
             if delta.error:
                 raise failed(delta.error, asked)
             output = outputs[prompt * n + delta.index]
-            output.text += delta.text
+            texts[prompt * n + delta.index].append(delta.text)
             output.logprobs.extend(delta.logprobs)
             output.tool_calls.extend(delta.tool_calls)
             output.finish_reason = delta.finish_reason or output.finish_reason
             media.extend(delta.media)
             prompts[prompt] = delta.prompt_logprobs or prompts[prompt]
             usages.extend([delta.usage] if delta.usage else [])
+    for output, text in zip(outputs, texts, strict=True):
+        output.text = "".join(text)
     told = prompts if asked.params.prompt_logprobs is not None else ()
-    return functools.partial(form.whole, outputs, usages, media, told)
+    return form.whole(outputs, usages, media, told)
 
 
 async def chunks(
-    first: tuple[int, OutputDelta], rest: Answers, asked: Asked, form: AnswerForm
+    first: tuple[int, OutputDelta],
+    rest: Answers,
+    asked: Asked,
+    form: AnswerForm,
+    usage: RunningUsage,
+    turns: Turns,
 ) -> AsyncGenerator[bytes, None]:
-    """A stream's events; an error ends it."""
-    begun: dict[int, int] = {}  # calls that a choice had
-    usages: list[Usage] = []
+    """Yield a stream's events, large ones in pieces; an error ends it."""
+    states: defaultdict[int, ChoiceState] = defaultdict(form.new_choice)
     try:
         event: tuple[int, OutputDelta] | None = first
         while event is not None:
             prompt, delta = event
             if delta.error:
                 raise failed(delta.error, asked)
-            choice = prompt * asked.params.n + delta.index
-            usages.extend([delta.usage] if delta.usage else [])
+            usage.add(delta)
+            state = states[prompt * asked.params.n + delta.index]
             is_told = bool(delta.text or delta.logprobs or delta.tool_calls or delta.media)
-            if is_told or delta.finish_reason or choice not in begun:
-                is_first, had = choice not in begun, begun.get(choice, 0)
-                begun[choice] = had + len(delta.tool_calls)
-                make = functools.partial(
-                    form.chunk, choice, delta, is_first, asked.include_usage, had
-                )
-                # Perhaps megabytes, which all others would wait for: a slow reader's gather.
+            if is_told or delta.finish_reason or state.is_first:
+                chunk = form.chunk(prompt * asked.params.n + delta.index, delta, state)
+                if asked.continuous_usage:
+                    chunk["usage"] = usage.write()
+                elif asked.include_usage:
+                    chunk["usage"] = None
                 if delta.prompt_logprobs or len(delta.logprobs) > FEW:
-                    yield await asyncio.to_thread(_event, make)
+                    async for piece in turns.paced(_event_pieces(chunk)):
+                        yield piece
                 else:
-                    yield _event(make)
+                    yield _event(chunk)
             event = await anext(rest, None)
         if asked.include_usage:
-            yield _event(lambda: form.usage_chunk(usages))
+            yield _event(form.usage_chunk(usage.final))
         yield DONE
     except Exception as error:
         told = error_of(error)
@@ -134,13 +131,28 @@ async def chunks(
         yield b"data: " + told.body.encode() + b"\n\n"
 
 
-def _event(make: Callable[[], dict[str, Any]]) -> bytes:
-    return b"data: " + dump(make()) + b"\n\n"
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + dump(chunk) + b"\n\n"
 
 
-async def answers_of(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:
-    """(which prompt, delta) of all prompts, as they come. Closing it aborts them all."""
-    async with contextlib.aclosing(_merged(engine, asked, name, traceparent)) as merged:
+def _event_pieces(chunk: dict[str, Any]) -> Iterator[bytes]:
+    yield b"data: "
+    yield from json_pieces(chunk)
+    yield b"\n\n"
+
+
+OnReady = Callable[[int], None]
+
+
+async def answers_of(
+    engine: AsyncLLM, asked: Asked, name: str, traceparent: str, on_ready: OnReady
+) -> Answers:
+    """Yield (index of the prompt, delta) of all prompts, as they come; closing it aborts them all.
+
+    `on_ready`: of each prompt, as of `AsyncLLM.generate`.
+    """
+    merged = _merged(engine, asked, name, traceparent, on_ready)
+    async with contextlib.aclosing(merged):
         try:
             async for event in merged:
                 yield event
@@ -148,13 +160,16 @@ async def answers_of(engine: AsyncLLM, asked: Asked, name: str, traceparent: str
             raise renamed(error, asked.form_of) from None
 
 
-async def _merged(engine: AsyncLLM, asked: Asked, name: str, traceparent: str) -> Answers:
+async def _merged(
+    engine: AsyncLLM, asked: Asked, name: str, traceparent: str, on_ready: OnReady
+) -> Answers:
     def begin(prompt: int, request_id: str) -> AsyncGenerator[OutputDelta, None]:
         return engine.generate(
             asked.prompts[prompt],
             asked.params,
             request_id=request_id,
             traceparent=traceparent,
+            on_ready=on_ready,
             **asked.options,
         )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..input.chat import check_parts
+from ..input.openai_fields import IGNORED_OF_PART, without, without_ignored
 from ..input.openai_parts import KIND_OF, read_media, with_type
 from ..input.prompt import PLACEHOLDER
 from ..input_error import InputError, shown
@@ -26,14 +27,15 @@ def read_messages(messages: Any) -> list[Any]:
 
 
 def _read_message(message: Any, field: str) -> Any:
-    """Fields that say nothing, as an answer sent back has them, are left out."""
+    """Return the message without fields that change no answer."""
     if not isinstance(message, dict):
         raise InputError(field, f"must be an object, not {type(message).__name__}")
+    if not isinstance(message.get("name"), str | None):
+        raise InputError(f"{field}.name", "must be a text")
     found = {name: value for name, value in message.items() if value not in (None, [])}
+    found = dict(without_ignored(found))
     if found.get("role") == "developer":
         found["role"] = "system"
-    if not isinstance(found.pop("name", ""), str):  # who speaks: the template has no place for it
-        raise InputError(f"{field}.name", "must be a text")
     if "function_call" in found:
         raise InputError(f"{field}.function_call", "is tool_calls by now: use that")
     content = message.get("content")
@@ -47,7 +49,7 @@ def _read_message(message: Any, field: str) -> Any:
 def _read_part(part: Any, field: str) -> Any:
     if not isinstance(part, dict):
         raise InputError(field, f"must be an object, not {type(part).__name__}")
-    part = with_type(part, field)
+    part = with_type(without(part, IGNORED_OF_PART), field)
     name = part.get("type")
     if name == "text":
         return part

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn, cast
 
 from ...scheduler.params import MAX_LOGPROBS, OptionFields, RequestOptions, SamplingParams, shown
+from ..input.openai_fields import REQUEST, STREAM_OPTIONS
 from ..input.tools import TOOL_FIELDS
 from ..input_error import InputError
 from ..json_reader import TooManyParts
@@ -22,41 +23,10 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions alone
 # A field that SamplingParams has is passed on; forms of answers go by other names.
 PARAMS = {e.name: e.default for e in fields(SamplingParams) if e.name != "structured"}
 OPTIONS = tuple(each.name for each in fields(RequestOptions))
-# Of OpenAI's other fields those that change no answer, and those that are no wish at these values.
-LABELS = (
-    *("user", "safety_identifier", "metadata"),
-    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
-)
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "best_of": (1,),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "chat_template_kwargs": ({},),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
+NOT_SAMPLING = {"model", "stream"} | {each.name for each in REQUEST if each.is_ignored}
+# Fields that ask for nothing at these values. Others are rejected where they are not supported.
+NEUTRAL = {each.name: each.neutral for each in REQUEST if each.neutral is not None}
+STREAM_FIELDS = frozenset(each.name for each in STREAM_OPTIONS)
 # Fields of vLLM's that have another name here: left out, they would be missed.
 RENAMED = {
     "guided_choice": "structured_outputs.choice",
@@ -77,6 +47,7 @@ class Asked:
     options: OptionFields
     stream: bool
     include_usage: bool  # at the end of the stream
+    continuous_usage: bool = False  # in every chunk of the stream
     form_field: str = ""  # where the answers' form stands, if they are to have one
     body: Mapping[str, Any] = field(default_factory=dict)  # as it was written
 
@@ -99,15 +70,17 @@ def read_json(body: bytes) -> dict[str, Any]:
     return found
 
 
-def read_request(body: bytes, model: str, read: Callable[[Mapping[str, Any], str], Asked]) -> Asked:
+def read_request(
+    body: bytes, names: Sequence[str], read: Callable[[Mapping[str, Any], Sequence[str]], Asked]
+) -> Asked:
     """Read a body with `read_chat` or `read_completions`. Raises what they raise."""
     written = read_json(body)
-    return replace(read(written, model), body=written)
+    return replace(read(written, names), body=written)
 
 
-def read_chat(body: Mapping[str, Any], model: str) -> Asked:
+def read_chat(body: Mapping[str, Any], names: Sequence[str]) -> Asked:
     """Of /v1/chat/completions. Raises `InputError`, `ApiError` or `Refused`."""
-    check_model(body, model)
+    check_model(body, names)
     given = dict(body)
     messages = read_messages(given.pop("messages", None))
     newer = given.pop("max_completion_tokens", None)
@@ -120,9 +93,9 @@ def read_chat(body: Mapping[str, Any], model: str) -> Asked:
     return _asked(({"messages": messages, **tools},), given)
 
 
-def read_completions(body: Mapping[str, Any], model: str) -> Asked:
+def read_completions(body: Mapping[str, Any], names: Sequence[str]) -> Asked:
     """Of /v1/completions. Raises `InputError`, `ApiError` or `Refused`."""
-    check_model(body, model)
+    check_model(body, names)
     given = dict(body)
     prompts = _read_prompts(given.pop("prompt", None))
     if given.get("max_tokens") is None:
@@ -143,13 +116,15 @@ def _read_chat_logprobs(given: dict[str, Any]) -> Any:
     return None
 
 
-def check_model(body: Mapping[str, Any], model: str) -> None:
-    """The server has one model; who names none means it."""
+def check_model(body: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check that `model` is one of the served names; an empty or absent one means the model that
+    is served. Raises `InputError` or `Refused`."""
     asked = body.get("model")
     if asked is not None and not isinstance(asked, str):
         raise InputError("model", f"{shown(asked)}: must be a text")
-    if asked not in (None, model):
-        raise Refused("NOT_FOUND", f"model={shown(asked)}: this server has {model}", "model")
+    if asked not in (None, "", *names):
+        text = f"model={shown(asked)}: this server has {', '.join(names)}"
+        raise Refused("NOT_FOUND", text, "model")
 
 
 def read_flag(given: Mapping[str, Any], name: str) -> bool:
@@ -180,12 +155,12 @@ def _read_prompts(prompt: Any) -> tuple[dict[str, Any], ...]:
 def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Asked:
     """`given`: what else stands in the body."""
     stream = read_flag(given, "stream")
-    include_usage = _read_stream_options(given.pop("stream_options", None), stream)
+    usage = _read_stream_options(given.pop("stream_options", None), stream)
     form, form_field = read_structured(given)
     sampling: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or name in ("model", "stream", *LABELS) or _is_neutral(name, value):
+        if value is None or name in NOT_SAMPLING or _is_neutral(name, value):
             continue
         if name in OPTIONS:
             options[name] = value
@@ -199,19 +174,19 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
     told = cast(OptionFields, options)
-    return Asked(prompts, params, told, stream, include_usage, form_field)
+    return Asked(prompts, params, told, stream, *usage, form_field)
 
 
-def _read_stream_options(given: Any, stream: bool) -> bool:
-    """Whether the stream is to end with its usage."""
+def _read_stream_options(given: Any, stream: bool) -> tuple[bool, bool]:
+    """Return whether usage goes to the stream's end, and whether into each chunk."""
     if given is None:
-        return False
+        return False, False
     if not isinstance(given, dict) or not stream:
         raise InputError("stream_options", "is an object, and goes with stream=true")
     for name in given:
-        if name not in ("include_usage", "include_obfuscation"):
+        if name not in STREAM_FIELDS:
             _refuse(f"stream_options.{name}")
-    return read_flag(given, "include_usage")
+    return read_flag(given, "include_usage"), read_flag(given, "continuous_usage_stats")
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -5,15 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ...scheduler.logprobs import TokenLogprobs
 from ..media.item import MediaInfo
 from ..output import Output, OutputDelta, Usage
 from ..tool_calls import ToolCall
-from .openai_logprobs import Decode, write_logprobs, write_prompt_logprobs
+from .openai_logprobs import (
+    Entries,
+    write_chat_logprobs,
+    write_completion_logprobs,
+    write_prompt_logprobs,
+)
+from .token_texts import TextOffsets, TokenTexts
 
 PromptLogprobs = Sequence[TokenLogprobs | None]
+
+
+@dataclass(eq=False)
+class ChoiceState:
+    """How far a choice's stream has come."""
+
+    offsets: TextOffsets
+    is_first: bool = True
+    num_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,20 +38,20 @@ class AnswerForm:
     request_id: str
     model: str
     is_chat: bool
-    decode: Decode  # token ids to text
+    texts: TokenTexts
+    skip_special_tokens: bool = True
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def chunk(
         self,
         choice: int,
         delta: OutputDelta,
-        is_first: bool,
-        with_usage: bool,
-        num_calls: int = 0,
+        state: ChoiceState,
     ) -> dict[str, Any]:
-        """Of a stream. `is_first` of its choice; `with_usage`: the stream ends with its usage, and
-        every chunk before has null there; `num_calls`: that its choice had before. A prompt's log
-        probabilities are in the first chunk of its first choice."""
+        """Return a stream's chunk. A prompt's log probabilities are in the first chunk of its
+        first choice."""
+        is_first, num_calls = state.is_first, state.num_calls
+        state.is_first, state.num_calls = False, num_calls + len(delta.tool_calls)
         new: dict[str, Any] = {"text": delta.text}
         if self.is_chat:
             content = {"content": delta.text} if delta.text or is_first else {}
@@ -44,15 +59,13 @@ class AnswerForm:
             if delta.tool_calls:
                 calls = enumerate(write_calls(delta.tool_calls), num_calls)
                 new["delta"]["tool_calls"] = [{"index": i, **call} for i, call in calls]
-        told = write_logprobs(delta.logprobs, self.decode, self.is_chat)
+        told = self._logprobs(delta.logprobs, state.offsets)
         has_calls = bool(num_calls or delta.tool_calls)
         reason = {"logprobs": told, "finish_reason": _reason(delta.finish_reason, has_calls)}
         chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
         if delta.prompt_logprobs:
-            told_of_prompt = write_prompt_logprobs(delta.prompt_logprobs, self.decode)
+            told_of_prompt = write_prompt_logprobs(delta.prompt_logprobs, self.texts)
             (chunk if self.is_chat else chunk["choices"][0])["prompt_logprobs"] = told_of_prompt
-        if with_usage:
-            chunk["usage"] = None
         if delta.media:
             chunk["media"] = write_media(delta.media)
         return chunk
@@ -69,7 +82,7 @@ class AnswerForm:
     ) -> dict[str, Any]:
         """`outputs` in the order of their choices; `prompt_logprobs` one a prompt, where they were
         asked for: as vLLM has it in each choice of completions, and in a chat beside them."""
-        prompts = [write_prompt_logprobs(each, self.decode) for each in prompt_logprobs]
+        prompts = [write_prompt_logprobs(each, self.texts) for each in prompt_logprobs]
         choices = []
         for choice, output in enumerate(outputs):
             new: dict[str, Any] = {"text": output.text}
@@ -78,7 +91,7 @@ class AnswerForm:
                 if output.tool_calls:
                     calls = {"tool_calls": write_calls(output.tool_calls)}
                     new["message"] |= {"content": output.text or None} | calls
-            told = write_logprobs(output.logprobs, self.decode, self.is_chat)
+            told = self._logprobs(cast(Entries, output.logprobs), self.new_choice().offsets)
             ended = _reason(output.finish_reason, bool(output.tool_calls))
             reason = {"logprobs": told, "finish_reason": ended}
             if prompts and not self.is_chat:
@@ -88,6 +101,14 @@ class AnswerForm:
         if prompts and self.is_chat:
             answer["prompt_logprobs"] = prompts[0]
         return answer | ({"media": write_media(media)} if media else {})
+
+    def new_choice(self) -> ChoiceState:
+        return ChoiceState(self.texts.offsets(self.skip_special_tokens))
+
+    def _logprobs(self, entries: Entries, offsets: TextOffsets) -> dict[str, Any] | None:
+        if self.is_chat:
+            return write_chat_logprobs(entries, self.texts)
+        return write_completion_logprobs(entries, self.texts, offsets)
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -19,9 +19,11 @@ from ..input_error import InputError
 from .counted import counted
 from .errors import Refused
 from .http_error import fault_code
-from .metadata import log_trace, read_metadata, request_name
+from .http_pieces import event_stream, json_response
+from .json_pieces import Turns, dump
+from .metadata import CallMetadata, log_trace, read_metadata, request_name
 from .metrics import CONTENT_TYPE, metrics_text
-from .openai_answers import EventStream, answers_of, chunks, dump, failed, gather
+from .openai_answers import RunningUsage, answers_of, chunks, failed, gather
 from .openai_messages import named_as_written, read_messages
 from .openai_request import (
     Asked,
@@ -34,6 +36,7 @@ from .openai_request import (
 from .openai_response import AnswerForm
 from .readers import AT_ONCE
 from .readers import read as in_thread
+from .token_texts import TokenTexts
 from .work import Work
 
 log = logging.getLogger("octavo.server")
@@ -44,13 +47,16 @@ class Routes:
     """The endpoints of one engine."""
 
     engine: AsyncLLM
-    model: str  # its name here
+    names: tuple[str, ...]  # of its model; responses have the first
     work: Work
     created: int  # seconds since 1970
+    texts: TokenTexts
+    turns: Turns = field(default_factory=Turns)
 
     @classmethod
     def of(cls, engine: AsyncLLM, work: Work) -> Routes:
-        return cls(engine, engine.engine.model_name, work, int(time.time()))
+        texts = TokenTexts(engine.engine.processor.tokenizer.backend)
+        return cls(engine, engine.engine.served_model_names, work, int(time.time()), texts)
 
     @property
     def all(self) -> list[Route]:
@@ -73,51 +79,61 @@ class Routes:
         return await self._answer(request, read_completions, is_chat=False)
 
     async def _answer(
-        self, request: Request, read: Callable[[Mapping[str, Any], str], Asked], is_chat: bool
+        self,
+        request: Request,
+        read: Callable[[Mapping[str, Any], Sequence[str]], Asked],
+        is_chat: bool,
     ) -> Response:
         body = await request.body()
         told, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
         with counted(told, stats, fault_code):
             beside = read_metadata(request.headers.items())
-            reading = functools.partial(read_request, body, self.model, read)
+            reading = functools.partial(read_request, body, self.names, read)
             asked = await in_thread(reading, len(body) > AT_ONCE)
         name = request_name(beside.request_id, self.engine.is_running, len(asked.prompts))
         if beside.priority is not None:
             asked.options.setdefault("priority", beside.priority)
-        tokenizer = self.engine.engine.processor.tokenizer.backend
-        decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        form = AnswerForm(name, self.model, is_chat, decode)
         log_trace(name, beside)
-        answers = answers_of(self.engine, asked, name, beside.traceparent)
-        headers = {"x-request-id": beside.request_id or name}
-        if not asked.stream:
+        return await self._respond(asked, name, beside, is_chat)
+
+    async def _respond(
+        self, asked: Asked, name: str, beside: CallMetadata, is_chat: bool
+    ) -> Response:
+        shows_special = not asked.params.skip_special_tokens
+        form = AnswerForm(name, self.names[0], is_chat, self.texts, not shows_special)
+        headers, usage = {"x-request-id": beside.request_id or name}, RunningUsage()
+        async with contextlib.AsyncExitStack() as stack:
+            budget, max_model_len = self.engine.logprob_budget, self.engine.config.max_model_len
+            charge = stack.enter_context(budget.call(asked.params, max_model_len or 0))
+
+            def on_ready(num_prompt_tokens: int) -> None:
+                charge.add(num_prompt_tokens)
+                usage.prompt_tokens += num_prompt_tokens
+
+            answers = answers_of(self.engine, asked, name, beside.traceparent, on_ready)
+            stack.push_async_callback(answers.aclose)
             with named_as_written(asked.body):
-                make = await gather(answers, asked, form)
-            if asked.params.logprobs is None and asked.params.prompt_logprobs is None:
-                return _json(make(), headers)
-            # Those of long prompts and answers are megabytes, which all others would wait for.
-            return await asyncio.to_thread(lambda: _json(make(), headers))
-        try:  # what is refused, is so with a status: nothing is sent before the first delta
-            with named_as_written(asked.body):
+                if not asked.stream:
+                    whole = await gather(answers, asked, form)
+                    return json_response(whole, stack.pop_all(), headers, self.turns)
+                # What is rejected gets a status: nothing is sent before the first delta.
                 first = await anext(answers)
             if first[1].error:
                 raise failed(first[1].error, asked)
-        except BaseException:
-            await answers.aclose()
-            raise
-        return EventStream(answers, chunks(first, answers, asked, form), headers)
+            events = chunks(first, answers, asked, form, usage, self.turns)
+            return event_stream(events, stack.pop_all(), headers)
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model]})
+        return _json({"object": "list", "data": [self._model(name) for name in self.names]})
 
     async def one_model(self, request: Request) -> Response:
-        check_model({"model": request.path_params["name"]}, self.model)
-        return _json(self._model)
+        name = request.path_params["name"]
+        check_model({"model": name}, self.names)
+        return _json(self._model(name))
 
-    @property
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "octavo",
@@ -132,7 +148,7 @@ class Routes:
         """Of {"prompt": ...} or {"messages": ...}: one placeholder token for each item, which is
         neither fetched nor looked at."""
         body = await self._body(request)
-        check_model(body, self.model)
+        check_model(body, self.names)
         _only(body, "model", "prompt", "messages")
         prompt, messages = body.get("prompt"), body.get("messages")
         if (prompt is None) == (messages is None) or not isinstance(prompt, str | None):
@@ -145,7 +161,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request)
-        check_model(body, self.model)
+        check_model(body, self.names)
         _only(body, "model", "tokens")
         tokens = body.get("tokens")
         if not isinstance(tokens, list):
