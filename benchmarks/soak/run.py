@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -211,7 +211,9 @@ class Soak:
         while time.monotonic() < deadline and not all(map(_is_idle, self._clients)):
             time.sleep(0.2)
         time.sleep(SETTLE_TIME)
-        self._censuses.append(self._sample())
+        counts, _ = self._seen()
+        number = sum(n for name, n in counts.items() if " " not in name)
+        self._censuses.append(replace(self._sample(), num_cases=number))
         for client in self._clients:
             client.tell("go")
 

@@ -42,6 +42,7 @@ class Sample:
     at: float  # seconds since the start
     processes: tuple[ProcessSample, ...]
     metrics: dict[str, float]
+    num_cases: int = 0  # that the clients ran until then, of a census
 
     def resident(self, role: str = "") -> int:
         """Resident bytes of a role; of all where it is empty."""
