@@ -138,7 +138,9 @@ def chat_tools(caller: Caller, rng: random.Random) -> None:
         "name": f"paint_{rng.randrange(3)}",
         "parameters": {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}},
     }
-    choice = rng.choice(["auto", "none", {"type": "function", "function": {"name": function["name"]}}])
+    choice = rng.choice(
+        ["auto", "none", {"type": "function", "function": {"name": function["name"]}}]
+    )
     tools = [{"type": "function", "function": function}]
     chat(caller, ask("Paint it."), tools=tools, tool_choice=choice, max_tokens=60)
 

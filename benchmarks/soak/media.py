@@ -1,4 +1,4 @@
-"""Images and videos that the soak's clients send: valid ones of several formats, and broken ones."""
+"""Images and videos that the clients of the soak send: valid and broken ones."""
 
 from __future__ import annotations
 

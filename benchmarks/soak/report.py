@@ -51,7 +51,10 @@ class SoakReport:
             for name, (before, after) in pairs.items():
                 if after > before:
                     yield f"{role}: {after} {name}, and {before} once settled"
-        for name in ('octavo_kv_cache_blocks{state="used"}', 'octavo_encoder_cache_tokens{state="held"}'):
+        for name in (
+            'octavo_kv_cache_blocks{state="used"}',
+            'octavo_encoder_cache_tokens{state="held"}',
+        ):
             if last.metrics.get(name):
                 yield f"{name} is {last.metrics[name]:.0f} on the idle server"
 
@@ -84,7 +87,9 @@ class SoakReport:
                 for role in census.roles
             ]
             lines.append(f"idle at minute {census.at / 60:.1f}: {'; '.join(parts)}")
-        lines.append("cases: " + ", ".join(f"{n} {name}" for name, n in sorted(self.counts.items())))
+        lines.append(
+            "cases: " + ", ".join(f"{n} {name}" for name, n in sorted(self.counts.items()))
+        )
         lines += [f"failure: {text}" for text in self.failures[:MAX_SHOWN]]
         lines += [f"PROBLEM: {text}" for text in self.problems()] or ["no problem found"]
         return "\n".join(lines)

@@ -86,9 +86,7 @@ def sample_process(pid: int, is_root: bool) -> ProcessSample | None:
     sizes = {name: 1024 * int(_field(status, name)) for name in ("VmRSS", "RssAnon")}
     role = "server" if is_root else _role(command)
     num_threads = int(_field(status, "Threads"))
-    return ProcessSample(
-        pid, role, sizes["VmRSS"], sizes["RssAnon"], num_descriptors, num_threads
-    )
+    return ProcessSample(pid, role, sizes["VmRSS"], sizes["RssAnon"], num_descriptors, num_threads)
 
 
 def _field(status: str, name: str) -> str:
