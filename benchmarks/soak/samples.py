@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from octavo.benchmarks.process_memory import tree
 
 MODULES = (("engine.media.child", "decoder"), ("engine.worker.worker", "worker"))
+LASTING = ("server", "worker")  # roles of processes that stay
 METRIC = re.compile(r"^(octavo_[a-z_]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 KEPT = (
     "octavo_kv_cache_blocks",
@@ -47,6 +48,14 @@ class Sample:
     def resident(self, role: str = "") -> int:
         """Resident bytes of a role; of all where it is empty."""
         return sum(each.resident for each in self.processes if role in ("", each.role))
+
+    @property
+    def steady(self) -> float:
+        """Resident bytes of the server and its workers, and of one helper of each kind: how many
+        helpers there are changes with the load, as they are started and replaced."""
+        helpers = [role for role in self.roles if role not in LASTING]
+        means = (self.resident(role) / self.count(role) for role in helpers)
+        return sum(map(self.resident, LASTING)) + sum(means)
 
     def num_descriptors(self, role: str) -> int:
         return sum(each.num_descriptors for each in self.processes if each.role == role)
@@ -122,7 +131,6 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
 
 
-def growth(samples: Sequence[Sample], role: str = "", since: float = 0.0) -> float:
-    """Return how fast resident memory grows, in MB (1e6 bytes) a minute."""
-    points = [(each.at / 60, each.resident(role) / 1e6) for each in samples if each.at >= since]
-    return slope(points)
+def growth(samples: Sequence[Sample], size: Callable[[Sample], float], since: float = 0.0) -> float:
+    """Return how fast `size`, in bytes, grows: in MB (1e6 bytes) a minute."""
+    return slope([(each.at / 60, size(each) / 1e6) for each in samples if each.at >= since])
