@@ -100,7 +100,7 @@ def chat_video(caller: Caller, rng: random.Random) -> None:
 
 def chat_options(caller: Caller, rng: random.Random) -> None:
     """Several answers, log probabilities, penalties, stop strings."""
-    more = rng.choice(
+    more: dict[str, Any] = rng.choice(
         [
             {"n": 3},
             {"logprobs": True, "top_logprobs": 5},
