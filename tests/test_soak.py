@@ -82,7 +82,9 @@ def test_cases_have_names_of_their_own() -> None:
 
 
 def run(minutes: float, rate: float, cases: tuple[str, ...] = ()) -> SoakReport:
-    options = SoakOptions(minutes, 0.0, minutes / 2, rate, num_processes=1, cases=cases)
+    options = SoakOptions(
+        minutes, 0.0, minutes / 2, rate, num_processes=1, num_first_images=0, cases=cases
+    )
     return Soak(options, print).run()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,7 +19,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from .caller import Caller, FirstAnswers
 from .clients import Settings
+from .good import ask, chat, image_part
+from .media import SIZES, MediaSet, draw_image
 from .report import SoakReport
 from .samples import Sample, read_metrics, take_sample
 
@@ -41,6 +45,7 @@ class SoakOptions:
     num_threads: int = 6  # of each process
     sample_interval: float = 5.0  # seconds
     census_interval: float = 0.0  # minutes between further censuses; 0: none
+    num_first_images: int = 90  # sent first: they fill the encoder cache, which is bounded
     seed: int = 0
     cases: tuple[str, ...] = ()  # by name; empty: all
     serve_arguments: tuple[str, ...] = ()
@@ -139,7 +144,9 @@ class Soak:
             else:
                 log = stack.enter_context(tempfile.TemporaryFile("w+"))
             server = stack.enter_context(serving(options.serve_arguments, folder, log))
-            self._server, self._began = server, time.monotonic()
+            self._server = server
+            self._fill_encoder_cache(folder)
+            self._began = time.monotonic()
             self._clients = [self._start_clients(n, folder) for n in range(options.num_processes)]
             for client in self._clients:
                 stack.callback(client.close)
@@ -152,6 +159,16 @@ class Soak:
         return SoakReport(
             tuple(self._samples), tuple(self._censuses), counts, failures, judged, exit_code
         )
+
+    def _fill_encoder_cache(self, folder: Path) -> None:
+        """Send large new images, so that the cache does not grow in the window that is judged."""
+        server, rng = self._server, random.Random(self._options.seed)
+        addresses = (server.grpc_address, server.http_address, API_KEY)
+        caller = Caller(*addresses, MediaSet((), (), folder), FirstAnswers(), rng)
+        for _ in range(self._options.num_first_images):
+            url = draw_image(rng, SIZES[-1]).data_uri
+            chat(caller, ask("Which shape is it?", image_part(url)), max_tokens=1)
+        caller.close()
 
     def _start_clients(self, number: int, folder: Path) -> ClientProcess:
         options, server = self._options, self._server
