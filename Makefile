@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow lint proto clean
+.PHONY: help demo test test-slow test-soak lint proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: lint .venv-proto/installed  ## lint and run the suite (what .ci/run does)
 
 test-slow: .venv/installed-test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-soak: .venv/installed-test  ## an hour of mixed clients: memory, descriptors, no good request lost
+	$(BIN)/python -P -m octavo.benchmarks.soak --minutes 60 --warm-up 20 --json soak.json
 
 # protoc 25 (grpcio-tools 1.62) makes stubs that protobuf 4.25 and everything newer load.
 .venv-proto/installed:

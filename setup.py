@@ -12,6 +12,7 @@ PACKAGES = [
     "octavo",
     "octavo.benchmarks",
     "octavo.benchmarks.demo_model",
+    "octavo.benchmarks.soak",
     "octavo.engine",
     "octavo.engine.embedded",
     "octavo.engine.input",

@@ -25,6 +25,8 @@ from .panel_linear import (
 # Rows of one packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed
 # for this many are as fast as plain ones, in calls of as many; in larger calls AMX loses a quarter.
 PACKED_ROWS = 128
+TILE_ROWS = 16  # of AMX: fewer take as long
+HALVES = (torch.bfloat16, torch.float16)
 QUANTIZE_ROWS = 256  # of a weight at once, so that its float32 form stays small
 
 
@@ -72,7 +74,32 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
         return _packed_linear(x, weight, bias)
     if isinstance(weight, Int8Weight):
         return _int8_linear(x, weight, bias)
+    if x.device.type == "cpu" and x.dtype in HALVES:
+        return in_few_shapes(lambda rows: torch.nn.functional.linear(rows, weight, bias), x)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def padded_rows(num_rows: int) -> int:
+    """Return the row count, one of twelve, that 1 to PACKED_ROWS rows are padded to."""
+    if 0 < num_rows < TILE_ROWS:
+        return 1 << (num_rows - 1).bit_length()
+    return -(-num_rows // TILE_ROWS) * TILE_ROWS
+
+
+def in_few_shapes(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return `product` of x [n, in], computed on pieces whose row counts are few.
+
+    oneDNN compiles code for each row count of each weight shape, which takes a millisecond, and
+    keeps it: 0.3 to 0.6 MB each. With all row counts a worker grew by hundreds of MB for hours.
+    """
+
+    def padded(rows: torch.Tensor) -> torch.Tensor:
+        missing = padded_rows(len(rows)) - len(rows)
+        if not missing:
+            return product(rows)
+        return product(torch.nn.functional.pad(rows, (0, 0, 0, missing)))[: len(rows)]
+
+    return by_rows(padded, x)
 
 
 def by_rows(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +116,7 @@ def _packed_linear(
     def product(rows: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(rows, weight.packed, bias, "none", [], "")
 
-    return by_rows(product, x)
+    return in_few_shapes(product, x)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,15 +134,19 @@ def _quantize(weight: torch.Tensor) -> Int8Weight:
 
 
 def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    numbers, scale = quantize_rows(x)
-    unsigned = numbers.view(torch.uint8) ^ ZERO  # adds it
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    out = torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,
-        "none", [], "",
-    )  # fmt: skip
-    out = out.mul_(scale[:, None]).to(x.dtype)
-    return out if bias is None else out.add_(bias)
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        numbers, scale = quantize_rows(rows)
+        unsigned = numbers.view(torch.uint8) ^ ZERO  # adds it
+        out = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,
+            "none", [], "",
+        )  # fmt: skip
+        out = out.mul_(scale[:, None]).to(x.dtype)
+        return out if bias is None else out.add_(bias)
+
+    return in_few_shapes(product, x)
 
 
 def linear_ref(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,10 +16,12 @@ from octavo.kernels.linear import (
     PackedWeight,
     PanelWeight,
     by_rows,
+    in_few_shapes,
     int8_linear_ref,
     linear,
     linear_ref,
     pack_weight,
+    padded_rows,
     quantize_rows,
 )
 
@@ -105,3 +111,61 @@ def test_by_rows_is_the_same_in_pieces() -> None:
     x = torch.arange(300.0)[:, None]
     assert torch.equal(by_rows(layers, x), x * 2)
     assert seen == [PACKED_ROWS, PACKED_ROWS, 300 - 2 * PACKED_ROWS]
+
+
+def test_rows_are_padded_to_few_counts() -> None:
+    seen: set[int] = set()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        return x * 2
+
+    for count in range(2 * PACKED_ROWS + 20):
+        x = torch.arange(3.0 * count).view(count, 3)
+        assert torch.equal(in_few_shapes(product, x), x * 2)
+    assert len(seen - {0}) == 12 and max(seen) == PACKED_ROWS
+    assert all(padded_rows(count) - count < 16 for count in range(1, PACKED_ROWS + 1))
+
+
+# Prints bytes of native memory that products of all row counts leave behind, for each weight.
+KEPT_BYTES = """
+import ctypes, json
+import torch
+from octavo.kernels import linear as module
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost")]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+module.serves_panels = lambda weight: False  # these products keep nothing
+weight = torch.ones(256, 128)
+packed = module.pack_weight(weight.bfloat16())
+quantized = module.pack_weight(weight.bfloat16(), "int8")
+half = weight.half()
+cases = {
+    "packed": lambda n: module.linear(torch.ones(n, 128, dtype=torch.bfloat16), packed),
+    "int8": lambda n: module.linear(torch.ones(n, 128, dtype=torch.bfloat16), quantized),
+    "float16": lambda n: module.linear(torch.ones(n, 128, dtype=torch.float16), half),
+}
+found = {}
+with torch.inference_mode():
+    for name, product in cases.items():
+        product(3)
+        before = libc.mallinfo2().uordblks
+        for count in range(1, 161):
+            product(count)
+        found[name] = libc.mallinfo2().uordblks - before
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads glibc's counters")
+def test_L13_products_of_all_row_counts_keep_few_bytes() -> None:
+    """oneDNN keeps code for each row count: 40 to 100 MB of a weight before rows were padded."""
+    command = [sys.executable, "-P", "-c", KEPT_BYTES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    found = json.loads(done.stdout)
+    assert all(size < 16 << 20 for size in found.values()), found

@@ -15,7 +15,7 @@ from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
 from octavo.benchmarks.tiny_requests import GREEDY, TinyDriver, TinyMedia, TinyRequest, tiny_request
 from octavo.engine.config import ModelConfig, PreprocessConfig, read_json
 from octavo.engine.model.parallel import TensorParallel
-from octavo.engine.runner import encode_stage
+from octavo.engine.runner import encode_stage, model_runner
 from octavo.engine.runner.kv_cache import activation_bytes, device_memory, kv_block_bytes
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import NOT_FINITE
@@ -50,6 +50,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runner(folder: Path) -> ModelRunner:
     return make_runner(folder)
+
+
+def test_L13_all_of_the_kv_cache_becomes_resident(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(model_runner, "make_resident", given.extend)
+    runner = make_runner(folder)
+    assert sum(each.nbytes for each in given) == NUM_BLOCKS * runner.measure().kv_block_bytes
 
 
 def text(seed: int, length: int) -> list[int]:

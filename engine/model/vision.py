@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...kernels.activation import quick_gelu
-from ...kernels.linear import by_rows
+from ...kernels.linear import by_rows, in_few_shapes
 from ...kernels.mrope import rotate_heads
 from ...kernels.vision_attention import vision_attention
 from ..config import VisionConfig
@@ -89,7 +89,10 @@ class Merger(nn.Module):
         self.fc2 = Linear(self.width, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(self.norm(x).view(-1, self.width))))
+        return in_few_shapes(self._mlp, self.norm(x).view(-1, self.width))
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
         yield from self.norm.weight_loaders(f"{name}.ln_q")

@@ -24,6 +24,7 @@ from .kv_cache import MemoryReport, allocate_kv_cache, device_memory, kv_block_b
 from .loader import OnProgress, load_weights
 from .logprobs import LogprobTensors, prompt_logprobs, token_logprobs
 from .pending import SKIPPED, PendingResult
+from .resident import make_resident
 from .sampler import Sampler, SeenTokens
 from .stage_clock import StageClock
 from .tensors import to_device
@@ -80,7 +81,7 @@ class ModelRunner:
         )
 
     def allocate(self, num_blocks: int) -> None:
-        """Makes the KV cache."""
+        """Allocate the KV cache. On a CPU its memory becomes resident in the background."""
         self.caches = allocate_kv_cache(
             self.config,
             self.parallel.size,
@@ -92,6 +93,8 @@ class ModelRunner:
         if self.device.type == "cuda":
             longest = self.config.max_position_embeddings
             self.graphs = decode_graphs(self.model.decoder, self.caches, longest, self.device)
+        caches = itertools.chain.from_iterable(self.caches)
+        make_resident([cache for cache in caches if isinstance(cache, torch.Tensor)])
 
     def step(self, batch: InputBatch) -> BatchResult:
         """Runs one step and waits for it."""

@@ -16,7 +16,7 @@ from types import FrameType
 from ..config import ConfigError, ModelConfig
 from ..tls import group_tls
 from .address import Address
-from .process import SPIN_COUNT
+from .process import KERNEL_CACHES, SPIN_COUNT
 from .remote_worker import check_exposure
 
 log = logging.getLogger("octavo.worker")
@@ -128,7 +128,7 @@ class Keeper:
 def _env() -> dict[str, str]:
     """Of the worker, whose engine knows how many share its cores: the number of threads waits for
     it. torchrun gives each process one where nobody has said how many."""
-    env = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
+    env = {"GOMP_SPINCOUNT": SPIN_COUNT, **KERNEL_CACHES, **os.environ}
     if "TORCHELASTIC_RUN_ID" in env and env.get("OMP_NUM_THREADS") == "1":
         del env["OMP_NUM_THREADS"]
     return env

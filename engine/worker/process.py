@@ -19,6 +19,10 @@ WORKER_MODULE = "octavo.engine.worker.worker"
 # How long a thread looks out for the next part of a step before it sleeps: some 30 microseconds.
 # A step has hundreds of parts; to be woken for each made it 1.14 times as long (2B, two cores).
 SPIN_COUNT = "10000"
+# Compiled code that oneDNN and torch's layer over it keep, 0.3 to 0.6 MB an entry. Their default of
+# 1,024 each let a worker grow by hundreds of MB; a model's products take some 150 entries
+# (`kernels.linear.in_few_shapes`).
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 
 def start_worker(rank: int, socket: Path, num_ranks: int, epoch: int, shared: int) -> WorkerLink:
@@ -84,7 +88,7 @@ def connect(socket: Path) -> grpc.Channel:
 def _start(socket: Path, num_ranks: int, shared: int) -> subprocess.Popen[bytes]:
     """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
     threads = max(1, num_cores() // num_ranks)
-    ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
+    ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, **KERNEL_CACHES}
     env = {**ours, **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-P", "-m", WORKER_MODULE, "--socket", str(socket)]
     command += ["--shared", str(shared)]
