@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 from ..scheduler.admission import QueueFull
 from ..scheduler.structured import StructuredOutput
 from .cores import num_cores
+from .daemon_pool import DaemonPool
 from .grammar import Grammar, Grammars
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .media.child_pool import DecoderPool
@@ -122,10 +123,7 @@ class InputPool:
         all requests until they are over; None: no bound."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = Lanes.of(num_cores())
-        self._threads = {
-            name: ThreadPoolExecutor(size, thread_name_prefix=name)
-            for name, size in vars(lanes).items()
-        }
+        self._threads = {name: DaemonPool(size, name) for name, size in vars(lanes).items()}
         self._decoders = DecoderPool(processor.limits, lanes.num_decoders) if isolate else None
         if self._decoders is not None:
             self._decoders.warm()
@@ -174,7 +172,7 @@ class InputPool:
         for job in jobs:
             job.cancel()
         for threads in self._threads.values():
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
         if self._decoders is not None:
             self._decoders.close()
 
