@@ -17,6 +17,7 @@ from .lifetime import (
     call_in_flight,
     close_at_exit,
     disown_after_fork,
+    leak,
     reject_pickling,
 )
 
@@ -120,6 +121,7 @@ class UnaryClient:
     def disown(self, cause: str) -> None:
         """Reject further use. Called in a forked process."""
         self._disowned = cause
+        leak(self._channel)
 
     def close(self) -> None:
         """Close the connection. Safe to call twice, and without effect in a forked process."""

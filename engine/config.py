@@ -12,6 +12,7 @@ from typing import Any
 
 from ..scheduler.params import shown
 from .config_error import ConfigError
+from .config_fields import Fields
 from .json_files import read_json
 from .media.limits import MediaLimits
 from .preprocess_config import PreprocessConfig
@@ -27,6 +28,18 @@ __all__ = [
     "check_trace_file",
     "read_json",
 ]
+
+# Far more than any checkpoint has: what a configuration may ask for before its weights are looked
+# at.
+MAX_WIDTH, MAX_HEADS, MAX_HEAD_DIM, MAX_LAYERS = 1 << 20, 1 << 12, 1 << 12, 1 << 10
+MAX_VOCAB, MAX_POSITIONS = 1 << 24, 1 << 24
+VISION_TOKENS = {  # field: Qwen2-VL's token
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
@@ -104,14 +117,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Reads both forms: text fields at the top, or nested under `text_config`."""
-        try:
-            config = cls._read(raw)
-            config._check()
-        except KeyError as error:
-            raise ConfigError(f"config.json: has no {error.args[0]}") from None
-        except (TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ConfigError(f"config.json: not a Qwen2-VL's: {error}") from None
+        """Read both formats: text fields at the top, or nested under `text_config`. Raises
+        `ConfigError`."""
+        config = cls._read(raw)
+        config._check()
         return config
 
     def _check(self) -> None:
@@ -119,9 +128,17 @@ class ModelConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ConfigError(f"num_key_value_heads={kv_heads}: must divide {heads} heads")
-        sizes = (self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.vocab_size)
-        if min(*sizes, self.vision.depth, self.vision.embed_dim) < 1:
-            raise ConfigError("config.json: a size is less than 1")
+        vision = self.vision
+        if vision.embed_dim % (4 * vision.num_heads):
+            raise ConfigError(
+                f"config.json: vision_config: embed_dim={vision.embed_dim}: must be a multiple of "
+                f"4 * num_heads ({4 * vision.num_heads})"
+            )
+        if vision.hidden_size != self.hidden_size:
+            raise ConfigError(
+                f"config.json: vision_config: hidden_size={vision.hidden_size}: must be the "
+                f"decoder's, {self.hidden_size}"
+            )
         inputs = (self.hidden_size, heads * self.head_dim, self.intermediate_size)
         if self.weight_format and self.weight_format.group_size:
             group, outputs = self.weight_format.group_size, (self.head_dim, self.intermediate_size)
@@ -138,60 +155,87 @@ class ModelConfig:
     def _read(cls, raw: dict[str, Any]) -> ModelConfig:
         if raw.get("model_type") != "qwen2_vl":
             raise ConfigError(
-                f"config.json: model_type={raw.get('model_type')!r}: only 'qwen2_vl' is served"
+                f"config.json: model_type={shown(raw.get('model_type'))}: only 'qwen2_vl' is served"
             )
-        text = {**raw, **raw.get("text_config", {})}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        heads = text["num_attention_heads"]
-        head_dim = text.get("head_dim") or text["hidden_size"] // heads
-        section = tuple(rope.get("mrope_section", ()))
-        if len(section) != 3 or sum(section) * 2 != head_dim:
-            raise ConfigError(
-                f"mrope_section={list(section)}: must be three numbers whose sum is half of "
-                f"head_dim={head_dim}"
-            )
-        if text.get("use_sliding_window"):
-            raise ConfigError("use_sliding_window=true: only full attention is served")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "mrope"):
-            raise ConfigError(f"rope type {kind!r}: only plain M-RoPE is served")
-        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        stored = text.get("quantization_config") or text.get("compression_config")
+        top = Fields(raw, "config.json")
+        text = Fields({**raw, **top.section("text_config").raw}, "config.json")
+        rope = text.section(
+            "rope_parameters" if text.raw.get("rope_parameters") else "rope_scaling"
+        )
+        hidden_size = text.integer("hidden_size", 1, MAX_WIDTH)
+        heads = text.integer("num_attention_heads", 1, MAX_HEADS)
+        layers = text.integer("num_hidden_layers", 1, MAX_LAYERS)
+        head_dim = text.integer("head_dim", 1, MAX_HEAD_DIM, max(1, hidden_size // heads))
+        _check_rope(text, rope)
+        theta = rope if rope.raw.get("rope_theta") is not None else text
+        stored = text.section(
+            "quantization_config" if text.raw.get("quantization_config") else "compression_config"
+        )
+        tied = top if raw.get("tie_word_embeddings") is not None else text
+        dtypes = (top.text("dtype"), top.text("torch_dtype"), text.text("dtype"))
+        tokens = {
+            name: text.integer(name, 0, MAX_VOCAB - 1, token)
+            for name, token in VISION_TOKENS.items()
+        }
         return cls(
-            hidden_size=text["hidden_size"],
-            intermediate_size=text["intermediate_size"],
-            num_hidden_layers=text["num_hidden_layers"],
+            hidden_size=hidden_size,
+            intermediate_size=text.integer("intermediate_size", 1, MAX_WIDTH),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=text.get("num_key_value_heads") or heads,
+            num_key_value_heads=text.integer("num_key_value_heads", 1, MAX_HEADS, heads),
             head_dim=head_dim,
-            vocab_size=text["vocab_size"],
-            max_position_embeddings=text.get("max_position_embeddings", 32768),
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1_000_000.0,
-            mrope_section=section,
-            tie_word_embeddings=bool(tied),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"),
-            vision_start_token_id=text.get("vision_start_token_id", 151652),
-            vision_end_token_id=text.get("vision_end_token_id", 151653),
-            vision_token_id=text.get("vision_token_id", 151654),
-            image_token_id=raw.get("image_token_id", text.get("image_token_id", 151655)),
-            video_token_id=raw.get("video_token_id", text.get("video_token_id", 151656)),
-            vision=_vision_config(raw["vision_config"], text["hidden_size"]),
-            weight_format=read_weight_format(stored, text["num_hidden_layers"]),
+            vocab_size=text.integer("vocab_size", 1, MAX_VOCAB),
+            max_position_embeddings=text.integer(
+                "max_position_embeddings", 1, MAX_POSITIONS, 32768
+            ),
+            rms_norm_eps=text.number("rms_norm_eps", 0, 1, 1e-6),
+            rope_theta=theta.number("rope_theta", 0, 1e15, 1_000_000.0),
+            mrope_section=_mrope_section(rope, head_dim),
+            tie_word_embeddings=tied.boolean("tie_word_embeddings", False),
+            dtype=next(filter(None, dtypes), "float32"),
+            vision=_vision_config(top, hidden_size),
+            weight_format=read_weight_format(stored.raw, layers),
+            **tokens,
         )
 
 
-def _vision_config(raw: dict[str, Any], hidden_size: int) -> VisionConfig:
+def _check_rope(text: Fields, rope: Fields) -> None:
+    """Raises `ConfigError` for attention or positions that are not served."""
+    if text.boolean("use_sliding_window", False):
+        raise ConfigError("use_sliding_window=true: only full attention is served")
+    kind = rope.text("rope_type") or rope.text("type") or "default"
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"rope type {shown(kind)}: only plain M-RoPE is served")
+
+
+def _mrope_section(rope: Fields, head_dim: int) -> tuple[int, int, int]:
+    section = rope.raw.get("mrope_section")
+    are_sizes = isinstance(section, list) and all(
+        type(each) is int and each >= 0 for each in section
+    )
+    if not are_sizes or len(section) != 3 or sum(section) * 2 != head_dim:
+        raise ConfigError(
+            f"mrope_section={shown(section)}: must be three numbers whose sum is half of "
+            f"head_dim={head_dim}"
+        )
+    return section[0], section[1], section[2]
+
+
+def _vision_config(top: Fields, hidden_size: int) -> VisionConfig:
+    vision = top.section("vision_config")
+    if not vision.raw:
+        raise ConfigError("config.json: has no vision_config")
+    channels = "in_channels" if vision.raw.get("in_channels") is not None else "in_chans"
     return VisionConfig(
-        depth=raw["depth"],
-        embed_dim=raw["embed_dim"],
-        num_heads=raw["num_heads"],
-        mlp_ratio=raw.get("mlp_ratio", 4),
-        in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
-        patch_size=raw.get("patch_size", 14),
-        spatial_merge_size=raw.get("spatial_merge_size", 2),
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        hidden_size=raw.get("hidden_size", hidden_size),
+        depth=vision.integer("depth", 1, MAX_LAYERS),
+        embed_dim=vision.integer("embed_dim", 1, MAX_WIDTH),
+        num_heads=vision.integer("num_heads", 1, MAX_HEADS),
+        mlp_ratio=vision.number("mlp_ratio", 0, 64, 4),
+        in_channels=vision.integer(channels, 1, 16, 3),
+        patch_size=vision.integer("patch_size", 1, 256, 14),
+        spatial_merge_size=vision.integer("spatial_merge_size", 1, 16, 2),
+        temporal_patch_size=vision.integer("temporal_patch_size", 1, 16, 2),
+        hidden_size=vision.integer("hidden_size", 1, MAX_WIDTH, hidden_size),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import threading
 import time
@@ -99,6 +100,12 @@ def broken_grpc() -> str:
     gRPC: then the child's calls may hang or abort the process.
     """
     return FORKED_DURING_CALLS if _is_broken else ""
+
+
+def leak(channel: Any) -> None:
+    """Never destroy a parent's gRPC channel in a forked child: where gRPC does not work, that hangs
+    when the interpreter exits."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(channel))
 
 
 def reject_pickling(name: str) -> Any:

@@ -20,9 +20,9 @@ FILES = sorted(
 # From bottom to top; a room imports from rooms before it, and from itself.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
-    ("engine.config_error", "engine.cores", "engine.input_error"),
-    ("engine.client_error", "engine.json_files", "engine.media.limits"),
-    ("engine.preprocess_config", "engine.weight_format"),
+    ("engine.config_error", "engine.cores", "engine.input_error", "engine.lifetime"),
+    ("engine.client_error", "engine.json_files", "engine.config_fields", "engine.media.limits"),
+    ("engine.preprocess_config", "engine.weight_format", "engine.daemon_pool"),
     ("engine.config", "engine.failpoint", "engine.logs", "engine.grammar_error"),
     ("engine.tls",),
     ("engine.generation_config", "engine.grammar_joins"),

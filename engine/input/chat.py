@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateRuntimeError, meta
 
 from ..config import ConfigError, read_json
 from ..input_error import InputError, shown
+from .bounded_template import LARGE, MAX_SIZE, BoundedEnvironment
 from .openai_parts import URLS, read_media
 from .tokenizer import TextTokenizer
 from .tool_results import in_order_of_calls
@@ -29,6 +29,11 @@ MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
 MAX_PARTS = 1 << 14  # of all messages
 MAX_TEXT = 16 << 20  # characters of all texts
+# What rendering raises. A template's faults in arithmetic and recursion are its own, too.
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
 
 
 @dataclass(frozen=True)
@@ -197,28 +202,24 @@ class ChatTemplate:
     """The checkpoint's template, in jinja2's sandbox."""
 
     def __init__(self, model_dir: Path, tokenizer: TextTokenizer) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self._environment = environment = BoundedEnvironment()
         environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = to_json
+        environment.bound_filters()
         self._tokenizer = tokenizer
         text = _template_text(model_dir)
         try:
             self._template = environment.from_string(text)
             self._has_tools = "tools" in meta.find_undeclared_variables(environment.parse(text))
-        except TemplateError as error:
+        except (TemplateError, RecursionError, TypeError, ValueError) as error:
             raise ConfigError(f"{model_dir}: its chat template does not parse: {error}") from None
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids with one placeholder token for each image or video."""
         texts = [*conversation.texts]
         try:
-            rendered = self._template.render(
-                **self._turns(conversation, texts),
-                **{TEXTS: texts},
-                add_generation_prompt=True,
-                add_vision_id=False,
-            )
-        except (TemplateError, TypeError) as error:
+            rendered = self._render(conversation, texts)
+        except TEMPLATE_ERRORS as error:
             own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
             raise InputError("messages", f"the chat template refuses them{own}") from None
         token_ids: list[int] = []
@@ -229,6 +230,20 @@ class ChatTemplate:
                 run = MARK.sub(lambda mark: texts[int(mark[1])], piece)
                 token_ids.extend(self._tokenizer.encode_plain(run))
         return token_ids
+
+    def _render(self, conversation: Conversation, texts: list[str]) -> str:
+        """Raises `TemplateError` where it exceeds its budget, and what the template raises."""
+        given = {**self._turns(conversation, texts), TEXTS: texts}
+        pieces, size = [], 0
+        with self._environment.budget():
+            for piece in self._template.generate(
+                **given, add_generation_prompt=True, add_vision_id=False
+            ):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_SIZE:
+                    raise TemplateRuntimeError(LARGE)
+        return "".join(pieces)
 
     def _turns(self, conversation: Conversation, texts: list[str]) -> dict[str, Any]:
         """What the template is given to go through; new marks' texts are added to `texts`."""

@@ -18,6 +18,7 @@ from torch import nn
 from ...kernels.fp8_linear import FP8, check_fp8
 from ...kernels.int4_layout import GROUPS, in_order
 from ..config import ConfigError, ModelConfig, read_json
+from ..json_files import check_file
 from ..model.layers import VocabParallelEmbedding
 from ..model.quantized import LinearWeight
 from ..model.qwen2_vl import Qwen2VL
@@ -116,7 +117,7 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{folder / INDEX}: has no weight_map")
-        files = tuple(folder / str(name) for name in sorted(set(weight_map.values())))
+        files = tuple(_shard(folder, name) for name in sorted({*map(str, weight_map.values())}))
     elif (folder / "model.safetensors").is_file():
         files = (folder / "model.safetensors",)
     else:
@@ -126,6 +127,13 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
         found = f"only {others[0]}, which may run code when read" if others else "no weights"
         raise ConfigError(f"{folder}: {found}; weights are read from safetensors files alone")
     return files
+
+
+def _shard(folder: Path, name: str) -> Path:
+    """A file that the index names. Raises ConfigError for a name that leaves the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise ConfigError(f"{folder / INDEX}: weight_map names {name!r}, outside its folder")
+    return folder / name
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -142,6 +150,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
+        check_file(file)
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: (tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}

@@ -8,29 +8,28 @@ import logging
 import queue
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from ...proto import worker_pb2 as pb
 from ..config import EngineConfig
 from ..failpoint import failpoint
-from ..lifetime import call_in_flight, close_at_exit, disown_after_fork, track_call
+from ..lifetime import call_in_flight, close_at_exit, disown_after_fork, leak, track_call
 from ..runner.batch import BatchResult, InputBatch
 from .bound import StepBound, work_of
 from .link import PING_TIMEOUT, WorkerGroupError, WorkerLink
 from .loading import GroupMemory, start_loading
 from .process import shared_memory, start_worker
 from .remote import RemoteWorkers
+from .socket_folder import make_socket_folder
 from .watch import CLOSING, Watch
 from .wire import pack_steps, unpack_results
-from .worker import GROUP_FOLDER, RENDEZVOUS
+from .worker import RENDEZVOUS
 
 log = logging.getLogger("octavo.group")
 
@@ -85,7 +84,7 @@ class WorkerGroup:
 
     def _launch(self, on_progress: Callable[[int, int], None]) -> None:
         self.epoch = next(_epochs)
-        self._dir = Path(tempfile.mkdtemp(prefix=GROUP_FOLDER))  # mode 0700: ours alone
+        self._dir = make_socket_folder()
         self._workers = []
         self._sharing: list[int] = []  # see `RemoteWorkers.join`
         self._watch = Watch(self._workers, self.given_up)
@@ -200,6 +199,7 @@ class WorkerGroup:
         forked process."""
         self._is_disowned = True
         for worker in self._workers:
+            leak(worker.channel)
             worker.life.disown()
 
     def _end_workers(self) -> None:

@@ -31,6 +31,7 @@ from .link import UNLIMITED
 from .membership import Place, use_interface
 from .parent import end_with_parent
 from .sequence import MissedStep, StepSequence
+from .socket_folder import GROUP_FOLDER
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("octavo.worker")
 
-GROUP_FOLDER, RENDEZVOUS = "octavo-", "rendezvous"  # a group's folder begins so; a file in it
+RENDEZVOUS = "rendezvous"  # a file in a group's folder
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
