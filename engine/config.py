@@ -194,7 +194,7 @@ class ModelConfig:
             tie_word_embeddings=tied.boolean("tie_word_embeddings", False),
             dtype=next(filter(None, dtypes), "float32"),
             vision=_vision_config(top, hidden_size),
-            weight_format=read_weight_format(stored.raw, layers),
+            weight_format=read_weight_format({**stored.raw}, layers),
             **tokens,
         )
 
@@ -209,7 +209,7 @@ def _check_rope(text: Fields, rope: Fields) -> None:
 
 
 def _mrope_section(rope: Fields, head_dim: int) -> tuple[int, int, int]:
-    section = rope.raw.get("mrope_section")
+    section: Any = rope.raw.get("mrope_section")
     are_sizes = isinstance(section, list) and all(
         type(each) is int and each >= 0 for each in section
     )

@@ -392,7 +392,7 @@ def test_L08_worst_case_profile_a_gpu_keeps_memory_for_a_step() -> None:
             '"eos_token_id": "x"',
             "generation_config.json: eos_token_id='x'",
         ),
-        ("preprocessor_config.json", '"min_pixels": "y"', "min_pixels='y' in"),
+        ("preprocessor_config.json", '"min_pixels": "y"', "min_pixels='y': must be an integer"),
         ("preprocessor_config.json", None, "preprocessor_config.json: must be a JSON object"),
     ],
 )

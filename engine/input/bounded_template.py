@@ -152,7 +152,7 @@ def _wrap_values(tree: nodes.Template) -> None:
             block.filter = _value(None, block.lineno)
 
 
-def _value(node: nodes.Expr | None, lineno: int = 0) -> nodes.Filter:
+def _value(node: Any, lineno: int = 0) -> nodes.Filter:
     return nodes.Filter(node, _VALUE, [], [], None, None, lineno=lineno or node.lineno)
 
 
