@@ -105,7 +105,9 @@ def broken_grpc() -> str:
 def leak(channel: Any) -> None:
     """Never destroy a parent's gRPC channel in a forked child: where gRPC does not work, that hangs
     when the interpreter exits."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(channel))
+    increase = ctypes.pythonapi.Py_IncRef
+    increase.argtypes = [ctypes.py_object]
+    increase(channel)
 
 
 def reject_pickling(name: str) -> Any:
