@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
-
-# gRPC reads it when it is imported. Without it, gRPC starts threads in a fork, and where the fork
-# is to become another program (`subprocess` with `preexec_fn`, `ray.init`) one in thirty dies of
-# them before it does (grpc/grpc#43055). A program that forks for itself sets it to 1.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 __version__ = "0.1.0"
 

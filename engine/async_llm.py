@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .engine import WAS_CLOSED, DuplicateRequest, Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .input_pool import InputJob, InputPool
+from .lifetime import close_at_exit, reject_pickling
 from .logprob_budget import LogprobBudget
 from .loop import Admitted, Event, StepLoop
 from .output import OutputDelta
@@ -61,6 +62,7 @@ class AsyncLLM:
         self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
         # Told of each request that is admitted: its request_id, and what it becomes.
         self.on_admitted: Callable[[str, Request], None] | None = None
+        close_at_exit(self)
 
     @property
     def config(self) -> EngineConfig:
@@ -117,6 +119,7 @@ class AsyncLLM:
         `chat`. `on_ready` is called with the number of prompt tokens before admission; what it
         raises rejects the request. A reader that is slower than the model gets what has gathered
         as one delta for each answer."""
+        self.engine.check_owner()
         name = request_id or uuid.uuid4().hex
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
@@ -197,6 +200,7 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
+        self.engine.check_owner()
         key = self._keys.get(request_id)
         if key is None or self.failed:
             return False
@@ -212,6 +216,7 @@ class AsyncLLM:
         """The engine between two steps: who runs and waits, and who has which block. A request is
         called NAME#NUMBER there, its answers after the first NAME#NUMBER[INDEX]. Raises
         `EngineDead`."""
+        self._check_alive()
         asked = asyncio.wrap_future(self._steps.look())
         try:
             while not asked.done():
@@ -251,6 +256,8 @@ class AsyncLLM:
 
     async def wait_failed(self) -> str:
         """Returns the cause once the worker group has died."""
+        if self.engine.is_disowned:
+            return self.failed
         self._bind()
         if self._death is None:
             self._death = asyncio.Event()
@@ -259,8 +266,9 @@ class AsyncLLM:
         return self.failed
 
     def close(self) -> None:
-        """Ends the workers; streams that run get `EngineDead`. Safe to call twice."""
-        if self._closed:
+        """End the workers; streams that run get `EngineDead`. Safe to call twice, and without
+        effect in a forked process."""
+        if self._closed or self.engine.is_disowned:
             return
         self._closed = True
         self._steps.close()
@@ -319,6 +327,9 @@ class AsyncLLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        return reject_pickling("octavo.AsyncLLM")
 
     async def __aenter__(self) -> AsyncLLM:
         return self

@@ -28,6 +28,7 @@ from .client_request import (
 )
 from .client_tools import add_tools, read_calls
 from .client_unary import UnaryClient
+from .lifetime import track_call
 from .tool_calls import ToolCall
 
 __all__ = ["Client", "ClientDelta", "ClientError", "ClientReply", "Deltas", "Tls"]
@@ -164,10 +165,11 @@ class Client(UnaryClient):
         return self._stream(request, timeout)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Deltas:
-        call = self._start(self._stub.Generate, request, timeout)
+        call = track_call(self._start(self._stub.Generate, request, timeout))
         try:
             for delta in call:
                 yield _client_delta(delta)
+                self._check_owner()  # the process may have been forked meanwhile
                 if delta.HasField("failure"):  # the last one; the call's status says the same
                     failure = delta.failure
                     field = argument_of(failure.field)
@@ -175,7 +177,8 @@ class Client(UnaryClient):
         except grpc.RpcError as error:
             raise error_of(error) from None
         finally:
-            call.cancel()
+            if not self._disowned:  # else the call is the parent process's
+                call.cancel()
 
 
 def _logprobs(entry: pb.TokenLogprobs) -> TokenLogprobs:

@@ -19,6 +19,9 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
+    # A client shares no connection with another: in a forked process gRPC would otherwise reuse the
+    # parent's, and the first call would fail ("Wrong file descriptor generation").
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 

@@ -12,6 +12,14 @@ from ..proto import octavo_pb2 as pb
 from ..proto import octavo_pb2_grpc
 from .client_channel import Tls, error_of, key_metadata, open_channel
 from .client_error import ClientError, invalid
+from .lifetime import (
+    broken_grpc,
+    call_in_flight,
+    close_at_exit,
+    disown_after_fork,
+    leak,
+    reject_pickling,
+)
 
 
 class UnaryClient:
@@ -26,12 +34,17 @@ class UnaryClient:
     ) -> None:
         """`address`: HOST:PORT. `api_key`: where the server asks for one. `tls`: True, or an
         `octavo.Tls` with files. Connects when first used."""
+        if cause := broken_grpc():
+            raise ClientError("FAILED_PRECONDITION", cause)
         self.address = address
+        self._disowned = ""  # why, in a process that was forked from the one that created it
         self._metadata = key_metadata(api_key)
         self._channel = open_channel(address, tls)
         self._stub = octavo_pb2_grpc.InferenceStub(self._channel)
         self._control = octavo_pb2_grpc.ControlStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        close_at_exit(self)
+        disown_after_fork(self)
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; special ones are spelt out, or skipped."""
@@ -75,19 +88,23 @@ class UnaryClient:
 
     def wait_ready(self, timeout: float) -> None:
         """Waits until the server can be reached. Raises `ClientError` after `timeout` seconds."""
+        self._check_owner()
         try:
-            grpc.channel_ready_future(self._channel).result(timeout)
+            with call_in_flight():
+                grpc.channel_ready_future(self._channel).result(timeout)
         except grpc.FutureTimeoutError:
             raise ClientError("UNAVAILABLE", f"no server at {self.address}") from None
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
         try:
-            return self._start(method, request, timeout)
+            with call_in_flight():
+                return self._start(method, request, timeout)
         except grpc.RpcError as error:
             raise error_of(error) from None
 
     def _start(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
         """A call on its way, or the answer of one that has one. Raises `grpc.RpcError` too."""
+        self._check_owner()
         if timeout is not None and not isinstance(timeout, int | float):
             raise invalid(f"timeout={timeout!r}: must be seconds")
         try:
@@ -95,8 +112,24 @@ class UnaryClient:
         except ValueError:
             raise ClientError("UNAVAILABLE", "this client was closed") from None
 
+    def _check_owner(self) -> None:
+        if self._disowned:
+            raise ClientError(
+                "FAILED_PRECONDITION", f"this client cannot be used: {self._disowned}"
+            )
+
+    def disown(self, cause: str) -> None:
+        """Reject further use. Called in a forked process."""
+        self._disowned = cause
+        leak(self._channel)
+
     def close(self) -> None:
-        self._channel.close()
+        """Close the connection. Safe to call twice, and without effect in a forked process."""
+        if not self._disowned:
+            self._channel.close()
+
+    def __reduce__(self) -> Any:
+        return reject_pickling("octavo.Client")
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,7 @@ from .generation_config import generation_defaults
 from .grammar import Grammars
 from .hub import model_name, resolve_model
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
+from .lifetime import broken_grpc, close_at_exit, disown_after_fork, reject_pickling
 from .live import LiveRequest
 from .live_requests import LiveRequests
 from .matchers import Matchers
@@ -69,6 +70,10 @@ class Engine:
         `model`: a checkpoint folder, a hub id, or None for the embedded model. `settings`: the
         fields of `EngineConfig`. Raises `ConfigError` for what cannot be served.
         """
+        self.is_disowned = False  # this process is a fork of the one that created it
+        self.failed = ""
+        if cause := broken_grpc():
+            raise ConfigError(cause)
         known = [field.name for field in fields(EngineConfig)]
         for name in settings:
             if name not in known:
@@ -81,8 +86,10 @@ class Engine:
         media = media_settings(asked, self.model_config)
         check_trace_file(asked.trace_file)
         self.group = WorkerGroup(asked, on_progress)
+        disown_after_fork(self)
         try:
             self._set_up(asked, media)
+            close_at_exit(self)
         except BaseException:
             self.group.close()
             raise
@@ -129,7 +136,6 @@ class Engine:
             self.stats,
             self._matchers,
         )
-        self.failed = ""
         self.restarts = Restarts(self.group, asked.max_restarts)
         self._names = itertools.count()
         self._arrived = threading.Event()  # units of a video were made
@@ -169,6 +175,7 @@ class Engine:
     ) -> ProcessedInput:
         """Messages, text or token ids made ready; safe to call from a pool of threads. What
         `prompt` may be says `InputProcessor.from_prompt`. Raises `InputError`."""
+        self.check_owner()
         return self.processor.from_prompt(prompt, images, videos)
 
     def new_request_id(self) -> str:
@@ -223,6 +230,7 @@ class Engine:
     def abort(self, request_id: str) -> list[OutputDelta]:
         """Ends a request and frees what it holds: the last delta of each answer that was not done;
         none when it is not here."""
+        self.check_owner()
         return self.requests.abort(request_id)
 
     def step(self) -> list[OutputDelta]:
@@ -247,7 +255,8 @@ class Engine:
         return deltas
 
     def check_workers(self) -> None:
-        """For a loop that has nothing to step: starts workers that have ended anew."""
+        """Restart dead workers. Called by idle step loops."""
+        self.check_owner()
         try:
             self.group.check_alive()
         except WorkerGroupError as error:
@@ -273,13 +282,27 @@ class Engine:
         if self.failed:
             raise EngineDead(f"the engine stopped: {self.failed}")
 
+    def check_owner(self) -> None:
+        """Raises `EngineDead` in a process that was forked from the one that created the engine."""
+        if self.is_disowned:
+            raise EngineDead(f"the engine stopped: {self.failed}")
+
+    def disown(self, cause: str) -> None:
+        """Reject further use. Called in a forked process; the group disowns its workers."""
+        self.is_disowned, self.failed = True, cause
+
     def close(self) -> None:
-        """Ends the workers, also while another thread starts them anew. Safe to call twice."""
+        """End the workers, also while another thread restarts them. Safe to call twice, and
+        without effect in a forked process."""
+        if self.is_disowned:
+            return
         self.failed = self.failed or WAS_CLOSED
-        self.group.give_up()
         self.group.close()
         if self._trace is not None:
             self._trace.close()
+
+    def __reduce__(self) -> Any:
+        return reject_pickling("octavo.Engine")
 
     def __enter__(self) -> Engine:
         return self

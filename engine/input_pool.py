@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import SamplingParams
 from .cores import num_cores
+from .daemon_pool import DaemonPool
 from .grammar import Grammar, Grammars
 from .input.openai_parts import KIND_OF
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
@@ -193,10 +194,7 @@ class InputPool:
         engine will still use."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = Lanes.of(num_cores())
-        self._threads = {
-            name: ThreadPoolExecutor(size, thread_name_prefix=name)
-            for name, size in vars(lanes).items()
-        }
+        self._threads = {name: DaemonPool(size, name) for name, size in vars(lanes).items()}
         self._decoders: DecoderPool | None = None
         if isolate:
             available = max(0, available_memory().bytes - claimed_bytes)
@@ -270,7 +268,7 @@ class InputPool:
         for job in jobs:
             job.cancel()
         for threads in self._threads.values():
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
         if self._decoders is not None:
             self._decoders.close()
 

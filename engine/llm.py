@@ -7,17 +7,19 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, Unpack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
+from .daemon_pool import DaemonPool
 from .engine import Engine, EngineDead
 from .input.processor import ProcessedInput, Prompt
 from .input_error import InputError
 from .input_pool import InputJob, InputPool
+from .lifetime import close_at_exit, reject_pickling
 from .output import Output, OutputDelta, RequestOutput
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
@@ -37,7 +39,7 @@ class LLM:
     def __init__(self, model: Any = None, **settings: Any) -> None:
         """Starts the workers and loads the weights. Raises `ConfigError`."""
         # Steps have a thread of their own, so that Ctrl-C never lands inside one.
-        self._stepper = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._stepper = DaemonPool(1, "step")
         self._step: Future[list[OutputDelta]] = Future()  # the latest
         self._step.set_result([])
         self._in_use = threading.Lock()
@@ -49,6 +51,7 @@ class LLM:
             grammars=self.engine.grammars,
             claimed_bytes=self.engine.host_kv_bytes,
         )
+        close_at_exit(self)
 
     def chat(
         self,
@@ -112,6 +115,7 @@ class LLM:
         self, prompts: list[Any], params: Params, clock: Countdown, progress: bool, alone: bool
     ) -> list[RequestOutput]:
         """Answers all prompts; callers on several threads take turns."""
+        self.engine.check_owner()  # first: a fork may have left the lock held
         with self._in_use:
             return self._answer(prompts, params, clock, progress, alone)
 
@@ -184,10 +188,12 @@ class LLM:
                 results[name].fail(str(error) or type(error).__name__)
 
     def close(self) -> None:
-        """Ends the workers. Safe to call twice."""
+        """End the workers. Safe to call twice, and without effect in a forked process."""
         if hasattr(self, "engine"):
+            if self.engine.is_disowned:
+                return
             self.engine.close()
-        self._stepper.shutdown(wait=False)
+        self._stepper.close()
         if hasattr(self, "_pool"):
             self._pool.close()
 
@@ -196,6 +202,9 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        return reject_pickling("octavo.LLM")
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

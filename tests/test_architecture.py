@@ -20,9 +20,9 @@ FILES = sorted(
 # From bottom to top; a room imports from rooms before it, and from itself.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
-    ("engine.config_error", "engine.cores", "engine.input_error", "engine.machine_memory"),
+    ("engine.config_error", "engine.cores", "engine.input_error", "engine.lifetime"),
     ("engine.client_error", "engine.json_fields", "engine.json_files", "engine.json_reader"),
-    ("engine.media.limits",),
+    ("engine.media.limits", "engine.daemon_pool", "engine.machine_memory"),
     ("engine.preprocess_config", "engine.weight_format"),
     ("engine.model_config",),
     ("engine.config", "engine.failpoint", "engine.logs", "engine.grammar_error"),

@@ -14,6 +14,7 @@ import io
 import mmap
 import os
 import pkgutil
+import signal
 import socket
 from collections.abc import Sequence
 from typing import NoReturn
@@ -67,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def end_with_parent() -> None:
-    """The kernel ends this process, whatever it is at, when the other end of its stdin closes."""
+    """Have the kernel end this process when the other end of its stdin closes, whatever it is at
+    and also while it is stopped."""
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)  # SIGIO ends it
+    fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)  # SIGIO waits for a stopped process to continue
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def preload() -> None:

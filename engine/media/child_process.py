@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from ...proto import media_pb2 as pb
 from ..cores import num_cores
+from ..lifetime import disown_after_fork
 from .limits import MediaLimits
 from .reader import Pixels
 
@@ -85,6 +86,7 @@ class DecoderProcess:
         with theirs:
             self._process = _start(theirs.fileno(), self._cpu_seconds, limits)
         self._memory: PixelMemory | None = None
+        disown_after_fork(self)
         self._is_ready = False
         self.sandbox = ""  # what holds it, once it is ready
         self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable once it is
@@ -218,6 +220,14 @@ class DecoderProcess:
                 memory.close()
             memory = self._memory = PixelMemory(max(LEAST_MEMORY, wanted * frame_bytes))
         return memory, min(num_frames, MOST_SLOTS, memory.num_bytes // frame_bytes), is_new
+
+    def disown(self, cause: str) -> None:
+        """Release this process's copies of what ends the decoder when it closes. Called in a forked
+        process."""
+        self.is_killed = True
+        self._channel.close()
+        if self._process.stdin:
+            self._process.stdin.close()
 
     def fail(self, what: str) -> NoReturn:
         """Kills the process. Raises `DecoderStoppedError`."""

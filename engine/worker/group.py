@@ -8,28 +8,28 @@ import logging
 import queue
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from ...proto import worker_pb2 as pb
 from ..config import EngineConfig
 from ..failpoint import failpoint
+from ..lifetime import call_in_flight, close_at_exit, disown_after_fork, leak, track_call
 from ..runner.batch import BatchResult, InputBatch
 from .bound import StepBound, work_of
 from .link import PING_TIMEOUT, WorkerGroupError, WorkerLink
 from .loading import GroupMemory, start_loading
 from .process import shared_memory, start_worker
 from .remote import RemoteWorkers
-from .watch import Watch
+from .socket_folder import make_socket_folder
+from .watch import CLOSING, Watch
 from .wire import pack_steps, unpack_results
-from .worker import GROUP_FOLDER, RENDEZVOUS
+from .worker import RENDEZVOUS
 
 log = logging.getLogger("octavo.group")
 
@@ -69,15 +69,23 @@ class WorkerGroup:
         self._engine_id = secrets.token_hex(8)
         self._is_first = True
         self.given_up = threading.Event()  # nobody waits for workers any more: see `give_up`
-        self._in_change = threading.RLock()  # the workers are being started anew, or ended
+        self._in_change = threading.RLock()  # the workers are being started, restarted or ended
+        self._is_disowned = self._is_closed = False  # see `disown`, `close`
+        self._workers: list[WorkerLink] = []
         self._num_blocks = 0
         self._bound = StepBound()
-        self._launch(on_progress or (lambda done, total: None))
+        close_at_exit(self)
+        disown_after_fork(self)
+        self._start(on_progress or (lambda done, total: None))
+
+    def _start(self, on_progress: Callable[[int, int], None]) -> None:
+        with self._in_change, call_in_flight():
+            self._launch(on_progress)
 
     def _launch(self, on_progress: Callable[[int, int], None]) -> None:
         self.epoch = next(_epochs)
-        self._dir = Path(tempfile.mkdtemp(prefix=GROUP_FOLDER))  # mode 0700: ours alone
-        self._workers: list[WorkerLink] = []
+        self._dir = make_socket_folder()
+        self._workers = []
         self._sharing: list[int] = []  # see `RemoteWorkers.join`
         self._watch = Watch(self._workers, self.given_up)
         self._sent: deque[SentStep] = deque()
@@ -91,7 +99,7 @@ class WorkerGroup:
             self.memory = self._load(on_progress)
             self._watch.is_loaded, self._is_first = True, False
         except BaseException:
-            self.close()
+            self._end_workers()
             raise
 
     def restart(self) -> None:
@@ -100,8 +108,8 @@ class WorkerGroup:
         with self._in_change:
             for worker in self._workers:
                 worker.life.kill()
-            self.close()
-            self._launch(lambda done, total: None)
+            self._end_workers()
+            self._start(lambda done, total: None)
             self.allocate(self._num_blocks)
 
     def give_up(self) -> None:
@@ -123,7 +131,7 @@ class WorkerGroup:
         """Makes the KV cache on every rank."""
         self._num_blocks = num_blocks
         request = pb.AllocateRequest(epoch=self.epoch, num_blocks=num_blocks)
-        calls = [worker.stub.Allocate.future(request) for worker in self._workers]
+        calls = [track_call(worker.stub.Allocate.future(request)) for worker in self._workers]
         done: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
         with self._killing():
             for call in calls:
@@ -134,7 +142,10 @@ class WorkerGroup:
                     raise self._watch.fault(error)
 
     def send(self, batch: InputBatch, step_id: int) -> None:
-        """Has all ranks run a step, after those that were sent before."""
+        """Has all ranks run a step, after those that were sent before. Raises `WorkerGroupError`
+        once the group is closed."""
+        if self._is_closed:
+            raise WorkerGroupError(CLOSING)
         previous, self._latest = self._latest, step_id
         requests = pack_steps(batch, self.epoch, step_id, previous, self.size)
         failpoint("group.sends")
@@ -174,8 +185,24 @@ class WorkerGroup:
             raise
 
     def close(self) -> None:
-        """Ends the workers. Safe to call twice, and on any thread: after `give_up`, where another
-        may be starting them anew."""
+        """End the workers. Safe to call twice, on any thread, also while another one starts or
+        restarts them; without effect in a forked process."""
+        if self._is_disowned:
+            return
+        self.give_up()
+        with self._in_change:
+            self._is_closed = True
+            self._end_workers()
+
+    def disown(self, cause: str) -> None:
+        """Release this process's copies of the pipes whose end the workers wait for. Called in a
+        forked process."""
+        self._is_disowned = True
+        for worker in self._workers:
+            leak(worker.channel)
+            worker.life.disown()
+
+    def _end_workers(self) -> None:
         with self._in_change:
             for worker in self._workers:
                 worker.life.ask_to_end()
@@ -257,7 +284,7 @@ class WorkerGroup:
         def done(call: grpc.Future) -> None:
             sent.done_at = time.monotonic()
 
-        call = self._workers[rank].stub.Step.future(sent.requests[rank])
+        call = track_call(self._workers[rank].stub.Step.future(sent.requests[rank]))
         call.add_done_callback(done)
         return call
 

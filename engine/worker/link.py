@@ -9,6 +9,7 @@ import grpc
 
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
+from ..lifetime import track_call
 
 PING_TIMEOUT = 5.0  # seconds without an answer after which a worker is taken to hang
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -32,6 +33,9 @@ class Life(Protocol):
         """Ends it as soon as may be; waits for nothing."""
 
     def ask_to_end(self) -> None: ...
+
+    def disown(self) -> None:
+        """In a forked process: release what would keep the worker from ending with its engine."""
 
     def wait_ended(self, deadline: float) -> None:
         """Waits until `deadline` on the monotonic clock, then kills it."""
@@ -74,7 +78,8 @@ class WorkerLink:
         if self._silent_since is None or now - self._looked_at > PING_TIMEOUT:
             self._silent_since = now  # nobody looked for long, so nothing is known of that time
         self._looked_at = now
-        self._ping = self.stub.Ping.future(pb.PingRequest(epoch=self.epoch), timeout=PING_TIMEOUT)
+        request = pb.PingRequest(epoch=self.epoch)
+        self._ping = track_call(self.stub.Ping.future(request, timeout=PING_TIMEOUT))
 
     def heard(self) -> None:
         """It has answered something."""

@@ -12,6 +12,7 @@ import grpc
 
 from ...proto import worker_pb2 as pb
 from ..config import ConfigError, EngineConfig
+from ..lifetime import track_call
 from .link import WorkerLink
 
 
@@ -66,19 +67,21 @@ def start_loading(
             items.put((rank, error))
 
     for worker in workers:
-        call = worker.stub.Load(
-            pb.LoadRequest(
-                epoch=worker.epoch,
-                model=str(config.model),
-                device=config.device,
-                dtype=config.dtype,
-                rank=worker.rank,
-                tensor_parallel_size=len(workers),
-                rendezvous=str(rendezvous or ""),
-                block_size=config.block_size,
-                quantization=config.quantization or "",
-                kv_cache_dtype=config.kv_cache_dtype,
-                num_sharing=sharing[worker.rank] if sharing else 0,
+        call = track_call(
+            worker.stub.Load(
+                pb.LoadRequest(
+                    epoch=worker.epoch,
+                    model=str(config.model),
+                    device=config.device,
+                    dtype=config.dtype,
+                    rank=worker.rank,
+                    tensor_parallel_size=len(workers),
+                    rendezvous=str(rendezvous or ""),
+                    block_size=config.block_size,
+                    quantization=config.quantization or "",
+                    kv_cache_dtype=config.kv_cache_dtype,
+                    num_sharing=sharing[worker.rank] if sharing else 0,
+                )
             )
         )
         args = (worker.rank, call)

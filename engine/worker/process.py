@@ -70,6 +70,9 @@ class ChildProcess:
         if self._process.stdin and not self._process.stdin.closed:
             self._process.stdin.close()
 
+    def disown(self) -> None:
+        self.ask_to_end()
+
     def wait_ended(self, deadline: float) -> None:
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -94,5 +97,10 @@ def _start(socket: Path, num_ranks: int, shared: int) -> subprocess.Popen[bytes]
     command += ["--shared", str(shared)]
     # Its own session: Ctrl-C in a terminal reaches the engine alone, which closes the group.
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, env=env, start_new_session=True, pass_fds=[shared]
+        command,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        env=env,
+        start_new_session=True,
+        pass_fds=[shared],
     )

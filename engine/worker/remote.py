@@ -15,6 +15,7 @@ from ... import __version__
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
 from ..config import ConfigError, EngineConfig
+from ..lifetime import track_call
 from ..tls import group_tls
 from .address import Address
 from .fingerprint import fingerprint
@@ -99,7 +100,7 @@ class Hold:
             rank=seat.rank,
             tensor_parallel_size=seat.size,
         )
-        call = self._stub.Join.future(request, timeout=CALL_TIMEOUT)
+        call = track_call(self._stub.Join.future(request, timeout=CALL_TIMEOUT))
         while not _is_done(call, JOIN_PAUSE):
             if given_up.is_set():
                 call.cancel()
@@ -115,7 +116,7 @@ class Hold:
         while not self._given_up.is_set():
             replies: queue.SimpleQueue[pb.StoreReply | None] = queue.SimpleQueue()
             replies.put(pb.StoreReply(epoch=self.seat.epoch))
-            call = self._stub.Meet(iter(replies.get, None))
+            call = track_call(self._stub.Meet(iter(replies.get, None)))
             try:
                 for request in call:
                     replies.put(self._store.answer(request))
@@ -144,6 +145,9 @@ class Hold:
             self._end = self._stub.End.future(
                 pb.EndRequest(epoch=self.seat.epoch), timeout=CALL_TIMEOUT
             )
+
+    def disown(self) -> None:
+        """Nothing to do: a fork does not hold the stream by which the worker knows its engine."""
 
     def wait_ended(self, deadline: float) -> None:
         if self._end is None:

@@ -25,6 +25,7 @@ from ..tls import group_tls, server_credentials
 from .address import Address
 from .link import UNLIMITED
 from .membership import MembershipServicer, Place
+from .parent import end_with_parent
 from .worker import WorkerServicer
 
 log = logging.getLogger("octavo.worker")
@@ -53,7 +54,7 @@ def main() -> None:
     set_up_worker_logs()
     for number in (signal.SIGINT, signal.SIGTERM):  # its parent's: that ends this one
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    end_with_parent()
     threading.Thread(target=_beat, args=(args.beat,), name="beat", daemon=True).start()
     place = Place(args.rank, args.local_rank, args.model)
     serve(Address.parse(args.listen, "--listen"), place, args.tls)
@@ -104,12 +105,6 @@ def _beat(file: int) -> None:
     while True:
         os.write(file, b".")
         time.sleep(BEAT)
-
-
-def _end_with_parent() -> None:
-    """Standard input is a pipe that the parent holds and never writes to."""
-    sys.stdin.buffer.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ..config import ConfigError
 from .link import WorkerGroupError, WorkerLink
 
 ALIVE_CHECK = 0.5  # seconds between two looks at the workers while waiting for an answer
+CLOSING = "the engine closes"
 TOO_LONG = "a step took far longer than its work should"
 
 
@@ -35,7 +36,7 @@ class Watch:
             for worker in self._workers:
                 worker.check_answers()
         elif self._given_up.is_set():
-            raise WorkerGroupError("the engine closes")
+            raise WorkerGroupError(CLOSING)
 
     def next_of(
         self, source: queue.SimpleQueue[Any], deadline: float = math.inf, late: str = TOO_LONG

@@ -12,7 +12,6 @@ import logging
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,9 @@ from ..failpoint import CutOff, failpoint
 from ..logs import set_up_worker_logs
 from .link import UNLIMITED
 from .membership import Place, use_interface
+from .parent import end_with_parent
 from .sequence import MissedStep, StepSequence
+from .socket_folder import GROUP_FOLDER
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("octavo.worker")
 
-GROUP_FOLDER, RENDEZVOUS = "octavo-", "rendezvous"  # a group's folder begins so; a file in it
+RENDEZVOUS = "rendezvous"  # a file in a group's folder
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
@@ -227,17 +228,14 @@ def _refuse(context: grpc.ServicerContext, error: BaseException) -> None:
     context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
-def _end_with_parent(socket: Path) -> None:
-    """Standard input is a pipe that the parent holds and never writes to."""
-    sys.stdin.buffer.read()
-    # A parent that was killed does not clear up. Nothing but the group's own files goes: a socket
-    # may have been put anywhere by hand.
+def _remove_files(socket: Path) -> None:
+    """Remove the group's own files: a parent that was killed did not. A socket's folder may be any
+    that an operator chose, so nothing else is removed."""
     socket.unlink(missing_ok=True)
     if socket.parent.name.startswith(GROUP_FOLDER):
         (socket.parent / RENDEZVOUS).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another rank's socket is there: that one does it
             socket.parent.rmdir()
-    os._exit(0)
 
 
 def main(make: type[WorkerServicer] = WorkerServicer) -> None:
@@ -254,9 +252,7 @@ def main(make: type[WorkerServicer] = WorkerServicer) -> None:
     set_up_worker_logs()
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(
-        target=_end_with_parent, args=(socket,), name="parent-watch", daemon=True
-    ).start()
+    end_with_parent(lambda: _remove_files(socket))
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(make(shared=args.shared), server)
     server.add_insecure_port(f"unix:{socket}")
