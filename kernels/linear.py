@@ -25,6 +25,7 @@ from .panel_linear import (
 # Rows of one packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed
 # for this many are as fast as plain ones, in calls of as many; in larger calls AMX loses a quarter.
 PACKED_ROWS = 128
+INT8_ROWS = 512  # of one int8 product: on AMX, calls of 128 take 1.2 to 1.5 times as long
 TILE_ROWS = 16  # of AMX: fewer take as long
 HALVES = (torch.bfloat16, torch.float16)
 QUANTIZE_ROWS = 256  # of a weight at once, so that its float32 form stays small
@@ -86,8 +87,11 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // TILE_ROWS) * TILE_ROWS
 
 
-def in_few_shapes(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return `product` of x [n, in], computed on pieces whose row counts are few.
+def in_few_shapes(
+    product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, piece: int = PACKED_ROWS
+) -> torch.Tensor:
+    """Return `product` of x [n, in], on a CPU computed on pieces whose row counts are few: `piece`
+    rows as often as they fit, then at most PACKED_ROWS.
 
     oneDNN compiles code for each row count of each weight shape, which takes a millisecond, and
     keeps it: 0.3 to 0.6 MB each. With all row counts a worker grew by hundreds of MB for hours.
@@ -99,7 +103,13 @@ def in_few_shapes(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
             return product(rows)
         return product(torch.nn.functional.pad(rows, (0, 0, 0, missing)))[: len(rows)]
 
-    return by_rows(padded, x)
+    if x.device.type != "cpu":
+        return product(x)
+    whole = len(x) // piece * piece
+    if not whole:
+        return by_rows(padded, x)
+    parts = [product(rows) for rows in x[:whole].split(piece)]
+    return torch.cat([*parts, by_rows(padded, x[whole:])] if whole < len(x) else parts)
 
 
 def by_rows(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -146,7 +156,7 @@ def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None)
         out = out.mul_(scale[:, None]).to(x.dtype)
         return out if bias is None else out.add_(bias)
 
-    return in_few_shapes(product, x)
+    return in_few_shapes(product, x, INT8_ROWS)
 
 
 def linear_ref(

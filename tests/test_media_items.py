@@ -16,7 +16,7 @@ from octavo.engine.client_request import conversation_of
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.input.chat import read_messages
 from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import lane_of, source_bytes
+from octavo.engine.input_pool import PromptSize
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sizes import frame_size, image_size
 from octavo.engine.server import openai_messages
@@ -163,8 +163,9 @@ def test_a_part_without_a_type_has_that_of_its_key(part: dict[str, Any], kind: s
     assert [each.source for each in served.media] == [each.source for each in read.media]
     sent = conversation_of(talk).messages[0].content[0]
     assert sent.WhichOneof("part") == ("text" if kind == "text" else "media")
-    assert lane_of(talk) == {"text": "text", "image": "images", "video": "videos"}[kind]
-    assert (source_bytes(talk) > 0) == (kind != "text")
+    size = PromptSize.of(talk)
+    assert size.lane == {"text": "text", "image": "images", "video": "videos"}[kind]
+    assert (size.source_bytes > 0) == (kind != "text")
 
 
 @pytest.mark.parametrize(
