@@ -262,6 +262,7 @@ class Engine:
     def close(self) -> None:
         """Ends the workers, also while another thread starts them anew. Safe to call twice."""
         self.failed = self.failed or WAS_CLOSED
+        self.grammars.close()
         self.group.give_up()
         self.group.close()
         if self._trace is not None:

@@ -18,12 +18,14 @@ from typing import Any
 from ..scheduler.admission import QueueFull
 from ..scheduler.structured import StructuredOutput
 from .cores import num_cores
-from .grammar import Grammar, Grammars
+from .grammar import Grammar, GrammarQueueFull, Grammars
+from .grammar_trials import CompileTask
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .media.child_pool import DecoderPool
 from .media.task import MediaTask
 
 KINDS = ("image", "video")
+MAX_SLOW_GRAMMARS = 16  # that wait to be compiled: each may take a second
 
 
 class InputJob:
@@ -35,6 +37,7 @@ class InputJob:
         self.future: Future[ProcessedInput] = Future()
         self.form = form
         self._grammar: Grammar | None = None
+        self._compile_task = CompileTask()
         self._prompt = [prompt]
         self._given = time.monotonic()
         self._is_dropped = False
@@ -47,15 +50,25 @@ class InputJob:
         self._is_dropped = True
         self._prompt.clear()  # the pool may come to it much later
         self.future.cancel()
+        self._compile_task.cancel()
         if self._task is not None:
             self._task.cancel()
         self.on_cancel()
 
-    def compile(self, grammars: Grammars, go_on: Callable[[], None]) -> None:
-        """In the pool, before `run`, which `go_on` leads to."""
+    def compile(
+        self,
+        compiler: Callable[[StructuredOutput, CompileTask], Grammar | None],
+        go_on: Callable[[], None],
+        take_longer: Callable[[], None],
+    ) -> None:
+        """Compile the grammar, in the pool and before `run`. `go_on` follows, or `take_longer`
+        where `compiler` returns None."""
         try:
             if self.form is not None and not self._is_dropped:
-                self._grammar = grammars.compile(self.form)
+                self._grammar = compiler(self.form, self._compile_task)
+                if self._grammar is None:
+                    take_longer()
+                    return
         except BaseException as error:
             if self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
@@ -99,11 +112,19 @@ class Lanes:
     images: int
     videos: int
     urls: int  # anything to be fetched: they mostly wait
-    grammars: int  # forms that answers are to have: compiled before the rest
+    grammars: int  # compiled before the rest
+    slow_grammars: int  # those that take over a tenth of a second: they delay only each other
 
     @classmethod
     def of(cls, cores: int) -> Lanes:
-        return cls(text=2, images=max(2, cores), videos=max(2, cores // 2), urls=8, grammars=2)
+        return cls(
+            text=2,
+            images=max(2, cores),
+            videos=max(2, cores // 2),
+            urls=8,
+            grammars=2,
+            slow_grammars=1,
+        )
 
     @property
     def num_decoders(self) -> int:
@@ -131,6 +152,7 @@ class InputPool:
             self._decoders.warm()
         self._num_bytes = 0
         self._jobs: dict[InputJob, int] = {}  # whose requests are not over; bytes of their sources
+        self._slow_jobs: set[InputJob] = set()  # that wait in the lane of slow grammars
         self._lock = threading.Lock()
 
     def submit(self, prompt: Prompt, form: StructuredOutput | None = None) -> InputJob:
@@ -149,10 +171,31 @@ class InputPool:
         if form is None or self._grammars is None:
             self._begin(job, lane)
         else:
+            go_on = partial(self._begin, job, lane)
+            take_longer = partial(self._compile_slowly, self._grammars, job, go_on)
             self._in_lane(
-                "grammars", job, job.compile, self._grammars, partial(self._begin, job, lane)
+                "grammars", job, job.compile, self._grammars.compile_quickly, go_on, take_longer
             )
         return job
+
+    def _compile_slowly(self, grammars: Grammars, job: InputJob, go_on: Callable[[], None]) -> None:
+        """Raises `GrammarQueueFull` where enough of them wait."""
+        with self._lock:
+            if len(self._slow_jobs) >= MAX_SLOW_GRAMMARS:
+                raise GrammarQueueFull(
+                    f"structured: {MAX_SLOW_GRAMMARS} complex grammars wait to be compiled; try "
+                    "again later"
+                )
+            self._slow_jobs.add(job)
+
+        def compiler(form: StructuredOutput, task: CompileTask) -> Grammar:
+            try:
+                return grammars.compile_slowly(form, task)
+            finally:
+                with self._lock:
+                    self._slow_jobs.discard(job)
+
+        self._in_lane("slow_grammars", job, job.compile, compiler, go_on, go_on)
 
     def _begin(self, job: InputJob, lane: str) -> None:
         decoders = None if lane == "text" else self._decoders
@@ -165,6 +208,7 @@ class InputPool:
     def _release(self, job: InputJob) -> None:
         """Its request is over, and with it the message that brought its bytes."""
         with self._lock:
+            self._slow_jobs.discard(job)
             self._num_bytes -= self._jobs.pop(job, 0)
 
     def close(self) -> None:
