@@ -13,6 +13,8 @@ import ctypes
 import fcntl
 import gc
 import os
+import random
+import re
 import resource
 import signal
 import socket
@@ -34,7 +36,10 @@ from .grammar_library import (
 
 PACKET_BYTES = 64 * 1024
 STACK_BYTES = 512 * 1024  # of a trial; the engine's threads have several times as much
+WALK_TOKENS = 8  # that a trial writes
 POLL_INTERVAL = 0.01  # seconds between two looks at a trial's CPU time
+
+_ALLOWED = re.compile(b"[^\0]")  # a byte of a mask
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,6 +138,7 @@ class Worker:
             if not matcher.is_error():
                 matcher.unsafe_compute_mask_ptr(self._mask_address, len(self._mask))
             result.num_bytes = max(0, heap_bytes() - before)
+            self._walk(matcher)
             if matcher.is_error():
                 result.error = reason_of(matcher.get_error(), field)
         except MemoryError:
@@ -141,6 +147,20 @@ class Worker:
             result.error = reason_of(str(error), field)
         except BaseException:  # a panic of the library: pyo3 derives it from BaseException
             result.error = UNUSABLE
+
+    def _walk(self, matcher: Any) -> None:
+        """Write the beginning of a random answer. An error in it is the answer's, not the
+        grammar's."""
+        state, draw = matcher.deep_copy(), random.Random(0)
+        for _ in range(WALK_TOKENS):
+            start = draw.randrange(len(self._mask))
+            found = _ALLOWED.search(self._mask, start) or _ALLOWED.search(self._mask)
+            if state.is_error() or state.is_stopped() or found is None:
+                return
+            byte = self._mask[found.start()]
+            bit = draw.choice([bit for bit in range(8) if byte >> bit & 1])
+            state.consume_tokens([8 * found.start() + bit])
+            state.unsafe_compute_mask_ptr(self._mask_address, len(self._mask))
 
     def _answer(self, result: pb.Result) -> None:
         try:

@@ -47,6 +47,7 @@ def make_exact(schema: dict[str, Any]) -> bool:
         texts = texts or next(filter(NEEDS_UNICODE_ESCAPE.search, _constants(node, (str,))), "")
         has_open_names = has_open_names or _has_open_names(node)
         is_changed = _replace_format(node) or is_changed
+    _check_options(schema.get(OPTIONS))
     if not has_open_names:
         return is_changed
     if texts:
@@ -58,6 +59,14 @@ def make_exact(schema: dict[str, Any]) -> bool:
     if isinstance(options, dict):
         schema[OPTIONS] = {**options, "json_allowed_escapes": PLAIN_ESCAPES}
     return True
+
+
+def _check_options(options: Any) -> None:
+    """Let separators differ in spaces alone: a number must not run into what follows it."""
+    for name, mark in (("item_separator", ","), ("key_separator", ":")):
+        if isinstance(options, dict) and str(options.get(name, mark)).strip(" ") != mark:
+            text = f"has {OPTIONS}.{name}: {shown(options[name])}: must be {mark!r} with spaces"
+            raise UnsupportedSchema(text)
 
 
 def _schemas_in(schema: Any) -> Iterator[dict[str, Any]]:

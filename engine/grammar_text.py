@@ -11,6 +11,9 @@ from .grammar_schema import UnsupportedSchema, make_exact
 
 MAX_TEXT = 1 << 19  # characters: a schema grows when its formats become patterns
 # White space is bounded, or a small model writes nothing else; unknown keywords are rejected.
+# The library would otherwise write out by itself, without end, what follows from `A "a"` after an
+# `A: /a+/`: bytes that are forced, and never lead to the end of A.
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"( |\n {0,20})?", "lenient": False}
 
 
@@ -27,8 +30,9 @@ def grammar_text(form: StructuredOutput) -> str:
     if form.regex is not None:
         return LLMatcher.grammar_from_regex(form.regex)
     if form.lark is not None:
-        return LLMatcher.grammar_from_lark(_exact_lark(form.lark))
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, form.choice)))
+        return LLMatcher.grammar_from_lark(_exact_lark(form.lark) + NO_FORCING)
+    choice = " | ".join(map(json.dumps, form.choice))
+    return LLMatcher.grammar_from_lark(f"start: {choice}{NO_FORCING}")
 
 
 def _exact_lark(lark: str) -> str:
