@@ -301,9 +301,9 @@ def _chain_case(rng: Random) -> Case:
              "sibling": lambda r: {**r, "type": "object"}}  # fmt: skip
     chosen = rng.choices(list(links.values()), k=rng.randint(1, 3))
     defs = {str(i): rng.choice(chosen)({"$ref": f"#/$defs/{i + 1}"}) for i in range(length)}
-    last = rng.choice([{"type": "null"}, {"$ref": "#/$defs/0"}, {"type": "object"}])
+    end = rng.choice([{"type": "null"}, {"$ref": "#/$defs/0"}, {"type": "object"}])
     return Case("chain", StructuredOutput(json_schema={
-        "$defs": {**defs, str(length): last}, "$ref": "#/$defs/0"}))  # fmt: skip
+        "$defs": {**defs, str(length): end}, "$ref": "#/$defs/0"}))  # fmt: skip
 
 
 def _nest_case(rng: Random) -> Case:

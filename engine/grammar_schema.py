@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..scheduler.params import shown
 from .grammar_formats import FORMATS
@@ -192,7 +192,7 @@ def _replace_format(node: dict[str, Any]) -> bool:
         return False
     del node["format"]
     if "pattern" not in node:
-        node["pattern"], *patterns = patterns
+        node["pattern"], patterns = patterns[0], patterns[1:]
     if patterns:
         others = node.get("allOf", [])
         if isinstance(others, list):
@@ -200,5 +200,5 @@ def _replace_format(node: dict[str, Any]) -> bool:
     return True
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
