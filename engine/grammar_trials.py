@@ -214,21 +214,28 @@ class Trials:
         """Try a grammar. Raises `TrialsUnavailable`, `CompileCancelled`."""
         slot = self._slots[is_quick]
         with slot.lock:
-            task.check()
-            worker = slot.worker or self._fork(is_quick)
-            slot.worker = None
-            try:
-                with task.using(worker):
-                    seconds = QUICK_SECONDS if is_quick else SLOW_SECONDS
-                    result = worker.run(text, field, seconds)
-                task.check()
-            except TimeoutError:
-                if is_quick:
-                    return Outcome(is_timed_out=True)
-                raise TrialsUnavailable("does not answer in time") from None
-            finally:
-                slot.worker = self._kept(worker, is_quick)
+            result = self._run(slot, text, field, is_quick, task)
+            if result is None:  # once more: something else may have ended the worker
+                result = self._run(slot, text, field, is_quick, task)
         return _outcome(result, is_quick)
+
+    def _run(
+        self, slot: _Slot, text: str, field: str, is_quick: bool, task: CompileTask
+    ) -> pb.Result | None:
+        task.check()
+        worker = slot.worker or self._fork(is_quick)
+        slot.worker = None
+        try:
+            with task.using(worker):
+                result = worker.run(text, field, QUICK_SECONDS if is_quick else SLOW_SECONDS)
+            task.check()
+        except TimeoutError:
+            if is_quick:
+                return pb.Result(is_timed_out=True)
+            raise TrialsUnavailable("does not answer in time") from None
+        finally:
+            slot.worker = self._kept(worker, is_quick)
+        return result
 
     def _kept(self, worker: TrialWorker, is_quick: bool) -> TrialWorker | None:
         """Return `worker`, or the one that takes its place."""
