@@ -89,7 +89,7 @@ def _load(channel: socket.socket) -> Any:
     except Exception as error:
         channel.send(pb.Ready(error=str(error)[:1000] or "unknown").SerializeToString())
         _end()
-    channel.send(pb.Ready().SerializeToString())
+    channel.send(pb.Ready(is_ready=True).SerializeToString())
     return tokenizer
 
 
@@ -108,6 +108,7 @@ class Worker:
         self._mask_address = ctypes.addressof(ctypes.c_char.from_buffer(self._mask))
 
     def serve(self) -> NoReturn:
+        self._answer(pb.Ready(is_ready=True))
         while True:
             trial, (descriptor,) = _receive(self._channel, pb.Trial())
             self._answer(self._try(trial, _read_text(descriptor)))
@@ -128,7 +129,7 @@ class Worker:
                 self._answer(pb.Result(is_timed_out=True))
                 _end()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        result.cpu_seconds = time.process_time() - begun
+        result.cpu_seconds = max(time.process_time() - begun, 1e-9)  # an empty packet is an end
         return result
 
     def _compile(self, field: str, text: str, result: pb.Result) -> None:
@@ -162,9 +163,9 @@ class Worker:
             state.consume_tokens([8 * found.start() + bit])
             state.unsafe_compute_mask_ptr(self._mask_address, len(self._mask))
 
-    def _answer(self, result: pb.Result) -> None:
+    def _answer(self, reply: pb.Ready | pb.Result) -> None:
         try:
-            self._channel.send(result.SerializeToString())
+            self._channel.send(reply.SerializeToString())
         except OSError:
             _end()
 

@@ -18,7 +18,7 @@ from .grammar_formats import FORMATS
 
 MAX_EXACT = 2**53 - 1  # doubles have every integer up to here, and so do JavaScript's clients
 MAX_INT64 = 2**63 - 1
-MAX_MULTIPLE = 10**8  # of multipleOf, without its decimal point; the library computes in 32 bits
+MAX_MULTIPLE = 100_000  # of multipleOf, without its decimal point: compiling takes as many states
 MAX_DECIMALS = 8
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")

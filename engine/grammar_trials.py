@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,11 +22,10 @@ from google.protobuf.message import DecodeError
 
 from ..proto import grammar_pb2 as pb
 from .grammar_error import TOO_COMPLEX, TOO_LARGE, TOO_SLOW
+from .grammar_process import shared_text, start, stop
 
 log = logging.getLogger("octavo.engine")
 
-MODULE = "octavo.engine.grammar_child"
-MEMORY_BYTES = 256 << 20  # that a trial may take
 MAX_GRAMMAR_BYTES = 32 << 20  # that a compiled grammar may keep
 QUICK_SECONDS, SLOW_SECONDS = 0.1, 1.0  # CPU time of a trial
 SLOW_NICENESS = 10  # below the engine and its workers
@@ -36,12 +33,6 @@ WALL_FACTOR = 20  # wall time of a trial, as a multiple of its CPU time: the mac
 START_SECONDS = 60.0
 MAX_TRIALS = 200  # of one worker: the heap fragments
 PACKET_BYTES = 64 * 1024
-# Its own environment: it needs nothing else of the engine's.
-KEPT_ENVIRONMENT = ("PYTHON", "LD_", "LC_", "LANG", "VIRTUAL_ENV")
-ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",  # arenas reserve address space, which is limited
-    "TOKENIZERS_PARALLELISM": "false",  # threads would make forking unsafe
-}
 
 
 class TrialsUnavailable(Exception):
@@ -100,12 +91,26 @@ class TrialWorker:
     def __init__(self, channel: socket.socket, pipe: int) -> None:
         self._channel, self._pipe = channel, pipe
         self._lock = threading.Lock()
-        self._is_good = True
+        self._is_good, self._is_ready = True, False
         self.num_trials = 0
 
     @property
     def is_alive(self) -> bool:
         return self._is_good and self._pipe >= 0
+
+    def await_ready(self) -> bool:
+        """Return whether the process runs. It may have ended since its last trial."""
+        try:
+            if self._is_ready:
+                self._channel.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+                return False  # its end: it sends nothing by itself
+            self._channel.settimeout(START_SECONDS)
+            self._is_ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES)).is_ready
+        except BlockingIOError:
+            return True
+        except (OSError, DecodeError):
+            return False
+        return self._is_ready
 
     def run(self, text: str, field: str, cpu_seconds: float) -> pb.Result | None:
         """Return the result of a trial; None where the worker ended without one.
@@ -116,7 +121,7 @@ class TrialWorker:
         trial = pb.Trial(field=field, cpu_seconds=cpu_seconds)
         try:
             self._channel.settimeout(cpu_seconds * WALL_FACTOR)
-            with _shared_text(text) as descriptor:
+            with shared_text(text) as descriptor:
                 socket.send_fds(self._channel, [trial.SerializeToString()], [descriptor])
             data = self._channel.recv(PACKET_BYTES)
             result = pb.Result.FromString(data) if data else None
@@ -149,10 +154,10 @@ class TrialServer:
         self._channel.settimeout(START_SECONDS)
         self._is_ready = False
         with theirs:
-            self._process = _start(theirs.fileno())
-        self.close = weakref.finalize(self, _stop, self._process, self._channel)
+            self._process = start(theirs.fileno())
+        self.close = weakref.finalize(self, stop, self._process, self._channel)
         load = pb.Load(vocab_size=vocab_size, end_token_ids=end_token_ids)
-        with _shared_text(tokenizer) as descriptor:
+        with shared_text(tokenizer) as descriptor:
             self._send(pb.ServerRequest(load=load), descriptor)
 
     @property
@@ -182,8 +187,8 @@ class TrialServer:
             ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES))
         except (OSError, DecodeError) as error:
             raise TrialsUnavailable(f"did not start: {error}") from None
-        if ready.error:
-            raise TrialsUnavailable(f"cannot load the tokenizer: {ready.error}")
+        if not ready.is_ready:
+            raise TrialsUnavailable(f"cannot load the tokenizer: {ready.error or 'it ended'}")
         self._is_ready = True
 
     def _send(self, request: pb.ServerRequest, *descriptors: int) -> None:
@@ -223,8 +228,7 @@ class Trials:
         self, slot: _Slot, text: str, field: str, is_quick: bool, task: CompileTask
     ) -> pb.Result | None:
         task.check()
-        worker = slot.worker or self._fork(is_quick)
-        slot.worker = None
+        worker = self._take(slot, is_quick)
         try:
             with task.using(worker):
                 result = worker.run(text, field, QUICK_SECONDS if is_quick else SLOW_SECONDS)
@@ -236,6 +240,15 @@ class Trials:
         finally:
             slot.worker = self._kept(worker, is_quick)
         return result
+
+    def _take(self, slot: _Slot, is_quick: bool) -> TrialWorker:
+        for _ in range(3):
+            worker = slot.worker or self._fork(is_quick)
+            slot.worker = None
+            if worker.await_ready():
+                return worker
+            worker.close()
+        raise TrialsUnavailable("loses its workers")
 
     def _kept(self, worker: TrialWorker, is_quick: bool) -> TrialWorker | None:
         """Return `worker`, or the one that takes its place."""
@@ -295,37 +308,3 @@ def _outcome(result: pb.Result | None, is_quick: bool) -> Outcome:
     if not error and result.num_bytes > MAX_GRAMMAR_BYTES:
         error = TOO_LARGE
     return Outcome(error, seconds=result.cpu_seconds, num_bytes=result.num_bytes)
-
-
-@contextmanager
-def _shared_text(text: str) -> Iterator[int]:
-    """Yield a descriptor of memory that holds the text."""
-    descriptor = os.memfd_create("octavo-grammar", os.MFD_CLOEXEC)
-    try:
-        with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(text.encode("utf-8", "surrogatepass"))
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _start(socket_number: int) -> subprocess.Popen[bytes]:
-    """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
-    env = {name: text for name, text in os.environ.items() if name.startswith(KEPT_ENVIRONMENT)}
-    given = ["--socket", str(socket_number), "--memory-bytes", str(MEMORY_BYTES)]
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", MODULE, *given],
-        stdin=subprocess.PIPE,  # never written: it ends when this process does
-        stdout=subprocess.DEVNULL,
-        env={**env, **ENVIRONMENT},
-        pass_fds=(socket_number,),
-        start_new_session=True,  # Ctrl-C in a terminal reaches the engine alone
-    )
-
-
-def _stop(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    process.kill()
-    process.wait()
-    channel.close()
-    if process.stdin:
-        process.stdin.close()

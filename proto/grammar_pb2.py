@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoctavo/proto/grammar.proto\x12\x11octavo.grammar.v1\"l\n\rServerRequest\x12\'\n\x04load\x18\x01 \x01(\x0b\x32\x17.octavo.grammar.v1.LoadH\x00\x12\'\n\x04\x66ork\x18\x02 \x01(\x0b\x32\x17.octavo.grammar.v1.ForkH\x00\x42\t\n\x07request\"1\n\x04Load\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x15\n\rend_token_ids\x18\x02 \x03(\r\"\x18\n\x04\x46ork\x12\x10\n\x08niceness\x18\x01 \x01(\r\"\x16\n\x05Ready\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"+\n\x05Trial\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x01\"U\n\x06Result\x12\x14\n\x0cis_timed_out\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x13\n\x0b\x63pu_seconds\x18\x03 \x01(\x01\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoctavo/proto/grammar.proto\x12\x11octavo.grammar.v1\"l\n\rServerRequest\x12\'\n\x04load\x18\x01 \x01(\x0b\x32\x17.octavo.grammar.v1.LoadH\x00\x12\'\n\x04\x66ork\x18\x02 \x01(\x0b\x32\x17.octavo.grammar.v1.ForkH\x00\x42\t\n\x07request\"1\n\x04Load\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x15\n\rend_token_ids\x18\x02 \x03(\r\"\x18\n\x04\x46ork\x12\x10\n\x08niceness\x18\x01 \x01(\r\"(\n\x05Ready\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\"+\n\x05Trial\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x01\"U\n\x06Result\x12\x14\n\x0cis_timed_out\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x13\n\x0b\x63pu_seconds\x18\x03 \x01(\x01\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -28,9 +28,9 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_FORK']._serialized_start=210
   _globals['_FORK']._serialized_end=234
   _globals['_READY']._serialized_start=236
-  _globals['_READY']._serialized_end=258
-  _globals['_TRIAL']._serialized_start=260
-  _globals['_TRIAL']._serialized_end=303
-  _globals['_RESULT']._serialized_start=305
-  _globals['_RESULT']._serialized_end=390
+  _globals['_READY']._serialized_end=276
+  _globals['_TRIAL']._serialized_start=278
+  _globals['_TRIAL']._serialized_end=321
+  _globals['_RESULT']._serialized_start=323
+  _globals['_RESULT']._serialized_end=408
 # @@protoc_insertion_point(module_scope)

@@ -28,10 +28,12 @@ class Fork(_message.Message):
     def __init__(self, niceness: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("error",)
+    __slots__ = ("error", "is_ready")
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
     error: str
-    def __init__(self, error: _Optional[str] = ...) -> None: ...
+    is_ready: bool
+    def __init__(self, error: _Optional[str] = ..., is_ready: bool = ...) -> None: ...
 
 class Trial(_message.Message):
     __slots__ = ("field", "cpu_seconds")

@@ -26,6 +26,7 @@ LAYERS = [
     ("engine.config", "engine.failpoint", "engine.logs", "engine.grammar_error"),
     ("engine.tls",),
     ("engine.generation_config", "engine.grammar_formats", "engine.grammar_library"),
+    ("engine.grammar_process",),
     ("engine.grammar_schema", "engine.grammar_child", "engine.grammar_trials"),
     ("engine.grammar_joins",),
     ("engine.grammar_text",),

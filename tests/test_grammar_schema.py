@@ -58,6 +58,8 @@ INEXACT: dict[str, Any] = {
     "exclusive": {"type": "integer", "exclusiveMaximum": 2**60},
     "no_type": {"maximum": 2**60},
     "multiple": {"type": "integer", "multipleOf": 2**32 + 1},
+    "prime": {"type": "integer", "multipleOf": 999983},
+    "decimals": {"multipleOf": 1e-9},
     "infinite": '{"maximum": 1e999}',
     "nested": {"properties": {"id": {"anyOf": [{"items": {"enum": [BIG]}}]}}},
     "definition": {"$defs": {"a": {"const": BIG}}, "$ref": "#/$defs/a"},
