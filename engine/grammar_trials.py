@@ -102,7 +102,8 @@ class TrialWorker:
         """Return whether the process runs. It may have ended since its last trial."""
         try:
             if self._is_ready:
-                self._channel.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+                self._channel.settimeout(0)
+                self._channel.recv(1, socket.MSG_PEEK)
                 return False  # its end: it sends nothing by itself
             self._channel.settimeout(START_SECONDS)
             self._is_ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES)).is_ready
