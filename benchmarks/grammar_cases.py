@@ -148,7 +148,7 @@ def _number(rng: Random) -> dict[str, Any]:
         if rng.random() < 0.25:
             found[key] = rng.choice(LARGE if rng.random() < 0.1 else NUMBERS)
     if rng.random() < 0.2:
-        found["multipleOf"] = rng.choice((1, 2, 3, 7, 25, 100, 0.1, 0.25, 0.01, 997))
+        found["multipleOf"] = rng.choice((1, 2, 3, 7, 25, 100, 0.5, 0.25, 997))
     return found
 
 
