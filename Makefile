@@ -48,7 +48,7 @@ proto: .venv-proto/installed  ## make the stubs in proto/ again
 	.venv-proto/bin/python -m grpc_tools.protoc -I.venv-proto/src --python_out=$(OUT) \
 	  --pyi_out=$(OUT) --grpc_python_out=$(OUT) octavo/proto/octavo.proto octavo/proto/worker.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I.venv-proto/src --python_out=$(OUT) \
-	  --pyi_out=$(OUT) octavo/proto/media.proto
+	  --pyi_out=$(OUT) octavo/proto/media.proto octavo/proto/grammar.proto
 
 clean:  ## remove the environments
 	rm -rf .venv .venv-proto

@@ -297,6 +297,7 @@ class Engine:
         if self.is_disowned:
             return
         self.failed = self.failed or WAS_CLOSED
+        self.grammars.close()
         self.group.close()
         if self._trace is not None:
             self._trace.close()

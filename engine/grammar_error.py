@@ -1,6 +1,7 @@
-"""What is wrong with a caller's form, in words of ours: the library's own text stays here.
+"""Maps llguidance's errors to our messages.
 
-Of that text only two things go out: places (line, column), and names that the caller wrote.
+Of the library's text only two things go out: positions (line, column), and names that the client
+wrote.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _COMPLEX = (
     "nest limit",
 )
 TOO_COMPLEX = "is too complex to be followed; simplify it, or split it"
+TOO_SLOW = "is too complex: it takes over a second to compile; simplify it, or split it"
+TOO_LARGE = "is too complex: compiled, it takes over 32 MiB; simplify it, or split it"
+UNUSABLE = "is not a supported grammar"
 
 
 def reason_of(text: str, field: str) -> str:
@@ -50,7 +54,7 @@ def _reason(text: str, field: str) -> str:
         return "a pattern in it is no regular expression" if field != "regex" else _regex(text)
     if field == "lark":
         return "is not Lark's grammar from there on"
-    return "is not one that can be followed"
+    return UNUSABLE
 
 
 def _regex(text: str) -> str:

@@ -9,9 +9,12 @@ are `patternProperties`, each of which is held against each other.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..scheduler.structured import StructuredOutput
+from .grammar_schema import decimal_parts, is_number
 
 MAX_JOINED = 8  # at so many a form takes some hundredths of a second to compile
 MAX_PATTERN_PROPERTIES = 64  # 600 took over ten seconds
@@ -34,22 +37,28 @@ def too_joined(form: StructuredOutput) -> str:
         return ""
     if form.lark.count("&") > MAX_JOINED:
         return f"has '&' over {MAX_JOINED} times; simplify it (in a text, '&' may be \\u0026)"
+    try:
+        return next(filter(None, (_in_schema(part) for _, _, part in schemas_in(form.lark))), "")
+    except (ValueError, RecursionError):
+        return f"has {SCHEMA} without a schema behind it"
+
+
+def schemas_in(lark: str) -> Iterator[tuple[int, int, Any]]:
+    """Yield (start, end, schema) of each JSON schema in a Lark grammar. Raises ValueError,
+    RecursionError."""
     end = 0
-    while (at := form.lark.find(SCHEMA, end)) >= 0:
-        rest = form.lark[at + len(SCHEMA) :].lstrip()
-        try:
-            schema, size = _JSON.raw_decode(rest)
-        except (ValueError, RecursionError):
-            return f"has {SCHEMA} without a schema behind it"
-        if reason := _in_schema(schema):
-            return reason
-        end = len(form.lark) - len(rest) + size  # what stands within a schema is its text
-    return ""
+    while (at := lark.find(SCHEMA, end)) >= 0:
+        rest = lark[at + len(SCHEMA) :].lstrip()
+        start = len(lark) - len(rest)
+        schema, size = _JSON.raw_decode(rest)
+        end = start + size  # what stands within a schema is its text
+        yield start, end, schema
 
 
 def _in_schema(schema: Any) -> str:
     """Which of its patterns meet in one text is not worked out: where any may, all are counted."""
     found: set[tuple[str, str]] = set()
+    multiples: set[int | float] = set()
     num_names, is_joined, left = 0, False, [schema]
     while left:
         node = left.pop()
@@ -58,11 +67,15 @@ def _in_schema(schema: Any) -> str:
         elif isinstance(node, dict):
             found |= {(key, node[key]) for key in ("pattern", "format") if _is_text(node, key)}
             is_joined = is_joined or _joins(node)
+            if is_number(node.get("multipleOf")):
+                multiples.add(abs(node["multipleOf"]))
             names = node.get("patternProperties")
             num_names += len(names) if isinstance(names, dict) else 0
             left.extend(node.values())  # data too: a property or `$ref` may lead into all of it
     if num_names > MAX_PATTERN_PROPERTIES:
         return f"has {num_names} patternProperties; at most {MAX_PATTERN_PROPERTIES}"
+    if is_joined and len(multiples) > 1 and _common_multiple_bound(multiples) >= 2**32:
+        return "joins schemas (as allOf does) whose multipleOf are too large together; use one"
     if not is_joined or len(found) <= MAX_JOINED:
         return ""
     text = f"joins forms (as allOf does), and has {len(found)} patterns and formats"
@@ -77,6 +90,13 @@ def _joins(node: dict[str, Any]) -> bool:
     return any(isinstance(node.get(key), str | list) for key in JOINING) and (
         len(node.keys() - SILENT) > 1
     )
+
+
+def _common_multiple_bound(multiples: Iterable[int | float]) -> int:
+    """Return a bound of what the library computes, in 32 bits, for the least common multiple."""
+    parts = [decimal_parts(each) for each in multiples]
+    most = max(decimals for _, decimals in parts)
+    return math.prod(max(1, part) * 10 ** (most - decimals) for part, decimals in parts)
 
 
 def _is_text(node: dict[str, Any], key: str) -> bool:

@@ -9,33 +9,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from sys import getsizeof
 from typing import Any
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import SamplingParams
+from ..scheduler.structured import StructuredOutput
 from .cores import num_cores
 from .daemon_pool import DaemonPool
-from .grammar import Grammar, Grammars
-from .input.openai_parts import KIND_OF
+from .grammar import Grammar, GrammarQueueFull, Grammars
+from .grammar_trials import CompileTask
 from .input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from .input_error import InputError
 from .machine_memory import available_memory
 from .media.child_pool import DecoderPool
 from .media.decoder_plan import MEDIA_LANES, plan_decoders
 from .media.task import MediaTask
+from .prompt_size import PromptSize
 
 log = logging.getLogger("octavo.media")
 
-KINDS = ("image", "video")
-MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)  # the first are found fastest
-TOKEN_ID_BYTES = 40  # of a list of numbers
-LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
+MAX_SLOW_GRAMMARS = 16  # that wait to be compiled: each may take a second
 
 
 class InputJob:
@@ -48,6 +46,7 @@ class InputJob:
         self.form = None if params is None else params.structured
         self._bad_words = () if params is None else params.bad_words
         self._grammar: Grammar | None = None
+        self._compile_task = CompileTask()
         self._prompt = [prompt]
         self._given = time.monotonic()
         self._is_dropped = False
@@ -60,15 +59,25 @@ class InputJob:
         self._is_dropped = True
         self._prompt.clear()  # the pool may come to it much later
         self.future.cancel()
+        self._compile_task.cancel()
         if self._task is not None:
             self._task.cancel()
         self.on_cancel()
 
-    def compile(self, grammars: Grammars, go_on: Callable[[], None]) -> None:
-        """In the pool, before `run`, which `go_on` leads to."""
+    def compile(
+        self,
+        compiler: Callable[[StructuredOutput, CompileTask], Grammar | None],
+        go_on: Callable[[], None],
+        take_longer: Callable[[], None],
+    ) -> None:
+        """Compile the grammar, in the pool and before `run`. `go_on` follows, or `take_longer`
+        where `compiler` returns None."""
         try:
             if self.form is not None and not self._is_dropped:
-                self._grammar = grammars.compile(self.form)
+                self._grammar = compiler(self.form, self._compile_task)
+                if self._grammar is None:
+                    take_longer()
+                    return
         except BaseException as error:
             if self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
@@ -167,12 +176,20 @@ class Lanes:
     images: int
     videos: int
     urls: int  # anything to be fetched: they mostly wait
-    grammars: int  # forms that answers are to have: compiled before the rest
+    grammars: int  # compiled before the rest
+    slow_grammars: int  # those that take over a tenth of a second: they delay only each other
 
     @classmethod
     def of(cls, cores: int) -> Lanes:
-        images, videos = max(2, cores), max(2, cores // 2)
-        return cls(text=2, long_texts=2, images=images, videos=videos, urls=8, grammars=2)
+        return cls(
+            text=2,
+            long_texts=2,
+            images=max(2, cores),
+            videos=max(2, cores // 2),
+            urls=8,
+            grammars=2,
+            slow_grammars=1,
+        )
 
     def decoders(self) -> dict[str, int]:
         """How many decoder processes each lane has work for. Threads of URLs mostly wait."""
@@ -203,9 +220,8 @@ class InputPool:
             self._decoders = DecoderPool(processor.limits, plan)
             self._decoders.warm()
         self._num_bytes = 0
-        self._jobs: dict[
-            InputJob | TokenizeJob, int
-        ] = {}  # whose requests are not over; bytes of their input
+        self._jobs: dict[InputJob | TokenizeJob, int] = {}  # unfinished requests' bytes of input
+        self._slow_jobs: set[InputJob] = set()  # that wait in the lane of slow grammars
         self._lock = threading.Lock()
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> InputJob:
@@ -218,7 +234,9 @@ class InputPool:
             self._begin(job, size.lane)
         else:
             go_on = partial(self._begin, job, size.lane)
-            self._in_lane("grammars", job, job.compile, self._grammars, go_on)
+            take_longer = partial(self._compile_slowly, self._grammars, job, go_on)
+            compiler = self._grammars.compile_quickly
+            self._in_lane("grammars", job, job.compile, compiler, go_on, take_longer)
         return job
 
     def tokenize(self, prompt: str | Sequence[Any], plain: bool) -> TokenizeJob:
@@ -246,6 +264,25 @@ class InputPool:
             self._num_bytes = total
             self._jobs[job] = size
 
+    def _compile_slowly(self, grammars: Grammars, job: InputJob, go_on: Callable[[], None]) -> None:
+        """Raises `GrammarQueueFull` where enough of them wait."""
+        with self._lock:
+            if len(self._slow_jobs) >= MAX_SLOW_GRAMMARS:
+                raise GrammarQueueFull(
+                    f"structured: {MAX_SLOW_GRAMMARS} complex grammars wait to be compiled; try "
+                    "again later"
+                )
+            self._slow_jobs.add(job)
+
+        def compiler(form: StructuredOutput, task: CompileTask) -> Grammar:
+            try:
+                return grammars.compile_slowly(form, task)
+            finally:
+                with self._lock:
+                    self._slow_jobs.discard(job)
+
+        self._in_lane("slow_grammars", job, job.compile, compiler, go_on, go_on)
+
     def _begin(self, job: InputJob, lane: str) -> None:
         decoders = None if lane in ("text", "long_texts") else self._decoders
         self._in_lane(lane, job, job.run, self._processor, decoders, lane)
@@ -259,6 +296,7 @@ class InputPool:
     def _release(self, job: InputJob | TokenizeJob) -> None:
         """Its request is over, and with it the message that brought its bytes."""
         with self._lock:
+            self._slow_jobs.discard(job)
             self._num_bytes -= self._jobs.pop(job, 0)
 
     def close(self) -> None:
@@ -271,89 +309,3 @@ class InputPool:
             threads.close()
         if self._decoders is not None:
             self._decoders.close()
-
-
-@dataclass(frozen=True)
-class PromptSize:
-    """What decides where and when a prompt of any kind, which may be wrong, is preprocessed."""
-
-    lane: str  # of `Lanes`; what is not a prompt is rejected fastest as text
-    source_bytes: int  # of its media as they came: files, data URIs, arrays
-    text_bytes: int  # in memory, of its texts or token ids; 0 up to LONG_TEXT characters
-
-    @classmethod
-    def of(cls, prompt: Any) -> PromptSize:
-        values = list(_values(prompt))
-        sources = [(kind, value) for kind, value in values if kind in KINDS]
-        texts: list[Any] = [value for kind, value in values if kind not in KINDS]
-        is_long = sum(map(len, texts)) > LONG_TEXT
-        return cls(
-            lane=_lane_of(sources, is_long),
-            source_bytes=sum(_num_bytes(source) for _, source in sources),
-            text_bytes=sum(map(_text_bytes, texts)) if is_long else 0,
-        )
-
-
-def _lane_of(sources: Sequence[tuple[str, Any]], is_long: bool) -> str:
-    if any(_has_url(source) for _, source in sources):
-        return "urls"
-    if any(kind == "video" for kind, _ in sources):
-        return "videos"
-    if sources:
-        return "images"
-    return "long_texts" if is_long else "text"
-
-
-def _has_url(source: Any) -> bool:
-    if isinstance(source, str):
-        return source[:8].lower().startswith(("http://", "https://"))
-    return any(map(_has_url, _list(source)))
-
-
-def _text_bytes(text: Sequence[Any]) -> int:
-    return getsizeof(text) if isinstance(text, str) else len(text) * TOKEN_ID_BYTES
-
-
-def _values(prompt: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ("image", "video" or "text", source or text) of each part of a prompt."""
-    if isinstance(prompt, MAPPINGS):
-        for kind in KINDS:
-            for source in _list(prompt.get(f"{kind}s")):
-                yield kind, source.get(kind) if isinstance(source, MAPPINGS) else source
-        for name in ("prompt", "prompt_token_ids"):
-            if isinstance(prompt.get(name), Sized):
-                yield "text", prompt[name]
-        prompt = prompt.get("messages")
-    elif isinstance(prompt, str):
-        yield "text", prompt
-    for message in _list(prompt):
-        content = message.get("content") if isinstance(message, MAPPINGS) else ()
-        for part in (content,) if isinstance(content, str) else _list(content):
-            if isinstance(part, str):
-                yield "text", part
-            elif isinstance(part, MAPPINGS):
-                yield from _values_of_part(part)
-
-
-def _values_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of the model card's and of OpenAI's parts, with a type or without."""
-    if isinstance(part.get("text"), str):
-        yield "text", part["text"]
-    for name, kind in KIND_OF.items():
-        if name in part or part.get("type") == name:
-            source = part.get(name)
-            yield kind, source.get("url") if isinstance(source, MAPPINGS) else source
-
-
-def _list(value: Any) -> Sequence[Any]:
-    is_list = isinstance(value, SEQUENCES) and not isinstance(value, str | bytes)
-    return value if is_list else ()
-
-
-def _num_bytes(source: Any) -> int:
-    if isinstance(source, str | bytes | bytearray | memoryview):
-        return len(source)
-    if isinstance(source, Sequence):
-        return sum(map(_num_bytes, source))
-    size = getattr(getattr(source, "values", source), "nbytes", 0)
-    return size if isinstance(size, int) else 0

@@ -16,9 +16,9 @@ from octavo.engine.client_request import conversation_of
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.input.chat import read_messages
 from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import PromptSize
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sizes import frame_size, image_size
+from octavo.engine.prompt_size import PromptSize
 from octavo.engine.server import openai_messages
 
 SIZES: dict[str, Any] = {"min_pixels": 784, "max_pixels": 12544}

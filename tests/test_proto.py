@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.proto import media_pb2, octavo_pb2, octavo_pb2_grpc, worker_pb2
+from octavo.proto import grammar_pb2, media_pb2, octavo_pb2, octavo_pb2_grpc, worker_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
@@ -33,7 +33,7 @@ def test_the_generator_is_old_enough() -> None:
 
 def test_every_field_of_the_proto_is_in_the_stubs() -> None:
     """A quick check that a change of a .proto was followed by `make proto`."""
-    for module in (media_pb2, octavo_pb2, worker_pb2):
+    for module in (grammar_pb2, media_pb2, octavo_pb2, worker_pb2):
         source = (ROOT / module.DESCRIPTOR.name.removeprefix("octavo/")).read_text()
         for message in module.DESCRIPTOR.message_types_by_name.values():
             assert f"message {message.name} " in source
