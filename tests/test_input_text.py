@@ -33,8 +33,9 @@ from octavo.engine.input import pieces
 from octavo.engine.input.processor import InputProcessor
 from octavo.engine.input.tokenizer import TextBudget, TextTokenizer
 from octavo.engine.input_error import InputError, TooLong
-from octavo.engine.input_pool import LONG_TEXT, InputPool, PromptSize
+from octavo.engine.input_pool import InputPool
 from octavo.engine.media.task import MediaTask
+from octavo.engine.prompt_size import LONG_TEXT, PromptSize
 from octavo.engine.server import readers, wire_check
 from octavo.engine.server.http_error import ApiError
 from octavo.engine.server.openai_request import read_chat, read_request

@@ -15,7 +15,7 @@ from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
 from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import InputPool, PromptSize
+from octavo.engine.input_pool import InputPool
 from octavo.engine.media.image import ImageFile
 from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.loader import MediaLoader
@@ -25,6 +25,7 @@ from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 from octavo.engine.media.video import VideoFile
+from octavo.engine.prompt_size import PromptSize
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.request import Request
 
