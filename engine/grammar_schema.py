@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, TypeGuard
 
@@ -40,6 +40,7 @@ def make_exact(schema: dict[str, Any]) -> bool:
     for node in _schemas_in(schema):
         _check_reference(node.get("$ref"))
         _check_bounds(node)
+        _check_narrow_range(node)
         _check_multiple(node.get("multipleOf"))
         _check_min_properties(node)
         for number in _constants(node, (int, float)):
@@ -114,6 +115,29 @@ def _check_bounds(node: Mapping[str, Any]) -> None:
                 f"has {key}: {shown(bound)}: bounds beyond ±{MAX_EXACT} would be rounded; use a "
                 "smaller one, or leave it out"
             )
+
+
+def _check_narrow_range(node: Mapping[str, Any]) -> None:
+    """Reject an exclusive bound that is an integer where the range ends before the next one: the
+    library includes the bound then."""
+    low, high = _tightest(node, max, "minimum"), _tightest(node, min, "maximum")
+    for key, sign, other in (("exclusiveMinimum", 1, high), ("exclusiveMaximum", -1, low)):
+        bound = node.get(key)
+        if other is None or not is_number(bound) or node.get("type") == "integer":
+            continue
+        if bound == int(bound) and 0 < sign * (other - bound) < 1:
+            raise UnsupportedSchema(
+                f"has {key}: {shown(bound)} and ends at {shown(other)}, before the next integer: "
+                "that bound would be included; use an inclusive bound"
+            )
+
+
+def _tightest(
+    node: Mapping[str, Any], choose: Callable[[list[float]], float], name: str
+) -> float | None:
+    keys = (name, f"exclusive{name.capitalize()}")
+    bounds = [node[key] for key in keys if is_number(node.get(key))]
+    return choose(bounds) if bounds else None
 
 
 def _is_exact_bound(node: Mapping[str, Any], key: str, bound: int | float) -> bool:
