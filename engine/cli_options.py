@@ -105,7 +105,7 @@ KvCacheMemoryBytes = Annotated[
     typer.Option(
         help="Bytes of KV cache on each rank; no more is taken than 16 requests of "
         "--max-model-len need beside those that may run. Default: what is left of a GPU's memory; "
-        "on a CPU a quarter of free memory, at most 4 GB."
+        "on a CPU a quarter of free memory, at most 4 GB, all of it resident soon after the start."
     ),
 ]
 MinPixels = Annotated[

@@ -45,7 +45,7 @@ class SoakOptions:
     num_threads: int = 6  # of each process
     sample_interval: float = 5.0  # seconds
     census_interval: float = 0.0  # minutes between further censuses; 0: none
-    num_first_images: int = 90  # sent first: they fill the encoder cache, which is bounded
+    num_first_images: int = 180  # sent first: they fill the encoder cache, which is bounded
     seed: int = 0
     cases: tuple[str, ...] = ()  # by name; empty: all
     serve_arguments: tuple[str, ...] = ()
