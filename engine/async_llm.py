@@ -125,14 +125,15 @@ class AsyncLLM:
             self._bind()
             check_params(params)
             clock = Countdown(RequestOptions.of(**options))
-            if has_tool_grammar(prompt):  # which may be made of a megabyte of schemas
-                params = await asyncio.to_thread(with_tool_choice, prompt, params)
             calls = CallReader(prompt)
             key, stream = self._open(name, 1 if params is None else params.n)
             finished, preparing = False, self.engine.stats.preparing
             try:
                 self._check_alive()
                 preparing.add(key)
+                if has_tool_grammar(prompt):  # which may be made of a megabyte of schemas
+                    params = await asyncio.to_thread(with_tool_choice, prompt, params)
+                    self._check_alive()
                 stream.work = self._pool.submit(prompt, params)
                 del prompt  # it may be large, and is the pool's now
                 with calls.naming():
@@ -159,14 +160,18 @@ class AsyncLLM:
                         record.add(event)
                         yield calls.read(event.named(name))
             finally:
-                del self._streams[key], self._keys[name]
                 preparing.discard(key)
-                if stream.work is not None:
-                    stream.work.cancel()
-                if stream.ready is not None:
-                    stream.ready.cancel()  # or asyncio tells of errors that nobody waits for
-                if stream.is_admitted and not finished:
-                    self._steps.abort(key)
+                self._release(name, key, stream, finished)
+
+    def _release(self, name: str, key: str, stream: RequestStream, is_finished: bool) -> None:
+        """Forget a request, and end what is still running of it."""
+        del self._streams[key], self._keys[name]
+        if stream.work is not None:
+            stream.work.cancel()
+        if stream.ready is not None:
+            stream.ready.cancel()  # else asyncio logs errors that are never retrieved
+        if stream.is_admitted and not is_finished:
+            self._steps.abort(key)
 
     def _open(self, name: str, num_answers: int) -> tuple[str, RequestStream]:
         """A stream for a new request, and its key; refused where all places or the name are

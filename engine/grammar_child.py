@@ -67,9 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def end_with(pipe: int) -> None:
-    """Let the kernel end this process, whatever it is doing, when the pipe's other end closes."""
+    """Let the kernel end this process, whatever it is doing and also while it is stopped, when the
+    pipe's other end closes."""
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)  # SIGIO
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def silence() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from .lifetime import start_tied
 
 MODULE = "octavo.engine.grammar_child"
 MEMORY_BYTES = 256 << 20  # that a trial may take
@@ -35,9 +38,9 @@ def start(socket_number: int) -> subprocess.Popen[bytes]:
     """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
     env = {name: text for name, text in os.environ.items() if name.startswith(KEPT_ENVIRONMENT)}
     given = ["--socket", str(socket_number), "--memory-bytes", str(MEMORY_BYTES)]
-    return subprocess.Popen(
+    return start_tied(
         [sys.executable, "-P", "-m", MODULE, *given],
-        stdin=subprocess.PIPE,  # never written: it ends when this process does
+        signal.SIGKILL,
         stdout=subprocess.DEVNULL,
         env={**env, **ENVIRONMENT},
         pass_fds=(socket_number,),

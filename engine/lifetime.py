@@ -9,11 +9,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import os
+import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 EXIT_TIMEOUT = 5.0  # seconds for threads to end, after what they use was closed
@@ -100,6 +102,29 @@ def broken_grpc() -> str:
     gRPC: then the child's calls may hang or abort the process.
     """
     return FORKED_DURING_CALLS if _is_broken else ""
+
+
+def start_tied(command: Sequence[str], end_signal: int, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process that gets `end_signal` when this one ends, whatever it does or if it is
+    stopped. Its standard input is a pipe that this process keeps open and never writes to.
+
+    `options`: of `subprocess.Popen`.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        process = subprocess.Popen(command, stdin=read_end, **options)
+    except BaseException:
+        os.close(write_end)
+        raise
+    else:
+        with contextlib.suppress(OSError):  # it has ended
+            fcntl.fcntl(read_end, fcntl.F_SETOWN, process.pid)
+            fcntl.fcntl(read_end, fcntl.F_SETSIG, end_signal)
+            fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_RDONLY | os.O_ASYNC)
+    finally:
+        os.close(read_end)
+    process.stdin = os.fdopen(write_end, "wb", buffering=0)
+    return process
 
 
 def leak(channel: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from octavo import StructuredOutput
+from octavo import SamplingParams, StructuredOutput
 from octavo.benchmarks.grammar_fuzz import Fuzzer, load_tokenizer
 from octavo.engine import grammar as compiler
 from octavo.engine import grammar_trials as trials
@@ -26,7 +26,6 @@ from octavo.engine.grammar_trials import CompileCancelled, CompileTask
 from octavo.engine.input_error import InputError
 from octavo.engine.input_pool import InputPool
 from octavo.engine.tool_use import tool_grammar
-from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import Request
 
 SMALL = StructuredOutput(regex="[ab]{3}")
@@ -214,12 +213,12 @@ def test_L35_slow_grammars_delay_each_other_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(input_pool, "replace", lambda made, **_: made)
     pool = InputPool(processor, grammars=grammars)
     try:
-        slow = [pool.submit("", StructuredOutput(regex=str(index))) for index in range(3)]
+        slow = [pool.submit("", structured(str(index))) for index in range(3)]
         while len(pool._slow_jobs) < 3:
             time.sleep(0.001)
         with pytest.raises(GrammarQueueFull, match="try again later"):
-            pool.submit("", StructuredOutput(regex="4")).future.result(60)
-        quick = pool.submit("", StructuredOutput(regex="quick"))
+            pool.submit("", structured("4")).future.result(60)
+        quick = pool.submit("", structured("quick"))
         assert wait_started(quick)
         slow[1].cancel()
         assert len(pool._slow_jobs) == 2
@@ -229,6 +228,10 @@ def test_L35_slow_grammars_delay_each_other_alone(monkeypatch: pytest.MonkeyPatc
     finally:
         grammars.may_end.set()
         pool.close()
+
+
+def structured(regex: str) -> SamplingParams:
+    return SamplingParams(structured=StructuredOutput(regex=regex))
 
 
 def wait_started(job: Any) -> bool:

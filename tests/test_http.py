@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
+import functools
 import io
 import ipaddress
 import json
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sized
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -909,6 +910,10 @@ def test_openai_s_client_sends_again_what_may_be(
 # Lives of requests
 
 
+def has_length(value: Sized, length: int) -> bool:
+    return len(value) == length
+
+
 def test_a_client_that_leaves_frees_its_request(door: Door, raw: httpx2.Client) -> None:
     aborted: list[str] = []
     abort = door.engine._steps.abort
@@ -928,7 +933,8 @@ def test_a_client_that_leaves_frees_its_request(door: Door, raw: httpx2.Client) 
                 head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[1]}\r\n"
                 head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
                 wire.sendall((head + content).encode())
-                wait_for(lambda: door.engine.engine.has_requests)
+                requests = door.engine.engine.requests
+                wait_for(functools.partial(has_length, requests, len(body.get("prompt", "1"))))
             door.wait_empty()
         assert len(aborted) == 4
     finally:

@@ -131,7 +131,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         ([{"role": "user", "content": [text("")]}], "is empty"),
         ([{"role": "user", "content": 5}], "text or a list"),
         ([{"role": "function", "content": "x"}], "system, user, assistant, tool"),
-        ([{"role": "user", "content": "x", "name": "bob"}], "'name' is unknown"),
+        ([{"role": "user", "content": "x", "nick": "bob"}], "'nick' is unknown"),
         (ask({"type": "audio", "audio": "x"}), "text, image, video or"),
         (ask("bare"), "must be a dict"),
         (ask({"type": "text"}), "must be a text"),

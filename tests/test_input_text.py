@@ -323,8 +323,8 @@ def test_L36_bad_words_are_encoded_in_the_pool(monkeypatch: pytest.MonkeyPatch) 
         where.append(threading.current_thread().name)
         return encode(self, text, budget)
 
-    monkeypatch.setattr(TextTokenizer, "encode_plain", seen)
     with octavo.LLM(max_model_len=64) as llm:
+        monkeypatch.setattr(TextTokenizer, "encode_plain", seen)
         llm.generate("hi", SamplingParams(bad_words=("no", "never"), max_tokens=1))
     assert len(where) > 4
     assert all(name.startswith("text") for name in where)

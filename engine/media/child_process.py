@@ -7,6 +7,7 @@ import mmap
 import os
 import resource
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from ...proto import media_pb2 as pb
 from ..cores import num_cores
-from ..lifetime import disown_after_fork
+from ..lifetime import disown_after_fork, start_tied
 from .limits import MediaLimits
 from .reader import Pixels
 
@@ -265,9 +266,9 @@ def _start(socket_number: int, cpu_seconds: int, limits: MediaLimits) -> subproc
         "files": limits.max_media_items + FILES_BESIDE,
     }
     command = [sys.executable, "-P", "-m", MODULE]
-    return subprocess.Popen(
+    return start_tied(
         [*command, *(part for name, value in given.items() for part in (f"--{name}", str(value)))],
-        stdin=subprocess.PIPE,  # never written: it ends when this process does
+        signal.SIGKILL,
         stdout=subprocess.DEVNULL,
         env={**env, **ENVIRONMENT},
         pass_fds=(socket_number,),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from ..cores import num_cores
+from ..lifetime import start_tied
 from .link import UNLIMITED, WorkerGroupError, WorkerLink
 
 WORKER_MODULE = "octavo.engine.worker.worker"
@@ -96,11 +99,5 @@ def _start(socket: Path, num_ranks: int, shared: int) -> subprocess.Popen[bytes]
     command = [sys.executable, "-P", "-m", WORKER_MODULE, "--socket", str(socket)]
     command += ["--shared", str(shared)]
     # Its own session: Ctrl-C in a terminal reaches the engine alone, which closes the group.
-    return subprocess.Popen(
-        command,
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        env=env,
-        start_new_session=True,
-        pass_fds=[shared],
-    )
+    more: dict[str, Any] = {"env": env, "start_new_session": True, "pass_fds": [shared]}
+    return start_tied(command, signal.SIGCONT, **more)  # it reads the end of its standard input
