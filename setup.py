@@ -70,6 +70,7 @@ TEST = [
     *OTEL,
     *RAY,
     "kubernetes-validate>=1.37",
+    "celery>=5.5",
     "openai>=3",
     "httpx2>=2",
     "jsonschema>=4.23",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -193,3 +194,87 @@ os._exit(0)
 @pytest.mark.slow
 def test_L39_no_worker_dies_of_grpc_threads_in_300_starts(checkpoint: Path, served: Served) -> None:
     assert run(STARTS, checkpoint, served.address) == [0] * 300
+
+
+CELERY_TASKS = """
+import os
+import celery, octavo
+folder, address = os.environ["TASKS_FOLDER"], os.environ["ADDRESS"]
+app = celery.Celery("tasks", broker="filesystem://", backend=f"file://{folder}/results")
+app.conf.broker_transport_options = {
+    "data_folder_in": f"{folder}/queue", "data_folder_out": f"{folder}/queue",
+    "control_folder": f"{folder}/control",
+}
+client = octavo.Client(address)
+client.model_info()  # so that its channel is in use before the fork
+
+def ask(used):
+    messages = [{"role": "user", "content": "Who are you?"}]
+    deltas = used.chat(messages, temperature=0, max_tokens=3, ignore_eos=True)
+    return sum(len(delta.token_ids) for delta in deltas)
+
+@app.task
+def with_the_parents_client():
+    try:
+        return ask(client)
+    except octavo.engine.client.ClientError as error:
+        return str(error)
+
+@app.task
+def with_a_new_client():
+    return ask(octavo.Client(address))
+"""
+CELERY_CALLER = """
+import os, tasks
+calls = [tasks.with_the_parents_client.delay(), *(tasks.with_a_new_client.delay() for _ in "ab")]
+print([call.get(timeout=90) for call in calls], flush=True)
+os._exit(0)
+"""
+
+
+def test_L39_clients_in_celerys_prefork_pool(served: Served, tmp_path: Path) -> None:
+    pytest.importorskip("celery")
+    for name in ("queue", "control", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tasks.py").write_text(CELERY_TASKS)
+    env = {**os.environ, "TASKS_FOLDER": str(tmp_path), "ADDRESS": served.address}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    options = ["worker", "--pool", "prefork", "--concurrency", "2", "--loglevel", "error"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "celery", "-A", "tasks", *options], env=env, cwd=tmp_path
+    ) as worker:
+        try:
+            command = [sys.executable, "-c", CELERY_CALLER]
+            done = subprocess.run(
+                command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            )
+        finally:
+            worker.terminate()
+    error, *counts = ast.literal_eval(done.stdout or f"[{done.stderr!r}]")
+    assert "create a new one in this process" in error and counts == [3, 3]
+
+
+PROCESSES = """
+import concurrent.futures, multiprocessing, sys
+import octavo
+
+def ask(address):
+    messages = [{"role": "user", "content": "Who are you?"}]
+    deltas = octavo.Client(address).chat(messages, temperature=0, max_tokens=3, ignore_eos=True)
+    return sum(len(delta.token_ids) for delta in deltas)
+
+if __name__ == "__main__":
+    found = [ask(sys.argv[1])]
+    for method in ("spawn", "forkserver", "fork"):
+        context = multiprocessing.get_context(method)
+        with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+            found += pool.map(ask, [sys.argv[1]] * 2)
+    print(found)
+"""
+
+
+def test_L39_new_clients_in_every_kind_of_process(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "ask.py").write_text(PROCESSES)
+    command = [sys.executable, tmp_path / "ask.py", served.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.stdout == f"{[3] * 7}\n", done.stderr
