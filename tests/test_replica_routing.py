@@ -21,6 +21,7 @@ from octavo.engine.replicas.prefix import MAX_LINKS, PIECE, Prefix, prefix_of
 from octavo.engine.replicas.read import grpc_prefix, http_prefix
 from octavo.engine.replicas.router import PrefixRouter
 from octavo.engine.replicas.settings import read_settings
+from octavo.engine.server.metadata import request_name
 from octavo.proto import octavo_pb2 as pb
 from octavo.scheduler.request import Request
 
@@ -203,12 +204,13 @@ def test_a_refused_duplicate_takes_nothing_from_the_first(comes: str) -> None:
 
 
 def test_of_several_prompts_the_first_is_learned() -> None:
-    """The engine knows the prompts of a call NAME as NAME-0, NAME-1, ..."""
+    """The engine knows the prompts of a call NAME as NAME-RANDOM-0, NAME-RANDOM-1, ..."""
     simulation = Simulation(make_config())
     held = Held(simulation.scheduler, simulation.scheduler.config.block_size)
     prefix = prefix_of({"prompt": LONG})
     call = held.expect("a", prefix)
-    for request in (make_request("a-1", 36, seed=9), make_request("a-0", 40)):
+    name = request_name("a", lambda name: False, num_prompts=2)
+    for request in (make_request(f"{name}-1", 36, seed=9), make_request(f"{name}-0", 40)):
         simulation.scheduler.add(request)
         held.admitted(request.request_id, request)
     simulation.run()

@@ -128,7 +128,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask(), {"best_of": 3}, "best_of: unknown"),
         (ask(), {"stop": ["y" * 20_000]}, "stop"),
         ([{"role": "r" * 20_000, "content": "x"}], {}, "system, user, assistant"),
-        ([{"role": "user", "content": "x", "name": "y"}], {}, "'name' is unknown"),
+        ([{"role": "user", "content": "x", "nick": "y"}], {}, "'nick' is unknown"),
         ([{"role": "user", "content": ["x"]}], {}, "must be a dict"),
         (ask("\ud800"), {}, "messages"),
         (ask("?", {"type": "image", "image": picture(), "min_pixels": 1 << 40}), {}, "max_pixels"),
