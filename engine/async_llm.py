@@ -24,7 +24,7 @@ from .output import OutputDelta
 from .progress import loading_bar
 from .request_maker import Countdown, OutOfTime, check_params
 from .request_record import RequestRecord
-from .request_stream import RequestStream
+from .request_stream import RequestStream, finished
 from .snapshot import Snapshot
 from .spans import RequestSpans
 from .tool_use import CallReader, has_tool_grammar, with_tool_choice
@@ -251,13 +251,9 @@ class AsyncLLM:
 
     async def _result(self, work: Future[Any]) -> Any:
         """Wait for the pool. Raises `EngineDead` where `close` has emptied it."""
-        future = asyncio.wrap_future(work)
-        try:
-            await asyncio.wait([future])
-        finally:
-            future.cancel()
+        await finished(work)
         self._check_alive()
-        return future.result()
+        return work.result()
 
     async def wait_failed(self) -> str:
         """Returns the cause once the worker group has died."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..scheduler.request import RequestStatus
 from .backlog import Backlog
@@ -12,6 +14,15 @@ from .input.processor import ProcessedInput
 from .input_pool import InputJob
 from .loop import Event
 from .output import OutputDelta, Usage
+
+
+async def finished(work: Future[Any]) -> None:
+    """Wait until `work` is done; cancel it when the waiting task is cancelled."""
+    future = asyncio.wrap_future(work)
+    try:
+        await asyncio.wait([future])
+    finally:
+        future.cancel()
 
 
 @dataclass(eq=False)
