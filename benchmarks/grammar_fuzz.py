@@ -30,6 +30,7 @@ from ..engine.grammar import Grammar, Grammars
 from ..engine.grammar_library import heap_bytes
 from ..engine.grammar_trials import MAX_GRAMMAR_BYTES
 from ..engine.input_error import InputError
+from ..engine.matchers import MAX_MATCHER_SECONDS
 from .grammar_cases import Case, random_case
 
 STACK_BYTES = 2 << 20
@@ -145,6 +146,9 @@ class Fuzzer:
             answer.append(token)
             state.consume_tokens([token])
             worst = max(worst, time.thread_time() - begun)
+            if worst > MAX_MATCHER_SECONDS:  # the engine fails the request
+                self.report.outcomes["too slow a step"] += 1
+                break
             is_complete = bool(state.is_stopped()) and not state.is_error()
         self.report.measure("step seconds", worst, seed, MAX_STEP_SECONDS)
         if is_complete and case.schema is not None:

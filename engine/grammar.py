@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ..scheduler.admission import AdmissionError
-from ..scheduler.request import Request
 from ..scheduler.structured import StructuredOutput
-from .grammar_error import TOO_COMPLEX, reason_of
+from .grammar_error import reason_of
 from .grammar_library import LIMITS, WORD, load_tokenizer, mask_words, new_matcher
 from .grammar_text import UnsupportedSchema, grammar_text
 from .grammar_trials import CompileTask, Outcome, Trials, TrialsUnavailable
 from .input_error import InputError
 
-__all__ = ["LIMITS", "Grammar", "GrammarQueueFull", "Grammars", "Matcher", "TrialsUnavailable"]
+__all__ = ["LIMITS", "Grammar", "GrammarQueueFull", "Grammars", "TrialsUnavailable"]
 
 log = logging.getLogger("octavo.engine")
 
@@ -40,9 +39,7 @@ MAX_CACHED_BYTES = 64 << 20  # of them together, as measured
 MAX_LIVE_BYTES = 512 << 20  # of all grammars that are cached or that requests use
 MAX_OUTCOMES = 4096  # of trials that are remembered
 STACK_BYTES = 8 << 20  # of compiling: a trial had a sixteenth
-RENEWABLE = 0.02  # seconds: one that took longer to compile is not compiled again within a step
 MAX_ANSWERS = 256  # of one grammar: what their lexer has found on the way adds up
-MAX_RENEWED = 8  # answers of one grammar that are read anew: that is work within a step
 
 
 class GrammarQueueFull(AdmissionError):
@@ -271,65 +268,3 @@ class Grammar:
     num_bytes: int  # that it keeps
     num_answers: int = 0
     num_renewed: int = 0
-
-
-@dataclass(eq=False)
-class Matcher:
-    """One answer's place in its grammar: after all tokens that it has read."""
-
-    grammar: Grammar
-    request: Request
-    allowed: Int32 = field(init=False)  # [words] what may come next
-    is_done: bool = False  # nothing can follow
-    error: str = ""  # why it cannot go on
-    num_read: int = 0  # tokens of the output
-
-    def __post_init__(self) -> None:
-        self.grammar.num_answers += 1
-        self._state = self.grammar.template.deep_copy()
-        self._is_own = False  # its lexer is shared with no other answer
-        self.allow(self.grammar.first.copy())
-
-    @property
-    def state(self) -> Any:
-        return self._state
-
-    def allow(self, row: Int32) -> None:
-        """`row`: what its grammar allows. End tokens are held back where they are not to end the
-        output, as long as anything else is left."""
-        params = self.request.params
-        held = list(self.grammar.owner.end_token_ids) if params.ignore_eos else []
-        if self.num_read < params.min_tokens:
-            size = self.grammar.owner.vocab_size
-            held += [token for token in self.request.stop_token_ids if token < size]
-        self.allowed = row
-        if held:
-            rest = row.copy()
-            clear(rest, held)
-            self.allowed = rest if rest.any() else row
-
-    def read(self) -> None:
-        """Takes in what the output has more by now."""
-        token_ids = self.request.output_token_ids[self.num_read :]
-        self.num_read += len(token_ids)
-        is_read = self._state.consume_tokens(list(token_ids))
-        if (self._state.is_error() or not is_read) and not self.renew():
-            return
-        self.is_done = bool(self._state.is_stopped())
-
-    def renew(self) -> bool:
-        """After an error, which may be that what it shares with other answers is used up: reads
-        all anew by itself. Whether that helps; else `error` is set."""
-        grammar = self.grammar
-        grammar.owner.forget(grammar)
-        is_shared = not self._is_own and grammar.num_answers > 1
-        if is_shared and grammar.seconds < RENEWABLE and grammar.num_renewed < MAX_RENEWED:
-            self._is_own = True
-            grammar.num_renewed += 1
-            self._state = grammar.owner.new_matcher(grammar.text)
-            output = list(self.request.output_token_ids[: self.num_read])
-            if self._state.consume_tokens(output) and not self._state.is_error():
-                return True
-        name = f"structured.{grammar.form.field}"
-        self.error = f"INVALID_ARGUMENT: {name}: after {self.num_read} tokens it {TOO_COMPLEX}"
-        return False

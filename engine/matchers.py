@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,105 @@ from ..scheduler.request import Request, RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
 from .cores import num_cores
-from .grammar import Grammar, Matcher
+from .grammar import Grammar, Int32, clear
+from .grammar_error import TOO_COMPLEX
 from .runner.batch import TokenMasks
 
+RENEWABLE = 0.02  # seconds: one that took longer to compile is not compiled again within a step
+MAX_RENEWED = 8  # answers of one grammar that are read anew: that is work within a step
 MAX_THREADS = 4  # they run beside the workers
+# An ambiguous grammar takes longer with each token. Every request waits for a step's masks, so a
+# request that takes too much of it fails.
+SLOW_STEP = 0.1  # seconds for all masks of a step
+MAX_MATCHER_SECONDS = 0.1  # CPU time of one request's part of a step
+MAX_STEP_SECONDS = 1.0  # CPU time of all of them together
+
+
+@dataclass(eq=False)
+class Matcher:
+    """One answer's place in its grammar: after all tokens that it has read."""
+
+    grammar: Grammar
+    request: Request
+    allowed: Int32 = field(init=False)  # [words] what may come next
+    is_done: bool = False  # nothing can follow
+    error: str = ""  # why it cannot go on
+    num_read: int = 0  # tokens of the output
+    seconds: float = 0.0  # CPU time of its part of the latest step, where that was measured
+
+    def __post_init__(self) -> None:
+        self.grammar.num_answers += 1
+        self._state = self.grammar.template.deep_copy()
+        self._is_own = False  # its lexer is shared with no other answer
+        self.allow(self.grammar.first.copy())
+
+    @property
+    def state(self) -> Any:
+        return self._state
+
+    def allow(self, row: Int32) -> None:
+        """`row`: what its grammar allows. End tokens are held back where they are not to end the
+        output, as long as anything else is left."""
+        params = self.request.params
+        held = list(self.grammar.owner.end_token_ids) if params.ignore_eos else []
+        if self.num_read < params.min_tokens:
+            size = self.grammar.owner.vocab_size
+            held += [token for token in self.request.stop_token_ids if token < size]
+        self.allowed = row
+        if held:
+            rest = row.copy()
+            clear(rest, held)
+            self.allowed = rest if rest.any() else row
+
+    def read(self) -> None:
+        """Take in the tokens that the output has gained."""
+        begun = time.thread_time()
+        token_ids = self.request.output_token_ids[self.num_read :]
+        self.num_read += len(token_ids)
+        is_read = self._state.consume_tokens(list(token_ids))
+        self.seconds = time.thread_time() - begun
+        if (self._state.is_error() or not is_read) and not self.renew():
+            return
+        self.is_done = bool(self._state.is_stopped())
+
+    def renew(self) -> bool:
+        """After an error, which may be that what it shares with other answers is used up: reads
+        all anew by itself. Whether that helps; else `error` is set."""
+        grammar = self.grammar
+        grammar.owner.forget(grammar)
+        is_shared = not self._is_own and grammar.num_answers > 1
+        if is_shared and grammar.seconds < RENEWABLE and grammar.num_renewed < MAX_RENEWED:
+            self._is_own = True
+            grammar.num_renewed += 1
+            self._state = grammar.owner.new_matcher(grammar.text)
+            output = list(self.request.output_token_ids[: self.num_read])
+            if self._state.consume_tokens(output) and not self._state.is_error():
+                return True
+        self.fail()
+        return False
+
+    def fail(self) -> None:
+        """Set `error`: the grammar is too complex to go on."""
+        name = f"structured.{self.grammar.form.field}"
+        self.error = f"INVALID_ARGUMENT: {name}: after {self.num_read} tokens it {TOO_COMPLEX}"
+
+
+def _compute_timed(matchers: Sequence[Matcher], rows: Int32) -> None:
+    for matcher, row in zip(matchers, rows, strict=True):
+        begun = time.thread_time()
+        matcher.state.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        matcher.seconds += time.thread_time() - begun
+
+
+def _fail_slow(matchers: Sequence[Matcher]) -> None:
+    """Fail requests whose part of the step took too long, the slowest first."""
+    total = sum(matcher.seconds for matcher in matchers)
+    for matcher in sorted(matchers, key=lambda each: -each.seconds):
+        if matcher.seconds <= MAX_MATCHER_SECONDS and total <= MAX_STEP_SECONDS:
+            return
+        total -= matcher.seconds
+        matcher.grammar.owner.forget(matcher.grammar)
+        matcher.fail()
 
 
 class Matchers:
@@ -23,6 +120,7 @@ class Matchers:
     def __init__(self) -> None:
         self._matchers: dict[str, Matcher] = {}
         self._executor: Any = None  # threads, once they are needed
+        self._was_slow = False  # the latest masks: the next ones are made and timed one by one
 
     def add(self, requests: Sequence[Request], grammar: Grammar) -> None:
         for request in requests:
@@ -70,13 +168,18 @@ class Matchers:
             return
         owner = matchers[0].grammar.owner
         rows = owner.new_rows(len(matchers))
-        if len(matchers) == 1:
-            matchers[0].state.unsafe_compute_mask_ptr(rows.ctypes.data, rows.nbytes)
+        begun = time.perf_counter()
+        if len(matchers) == 1 or self._was_slow:
+            _compute_timed(matchers, rows)
+            _fail_slow(matchers)
         else:
             pairs = [(matcher.state, index) for index, matcher in enumerate(matchers)]
             width = rows.shape[1] * rows.itemsize
             self._threads().unsafe_compute_mask_ptr(pairs, rows.ctypes.data, width, len(rows))
+        self._was_slow = time.perf_counter() - begun > SLOW_STEP
         for matcher, row in zip(matchers, rows, strict=True):
+            if matcher.error:
+                continue
             if matcher.state.is_error():
                 if not matcher.renew():
                     continue

@@ -20,8 +20,9 @@ from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
 from octavo.benchmarks.tiny_engine import TinyEngine
 from octavo.benchmarks.tiny_requests import GREEDY, image, text, tiny_request
 from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
-from octavo.engine.grammar import LIMITS, Grammars, Matcher
+from octavo.engine.grammar import LIMITS, Grammars
 from octavo.engine.input_error import InputError
+from octavo.engine.matchers import Matcher
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import TokenMasks
 from octavo.engine.runner.model_runner import ModelRunner

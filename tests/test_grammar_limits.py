@@ -14,17 +14,19 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+import octavo
 from octavo import SamplingParams, StructuredOutput
 from octavo.benchmarks.grammar_fuzz import Fuzzer, load_tokenizer
 from octavo.engine import grammar as compiler
 from octavo.engine import grammar_trials as trials
-from octavo.engine import input_pool
+from octavo.engine import input_pool, matchers
 from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.grammar import GrammarQueueFull, Grammars, Matcher
+from octavo.engine.grammar import GrammarQueueFull, Grammars
 from octavo.engine.grammar_library import heap_bytes
 from octavo.engine.grammar_trials import CompileCancelled, CompileTask
 from octavo.engine.input_error import InputError
 from octavo.engine.input_pool import InputPool
+from octavo.engine.matchers import Matcher
 from octavo.engine.tool_use import tool_grammar
 from octavo.scheduler.request import Request
 
@@ -268,3 +270,40 @@ def test_matchers_take_what_a_trial_passed(grammars: Grammars, tokenizer: Tokeni
     matcher = Matcher(deep, request)
     matcher.read()
     assert matcher.is_done and not matcher.error
+
+
+class Timed:
+    """As much of a `Matcher` as `_fail_slow` uses."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.has_failed = seconds, False
+        self.grammar = SimpleNamespace(owner=SimpleNamespace(forget=lambda grammar: None))
+
+    def fail(self) -> None:
+        self.has_failed = True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "failed"),
+    [
+        ([0.0, 0.05, 0.1], []),
+        ([0.2, 0.05, 0.11], [0, 2]),
+        ([0.09] * 10 + [0.08] * 5, [0, 1, 2, 3]),  # together at most MAX_STEP_SECONDS
+    ],
+)
+def test_L35_requests_whose_masks_take_too_long_fail(
+    seconds: list[float], failed: list[int]
+) -> None:
+    timed: list[Any] = [Timed(each) for each in seconds]
+    matchers._fail_slow(timed)
+    assert [index for index, each in enumerate(timed) if each.has_failed] == failed
+
+
+def test_L35_a_slow_mask_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with octavo.LLM(max_model_len=128) as llm:
+        monkeypatch.setattr(matchers, "MAX_MATCHER_SECONDS", -1.0)
+        plain, guided = SamplingParams(max_tokens=4), structured("[a-z]+")
+        assert llm.generate("hi", plain)[0].outputs[0].token_ids
+        error = llm.generate("hi", guided)[0].error
+        assert "structured.regex: after 1 tokens it is too complex" in error
+        assert llm.generate("hi", plain)[0].outputs[0].token_ids
