@@ -19,7 +19,7 @@ class DaemonPool:
     """Runs calls on at most `size` threads, started as they are needed.
 
     `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, before
-    any hook of ours runs that could end what they are at.
+    our exit hooks can stop what they are doing.
     """
 
     def __init__(self, size: int, name: str) -> None:
@@ -50,7 +50,7 @@ class DaemonPool:
         thread.start()
 
     def close(self) -> None:
-        """Cancel what has not begun; threads end after the call that they run. Does not wait."""
+        """Cancel tasks that have not started; threads end after the call that they run. Does not wait."""
         with self._lock:
             if self._is_closed:
                 return

@@ -18,7 +18,7 @@ from .grammar_error import TOO_COMPLEX
 from .runner.batch import TokenMasks
 
 RENEWABLE = 0.02  # seconds: one that took longer to compile is not compiled again within a step
-MAX_RENEWED = 8  # answers of one grammar that are read anew: that is work within a step
+MAX_RENEWED = 8  # answers of one grammar whose tokens are read again: that is work in a step
 MAX_THREADS = 4  # they run beside the workers
 # An ambiguous grammar takes longer with each token. Every request waits for a step's masks, so a
 # request that takes too much of it fails.
@@ -75,8 +75,9 @@ class Matcher:
         self.is_done = bool(self._state.is_stopped())
 
     def renew(self) -> bool:
-        """After an error, which may be that what it shares with other answers is used up: reads
-        all anew by itself. Whether that helps; else `error` is set."""
+        """Recover from an error where the answers of a grammar share a lexer whose limits are used
+        up: read all tokens again with a separate one. Return whether that helped; else set
+        `error`."""
         grammar = self.grammar
         grammar.owner.forget(grammar)
         is_shared = not self._is_own and grammar.num_answers > 1

@@ -45,7 +45,7 @@ REQUEST = (
     Field("temperature", "number", "0 is greedy"),
     Field("top_p", "number", "nucleus sampling"),
     Field("top_k", "integer", "0 or -1: off"),
-    Field("min_p", "number", "least probability, relative to the likeliest token's"),
+    Field("min_p", "number", "least probability, relative to the most probable token's"),
     Field("repetition_penalty", "number", "over prompt and output"),
     Field("presence_penalty", "number", "-2 to 2", (0,)),
     Field("frequency_penalty", "number", "-2 to 2", (0,)),

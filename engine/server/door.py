@@ -85,7 +85,7 @@ async def _responses(
     context: grpc.aio.ServicerContext,
     timeout: float,
 ) -> AsyncGenerator[Any, None]:
-    if handler.request_streaming:  # reflection's; no service of ours takes a stream
+    if handler.request_streaming:  # only reflection takes a stream
         requests = (await _parsed(handler, each) async for each in messages)
         async for response in handler.stream_stream(requests, context):
             yield response

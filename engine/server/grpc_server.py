@@ -175,9 +175,9 @@ async def _stop(
     grace: float,
     asked_again: asyncio.Event,
 ) -> None:
-    """Running requests get `grace` seconds, or until a second signal; the engine then ends what is
-    left, so that each caller is told. An open health watch is not waited for, nor a client that
-    does not read its response."""
+    """Give running requests `grace` seconds, or until a second signal; then let the engine end the
+    rest, so that each client gets a status. Do not wait for open health watches, nor for clients
+    that do not read their responses."""
     made.work.hurry()
     stopping = asyncio.create_task(made.server.stop(grace + LAST_WORDS))
     if await _drained(made.work, grace, asked_again):

@@ -13,8 +13,8 @@ SEND_TIMEOUT_STOPPING = 3.0  # the same while the server stops
 
 
 class Work:
-    """Of one event loop; shared by all doors of a server. A request is a call once all of it has
-    been received: one that is still being sent does not delay `drain`."""
+    """Tracks calls in flight, of one event loop and all API servers in it. A request counts once it
+    has been received completely: one that is still being sent does not delay `drain`."""
 
     def __init__(self) -> None:
         self.send_timeout = SEND_TIMEOUT
