@@ -50,7 +50,7 @@ class DaemonPool:
         thread.start()
 
     def close(self) -> None:
-        """Cancel tasks that have not started; threads end after the call that they run. Does not wait."""
+        """Cancel tasks that have not started, and end each thread after its call. Does not wait."""
         with self._lock:
             if self._is_closed:
                 return
