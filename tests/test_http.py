@@ -169,7 +169,8 @@ def test_usage_comes_last_when_asked(client: openai.OpenAI) -> None:
     )
     assert last.choices == [] and last.usage is not None and whole.usage is not None
     assert last.usage.total_tokens == whole.usage.total_tokens
-    assert last.usage.completion_tokens == len(rest) > 5
+    assert last.usage.completion_tokens >= len(rest) > 1  # a slow reader gets joined deltas
+    assert last.usage.completion_tokens == whole.usage.completion_tokens > 5
     assert last.usage.prompt_tokens == whole.usage.prompt_tokens > 5
     assert last.usage.prompt_tokens_details.cached_tokens == 16
     assert all(chunk.usage is None for chunk in rest)
