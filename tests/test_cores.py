@@ -74,7 +74,7 @@ def test_an_engines_own_ranks_share_what_it_may_use(
 ) -> None:
     """Not the machine's cores: a container of 4 cores on a machine of 64 would start 64 threads."""
     started: list[dict[str, str]] = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append(env))
+    monkeypatch.setattr(process, "start_tied", lambda *_, env, **__: started.append(env))
     monkeypatch.setattr(process, "num_cores", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for num_ranks in (1, 2, 8):
