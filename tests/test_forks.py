@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
@@ -197,8 +200,9 @@ def test_L39_no_worker_dies_of_grpc_threads_in_300_starts(checkpoint: Path, serv
 
 
 CELERY_TASKS = """
-import os
+import faulthandler, os, signal
 import celery, octavo
+faulthandler.register(signal.SIGUSR1)
 folder, address = os.environ["TASKS_FOLDER"], os.environ["ADDRESS"]
 app = celery.Celery("tasks", broker="filesystem://", backend=f"file://{folder}/results")
 app.conf.broker_transport_options = {
@@ -250,6 +254,15 @@ def test_L39_clients_in_celerys_prefork_pool(served: Served, tmp_path: Path) -> 
             )
         finally:
             worker.terminate()
+            try:
+                worker.wait(30)
+            except subprocess.TimeoutExpired:
+                main = psutil.Process(worker.pid)
+                for process in [*main.children(), main]:
+                    process.send_signal(signal.SIGUSR1)  # where it hangs
+                    time.sleep(1)
+                    process.kill()
+                raise
     error, *counts = ast.literal_eval(done.stdout or f"[{done.stderr!r}]")
     assert "create a new one in this process" in error and counts == [3, 3]
 
