@@ -30,6 +30,11 @@ FORKED_DURING_CALLS = (
 )
 
 
+FORKED_WITHOUT_SUPPORT = (
+    "gRPC does not work in this process: its parent had used gRPC with GRPC_ENABLE_FORK_SUPPORT=0; "
+    "unset that variable, or start processes with multiprocessing's 'spawn'"
+)
+
 Call = TypeVar("Call", bound=Any)  # a grpc.Future
 
 
@@ -54,8 +59,9 @@ _calls: set[object] = set()  # one for each gRPC call in flight; `add` and `disc
 _install_lock = threading.Lock()
 _is_installed = False
 _pid = os.getpid()
+_supports_forks = True  # gRPC, as it was initialized in this process
 _had_calls = False  # at the latest fork, in the parent
-_is_broken = False  # gRPC, in this process
+_broken_cause = ""  # why gRPC cannot be used in this process
 
 
 def close_at_exit(thing: Closeable) -> None:
@@ -99,9 +105,9 @@ def broken_grpc() -> str:
     """Return why gRPC cannot be used in this process; empty where it can.
 
     gRPC restarts its threads in a forked child, unless another thread of the parent was within
-    gRPC: then the child's calls may hang or abort the process.
+    gRPC, or its support of forks is off: then the child's calls may hang or abort the process.
     """
-    return FORKED_DURING_CALLS if _is_broken else ""
+    return _broken_cause
 
 
 def start_tied(command: Sequence[str], end_signal: int, **options: Any) -> subprocess.Popen[bytes]:
@@ -142,10 +148,13 @@ def reject_pickling(name: str) -> Any:
 
 def _install() -> None:
     """Install the hooks when they are first needed: importing this module has no effect."""
-    global _is_installed
+    global _is_installed, _supports_forks
     with _install_lock:
         if not _is_installed:
             _is_installed = True
+            # gRPC reads it when it creates its first channel, which happens after this.
+            value = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "")
+            _supports_forks = value.lower() not in ("0", "false", "f", "no", "n")
             atexit.register(_close_all)
             os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
@@ -166,8 +175,11 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _is_broken, _pid, _install_lock
-    _is_broken = _is_broken or _had_calls
+    global _broken_cause, _pid, _install_lock
+    if not _supports_forks:
+        _broken_cause = FORKED_WITHOUT_SUPPORT
+    elif _had_calls:
+        _broken_cause = FORKED_DURING_CALLS
     cause, _pid = FORKED.format(pid=_pid), os.getpid()
     _install_lock = threading.Lock()
     owned = list(_owned)
