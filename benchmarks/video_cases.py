@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +36,18 @@ def moving(num_frames: int, size: tuple[int, int], seed: int = 0) -> Iterator[Pi
         yield np.ascontiguousarray(texture[y : y + height, x : x + width])
 
 
+@contextlib.contextmanager
+def normal_scheduling() -> Iterator[None]:
+    """Restore the calling thread's scheduling policy afterwards. As root, SVT-AV1 makes the thread
+    that encodes, and what it starts later, preempt all other processes (SCHED_FIFO 99)."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@normal_scheduling()
 def clip(
     codec: str = "libx264",
     form: str = "mp4",

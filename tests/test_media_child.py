@@ -18,6 +18,7 @@ from PIL import Image
 
 from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
 from octavo.benchmarks.media_fuzz import VIDEOS, broken_files
+from octavo.benchmarks.video_cases import normal_scheduling
 from octavo.engine.config import PreprocessConfig
 from octavo.engine.cores import num_cores
 from octavo.engine.input_error import InputError
@@ -48,6 +49,7 @@ def pool() -> Iterator[DecoderPool]:
     pool.close()
 
 
+@normal_scheduling()
 def clip(codec: str, form: str, num_frames: int = 12) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as file:

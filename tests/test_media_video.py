@@ -1,6 +1,7 @@
 """Videos: which are read, which frames come of them, and how they are shown."""
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,7 @@ def test_frames_are_those_of_the_whole_file(case: str, request: pytest.FixtureRe
     if case != "h264-refresh":  # which has no keyframes but the first: seeks find no way in
         request.getfixturevalue("no_way_back")
     data = made(case)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
     times, pixels = all_frames(data)
     with open_video(data) as video:
         assert video.header.num_frames == len(pixels)
