@@ -27,7 +27,7 @@ lint: .venv/installed-test  ## ruff and mypy
 	cd .venv/src && ../bin/mypy --config-file ../../pyproject.toml -p octavo
 
 test: lint .venv-proto/installed  ## lint and run the suite (what .ci/run does)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed-test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -80,6 +80,7 @@ TEST = [
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-asyncio>=1.0",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.150",
     "psutil>=7",
     "cryptography>=42",
