@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -164,3 +165,32 @@ def one_model(name: str | None, model: str | None) -> str | None:
     if name and model and name != model:
         raise ValueError(f"--model {model}: and {name} as well; give one of them")
     return name or model
+
+
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Serve Prometheus metrics there, on --host, without any key; 0 takes a free port. "
+        "Default: they are not served.",
+    ),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Send OpenTelemetry spans of requests to this collector, http://HOST:4318 (OTLP over "
+        "HTTP); needs octavo[otel]. Default: OTEL_EXPORTER_OTLP_ENDPOINT, else none are sent."
+    ),
+]
+LogFormat = Annotated[
+    str, typer.Option(help="Log lines: text, or json, one object a line with request ids.")
+]
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """Where what is measured goes; None: nowhere."""
+
+    metrics_port: int | None = None
+    otlp_endpoint: str | None = None

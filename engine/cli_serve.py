@@ -7,20 +7,40 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .async_llm import AsyncLLM
 from .cli_media import read_options
 from .cli_options import one_model
 from .cli_watch import WatchOptions
 from .logs import set_up_logs
-
-log = logging.getLogger("octavo.server")
+from .server.metrics import serving_metrics
+from .spans import sending_spans
 
 if TYPE_CHECKING:  # what a command imports is loaded when it runs
     from .server.http_server import HttpServer
     from .server.keys import ApiKeys
     from .tls import TlsFiles
+
+
+@contextmanager
+def watched(engine: AsyncLLM, host: str, options: WatchOptions) -> Iterator[str]:
+    """Until the end. Gives what the ready line is to say of it: " metrics=HOST:PORT", or nothing.
+
+    Raises OSError for a port that is taken, ValueError where the libraries for spans are not there.
+    """
+    with (
+        serving_metrics(engine.engine.stats, host, options.metrics_port) as address,
+        sending_spans(options.otlp_endpoint) as spans,
+    ):
+        engine.spans = spans
+        yield f" metrics={address}" if address else ""
+
+
+log = logging.getLogger("octavo.server")
 
 
 def serve_model(

@@ -2,26 +2,7 @@
 
 from __future__ import annotations
 
-# The codes of gRPC that the protocol uses, and whether the same request may be answered later.
-RETRYABLE = {
-    "INVALID_ARGUMENT": False,
-    "UNAUTHENTICATED": False,
-    "PERMISSION_DENIED": False,
-    "NOT_FOUND": False,
-    "ALREADY_EXISTS": True,  # once the request that has the name has ended
-    "RESOURCE_EXHAUSTED": True,
-    "FAILED_PRECONDITION": False,
-    "UNIMPLEMENTED": False,
-    "DEADLINE_EXCEEDED": True,
-    "UNAVAILABLE": True,
-    "INTERNAL": False,
-}
-
-
-def split_code(error: str) -> tuple[str, str]:
-    """Code and text of a delta's error, which may begin with a code; else it is INTERNAL."""
-    code, _, text = error.partition(": ")
-    return (code, text) if code in RETRYABLE else ("INTERNAL", error)
+from .errors import RETRYABLE
 
 
 class ClientError(RuntimeError):

@@ -21,6 +21,7 @@ from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
 from .capacity import log_capacity, plan_capacity, scheduler_config
 from .config import ConfigError, EngineConfig, ModelConfig, check_trace_file
+from .errors import WAS_CLOSED, DuplicateRequest, EngineDead
 from .generation_config import generation_defaults
 from .grammar import Grammars
 from .hub import model_name, resolve_model
@@ -41,17 +42,7 @@ from .worker.restarts import Restarts
 log = logging.getLogger("octavo.engine")
 
 MEDIA_WAIT = 0.02  # seconds at most that a step waits when only media could move things on
-
-WAS_CLOSED = "it was closed"  # why an engine stopped that nothing was wrong with
 LOST = "INTERNAL: the scheduler does not know the request"
-
-
-class EngineDead(RuntimeError):
-    """The worker group is gone; the text says why. A new engine is needed."""
-
-
-class DuplicateRequest(ValueError):
-    """A request_id that is in use."""
 
 
 class Engine:

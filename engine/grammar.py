@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ..scheduler.admission import AdmissionError
 from ..scheduler.structured import StructuredOutput
+from .errors import GrammarQueueFull
 from .grammar_error import reason_of
 from .grammar_library import LIMITS, WORD, load_tokenizer, mask_words, new_matcher
 from .grammar_text import UnsupportedSchema, grammar_text
@@ -40,10 +40,6 @@ MAX_LIVE_BYTES = 512 << 20  # of all grammars that are cached or that requests u
 MAX_OUTCOMES = 4096  # of trials that are remembered
 STACK_BYTES = 8 << 20  # of compiling: a trial had a sixteenth
 MAX_ANSWERS = 256  # of one grammar: what their lexer has found on the way adds up
-
-
-class GrammarQueueFull(AdmissionError):
-    """Too many grammars are compiled or in use; trying again later may help."""
 
 
 class Grammars:

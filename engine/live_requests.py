@@ -4,16 +4,138 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from ..scheduler.request import RequestStatus, UnitKey
+from tokenizers import Tokenizer
+
+from ..scheduler.logprobs import TokenLogprobs
+from ..scheduler.request import Request, RequestStatus, UnitKey
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import RequestUpdate
 from ..scheduler.trace import TraceWriter
-from .live import LiveRequest
+from .input.processor import InputTimes
 from .matchers import Matchers
-from .media.item import UnitContent
-from .output import OutputDelta
+from .media.item import MediaInfo, UnitContent
+from .media.units import UnitStream
+from .output import OutputDelta, TextStream, Usage
 from .stats import EngineStats
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request and its answers: to the scheduler each answer is a request of its own."""
+
+    request_id: str
+    requests: tuple[Request, ...]  # one an answer; all after the first share its prompt
+    media: tuple[MediaInfo, ...]  # echoed with the first delta, then empty
+    tokenizer: Tokenizer
+    media_times: InputTimes | None  # likewise; then None
+    stream: UnitStream | None = None  # of the units that are still being made
+    pixels: dict[UnitKey, UnitContent] = field(default_factory=dict)
+    streams: tuple[TextStream, ...] = ()
+    has_told_of_prompt: bool = False  # its log probabilities, where they are asked for
+    unfinished: set[int] = field(default_factory=set)  # indexes of answers
+
+    def __post_init__(self) -> None:
+        params = self.requests[0].params
+        settings = (params.include_stop_str, params.skip_special_tokens, params.min_tokens)
+        self.streams = tuple(
+            TextStream(self.tokenizer, params.stop, *settings) for _ in self.requests
+        )
+        self.unfinished = set(range(len(self.requests)))
+
+    @property
+    def unfinished_names(self) -> list[str]:
+        """What the scheduler calls the answers that are not done."""
+        return [self.requests[index].request_id for index in sorted(self.unfinished)]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.requests[0].num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, found in the prefix cache."""
+        return self.requests[0].num_cached_tokens
+
+    def supply(self, units: Sequence[UnitContent]) -> None:
+        """The next units of the prompt."""
+        hashes = [unit.media_hash for unit in units]
+        for request in self.requests:
+            request.supply(hashes)
+        first = self.requests[0]
+        keys = [unit.key for unit in first.units[: first.num_ready_units][-len(units) :]]
+        self.pixels |= dict(zip(keys, units, strict=True)) if units else {}
+
+    def take_units(self) -> str:
+        """Takes what its stream has made since; what is wrong with the media, if anything is."""
+        stream = self.stream
+        if stream is None:
+            return ""
+        is_done = stream.is_done  # before they are taken: then nothing comes after
+        self.supply(stream.take())
+        if is_done:
+            self.stream = None
+        return f"INVALID_ARGUMENT: {stream.error}" if is_done and stream.error else ""
+
+    def close(self) -> None:
+        """It is over: what is not made yet nobody needs."""
+        if self.stream is not None:
+            self.stream.cancel()
+
+    def delta(self, index: int, update: RequestUpdate) -> OutputDelta:
+        """What an update adds to answer `index`, as text. A stop string found in it ends the
+        answer, which its finish_reason then says."""
+        stream, status = self.streams[index], update.status
+        text = stream.push(update.new_token_ids)
+        if status.is_finished:
+            text += stream.flush()
+        if stream.stopped and status in (RequestStatus.RUNNING, RequestStatus.FINISHED_LENGTH):
+            status = RequestStatus.FINISHED_STOPPED
+        return self._make(index, status, text, update.new_token_ids, update.error, update.logprobs)
+
+    def failure(self, index: int, error: str) -> OutputDelta:
+        """The last delta, by a fault of ours that made no text."""
+        return self._make(index, RequestStatus.FINISHED_ERROR, "", (), error)
+
+    def _make(
+        self,
+        index: int,
+        status: RequestStatus,
+        text: str,
+        token_ids: tuple[int, ...],
+        error: str,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> OutputDelta:
+        if status.is_finished:
+            self.unfinished.discard(index)
+        media, self.media = self.media, ()
+        times, self.media_times = self.media_times, None
+        return OutputDelta(
+            request_id=self.request_id,
+            index=index,
+            text=text,
+            token_ids=token_ids,
+            finish_reason=status.value if status.is_finished else None,
+            usage=None if self.unfinished else self._usage(),
+            media=media,
+            media_times=times,
+            logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs() if index == 0 and token_ids else (),
+            error=error,
+        )
+
+    def _prompt_logprobs(self) -> Sequence[TokenLogprobs | None]:
+        """Where they are asked for, once: the first answer's request has computed the prompt."""
+        if self.requests[0].params.prompt_logprobs is None or self.has_told_of_prompt:
+            return ()
+        self.has_told_of_prompt = True
+        return self.requests[0].prompt_logprobs
+
+    def _usage(self) -> Usage:
+        num_output_tokens = sum(request.num_output_tokens for request in self.requests)
+        return Usage(self.num_prompt_tokens, num_output_tokens, self.num_cached_tokens)
+
 
 log = logging.getLogger("octavo.engine")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,7 +14,6 @@ from prometheus_client.registry import Collector
 
 from ..histogram import Histogram
 from ..stats import EngineLoad, EngineStats
-from .metrics_server import MetricsServer
 from .rejection_log import CONNECTION_REASONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,21 +23,10 @@ Numbers = Mapping[str, float]
 
 def metrics_text(stats: EngineStats) -> bytes:
     """The text that a Prometheus server reads, of `CONTENT_TYPE`."""
-    return generate_latest(_registry(stats))
+    return generate_latest(metrics_registry(stats))
 
 
-@contextmanager
-def serving_metrics(stats: EngineStats, host: str, port: int | None) -> Iterator[str]:
-    """Answer every GET at `port` with the metrics, on a thread, and yield HOST:PORT. Port 0 takes a
-    free one; None serves nothing. Raises OSError when the address is taken."""
-    if port is None:
-        yield ""
-        return
-    with MetricsServer(stats, _registry(stats), host, port) as server:
-        yield server.address
-
-
-def _registry(stats: EngineStats) -> CollectorRegistry:
+def metrics_registry(stats: EngineStats) -> CollectorRegistry:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_EngineCollector(stats))
     return registry

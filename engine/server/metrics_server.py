@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 from wsgiref.types import StartResponse, WSGIApplication
 
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from ..stats import EngineStats
 from .connections import Acceptor, ConnectionLimits, Slot, connections_that_fit
+from .metrics import metrics_registry
 from .rejection_log import INVALID_HTTP, RECEIVE_TIMEOUT, SEND_TIMEOUT, RejectionLog
 
 MAX_CONNECTIONS = 64
@@ -149,3 +151,14 @@ def call_app(
     body = b"".join(app(environ, cast(StartResponse, start_response)))
     status, headers = found[0]
     return status, headers, body
+
+
+@contextmanager
+def serving_metrics(stats: EngineStats, host: str, port: int | None) -> Iterator[str]:
+    """Answer every GET at `port` with the metrics, on a thread, and yield HOST:PORT. Port 0 takes a
+    free one; None serves nothing. Raises OSError when the address is taken."""
+    if port is None:
+        yield ""
+        return
+    with MetricsServer(stats, metrics_registry(stats), host, port) as server:
+        yield server.address
