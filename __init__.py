@@ -25,14 +25,14 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM
-    from .engine.client import Client
-    from .engine.client_channel import Tls
-    from .engine.client_media import ServerFile
-    from .engine.engine import Engine
+    from .engine.client.channel import Tls
+    from .engine.client.client import Client
+    from .engine.client.media import ServerFile
+    from .engine.core.engine import Engine
     from .engine.llm import LLM
     from .engine.media.embeds import MediaEmbeds
-    from .engine.output import RequestOutput
-    from .engine.tool_calls import ToolCall
+    from .engine.outputs import RequestOutput
+    from .engine.tool_calling.parser import ToolCall
     from .scheduler.logprobs import TokenLogprobs
     from .scheduler.params import RequestOptions, SamplingParams
     from .scheduler.structured import StructuredOutput

@@ -5,28 +5,17 @@ as `octavo.engine`, `octavo.kernels`, ..., so that nothing called `kernels` or `
 user's site-packages.
 """
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-PACKAGES = [
-    "octavo",
-    "octavo.benchmarks",
-    "octavo.benchmarks.demo_model",
-    "octavo.benchmarks.soak",
-    "octavo.engine",
-    "octavo.engine.embedded",
-    "octavo.engine.input",
-    "octavo.engine.media",
-    "octavo.engine.model",
-    "octavo.engine.replicas",
-    "octavo.engine.runner",
-    "octavo.engine.server",
-    "octavo.engine.worker",
-    "octavo.kernels",
-    "octavo.kernels.native",
-    "octavo.proto",
-    "octavo.scheduler",
-]
+ROOT = Path(__file__).parent
+FOLDERS = ("benchmarks", "engine", "kernels", "proto", "scheduler")
+PACKAGES = ["octavo", "octavo.engine.embedded"]
+for folder in FOLDERS:
+    for path in sorted((ROOT / folder).rglob("__init__.py")):
+        PACKAGES.append(".".join(["octavo", *path.parent.relative_to(ROOT).parts]))
 
 
 class BuildWithoutSetup(build_py):
@@ -134,7 +123,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "otel": OTEL,
     },
-    entry_points={"console_scripts": ["octavo=octavo.engine.cli:main"]},
+    entry_points={"console_scripts": ["octavo=octavo.engine.cli.main:main"]},
     ext_modules=[NATIVE],
     cmdclass={"build_py": BuildWithoutSetup},
 )

@@ -12,11 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from octavo.engine.cli_errors import user_errors
+from octavo.engine.cli.errors import user_errors
 
-from .cli_media import media
-from .cli_roofline import roofline
-from .cli_streams import streams
+from .media.cli import media
 from .options import (
     EngineOptions,
     OutputOptions,
@@ -26,6 +24,8 @@ from .options import (
     rates,
     with_options,
 )
+from .roofline.cli import roofline
+from .streams.cli import streams
 
 bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
 bench_app.command()(roofline)
@@ -256,7 +256,7 @@ def kernels(
 ) -> None:
     """Run the Triton kernels on the GPU of this machine: against their oracles, torch's own, and
     the device's rates. Or, on paper, tell what each launch has to do and what its code proves."""
-    from .kernel_bench import run
+    from .kernels.bench import run
 
     with user_errors():
         if not run(paper, model, gpu, json_file, markdown):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from octavo.engine.client import Client, ClientDelta, ClientError
+from octavo.engine.client.client import Client, ClientDelta, ClientError
 
 from .demo_model.draw import draw_count, draw_motion, draw_number, draw_shape, save_mp4
 
@@ -91,7 +91,7 @@ def _part(path: Path) -> dict[str, Any]:
 @contextmanager
 def server() -> Iterator[str]:
     """A running `octavo serve` on a free port; gives its address."""
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

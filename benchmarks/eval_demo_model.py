@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from octavo.engine.config import EMBEDDED_MODEL
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.scheduler.params import SamplingParams
 
 from .demo_model.draw import (
@@ -147,7 +147,7 @@ def answer_with_octavo(
 
 def answer_with_transformers(model: Path) -> Callable[[list[Question]], list[str]]:
     """Pixels and token ids are ours, the model is transformers'."""
-    from .transformers_model import TransformersModel
+    from .compare.transformers_model import TransformersModel
 
     reference = TransformersModel(model)
     return lambda asked: [reference.answer(q.messages, 12).strip() for q in asked]

@@ -18,8 +18,8 @@ import torch
 from rich.progress import track
 from safetensors.torch import save_file
 
-from .tiny_checkpoint import checkpoint_shapes, tiny_config
-from .tiny_tokenizer import write_json, write_settings, write_tokenizer
+from .fakes.tiny_checkpoint import checkpoint_shapes, tiny_config
+from .fakes.tiny_tokenizer import write_json, write_settings, write_tokenizer
 
 SHARD_BYTES = 4 << 30
 # layers, heads, KV heads, MLP width, vocabulary, tied head

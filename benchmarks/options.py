@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from octavo.engine.cli_options import (
+from octavo.engine.cli.options import (
     Device,
     Dtype,
     Hub,

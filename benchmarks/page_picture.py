@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.work import Work
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.server import HttpServer
 from octavo.scheduler.params import SamplingParams
 
 from .browser import chromium
 from .demo_model.draw import draw_shape
-from .tiny_server import Served
+from .fakes.tiny_server import Served
 
 SIZE = {"width": 1180, "height": 1180}
 NUM_RUNNING, NUM_OTHERS = 8, 10

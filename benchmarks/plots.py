@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engines import RequestTimes
+from .compare.engines import RequestTimes
 from .report import Latency, itl, tpot, ttft
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from octavo.engine.config import EMBEDDED_MODEL
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.llm import LLM
 from octavo.scheduler.params import SamplingParams
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from octavo.engine.engine import Engine
+from octavo.engine.core.engine import Engine
 from octavo.scheduler.params import SamplingParams
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .engines import RequestTimes
+from .compare.engines import RequestTimes
 
 PERCENTILES = (50, 90, 99)
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from PIL import Image
 
-from octavo.engine.input.chat import ChatTemplate, read_messages
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.input.chat_template import ChatTemplate, read_messages
 from octavo.engine.input.tokenizer import TextTokenizer
-from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.opening import open_here
+from octavo.engine.media.decode.opening import open_here
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 

@@ -28,15 +28,15 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from octavo.engine import failpoint
 from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.llm import LLM
-from octavo.engine.output import OutputDelta
+from octavo.engine.outputs import OutputDelta
 from octavo.engine.runner.batch import InputBatch
+from octavo.engine.utils import failpoints
 from octavo.engine.worker import link
 from octavo.scheduler.params import SamplingParams
 
-from .tiny_checkpoint import write_tiny_checkpoint
+from .fakes.tiny_checkpoint import write_tiny_checkpoint
 
 PLACES = ("worker.received", "worker.unpacked", "worker.computed", "worker.replies")
 ACTIONS = ("kill", "stop", "raise", "exit", "oom", "cut")
@@ -141,12 +141,12 @@ def play(round_: Round, model: Path, expected: dict[Ask, list[int]]) -> tuple[in
 @contextmanager
 def _faults(round_: Round, folder: Path) -> Iterator[None]:
     rules = [f"{rule}!{folder / str(number)}" for number, rule in enumerate(round_.faults)]
-    os.environ[failpoint.VARIABLE] = ";".join(rules)
+    os.environ[failpoints.VARIABLE] = ";".join(rules)
     timeout, link.PING_TIMEOUT = link.PING_TIMEOUT, 2.0
     try:
         yield
     finally:
-        del os.environ[failpoint.VARIABLE]
+        del os.environ[failpoints.VARIABLE]
         link.PING_TIMEOUT = timeout
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from octavo.engine.client import Client, ClientError
-from octavo.engine.hub import resolve_model
+from octavo.engine.client.client import Client, ClientError
+from octavo.engine.config.hub import resolve_model
 
-from .engines import RequestTimes
+from .compare.engines import RequestTimes
 from .options import WorkloadOptions
 from .progress import request_bar
 from .report import Report, latency_table, sweep_table, tpot, ttft

@@ -25,8 +25,8 @@ from octavo.scheduler.admission import AdmissionError, SchedulerConfig
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
-from .simulated_requests import Unmade, draw_requests, withhold
-from .simulated_worker import Simulation, make_config, naive_output
+from .fakes.simulated_requests import Unmade, draw_requests, withhold
+from .fakes.simulated_worker import Simulation, make_config, naive_output
 
 KINDS = ["add", "abort", "fail", "forget", "kill"]
 NUM_STEPS = 60  # over which events are spread

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Callable
 from typing import Any, cast
 
-from octavo.engine.snapshot import take_snapshot
-from octavo.engine.stats import MOST_STEPS, EngineStats, StepRecord
+from octavo.engine.observability.snapshot import take_snapshot
+from octavo.engine.observability.stats import MOST_STEPS, EngineStats, StepRecord
 from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import Request, RequestStatus

@@ -36,7 +36,7 @@ class ServerProcess:
     def __init__(self, arguments: Sequence[str]) -> None:
         """Starts it on a free port; `arguments` are those of `octavo serve`. Raises ValueError with
         its last words when it ends instead."""
-        command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", "0"]
+        command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--port", "0"]
         self._began = time.perf_counter()
         self._marks: dict[str, float] = {}
         self._log: list[str] = []

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.engine import Engine
+from octavo.engine.core.engine import Engine
 from octavo.engine.runner.batch import BatchResult
 from octavo.engine.worker import process
 from octavo.scheduler.params import SamplingParams
 
-from .sleeping_worker import VARIABLE
+from .fakes.sleeping_worker import VARIABLE
 
 WARM_UP = 10  # tokens of each request
 
@@ -83,7 +83,7 @@ def run(
 @contextmanager
 def sleeping(sleep_ms: float) -> Iterator[None]:
     """Workers that are started meanwhile only sleep."""
-    module, process.WORKER_MODULE = process.WORKER_MODULE, "octavo.benchmarks.sleeping_worker"
+    module, process.WORKER_MODULE = process.WORKER_MODULE, "octavo.benchmarks.fakes.sleeping_worker"
     os.environ[VARIABLE] = str(sleep_ms)
     try:
         yield

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from octavo.engine.hub import resolve_model
-from octavo.engine.progress import loading_bar
+from octavo.engine.config.hub import resolve_model
+from octavo.engine.utils.progress import loading_bar
 
-from .engines import OctavoEngine, RequestTimes, run
+from .compare.engines import OctavoEngine, RequestTimes, run
 from .options import WorkloadOptions
 from .progress import request_bar
 

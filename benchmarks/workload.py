@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from octavo.engine.config import ModelConfig
+from octavo.engine.config.engine_config import ModelConfig
 from octavo.engine.input.tokenizer import TextTokenizer
 
 Size = tuple[int, int]  # width, height

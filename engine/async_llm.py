@@ -13,21 +13,23 @@ from typing import Any, Unpack
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
 from ..scheduler.request import Request, RequestStatus
-from .config import EngineConfig
-from .engine import WAS_CLOSED, DuplicateRequest, Engine, EngineDead
+from .config.engine_config import EngineConfig
+from .core.engine import Engine
+from .core.logprob_budget import LogprobBudget
+from .core.request_builder import Countdown, OutOfTime, check_params
+from .core.step_loop import Admitted, Event, StepLoop
+from .core.tool_call_stream import CallReader
+from .errors import WAS_CLOSED, DuplicateRequest, EngineDead
+from .input.preprocess_pool import InputJob, InputPool
 from .input.processor import ProcessedInput, Prompt
-from .input_pool import InputJob, InputPool
-from .lifetime import close_at_exit, reject_pickling
-from .logprob_budget import LogprobBudget
-from .loop import Admitted, Event, StepLoop
-from .output import OutputDelta
-from .progress import loading_bar
-from .request_maker import Countdown, OutOfTime, check_params
-from .request_record import RequestRecord
+from .observability.request_log import RequestRecord
+from .observability.snapshot import Snapshot
+from .observability.tracing import RequestSpans
+from .outputs import OutputDelta
 from .request_stream import RequestStream, finished
-from .snapshot import Snapshot
-from .spans import RequestSpans
-from .tool_use import CallReader, has_tool_grammar, with_tool_choice
+from .tool_calling.tool_choice import has_tool_grammar, with_tool_choice
+from .utils.lifetime import close_at_exit, reject_pickling
+from .utils.progress import loading_bar
 
 LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
 

@@ -14,16 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
-from .daemon_pool import DaemonPool
-from .engine import Engine, EngineDead
+from .core.engine import Engine
+from .core.request_builder import Countdown, OutOfTime, check_params
+from .core.tool_call_stream import CallReader
+from .errors import EngineDead, InputError
+from .input.preprocess_pool import InputJob, InputPool
 from .input.processor import ProcessedInput, Prompt
-from .input_error import InputError
-from .input_pool import InputJob, InputPool
-from .lifetime import close_at_exit, reject_pickling
-from .output import Output, OutputDelta, RequestOutput
-from .progress import loading_bar
-from .request_maker import Countdown, OutOfTime, check_params
-from .tool_use import CallReader, with_tool_choice
+from .outputs import Output, OutputDelta, RequestOutput
+from .tool_calling.tool_choice import with_tool_choice
+from .utils.daemon_pool import DaemonPool
+from .utils.lifetime import close_at_exit, reject_pickling
+from .utils.progress import loading_bar
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -32,7 +33,7 @@ class LLM:
     """Serves a Qwen2-VL model inside this process's program.
 
     `model`: a checkpoint folder, a hub id, or None for the small embedded model. Other settings
-    are the fields of `octavo.engine.config.EngineConfig` (`device`, `dtype`,
+    are the fields of `octavo.engine.config.engine_config.EngineConfig` (`device`, `dtype`,
     `tensor_parallel_size`, `max_model_len`, `max_pixels`, ...). A context manager.
     """
 

@@ -10,11 +10,11 @@ from typing import Any, Generic, TypeVar
 
 from ..scheduler.logprobs import LogprobTable, TokenLogprobs
 from ..scheduler.request import RequestStatus
-from .engine import EngineDead
+from .core.step_loop import Event
+from .errors import EngineDead
+from .input.preprocess_pool import InputJob
 from .input.processor import ProcessedInput
-from .input_pool import InputJob
-from .loop import Event
-from .output import OutputDelta, Usage
+from .outputs import OutputDelta, Usage
 
 MOST_WAITING = 64  # events; more are put together, whoever reads them
 
@@ -74,16 +74,16 @@ def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
     if not others:
         return first
     joined: dict[str, Any] = {}
-    for field in fields(first):
-        values = [getattr(delta, field.name) for delta in deltas]
-        if field.name == "text":
+    for each in fields(first):
+        values = [getattr(delta, each.name) for delta in deltas]
+        if each.name == "text":
             joined["text"] = "".join(values)
-        elif field.name in LOGPROBS:
-            joined[field.name] = _join_logprobs([value for value in values if value])
+        elif each.name in LOGPROBS:
+            joined[each.name] = _join_logprobs([value for value in values if value])
         elif isinstance(values[0], tuple):
-            joined[field.name] = tuple(each for value in values for each in value)
+            joined[each.name] = tuple(each for value in values for each in value)
         else:
-            joined[field.name] = next((v for v in reversed(values) if v), values[0])
+            joined[each.name] = next((v for v in reversed(values) if v), values[0])
     return replace(first, **joined)
 
 

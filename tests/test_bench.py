@@ -13,11 +13,11 @@ from typer.testing import CliRunner, Result
 
 from octavo.benchmarks import plots
 from octavo.benchmarks.cli import bench_app
-from octavo.benchmarks.engines import OctavoEngine, RequestTimes, read_line, run
+from octavo.benchmarks.compare.engines import OctavoEngine, RequestTimes, read_line, run
 from octavo.benchmarks.report import Report, itl, tpot, ttft
 from octavo.benchmarks.request_file import read_requests, to_line
 from octavo.benchmarks.workload import BenchRequest, Media, Vocabulary, Workload
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig
 from octavo.engine.input.tokenizer import TextTokenizer
 
 WORKLOADS = {

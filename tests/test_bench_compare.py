@@ -1,4 +1,4 @@
-"""`benchmarks/compare.py`: engines in turn, ratios, and peers that are not there."""
+"""`benchmarks/compare/run.py`: engines in turn, ratios, and peers that are not there."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from octavo.benchmarks import compare
-from octavo.benchmarks.compare_report import MEASURES, Comparison, Round, Spread
-from octavo.benchmarks.engines import RequestTimes
+from octavo.benchmarks.compare import run as compare
+from octavo.benchmarks.compare.engines import RequestTimes
+from octavo.benchmarks.compare.report import MEASURES, Comparison, Round, Spread
 from octavo.benchmarks.options import WorkloadOptions
 from octavo.benchmarks.request_file import to_line
 from octavo.benchmarks.workload import BenchRequest
-from octavo.engine.config import EMBEDDED_MODEL
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
 
 SMALL = WorkloadOptions(input_len=10, output_len=4, image_size=["56x56"])
 SPEED, _, PREFILL, TPOT, MEMORY = MEASURES

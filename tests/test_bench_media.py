@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from octavo.benchmarks import media_speed
 from octavo.benchmarks.cli import bench_app
-from octavo.benchmarks.media_cases import encoded, load, photo
-from octavo.benchmarks.media_fuzz import FORMS, broken_files
-from octavo.benchmarks.media_speed import bare_image, image_case, measure
+from octavo.benchmarks.media import speed
+from octavo.benchmarks.media.cases import encoded, load, photo
+from octavo.benchmarks.media.fuzz import FORMS, broken_files
+from octavo.benchmarks.media.speed import bare_image, image_case, measure
 
 
 def test_both_sides_make_the_same_pixels() -> None:
@@ -24,12 +24,12 @@ def test_both_sides_make_the_same_pixels() -> None:
 def test_a_row_is_a_ratio_of_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which each of ours takes three seconds, each of the bare two."""
     now = [0.0]
-    monkeypatch.setattr(media_speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
 
     def takes(duration: float) -> None:
         now[0] += duration
 
-    case = media_speed.Case("it", ours=lambda where: takes(3.0), bare=lambda: takes(2.0))
+    case = speed.Case("it", ours=lambda where: takes(3.0), bare=lambda: takes(2.0))
     found = measure(case, 3)
     assert (found.ours, found.bare, found.times_bare) == (1 / 3, 1 / 2, 1.5)
     assert found.times_here == found.pool == 1.0  # the clock knows no threads
@@ -37,8 +37,8 @@ def test_a_row_is_a_ratio_of_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_writes_a_row_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(photo(64, 48), "JPEG")
-    monkeypatch.setattr(media_speed, "cases", lambda: iter([image_case("small", data)]))
-    monkeypatch.setattr(media_speed, "AT_LEAST", 0.001)
+    monkeypatch.setattr(speed, "cases", lambda: iter([image_case("small", data)]))
+    monkeypatch.setattr(speed, "AT_LEAST", 0.001)
     path = tmp_path / "found.json"
     done = CliRunner().invoke(bench_app, ["media", "--rounds", "1", "--json", str(path)])
     assert done.exit_code == 0, done.output

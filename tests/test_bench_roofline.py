@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.benchmarks import report, roofline_stages
-from octavo.benchmarks.roofline import RooflineWorkload, run
-from octavo.benchmarks.roofline_machine import Sizes
-from octavo.benchmarks.roofline_report import REST, Roofline, tables
-from octavo.benchmarks.roofline_stages import STAGES, Work, linear_work, paged_work, vision_work
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig
+from octavo.benchmarks import report
+from octavo.benchmarks.roofline import stages
+from octavo.benchmarks.roofline.machine import Sizes
+from octavo.benchmarks.roofline.report import REST, Roofline, tables
+from octavo.benchmarks.roofline.run import RooflineWorkload, run
+from octavo.benchmarks.roofline.stages import STAGES, Work, linear_work, paged_work, vision_work
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig
 from octavo.engine.model import decoder
 from octavo.engine.model.weights import DenseWeight
 
@@ -122,4 +123,4 @@ def test_int8_linears_have_the_int8_peak() -> None:
     linears, peaks = found.stages[0], found.machine.peaks
     bound = max(linears.bytes / found.machine.bandwidth, linears.operations / peaks["int8"])
     assert linears.limit_seconds == pytest.approx(bound)
-    assert roofline_stages.HEAD in STAGES
+    assert stages.HEAD in STAGES

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from octavo.benchmarks import plots
 from octavo.benchmarks.cli import bench_app
-from octavo.benchmarks.engines import RequestTimes
+from octavo.benchmarks.compare.engines import RequestTimes
 from octavo.benchmarks.report import ttft
 from octavo.benchmarks.serve_load import Bounds, Load, LoadPoint, arrivals, load_tables, pack
 from octavo.benchmarks.startup import PHASES, ServerProcess, serve_arguments
 from octavo.benchmarks.workload import BenchRequest, Media, Vocabulary, Workload
-from octavo.engine.client import ClientError
-from octavo.engine.config import EMBEDDED_MODEL
+from octavo.engine.client.client import ClientError
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
 
 Sent = Iterator[tuple[int, int | None]]
 SMALL = {"kv_cache_memory_bytes": 8_000_000, "dtype": "float32"}

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from octavo.benchmarks.cli import bench_app
-from octavo.benchmarks.streams import place
-from octavo.benchmarks.streams_server import LETTERS
+from octavo.benchmarks.streams.run import place
+from octavo.benchmarks.streams.server import LETTERS
 
 CYCLE = len(LETTERS)
 

@@ -10,9 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import octavo as octavo_package
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.cli import app
-from octavo.engine.info import checkpoint_info
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.cli.info import checkpoint_info
+from octavo.engine.cli.main import app
 
 
 def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_program() -> None:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "info", "--model", "/no/such"]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "info", "--model", "/no/such"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert "/no/such: no such folder" in done.stderr
@@ -59,7 +59,7 @@ def test_a_model_without_its_option(checkpoint: str) -> None:
     done = octavo("info", checkpoint, "--model", "/no/such")
     assert done.returncode == 2 and "give one of them" in done.stderr
     for wrong, words in ((["/no/such"], "/no/such: no such folder"), (["--workers", ""], "none")):
-        command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", *wrong]
+        command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", *wrong]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and words in done.stderr
 

@@ -27,19 +27,21 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from octavo.benchmarks import connection_fuzz
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served, wait_for
-from octavo.engine import logs
-from octavo.engine.cli_serve import listening_text
-from octavo.engine.server import connections, door, work
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served, wait_for
+from octavo.benchmarks.fuzz import connections as connection_fuzz
+from octavo.engine.cli.serve import listening_text
+from octavo.engine.observability.rejection_log import RejectionLog
+from octavo.engine.server import connections
+from octavo.engine.server import drain as work
+from octavo.engine.server.api_keys import ApiKeys
 from octavo.engine.server.connections import Acceptor, ConnectionLimits, Slot, peer_of
-from octavo.engine.server.http_connection import HttpConnection, Timeouts, http_config
-from octavo.engine.server.http_guard import MAX_BODY_BYTES, Guard
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.openai_answers import dump
-from octavo.engine.server.rejection_log import RejectionLog
-from octavo.engine.server.work import Work
+from octavo.engine.server.drain import Work
+from octavo.engine.server.grpc_api import interceptor
+from octavo.engine.server.http_api.connection import HttpConnection, Timeouts, http_config
+from octavo.engine.server.http_api.middleware import MAX_BODY_BYTES, Guard
+from octavo.engine.server.http_api.openai_stream import dump
+from octavo.engine.utils import logs
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 
@@ -355,7 +357,7 @@ def _metrics(stats: Any) -> Iterator[tuple[str, int]]:
     """A metrics port of an engine that has no numbers."""
     from prometheus_client import CollectorRegistry
 
-    from octavo.engine.server import metrics
+    from octavo.engine.observability import prometheus as metrics
 
     with metrics.MetricsServer(stats, CollectorRegistry(), "127.0.0.1", 0) as server:
         yield connection_fuzz.parse_address(server.address)
@@ -414,7 +416,7 @@ def test_malformed_calls_write_nothing_into_the_log(
 def test_L38_idle_connections_a_call_without_its_message_ends(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "MESSAGE_TIMEOUT", 0.2)
+    monkeypatch.setattr(interceptor, "MESSAGE_TIMEOUT", 0.2)
     held = threading.Event()
 
     def nothing() -> Iterator[bytes]:
@@ -514,7 +516,7 @@ def test_the_log_says_which_apis_are_served() -> None:
 @contextmanager
 def limited_server(folder: Path, num_descriptors: int) -> Iterator[Any]:
     """`octavo serve` with keys, few descriptors and all of its ports."""
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--model"]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--model"]
     command += [str(write_tiny_checkpoint(folder)), "--port", "0", "--http-port", "0"]
     command += ["--metrics-port", "0", "--dtype", "float32", "--max-model-len", "512"]
     log = (folder / "log").open("w")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.engine import cores
-from octavo.engine.cores import cores_id, num_cores
+from octavo.engine.utils import cores
+from octavo.engine.utils.cores import cores_id, num_cores
 from octavo.engine.worker import process
 
 
@@ -45,7 +45,7 @@ def test_a_process_that_is_pinned_has_fewer() -> None:
     one = min(os.sched_getaffinity(0))
     script = (
         f"import os; os.sched_setaffinity(0, {{{one}}})\n"
-        "from octavo.engine.cores import num_cores; print(num_cores())"
+        "from octavo.engine.utils.cores import num_cores; print(num_cores())"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["1"], done.stderr

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_requests import TinyDriver, text, tiny_request
 from octavo.benchmarks.step_overhead import sleeping
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import TinyDriver, text, tiny_request
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
-from octavo.engine.engine import Engine
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.engine.core.engine import Engine
 from octavo.engine.model.decoder import DecoderLayer
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.loader import stored_tensors

@@ -18,14 +18,14 @@ import grpc
 import pytest
 
 import octavo
+from octavo.benchmarks.fakes.sleeping_worker import TOKEN
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.robustness import at_steps
-from octavo.benchmarks.sleeping_worker import TOKEN
 from octavo.benchmarks.step_overhead import sleeping
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine import failpoint
-from octavo.engine.worker import link, process, sequence
+from octavo.engine.utils import failpoints
+from octavo.engine.worker import link, process, step_order
 from octavo.engine.worker.link import WorkerGroupError, WorkerLink
-from octavo.engine.worker.sequence import MissedStep, StepSequence
+from octavo.engine.worker.step_order import MissedStep, StepSequence
 from octavo.proto import worker_pb2 as pb
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -64,7 +64,7 @@ def test_a_step_that_comes_again_is_not_run_again() -> None:
 
 
 def test_a_step_whose_forerunner_was_missed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "ORDER_TIMEOUT", 0.05)
+    monkeypatch.setattr(step_order, "ORDER_TIMEOUT", 0.05)
     steps: StepSequence[int] = StepSequence()
     steps.submit(0, 1, lambda: 1)
     with pytest.raises(MissedStep, match="step 2 was missed; the latest is 1"):
@@ -172,7 +172,7 @@ def test_a_rank_that_missed_a_step_or_whose_answer_was_lost_is_asked_again(
     ranks: int,
 ) -> None:
     rules = [f"worker.{place}@{ranks - 1}=cut#{at}!{tmp_path / str(at)}" for at in (1, 7, 8, 20)]
-    monkeypatch.setenv(failpoint.VARIABLE, ";".join(rules))
+    monkeypatch.setenv(failpoints.VARIABLE, ";".join(rules))
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=ranks) as llm:
         pids = llm.engine.worker_pids
         assert answers(llm) == expected

@@ -14,9 +14,9 @@ import pytest
 import torch
 import triton
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import TinyDriver, TinyRequest, tiny_request
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_requests import TinyDriver, TinyRequest, tiny_request
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import EmbeddingSlice, InputBatch
 from octavo.engine.runner.decode_graph import (

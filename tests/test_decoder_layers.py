@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from octavo.benchmarks.tiny_requests import TinyDriver, text, tiny_request
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.benchmarks.fakes.tiny_requests import TinyDriver, text, tiny_request
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
 from octavo.engine.model.decoder import DecoderLayer
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.model_runner import ModelRunner

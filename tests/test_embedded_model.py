@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import octavo
+from octavo.benchmarks.compare.transformers_model import TransformersModel
 from octavo.benchmarks.demo_model import train
 from octavo.benchmarks.demo_model.data import Maker
 from octavo.benchmarks.demo_model.stream import Batches
 from octavo.benchmarks.demo_model.tokenizer import QUESTIONS
 from octavo.benchmarks.eval_demo_model import KINDS, Question, measure, questions
-from octavo.benchmarks.transformers_model import TransformersModel
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.info import checkpoint_info
+from octavo.engine.cli.info import checkpoint_info
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=32)
 WHO = Question([{"role": "user", "content": QUESTIONS["who"]}], "")

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_engine import TinyEngine
-from octavo.benchmarks.tiny_requests import (
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_engine import TinyEngine
+from octavo.benchmarks.fakes.tiny_requests import (
     GREEDY,
     TinyDriver,
     TinyRequest,
@@ -22,7 +22,7 @@ from octavo.benchmarks.tiny_requests import (
     tiny_request,
     video,
 )
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.scheduler.admission import SchedulerConfig

@@ -15,8 +15,8 @@ import av
 import numpy as np
 import pytest
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
 
 MARK = "OCTAVO_TEST_MARK"
 START = """

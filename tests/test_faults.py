@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 import octavo
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.robustness import at_steps
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine import failpoint
-from octavo.engine.engine import EngineDead
-from octavo.engine.worker import bound, link
+from octavo.engine.errors import EngineDead
+from octavo.engine.utils import failpoints as failpoint
+from octavo.engine.worker import link, watch
 from octavo.engine.worker.process import WORKER_MODULE
 
 # With penalties: what they look at is kept by the workers, and travels anew to new ones.
@@ -253,7 +253,7 @@ def test_ranks_that_wait_for_each_other_for_ever_are_told_by_the_step_s_bound(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """They answer pings, and the step never ends."""
-    monkeypatch.setattr(bound, "LEAST_BOUND", 2.0)
+    monkeypatch.setattr(watch, "LEAST_BOUND", 2.0)
     failpoints(f"worker.computed@1=wait#17!{tmp_path / 'once'}")
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
 
 START = """
 import json, multiprocessing, os, pickle, sys, time
@@ -239,7 +239,7 @@ def ask(used):
 def with_the_parents_client():
     try:
         return ask(client)
-    except octavo.engine.client.ClientError as error:
+    except octavo.engine.client.client.ClientError as error:
         return str(error)
 
 @app.task

@@ -12,18 +12,18 @@ import triton
 
 import octavo
 from octavo.benchmarks.eval_demo_model import KINDS, questions
-from octavo.benchmarks.kernel_resources import MODELS, shape_of
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_engine import TinyEngine
-from octavo.benchmarks.tiny_requests import TinyRequest, image, text, tiny_request
-from octavo.engine.capacity import plan_capacity
-from octavo.engine.config import (
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_engine import TinyEngine
+from octavo.benchmarks.fakes.tiny_requests import TinyRequest, image, text, tiny_request
+from octavo.benchmarks.kernels.resources import MODELS, shape_of
+from octavo.engine.config.engine_config import (
     EMBEDDED_MODEL,
-    ConfigError,
     EngineConfig,
     ModelConfig,
     PreprocessConfig,
 )
+from octavo.engine.core.kv_capacity import plan_capacity
+from octavo.engine.errors import ConfigError
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.decode_graph import DecodeGraphs, StaticDecode
 from octavo.engine.runner.kv_cache import kv_block_bytes
@@ -140,7 +140,7 @@ def test_a_cpu_refuses_it() -> None:
 
 @pytest.fixture
 def oracle_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(process, "WORKER_MODULE", "octavo.benchmarks.fp8_cache_worker")
+    monkeypatch.setattr(process, "WORKER_MODULE", "octavo.tests.support.fp8_cache_worker")
     yield
 
 

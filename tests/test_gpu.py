@@ -10,11 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from octavo.benchmarks import kernel_gpu
-from octavo.benchmarks.kernel_cases import Case, cases
-from octavo.benchmarks.kernel_gpu import Peaks, as_table, check, gpu_row, measure_peaks
-from octavo.benchmarks.kernel_linears import int4_layers
-from octavo.benchmarks.kernel_resources import SHAPES, Shape
+from octavo.benchmarks.kernels import gpu
+from octavo.benchmarks.kernels.cases import Case, cases
+from octavo.benchmarks.kernels.gpu import Peaks, as_table, check, gpu_row, measure_peaks
+from octavo.benchmarks.kernels.linears import int4_layers
+from octavo.benchmarks.kernels.resources import SHAPES, Shape
 from octavo.kernels.fp8_linear import FP8, fp8_linear, quantize_rows_fp8
 from octavo.kernels.int4_layout import Int4Groups, pack_int4
 from octavo.kernels.int4_linear import int4_linear, int4_linear_ref
@@ -105,7 +105,7 @@ def test_linears_at_real_shapes_on_a_gpu(n: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert kernel_gpu.run(["2B"], None)
+    assert gpu.run(["2B"], None)
     assert "no GPU here" in capsys.readouterr().out
 
 
@@ -126,7 +126,7 @@ def test_kernels_at_real_shapes(name: str, dtype: torch.dtype) -> None:
 def test_bench_kernels(tmp_path: Path) -> None:
     """Prints times beside torch's, and the fractions of bandwidth and peak (`-s` shows them)."""
     file = tmp_path / "kernels.json"
-    assert kernel_gpu.run(["2B", "7B"], file)
+    assert gpu.run(["2B", "7B"], file)
     report = json.loads(file.read_text())
     assert {row["kernel"] for row in report["rows"]} == KERNELS
     assert all(row["ms"] > 0 for row in report["rows"])

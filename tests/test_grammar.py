@@ -16,18 +16,18 @@ import torch
 from tokenizers import Tokenizer
 
 from octavo import StructuredOutput
-from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
-from octavo.benchmarks.tiny_engine import TinyEngine
-from octavo.benchmarks.tiny_requests import GREEDY, image, text, tiny_request
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
-from octavo.engine.grammar import LIMITS, Grammars
-from octavo.engine.input_error import InputError
-from octavo.engine.matchers import Matcher
+from octavo.benchmarks.fakes.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_engine import TinyEngine
+from octavo.benchmarks.fakes.tiny_requests import GREEDY, image, text, tiny_request
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.engine.core.logit_edits import logit_edits
+from octavo.engine.errors import InputError
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import TokenMasks
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import FORBIDDEN, Sampler, SeenTokens
-from octavo.engine.token_edits import logit_edits
+from octavo.engine.structured_output.compiler import LIMITS, Grammars
+from octavo.engine.structured_output.matchers import Matcher
 from octavo.engine.worker.wire import empty_sampling
 from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams

@@ -16,13 +16,13 @@ import pytest
 
 import octavo
 from octavo import SamplingParams, StructuredOutput
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.client import ClientError
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.input_error import InputError
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.work import Work
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.client.client import ClientError
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.errors import InputError
+from octavo.engine.server.api_keys import ApiKeys
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.server import HttpServer
 
 WHO = [{"role": "user", "content": "Who are you?"}]
 SCHEMA = {

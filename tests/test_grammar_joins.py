@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from octavo import StructuredOutput
-from octavo.engine.grammar_joins import MAX_JOINED, too_joined
-from octavo.engine.tool_use import tool_grammar
+from octavo.engine.structured_output.complexity import MAX_JOINED, too_joined
+from octavo.engine.tool_calling.tool_choice import tool_grammar
 
 PATTERNS = [{"type": "string", "pattern": f"^.*a.{{{n}}}b.*$"} for n in range(MAX_JOINED + 1)]
 TERMS = [f"/.*a.{{{n}}}b.*/" for n in range(MAX_JOINED + 2)]

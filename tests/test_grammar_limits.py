@@ -16,18 +16,17 @@ from tokenizers import Tokenizer
 
 import octavo
 from octavo import SamplingParams, StructuredOutput
-from octavo.benchmarks.grammar_fuzz import Fuzzer, load_tokenizer
-from octavo.engine import grammar as compiler
-from octavo.engine import grammar_trials as trials
-from octavo.engine import input_pool, matchers
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.grammar import GrammarQueueFull, Grammars
-from octavo.engine.grammar_library import heap_bytes
-from octavo.engine.grammar_trials import CompileCancelled, CompileTask
-from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import InputPool
-from octavo.engine.matchers import Matcher
-from octavo.engine.tool_use import tool_grammar
+from octavo.benchmarks.fuzz.grammar import Fuzzer, load_tokenizer
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.errors import GrammarQueueFull, InputError
+from octavo.engine.input import preprocess_pool
+from octavo.engine.input.preprocess_pool import InputPool
+from octavo.engine.structured_output import compiler, matchers, trials
+from octavo.engine.structured_output.compiler import Grammars
+from octavo.engine.structured_output.library import heap_bytes
+from octavo.engine.structured_output.matchers import Matcher
+from octavo.engine.structured_output.trials import CompileCancelled, CompileTask
+from octavo.engine.tool_calling.tool_choice import tool_grammar
 from octavo.scheduler.request import Request
 
 SMALL = StructuredOutput(regex="[ab]{3}")
@@ -207,12 +206,12 @@ class FakeGrammars:
 
 
 def test_L35_slow_grammars_delay_each_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(input_pool, "MAX_SLOW_GRAMMARS", 3)
-    monkeypatch.setattr(input_pool.InputJob, "_begin", lambda job, *_: job._grammar)
+    monkeypatch.setattr(preprocess_pool, "MAX_SLOW_GRAMMARS", 3)
+    monkeypatch.setattr(preprocess_pool.InputJob, "_begin", lambda job, *_: job._grammar)
     processor: Any = SimpleNamespace(limits=None)
     grammars: Any = FakeGrammars()
-    monkeypatch.setattr(input_pool, "MediaTask", lambda limits: None)
-    monkeypatch.setattr(input_pool, "replace", lambda made, **_: made)
+    monkeypatch.setattr(preprocess_pool, "MediaTask", lambda limits: None)
+    monkeypatch.setattr(preprocess_pool, "replace", lambda made, **_: made)
     pool = InputPool(processor, grammars=grammars)
     try:
         slow = [pool.submit("", structured(str(index))) for index in range(3)]

@@ -15,10 +15,10 @@ import llguidance
 import pytest
 
 from octavo import StructuredOutput
-from octavo.engine.grammar_formats import FORMATS
-from octavo.engine.grammar_joins import too_joined
-from octavo.engine.grammar_schema import MAX_EXACT, UnsupportedSchema, decimal_parts
-from octavo.engine.grammar_text import grammar_text
+from octavo.engine.structured_output.complexity import too_joined
+from octavo.engine.structured_output.formats import FORMATS
+from octavo.engine.structured_output.grammar_text import grammar_text
+from octavo.engine.structured_output.json_schema import MAX_EXACT, UnsupportedSchema, decimal_parts
 
 BYTES = llguidance.LLTokenizer("byte")
 

@@ -25,15 +25,15 @@ from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served, start, wait_for
-from octavo.engine.client_error import ClientError
-from octavo.engine.config import ConfigError
-from octavo.engine.server import control
-from octavo.engine.server import keys as keys_module
-from octavo.engine.server.keys import ApiKeys, read_keys
-from octavo.engine.server.rejection_log import API_KEY, LOG_INTERVAL, RejectionLog
-from octavo.engine.tls import TlsFiles, read_tls
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served, start, wait_for
+from octavo.engine.client.errors import ClientError
+from octavo.engine.errors import ConfigError
+from octavo.engine.observability.rejection_log import API_KEY, LOG_INTERVAL, RejectionLog
+from octavo.engine.server import api_keys as keys_module
+from octavo.engine.server.api_keys import ApiKeys, read_keys
+from octavo.engine.server.grpc_api import control
+from octavo.engine.utils.tls import TlsFiles, read_tls
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 

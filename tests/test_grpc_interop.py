@@ -14,16 +14,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tokenizers import Tokenizer
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.server import grpc_server
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.server.grpc_api import server
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 
 SAMPLING = pb.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 ODD = "\t\ntest with whitespace\r\nand Unicode BMP ☺ and non-BMP 😈\t\n"  # gRPC's own example
 GZIP = grpc.Compression.Gzip
-LIMIT = grpc_server.MAX_MESSAGE_BYTES
+LIMIT = server.MAX_MESSAGE_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_L31_message_size_pings_while_nothing_comes_cut_no_stream_off(
 ) -> None:
     with served.another() as address:
         assert still_watches(address)
-    monkeypatch.setattr(grpc_server, "OPTIONS", [])
+    monkeypatch.setattr(server, "OPTIONS", [])
     with served.another() as address:
         assert not still_watches(address), "gRPC's defaults would do"
 
@@ -190,7 +190,7 @@ def test_L31_message_size_warm_before_serving(served: Served) -> None:
 
     engine: Any = Watched()
     ready: list[str] = []
-    ends = grpc_server.serve(engine, "127.0.0.1", port, lambda *given: ready.append(given[0]))
+    ends = server.serve(engine, "127.0.0.1", port, lambda *given: ready.append(given[0]))
     assert asyncio.run(ends) == 1
     assert seen[0] in ("first step: UNAVAILABLE", "first step: DEADLINE_EXCEEDED")
     assert seen[1:] == ["ready: SERVING"] and ready == [f"127.0.0.1:{port}"]

@@ -30,18 +30,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served, wait_for
-from octavo.engine.backlog import MOST_WAITING, Backlog, join, merge
-from octavo.engine.client_error import RETRYABLE, ClientError
-from octavo.engine.client_request import fill, with_params
-from octavo.engine.config import EngineConfig
-from octavo.engine.engine import EngineDead
-from octavo.engine.output import OutputDelta, Usage
-from octavo.engine.server import control, errors, grpc_server, inference, status
-from octavo.engine.server.convert import read_sampling
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served, wait_for
+from octavo.engine.client.errors import ClientError
+from octavo.engine.client.requests import fill, with_params
+from octavo.engine.config.engine_config import EngineConfig
+from octavo.engine.errors import RETRYABLE, EngineDead
+from octavo.engine.observability.prometheus import metrics_text
+from octavo.engine.outputs import OutputDelta, Usage
+from octavo.engine.request_stream import MOST_WAITING, Backlog, join, merge
+from octavo.engine.server import errors
+from octavo.engine.server.grpc_api import control, inference, server, status
+from octavo.engine.server.grpc_api.messages import read_sampling
 from octavo.engine.server.metadata import read_metadata
-from octavo.engine.server.metrics import metrics_text
 from octavo.proto import make_docs, octavo_pb2_grpc
 from octavo.proto import octavo_pb2 as pb
 
@@ -551,9 +552,9 @@ def test_a_server_that_warms_up_can_be_stopped(monkeypatch: pytest.MonkeyPatch) 
     async def stop() -> bool:
         asked = asyncio.Event()
         asyncio.get_running_loop().call_later(0.05, asked.set)
-        return await grpc_server._warmed_up(None, asked)  # type: ignore[arg-type]
+        return await server._warmed_up(None, asked)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(grpc_server, "warm_up", warm_up)
+    monkeypatch.setattr(server, "warm_up", warm_up)
     assert asyncio.run(stop()) is False and ends == ["cancelled"]
 
 
@@ -574,10 +575,10 @@ def test_health_tells_of_workers_that_are_away_for_long(monkeypatch: pytest.Monk
     restarts = SimpleNamespace(is_long=False)
     engine: Any = SimpleNamespace(engine=SimpleNamespace(restarts=restarts))
     made: Any = SimpleNamespace(work=SimpleNamespace(is_draining=False), set_health=set_health)
-    monkeypatch.setattr(grpc_server, "HEALTH_CHECK", 0.001)
+    monkeypatch.setattr(server, "HEALTH_CHECK", 0.001)
 
     async def watch() -> None:
-        watching = asyncio.create_task(grpc_server._tell_health(made, engine))
+        watching = asyncio.create_task(server._tell_health(made, engine))
         for is_long in (False, True, False):
             restarts.is_long = is_long
             await asyncio.sleep(0.02)
@@ -585,7 +586,7 @@ def test_health_tells_of_workers_that_are_away_for_long(monkeypatch: pytest.Monk
         await watching
 
     asyncio.run(watch())
-    assert told == [grpc_server.NOT_SERVING, grpc_server.SERVING]
+    assert told == [server.NOT_SERVING, server.SERVING]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "host", "[::1]"])
@@ -633,7 +634,7 @@ def test_a_long_text_still_arrives(
     """gRPC drops metadata of over 8 KiB, and the status with it."""
 
     def broken(*args: Any) -> Any:
-        raise octavo.engine.input_error.InputError("prompt", text)
+        raise octavo.engine.errors.InputError("prompt", text)
 
     monkeypatch.setattr(served.engine.engine.processor.reader, "tokenize", broken)
     found = refusal(lambda: stubs.inference.Tokenize(pb.TokenizeRequest(text="x")))
@@ -720,7 +721,7 @@ def test_health_of_each_service(stubs: Stubs) -> None:
 
 
 def test_L31_message_size_and_a_drain_that_health_tells_of(served: Served) -> None:
-    options = dict(grpc_server.OPTIONS)
+    options = dict(server.OPTIONS)
     assert options["grpc.max_receive_message_length"] == 256 << 20
     assert options["grpc.max_send_message_length"] == 256 << 20
     assert options["grpc.keepalive_permit_without_calls"] == 1
@@ -862,7 +863,7 @@ def made_deltas(rng: random.Random, answers: int, count: int) -> list[OutputDelt
     while any(left):
         index = rng.choice([i for i, n in enumerate(left) if n])
         left[index] -= 1
-        first = {"media_times": octavo.engine.output.InputTimes(0, 0)} if not deltas else {}
+        first = {"media_times": octavo.engine.outputs.InputTimes(0, 0)} if not deltas else {}
         ends = {} if left[index] else {"finish_reason": "length"}
         ends |= {} if any(left) else {"usage": Usage(1, answers * count)}
         token = rng.randrange(1000)
@@ -904,7 +905,7 @@ def test_a_slow_reader_gets_the_same_in_fewer_deltas(seed: int) -> None:
 
 
 def test_what_is_no_delta_keeps_its_place() -> None:
-    first = OutputDelta("it", media_times=octavo.engine.output.InputTimes(0, 0))
+    first = OutputDelta("it", media_times=octavo.engine.outputs.InputTimes(0, 0))
     dead = EngineDead("gone")
     events = ["admitted", first, OutputDelta("it", text="a"), OutputDelta("it", text="b"), dead]
     assert merge(events) == ["admitted", first, OutputDelta("it", text="ab"), dead]

@@ -39,24 +39,20 @@ from starlette.responses import PlainTextResponse
 
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served, start, wait_for
-from octavo.engine.client_error import ClientError
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.input.tools import TOOL_FIELDS
-from octavo.engine.output import OutputDelta
-from octavo.engine.server import (
-    errors,
-    http_error,
-    http_guard,
-    http_live,
-    openai_answers,
-)
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.openai_request import NEUTRAL, PARAMS, read_chat
-from octavo.engine.server.work import Work
-from octavo.engine.tls import TlsFiles
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served, start, wait_for
+from octavo.engine.client.errors import ClientError
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.outputs import OutputDelta
+from octavo.engine.server import errors
+from octavo.engine.server.api_keys import ApiKeys
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api import errors as http_error
+from octavo.engine.server.http_api import middleware, openai_stream, snapshot_route
+from octavo.engine.server.http_api.openai_request import NEUTRAL, PARAMS, read_chat
+from octavo.engine.server.http_api.server import HttpServer
+from octavo.engine.tool_calling.schema import TOOL_FIELDS
+from octavo.engine.utils.tls import TlsFiles
 
 KEYS = ("the-first-key", "the-second-key")
 CANVAS = (160, 120)
@@ -424,7 +420,7 @@ def test_L27_fields_are_named_as_they_were_written_after_admission_too() -> None
     """A video's later frames are read while it runs."""
     body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
     asked = replace(read_chat({"messages": WHO}, ("embedded",)), body=body)
-    told = openai_answers.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
+    told = openai_stream.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
     assert (told.status, told.param) == (400, "messages[0].content[0].video_url.url")
     assert told.text == "messages[0].content[0].video_url.url: broken"
 
@@ -553,7 +549,7 @@ def test_a_slow_reader_of_several_prompts_holds_their_streams_back() -> None:
     async def read() -> None:
         asked: Any = SimpleNamespace(prompts=[0, 1], params=None, options={})
         engine: Any = SimpleNamespace(generate=generate)
-        merged = openai_answers._merged(engine, asked, "name", "", lambda count: None)
+        merged = openai_stream._merged(engine, asked, "name", "", lambda count: None)
         for seen in (1, 5):
             for _ in range(seen):
                 await anext(merged)
@@ -728,7 +724,7 @@ def test_other_pages_of_a_browser_cannot_ask(raw: httpx2.Client) -> None:
 
 
 def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_guard, "MAX_BODY_BYTES", 100_000)
+    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 100_000)
     body = json.dumps(_body(user="x" * 100_000)).encode()
     pieces = (body[at : at + 1000] for at in range(0, len(body), 1000))  # sent chunked
     for content in (body, pieces):
@@ -742,7 +738,7 @@ def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.Monkey
 def test_bodies_that_are_here_are_bounded_together() -> None:
     """Whole or not: one client could send as many of 256 MiB as it likes. One alone may be more."""
     nobody: Any = None
-    guard = http_guard.Guard(PlainTextResponse("let through"), Work(), nobody, nobody, 1000)
+    guard = middleware.Guard(PlainTextResponse("let through"), Work(), nobody, nobody, 1000)
 
     async def post(chunks: asyncio.Queue[bytes]) -> int:
         sent: list[Any] = []
@@ -800,7 +796,7 @@ def test_a_page_whose_name_was_made_to_lead_here_is_refused(host: str, status: i
         ("192.0.2.7", None, 200),
         ("127.0.0.1", ApiKeys(KEYS), 200),
     ]:
-        guard = http_guard.Guard(PlainTextResponse("let through"), Work(), keys, refusals)
+        guard = middleware.Guard(PlainTextResponse("let through"), Work(), keys, refusals)
         headers = {"host": host, "authorization": f"Bearer {KEYS[0]}"}
         answer = asyncio.run(_get(guard, server, headers))
         assert answer["status"] == expected, (server, answer)
@@ -877,7 +873,7 @@ def test_a_fault_of_ours_tells_nothing(
 ) -> None:
     async def fail(*given: Any, **named: Any) -> Any:
         if fail.first:  # type: ignore[attr-defined]
-            yield octavo.engine.output.OutputDelta("x", text="a")  # type: ignore[attr-defined]
+            yield octavo.engine.outputs.OutputDelta("x", text="a")  # type: ignore[attr-defined]
         raise RuntimeError("the secret path /etc/x")
 
     monkeypatch.setattr(door.engine, "generate", fail)
@@ -1115,7 +1111,7 @@ def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
     """By each door in its own form: a stream, a whole answer and a page that looks."""
     code = (
         "from octavo.engine.server import grpc_server\n"
-        "from octavo.engine.cli import main\n"
+        "from octavo.engine.cli.main import main\n"
         "grpc_server.GRACE = 0.3\nmain()"
     )
     options = ("serve", "--model", str(checkpoint), "--port", "0", "--http-port", "0")
@@ -1168,9 +1164,9 @@ def test_workers_that_are_away_for_long_are_told(
     assert raw.get("/ready").status_code == 200
     monkeypatch.setattr(door.engine.engine.restarts, "_away_since", time.monotonic() - 60)
     assert raw.get("/ready").status_code == 503
-    monkeypatch.setattr(http_live, "PATIENCE", 0.05)
+    monkeypatch.setattr(snapshot_route, "PATIENCE", 0.05)
     monkeypatch.setattr(door.engine._steps, "look", Future)
-    time.sleep(http_live.LEAST_AGE)
+    time.sleep(snapshot_route.LEAST_AGE)
     answer = raw.get("/engine/snapshot")
     assert (answer.status_code, error_in(answer)["code"]) == (503, "unavailable")
 
@@ -1204,7 +1200,7 @@ def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
 
 def test_a_door_that_cannot_open_says_why() -> None:
     """(A port in use: test_media_settings.py.)"""
-    block = "import sys; sys.modules['{}'] = None\nfrom octavo.engine.cli import main\nmain()"
+    block = "import sys; sys.modules['{}'] = None\nfrom octavo.engine.cli.main import main\nmain()"
     words = "pip install octavo[http]"
     for module in ("starlette", "uvicorn"):
         command = [sys.executable, "-P", "-c", block.format(module)]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.config import EMBEDDED_MODEL, ConfigError
-from octavo.engine.hub import is_complete, resolve_model
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.config.hub import is_complete, resolve_model
+from octavo.engine.errors import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,7 +53,7 @@ def test_a_hub_id_is_found_in_the_local_cache(cache: Path) -> None:
 
 def test_a_fresh_process_finds_it_through_hf_home(tmp_path: Path) -> None:
     folder = put(tmp_path / "hub", "Qwen/Qwen2-VL-0B")
-    code = "from octavo.engine.hub import resolve_model; print(resolve_model('Qwen/Qwen2-VL-0B'))"
+    code = "from octavo.engine.config.hub import resolve_model; print(resolve_model('Qwen/Qwen2-VL-0B'))"
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     found = subprocess.run(
         [sys.executable, "-P", "-c", code],
@@ -100,7 +101,7 @@ def test_modelscope_where_the_user_asks_for_it(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "Qwen--Qwen2-VL-0B" / "snapshots" / "master"
     write_tiny_checkpoint(folder, shards=2)
     call = "resolve_model('Qwen/Qwen2-VL-0B', 'modelscope')"
-    code = f"from octavo.engine.hub import resolve_model; print({call})"
+    code = f"from octavo.engine.config.hub import resolve_model; print({call})"
     environment = {"MODELSCOPE_CACHE": str(tmp_path), "HOME": str(tmp_path), "PATH": ""}
     found = subprocess.run(
         [sys.executable, "-P", "-c", code],

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.engine.errors import InputError
 from octavo.engine.input.processor import InputProcessor
-from octavo.engine.input_error import InputError
 
 
 def make_processor(folder: Path, max_model_len: int = 4096) -> InputProcessor:
@@ -199,8 +199,8 @@ def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
     def never(*args: Any) -> Any:
         raise AssertionError("it was resized")
 
-    monkeypatch.setattr("octavo.engine.media.image.resize", never)
-    monkeypatch.setattr("octavo.engine.media.image.resize_frame", never)
+    monkeypatch.setattr("octavo.engine.media.decode.image.resize", never)
+    monkeypatch.setattr("octavo.engine.media.decode.image.resize_frame", never)
     monkeypatch.setattr(processor.tokenizer, "encode_marked", never)
     huge = [
         ask({**IMAGE, "min_pixels": 1 << 40}),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from octavo.benchmarks.media_cases import load
-from octavo.engine.config import PreprocessConfig
+from octavo.benchmarks.media.cases import load
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
 from octavo.engine.input.mrope import mrope_positions
-from octavo.engine.input_error import InputError
-from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sizes import frame_indices, image_size, smart_nframes, smart_resize
 from octavo.kernels.patches import cut_patches

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import SHAPE, encoded, noise
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.input_error import InputError
+from octavo.benchmarks.media.cases import SHAPE, encoded, noise
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.media.decode.opening import open_here
+from octavo.engine.media.decode.reader import Pixels
 from octavo.engine.media.item import make_unit, media_hash
-from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.opening import open_here
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media.reader import Pixels
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 

@@ -18,7 +18,8 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 import octavo
-from octavo.benchmarks.text_fuzz import (
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fuzz.text import (
     RUNS,
     Watcher,
     differing,
@@ -26,19 +27,19 @@ from octavo.benchmarks.text_fuzz import (
     longest_hold,
     write_large_tokenizer,
 )
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine import json_reader
-from octavo.engine.config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.engine.config.engine_config import EMBEDDED_MODEL, ModelConfig, PreprocessConfig
+from octavo.engine.errors import InputError, TooLong
 from octavo.engine.input import pieces
+from octavo.engine.input.preprocess_pool import InputPool
 from octavo.engine.input.processor import InputProcessor
+from octavo.engine.input.prompt_size import LONG_TEXT, PromptSize
 from octavo.engine.input.tokenizer import TextBudget, TextTokenizer
-from octavo.engine.input_error import InputError, TooLong
-from octavo.engine.input_pool import InputPool
 from octavo.engine.media.task import MediaTask
-from octavo.engine.prompt_size import LONG_TEXT, PromptSize
-from octavo.engine.server import readers, wire_check
-from octavo.engine.server.http_error import ApiError
-from octavo.engine.server.openai_request import read_chat, read_request
+from octavo.engine.server import readers
+from octavo.engine.server.grpc_api import wire_check
+from octavo.engine.server.http_api.errors import ApiError
+from octavo.engine.server.http_api.openai_request import read_chat, read_request
+from octavo.engine.utils import json_reader
 from octavo.proto import octavo_pb2 as pb
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.params import SamplingParams

@@ -8,13 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from octavo.benchmarks import kernel_linears, kernel_paper
-from octavo.benchmarks.kernel_linears import int4_layers
-from octavo.benchmarks.kernel_linears import launches as linear_launches
-from octavo.benchmarks.kernel_paper import GPUS, Gpu, blocks_per_multiprocessor, bound, paper_row
-from octavo.benchmarks.kernel_resources import SHAPES, Compiled, Shape, shape_of
-from octavo.benchmarks.kernel_sass import Evidence
-from octavo.benchmarks.kernel_work import (
+from octavo.benchmarks.kernels import linears, paper
+from octavo.benchmarks.kernels.linears import int4_layers
+from octavo.benchmarks.kernels.linears import launches as linear_launches
+from octavo.benchmarks.kernels.paper import GPUS, Gpu, blocks_per_multiprocessor, bound, paper_row
+from octavo.benchmarks.kernels.resources import SHAPES, Compiled, Shape, shape_of
+from octavo.benchmarks.kernels.sass import Evidence
+from octavo.benchmarks.kernels.work import (
     Work,
     chunk_work,
     decode_work,
@@ -27,7 +27,7 @@ from octavo.benchmarks.kernel_work import (
     used_splits,
     vision_work,
 )
-from octavo.engine.cli import app
+from octavo.engine.cli.main import app
 from octavo.kernels.paged_decode import num_splits
 
 TINY = Shape("tiny", 1, 64, 48, 6, 2)
@@ -159,8 +159,8 @@ def test_every_valid_rank_count_is_there() -> None:
 
 @pytest.fixture
 def one_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kernel_paper, "SHAPES", {"2B": SHAPES["2B"]})
-    monkeypatch.setattr(kernel_linears, "ROWS", (16,))
+    monkeypatch.setattr(paper, "SHAPES", {"2B": SHAPES["2B"]})
+    monkeypatch.setattr(linears, "ROWS", (16,))
     yield
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import triton
 
-from octavo.benchmarks.kernel_linears import PROCESSORS, LinearLaunch, launches
-from octavo.benchmarks.kernel_resources import SHAPES, SHARED_LIMIT, TARGETS, examine
-from octavo.benchmarks.kernel_sass import read_gcn, read_sass
+from octavo.benchmarks.kernels.linears import PROCESSORS, LinearLaunch, launches
+from octavo.benchmarks.kernels.resources import SHAPES, SHARED_LIMIT, TARGETS, examine
+from octavo.benchmarks.kernels.sass import read_gcn, read_sass
 
 HERE = Path(__file__).parent
 CHUNK = ("paged_chunk", "paged_chunk_small", "paged_chunk_split")
@@ -27,7 +27,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 @cache
 def compiled(target: str, shapes: tuple[str, ...], dtype: str = "bfloat16") -> list[dict[str, Any]]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-m", "octavo.benchmarks.kernel_resources", "--json"]
+    command = [sys.executable, "-P", "-m", "octavo.benchmarks.kernels.resources", "--json"]
     command += ["--target", target, "--dtype", dtype]
     command += [word for shape in shapes for word in ("--shape", shape)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.benchmarks.kernel_resources import SHAPES
+from octavo.benchmarks.kernels.resources import SHAPES
 from octavo.kernels import launch as table
 from octavo.kernels.launch import FLOAT32, TABLE, architecture, launch
 from octavo.kernels.paged_chunk import chunk_settings

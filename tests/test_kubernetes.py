@@ -21,11 +21,12 @@ import typer.main
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from octavo.engine.cli import app
-from octavo.engine.config import ConfigError, EngineConfig
+from octavo.engine.cli.main import app
+from octavo.engine.config.engine_config import EngineConfig
+from octavo.engine.errors import ConfigError
 from octavo.engine.replicas.settings import read_settings
-from octavo.engine.tls import group_tls
-from octavo.engine.worker import remote
+from octavo.engine.utils.tls import group_tls
+from octavo.engine.worker.remote import join
 from octavo.proto import worker_pb2 as worker_pb
 from octavo.proto import worker_pb2_grpc
 
@@ -185,11 +186,11 @@ def _worker(tls: Path) -> Iterator[str]:
 def _join(tls: Path, host: str) -> None:
     """As an engine does for which `host` is this machine's name."""
     with pytest.MonkeyPatch.context() as patch, _worker(tls) as address:
-        patch.setattr(remote, "OPTIONS", [*remote.OPTIONS, ("grpc.default_authority", host)])
-        patch.setattr(remote, "fingerprint", lambda model: "same")
-        patch.setattr(remote, "JOIN_TIMEOUT", 20.0)
+        patch.setattr(join, "OPTIONS", [*join.OPTIONS, ("grpc.default_authority", host)])
+        patch.setattr(join, "fingerprint", lambda model: "same")
+        patch.setattr(join, "JOIN_TIMEOUT", 20.0)
         config = EngineConfig(workers=(address,), worker_tls=tls)
-        remote.RemoteWorkers(config, "engine", 1).join(True, threading.Event())
+        join.RemoteWorkers(config, "engine", 1).join(True, threading.Event())
 
 
 def test_the_certificate_of_the_group_serves_by_the_names_that_the_engine_calls(

@@ -18,10 +18,8 @@ import pytest
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.config import ConfigError
-from octavo.engine.engine import DuplicateRequest, EngineDead
-from octavo.engine.input_error import InputError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.errors import ConfigError, DuplicateRequest, EngineDead, InputError
 from octavo.engine.worker.group import WorkerGroup, WorkerGroupError
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

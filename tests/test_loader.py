@@ -15,16 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo.benchmarks.tiny_checkpoint import checkpoint_shapes, nested_name, write_tiny_checkpoint
-from octavo.engine.capacity import plan_capacity
-from octavo.engine.config import (
+from octavo.benchmarks.fakes.tiny_checkpoint import (
+    checkpoint_shapes,
+    nested_name,
+    write_tiny_checkpoint,
+)
+from octavo.engine.config.engine_config import (
     EMBEDDED_MODEL,
-    ConfigError,
     EngineConfig,
     ModelConfig,
     PreprocessConfig,
 )
-from octavo.engine.generation_config import generation_defaults
+from octavo.engine.config.generation_config import generation_defaults
+from octavo.engine.core.kv_capacity import plan_capacity
+from octavo.engine.errors import ConfigError
 from octavo.engine.model.parallel import (
     TensorParallel,
     check_tensor_parallel_size,
@@ -292,7 +296,7 @@ from pathlib import Path
 from typing import Any
 import torch
 torch.set_num_threads(1)
-from octavo.engine.config import ModelConfig
+from octavo.engine.config.engine_config import ModelConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.model.qwen2_vl import Qwen2VL
 from octavo.engine.model.weights import WeightLoader

@@ -16,24 +16,26 @@ import pytest
 from tokenizers import Tokenizer
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.backlog import join
-from octavo.engine.client_error import ClientError
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.input_error import InputError
-from octavo.engine.logprob_budget import LogprobBudget
-from octavo.engine.output import OutputDelta
-from octavo.engine.server import convert, json_pieces, openai_answers
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.json_pieces import LazyList, Turns, dump
-from octavo.engine.server.openai_logprobs import (
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.client.errors import ClientError
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.core.logprob_budget import LogprobBudget
+from octavo.engine.errors import InputError
+from octavo.engine.outputs import OutputDelta
+from octavo.engine.request_stream import join
+from octavo.engine.server import chunked_json
+from octavo.engine.server.chunked_json import LazyList, Turns, dump
+from octavo.engine.server.drain import Work
+from octavo.engine.server.grpc_api import messages
+from octavo.engine.server.http_api import openai_stream
+from octavo.engine.server.http_api.openai_logprobs import (
     write_chat_logprobs,
     write_completion_logprobs,
     write_prompt_logprobs,
 )
+from octavo.engine.server.http_api.server import HttpServer
 from octavo.engine.server.token_texts import TokenTexts
-from octavo.engine.server.work import Work
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.logprobs import LogprobTable, TokenLogprobs
 
@@ -248,8 +250,8 @@ def test_pieces_are_the_same_json_and_small(monkeypatch: pytest.MonkeyPatch) -> 
         "c": LazyList(lambda: ([index, "é\u2028"] for index in range(5000))),
         "d": [1, None, {"e": LazyList(list), "f": (1, 2)}],
     }
-    monkeypatch.setattr(json_pieces, "PIECE_BYTES", 1000)
-    pieces = list(json_pieces.json_pieces(value))
+    monkeypatch.setattr(chunked_json, "PIECE_BYTES", 1000)
+    pieces = list(chunked_json.json_pieces(value))
     assert b"".join(pieces) == dump(value)
     assert len(pieces) > 40 and max(map(len, pieces)) < 1500
     assert json.loads(dump(value))["c"][-1] == [4999, "é\u2028"]
@@ -293,8 +295,8 @@ def test_large_responses_come_in_pieces(
     body = {"prompt": "a b c d " * 40, "max_tokens": 4, "prompt_logprobs": 5, "temperature": 0}
     small = raw.post("/v1/completions", json={**body, "prompt_logprobs": None, "logprobs": 1})
     assert int(small.headers["content-length"]) == len(small.content)
-    monkeypatch.setattr(json_pieces, "PIECE_BYTES", 500)
-    monkeypatch.setattr(openai_answers, "FEW", 0)
+    monkeypatch.setattr(chunked_json, "PIECE_BYTES", 500)
+    monkeypatch.setattr(openai_stream, "FEW", 0)
     large = raw.post("/v1/completions", json=body)
     assert large.headers["transfer-encoding"] == "chunked"
     told = large.json()["choices"][0]["prompt_logprobs"]
@@ -313,7 +315,7 @@ def test_grpc_streams_cut_log_probabilities_into_messages(
         ask: dict[str, Any] = {"max_tokens": 5, "prompt_logprobs": 2, "logprobs": 2}
         ask |= {"temperature": 0, "ignore_eos": True}
         (whole,) = client.generate_once(prompt, **ask).answers
-        monkeypatch.setattr(convert, "PIECE_TOKENS", 3)
+        monkeypatch.setattr(messages, "PIECE_TOKENS", 3)
         deltas = list(client.generate(prompt, **ask))
         (pieced,) = client.generate_once(prompt, **ask).answers
     told = [each for delta in deltas for each in delta.prompt_logprobs]
@@ -329,12 +331,12 @@ def test_grpc_streams_cut_log_probabilities_into_messages(
 
 
 def test_a_joined_delta_is_cut_with_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "PIECE_TOKENS", 4)
+    monkeypatch.setattr(messages, "PIECE_TOKENS", 4)
     deltas = [
         OutputDelta("it", text="x", token_ids=(t,), logprobs=(entry(t, t, 1),)) for t in range(10)
     ]
     joined = replace(join(deltas), prompt_logprobs=LogprobTable([None, *entries_of([1] * 8)]))
-    pieces = list(convert.split_delta(replace(joined, finish_reason="stop")))
+    pieces = list(messages.split_delta(replace(joined, finish_reason="stop")))
     assert [len(each.prompt_logprobs) for each in pieces] == [4, 4, 1, 0, 0, 0]
     assert [len(each.logprobs) for each in pieces] == [0, 0, 0, 4, 2, 4]
     assert [t for each in pieces for t in each.token_ids] == list(range(10))

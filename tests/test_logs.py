@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import start
-from octavo.engine.input_error import InputError
-from octavo.engine.logs import JsonFormatter, set_up_logs
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import start
+from octavo.engine.errors import InputError
+from octavo.engine.utils.logs import JsonFormatter, set_up_logs
 
 SECRET = "swordfish"
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

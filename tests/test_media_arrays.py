@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from octavo.benchmarks.media_cases import load, noise
-from octavo.engine.input_error import InputError
-from octavo.engine.media.arrays import ArrayFile
-from octavo.engine.media.limits import MediaLimits
+from octavo.benchmarks.media.cases import load, noise
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.media.decode.arrays import ArrayFile
 from octavo.engine.media.options import MediaOptions
 
 
@@ -121,5 +121,5 @@ def test_frames_of_an_array_are_taken_as_they_are() -> None:
 
 
 def test_torch_is_not_imported_for_arrays() -> None:
-    code = "import sys; import octavo.engine.media.arrays; assert 'torch' not in sys.modules"
+    code = "import sys; import octavo.engine.media.decode.arrays; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -16,25 +16,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
-from octavo.benchmarks.media_fuzz import VIDEOS, broken_files
-from octavo.benchmarks.video_cases import normal_scheduling
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.cores import num_cores
-from octavo.engine.input_error import InputError
-from octavo.engine.media import child_pool, child_process, child_reader, seccomp
-from octavo.engine.media.child_pool import DecoderPool
-from octavo.engine.media.child_process import DecoderProcess
-from octavo.engine.media.child_reader import clean
-from octavo.engine.media.frames import FrameList
-from octavo.engine.media.limits import MediaLimits
+from octavo.benchmarks.media.cases import SHAPE, encoded, mp4, noise
+from octavo.benchmarks.media.fuzz import VIDEOS, broken_files
+from octavo.benchmarks.media.video_cases import normal_scheduling
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.media.decode.frames import FrameList
+from octavo.engine.media.decode.opening import OpenReader, open_here
+from octavo.engine.media.decode.reader import MediaHeader
 from octavo.engine.media.loader import MediaLoader
-from octavo.engine.media.opening import OpenReader, open_here
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media.reader import MediaHeader
-from octavo.engine.media.room import TokenRoom
+from octavo.engine.media.sandbox import pool as child_pool
+from octavo.engine.media.sandbox import process as child_process
+from octavo.engine.media.sandbox import reader as child_reader
+from octavo.engine.media.sandbox import seccomp
+from octavo.engine.media.sandbox.pool import DecoderPool
+from octavo.engine.media.sandbox.process import DecoderProcess
+from octavo.engine.media.sandbox.reader import clean
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
+from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.utils.cores import num_cores
 from octavo.proto import media_pb2 as pb
 
 LIMITS = MediaLimits()
@@ -150,7 +153,7 @@ def test_decoders_import_nothing_late(tmp_path: Path) -> None:
     code = f"""if True:
         import sys
         from pathlib import Path
-        from octavo.engine.input_error import InputError
+        from octavo.engine.errors import InputError
         from octavo.engine.media import child
         child.preload()
         assert "torch" not in sys.modules
@@ -634,8 +637,8 @@ def test_processes_end_with_their_parent() -> None:
     """Also in the middle of work, and however the parent ends."""
     code = """if True:
         import io, time
-        from octavo.engine.media.child_pool import DecoderPool
-        from octavo.engine.media.limits import MediaLimits
+        from octavo.engine.media.sandbox.pool import DecoderPool
+        from octavo.engine.config.media_limits import MediaLimits
         lease = DecoderPool(MediaLimits(), 1).lease().__enter__()
         print(lease._ready_process("x").pid, flush=True)
         time.sleep(100)

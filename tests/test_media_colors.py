@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import encoded, noise
-from octavo.engine.media.image import ImageFile
-from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.reader import Pixels
+from octavo.benchmarks.media.cases import encoded, noise
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.media.decode.image import ImageFile
+from octavo.engine.media.decode.reader import Pixels
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 

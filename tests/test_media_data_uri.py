@@ -8,12 +8,12 @@ from urllib.parse import quote, unquote_to_bytes
 
 import pytest
 
-from octavo.benchmarks.media_cases import encoded, mp4, noise
-from octavo.engine.client_error import ClientError
-from octavo.engine.client_media import media_item
-from octavo.engine.input_error import InputError
+from octavo.benchmarks.media.cases import encoded, mp4, noise
+from octavo.engine.client.errors import ClientError
+from octavo.engine.client.media import media_item
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
 from octavo.engine.media.data_uri import CHUNK, percent_decoded
-from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.source_text import looks_like_base64
 from octavo.engine.media.task import MediaTask

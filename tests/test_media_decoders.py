@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import encoded, mp4, noise, without_late_frames
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import wait_for
-from octavo.engine import machine_memory
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import wait_for
+from octavo.benchmarks.media.cases import encoded, mp4, noise, without_late_frames
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.input.preprocess_pool import InputPool, Lanes
 from octavo.engine.input.processor import InputProcessor
-from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import InputPool, Lanes
-from octavo.engine.machine_memory import Memory, available_memory
-from octavo.engine.media import child_process
-from octavo.engine.media.child_pool import DecoderPool, Lease
-from octavo.engine.media.decoder_plan import MEMORY_SHARE, SMALL_BYTES, DecoderPlan, plan_decoders
-from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.slots import FairSlots
+from octavo.engine.media.sandbox import process
+from octavo.engine.media.sandbox.plan import MEMORY_SHARE, SMALL_BYTES, DecoderPlan, plan_decoders
+from octavo.engine.media.sandbox.pool import DecoderPool, Lease
+from octavo.engine.media.sandbox.slots import FairSlots
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
+from octavo.engine.utils import machine_memory
+from octavo.engine.utils.machine_memory import Memory, available_memory
 
 LIMITS = MediaLimits()
 GOOD = encoded(noise())
@@ -198,7 +198,7 @@ def test_a_video_dropped_between_two_frames_leaves_its_decoder_alive(pool: Decod
 def test_cancelling_ends_a_wait_for_a_decoder_that_does_not_answer(
     pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child_process, "CANCEL_SECONDS", 0.05)
+    monkeypatch.setattr(process, "CANCEL_SECONDS", 0.05)
     task = MediaTask(LIMITS)
     with pool.lease(task) as lease:
         pid = pid_of(lease)
@@ -314,7 +314,7 @@ def test_text_waits_for_no_decoder_and_images_for_no_video(
 ) -> None:
     """With fewer decoders than threads."""
     memory = Memory(16 << 30, 16 << 30)
-    monkeypatch.setattr("octavo.engine.input_pool.available_memory", lambda: memory)
+    monkeypatch.setattr("octavo.engine.input.preprocess_pool.available_memory", lambda: memory)
     inputs = InputPool(processor, isolate=True)
     pool = decoders(inputs)
     assert dict(pool.plan.lanes) == {"images": 1, "videos": 1, "urls": 1}

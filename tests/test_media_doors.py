@@ -20,17 +20,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import octavo
-from octavo.benchmarks.media_cases import encoded, mp4, noise
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine import client_media
-from octavo.engine.cli import app
-from octavo.engine.client import Client, ClientError
-from octavo.engine.input_error import InputError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.benchmarks.media.cases import encoded, mp4, noise
+from octavo.engine.cli.main import app
+from octavo.engine.client import media
+from octavo.engine.client.client import Client, ClientError
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
 from octavo.engine.media.embeds import MediaEmbeds
 from octavo.engine.media.item import MediaInfo
-from octavo.engine.media.limits import MediaLimits
-from octavo.engine.server.read_media import read_source
+from octavo.engine.server.grpc_api.media import read_source
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 
@@ -322,7 +322,7 @@ def test_embeddings_travel_as_they_are(dtype: str, of: str) -> None:
     if of == "big-endian":
         given = given.astype(given.dtype.newbyteorder(">"))
     part = {"type": "image", "image": MediaEmbeds(given, (1, 4, 6))}
-    item = pb.MediaItem.FromString(client_media.media_item(part).SerializeToString())
+    item = pb.MediaItem.FromString(media.media_item(part).SerializeToString())
     found = read_source(item, "image")
     assert isinstance(found, MediaEmbeds)
     assert tuple(found.grid_thw) == (1, 4, 6)
@@ -594,7 +594,7 @@ def test_options_on_the_command_line_are_checked(arguments: list[str], words: st
 def test_what_is_too_large_for_a_message(
     client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(client_media, "MAX_MESSAGE_BYTES", 100_000)
+    monkeypatch.setattr(media, "MAX_MESSAGE_BYTES", 100_000)
     (tmp_path / "big.mp4").write_bytes(bytes(100_001))
     big = np.zeros((200, 200, 3), np.uint8)
     half = image(np.zeros((130, 130, 3), np.uint8))

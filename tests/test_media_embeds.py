@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 import octavo
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_engine import TinyEngine
+from octavo.benchmarks.fakes.tiny_requests import TinyRequest, text, tiny_request
+from octavo.benchmarks.fakes.tiny_requests import image as tiny_image
+from octavo.benchmarks.fakes.tiny_requests import video as tiny_video
 from octavo.benchmarks.robustness import at_steps
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_engine import TinyEngine
-from octavo.benchmarks.tiny_requests import TinyRequest, text, tiny_request
-from octavo.benchmarks.tiny_requests import image as tiny_image
-from octavo.benchmarks.tiny_requests import video as tiny_video
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
+from octavo.engine.errors import InputError
 from octavo.engine.input.processor import InputProcessor
-from octavo.engine.input_error import InputError
 from octavo.engine.media.item import UnitContent, embeds_hash, media_hash
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import EncodeTask

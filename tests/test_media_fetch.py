@@ -21,22 +21,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.benchmarks.media_cases import encoded, noise
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.config import ModelConfig, PreprocessConfig
-from octavo.engine.config_error import ConfigError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.media.cases import encoded, noise
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import ConfigError, InputError
 from octavo.engine.input.processor import InputProcessor
-from octavo.engine.input_error import InputError
-from octavo.engine.media import fetch as fetching
-from octavo.engine.media import network as networking
 from octavo.engine.media import source as sources
-from octavo.engine.media.addresses import is_public
-from octavo.engine.media.fetch import Network, fetch
-from octavo.engine.media.limits import MediaLimits
-from octavo.engine.media.opening import open_here
+from octavo.engine.media.decode.opening import open_here
+from octavo.engine.media.fetch import fetch as fetching
+from octavo.engine.media.fetch import network as networking
+from octavo.engine.media.fetch.addresses import is_public
+from octavo.engine.media.fetch.fetch import Network, fetch
+from octavo.engine.media.fetch.urls import is_allowed, read_host, read_url, without_secrets
 from octavo.engine.media.source import MediaAccess, media_access, open_source
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.urls import is_allowed, read_host, read_url, without_secrets
 
 PUBLIC, OTHER = "93.184.216.34", "2606:2800:220:1::1"
 LIMITS = MediaLimits(max_media_bytes=1 << 20, fetch_timeout_s=5)

@@ -15,17 +15,17 @@ import PIL.ImageFile
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from octavo.benchmarks.media_cases import encoded, noise, photo
-from octavo.benchmarks.media_cases import load as load_media
-from octavo.benchmarks.media_fuzz import IMAGES, broken_files, whole_file
+from octavo.benchmarks.media.cases import encoded, noise, photo
+from octavo.benchmarks.media.cases import load as load_media
+from octavo.benchmarks.media.fuzz import IMAGES, broken_files, whole_file
 from octavo.benchmarks.process_memory import anonymous_bytes
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.input_error import InputError
-from octavo.engine.media.image import ORIENTATION, ImageFile
-from octavo.engine.media.limits import MediaLimits
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.media.decode.image import ORIENTATION, ImageFile
+from octavo.engine.media.decode.reader import Pixels
+from octavo.engine.media.decode.rgb import to_rgb
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media.reader import Pixels
-from octavo.engine.media.rgb import to_rgb
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 
@@ -143,9 +143,9 @@ def test_L23_codec_other_formats_are_refused(form: str) -> None:
 
 OPENED = """
 import io, sys
-import octavo.engine.media.image as image
-from octavo.engine.input_error import InputError
-from octavo.engine.media.limits import MediaLimits
+import octavo.engine.media.decode.image as image
+from octavo.engine.errors import InputError
+from octavo.engine.config.media_limits import MediaLimits
 before = set(sys.modules)
 for text in sys.stdin:
     try:

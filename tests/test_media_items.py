@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_cases import SHAPE, encoded, load, mp4, noise
-from octavo.engine.client_error import ClientError
-from octavo.engine.client_request import conversation_of
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.input.chat import read_messages
-from octavo.engine.input_error import InputError
+from octavo.benchmarks.media.cases import SHAPE, encoded, load, mp4, noise
+from octavo.engine.client.errors import ClientError
+from octavo.engine.client.requests import conversation_of
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.errors import InputError
+from octavo.engine.input.chat_template import read_messages
+from octavo.engine.input.prompt_size import PromptSize
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sizes import frame_size, image_size
-from octavo.engine.prompt_size import PromptSize
-from octavo.engine.server import openai_messages
+from octavo.engine.server.http_api import openai_messages
 
 SIZES: dict[str, Any] = {"min_pixels": 784, "max_pixels": 12544}
 

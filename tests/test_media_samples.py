@@ -9,19 +9,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from octavo.benchmarks.media_files import (
-    GRAY,
-    GRAY_ALPHA,
-    PALETTE,
-    RGB,
-    RGB_ALPHA,
-    bmp,
-    png,
-    tiff,
-)
-from octavo.engine.input_error import InputError
-from octavo.engine.media.image import ImageFile
-from octavo.engine.media.limits import MediaLimits
+from octavo.benchmarks.media.files import GRAY, GRAY_ALPHA, PALETTE, RGB, RGB_ALPHA, bmp, png, tiff
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.media.decode.image import ImageFile
 
 Pixels = npt.NDArray[np.int64]
 SIDE = 16

@@ -12,18 +12,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import octavo
-from octavo.benchmarks.media_cases import encoded, mp4, noise
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Server, start
-from octavo.engine import cli_serve
-from octavo.engine.cli import app
-from octavo.engine.cli_media import hosts_of
-from octavo.engine.client import ClientError
-from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
-from octavo.engine.input_error import InputError
-from octavo.engine.media.limits import MediaLimits
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Server, start
+from octavo.benchmarks.media.cases import encoded, mp4, noise
+from octavo.engine.cli import serve as cli_serve
+from octavo.engine.cli.main import app
+from octavo.engine.cli.media_options import hosts_of
+from octavo.engine.client.client import ClientError
+from octavo.engine.config.engine_config import EngineConfig, ModelConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import ConfigError, InputError
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media_settings import media_settings
+from octavo.engine.media.settings import media_settings
 
 PARAMS = octavo.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 SETTINGS: dict[str, Any] = {
@@ -150,7 +150,7 @@ def test_a_server_s_options(llm: octavo.LLM) -> None:
 def test_settings_that_contradict_are_refused_before_anything_is_loaded(
     checkpoint: Path, settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.engine.engine.WorkerGroup", None)
+    monkeypatch.setattr("octavo.engine.core.engine.WorkerGroup", None)
     with pytest.raises(ConfigError) as error:
         octavo.LLM(checkpoint, **settings)
     assert words in str(error.value)

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 import octavo
-from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
-from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.input_error import InputError
-from octavo.engine.input_pool import InputPool
-from octavo.engine.media.image import ImageFile
-from octavo.engine.media.limits import MediaLimits
+from octavo.benchmarks.fakes.simulated_worker import Simulation, make_config, make_request
+from octavo.benchmarks.media.cases import SHAPE, encoded, mp4, noise
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.input.preprocess_pool import InputPool
+from octavo.engine.input.prompt_size import PromptSize
+from octavo.engine.media.decode.image import ImageFile
+from octavo.engine.media.decode.opening import open_here
+from octavo.engine.media.decode.video import VideoFile
 from octavo.engine.media.loader import MediaLoader
-from octavo.engine.media.opening import open_here
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.video import VideoFile
-from octavo.engine.prompt_size import PromptSize
+from octavo.engine.media.token_budget import TokenRoom
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.request import Request
 

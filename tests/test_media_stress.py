@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 import octavo
-from octavo.benchmarks.media_cases import encoded, mp4, noise, without_late_frames
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.client_error import ClientError
-from octavo.engine.media import network as networking
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.benchmarks.media.cases import encoded, mp4, noise, without_late_frames
+from octavo.engine.client.errors import ClientError
 from octavo.engine.media import source as sources
-from octavo.engine.media.fetch import Network
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.work import Work
+from octavo.engine.media.fetch import network as networking
+from octavo.engine.media.fetch.fetch import Network
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.server import HttpServer
 
 PUBLIC = "93.184.216.34"
 SIZES = {"min_pixels": 3136, "max_pixels": 12544}

@@ -15,25 +15,25 @@ import pytest
 import torch
 from PIL import Image
 
-from octavo.benchmarks.media_cases import SHAPE, encoded, mp4, noise
-from octavo.benchmarks.media_cases import load as load_media
-from octavo.benchmarks.video_cases import clip, moving, repeated
-from octavo.engine.config import PreprocessConfig
-from octavo.engine.input_error import InputError
-from octavo.engine.media import video_decode
+from octavo.benchmarks.media.cases import SHAPE, encoded, mp4, noise
+from octavo.benchmarks.media.cases import load as load_media
+from octavo.benchmarks.media.video_cases import clip, moving, repeated
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.media.decode import video_decode
+from octavo.engine.media.decode.opening import open_video as open_reader
+from octavo.engine.media.decode.reader import Frame, MediaHeader, MediaReader, Pixels
+from octavo.engine.media.decode.resample import resize_frame
+from octavo.engine.media.decode.video import VideoFile
+from octavo.engine.media.decode.video_index import VideoIndex
 from octavo.engine.media.item import MediaInfo
-from octavo.engine.media.limits import MediaLimits
 from octavo.engine.media.loader import MediaLoader
-from octavo.engine.media.opening import open_video as open_reader
 from octavo.engine.media.options import MediaOptions
-from octavo.engine.media.reader import Frame, MediaHeader, MediaReader, Pixels
-from octavo.engine.media.resample import resize_frame
-from octavo.engine.media.room import TokenRoom
 from octavo.engine.media.sizes import frame_indices, frame_range
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.video import VideoFile
-from octavo.engine.media.video_index import VideoIndex
+from octavo.engine.media.token_budget import TokenRoom
 
 LIMITS = MediaLimits()
 DEFAULTS = PreprocessConfig(video_min_pixels=28 * 28 * 4)
@@ -314,11 +314,11 @@ def test_a_file_with_damaged_frames() -> None:
 
 JUMP = """
 import io, sys
-from octavo.engine.input_error import InputError
-from octavo.engine.media.limits import MediaLimits
+from octavo.engine.errors import InputError
+from octavo.engine.config.media_limits import MediaLimits
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.video import VideoFile
+from octavo.engine.media.decode.video import VideoFile
 reader = VideoFile(io.BytesIO(open(sys.argv[1], "rb").read()), MediaLimits(), "video")
 print([frame.index for frame in reader.frames([0, 47], 64, 96)])
 """
@@ -550,7 +550,7 @@ def test_video_options() -> None:
 
 LONG_VIDEO = """
 import resource, sys
-from octavo.benchmarks.media_cases import load
+from octavo.benchmarks.media.cases import load
 from octavo.engine.media.options import MediaOptions
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 _, pixels = load("video", sys.argv[1], MediaOptions(fps=1.0), max_model_len=5000)
@@ -570,7 +570,7 @@ def test_L12_video_memory(tmp_path: Path) -> None:
 
 VERY_LONG = """
 import sys
-from octavo.benchmarks.media_video import measure_here
+from octavo.benchmarks.media.video import measure_here
 load = measure_here(sys.argv[1], 0.1)
 print(load.frames, int(load.extra_mb))
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from octavo.benchmarks.make_checkpoint import make_checkpoint, real_config
-from octavo.engine.config import ModelConfig
+from octavo.engine.config.engine_config import ModelConfig
 
 SHAPE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -19,17 +19,16 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
-from octavo.benchmarks.simulated_worker import Simulation, make_config
-from octavo.engine.engine import DuplicateRequest, EngineDead
-from octavo.engine.error_codes import code_of
+from octavo.benchmarks.fakes.simulated_worker import Simulation, make_config
+from octavo.engine.errors import DuplicateRequest, EngineDead, InputError, code_of
 from octavo.engine.input.processor import InputTimes, ProcessedInput
-from octavo.engine.input_error import InputError
-from octavo.engine.output import OutputDelta, Usage
-from octavo.engine.request_record import RequestRecord
+from octavo.engine.observability.prometheus import CONTENT_TYPE, metrics_text
+from octavo.engine.observability.request_log import RequestRecord
+from octavo.engine.observability.stats import EngineStats
+from octavo.engine.outputs import OutputDelta, Usage
 from octavo.engine.server.errors import fault_of
-from octavo.engine.server.grpc_server import warm_up
-from octavo.engine.server.metrics import CONTENT_TYPE, metrics_text, serving_metrics
-from octavo.engine.stats import EngineStats
+from octavo.engine.server.grpc_api.server import warm_up
+from octavo.engine.server.metrics_server import serving_metrics
 from octavo.scheduler.admission import AdmissionError, QueueFull
 from octavo.scheduler.request import Request
 from octavo.scheduler.step import StepPlan

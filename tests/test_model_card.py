@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.input_error import InputError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.errors import InputError
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=4)
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import (
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_requests import (
     TinyDriver,
     TinyMedia,
     TinyRequest,
@@ -26,7 +26,7 @@ from octavo.benchmarks.tiny_requests import (
     tiny_request,
     video,
 )
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import SamplingBatch
 from octavo.engine.runner.model_runner import ModelRunner
@@ -204,8 +204,8 @@ import json, sys
 from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
-from octavo.benchmarks.tiny_requests import TinyDriver, TinyMedia, tiny_request
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.benchmarks.fakes.tiny_requests import TinyDriver, TinyMedia, tiny_request
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import connect
 from octavo.engine.runner.model_runner import ModelRunner
 

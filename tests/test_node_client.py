@@ -15,10 +15,10 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2
 
 from octavo.benchmarks.eval_demo_model import ask_color
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.tls import TlsFiles
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.server.api_keys import ApiKeys
+from octavo.engine.utils.tls import TlsFiles
 
 from .test_grpc_auth import make_pair
 

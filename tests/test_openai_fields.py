@@ -18,19 +18,20 @@ from openai.types import completion_create_params as completions_params
 from openai.types.chat import completion_create_params as chat_params
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.client_request import conversation_of
-from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.input import openai_fields
-from octavo.engine.input.chat import read_messages
-from octavo.engine.input.openai_fields import MESSAGE, PART, REQUEST, STREAM_OPTIONS, TABLES
-from octavo.engine.input.tools import read_tools
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.client.requests import conversation_of
+from octavo.engine.config.engine_config import EngineConfig
+from octavo.engine.errors import ConfigError
+from octavo.engine.input.chat_template import read_messages
 from octavo.engine.replicas.settings import read_settings
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.make_openai_docs import openai_page
-from octavo.engine.server.openai_request import NEUTRAL, read_chat
-from octavo.engine.server.work import Work
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.make_openai_docs import openai_page
+from octavo.engine.server.http_api.openai_request import NEUTRAL, read_chat
+from octavo.engine.server.http_api.server import HttpServer
+from octavo.engine.tool_calling.schema import read_tools
+from octavo.engine.utils import openai_fields
+from octavo.engine.utils.openai_fields import MESSAGE, PART, REQUEST, STREAM_OPTIONS, TABLES
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 from octavo.scheduler.params import RequestOptions, SamplingParams
@@ -164,7 +165,7 @@ def test_every_api_takes_these_fields() -> None:
     assert len(conversation_of([*messages[:3]]).messages) == 3
     from_http = read_chat({"messages": messages[:3]}, NAMES).prompts[0]["messages"]
     assert [each.keys() for each in from_http] == [{"role", "content"}] * 3
-    with pytest.raises(octavo.engine.input_error.InputError, match="'nome' is unknown"):
+    with pytest.raises(octavo.engine.errors.InputError, match="'nome' is unknown"):
         read_messages([{"role": "user", "content": "x", "nome": "y"}])
 
 
@@ -212,7 +213,7 @@ def test_every_field_of_openai_s_own_types_is_in_the_table() -> None:
 
 def test_the_page_is_that_of_the_table() -> None:
     page = Path(__file__).parent.parent / "docs/openai.md"
-    command = "python -m octavo.engine.server.make_openai_docs > docs/openai.md"
+    command = "python -m octavo.engine.server.http_api.make_openai_docs > docs/openai.md"
     assert page.read_text() == openai_page(), command
     for table in TABLES.values():
         assert all(f"| `{each.name}` |" in openai_page() for each in table)

@@ -18,12 +18,11 @@ import pytest
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.client import Client, ClientDelta, ClientError
-from octavo.engine.engine import DuplicateRequest
-from octavo.engine.input_error import InputError
-from octavo.engine.output import TextStream
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.client.client import Client, ClientDelta, ClientError
+from octavo.engine.core.detokenizer import TextStream
+from octavo.engine.errors import DuplicateRequest, InputError
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 from octavo.scheduler.admission import QueueFull
@@ -353,7 +352,9 @@ def test_what_is_not_admitted_leaves_nothing_behind(
     llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("octavo.engine.live.LiveRequest.supply", lambda *args, **more: 1 / 0)
+        patch.setattr(
+            "octavo.engine.core.active_requests.LiveRequest.supply", lambda *args, **more: 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             llm.engine.add_request("bad", ask("Hi", 3), GREEDY)
     assert not llm.engine.has_requests and not llm.engine.scheduler.requests

@@ -5,8 +5,8 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from octavo.engine import output
-from octavo.engine.output import TextStream
+from octavo.engine import outputs
+from octavo.engine.core.detokenizer import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_stop_strings_cost_a_token_little_however_long_they_are(
         tried.append(most)
         return real(text, stop, most)
 
-    real = output._overlap
-    monkeypatch.setattr(output, "_overlap", overlap)
+    real = outputs._overlap
+    monkeypatch.setattr(outputs, "_overlap", overlap)
     stream = TextStream(tokenizer, ["a" * 200 + "!", *("b" * 200 + str(n) for n in range(9))])
     for token in tokenizer.encode("a" * 150).ids:
         assert stream.push([token]) == ""

@@ -13,14 +13,19 @@ import pytest
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.matchers import Matchers
-from octavo.engine.pipeline import StepPipeline
-from octavo.engine.sampling_slots import SamplingSlots
-from octavo.engine.stats import EngineStats
-from octavo.engine.worker.bound import LEAST_BOUND, StepBound
+from octavo.benchmarks.fakes.simulated_worker import (
+    Simulation,
+    make_config,
+    make_request,
+    naive_output,
+)
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.core.penalty_slots import SamplingSlots
+from octavo.engine.core.step_pipeline import StepPipeline
+from octavo.engine.observability.stats import EngineStats
+from octavo.engine.structured_output.matchers import Matchers
 from octavo.engine.worker.group import SentStep
+from octavo.engine.worker.watch import LEAST_BOUND, StepBound
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 

@@ -19,11 +19,11 @@ from playwright.sync_api import expect
 
 from octavo.benchmarks.browser import chromium, find_chromium
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
-from octavo.benchmarks.tiny_server import Served, wait_for
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.work import Work
+from octavo.benchmarks.fakes.tiny_server import Served, wait_for
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.server.api_keys import ApiKeys
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.server import HttpServer
 from octavo.scheduler.params import SamplingParams
 
 if find_chromium() is None:

@@ -4,7 +4,12 @@ from array import array
 
 import pytest
 
-from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
+from octavo.benchmarks.fakes.simulated_worker import (
+    Simulation,
+    make_config,
+    make_request,
+    naive_output,
+)
 from octavo.scheduler.block_hash import block_hash, next_hash, root_hash
 from octavo.scheduler.request import EncodeUnit, Request, RequestStatus, salted
 

@@ -6,8 +6,13 @@ import random
 import numpy as np
 import pytest
 
-from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
-from octavo.engine.capacity import CPU_LONG_PREFILL
+from octavo.benchmarks.fakes.simulated_worker import (
+    Simulation,
+    make_config,
+    make_request,
+    naive_output,
+)
+from octavo.engine.core.kv_capacity import CPU_LONG_PREFILL
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.params import RequestOptions, SamplingParams
 from octavo.scheduler.planner import MOST_PASSED_OVER

@@ -22,9 +22,9 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
 from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Server, start
-from octavo.engine.cli import app
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Server, start
+from octavo.engine.cli.main import app
 from octavo.proto import octavo_pb2
 
 STORED = Path(__file__).parent / "data/public_surface.json"

@@ -15,10 +15,12 @@ import triton
 from safetensors.torch import load_file, save_file
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import TinyDriver, image, text, tiny_request
-from octavo.engine.config import ConfigError, ModelConfig, PreprocessConfig
-from octavo.engine.info import checkpoint_info
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_requests import TinyDriver, image, text, tiny_request
+from octavo.engine.cli.info import checkpoint_info
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
+from octavo.engine.config.quantization import MERGED, WeightFormat, read_weight_format
+from octavo.engine.errors import ConfigError
 from octavo.engine.model import quantized
 from octavo.engine.model.parallel import TensorParallel, valid_tensor_parallel_sizes
 from octavo.engine.model.quantized import Fp8Weight, Int4Weight
@@ -27,7 +29,6 @@ from octavo.engine.runner import loader
 from octavo.engine.runner.loader import check_weight_format, load_weights
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import Sampler
-from octavo.engine.weight_format import MERGED, WeightFormat, read_weight_format
 from octavo.kernels.int4_layout import PackedInt4, unpack_int4
 
 CPU = torch.device("cpu")

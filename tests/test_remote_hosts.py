@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo.benchmarks.kept_worker import Kept, keep
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.robustness import at_steps
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.config import ConfigError
-from octavo.engine.worker import remote
+from octavo.engine.errors import ConfigError
+from octavo.engine.worker.remote import join
+from octavo.tests.support.kept_worker import Kept, keep
 
 HOSTS = ("octavo-a", "octavo-b")
 ADDRESSES = ("10.98.7.1", "10.98.7.2")  # those of the page's certificates
@@ -153,7 +153,7 @@ def test_two_hosts_answer_as_one(
 def test_a_stranger_is_not_let_in(
     checkpoint: Path, hosts: list[Kept], certificates: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(remote, "JOIN_TIMEOUT", 2.0)
+    monkeypatch.setattr(join, "JOIN_TIMEOUT", 2.0)
     with pytest.raises(ConfigError, match="takes mutual TLS"):
         engine(checkpoint, hosts, None)
     command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -keyout tls.key -out tls.crt"
@@ -164,7 +164,7 @@ def test_a_stranger_is_not_let_in(
     with pytest.raises(RuntimeError, match=r"rank 0 .* is not there"):
         engine(checkpoint, hosts, tmp_path)
     shutil.copy(tmp_path / "tls.crt", tmp_path / "ca.crt")
-    monkeypatch.setattr(remote, "JOIN_TIMEOUT", 60.0)  # it may still be starting
+    monkeypatch.setattr(join, "JOIN_TIMEOUT", 60.0)  # it may still be starting
     with pytest.raises(ConfigError, match="the certificates do not fit"):
         engine(checkpoint, hosts, tmp_path)
 
@@ -244,7 +244,7 @@ def test_a_cut_cable(
 def test_a_host_that_is_gone_ends_the_engine_with_its_name(
     checkpoint: Path, hosts: list[Kept], certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "REJOIN_TIMEOUT", 5.0)
+    monkeypatch.setattr(join, "REJOIN_TIMEOUT", 5.0)
     with engine(checkpoint, hosts, certificates / "engine", max_restarts=1) as llm:
         pid = llm.engine.worker_pids[1]
         at_steps(llm, {6}, lambda: (os.kill(pid, signal.SIGKILL), hosts[1].process.kill()))

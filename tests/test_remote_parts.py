@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.config import ConfigError
-from octavo.engine.worker import meeting
-from octavo.engine.worker.address import Address, interface_towards
-from octavo.engine.worker.fingerprint import fingerprint
-from octavo.engine.worker.meeting import Meeting, SharedStore
-from octavo.engine.worker.meeting_store import MeetingStore
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.errors import ConfigError
+from octavo.engine.worker.remote import rendezvous
+from octavo.engine.worker.remote.address import Address, interface_towards
+from octavo.engine.worker.remote.fingerprint import fingerprint
+from octavo.engine.worker.remote.rendezvous import Meeting, SharedStore
+from octavo.engine.worker.remote.torch_store import MeetingStore
 from octavo.proto import worker_pb2 as pb
 
 
@@ -130,7 +130,7 @@ class Rank:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(meeting, "OPEN_CHECK", 0.05)
+    monkeypatch.setattr(rendezvous, "OPEN_CHECK", 0.05)
     shared = SharedStore()
     made = [Rank(shared) for _ in range(2)]
     yield made
@@ -184,7 +184,7 @@ def test_ranks_meet_by_it(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) ->
 def test_a_stream_that_breaks_fails_what_was_asked_by_it_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(meeting, "OPEN_CHECK", 0.05)
+    monkeypatch.setattr(rendezvous, "OPEN_CHECK", 0.05)
     ours = Meeting()
     store, failed = MeetingStore(ours), threading.Event()
 
@@ -225,12 +225,12 @@ def test_a_later_stream_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_late_reply_is_no_other_question_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "ASK_TIMEOUT", 0.05)
+    monkeypatch.setattr(rendezvous, "ASK_TIMEOUT", 0.05)
     ours, replies = Meeting(), [pb.StoreReply(value=b"B"), pb.StoreReply(value=b"A")]
     stream = ours.serve(iter(replies.pop, None), lambda: True)
     with pytest.raises(RuntimeError, match="does not answer"):
         ours.ask(pb.StoreRequest(key="nobody serves"))
-    monkeypatch.setattr(meeting, "ASK_TIMEOUT", 5.0)
+    monkeypatch.setattr(rendezvous, "ASK_TIMEOUT", 5.0)
     answers: list[Any] = []
     asker = threading.Thread(
         target=lambda: answers.append(ours.ask(pb.StoreRequest(key="a"))), daemon=True
@@ -243,6 +243,6 @@ def test_a_late_reply_is_no_other_question_s(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_engine_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "ASK_TIMEOUT", 0.05)
+    monkeypatch.setattr(rendezvous, "ASK_TIMEOUT", 0.05)
     with pytest.raises(RuntimeError, match="the engine does not answer"):
         MeetingStore(Meeting()).set("a", "b")

@@ -19,15 +19,16 @@ import pytest
 from typer.testing import CliRunner
 
 import octavo
-from octavo.benchmarks.kept_worker import Kept, keep
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.robustness import at_steps
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.cli import app
-from octavo.engine.config import ConfigError, EngineConfig
-from octavo.engine.worker import remote
-from octavo.engine.worker.fingerprint import fingerprint
+from octavo.engine.cli.main import app
+from octavo.engine.config.engine_config import EngineConfig
+from octavo.engine.errors import ConfigError
 from octavo.engine.worker.link import WorkerGroupError
 from octavo.engine.worker.loading import start_loading
+from octavo.engine.worker.remote import join as remote
+from octavo.engine.worker.remote.fingerprint import fingerprint
+from octavo.tests.support.kept_worker import Kept, keep
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SETTINGS: dict[str, Any] = {
@@ -62,8 +63,8 @@ def pair(checkpoint: Path) -> Iterator[list[Kept]]:
 
 
 def _free_port() -> int:
-    from octavo.engine.worker.address import Address
-    from octavo.engine.worker.keeper import free_address
+    from octavo.engine.worker.remote.address import Address
+    from octavo.engine.worker.remote.supervisor import free_address
 
     return free_address(Address("127.0.0.1", 0)).port
 
@@ -229,7 +230,15 @@ def test_a_server_stops_with_its_workers(checkpoint: Path, leaves: bool) -> None
     kept = keep(checkpoint, "--listen", "127.0.0.1:0", "--rank", "0")
     kept.read()
     options = ("--max-model-len", "16384", "--port", "0", "--workers", kept.address)
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--model", str(checkpoint)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "octavo.engine.cli.main",
+        "serve",
+        "--model",
+        str(checkpoint),
+    ]
     server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     address = server.stdout.readline().split("grpc=")[1].split()[0]

@@ -17,9 +17,9 @@ from octavo.engine.replicas.calls import Call, GrpcCall, HttpCall, HttpStart
 from octavo.engine.replicas.ingress import Ingress, _http_call
 from octavo.engine.replicas.read import AT_ONCE, grpc_prefix
 from octavo.engine.replicas.run_http import AHEAD, run_http
-from octavo.engine.server.http_guard import Guard
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.work import Work
+from octavo.engine.server.api_keys import ApiKeys
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.middleware import Guard
 from octavo.proto import octavo_pb2 as pb
 
 KEY = "a-key-of-ours"

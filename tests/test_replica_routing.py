@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request
-from octavo.engine.config_error import ConfigError
+from octavo.benchmarks.fakes.simulated_worker import Simulation, make_config, make_request
+from octavo.engine.errors import ConfigError
 from octavo.engine.replicas import read
 from octavo.engine.replicas import router as router_module
 from octavo.engine.replicas.calls import Call

@@ -28,7 +28,7 @@ from ray import serve
 
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_shape
-from octavo.engine.client_error import ClientError
+from octavo.engine.client.errors import ClientError
 from octavo.engine.replicas.held import links_in
 from octavo.engine.replicas.prefix import prefix_of
 from octavo.proto import octavo_pb2 as pb

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.robustness import History, Round, fault_free, play, reproduction
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine.output import OutputDelta, Usage
+from octavo.engine.outputs import OutputDelta, Usage
 
 
 @pytest.fixture(scope="module")

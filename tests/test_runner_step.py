@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import GREEDY, TinyDriver, TinyMedia, TinyRequest, tiny_request
-from octavo.engine.config import ModelConfig, PreprocessConfig, read_json
+from octavo.benchmarks.fakes.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_requests import (
+    GREEDY,
+    TinyDriver,
+    TinyMedia,
+    TinyRequest,
+    tiny_request,
+)
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig, read_json
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner import encode_stage, model_runner
 from octavo.engine.runner.kv_cache import activation_bytes, device_memory, kv_block_bytes

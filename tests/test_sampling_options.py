@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine.client import Client, ClientDelta, ClientError
+from octavo.benchmarks.fakes.tiny_checkpoint import SPECIAL_IDS, write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.client.client import Client, ClientDelta, ClientError
 from octavo.engine.input.tokenizer import TextTokenizer
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
@@ -77,7 +77,7 @@ def by_client(served: Served, params: octavo.SamplingParams) -> Told:
 def joined(deltas: list[Any]) -> Told:
     first = deltas[0]
     assert not any(delta.prompt_logprobs for delta in deltas if delta is not first)
-    assert isinstance(first, ClientDelta | octavo.engine.output.OutputDelta)
+    assert isinstance(first, ClientDelta | octavo.engine.outputs.OutputDelta)
     return (
         [entry for delta in deltas for entry in delta.logprobs],
         deltas[-1].finish_reason,

@@ -4,7 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from octavo.benchmarks.simulated_worker import Simulation, make_config, make_request, naive_output
+from octavo.benchmarks.fakes.simulated_worker import (
+    Simulation,
+    make_config,
+    make_request,
+    naive_output,
+)
 from octavo.scheduler.admission import AdmissionError
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.scheduler import Scheduler

@@ -22,9 +22,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import SETTINGS, Served, Server, alive, start, wait_for
-from octavo.engine.client import ClientError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import SETTINGS, Served, Server, alive, start, wait_for
+from octavo.engine.client.client import ClientError
 from octavo.engine.server.errors import STOPPED
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
@@ -398,7 +398,7 @@ def test_workers_die_with_a_server_that_is_killed(checkpoint: Path) -> None:
 def test_a_server_that_cannot_start_says_why(
     checkpoint: Path, options: list[str], words: str
 ) -> None:
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--port", "0"]
     settings = ["--model", str(checkpoint), *SETTINGS, *options]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
@@ -408,7 +408,7 @@ def test_a_server_that_cannot_start_says_why(
 
 def test_a_port_in_use_is_an_error(server: Server, checkpoint: Path) -> None:
     port = server.address.split(":")[1]
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve", "--port", port]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--port", port]
     settings = ["--model", str(checkpoint), *SETTINGS]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Server, alive, start, wait_for
-from octavo.engine import failpoint
-from octavo.engine.client import ClientError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Server, alive, start, wait_for
+from octavo.engine.client.client import ClientError
+from octavo.engine.utils import failpoints
 
 LONG: dict[str, Any] = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
 
@@ -75,7 +75,7 @@ def test_streams_go_on_when_a_worker_is_killed(
 ) -> None:
     faults = ("worker.computed@1=kill#60", "worker.replies@0=oom#90")
     rules = [f"{rule}!{tmp_path / str(number)}" for number, rule in enumerate(faults)]
-    monkeypatch.setenv(failpoint.VARIABLE, ";".join(rules))
+    monkeypatch.setenv(failpoints.VARIABLE, ";".join(rules))
     server = start(checkpoint, "--tensor-parallel-size", "2")
     assert talk(server) == expected
     assert len(list(tmp_path.iterdir())) == 2
@@ -107,7 +107,7 @@ def test_an_error_in_the_engine_s_step_is_survived(
     place: str,
     action: str,
 ) -> None:
-    monkeypatch.setenv(failpoint.VARIABLE, f"{place}={action}#40")
+    monkeypatch.setenv(failpoints.VARIABLE, f"{place}={action}#40")
     server = start(checkpoint)
     assert talk(server) == expected
     assert server.end() == 0
@@ -124,7 +124,7 @@ def test_when_the_engine_ends_clients_know_and_nothing_is_left(
 ) -> None:
     folder = tempfile.mkdtemp()  # a short name: it is to hold Unix sockets
     monkeypatch.setenv("TMPDIR", folder)
-    monkeypatch.setenv(failpoint.VARIABLE, f"{place}={action}#40")
+    monkeypatch.setenv(failpoints.VARIABLE, f"{place}={action}#40")
     server = start(checkpoint)
     assert [path.name[:7] for path in Path(folder).iterdir() if path.is_dir()] == ["octavo-"]
     for (tokens, end), (wanted, _) in zip(talk(server), expected, strict=True):

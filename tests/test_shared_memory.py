@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.engine.model.shared_memory import SLOT
 from octavo.kernels import native
 

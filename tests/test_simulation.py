@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from octavo.benchmarks.fakes.simulated_worker import Simulation
 from octavo.benchmarks.simulate import Scenario, fails, find_failure, reproduction, shrink
-from octavo.benchmarks.simulated_worker import Simulation
 from octavo.scheduler import block_hash
 from octavo.scheduler.block_manager import BlockManager
 from octavo.scheduler.draft import StepDraft

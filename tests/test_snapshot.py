@@ -12,15 +12,21 @@ from typing import Any
 import httpx2
 import pytest
 
-from octavo.benchmarks.tiny_server import Served, wait_for
-from octavo.engine.config import EMBEDDED_MODEL
-from octavo.engine.engine import EngineDead
-from octavo.engine.server import http_live, http_page
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.keys import ApiKeys
-from octavo.engine.server.work import Work
-from octavo.engine.snapshot import CACHED, FIRST_REQUEST, SHARED, UNUSED, take_snapshot
-from octavo.engine.stats import MOST_STEPS, EngineStats
+from octavo.benchmarks.fakes.tiny_server import Served, wait_for
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.errors import EngineDead
+from octavo.engine.observability.snapshot import (
+    CACHED,
+    FIRST_REQUEST,
+    SHARED,
+    UNUSED,
+    take_snapshot,
+)
+from octavo.engine.observability.stats import MOST_STEPS, EngineStats
+from octavo.engine.server.api_keys import ApiKeys
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api import page_route, snapshot_route
+from octavo.engine.server.http_api.server import HttpServer
 from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import Request, RequestStatus
@@ -217,7 +223,7 @@ def test_it_is_for_who_may(door: Door, client: httpx2.Client) -> None:
 def test_names_are_for_who_may_drain(door: Door, host: str, is_known: bool, is_named: bool) -> None:
     """As `Control.Drain`: a key or a certificate, else this machine. Others see a number."""
     begin(door, "a-name-to-abort-by", LONG)
-    view = http_live.LiveView(door.engine, is_known)
+    view = snapshot_route.LiveView(door.engine, is_known)
     asked: Any = SimpleNamespace(query_params={}, client=SimpleNamespace(host=host))
 
     def look() -> str:
@@ -229,7 +235,7 @@ def test_names_are_for_who_may_drain(door: Door, host: str, is_known: bool, is_n
 
 
 def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = http_live.LiveView(door.engine, True)
+    view = snapshot_route.LiveView(door.engine, True)
     asked: Any = SimpleNamespace(query_params={}, client=None)
     taken: list[object] = []
     whole = door.engine.snapshot
@@ -239,14 +245,14 @@ def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.Mon
         return await whole()
 
     monkeypatch.setattr(door.engine, "snapshot", count)
-    monkeypatch.setattr(http_live, "LEAST_AGE", 3600.0)
+    monkeypatch.setattr(snapshot_route, "LEAST_AGE", 3600.0)
 
     async def crowd() -> None:
         await asyncio.gather(*(view.snapshot(asked) for _ in range(50)))
 
     door.run(crowd())
     assert len(taken) == 1
-    monkeypatch.setattr(http_live, "LEAST_AGE", 0.0)
+    monkeypatch.setattr(snapshot_route, "LEAST_AGE", 0.0)
     door.run(view.snapshot(asked))
     assert len(taken) == 2
 
@@ -254,7 +260,7 @@ def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.Mon
 def test_a_fault_is_told_to_who_looks_alone(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(door, "goes-on", LONG)
     wait_for(lambda: door.engine.engine.has_requests)
-    monkeypatch.setattr(http_live, "LEAST_AGE", 0.0)
+    monkeypatch.setattr(snapshot_route, "LEAST_AGE", 0.0)
     monkeypatch.setattr(door.engine.engine.stats, "load", None)
     answer = httpx2.get(f"{door.open_url}/engine/snapshot")  # whose connection ends with it
     assert answer.status_code == 500 and "NoneType" not in answer.text
@@ -273,11 +279,11 @@ def test_an_engine_that_has_stopped_says_so(door: Door, monkeypatch: pytest.Monk
 
 
 def test_the_page_needs_no_key_and_its_data_do(door: Door) -> None:
-    for path, name in http_page.PATHS.items():
+    for path, name in page_route.PATHS.items():
         answer = httpx2.get(door.url + path)
         assert answer.status_code == 200, path
-        assert answer.content == (http_page.FOLDER / name).read_bytes()
-        assert answer.headers["content-type"] == http_page.TYPES["." + name.rpartition(".")[2]]
+        assert answer.content == (page_route.FOLDER / name).read_bytes()
+        assert answer.headers["content-type"] == page_route.TYPES["." + name.rpartition(".")[2]]
         assert answer.headers["x-content-type-options"] == "nosniff"
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
@@ -295,14 +301,14 @@ def test_the_page_needs_no_key_and_its_data_do(door: Door) -> None:
 
 def test_the_page_is_whole_and_needs_nobody_else() -> None:
     """All its files are served; none names another place, nor has a script or a style inside."""
-    files = {path.name: path.read_text() for path in http_page.FOLDER.iterdir()}
-    assert set(files) == set(http_page.PATHS.values())
+    files = {path.name: path.read_text() for path in page_route.FOLDER.iterdir()}
+    assert set(files) == set(page_route.PATHS.values())
     for name, text in files.items():
         places = set(re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]+", text))
         assert places <= {"http://www.w3.org"}, name  # SVG's own name
         assert text.count("\n") <= 300, name
         named = re.findall(r"(?:src|href|from|import) ?=? ?\(?\"(/[^\"]*)\"", text)
-        assert all(path in http_page.PATHS for path in named), name
+        assert all(path in page_route.PATHS for path in named), name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
     page = files["index.html"]
     assert not re.search(r"<style|style=|\son[a-z]+=|<script(?![^>]*src=)", page)

@@ -18,8 +18,8 @@ from opentelemetry.trace import StatusCode
 from PIL import Image
 
 import octavo
-from octavo.engine.input_error import InputError
-from octavo.engine.spans import RequestSpans, sending_spans
+from octavo.engine.errors import InputError
+from octavo.engine.observability.tracing import RequestSpans, sending_spans
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.engine.core.batch_builder import build_batch
+from octavo.engine.core.penalty_slots import SamplingSlots
 from octavo.engine.media.item import UnitContent
 from octavo.engine.runner.batch import InputBatch
-from octavo.engine.sampling_slots import SamplingSlots
-from octavo.engine.step_input import build_batch
-from octavo.engine.worker.bound import work_of
+from octavo.engine.worker.watch import work_of
 from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import MediaSpan, Request, UnitKey
 from octavo.scheduler.step import EncodePlan, StepPlan

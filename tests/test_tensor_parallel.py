@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_requests import TinyDriver, image, text, tiny_request
-from octavo.engine.config import ModelConfig, PreprocessConfig
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_requests import TinyDriver, image, text, tiny_request
+from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.model.parallel import TensorParallel
 from octavo.engine.runner.batch import EncodeTask
 from octavo.engine.runner.encode_stage import EncodeStage

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import octavo
-from octavo.engine.client_tools import add_tools
-from octavo.engine.config import ModelConfig
-from octavo.engine.input.chat import ChatTemplate, read_messages
+from octavo.engine.client.tools import add_tools
+from octavo.engine.config.engine_config import ModelConfig
+from octavo.engine.core.tool_call_stream import CallReader
+from octavo.engine.errors import InputError
+from octavo.engine.input.chat_template import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
-from octavo.engine.input.tools import read_tools
-from octavo.engine.input_error import InputError
-from octavo.engine.output import OutputDelta
-from octavo.engine.server import convert_tools
-from octavo.engine.tool_calls import ToolCall, ToolParser, split_answer
-from octavo.engine.tool_use import CallReader
+from octavo.engine.outputs import OutputDelta
+from octavo.engine.server.grpc_api import tools as convert_tools
+from octavo.engine.tool_calling.parser import ToolCall, ToolParser, split_answer
+from octavo.engine.tool_calling.schema import read_tools
 from octavo.proto import octavo_pb2 as pb
 
 A = '<tool_call>\n{"name": "a", "arguments": {"x": {"y": [1]}}}\n</tool_call>'

@@ -17,14 +17,15 @@ import openai
 import pytest
 
 import octavo
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.tiny_server import Served
-from octavo.engine import live
-from octavo.engine.client_error import ClientError
-from octavo.engine.input_error import InputError
-from octavo.engine.output import OutputDelta, TextStream
-from octavo.engine.server.http_server import HttpServer
-from octavo.engine.server.work import Work
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.fakes.tiny_server import Served
+from octavo.engine.client.errors import ClientError
+from octavo.engine.core import active_requests
+from octavo.engine.core.detokenizer import TextStream
+from octavo.engine.errors import InputError
+from octavo.engine.outputs import OutputDelta
+from octavo.engine.server.drain import Work
+from octavo.engine.server.http_api.server import HttpServer
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 
@@ -93,7 +94,7 @@ def client(door: Door) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> type[Planted]:
-    monkeypatch.setattr(live, "TextStream", Planted)
+    monkeypatch.setattr(active_requests, "TextStream", Planted)
     monkeypatch.setattr(Planted, "text", f"I look.\n{CALL}")
     return Planted
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.engine.input_error import InputError
-from octavo.engine.tool_calls import ToolCall, split_answer
-from octavo.engine.tool_use import tool_grammar, with_tool_choice
+from octavo.engine.errors import InputError
+from octavo.engine.tool_calling.parser import ToolCall, split_answer
+from octavo.engine.tool_calling.tool_choice import tool_grammar, with_tool_choice
 
 SCHEMA = {
     "type": "object",

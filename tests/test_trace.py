@@ -14,11 +14,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import octavo
-from octavo.benchmarks import trace_demo, trace_plot
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.trace_plot import Trace, TraceError, draw, parse_steps
-from octavo.engine.cli import app
-from octavo.engine.config import ConfigError
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.benchmarks.trace import demo as trace_demo
+from octavo.benchmarks.trace import plot
+from octavo.benchmarks.trace.plot import Trace, TraceError, draw, parse_steps
+from octavo.engine.cli.main import app
+from octavo.engine.errors import ConfigError
 
 PARAMS = octavo.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -58,13 +59,11 @@ def test_what_the_states_say_is_what_ran(demo: Path) -> None:
     trace = Trace.read(demo)
     states = trace.states()
     for row in range(len(trace.names)):
-        there = np.flatnonzero(states[row] != trace_plot.NOT_THERE)
+        there = np.flatnonzero(states[row] != plot.NOT_THERE)
         assert (np.diff(there) == 1).all()
     for column, step in enumerate(trace.steps):
         running = [row["request"] for row in step["rows"]]
-        drawn = np.isin(
-            states[:, column], (trace_plot.PREFILL, trace_plot.ENCODE, trace_plot.DECODE)
-        )
+        drawn = np.isin(states[:, column], (plot.PREFILL, plot.ENCODE, plot.DECODE))
         assert {trace.names[row] for row in np.flatnonzero(drawn)} == set(running)
         assert step["cached_blocks"] <= step["free_blocks"] <= trace.limits["num_blocks"]
         tokens = sum(row["count"] for row in step["rows"])
@@ -77,14 +76,14 @@ def picture_of(path: Path) -> np.ndarray:
 
 
 def rgb(state: int) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(trace_plot.COLORS[state][1:]))
+    return tuple(bytes.fromhex(plot.COLORS[state][1:]))
 
 
 def test_the_picture_has_each_color(demo: Path, tmp_path: Path) -> None:
     draw(Trace.read(demo), tmp_path / "demo.png")
     pixels = picture_of(tmp_path / "demo.png").reshape(-1, 3)
     for state in range(1, 6):
-        assert (pixels == rgb(state)).all(axis=1).sum() > 500, trace_plot.LABELS[state]
+        assert (pixels == rgb(state)).all(axis=1).sum() > 500, plot.LABELS[state]
 
 
 def test_some_steps_alone(demo: Path, tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_some_steps_alone(demo: Path, tmp_path: Path) -> None:
     assert [step["step"] for step in part.steps] == [14, 15, 16]
     row, there = whole.names.index("dog?"), part.names.index("dog?")
     assert part.states()[there].tolist() == whole.states()[row, 13:16].tolist()
-    assert part.states()[there, 0] == trace_plot.PREEMPTED
+    assert part.states()[there, 0] == plot.PREEMPTED
     done = cli("draw", str(demo), "--steps", "2:9", "--out", str(tmp_path / "part.svg"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "part.svg").read_text().startswith("<?xml")
@@ -241,5 +240,5 @@ def test_a_request_that_was_preempted_before_the_steps_drawn_is_red(tmp_path: Pa
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     trace = Trace.read(tmp_path / "t.jsonl", 2)
     assert trace.names == ["lost", "held"]
-    red, grey = trace_plot.PREEMPTED, trace_plot.WAITING
+    red, grey = plot.PREEMPTED, plot.WAITING
     assert trace.states().tolist() == [[red, red], [grey, grey]]

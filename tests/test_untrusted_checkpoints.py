@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from octavo.benchmarks.tiny_checkpoint import write_tiny_checkpoint
-from octavo.engine import json_files
-from octavo.engine.cli import app
-from octavo.engine.config import ConfigError, EngineConfig, ModelConfig
-from octavo.engine.generation_config import generation_defaults
-from octavo.engine.hub import is_complete
-from octavo.engine.info import checkpoint_info
+from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
+from octavo.engine.cli.info import checkpoint_info
+from octavo.engine.cli.main import app
+from octavo.engine.config import json_files
+from octavo.engine.config.engine_config import EngineConfig, ModelConfig
+from octavo.engine.config.generation_config import generation_defaults
+from octavo.engine.config.hub import is_complete
+from octavo.engine.errors import ConfigError, InputError
 from octavo.engine.input import template_environment
 from octavo.engine.input.processor import InputProcessor
-from octavo.engine.input_error import InputError
-from octavo.engine.media_settings import media_settings
+from octavo.engine.media.settings import media_settings
 
 CONFIGURATIONS = (
     "config.json",

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from octavo.benchmarks.tiny_checkpoint import CHAT_TEMPLATE
-from octavo.engine.config import EMBEDDED_MODEL
+from octavo.benchmarks.fakes.tiny_checkpoint import CHAT_TEMPLATE
+from octavo.engine.config.engine_config import EMBEDDED_MODEL
 
 from .batch import IMAGE_PIXELS, VIDEO_PIXELS
 from .model import Shape

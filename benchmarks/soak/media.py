@@ -12,8 +12,8 @@ from PIL import Image
 
 from octavo.benchmarks.demo_model.draw import draw_shape
 from octavo.benchmarks.demo_model.paint import COLORS, SHAPES
-from octavo.benchmarks.media_cases import encoded
-from octavo.benchmarks.video_cases import clip
+from octavo.benchmarks.media.cases import encoded
+from octavo.benchmarks.media.video_cases import clip
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SIZES = ((56, 56), (160, 120), (200, 330), (448, 224), (640, 480))

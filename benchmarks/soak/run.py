@@ -104,7 +104,7 @@ class ServerUnderTest:
 @contextlib.contextmanager
 def serving(arguments: tuple[str, ...], folder: Path, log: IO[str]) -> Iterator[ServerUnderTest]:
     """Start the server; on leaving, it must stop on SIGTERM."""
-    command = [sys.executable, "-P", "-m", "octavo.engine.cli", "serve"]
+    command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve"]
     command += ["--port", "0", "--http-port", "0", "--allow-media-path", str(folder)]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *arguments]
     env = {**os.environ, "OCTAVO_API_KEYS": API_KEY}

@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.benchmarks.process_memory import tree
 
-MODULES = (("engine.media.child", "decoder"), ("engine.worker.worker", "worker"))
+MODULES = (("engine.media.sandbox.child", "decoder"), ("engine.worker.worker", "worker"))
 LASTING = ("server", "worker")  # roles of processes that stay
 METRIC = re.compile(r"^(octavo_[a-z_]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 KEPT = (

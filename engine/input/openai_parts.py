@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..input_error import InputError, shown
+from ...scheduler.params import shown
+from ..errors import InputError
 
 LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
 DETAILS = (None, "auto", "low", "high")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from unicodedata import ucd_3_2_0 as oldest_data
 
-from ..input_error import InputError
+from ..errors import InputError
 
 PIECE = 1 << 12  # characters: about 5 ms of native code, at most 25 ms
 MAX_RUN = 1 << 17  # bytes in UTF-8 without a safe cut: at most some tenths of a second, 45 MB

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ...scheduler.request import MediaSpan
-from ..config import ModelConfig, PreprocessConfig
-from ..grammar import Grammar
-from ..input_error import InputError, TooLong
-from ..media.decode import OpenItem
+from ..config.engine_config import ModelConfig, PreprocessConfig
+from ..config.media_limits import MediaLimits
+from ..errors import InputError, TooLong
 from ..media.embeds import MediaEmbeds
+from ..media.encode_units import OpenItem, UnitStream
 from ..media.item import MediaItem, PatchShape, UnitContent
-from ..media.limits import MediaLimits
 from ..media.loader import MediaLoader
 from ..media.options import MediaOptions
-from ..media.room import TokenRoom
 from ..media.source import BYTES, MediaAccess
 from ..media.task import MediaTask
-from ..media.units import UnitStream
-from .chat import MediaPart
+from ..media.token_budget import TokenRoom
+from ..structured_output.compiler import Grammar
+from .chat_template import MediaPart
 from .mrope import mrope_positions
 from .prompt import PromptReader
 

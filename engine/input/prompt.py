@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig
-from ..input_error import InputError, TooLong, shown
+from ...scheduler.params import shown
+from ..config.engine_config import ModelConfig
+from ..errors import InputError, TooLong
 from ..media.options import MediaOptions
-from .chat import ChatTemplate, MediaPart, check_text, read_messages
+from ..tool_calling.schema import TOOL_FIELDS, tools_of
+from .chat_template import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextBudget, TextTokenizer
-from .tools import TOOL_FIELDS, tools_of
 
 PLACEHOLDER = "a placeholder"  # in a raw prompt: where errors say that something is wrong
 

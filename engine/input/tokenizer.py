@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..config import ConfigError
-from ..input_error import TooLong
-from ..json_files import read_text
+from ..config.json_files import read_text
+from ..errors import ConfigError, TooLong
 from .pieces import can_cut, pieces
 
 MAX_TOKENIZER_BYTES = 256 << 20

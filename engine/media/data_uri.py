@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 
-from ..input_error import InputError, shown
-from .limits import MediaLimits
+from ...scheduler.params import shown
+from ..config.media_limits import MediaLimits
+from ..errors import InputError
 from .source_text import BLANKS
 
 CHUNK = 1 << 20  # bytes that are percent-decoded at once

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..input_error import InputError, shown
+from ...scheduler.params import shown
+from ..config.media_limits import MediaLimits
+from ..errors import InputError
 from .item import Embeds, Grid, PatchShape
-from .limits import MediaLimits
 from .options import MediaOptions
 
 DTYPES = ("float32", "float16", "bfloat16")  # numpy has the first two

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .reader import Pixels
+from .decode.reader import Pixels
 
 Grid = tuple[int, int, int]
 Embeds = npt.NDArray[np.float32]  # [num_tokens, hidden_size]

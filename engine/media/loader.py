@@ -8,17 +8,16 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import PreprocessConfig
-from ..input_error import InputError
-from .arrays import ArrayFile, is_array
-from .decode import OpenItem, decode_units
+from ..config.engine_config import PreprocessConfig
+from ..config.media_limits import MediaLimits
+from ..errors import InputError
+from .decode.arrays import ArrayFile, is_array
+from .decode.frames import LISTED_FPS, FrameList, pad
+from .decode.reader import MediaReader
 from .embeds import MediaEmbeds, check_options, check_values, read_grid, read_values
-from .frames import LISTED_FPS, FrameList, pad
+from .encode_units import OpenItem, decode_units
 from .item import PatchShape, UnitContent, make_item
-from .limits import MediaLimits
 from .options import OF_LISTS, MediaOptions
-from .reader import MediaReader
-from .room import TokenRoom
 from .sizes import (
     FRAME_FACTOR,
     VIDEO_SHARE,
@@ -31,6 +30,7 @@ from .sizes import (
 )
 from .source import BYTES, MediaAccess, open_source
 from .task import MediaTask
+from .token_budget import TokenRoom
 
 
 @dataclass(frozen=True)

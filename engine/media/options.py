@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..input_error import InputError, shown
+from ...scheduler.params import shown
+from ..errors import InputError
 
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 NUMBERS = ("fps", "video_start", "video_end", "sample_fps", "raw_fps")  # that need not be whole

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..config import PreprocessConfig
-from ..input_error import InputError
-from .limits import MediaLimits
+from ..config.engine_config import PreprocessConfig
+from ..config.media_limits import MediaLimits
+from ..errors import InputError
 from .options import MediaOptions
 
 MAX_RATIO = 200

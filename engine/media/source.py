@@ -14,14 +14,14 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from ..config_error import ConfigError
-from ..input_error import InputError, shown
+from ...scheduler.params import shown
+from ..config.media_limits import MediaLimits
+from ..errors import ConfigError, InputError
 from .data_uri import read_data_uri
-from .fetch import fetch
-from .limits import MediaLimits
+from .fetch.fetch import fetch
+from .fetch.urls import is_address, read_host
 from .source_text import BARE_BASE64, is_data_uri, looks_like_base64
 from .task import MediaTask
-from .urls import is_address, read_host
 
 BYTES = str | bytes | bytearray | memoryview  # sequences that are no lists of frames
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")

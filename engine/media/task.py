@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 
-from ..input_error import InputError
-from .limits import MediaLimits
-from .opening import OpenReader, open_here
+from ..config.media_limits import MediaLimits
+from ..errors import InputError
+from .decode.opening import OpenReader, open_here
 
 Stop = Callable[[], None]
 

@@ -18,7 +18,7 @@ from ...kernels.mrope import mrope_cos_sin, mrope_write_kv
 from ...kernels.paged_attention import AttentionBatch, paged_attention
 from ...kernels.paged_attention_cpu import reads_in_place
 from ...kernels.panel_linear import PanelWeight
-from ..config import ModelConfig
+from ..config.engine_config import ModelConfig
 from .layers import (
     MergedColumnParallelLinear,
     ParallelHead,

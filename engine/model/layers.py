@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...kernels.norm import add_rms_norm, rms_norm
-from ..config import ModelConfig
-from ..weight_format import WeightFormat
+from ..config.engine_config import ModelConfig
+from ..config.quantization import WeightFormat
 from .parallel import TensorParallel, kv_heads_of_rank
 from .quantized import make_weight
 from .weights import ALL, DenseWeight, WeightLoader, empty

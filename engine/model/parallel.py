@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ...kernels import native
-from ..config import ConfigError, ModelConfig
+from ..config.engine_config import ModelConfig
+from ..errors import ConfigError
 from .shared_memory import SharedMemory
 
 

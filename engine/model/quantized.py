@@ -24,7 +24,7 @@ from ...kernels.int4_layout import (
 )
 from ...kernels.int4_linear import int4_linear
 from ...kernels.linear import Weight, linear, pack_weight
-from ..weight_format import WeightFormat
+from ..config.quantization import WeightFormat
 from .weights import ALL, DenseWeight, WeightLoader, empty
 
 WORD = 8  # numbers of four bits in an int32

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..config import ModelConfig
+from ..config.engine_config import ModelConfig
 from .decoder import Decoder
 from .parallel import TensorParallel, check_tensor_parallel_size
 from .quantized import LinearWeight

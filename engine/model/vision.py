@@ -15,7 +15,7 @@ from ...kernels.activation import quick_gelu
 from ...kernels.linear import by_rows, in_few_shapes
 from ...kernels.mrope import rotate_heads
 from ...kernels.vision_attention import vision_attention
-from ..config import VisionConfig
+from ..config.engine_config import VisionConfig
 from .layers import LayerNorm, Linear
 from .weights import WeightLoader
 

@@ -25,15 +25,15 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...proto import octavo_pb2 as pb
+from ..observability.rejection_log import API_KEY, RejectionLog
+from ..server.api_keys import read_keys
+from ..server.drain import Work
 from ..server.errors import Fault, Refused
-from ..server.http_error import ApiError, error_of
-from ..server.http_guard import MAX_BODY_BYTES, Guard, read_body
-from ..server.keys import read_keys
+from ..server.grpc_api.status import failure_of
+from ..server.http_api.errors import ApiError, error_of
+from ..server.http_api.middleware import MAX_BODY_BYTES, Guard, read_body
 from ..server.readers import AT_ONCE
 from ..server.readers import read as in_thread
-from ..server.rejection_log import API_KEY, RejectionLog
-from ..server.status import failure_of
-from ..server.work import Work
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .prefix import Prefix
 from .read import grpc_prefix, http_prefix

@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
-from ..input_error import InputError
-from ..media.limits import MediaLimits
-from ..server.convert import read_prompt
+from ..config.media_limits import MediaLimits
+from ..errors import InputError
 from ..server.errors import Refused
-from ..server.http_error import ApiError
-from ..server.openai_request import read_chat, read_completions, read_json
+from ..server.grpc_api.messages import read_prompt
+from ..server.http_api.errors import ApiError
+from ..server.http_api.openai_request import read_chat, read_completions, read_json
 from ..server.readers import AT_ONCE
 from ..server.readers import read as in_thread
 from .prefix import Prefix, prefix_of

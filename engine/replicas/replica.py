@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..async_llm import AsyncLLM
-from ..logs import set_up_logs
-from ..server.control import ControlServicer
-from ..server.grpc_server import warm_up
-from ..server.http_live import LiveView
-from ..server.http_server import make_app
-from ..server.inference import InferenceServicer
-from ..server.keys import read_keys
-from ..server.openai_routes import Routes
-from ..server.rejection_log import RejectionLog
-from ..server.work import Work
+from ..observability.rejection_log import RejectionLog
+from ..server.api_keys import read_keys
+from ..server.drain import Work
+from ..server.grpc_api.control import ControlServicer
+from ..server.grpc_api.inference import InferenceServicer
+from ..server.grpc_api.server import warm_up
+from ..server.http_api.openai_routes import Routes
+from ..server.http_api.server import make_app
+from ..server.http_api.snapshot_route import LiveView
+from ..utils.logs import set_up_logs
 from .calls import GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .held import Held
 from .run_grpc import run_grpc

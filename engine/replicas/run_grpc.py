@@ -13,9 +13,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ...proto import octavo_pb2 as pb
+from ..server.api_keys import ApiKeys
 from ..server.errors import Fault, Refused, fault_of
-from ..server.keys import ApiKeys
-from ..server.status import DETAILS, details_of, short
+from ..server.grpc_api.status import DETAILS, details_of, short
 from .calls import GrpcCall, GrpcEnd
 
 log = logging.getLogger("octavo.server")

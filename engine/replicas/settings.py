@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineConfig
-from ..config_error import ConfigError
+from ..config.engine_config import EngineConfig
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.patches import cut_patches
 from ...scheduler.request import UnitKey
-from ..config import ModelConfig, PreprocessConfig
+from ..config.engine_config import ModelConfig, PreprocessConfig
 from ..model.parallel import TensorParallel
 from ..model.vision import VisionTower
 from .batch import EncodeTask

@@ -9,10 +9,10 @@ import torch
 
 from ...kernels.fp8_linear import FP8
 from ...kernels.kv_cache import Cache, Fp8Cache
-from ..config import ModelConfig
-from ..machine_memory import available_memory
+from ..config.engine_config import ModelConfig
 from ..model.decoder import LayerCache
 from ..model.parallel import num_kv_heads_per_rank
+from ..utils.machine_memory import available_memory
 
 SCALE = torch.float32  # of a token and a KV head in FP8
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from ...kernels.fp8_linear import FP8, check_fp8
 from ...kernels.int4_layout import GROUPS, in_order
-from ..config import ConfigError, ModelConfig
-from ..json_files import check_regular_file, indexed_files
+from ..config.engine_config import ModelConfig
+from ..config.json_files import check_regular_file, indexed_files
+from ..errors import ConfigError
 from ..model.layers import VocabParallelEmbedding
 from ..model.quantized import LinearWeight
 from ..model.qwen2_vl import Qwen2VL

@@ -13,7 +13,7 @@ from ...kernels import native
 from ...kernels.kv_cache import copy_blocks
 from ...kernels.paged_attention import AttentionBatch
 from ...scheduler.request import UnitKey
-from ..config import ModelConfig, PreprocessConfig
+from ..config.engine_config import ModelConfig, PreprocessConfig
 from ..model.decoder import LayerCache
 from ..model.parallel import TensorParallel
 from ..model.qwen2_vl import Qwen2VL

@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Any, Protocol
 
-from .rejection_log import ACCEPT_ERROR, CONNECTION_LIMIT, TLS_HANDSHAKE, RejectionLog
+from ..observability.rejection_log import (
+    ACCEPT_ERROR,
+    CONNECTION_LIMIT,
+    TLS_HANDSHAKE,
+    RejectionLog,
+)
 
 MAX_CONNECTIONS = 8192
 PER_PEER_SHARE = 4  # one peer's waiting connections may be so large a part: a quarter

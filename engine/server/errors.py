@@ -9,10 +9,16 @@ import re
 from dataclasses import dataclass
 
 from ...scheduler.admission import PromptTooLong
-from ..client_error import RETRYABLE, split_code
-from ..engine import WAS_CLOSED, DuplicateRequest, EngineDead
-from ..error_codes import code_of
-from ..input_error import InputError, TooLong
+from ..errors import (
+    RETRYABLE,
+    WAS_CLOSED,
+    DuplicateRequest,
+    EngineDead,
+    InputError,
+    TooLong,
+    code_of,
+    split_code,
+)
 
 STOPPED = "the engine has stopped; the server's log says why"  # it may name hosts and libraries
 CLOSED = "the server is shutting down; ask another, or again later"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...scheduler.params import PRIORITIES, shown
-from ..input_error import InputError
+from ..errors import InputError
 
 log = logging.getLogger("octavo.server")
 

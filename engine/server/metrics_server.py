@@ -16,10 +16,10 @@ from wsgiref.types import StartResponse, WSGIApplication
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from ..stats import EngineStats
+from ..observability.prometheus import metrics_registry
+from ..observability.rejection_log import INVALID_HTTP, RECEIVE_TIMEOUT, SEND_TIMEOUT, RejectionLog
+from ..observability.stats import EngineStats
 from .connections import Acceptor, ConnectionLimits, Slot, connections_that_fit
-from .metrics import metrics_registry
-from .rejection_log import INVALID_HTTP, RECEIVE_TIMEOUT, SEND_TIMEOUT, RejectionLog
 
 MAX_CONNECTIONS = 64
 MAX_HEAD_BYTES = 16 << 10

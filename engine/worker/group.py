@@ -17,17 +17,16 @@ from dataclasses import dataclass
 import grpc
 
 from ...proto import worker_pb2 as pb
-from ..config import EngineConfig
-from ..failpoint import failpoint
-from ..lifetime import call_in_flight, close_at_exit, disown_after_fork, leak, track_call
+from ..config.engine_config import EngineConfig
 from ..runner.batch import BatchResult, InputBatch
-from .bound import StepBound, work_of
+from ..utils.failpoints import failpoint
+from ..utils.lifetime import call_in_flight, close_at_exit, disown_after_fork, leak, track_call
 from .link import PING_TIMEOUT, WorkerGroupError, WorkerLink
 from .loading import GroupMemory, start_loading
 from .process import shared_memory, start_worker
-from .remote import RemoteWorkers
+from .remote.join import RemoteWorkers
 from .socket_folder import make_socket_folder
-from .watch import CLOSING, Watch
+from .watch import CLOSING, StepBound, Watch, work_of
 from .wire import pack_steps, unpack_results
 from .worker import RENDEZVOUS
 

@@ -9,7 +9,7 @@ import grpc
 
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
-from ..lifetime import track_call
+from ..utils.lifetime import track_call
 
 PING_TIMEOUT = 5.0  # seconds without an answer after which a worker is taken to hang
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]

@@ -11,8 +11,9 @@ from pathlib import Path
 import grpc
 
 from ...proto import worker_pb2 as pb
-from ..config import ConfigError, EngineConfig
-from ..lifetime import track_call
+from ..config.engine_config import EngineConfig
+from ..errors import ConfigError
+from ..utils.lifetime import track_call
 from .link import WorkerLink
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import grpc
 
-from ..cores import num_cores
-from ..lifetime import start_tied
+from ..utils.cores import num_cores
+from ..utils.lifetime import start_tied
 from .link import UNLIMITED, WorkerGroupError, WorkerLink
 
 WORKER_MODULE = "octavo.engine.worker.worker"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.group")

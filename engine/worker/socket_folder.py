@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..config import ConfigError
+from ..errors import ConfigError
 
 GROUP_FOLDER = "octavo-"  # a group's folder begins so
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's address (unix(7))

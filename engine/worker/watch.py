@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..runner.batch import InputBatch
 from .link import WorkerGroupError, WorkerLink
 

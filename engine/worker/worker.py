@@ -23,15 +23,16 @@ import grpc
 
 from ...proto import worker_pb2 as pb
 from ...proto import worker_pb2_grpc
-from ..config import ConfigError, ModelConfig, PreprocessConfig
-from ..cores import num_cores
-from ..failpoint import CutOff, failpoint
-from ..logs import set_up_worker_logs
+from ..config.engine_config import ModelConfig, PreprocessConfig
+from ..errors import ConfigError
+from ..utils.cores import num_cores
+from ..utils.failpoints import CutOff, failpoint
+from ..utils.logs import set_up_worker_logs
 from .link import UNLIMITED
-from .membership import Place, use_interface
 from .parent import end_with_parent
-from .sequence import MissedStep, StepSequence
+from .remote.membership import Place, use_interface
 from .socket_folder import GROUP_FOLDER
+from .step_order import MissedStep, StepSequence
 from .wire import pack_result, unpack_step
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _connect(self, request: pb.LoadRequest, device: torch.device) -> TensorParallel:
         from ..model.parallel import connect
-        from .meeting_store import MeetingStore
+        from .remote.torch_store import MeetingStore
 
         rank, size = request.rank, request.tensor_parallel_size
         if self._place is None:

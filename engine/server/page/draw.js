@@ -1,7 +1,7 @@
 // The three pictures of the live view, and what they show in words.
 
 export const MOST_STEPS = 200; // shown
-const UNUSED = 0, CACHED = 1, SHARED = 2, FIRST_REQUEST = 3; // as engine/snapshot.py has them
+const UNUSED = 0, CACHED = 1, SHARED = 2, FIRST_REQUEST = 3; // as engine/observability/snapshot.py has them
 const BLOCKS_HEIGHT = 180, STRIP = 34, GAP = 21; // CSS pixels
 const STAGES = [["encode", 2], ["prefill", 3], ["decode", 4]]; // and their place in a step
 

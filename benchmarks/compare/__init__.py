@@ -1,0 +1,1 @@
+"""Compare the throughput of engines."""

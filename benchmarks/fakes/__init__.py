@@ -1,0 +1,1 @@
+"""Small checkpoints, requests and simulated workers for benchmarks and tests."""

@@ -1,0 +1,1 @@
+"""Fuzzing of grammars, texts and connections."""

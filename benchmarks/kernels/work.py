@@ -1,0 +1,145 @@
+"""What a launch of each kernel has to do: bytes to and from memory, operations, programs.
+
+Bytes are the least there can be: what several programs read is counted once. A multiply and an add
+are two operations; numbers are bfloat16 unless the kernel keeps them wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from octavo.kernels.activation import SETTINGS as SWIGLU
+from octavo.kernels.paged_decode import MAX_SPLITS, SPLIT_SIZE, num_splits
+from octavo.kernels.tiles import chunk_splits, count_tiles
+
+from .resources import BLOCK_SIZE, HEAD_DIM, VISION_HEAD_DIM, VISION_HEADS, Shape
+
+TOKENS = (64, 512, 2048, 8192)  # of a step, for the kernels that go token by token
+CHUNKS = (512, 2048, 8192)
+CONTEXTS = (32_768, 131_072)
+DECODES = [(rows, context) for context in (4096, *CONTEXTS) for rows in (1, 16, 64)]
+IMAGES = (448, 896, 1792)  # pixels a side
+
+
+@dataclass(frozen=True)
+class Work:
+    case: str
+    bytes: int
+    operations: int
+    grid: int  # programs
+
+    def times(self, rows: int) -> Work:
+        """The same for so many rows."""
+        return Work(
+            f"{rows} × {self.case}", rows * self.bytes, rows * self.operations, rows * self.grid
+        )
+
+
+def chunk_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
+    """The last `tokens` of `context`: each sees itself and what is before it."""
+    pairs = tokens * (context - tokens) + tokens * (tokens + 1) // 2
+    group = shape.heads // shape.kv_heads
+    splits = chunk_splits(tokens, context, group, shape.kv_heads)
+    keys = 2 * context * shape.kv_heads * HEAD_DIM
+    rows = tokens * shape.heads  # a query head of a token
+    written = rows * (4 * splits * (HEAD_DIM + 1) if splits > 1 else 2 * HEAD_DIM)
+    table = 4 * -(-context // BLOCK_SIZE)
+    return Work(
+        f"{tokens} of {context}",
+        2 * rows * HEAD_DIM + 2 * keys + written + table,
+        4 * HEAD_DIM * shape.heads * pairs,
+        count_tiles((tokens,), block_m // group) * splits * shape.kv_heads,
+    )
+
+
+def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
+    """Of a chunk whose keys are split."""
+    group = shape.heads // shape.kv_heads
+    splits = chunk_splits(tokens, context, group, shape.kv_heads)
+    rows = tokens * shape.heads
+    moved = rows * (4 * splits * (HEAD_DIM + 1) + 2 * HEAD_DIM)
+    grid = count_tiles((tokens,), block_m // group) * shape.kv_heads
+    return Work(f"{tokens} of {context}", moved, 2 * rows * splits * HEAD_DIM, grid)
+
+
+def decode_work(shape: Shape, rows: int, context: int, fp8: bool = False) -> Work:
+    """The splits' sums and results, float32, are written for the join to read. `fp8`: keys and
+    values take a byte, and each one a scale, float32."""
+    splits = used_splits(context)
+    keys = 2 * rows * context * shape.kv_heads
+    numbers = rows * shape.heads * HEAD_DIM * 2 + keys * (HEAD_DIM + 4 if fp8 else 2 * HEAD_DIM)
+    table = 4 * rows * -(-context // BLOCK_SIZE)
+    partial = 4 * rows * shape.heads * splits * (HEAD_DIM + 1)
+    grid = rows * shape.kv_heads * num_splits(-(-context // BLOCK_SIZE), BLOCK_SIZE)
+    operations = 4 * HEAD_DIM * shape.heads * context * rows
+    return Work(f"{rows} × {context}", numbers + table + partial, operations, grid)
+
+
+def join_work(shape: Shape, rows: int, context: int) -> Work:
+    splits = used_splits(context)
+    read = 4 * rows * shape.heads * splits * (HEAD_DIM + 1)
+    written = 2 * rows * shape.heads * HEAD_DIM
+    operations = 2 * rows * shape.heads * splits * HEAD_DIM
+    return Work(f"{rows} × {context}", read + written, operations, rows * shape.heads)
+
+
+def used_splits(context: int) -> int:
+    """Of a row: as `paged_decode.split_size` cuts it."""
+    size = SPLIT_SIZE * max(1, -(-context // (SPLIT_SIZE * MAX_SPLITS)))
+    return -(-context // size)
+
+
+def vision_work(patches: int, block_m: int) -> Work:
+    """One image, in which every patch sees every patch."""
+    numbers = 4 * patches * VISION_HEADS * VISION_HEAD_DIM
+    operations = 4 * VISION_HEAD_DIM * VISION_HEADS * patches**2
+    grid = count_tiles((patches,), block_m) * VISION_HEADS
+    return Work(f"{patches} patches", 2 * numbers, operations, grid)
+
+
+def norm_work(size: int, tokens: int, residual: bool) -> Work:
+    """With the residual, one more is read and the sum is written."""
+    numbers = tokens * size * (4 if residual else 2) + size
+    return Work(f"{tokens} tokens", 2 * numbers, (5 if residual else 4) * tokens * size, tokens)
+
+
+def swiglu_work(inner: int, tokens: int) -> Work:
+    grid = tokens * -(-inner // SWIGLU["BLOCK_SIZE"])
+    return Work(f"{tokens} tokens", 2 * 3 * tokens * inner, 5 * tokens * inner, grid)
+
+
+def mrope_work(shape: Shape, tokens: int) -> Work:
+    """All heads are read and written; a token has cosines and sines, float32, and a slot."""
+    heads = shape.heads + 2 * shape.kv_heads
+    token = 2 * 2 * heads * HEAD_DIM + 4 * HEAD_DIM + 8
+    operations = 3 * (shape.heads + shape.kv_heads) * HEAD_DIM * tokens
+    return Work(f"{tokens} tokens", tokens * token, operations, tokens * shape.kv_heads)
+
+
+def patches_work(side: int) -> Work:
+    """A square image as uint8; it is seen twice, as a temporal patch has two frames."""
+    count, size = (side // 14) ** 2, 3 * 2 * 14 * 14
+    written = 2 * count * size
+    return Work(f"{side}×{side} pixels", 3 * side**2 + written, 2 * count * size, count)
+
+
+def token_works(shape: Shape) -> Iterator[tuple[str, Work]]:
+    """(kernel, work) of the kernels whose work does not depend on their tiles."""
+    for tokens in TOKENS:
+        yield "rms_norm", norm_work(shape.hidden, tokens, residual=False)
+        yield "add_rms_norm", norm_work(shape.hidden, tokens, residual=True)
+        yield "swiglu", swiglu_work(shape.inner, tokens)
+        yield "mrope_write_kv", mrope_work(shape, tokens)
+    for rows, context in DECODES:
+        yield "paged_decode", decode_work(shape, rows, context)
+        yield "paged_decode_fp8", decode_work(shape, rows, context, fp8=True)
+        yield "join_splits", join_work(shape, rows, context)
+    for side in IMAGES:
+        yield "cut_patches", patches_work(side)
+
+
+def chunk_cases() -> Iterator[tuple[int, int]]:
+    """(tokens, context): whole prompts, and chunks at the end of long ones."""
+    for tokens in CHUNKS:
+        yield from ((tokens, context) for context in (tokens, *CONTEXTS))

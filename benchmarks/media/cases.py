@@ -1,0 +1,85 @@
+"""Made-up images and videos, and how tests load them: whole, without an engine."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from octavo.engine.config.engine_config import PreprocessConfig
+from octavo.engine.config.media_limits import MediaLimits
+from octavo.engine.media.decode.reader import Pixels
+from octavo.engine.media.item import MediaItem, PatchShape
+from octavo.engine.media.loader import MediaLoader
+from octavo.engine.media.options import MediaOptions
+from octavo.engine.media.source import MediaAccess
+from octavo.engine.media.task import MediaTask
+from octavo.engine.media.token_budget import TokenRoom
+
+SHAPE = PatchShape(14, 2, 2, 4, 1536)  # the 2B's
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Soft shapes with a grain, which compress about as photographs do."""
+    rng = np.random.default_rng(seed)
+    shapes = rng.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
+    smooth = Image.fromarray(shapes).resize((width, height), Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 4, (height, width, 1)).astype(np.int16)
+    return Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
+
+
+def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
+    """A clip whose frame i has level 8 * i, from 0 again after 255."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(num_frames):
+            level = np.full((size[1], size[0], 3), 8 * i % 256, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def without_late_frames(video: bytes) -> bytes:
+    """An MP4 file whose header and first frames can be read, and whose later frames cannot."""
+    end = video.index(b"moov") - 4  # of the frames: the index follows them
+    return video[: end // 2] + bytes(end - end // 2) + video[end:]
+
+
+def load(
+    kind: str,
+    source: Any,
+    options: MediaOptions | None = None,
+    preprocess: PreprocessConfig | None = None,
+    access: MediaAccess | None = None,
+    limits: MediaLimits | None = None,
+    max_model_len: int = 128_000,
+) -> tuple[MediaItem, Pixels]:
+    """An item, and its pixels [frames, height, width, 3] of all its units."""
+    loader = MediaLoader(
+        preprocess or PreprocessConfig(), SHAPE, access or MediaAccess(), limits or MediaLimits()
+    )
+    room = TokenRoom(max_model_len, 0, 1, SHAPE.factor)
+    task = MediaTask(limits or MediaLimits())
+    try:
+        opened = loader.open(kind, source, options or MediaOptions(), room, kind, task)
+    except BaseException:
+        task.close()
+        raise
+    units = list(loader.units([opened], task))
+    return opened.item, np.concatenate([unit.pixels for unit in units])

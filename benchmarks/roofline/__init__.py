@@ -1,0 +1,1 @@
+"""Measure steps against the machine's limits."""

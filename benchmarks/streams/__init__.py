@@ -1,0 +1,1 @@
+"""Server overhead per stream."""

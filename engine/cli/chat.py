@@ -1,0 +1,85 @@
+"""`octavo chat`: one question, to a server or to a model loaded here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import user_errors
+from .media_options import ImageOption, VideoOption, hosts_of, read_options
+from .options import Hub, Model
+
+
+def chat(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    server: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Talk TLS to a server whose certificate this one signed.")
+    ] = None,
+    model: Model = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="An image: path, http(s) URL or data URI; may be repeated."),
+    ] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video, likewise.")] = None,
+    image_option: ImageOption = None,
+    video_option: VideoOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    hub: Hub = "huggingface",
+) -> None:
+    """Ask one question, of a server or of a model loaded here.
+
+    Paths are read here; URLs are fetched by the server, where it allows them, or by the model
+    loaded here. A server's API key is read from the variable OCTAVO_API_KEY.
+    """
+    sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    with user_errors():
+        media = _parts("image", image, image_option) + _parts("video", video, video_option)
+        messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
+        if server is None:
+            domains = hosts_of([*(image or ()), *(video or ())])
+            asyncio.run(_chat_here(model, hub, domains, messages, sampling))
+            return
+        if model is not None:
+            raise ValueError("--server and --model: give one; the server has its own model")
+        from ..client.client import Client, Tls
+
+        tls = Tls(ca=tls_ca) if tls_ca else False
+        with Client(server, api_key=os.environ.get("OCTAVO_API_KEY"), tls=tls) as client:
+            for delta in client.chat(messages, **sampling):
+                print(delta.text, end="", flush=True)
+        print()
+
+
+def _parts(kind: str, sources: list[str] | None, options: list[str] | None) -> list[dict[str, Any]]:
+    """A message's parts, each with the options."""
+    beside = read_options(options, f"--{kind}-option")
+    if {"type", kind} & beside.keys():
+        raise ValueError(f"--{kind}-option: type and {kind} are no options")
+    return [{"type": kind, kind: source, **beside} for source in sources or ()]
+
+
+async def _chat_here(
+    model: str | None,
+    hub: str,
+    domains: tuple[str, ...],
+    messages: list[dict[str, Any]],
+    sampling: dict[str, Any],
+) -> None:
+    from ...scheduler.params import SamplingParams
+    from ..async_llm import AsyncLLM
+
+    params = SamplingParams(**sampling)
+    with AsyncLLM(model, hub=hub, allowed_media_domains=domains) as engine:
+        async for delta in engine.chat(messages, params):
+            print(delta.text, end="", flush=True)
+            if delta.error:
+                raise ValueError(delta.error)
+    print()

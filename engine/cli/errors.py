@@ -1,0 +1,26 @@
+"""How a command ends where something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the user can mend ends with one line on stderr and status 2; a dead engine with 1."""
+    from ..client.client import ClientError
+    from ..errors import EngineDead
+    from ..worker.group import WorkerGroupError
+
+    try:
+        yield
+    except (EngineDead, WorkerGroupError) as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError, ClientError) as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -1,0 +1,138 @@
+"""`octavo serve`: an engine and its doors, from the command's options to the exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..async_llm import AsyncLLM
+from ..observability.tracing import sending_spans
+from ..server.metrics_server import serving_metrics
+from ..utils.logs import set_up_logs
+from .media_options import read_options
+from .options import WatchOptions, one_model
+
+if TYPE_CHECKING:  # what a command imports is loaded when it runs
+    from ..server.api_keys import ApiKeys
+    from ..server.http_api.server import HttpServer
+    from ..utils.tls import TlsFiles
+
+
+@contextmanager
+def watched(engine: AsyncLLM, host: str, options: WatchOptions) -> Iterator[str]:
+    """Until the end. Gives what the ready line is to say of it: " metrics=HOST:PORT", or nothing.
+
+    Raises OSError for a port that is taken, ValueError where the libraries for spans are not there.
+    """
+    with (
+        serving_metrics(engine.engine.stats, host, options.metrics_port) as address,
+        sending_spans(options.otlp_endpoint) as spans,
+    ):
+        engine.spans = spans
+        yield f" metrics={address}" if address else ""
+
+
+log = logging.getLogger("octavo.server")
+
+
+def serve_model(
+    settings: dict[str, Any],
+    host: str,
+    port: int,
+    http_host: str | None,
+    http_port: int | None,
+    api_key_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    metrics_port: int | None,
+    otlp_endpoint: str | None,
+    log_format: str,
+) -> int:
+    """Serves until a signal; `settings` are the engine's. Raises ValueError or OSError for what
+    cannot be served, `EngineDead` or `WorkerGroupError`."""
+    # gRPC reads it when it is imported. It logs each failed TLS handshake as INFO.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from ..async_llm import AsyncLLM
+    from ..server.api_keys import read_keys
+    from ..server.connections import raise_descriptor_limit
+    from ..server.grpc_api.server import check_address, ready_line
+    from ..server.grpc_api.server import serve as serve_grpc
+    from ..utils.tls import read_tls
+    from ..worker.remote.address import Address
+    from .serve import watched
+
+    # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+            signal.signal(number, lambda number, frame: sys.exit(0))
+    set_up_logs(log_format)
+    raise_descriptor_limit()
+    settings["model"] = one_model(settings.pop("model_name"), settings["model"])
+    keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
+    settings["workers"] = _addresses(settings["workers"])
+    for name in ("allowed_media_domains", "allowed_media_paths", "served_model_name"):
+        settings[name] = tuple(settings[name] or ())
+    for kind in ("image", "video"):
+        settings[f"{kind}_options"] = read_options(settings[f"{kind}_options"], f"--{kind}-option")
+    for flag, each in (("--port", port), ("--metrics-port", metrics_port)):
+        if each is not None:
+            check_address(host, each, flag)
+    if keys is None and not (tls and tls.client_ca) and not Address(host, port).is_loopback:
+        text = "listening on %s without authentication; set --api-key-file or --tls-client-ca"
+        log.warning(text, host)
+    http = None
+    if http_host is not None and http_port is None:
+        raise ValueError(f"--http-host {http_host}: nothing listens there without --http-port")
+    if http_port is not None:
+        http = _http_server(http_host or host, http_port, keys, tls)
+    with (
+        AsyncLLM(**settings, isolate_media=True) as engine,
+        watched(engine, host, WatchOptions(metrics_port, otlp_endpoint)) as metrics,
+    ):
+
+        def on_ready(address: str, http_address: str) -> None:
+            log.info("%s", listening_text(address, http_address, tls is not None))
+            print(ready_line(engine, address, http_address) + metrics, flush=True)
+
+        return asyncio.run(serve_grpc(engine, host, port, on_ready, keys, tls, http))
+
+
+def listening_text(address: str, http_address: str, has_tls: bool) -> str:
+    """Return the log line that says which API listens where."""
+    secure = " with TLS" if has_tls else ""
+    text = f"listening: gRPC API on {address}{secure}; OpenAI-compatible HTTP API "
+    if http_address:
+        return f"{text}on {'https' if has_tls else 'http'}://{http_address}/v1"
+    return (
+        f"{text}off: OpenAI clients cannot use the gRPC port; add --http-port PORT and use "
+        "base_url=http://HOST:PORT/v1"
+    )
+
+
+def _addresses(workers: str | None) -> tuple[str, ...]:
+    found = tuple(filter(None, (workers or "").split(",")))
+    if workers is not None and not found:  # a variable that nobody has set
+        raise ValueError("--workers: names none; give HOST:PORT,HOST:PORT, or leave it out")
+    return found
+
+
+def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | None) -> HttpServer:
+    """Before a model is loaded. Raises ValueError or OSError when there could be none."""
+    from ..server.grpc_api.server import check_address
+
+    try:
+        from ..server.http_api.server import HttpServer
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
+    check_address(host, port, "--http-port")
+    return HttpServer(host, port, keys, tls)

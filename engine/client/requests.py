@@ -1,0 +1,189 @@
+"""Messages, raw prompts and settings as the client sends them: `pb.GenerateRequest`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...proto import octavo_pb2 as pb
+from ...scheduler.params import RequestOptions, SamplingParams, shown
+from ...scheduler.structured import StructuredOutput
+from ..errors import InputError
+from ..input.openai_parts import URLS, read_media, with_type
+from ..utils.openai_fields import IGNORED_OF_PART, without, without_ignored
+from .errors import ClientError, invalid
+from .media import KINDS, check_size, media_item
+from .tools import message_calls
+
+OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
+
+
+def with_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What both say; nothing may stand in both."""
+    if params is None:
+        return settings
+    if not isinstance(params, SamplingParams):
+        text = f"must be octavo.SamplingParams, not {type(params).__name__}"
+        raise invalid(text, "params")
+    for name in settings:
+        if name in vars(params):
+            raise invalid("stands in params already", name)
+    return {**vars(params), **settings}
+
+
+def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
+    """Writes sampling values and options where they belong."""
+    known = [*pb.SamplingParams.DESCRIPTOR.fields_by_name, *OPTIONS_OF_A_REQUEST]
+    for name, value in settings.items():
+        if name not in known:
+            raise invalid(f"unknown; settings are {', '.join(known)}", name)
+        if value is None:
+            continue
+        target = request if name in OPTIONS_OF_A_REQUEST else request.sampling
+        try:
+            if name == "logit_bias":
+                target.logit_bias.update(value)  # type: ignore[union-attr]
+            elif name == "structured":
+                target.structured.CopyFrom(_structured(value))  # type: ignore[union-attr]
+            elif name in ("stop", "stop_token_ids", "bad_words"):
+                getattr(target, name).extend([value] if isinstance(value, str) else value)
+            else:
+                setattr(target, name, value)
+        except (TypeError, ValueError):
+            raise ClientError("INVALID_ARGUMENT", _why(name, value), field=name) from None
+
+
+def _why(name: str, value: Any) -> str:
+    """What is wrong with a setting that protobuf refuses, in the engine's words."""
+    kind = RequestOptions if name in OPTIONS_OF_A_REQUEST else SamplingParams
+    try:
+        kind(**{name: value})
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(name):
+            return str(error)
+    return f"{name}={shown(value)}: cannot be sent"
+
+
+def read_prompt(
+    prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], request_id: str
+) -> pb.GenerateRequest:
+    """Messages are told from token ids by what comes first."""
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+        return chat_request(prompt, request_id)  # type: ignore[arg-type]
+    return raw_request(prompt, request_id)  # type: ignore[arg-type]
+
+
+def raw_request(prompt: str | Sequence[int], request_id: str) -> pb.GenerateRequest:
+    request = _named(request_id)
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+    except (TypeError, ValueError):
+        raise invalid("must be a text, of whole characters, or token ids", "prompt") from None
+    return request
+
+
+def _named(request_id: str) -> pb.GenerateRequest:
+    try:
+        return pb.GenerateRequest(request_id=request_id)
+    except (TypeError, ValueError):
+        raise invalid(f"{shown(request_id)}: must be a text", "request_id") from None
+
+
+def fill(
+    request: pb.GenerateRequest,
+    images: Sequence[Any] | None,
+    videos: Sequence[Any] | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """What stands beside the prompt."""
+    for kind, sources in (("image", images), ("video", videos)):
+        for index, source in enumerate(sources or ()):
+            beside = source if isinstance(source, Mapping) else {kind: source}
+            request.media.append(_item({**beside, "type": kind}, f"{kind}s[{index}]"))
+    _set_all(request, settings)
+    check_size(request)
+
+
+def chat_request(messages: Sequence[Mapping[str, Any]], request_id: str) -> pb.GenerateRequest:
+    request = _named(request_id)
+    request.conversation.CopyFrom(conversation_of(messages))
+    return request
+
+
+def conversation_of(messages: Sequence[Mapping[str, Any]]) -> pb.Conversation:
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise invalid("must be a list of dicts with role and content", "messages")
+    read = [_message(message, f"messages[{m}]") for m, message in enumerate(messages)]
+    return pb.Conversation(messages=read)
+
+
+def _structured(form: Any) -> pb.StructuredOutput:
+    """Raises TypeError or ValueError."""
+    if not isinstance(form, StructuredOutput):
+        raise TypeError("must be an octavo.StructuredOutput")
+    if form.choice:
+        return pb.StructuredOutput(choice=pb.Choice(texts=form.choice))
+    return pb.StructuredOutput(**{form.field: getattr(form, form.field)})
+
+
+def _message(message: Mapping[str, Any], field: str) -> pb.Message:
+    if not isinstance(message, Mapping):
+        raise invalid("must be a dict with role and content", field)
+    message = without_ignored(message)
+    for name in message:
+        if name not in ("role", "content", "tool_calls", "tool_call_id"):
+            raise invalid(f"{name!r} is unknown; a message has role and content", field)
+    role = message.get("role", "")
+    if not isinstance(role, str):
+        raise invalid(f"{shown(role)}: must be a text", f"{field}.role")
+    content = () if message.get("content") is None else message["content"]
+    if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
+        raise invalid("must be a text or a list of parts", f"{field}.content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    calls = message_calls(message, field)
+    try:
+        read = [_part(part, f"{field}.content[{p}]") for p, part in enumerate(parts)]
+        return pb.Message(role=role, content=read, **calls)
+    except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a role
+        raise invalid(str(error), field) from None
+
+
+def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
+    if not isinstance(part, Mapping):
+        raise invalid(f"must be a dict, not {type(part).__name__}", field)
+    try:
+        part = with_type(without(part, IGNORED_OF_PART), field)
+    except InputError as error:
+        raise ClientError("INVALID_ARGUMENT", str(error), field=error.field) from None
+    if part.get("type") == "text":
+        for name in part:
+            if name not in ("type", "text"):
+                raise invalid(f"{shown(name)} is unknown; it has type and text", field)
+        try:
+            return pb.ContentPart(text=part.get("text", ""))
+        except (TypeError, ValueError):  # ValueError: half a surrogate pair
+            raise invalid("must be a text, of whole characters", f"{field}.text") from None
+    if not isinstance(part.get("type"), str):
+        raise invalid(f"type={shown(part.get('type'))}: must be a text", field)
+    if part["type"] in URLS:
+        name = part["type"]
+        try:
+            part = read_media(part, name, f"{field}.{name}")
+        except InputError as error:
+            raise ClientError("INVALID_ARGUMENT", str(error), field=error.field) from None
+    if part.get("type") in KINDS:
+        return pb.ContentPart(media=_item(part, field))
+    raise invalid(
+        f"type={part.get('type')!r}: must be text, image, video or OpenAI's image_url, video_url",
+        field,
+    )
+
+
+def _item(part: Mapping[str, Any], field: str) -> pb.MediaItem:
+    try:
+        return media_item(part)
+    except ClientError as error:
+        raise invalid(error.text, field) from None

@@ -1,0 +1,101 @@
+"""The size of a prompt of any kind, which decides where and when it is preprocessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from sys import getsizeof
+from typing import Any
+
+from .openai_parts import KIND_OF
+
+KINDS = ("image", "video")
+MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)  # the first are found fastest
+TOKEN_ID_BYTES = 40  # of a list of numbers
+LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
+
+
+@dataclass(frozen=True)
+class PromptSize:
+    """What decides where and when a prompt of any kind, which may be wrong, is preprocessed."""
+
+    lane: str  # of `Lanes`; what is not a prompt is rejected fastest as text
+    source_bytes: int  # of its media as they came: files, data URIs, arrays
+    text_bytes: int  # in memory, of its texts or token ids; 0 up to LONG_TEXT characters
+
+    @classmethod
+    def of(cls, prompt: Any) -> PromptSize:
+        values = list(_values(prompt))
+        sources = [(kind, value) for kind, value in values if kind in KINDS]
+        texts: list[Any] = [value for kind, value in values if kind not in KINDS]
+        is_long = sum(map(len, texts)) > LONG_TEXT
+        return cls(
+            lane=_lane_of(sources, is_long),
+            source_bytes=sum(_num_bytes(source) for _, source in sources),
+            text_bytes=sum(map(_text_bytes, texts)) if is_long else 0,
+        )
+
+
+def _lane_of(sources: Sequence[tuple[str, Any]], is_long: bool) -> str:
+    if any(_has_url(source) for _, source in sources):
+        return "urls"
+    if any(kind == "video" for kind, _ in sources):
+        return "videos"
+    if sources:
+        return "images"
+    return "long_texts" if is_long else "text"
+
+
+def _has_url(source: Any) -> bool:
+    if isinstance(source, str):
+        return source[:8].lower().startswith(("http://", "https://"))
+    return any(map(_has_url, _list(source)))
+
+
+def _text_bytes(text: Sequence[Any]) -> int:
+    return getsizeof(text) if isinstance(text, str) else len(text) * TOKEN_ID_BYTES
+
+
+def _values(prompt: Any) -> Iterator[tuple[str, Any]]:
+    """Yield ("image", "video" or "text", source or text) of each part of a prompt."""
+    if isinstance(prompt, MAPPINGS):
+        for kind in KINDS:
+            for source in _list(prompt.get(f"{kind}s")):
+                yield kind, source.get(kind) if isinstance(source, MAPPINGS) else source
+        for name in ("prompt", "prompt_token_ids"):
+            if isinstance(prompt.get(name), Sized):
+                yield "text", prompt[name]
+        prompt = prompt.get("messages")
+    elif isinstance(prompt, str):
+        yield "text", prompt
+    for message in _list(prompt):
+        content = message.get("content") if isinstance(message, MAPPINGS) else ()
+        for part in (content,) if isinstance(content, str) else _list(content):
+            if isinstance(part, str):
+                yield "text", part
+            elif isinstance(part, MAPPINGS):
+                yield from _values_of_part(part)
+
+
+def _values_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of the model card's and of OpenAI's parts, with a type or without."""
+    if isinstance(part.get("text"), str):
+        yield "text", part["text"]
+    for name, kind in KIND_OF.items():
+        if name in part or part.get("type") == name:
+            source = part.get(name)
+            yield kind, source.get("url") if isinstance(source, MAPPINGS) else source
+
+
+def _list(value: Any) -> Sequence[Any]:
+    is_list = isinstance(value, SEQUENCES) and not isinstance(value, str | bytes)
+    return value if is_list else ()
+
+
+def _num_bytes(source: Any) -> int:
+    if isinstance(source, str | bytes | bytearray | memoryview):
+        return len(source)
+    if isinstance(source, Sequence):
+        return sum(map(_num_bytes, source))
+    size = getattr(getattr(source, "values", source), "nbytes", 0)
+    return size if isinstance(size, int) else 0

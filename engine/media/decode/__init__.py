@@ -1,0 +1,1 @@
+"""Decode image and video files to pixels."""

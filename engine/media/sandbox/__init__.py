@@ -1,0 +1,1 @@
+"""Decoder processes without access to files and network."""

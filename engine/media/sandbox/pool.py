@@ -1,0 +1,272 @@
+"""Decoder processes, each used by one request at a time."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import BinaryIO, Self
+
+from PIL import Image
+
+from ...config.media_limits import MediaLimits
+from ...errors import InputError
+from ..decode.animation import is_animation
+from ..decode.opening import open_here
+from ..decode.reader import MediaReader
+from ..task import MediaTask
+from .plan import DecoderPlan, is_small
+from .process import DecoderProcess, DecoderStoppedError
+from .reader import STOPPED, ChildReader
+from .slots import FairSlots
+
+log = logging.getLogger("octavo.media")
+
+MOST_READERS = 2000  # files that a process decodes before a new one takes its place
+MOST_RESIDENT = 512 << 20  # bytes that a process may keep between requests
+
+
+class DecoderPool:
+    """Processes of a `DecoderPlan`, started when they are first needed. Thread-safe."""
+
+    def __init__(self, limits: MediaLimits, plan: DecoderPlan | int) -> None:
+        """`plan`: also a number of processes, each of `decoder_memory_bytes`."""
+        if isinstance(plan, int):
+            most = limits.decoder_memory_bytes
+            plan = DecoderPlan(plan, plan, most, most, {}, are_shared=True)
+        self.plan, self.num_started = plan, 0
+        self.limits = replace(limits, decoder_memory_bytes=plan.large_bytes)
+        self._lock = threading.Lock()
+        self._free: list[DecoderProcess] = []  # the last one is lent first
+        self._lent: set[DecoderProcess] = set()
+        self._is_closed = self._is_logged = False
+        self._all_slots = FairSlots(plan.num_decoders)
+        lanes = {} if plan.are_shared else plan.lanes
+        self._slots = {lane: FairSlots(count) for lane, count in lanes.items()}
+        self._large_slots = [FairSlots(count) for count in _halves(plan.num_large)]
+
+    def warm(self) -> None:
+        """Start one process, so that the first request does not wait for it. Takes a few ms."""
+        process = self._start_early()
+        if process is not None:
+            self._keep(process)
+
+    def lease(self, task: MediaTask | None = None, lane: str = "") -> Lease:
+        """Where a request's files are opened. It takes a process for the first one, which it gives
+        back when it is left. `task`: of the request."""
+        return Lease(self, task, self._slots.get(lane, self._all_slots))
+
+    def large_slots(self, kind: str) -> FairSlots:
+        """Of the processes that may use all of `decoder_memory_bytes`: images have slots of their
+        own, since videos take long."""
+        return self._large_slots[0 if kind == "video" else -1]
+
+    def take(self) -> DecoderProcess:
+        """A process that answers, for the caller of `FairSlots.acquire`. Raises
+        `DecoderStoppedError`, `OSError`."""
+        while True:
+            with self._lock:
+                self._check_open()
+                if not self._free:
+                    break
+                process = self._free.pop()
+                self._lent.add(process)
+            if process.answers():
+                return process
+            log.warning("media decoder: an idle process has ended; another takes its place")
+            self.drop(process)
+        return self._start()
+
+    def _start(self) -> DecoderProcess:
+        process = self._new()
+        with self._lock:
+            self._lent.add(process)
+            is_closed = self._is_closed
+        if is_closed:
+            self.drop(process)
+            self._check_open()
+        try:
+            process.await_ready()
+        except DecoderStoppedError:
+            self.drop(process)
+            raise
+        return process
+
+    def _new(self) -> DecoderProcess:
+        with self._lock:
+            self.num_started += 1
+        return DecoderProcess(self.limits)
+
+    def drop(self, process: DecoderProcess) -> None:
+        """End one that was taken."""
+        with self._lock:
+            self._lent.discard(process)
+        process.kill()
+
+    def log_start(self, process: DecoderProcess) -> None:
+        """Log once how the processes are confined."""
+        with self._lock:
+            is_first, self._is_logged = not self._is_logged, True
+        if is_first:
+            log.info("media decoder: %s", process.sandbox)
+
+    def give_back(self, process: DecoderProcess) -> None:
+        """Replace one that is dead, busy, old or has grown, without waiting for the new one."""
+        process.end_request()
+        if not _is_good(process):
+            self.drop(process)
+            fresh = self._start_early()
+            if fresh is None:
+                return
+            process = fresh
+        self._keep(process)
+
+    def _keep(self, process: DecoderProcess) -> None:
+        with self._lock:
+            self._lent.discard(process)
+            is_closed = self._is_closed
+            if not is_closed:
+                self._free.append(process)
+        if is_closed:
+            process.kill()
+
+    def _start_early(self) -> DecoderProcess | None:
+        try:
+            return None if self._is_closed else self._new()
+        except OSError:  # the next request tries again, and reports it
+            return None
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the pool of media decoders is closed")
+
+    def close(self) -> None:
+        """End all processes, also those that are lent: their requests' readers fail."""
+        with self._lock:
+            self._is_closed = True
+            free, self._free = self._free, []
+            for lent in self._lent:
+                lent.terminate()
+        for slots in (*self._slots.values(), self._all_slots, *self._large_slots):
+            slots.close()
+        for process in free:
+            process.kill()
+
+
+def _halves(count: int) -> tuple[int, ...]:
+    return (count // 2, count - count // 2) if count > 1 else (count,)
+
+
+def _is_good(process: DecoderProcess) -> bool:
+    """Fit for another request: alive, done with this one, neither old nor large."""
+    return (
+        process.is_alive
+        and process.is_idle
+        and not process.open_readers
+        and process.num_readers < MOST_READERS
+        and process.resident_bytes < MOST_RESIDENT
+    )
+
+
+class Lease:
+    """A process for one request: a context manager, and an `OpenReader` while it is entered.
+
+    One thread at a time uses it and its readers, which are closed before it is left. Only
+    `cancel` may be called by any thread.
+    """
+
+    def __init__(self, pool: DecoderPool, task: MediaTask | None, slots: FairSlots) -> None:
+        self._pool, self._task, self._slots = pool, task, slots
+        self._process: DecoderProcess | None = None
+        self._has_slot = self._is_cancelled = False
+        self._large_slots: FairSlots | None = None  # of which it has one
+        self._lock = threading.Lock()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._task is not None:
+            self._stack.enter_context(self._task.watched(self.cancel))
+        return self
+
+    def cancel(self) -> None:
+        """End what its process does, while another thread waits for that."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._process is not None:
+                self._process.cancel()
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:  # from here on, `cancel` reaches no process
+            process, self._process = self._process, None
+        if process is not None:
+            self._shrink(process)
+            self._pool.give_back(process)
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.release()
+        self._stack.close()
+
+    def __call__(
+        self, kind: str, file: BinaryIO | Image.Image, limits: MediaLimits, field: str
+    ) -> MediaReader:
+        """A reader of the file, by the process; a PIL image is in this process already. Raises
+        `InputError`."""
+        if isinstance(file, Image.Image):
+            return open_here(kind, file, limits, field)
+        process = self._ready_process(field)
+        num_bytes = file.seek(0, io.SEEK_END)
+        if kind == "video" and is_animation(file):  # all of its frames are decoded as it is opened
+            self._grow(process, kind, field)
+        reader = ChildReader(process, kind, file, limits, field, self._seconds_left(field))
+        try:
+            if not is_small(kind, reader.header, num_bytes):
+                self._grow(process, kind, field)
+        except BaseException:
+            reader.__exit__(None, None, None)
+            raise
+        return reader
+
+    def _seconds_left(self, field: str) -> float:
+        if self._task is None:
+            return float(self._pool.limits.media_timeout_s)
+        return self._task.seconds_left(field)
+
+    def _ready_process(self, field: str) -> DecoderProcess:
+        """The process, once there is one. Raises `InputError`."""
+        process = self._process
+        if process is not None and process.is_alive:
+            return process
+        if process is not None:
+            self._shrink(process)
+            self._pool.drop(process)
+        if not self._has_slot:
+            self._slots.acquire(self._task, field)
+            self._has_slot = True
+        try:
+            process = self._pool.take()
+        except (DecoderStoppedError, OSError) as error:
+            log.error("media decoder: %s", error)
+            raise InputError(field, STOPPED) from None
+        process.allow_memory(self._pool.plan.small_bytes)
+        with self._lock:
+            self._process = process
+            if self._is_cancelled:
+                process.cancel()
+        self._pool.log_start(process)
+        return process
+
+    def _grow(self, process: DecoderProcess, kind: str, field: str) -> None:
+        """Let the process use all of `decoder_memory_bytes`, once that is available."""
+        if self._large_slots is None:
+            slots = self._pool.large_slots(kind)
+            slots.acquire(self._task, field)
+            self._large_slots = slots
+            process.allow_memory(self._pool.plan.large_bytes)
+
+    def _shrink(self, process: DecoderProcess) -> None:
+        if self._large_slots is not None:
+            process.allow_memory(self._pool.plan.small_bytes)
+            self._large_slots.release()
+            self._large_slots = None

@@ -1,0 +1,1 @@
+"""Metrics, tracing, request log, snapshots."""

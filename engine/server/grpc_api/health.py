@@ -1,0 +1,70 @@
+"""gRPC's health service. Clients need no key for it, so each call is small and none waits for
+another: the library's servicer holds a lock while a client reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+from grpc_health.v1 import health_pb2 as pb
+from grpc_health.v1 import health_pb2_grpc
+
+from ....scheduler.params import shown
+from ..errors import Refused
+
+MAX_NAME = 256  # characters of a service's name
+MAX_WATCHES = 1024  # at a time
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Used by one event loop."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {}
+        self._changed = asyncio.Event()  # replaced at each change
+        self._num_watches = 0
+
+    def set(self, service: str, status: int) -> None:
+        self._statuses[service] = status
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def Check(
+        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HealthCheckResponse:
+        if request.service not in self._statuses:
+            text = f"service={shown(request.service)}: unknown; List returns all services"
+            raise Refused("NOT_FOUND", text, "service")
+        return self._response(request.service)
+
+    async def List(
+        self, request: pb.HealthListRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HealthListResponse:
+        return pb.HealthListResponse(
+            statuses={service: self._response(service) for service in self._statuses}
+        )
+
+    async def Watch(
+        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.HealthCheckResponse]:
+        if len(request.service) > MAX_NAME:
+            raise Refused("INVALID_ARGUMENT", f"service: over {MAX_NAME} characters", "service")
+        if self._num_watches >= MAX_WATCHES:
+            text = f"{MAX_WATCHES} calls of Watch are running already; use Check"
+            raise Refused("RESOURCE_EXHAUSTED", text)
+        self._num_watches += 1
+        try:
+            sent: int | None = None
+            while True:
+                changed, response = self._changed, self._response(request.service)
+                if response.status != sent:
+                    sent = response.status
+                    yield response
+                await changed.wait()
+        finally:
+            self._num_watches -= 1
+
+    def _response(self, service: str) -> pb.HealthCheckResponse:
+        unknown = pb.HealthCheckResponse.SERVICE_UNKNOWN
+        return pb.HealthCheckResponse(status=self._statuses.get(service, unknown))

@@ -1,0 +1,181 @@
+"""`octavo.v1.Inference`: prompts in, deltas out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from ....proto import octavo_pb2 as pb
+from ....proto import octavo_pb2_grpc
+from ....scheduler.params import OptionFields, SamplingParams, shown
+from ...async_llm import AsyncLLM
+from ...errors import EngineDead
+from ...input.processor import Prompt
+from ...outputs import OutputDelta
+from ...request_stream import join
+from ..chunked_json import Turns
+from ..drain import Work
+from ..errors import Fault, Refused, fault_in, fault_of
+from ..metadata import CallMetadata, checked_request_id, log_trace, read_metadata, request_name
+from ..readers import read
+from ..rejections import counted
+from .messages import (
+    is_large,
+    read_options,
+    read_prompt,
+    read_sampling,
+    read_token_prompt,
+    refuse_unknown,
+    reply_pieces,
+    split_delta,
+    write_delta,
+)
+from .status import abort, failure_of
+
+MAX_DELTAS = 64  # of an answer that is gathered, before they are joined
+
+
+@dataclass
+class _Call:
+    """A request and how far it has come."""
+
+    request_id: str
+    stream: AsyncGenerator[OutputDelta, None]
+    fault: Fault | None = None  # it failed after admission
+    turns: Turns = field(default_factory=Turns)
+    charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
+
+
+class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
+    """What its methods raise, `Door` makes a status of."""
+
+    def __init__(self, engine: AsyncLLM, work: Work | None = None) -> None:
+        self._engine = engine
+        self._work = work or Work()
+        self._turns = Turns()
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateDelta]:
+        """gRPC cancels this coroutine when its client goes away, which closes the stream, which
+        aborts the request."""
+        with self._work.call():
+            call = await self._begin(request, context)
+            async with contextlib.aclosing(call.stream):
+                with call.charge:
+                    async for message in _messages(call):
+                        yield message
+            if call.fault is not None:
+                await abort(context, call.fault)
+
+    async def GenerateOnce(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateReply:
+        with self._work.call():
+            call = await self._begin(request, context)
+            with call.charge:
+                whole = await _gather(call.stream)
+                errors = [answer.error for answer in whole if answer.error]
+                if errors:
+                    await abort(context, fault_in(errors[0]))
+                reply = pb.GenerateReply()
+                async for piece in self._turns.paced(reply_pieces(whole)):
+                    reply = piece
+            return reply
+
+    async def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
+        """Raises what a request is rejected for, as far as that is seen before it is
+        preprocessed."""
+        with counted(request.request_id, self._engine.engine.stats):
+            beside = read_metadata(context.invocation_metadata() or ())
+            reading = functools.partial(self._read, request, beside, context.time_remaining())
+            prompt, params, options = await read(reading, is_large(request))
+            name = checked_request_id(request.request_id, "request_id")
+            name = name or request_name(beside.request_id, self._engine.is_running)
+        log_trace(name, beside)
+        budget, max_model_len = self._engine.logprob_budget, self._engine.config.max_model_len
+        charge = budget.call(params, max_model_len or 0)
+        stream = self._engine.generate(
+            prompt,
+            params,
+            request_id=name,
+            traceparent=beside.traceparent,
+            on_ready=charge.add,
+            **options,
+        )
+        return _Call(name, stream, turns=self._turns, charge=charge)
+
+    def _read(
+        self, request: pb.GenerateRequest, beside: CallMetadata, time_remaining: float | None
+    ) -> tuple[Prompt, SamplingParams, OptionFields]:
+        """Check and convert a request, in a thread where it is large."""
+        refuse_unknown(request)
+        names = self._engine.engine.served_model_names
+        if request.model not in ("", *names):
+            text = f"model={shown(request.model)}: this server has {', '.join(names)}"
+            raise Refused("NOT_FOUND", text, "model")
+        options = read_options(request, time_remaining, beside.priority)
+        limits = self._engine.engine.processor.limits
+        return read_prompt(request, limits), read_sampling(request.sampling), options
+
+    async def Abort(
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortReply:
+        return pb.AbortReply(found=await self._engine.abort(request.request_id))
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeReply:
+        prompt = await read(functools.partial(read_token_prompt, request), is_large(request))
+        ids = await self._engine.tokenize(prompt, request.plain)
+        return pb.TokenizeReply(ids=ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeReply:
+        text = await self._engine.detokenize(request.ids, request.skip_special_tokens)
+        return pb.DetokenizeReply(text=text)
+
+
+async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
+    """The deltas; the last of all says what failed, and so does `call` then."""
+    has_begun = False
+    try:
+        async for delta in call.stream:
+            has_begun = True
+            async for message in _written(delta, call.turns):
+                if delta.error and message.HasField("usage"):  # all answers have ended
+                    call.fault = fault_in(delta.error)
+                    message.failure.CopyFrom(failure_of(call.fault))
+                yield message
+    except EngineDead as error:
+        if not has_begun:
+            raise
+        call.fault = fault_of(error)
+        yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
+
+
+async def _written(delta: OutputDelta, turns: Turns) -> AsyncIterator[pb.GenerateDelta]:
+    """Yield a delta's messages: several where its log probabilities are many."""
+    if not (delta.logprobs or delta.prompt_logprobs):
+        yield write_delta(delta)
+        return
+    async for message in turns.paced(map(write_delta, split_delta(delta))):
+        yield message
+
+
+async def _gather(stream: AsyncGenerator[OutputDelta, None]) -> list[OutputDelta]:
+    """Return whole answers, by index; their log probabilities are joined as they come."""
+    answers: dict[int, list[OutputDelta]] = {}
+    async with contextlib.aclosing(stream):
+        async for delta in stream:
+            deltas = answers.setdefault(delta.index, [])
+            deltas.append(delta)
+            if len(deltas) > MAX_DELTAS:
+                deltas[:] = [join(deltas)]
+    return [join(answers[index]) for index in sorted(answers)]

@@ -1,0 +1,309 @@
+"""The public protocol's messages to prompts and sampling settings, and deltas back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from ....proto import octavo_pb2 as pb
+from ....scheduler.logprobs import TokenLogprobs
+from ....scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, SamplingParams
+from ....scheduler.structured import MAX_CHOICES, StructuredOutput
+from ...config.media_limits import MediaLimits
+from ...errors import InputError
+from ...input.chat_template import check_parts
+from ...media.item import MediaInfo
+from ...outputs import OutputDelta, Usage
+from ..errors import Refused, field_in
+from ..readers import MAX_AT_ONCE
+from .media import read_source
+from .tools import check_calls, read_message_calls, read_tools, write_calls
+
+KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
+PIECE_TOKENS = 128  # tokens whose log probabilities are in one message of a stream
+FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+    "error": pb.FINISH_REASON_UNSPECIFIED,  # the call's status says it
+}
+
+
+def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, Any]:
+    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError` or `Refused`."""
+    _check_counts(request, limits)
+    media: dict[str, list[Any]] = {"image": [], "video": []}
+    for index, item in enumerate(request.media):
+        part = _read_media(item, f"media[{index}]")
+        media[part.pop("type")].append(part)
+    given = {f"{kind}s": items for kind, items in media.items() if items} | read_tools(request)
+    for index, tool in enumerate(request.tools):
+        _refuse_unknown_of(tool, f"tools[{index}]")
+        _refuse_unknown_of(tool.function, f"tools[{index}].function")
+    form = request.WhichOneof("prompt")
+    if form == "conversation":
+        return {"messages": _read_messages(request.conversation), **given}
+    if form == "text":
+        return {"prompt": request.text, **given}
+    if form == "token_ids":
+        _refuse_unknown_of(request.token_ids, form)
+        return {"prompt_token_ids": request.token_ids.ids, **given}
+    raise InputError("prompt", "give one of conversation, text and token_ids")
+
+
+def is_large(request: pb.GenerateRequest | pb.TokenizeRequest) -> bool:
+    """Return whether a request is read in a thread. `check_wire` bounds the messages."""
+    messages = request.conversation.messages
+    count = len(messages) + len(getattr(request, "tools", ()))
+    count += sum(len(each.content) + len(each.tool_calls) for each in messages[:MAX_AT_ONCE])
+    return count > MAX_AT_ONCE
+
+
+def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
+    """Refuses a message of many small things before it is gone through, which the loop that
+    serves all requests would wait for."""
+    messages = request.conversation.messages
+    check_parts(len(messages), (len(each.content) for each in messages))
+    check_calls(messages)
+    items = [*request.media[: limits.max_media_items + 1]]
+    items += [part.media for each in messages for part in each.content if part.HasField("media")]
+    if len(items) > limits.max_media_items:
+        limits.refuse("max_media_items", "prompt", f"{len(items)} images and videos")
+    for item in items:
+        count = len(item.frames.data) + len(item.frames.frames)
+        limits.check_frames(count, "frames")
+
+
+def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
+    _refuse_unknown_of(conversation, "conversation")
+    for m, message in enumerate(conversation.messages):
+        _refuse_unknown_of(message, f"messages[{m}]")
+        for c, call in enumerate(message.tool_calls):
+            _refuse_unknown_of(call, f"messages[{m}].tool_calls[{c}]")
+            _refuse_unknown_of(call.function, f"messages[{m}].tool_calls[{c}].function")
+    return [
+        {
+            "role": message.role,
+            "content": [
+                _read_part(part, f"messages[{m}].content[{p}]")
+                for p, part in enumerate(message.content)
+            ],
+            **read_message_calls(message),
+        }
+        for m, message in enumerate(conversation.messages)
+    ]
+
+
+def _read_part(part: pb.ContentPart, field: str) -> dict[str, Any]:
+    _refuse_unknown_of(part, field)
+    form = part.WhichOneof("part")
+    if form == "text":
+        return {"type": "text", "text": part.text}
+    if form == "media":
+        return _read_media(part.media, field)
+    raise InputError(field, "is neither text nor media")
+
+
+def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
+    """A message's part; without a source where it is a placeholder."""
+    _refuse_unknown_of(item, field)
+    kind = KINDS.get(item.kind)
+    if kind is None:
+        raise InputError(f"{field}.kind", f"{item.kind}: must be image or video")
+    part: dict[str, Any] = {"type": kind}
+    if item.WhichOneof("source") is not None:
+        _refuse_unknown_in_source(item, field)
+        part[kind] = read_source(item, f"{field}.{kind}")
+    options = item.options
+    _refuse_unknown_of(options, f"{field}.options")
+    return part | {d.name: getattr(options, d.name) for d, _ in options.ListFields()}
+
+
+def read_sampling(message: pb.SamplingParams) -> SamplingParams:
+    """An absent field is the checkpoint's default; zero is zero. Raises `InputError`."""
+    given = {d.name: getattr(message, d.name) for d, _ in message.ListFields()}
+    for name in ("stop", "stop_token_ids", "bad_words"):
+        if name in given:
+            given[name] = tuple(given[name])
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    try:
+        if "structured" in given:
+            given["structured"] = _read_structured(message.structured)
+        return SamplingParams(**given)
+    except ValueError as error:
+        raise InputError(field_in(str(error)), str(error)) from None
+
+
+def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
+    """Raises ValueError."""
+    if message.WhichOneof("form") == "choice":
+        return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
+    return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
+
+
+def read_options(
+    request: pb.GenerateRequest, time_remaining: float | None, priority: int | None = None
+) -> OptionFields:
+    """How to treat a request. `time_remaining`: what the call's own deadline leaves; `priority`:
+    the call's, where the request says none. Raises `InputError`."""
+    options = OptionFields(cache_salt=request.cache_salt)
+    if request.HasField("priority"):
+        options["priority"] = request.priority
+    elif priority is not None:
+        options["priority"] = priority
+    timeout = request.timeout_s if request.HasField("timeout_s") else None
+    if time_remaining is not None and (timeout is None or time_remaining < timeout):
+        timeout = min(max(0.0, time_remaining), MAX_TIMEOUT)
+    options["timeout_s"] = timeout
+    try:
+        RequestOptions.of(**options)
+    except ValueError as error:
+        raise InputError(field_in(str(error)), str(error)) from None
+    return options
+
+
+def refuse_unknown(request: pb.GenerateRequest) -> None:
+    """To pass over a field of a newer client would answer another question. Raises `Refused`. What
+    is inside of messages, media and tools `read_prompt` looks at, once it knows how much it is."""
+    sampling = request.sampling
+    messages = {"": request, "sampling": sampling, "sampling.structured": sampling.structured}
+    for path, message in messages.items():
+        _refuse_unknown_of(message, path)
+
+
+def _refuse_unknown_in_source(item: pb.MediaItem, field: str) -> None:
+    name = item.WhichOneof("source")
+    if name in ("frames", "pixels", "embeddings"):
+        _refuse_unknown_of(getattr(item, name), f"{field}.{name}")
+    if name == "frames":
+        for index, frame in enumerate(item.frames.frames):
+            _refuse_unknown_of(frame, f"{field}.frames[{index}]")
+            _refuse_unknown_of(frame.pixels, f"{field}.frames[{index}].pixels")
+
+
+def _refuse_unknown_of(message: Message, path: str) -> None:
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        text = f"field number {unknown[0].field_number} is not known to this server"
+        raise Refused("UNIMPLEMENTED", f"{path or message.DESCRIPTOR.name}: {text}", path)
+
+
+def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:
+    """A text, or messages whose images and videos are placeholders. Raises `InputError`."""
+    _refuse_unknown_of(request, "")
+    form = request.WhichOneof("prompt")
+    if form == "text":
+        return request.text
+    if form is None:
+        raise InputError("prompt", "give one of conversation and text")
+    given = request.conversation.messages
+    check_parts(len(given), (len(each.content) for each in given))
+    check_calls(given)
+    messages = _read_messages(request.conversation)
+    for part in (part for message in messages for part in message["content"]):
+        if part["type"] in KINDS.values():
+            part[part["type"]] = b""  # nobody opens it
+    return messages
+
+
+def split_delta(delta: OutputDelta) -> Iterator[OutputDelta]:
+    """Cut a delta's log probabilities into pieces of about a millisecond's work.
+
+    Those of the prompt come first, then those of tokens with their ids. Media are in the first
+    piece; all else is in the last.
+    """
+    of_prompt, of_tokens = len(delta.prompt_logprobs), len(delta.logprobs)
+    if of_prompt + of_tokens <= PIECE_TOKENS:
+        yield delta
+        return
+    piece = OutputDelta(
+        delta.request_id, delta.index, media=delta.media, media_times=delta.media_times
+    )
+    for start in range(0, of_prompt, PIECE_TOKENS):
+        yield replace(piece, prompt_logprobs=delta.prompt_logprobs[start : start + PIECE_TOKENS])
+        piece = OutputDelta(delta.request_id, delta.index)
+    last = max(0, of_tokens - PIECE_TOKENS)
+    for start in range(0, last, PIECE_TOKENS):
+        part = slice(start, min(start + PIECE_TOKENS, last))
+        yield replace(piece, logprobs=delta.logprobs[part], token_ids=delta.token_ids[part])
+        piece = OutputDelta(delta.request_id, delta.index)
+    yield replace(
+        delta,
+        media=piece.media,
+        media_times=piece.media_times,
+        prompt_logprobs=(),
+        logprobs=delta.logprobs[last:],
+        token_ids=delta.token_ids[last:],
+    )
+
+
+def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
+    times = delta.media_times
+    return pb.GenerateDelta(
+        request_id=delta.request_id,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=FINISH_REASONS[delta.finish_reason],
+        usage=_write_usage(delta.usage),
+        media=[_write_media(info) for info in delta.media],
+        index=delta.index,
+        media_times=pb.MediaTimes(**vars(times)) if times else None,
+        logprobs=[_write_logprobs(entry) for entry in delta.logprobs],
+        prompt_logprobs=[_write_logprobs(entry) for entry in delta.prompt_logprobs],
+        tool_calls=write_calls(delta.tool_calls),
+    )
+
+
+def _write_logprobs(entry: TokenLogprobs | None) -> pb.TokenLogprobs:
+    """Empty for a token that has none."""
+    return pb.TokenLogprobs() if entry is None else pb.TokenLogprobs(**entry._asdict())
+
+
+def reply_pieces(answers: Sequence[OutputDelta]) -> Iterator[pb.GenerateReply]:
+    """Yield the reply of whole answers, in order, each time with a piece more."""
+    reply = _reply_head(answers)
+    for answer in answers:
+        message = reply.answers.add()
+        for piece in split_delta(replace(answer, media=(), media_times=None, usage=None)):
+            message.MergeFrom(write_delta(piece))
+            yield reply
+
+
+def _reply_head(answers: Sequence[OutputDelta]) -> pb.GenerateReply:
+    """Return a reply without its answers."""
+    usage, times = (
+        next((found for a in answers if (found := getattr(a, name)) is not None), None)
+        for name in ("usage", "media_times")
+    )
+    return pb.GenerateReply(
+        request_id=answers[0].request_id,
+        usage=_write_usage(usage),
+        media=[_write_media(info) for answer in answers for info in answer.media],
+        media_times=pb.MediaTimes(**vars(times)) if times else None,
+    )
+
+
+def _write_usage(usage: Usage | None) -> pb.Usage | None:
+    return None if usage is None else pb.Usage(**vars(usage))
+
+
+def _write_media(info: MediaInfo) -> pb.ResolvedMedia:
+    kind = pb.MEDIA_KIND_IMAGE if info.kind == "image" else pb.MEDIA_KIND_VIDEO
+    return pb.ResolvedMedia(
+        kind=kind,
+        height=info.height,
+        width=info.width,
+        num_frames=info.num_frames,
+        num_tokens=info.num_tokens,
+        grid_thw=info.grid_thw,
+        frame_indices=info.frame_indices,
+        sample_fps=info.sample_fps,
+        raw_fps=info.raw_fps,
+        frame_times=info.frame_times,
+    )

@@ -1,0 +1,72 @@
+"""gRPC statuses with their details, as `octavo.proto` says."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from ....proto import octavo_pb2 as pb
+from ..errors import Fault
+
+DETAILS = "grpc-status-details-bin"
+MAX_TEXT = 2000  # bytes as they travel; gRPC drops a status whose metadata is over some 8,000
+_SAMPLING = pb.SamplingParams.DESCRIPTOR.fields_by_name
+_PATHS = {"messages": "conversation.messages", "prompt_token_ids": "token_ids.ids"}
+
+
+async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> NoReturn:
+    """Ends a call. Raises what `context.abort` does; CancelledError where the caller has gone."""
+    code, text = grpc.StatusCode[fault.code], short(fault.text)
+    details = ((DETAILS, details_of(fault, text).SerializeToString()),)
+    try:
+        await context.abort(code, text, details)
+    except grpc.aio.InternalError:  # it could not be sent: who had read enough has left
+        raise asyncio.CancelledError from None
+    raise AssertionError("context.abort came back")
+
+
+def details_of(fault: Fault, text: str) -> status_pb2.Status:
+    code = grpc.StatusCode[fault.code].value[0]
+    status = status_pb2.Status(code=code, message=text)
+    status.details.append(_packed(pb.Failure(code=fault.code, retryable=fault.retryable)))
+    if fault.field:
+        request = error_details_pb2.BadRequest()
+        request.field_violations.add(field=path_of(fault.field), description=text)
+        status.details.append(_packed(request))
+    return status
+
+
+def failure_of(fault: Fault) -> pb.Failure:
+    """The event at a stream's end."""
+    field = path_of(fault.field) if fault.field else ""
+    text = short(fault.text)
+    return pb.Failure(code=fault.code, text=text, retryable=fault.retryable, field=field)
+
+
+def path_of(field: str) -> str:
+    """A field by its path in the request's message."""
+    first = field.split("[")[0].split(".")[0]
+    if first in _SAMPLING:
+        return f"sampling.{field}"
+    return _PATHS.get(first, first) + field[len(first) :]
+
+
+def short(text: str) -> str:
+    """As much as a status can carry: gRPC writes all but plain characters as three a byte."""
+    room = MAX_TEXT
+    for at, character in enumerate(text):
+        is_plain = " " <= character <= "~" and character != "%"
+        room -= 1 if is_plain else 3 * len(character.encode("utf-8", "replace"))
+        if room < 0:
+            return text[:at] + "…"
+    return text
+
+
+def _packed(message: pb.Failure | error_details_pb2.BadRequest) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

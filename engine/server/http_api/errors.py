@@ -1,0 +1,96 @@
+"""Errors of the HTTP door, in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ....scheduler.params import shown
+from ..errors import Fault, fault_of
+
+MAX_ERROR_TEXT = 2000  # characters
+RETRY_AFTER = "1"  # seconds, of 429 and 503
+OF_CODE: dict[str, tuple[int, str, str | None]] = {  # status, and OpenAI's type and code
+    "INVALID_ARGUMENT": (400, "invalid_request_error", None),
+    "UNAUTHENTICATED": (401, "authentication_error", "invalid_api_key"),
+    "PERMISSION_DENIED": (403, "permission_error", None),
+    "NOT_FOUND": (404, "not_found_error", "model_not_found"),
+    "ALREADY_EXISTS": (409, "invalid_request_error", "duplicate_request_id"),
+    "RESOURCE_EXHAUSTED": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "FAILED_PRECONDITION": (400, "invalid_request_error", None),
+    "UNIMPLEMENTED": (501, "invalid_request_error", "unsupported_parameter"),
+    "INTERNAL": (500, "server_error", "internal_error"),
+    "UNAVAILABLE": (503, "server_error", "unavailable"),
+    "DEADLINE_EXCEEDED": (504, "timeout_error", "deadline_exceeded"),
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error; its arguments are the fields of OpenAI's error and its status."""
+
+    def __init__(
+        self,
+        status: int,
+        text: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        text = text if len(text) <= MAX_ERROR_TEXT else text[:MAX_ERROR_TEXT] + "…"
+        super().__init__(text)
+        self.status, self.text, self.kind, self.param, self.code = status, text, kind, param, code
+
+    @property
+    def body(self) -> str:
+        """JSON in ASCII: what a caller wrote may not be Unicode text."""
+        error = {"message": self.text, "type": self.kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error})
+
+    def response(self) -> Response:
+        headers = {}
+        if self.status in (429, 503):
+            headers["retry-after"] = RETRY_AFTER
+        if self.status in (500, 501, 504):  # else OpenAI's clients send all 5xx again
+            headers["x-should-retry"] = "false"
+        if self.status == 408:  # the rest of the body may still come
+            headers["connection"] = "close"
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return Response(self.body, self.status, headers, "application/json")
+
+
+def api_error(fault: Fault) -> ApiError:
+    status, kind, code = OF_CODE[fault.code]
+    if fault.too_long:
+        code = "context_length_exceeded"
+    return ApiError(status, fault.text, kind, fault.field or None, code)
+
+
+def fault_code(error: Exception) -> str:
+    """The engine's, for its log and metrics."""
+    return "INVALID_ARGUMENT" if isinstance(error, ApiError) else fault_of(error).code
+
+
+def error_of(error: Exception) -> ApiError:
+    """What the caller is told. No text of a fault of ours goes out; the caller of this logs it."""
+    if isinstance(error, ApiError):
+        return error
+    return api_error(fault_of(error))
+
+
+def misrouted(error: HTTPException, method: str, path: str, paths: Sequence[str]) -> ApiError:
+    """The router's own error. `paths`: all that there are."""
+    if error.status_code == 404:
+        near = [each for each in paths if each in (f"/v1{path}", path.removeprefix("/v1"))]
+        near = [each for each in near if each != "/"]
+        some = [each for each in paths if each.startswith("/v1/") and "{" not in each]
+        text = f"there is no such path; there are {', '.join(some)}"
+        if near:
+            text = f"there is no such path, but {near[0]}"
+            text += "; base_url of OpenAI's clients ends with /v1" if path in near[0][1:] else ""
+        return ApiError(404, f"{shown(path)}: {text}", "not_found_error")
+    takes = (error.headers or {}).get("Allow", "")
+    return ApiError(error.status_code, f"{shown(path)} takes {takes}, not {shown(method)}")

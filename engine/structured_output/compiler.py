@@ -1,0 +1,265 @@
+"""Structured output with llguidance: compile grammars, and compute masks over the vocabulary.
+
+A `Grammar` is compiled, a `Matcher` is the state of one answer in it. Every grammar is tried in
+another process first (`grammar_trials.py`), under limits of time, memory and stack. Work in a step
+is bounded by limits and not by a clock, so that rejections do not depend on the load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from ...scheduler.structured import StructuredOutput
+from ..errors import GrammarQueueFull, InputError
+from .error_messages import reason_of
+from .grammar_text import UnsupportedSchema, grammar_text
+from .library import LIMITS, WORD, load_tokenizer, mask_words, new_matcher
+from .trials import CompileTask, Outcome, Trials, TrialsUnavailable
+
+__all__ = ["LIMITS", "Grammar", "GrammarQueueFull", "Grammars", "TrialsUnavailable"]
+
+log = logging.getLogger("octavo.engine")
+
+Int32 = npt.NDArray[np.int32]
+
+MAX_CACHED = 64  # grammars
+MAX_CACHED_BYTES = 64 << 20  # of them together, as measured
+MAX_LIVE_BYTES = 512 << 20  # of all grammars that are cached or that requests use
+MAX_OUTCOMES = 4096  # of trials that are remembered
+STACK_BYTES = 8 << 20  # of compiling: a trial had a sixteenth
+MAX_ANSWERS = 256  # of one grammar: what their lexer has found on the way adds up
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, and caches the latest. Thread-safe."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        end_token_ids: frozenset[int],
+        banned_token_ids: Sequence[int] = (),
+    ) -> None:
+        """`vocab_size`: the model's, padding included. `banned_token_ids`: never sampled."""
+        self._backend, self.vocab_size = tokenizer, vocab_size
+        self.end_token_ids = sorted(token for token in end_token_ids if token < vocab_size)
+        self._banned = [token for token in banned_token_ids if token < vocab_size]
+        self._tokenizer: Any = None  # loaded when first used: that takes a second
+        self._trials: Trials | None = None
+        self._found: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
+        self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
+        self._live: weakref.WeakSet[Grammar] = weakref.WeakSet()
+        self._lock, self._building = threading.Lock(), threading.Lock()
+        self._is_closed = False
+
+    def compile(self, form: StructuredOutput, task: CompileTask | None = None) -> Grammar:
+        """Return the grammar: milliseconds for most, and some seconds at most.
+
+        Raises `InputError` for one that cannot be used, `GrammarQueueFull`.
+        """
+        task = task or CompileTask()
+        return self.compile_quickly(form, task) or self.compile_slowly(form, task)
+
+    def compile_quickly(self, form: StructuredOutput, task: CompileTask) -> Grammar | None:
+        """Return the grammar, or None where `compile_slowly` is needed. Raises as `compile`."""
+        return self._cached(form) or self._compile(form, task, is_quick=True)
+
+    def compile_slowly(self, form: StructuredOutput, task: CompileTask) -> Grammar:
+        """Raises as `compile`."""
+        grammar = self._cached(form) or self._compile(form, task, is_quick=False)
+        assert grammar is not None
+        return grammar
+
+    def _cached(self, form: StructuredOutput) -> Grammar | None:
+        with self._lock:
+            found = self._found.get(form)
+            if found is None or found.num_answers >= MAX_ANSWERS:
+                return None
+            self._found.move_to_end(form)
+            return found
+
+    def forget(self, grammar: Grammar) -> None:
+        """Drop a grammar whose shared lexer is exhausted, so that later answers do not get it."""
+        with self._lock:
+            if self._found.get(grammar.form) is grammar:
+                del self._found[grammar.form]
+
+    def warm(self) -> None:
+        """Load the tokenizer here and, at the same time, in the process that tries grammars."""
+        with self._building:
+            if not self.end_token_ids:
+                log.warning("structured output is disabled: the checkpoint defines no EOS token")
+            elif self._tokenizer is None and not self._is_closed:
+                backend = Tokenizer.from_str(self._backend.to_str())
+                backend.no_padding()
+                backend.no_truncation()
+                size = max(self.vocab_size, backend.get_vocab_size())
+                given = backend.to_str(), size, self.end_token_ids
+                self._trials = self._trials or Trials(*given)
+                try:
+                    self._tokenizer = load_tokenizer(*given)
+                except ValueError:  # such as a tokenizer of a kind that it does not know
+                    log.exception("structured output is disabled: unsupported tokenizer")
+                    self.end_token_ids = []
+
+    def close(self) -> None:
+        """End the process that tries grammars. Safe to call twice."""
+        self._is_closed = True
+        if self._trials is not None:
+            self._trials.close()
+
+    def _compile(self, form: StructuredOutput, task: CompileTask, is_quick: bool) -> Grammar | None:
+        self.warm()
+        if self._tokenizer is None or self._trials is None:
+            text = "not with this checkpoint's tokenizer and end tokens; see the log"
+            raise InputError("structured", text)
+        key = hashlib.sha256(repr(form).encode("utf-8", "surrogatepass")).digest()
+        with self._lock:
+            outcome = self._outcomes.get(key)
+        if outcome is not None and outcome.is_timed_out:
+            if is_quick:
+                return None
+            outcome = None
+        text = "" if outcome is not None and outcome.error else _text_of(form)
+        if outcome is None:
+            outcome = self._trials.run(text, form.field, is_quick, task)
+            self._remember(key, outcome)
+        if outcome.error:
+            raise _rejected(form, outcome.error)
+        if outcome.is_timed_out:
+            return None
+        self._make_room(outcome.num_bytes)
+        task.check()
+        return self._add(form, text, outcome)
+
+    def _remember(self, key: bytes, outcome: Outcome) -> None:
+        with self._lock:
+            self._outcomes[key] = outcome
+            self._outcomes.move_to_end(key)
+            while len(self._outcomes) > MAX_OUTCOMES:
+                self._outcomes.popitem(last=False)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop cached grammars until another fits beside those in use. Raises
+        `GrammarQueueFull`."""
+        while sum(each.num_bytes for each in tuple(self._live)) + num_bytes > MAX_LIVE_BYTES:
+            with self._lock:
+                if not self._found:
+                    break
+                self._found.popitem(last=False)
+        else:
+            return
+        raise GrammarQueueFull(
+            f"structured: the grammars in use take {MAX_LIVE_BYTES >> 20} MiB; try again later"
+        )
+
+    def _add(self, form: StructuredOutput, text: str, outcome: Outcome) -> Grammar:
+        matcher, row = _in_large_stack(lambda: self._first_mask(form, text))
+        first = self.cut(row)
+        if not first.any():
+            raise _rejected(form, reason_of("NoExtension", form.field))
+        grammar = Grammar(self, form, text, matcher, first, outcome.seconds, outcome.num_bytes)
+        self._live.add(grammar)
+        with self._lock:
+            self._found[form] = grammar
+            size = sum(each.num_bytes for each in self._found.values())
+            while len(self._found) > MAX_CACHED or (
+                size > MAX_CACHED_BYTES and len(self._found) > 1
+            ):
+                size -= self._found.popitem(last=False)[1].num_bytes
+        return grammar
+
+    def _first_mask(self, form: StructuredOutput, text: str) -> tuple[Any, Int32]:
+        """Compile what a trial has passed."""
+        matcher, row = self.new_matcher(text), self.new_rows(1)
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if matcher.is_error():
+            raise _rejected(form, reason_of(matcher.get_error(), form.field))
+        return matcher, row[0]
+
+    def new_matcher(self, text: str) -> Any:
+        return new_matcher(self._tokenizer, text)
+
+    def new_rows(self, count: int) -> Int32:
+        """Return zeroed masks [count, words] of the library's vocabulary."""
+        return np.zeros((count, mask_words(self._tokenizer)), np.int32)
+
+    def cut(self, row: Int32) -> Int32:
+        """Cut the library's mask to the model's vocabulary, without tokens never sampled."""
+        row = row[: -(-self.vocab_size // WORD)]
+        if self.vocab_size % WORD:
+            row[-1] &= np.int32((1 << self.vocab_size % WORD) - 1)
+        clear(row, self._banned)
+        return row
+
+
+def _text_of(form: StructuredOutput) -> str:
+    try:
+        return grammar_text(form)
+    except UnsupportedSchema as error:
+        raise _rejected(form, str(error)) from None
+    except Exception as error:  # the library's, for what it cannot even read
+        raise _rejected(form, reason_of(str(error), form.field)) from None
+
+
+def _in_large_stack(call: Callable[[], tuple[Any, Int32]]) -> tuple[Any, Int32]:
+    """Run a call on a thread whose stack is several times that of a trial."""
+    made: list[tuple[Any, Int32]] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    with _STACK_LOCK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=run, name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return made[0]
+
+
+_STACK_LOCK = threading.Lock()
+
+
+def _rejected(form: StructuredOutput, reason: str) -> InputError:
+    return InputError(f"structured.{form.field}", reason)
+
+
+def clear(row: Int32, token_ids: Sequence[int]) -> None:
+    for token in token_ids:
+        row[token // WORD] &= np.int32(~np.uint32(1 << token % WORD).astype(np.int32))
+
+
+@dataclass(eq=False)
+class Grammar:
+    """A compiled grammar. Its answers share the states that their lexer finds."""
+
+    owner: Grammars
+    form: StructuredOutput
+    text: str
+    template: Any  # an LLMatcher that has consumed nothing
+    first: Int32  # [words] what an answer may begin with
+    seconds: float  # that compiling takes
+    num_bytes: int  # that it keeps
+    num_answers: int = 0
+    num_renewed: int = 0

@@ -1,0 +1,228 @@
+"""Makes JSON schemas exact for llguidance, or says why that is not possible.
+
+The library computes with doubles, lets escapes spell a declared name once more, and has loose
+formats. So numbers that it would round are rejected, escapes are restricted where names could
+collide, and formats become patterns.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from typing import Any, TypeGuard
+
+from ...scheduler.params import shown
+from .formats import FORMATS
+
+MAX_EXACT = 2**53 - 1  # doubles have every integer up to here, and so do JavaScript's clients
+MAX_INT64 = 2**63 - 1
+MAX_MULTIPLE = 100_000  # of multipleOf, without its decimal point: compiling takes as many states
+MAX_DECIMALS = 8
+
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+NAMED = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema
+CONSTANTS = ("enum", "const")
+DATA = (*CONSTANTS, "default", "examples")  # keywords whose values are no schemas
+OPTIONS = "x-guidance"  # the library's own keyword
+PLAIN_ESCAPES = 'nrbtf\\"'  # without \uXXXX
+NEEDS_UNICODE_ESCAPE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
+
+
+class UnsupportedSchema(ValueError):
+    """A schema cannot be followed exactly. The text says which part, and how to change it."""
+
+
+def make_exact(schema: dict[str, Any]) -> bool:
+    """Change a schema in place; return whether it changed. Raises `UnsupportedSchema`."""
+    is_changed, has_open_names, texts = False, False, ""
+    for node in _schemas_in(schema):
+        _check_reference(node.get("$ref"))
+        _check_bounds(node)
+        _check_narrow_range(node)
+        _check_multiple(node.get("multipleOf"))
+        _check_min_properties(node)
+        for number in _constants(node, (int, float)):
+            _check_constant(number)
+        texts = texts or next(filter(NEEDS_UNICODE_ESCAPE.search, _constants(node, (str,))), "")
+        has_open_names = has_open_names or _has_open_names(node)
+        is_changed = _replace_format(node) or is_changed
+    _check_options(schema.get(OPTIONS))
+    if not has_open_names:
+        return is_changed
+    if texts:
+        raise UnsupportedSchema(
+            f"has the constant {shown(texts)}, whose control characters need \\u escapes, and "
+            "objects with other names than the listed ones; set additionalProperties to false"
+        )
+    options = schema.get(OPTIONS, {})
+    if isinstance(options, dict):
+        schema[OPTIONS] = {**options, "json_allowed_escapes": PLAIN_ESCAPES}
+    return True
+
+
+def _check_options(options: Any) -> None:
+    """Let separators differ in spaces alone: a number must not run into what follows it."""
+    for name, mark in (("item_separator", ","), ("key_separator", ":")):
+        if isinstance(options, dict) and str(options.get(name, mark)).strip(" ") != mark:
+            text = f"has {OPTIONS}.{name}: {shown(options[name])}: must be {mark!r} with spaces"
+            raise UnsupportedSchema(text)
+
+
+def _schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield all schemas. Under unknown keywords, whatever may be one: a $ref may lead there."""
+    left = [schema]
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left.extend(node)
+        elif isinstance(node, dict):
+            yield node
+            for key, value in node.items():
+                if key in NAMED and isinstance(value, dict):
+                    left.extend(value.values())
+                elif key not in DATA and key != OPTIONS:
+                    left.append(value)
+
+
+def _constants(node: Mapping[str, Any], kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Yield values of these types within enum and const, names of objects included."""
+    left = [node[key] for key in CONSTANTS if key in node]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left.extend(value)
+        elif isinstance(value, dict):
+            left.extend((*value, *value.values()))
+        elif isinstance(value, kinds) and not isinstance(value, bool):
+            yield value
+
+
+def _check_constant(number: int | float) -> None:
+    if not abs(number) <= MAX_EXACT:
+        raise UnsupportedSchema(
+            f"has the constant {shown(number)}: numbers beyond ±{MAX_EXACT} would be rounded; "
+            "use a string"
+        )
+
+
+def _check_bounds(node: Mapping[str, Any]) -> None:
+    for key in BOUNDS:
+        bound = node.get(key)
+        if is_number(bound) and not _is_exact_bound(node, key, bound):
+            raise UnsupportedSchema(
+                f"has {key}: {shown(bound)}: bounds beyond ±{MAX_EXACT} would be rounded; use a "
+                "smaller one, or leave it out"
+            )
+
+
+def _check_narrow_range(node: Mapping[str, Any]) -> None:
+    """Reject an exclusive bound that is an integer where the range ends before the next one: the
+    library includes the bound then."""
+    low, high = _tightest(node, max, "minimum"), _tightest(node, min, "maximum")
+    for key, sign, other in (("exclusiveMinimum", 1, high), ("exclusiveMaximum", -1, low)):
+        bound = node.get(key)
+        if other is None or not is_number(bound) or node.get("type") == "integer":
+            continue
+        if bound == int(bound) and 0 < sign * (other - bound) < 1:
+            raise UnsupportedSchema(
+                f"has {key}: {shown(bound)} and ends at {shown(other)}, before the next integer: "
+                "that bound would be included; use an inclusive bound"
+            )
+
+
+def _tightest(
+    node: Mapping[str, Any], choose: Callable[[list[float]], float], name: str
+) -> float | None:
+    keys = (name, f"exclusive{name.capitalize()}")
+    bounds = [node[key] for key in keys if is_number(node.get(key))]
+    return choose(bounds) if bounds else None
+
+
+def _is_exact_bound(node: Mapping[str, Any], key: str, bound: int | float) -> bool:
+    """Whether the library keeps to a bound exactly: also to some in 64 bits, of integers."""
+    if abs(bound) <= MAX_EXACT:
+        return True
+    if node.get("type") != "integer" or "multipleOf" in node or not math.isfinite(bound):
+        return False
+    if key == "maximum":
+        return bound == MAX_INT64 or (0 < bound < MAX_INT64 and int(float(bound)) == bound)
+    return key == "minimum" and -MAX_INT64 < bound < 0 and int(float(bound)) == bound
+
+
+def _check_multiple(multiple: Any) -> None:
+    if not is_number(multiple):
+        return
+    coefficient, decimals = decimal_parts(multiple)
+    if coefficient > MAX_MULTIPLE or decimals > MAX_DECIMALS:
+        raise UnsupportedSchema(
+            f"has multipleOf: {shown(multiple)}: at most {MAX_MULTIPLE}, with up to {MAX_DECIMALS} "
+            "decimal places"
+        )
+
+
+def decimal_parts(number: int | float) -> tuple[int, int]:
+    """Return (coefficient, decimal places) of a number's absolute value."""
+    exact = Decimal(repr(abs(number)))
+    if not exact.is_finite():
+        return MAX_MULTIPLE + 1, 0
+    _, digits, exponent = exact.normalize().as_tuple()
+    assert isinstance(exponent, int)
+    coefficient = int("".join(map(str, digits)))
+    if exponent > 0:
+        coefficient = MAX_MULTIPLE + 1 if exponent > MAX_DECIMALS else coefficient * 10**exponent
+    return coefficient, max(0, -exponent)
+
+
+def _check_min_properties(node: Mapping[str, Any]) -> None:
+    """Reject a count of names that only unlisted ones can reach: an answer may repeat them."""
+    least, required = node.get("minProperties"), node.get("required")
+    count = len(required) if isinstance(required, list) else 0
+    is_open = node.get("additionalProperties") is not False or node.get("patternProperties")
+    if is_number(least) and least > count + 1 and is_open:
+        raise UnsupportedSchema(
+            f"has minProperties: {shown(least)}: at most one more than the required names, since "
+            "an answer may repeat the others; list the names, or leave it out"
+        )
+
+
+def _has_open_names(node: Mapping[str, Any]) -> bool:
+    """Whether an object has declared names and may have others, which must not spell the same."""
+    is_declared = any(node.get(key) for key in ("properties", "patternProperties", "required"))
+    return is_declared and (
+        node.get("additionalProperties") is not False or bool(node.get("patternProperties"))
+    )
+
+
+def _check_reference(reference: Any) -> None:
+    """Reject references into data, which is not made exact as schemas are."""
+    if not isinstance(reference, str):
+        return
+    is_name = False
+    for part in reference.partition("#")[2].split("/")[1:]:
+        if part in DATA and not is_name:
+            raise UnsupportedSchema(
+                f"has $ref to {shown(reference)}: it leads into {part}; move it to $defs"
+            )
+        is_name = part in NAMED and not is_name
+
+
+def _replace_format(node: dict[str, Any]) -> bool:
+    """Write a format as patterns, which are joined to those that are there."""
+    name = node.get("format")
+    patterns = FORMATS.get(name, ()) if isinstance(name, str) else ()
+    if not patterns:
+        return False
+    del node["format"]
+    if "pattern" not in node:
+        node["pattern"], patterns = patterns[0], patterns[1:]
+    if patterns:
+        others = node.get("allOf", [])
+        if isinstance(others, list):
+            node["allOf"] = [*others, *({"pattern": pattern} for pattern in patterns)]
+    return True
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,311 @@
+"""Tries grammars in another process before the engine compiles them.
+
+A grammar that crashes the library, or takes too much time or memory, ends a worker of
+`grammar_child.py` and not the engine. There are two workers. The quick one gives every grammar
+a tenth of a second of CPU time; those that take longer share the slow one, so that slow grammars
+delay each other and no others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from ...proto import grammar_pb2 as pb
+from .error_messages import TOO_COMPLEX, TOO_LARGE, TOO_SLOW
+from .trial_client import shared_text, start, stop
+
+log = logging.getLogger("octavo.engine")
+
+MAX_GRAMMAR_BYTES = 32 << 20  # that a compiled grammar may keep
+QUICK_SECONDS, SLOW_SECONDS = 0.1, 1.0  # CPU time of a trial
+SLOW_NICENESS = 10  # below the engine and its workers
+WALL_FACTOR = 20  # wall time of a trial, as a multiple of its CPU time: the machine may be busy
+START_SECONDS = 60.0
+MAX_TRIALS = 200  # of one worker: the heap fragments
+PACKET_BYTES = 64 * 1024
+
+
+class TrialsUnavailable(Exception):
+    """The process that tries grammars does not run or does not answer."""
+
+
+class CompileCancelled(Exception):
+    """The request ended while its grammar was tried."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial found."""
+
+    error: str = ""  # why the grammar cannot be used
+    is_timed_out: bool = False  # the quick worker's time was not enough
+    seconds: float = 0.0  # CPU time for compiling and the first mask
+    num_bytes: int = 0  # that the compiled grammar keeps
+
+
+class CompileTask:
+    """The compilation of one request's grammar. Another thread may cancel it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: TrialWorker | None = None  # busy with this task's grammar
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        with self._lock:
+            self.is_cancelled = True
+            if self._worker is not None:
+                self._worker.interrupt()
+
+    def check(self) -> None:
+        """Raise `CompileCancelled` once the task was cancelled."""
+        if self.is_cancelled:
+            raise CompileCancelled
+
+    @contextmanager
+    def using(self, worker: TrialWorker) -> Iterator[None]:
+        """Let `cancel` end the worker within this block, and not after it."""
+        with self._lock:
+            self.check()
+            self._worker = worker
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._worker = None
+
+
+class TrialWorker:
+    """One forked process. It ends when `interrupt` or `close` closes its pipe."""
+
+    def __init__(self, channel: socket.socket, pipe: int) -> None:
+        self._channel, self._pipe = channel, pipe
+        self._lock = threading.Lock()
+        self._is_good, self._is_ready = True, False
+        self.num_trials = 0
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_good and self._pipe >= 0
+
+    def await_ready(self) -> bool:
+        """Return whether the process runs. It may have ended since its last trial."""
+        try:
+            if self._is_ready:
+                self._channel.settimeout(0)
+                self._channel.recv(1, socket.MSG_PEEK)
+                return False  # its end: it sends nothing by itself
+            self._channel.settimeout(START_SECONDS)
+            self._is_ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES)).is_ready
+        except BlockingIOError:
+            return True
+        except (OSError, DecodeError):
+            return False
+        return self._is_ready
+
+    def run(self, text: str, field: str, cpu_seconds: float) -> pb.Result | None:
+        """Return the result of a trial; None where the worker ended without one.
+
+        Raises TimeoutError, after which the worker is to be closed.
+        """
+        self.num_trials += 1
+        trial = pb.Trial(field=field, cpu_seconds=cpu_seconds)
+        try:
+            self._channel.settimeout(cpu_seconds * WALL_FACTOR)
+            with shared_text(text) as descriptor:
+                socket.send_fds(self._channel, [trial.SerializeToString()], [descriptor])
+            data = self._channel.recv(PACKET_BYTES)
+            result = pb.Result.FromString(data) if data else None
+        except TimeoutError:
+            self._is_good = False
+            raise
+        except (OSError, DecodeError):
+            result = None
+        self._is_good = result is not None and not result.is_timed_out
+        return result
+
+    def interrupt(self) -> None:
+        """End the process; a thread in `run` then returns."""
+        with self._lock:
+            pipe, self._pipe = self._pipe, -1
+        if pipe >= 0:
+            os.close(pipe)
+
+    def close(self) -> None:
+        self.interrupt()
+        self._channel.close()
+
+
+class TrialServer:
+    """The process that has the tokenizer and forks workers."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        """Start it; it is ready about a second later. Raises OSError."""
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.settimeout(START_SECONDS)
+        self._is_ready = False
+        with theirs:
+            self._process = start(theirs.fileno())
+        self.close = weakref.finalize(self, stop, self._process, self._channel)
+        load = pb.Load(vocab_size=vocab_size, end_token_ids=end_token_ids)
+        with shared_text(tokenizer) as descriptor:
+            self._send(pb.ServerRequest(load=load), descriptor)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fork(self, niceness: int) -> TrialWorker:
+        """Raises `TrialsUnavailable`."""
+        self._await_ready()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        read, write = os.pipe()
+        try:
+            self._send(pb.ServerRequest(fork=pb.Fork(niceness=niceness)), theirs.fileno(), read)
+        except BaseException:
+            ours.close()
+            os.close(write)
+            raise
+        finally:
+            theirs.close()
+            os.close(read)
+        return TrialWorker(ours, write)
+
+    def _await_ready(self) -> None:
+        if self._is_ready:
+            return
+        try:
+            ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES))
+        except (OSError, DecodeError) as error:
+            raise TrialsUnavailable(f"did not start: {error}") from None
+        if not ready.is_ready:
+            raise TrialsUnavailable(f"cannot load the tokenizer: {ready.error or 'it ended'}")
+        self._is_ready = True
+
+    def _send(self, request: pb.ServerRequest, *descriptors: int) -> None:
+        try:
+            socket.send_fds(self._channel, [request.SerializeToString()], descriptors)
+        except OSError as error:
+            raise TrialsUnavailable(f"does not listen: {error}") from None
+
+
+class Trials:
+    """The server and its two workers. Thread-safe."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        """Start the server, without waiting for it."""
+        self._given: Any = (tokenizer, vocab_size, end_token_ids)
+        self._lock = threading.Lock()  # of the server
+        self._server: TrialServer | None = None
+        self._slots = {True: _Slot(), False: _Slot()}  # by `is_quick`
+        self._is_closed = False
+        self._start()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's."""
+        return self._server.pid if self._server is not None else None
+
+    def run(self, text: str, field: str, is_quick: bool, task: CompileTask) -> Outcome:
+        """Try a grammar. Raises `TrialsUnavailable`, `CompileCancelled`."""
+        slot = self._slots[is_quick]
+        with slot.lock:
+            result = self._run(slot, text, field, is_quick, task)
+            if result is None:  # once more: something else may have ended the worker
+                result = self._run(slot, text, field, is_quick, task)
+        return _outcome(result, is_quick)
+
+    def _run(
+        self, slot: _Slot, text: str, field: str, is_quick: bool, task: CompileTask
+    ) -> pb.Result | None:
+        task.check()
+        worker = self._take(slot, is_quick)
+        try:
+            with task.using(worker):
+                result = worker.run(text, field, QUICK_SECONDS if is_quick else SLOW_SECONDS)
+            task.check()
+        except TimeoutError:
+            if is_quick:
+                return pb.Result(is_timed_out=True)
+            raise TrialsUnavailable("does not answer in time") from None
+        finally:
+            slot.worker = self._kept(worker, is_quick)
+        return result
+
+    def _take(self, slot: _Slot, is_quick: bool) -> TrialWorker:
+        for _ in range(3):
+            worker = slot.worker or self._fork(is_quick)
+            slot.worker = None
+            if worker.await_ready():
+                return worker
+            worker.close()
+        raise TrialsUnavailable("loses its workers")
+
+    def _kept(self, worker: TrialWorker, is_quick: bool) -> TrialWorker | None:
+        """Return `worker`, or the one that takes its place."""
+        if worker.is_alive and worker.num_trials < MAX_TRIALS and not self._is_closed:
+            return worker
+        worker.close()
+        try:
+            return None if self._is_closed else self._fork(is_quick)
+        except TrialsUnavailable:  # the next trial tries again
+            return None
+
+    def _fork(self, is_quick: bool) -> TrialWorker:
+        niceness = 0 if is_quick else SLOW_NICENESS
+        with self._lock:
+            try:
+                return self._start().fork(niceness)
+            except TrialsUnavailable:
+                if self._server is not None:
+                    self._server.close()
+                    self._server = None
+            log.warning("the process that tries grammars has ended; starting it again")
+            return self._start().fork(niceness)
+
+    def _start(self) -> TrialServer:
+        if self._is_closed:
+            raise TrialsUnavailable("is closed")
+        try:
+            self._server = self._server or TrialServer(*self._given)
+        except OSError as error:
+            raise TrialsUnavailable(f"cannot be started: {error}") from None
+        return self._server
+
+    def close(self) -> None:
+        """End all processes; a trial in progress fails."""
+        self._is_closed = True
+        server = self._server
+        if server is not None:
+            server.close()
+        for slot in self._slots.values():
+            worker = slot.worker
+            if worker is not None:
+                worker.interrupt()
+
+
+class _Slot:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.worker: TrialWorker | None = None
+
+
+def _outcome(result: pb.Result | None, is_quick: bool) -> Outcome:
+    if result is None:  # a crash, or no memory
+        return Outcome(error=TOO_COMPLEX)
+    if result.is_timed_out:
+        return Outcome(error="" if is_quick else TOO_SLOW, is_timed_out=is_quick)
+    error = result.error
+    if not error and result.num_bytes > MAX_GRAMMAR_BYTES:
+        error = TOO_LARGE
+    return Outcome(error, seconds=result.cpu_seconds, num_bytes=result.num_bytes)

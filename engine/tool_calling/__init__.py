@@ -1,0 +1,1 @@
+"""Tool calls: schemas, chat turns, parsing, tool_choice."""

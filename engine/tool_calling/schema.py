@@ -1,0 +1,178 @@
+"""Tools in a conversation, checked and written as Qwen2.5's chat template writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...scheduler.params import shown
+from ..errors import InputError
+from ..utils.json_reader import read_json
+from ..utils.openai_fields import IGNORED_OF_TOOL, without
+
+MAX_TOOLS = 128
+MAX_TOOLS_SIZE = 1 << 20  # characters of JSON, of all tools or of one message's calls
+MAX_DEPTH = 32  # of a JSON value
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a prompt, as OpenAI's
+CHOICES = ("auto", "none", "required")
+# A function's fields, in the order in which the model is told of them, whoever's door it came by;
+# others follow, but for `strict`, which says something of OpenAI's own service.
+FUNCTION = ("name", "description", "parameters")
+NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+
+SECTION_HEAD = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+SECTION_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    "within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+def read_tools(tools: Any) -> list[str]:
+    """Each tool as JSON. Raises `InputError`."""
+    if tools is None:
+        return []
+    if not isinstance(tools, list | tuple):
+        raise InputError("tools", f"must be a list, not {type(tools).__name__}")
+    if len(tools) > MAX_TOOLS:
+        raise InputError("tools", f"{len(tools)} of them; at most {MAX_TOOLS}")
+    found = [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+    names = [tool["function"]["name"] for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InputError(f"tools[{index}].function.name", f"{shown(name)} is there twice")
+    if sum(map(len, found)) > MAX_TOOLS_SIZE:
+        raise InputError("tools", f"over {MAX_TOOLS_SIZE} characters of JSON")
+    return found
+
+
+def tools_of(prompt: Mapping[str, Any]) -> Any:
+    """Those that the model is told of. Raises `InputError`."""
+    parallel = prompt.get("parallel_tool_calls")
+    if parallel is not None and not isinstance(parallel, bool):
+        raise InputError("parallel_tool_calls", f"{shown(parallel)}: must be true or false")
+    tools = prompt.get("tools")
+    read_tools(tools)
+    choice = prompt.get("tool_choice")
+    read_choice(choice, tools)
+    return None if choice == "none" else tools
+
+
+def read_choice(choice: Any, tools: Any) -> str | None:
+    """ "auto", "none", "required", or None where one function is named, as OpenAI does: then it is
+    one of `tools`, which are checked already. Raises `InputError`."""
+    if choice is None:
+        return "auto"
+    if isinstance(choice, str):
+        if choice not in CHOICES:
+            known = ", ".join(CHOICES)
+            raise InputError("tool_choice", f"{shown(choice)}; must be {known} or a function")
+        if choice == "required" and not tools:
+            raise InputError("tool_choice", "required: there are no tools")
+        return choice
+    if not isinstance(choice, Mapping) or choice.get("type") != "function":
+        raise InputError("tool_choice", "must be a text, or an object of type function")
+    function = choice.get("function")
+    if not isinstance(function, Mapping):
+        raise InputError("tool_choice.function", "must be an object with a name")
+    name = function.get("name")
+    if name not in [tool["function"]["name"] for tool in tools or ()]:
+        raise InputError("tool_choice.function.name", f"{shown(name)} is none of the tools")
+    return None
+
+
+def _read_tool(tool: Any, field: str) -> str:
+    if not isinstance(tool, Mapping):
+        raise InputError(field, f"must be an object, not {type(tool).__name__}")
+    if tool.get("type") != "function":
+        raise InputError(f"{field}.type", f"{shown(tool.get('type'))}; must be function")
+    function, tool = tool.get("function"), without(tool, IGNORED_OF_TOOL)
+    if not isinstance(function, Mapping):
+        raise InputError(f"{field}.function", f"must be an object, not {type(function).__name__}")
+    function = without(function, IGNORED_OF_TOOL)
+    # Clients write null for what they have not set.
+    function = {name: value for name, value in function.items() if value is not None}
+    check_name(function.get("name"), f"{field}.function.name")
+    if not isinstance(function.get("description", ""), str):
+        raise InputError(f"{field}.function.description", "must be a text")
+    if not isinstance(function.get("parameters", {}), Mapping):
+        raise InputError(f"{field}.function.parameters", "must be a JSON schema, an object")
+    schema = function.get("parameters", {})
+    if schema.get("type", "object") != "object":
+        where, kind = f"{field}.function.parameters.type", shown(schema["type"])
+        raise InputError(where, f"{kind}; must be object: arguments have names")
+    fields = {name: function[name] for name in FUNCTION if name in function}
+    fields |= {name: each for name, each in function.items() if name not in (*FUNCTION, "strict")}
+    return to_json({"type": "function", **tool, "function": fields}, field)
+
+
+def check_name(name: Any, field: str) -> None:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(field, f"{shown(name)}; must be 1 to 64 letters, digits, _, . or -")
+
+
+def read_calls(calls: Any, field: str) -> list[tuple[str, str]]:
+    """(name, arguments as JSON) of each call that an assistant's message has. Arguments come as
+    an object, or as its JSON. Raises `InputError`."""
+    if not isinstance(calls, list | tuple):
+        raise InputError(field, f"must be a list, not {type(calls).__name__}")
+    if len(calls) > MAX_TOOLS:
+        raise InputError(field, f"{len(calls)} of them; at most {MAX_TOOLS}")
+    return [_read_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]
+
+
+def _read_call(call: Any, field: str) -> tuple[str, str]:
+    if not isinstance(call, Mapping):
+        raise InputError(field, f"must be an object, not {type(call).__name__}")
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        raise InputError(f"{field}.function", f"must be an object, not {type(function).__name__}")
+    check_name(function.get("name"), f"{field}.function.name")
+    where, arguments = f"{field}.function.arguments", function.get("arguments", "{}")
+    if isinstance(arguments, str):
+        if len(arguments) > MAX_TOOLS_SIZE:
+            raise InputError(where, f"over {MAX_TOOLS_SIZE} characters")
+        try:
+            arguments = read_json(arguments.encode() or b"{}")
+        except (ValueError, RecursionError):
+            raise InputError(where, "is not JSON") from None
+    if not isinstance(arguments, Mapping):
+        raise InputError(where, "must be an object, or its JSON")
+    return function["name"], to_json(arguments, where)
+
+
+def to_json(value: Any, field: str) -> str:
+    """JSON as transformers' templates write it. Raises `InputError`."""
+    _check_depth(value, field)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (ValueError, TypeError, RecursionError):  # a half surrogate pair is a ValueError
+        raise InputError(field, "cannot be written as JSON") from None
+    if len(text) > MAX_TOOLS_SIZE:
+        raise InputError(field, f"over {MAX_TOOLS_SIZE} characters of JSON")
+    return text
+
+
+def _check_depth(value: Any, field: str) -> None:
+    """Reject what takes long to write before it is written."""
+    level, depth, size = [value], 0, 0
+    while level:
+        size += sum(len(each) if isinstance(each, str) else 1 for each in level)
+        if depth > MAX_DEPTH:
+            raise InputError(field, f"is nested deeper than {MAX_DEPTH}")
+        if size > MAX_TOOLS_SIZE:
+            raise InputError(field, f"over {MAX_TOOLS_SIZE} characters of JSON")
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, Mapping):
+                inner.extend(each.values())
+                inner.extend(each)
+            elif isinstance(each, Sequence) and not isinstance(each, str | bytes):
+                inner.extend(each)
+        level, depth = inner, depth + 1

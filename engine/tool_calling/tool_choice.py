@@ -1,0 +1,84 @@
+"""A request's use of tools: the form that its choice asks for, and the calls in its deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...scheduler.params import SamplingParams
+from ...scheduler.structured import MAX_FORM_BYTES, StructuredOutput
+from ..errors import InputError
+from .schema import read_choice, read_tools
+
+# How llguidance writes JSON.
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+# A schema of no other keywords names all of a tool's arguments.
+PLAIN = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
+
+
+def has_tool_grammar(prompt: Any) -> bool:
+    """Return whether a prompt's `tool_choice` restricts its answers."""
+    is_free = not isinstance(prompt, Mapping) or prompt.get("tool_choice") in (None, "auto", "none")
+    return not is_free
+
+
+def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingParams | None:
+    """The sampling that a prompt's `tool_choice` asks for. Raises `InputError`."""
+    if not has_tool_grammar(prompt):
+        return params
+    grammar = tool_grammar(
+        prompt.get("tools"), prompt["tool_choice"], prompt.get("parallel_tool_calls") is not False
+    )
+    return _with_grammar(params or SamplingParams(), grammar)
+
+
+def _with_grammar(params: SamplingParams, grammar: str) -> SamplingParams:
+    """The one place where a choice becomes a form of the answer."""
+    if params.structured is not None:
+        raise InputError("tool_choice", "asks for a form of the answer, and so do you: give one")
+    try:
+        return replace(params, structured=StructuredOutput(lark=grammar))
+    except ValueError:  # over its size
+        text = f"over {MAX_FORM_BYTES} bytes of schemas, which tool_choice makes a grammar of"
+        raise InputError("tools", text) from None
+
+
+def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
+    """Calls of the tools and nothing else, as a Lark grammar of llguidance's. `choice`: "required",
+    or one named function, of which one call is made. Raises `InputError`."""
+    read_tools(tools)
+    kind = read_choice(choice, tools)
+    if kind is None:
+        tools = [t for t in tools if t["function"]["name"] == choice["function"]["name"]]
+    names = [f"call_{index}" for index in range(len(tools))]
+    more = r' ("\n" call)*' if kind is not None and parallel else ""
+    rules = [f"start: call{more}", f"call: {' | '.join(names)}"]
+    rules += [_call_rule(name, tool) for name, tool in zip(names, tools, strict=True)]
+    return "\n".join(rules) + "\n"
+
+
+def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
+    """`name` is the rule's. Arguments are an object, whether the schema says so or not, written as
+    Qwen does; free white space would be all that a small model writes, and so would be arguments
+    that the tool does not name. Without parameters, as OpenAI has it, it takes none."""
+    function = tool["function"]
+    parameters = function.get("parameters") or {"properties": {}}
+    head = f'<tool_call>\n{{"name": "{function["name"]}", "arguments": '
+    schema = {**parameters, "x-guidance": WRITTEN}
+    if "$ref" not in schema:
+        schema.setdefault("type", "object")
+    if "properties" in parameters and parameters.keys() <= PLAIN and _names_all(parameters):
+        schema["additionalProperties"] = False
+    body, tail = json.dumps(schema).replace("&", r"\u0026"), json.dumps("}\n</tool_call>")
+    return f"{name}: {json.dumps(head)} %json {body} {tail}"
+
+
+def _names_all(parameters: Mapping[str, Any]) -> bool:
+    """Whether what it requires is among its properties."""
+    named, required = parameters["properties"], parameters.get("required") or ()
+    lists = isinstance(named, Mapping) and isinstance(required, list | tuple)
+    return lists and all(isinstance(name, str) and name in named for name in required)

@@ -1,0 +1,60 @@
+"""Tells two checkpoints apart without reading all of either."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...config.engine_config import ModelConfig, PreprocessConfig
+from ...errors import ConfigError
+
+SAMPLE = 4096  # bytes read at the beginning, the middle and the end of each tensor
+MOST_HEADER = 100 << 20  # bytes; more is no safetensors file
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of what the model is and of its tensors' names, types and shapes, and of samples of
+    each one's bytes: weights that were trained further differ, a copy does not. Raises ConfigError.
+
+    How many files the tensors lie in does not matter, nor the order or the spelling of a JSON file.
+    """
+    from ...runner.loader import checkpoint_files
+
+    digest = hashlib.sha256()
+    for part in (ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)):
+        digest.update(repr(part).encode())
+    for entry in sorted(entry for file in checkpoint_files(folder) for entry in _tensors(file)):
+        digest.update(entry)
+    return digest.hexdigest()
+
+
+def stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file of the checkpoint does. Raises `ConfigError`."""
+    try:
+        files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+        found = sorted((file.name, file.stat()) for file in files)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from None
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+
+
+def _tensors(path: Path) -> Iterator[bytes]:
+    """What tells of each tensor of a file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, MOST_HEADER)))
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                sample = hashlib.sha256()
+                for at in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):
+                    file.seek(8 + size + at)
+                    sample.update(file.read(min(SAMPLE, end - at)))
+                shape = [name, entry["dtype"], entry["shape"]]
+                yield json.dumps(shape).encode() + sample.digest()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None

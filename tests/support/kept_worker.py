@@ -1,0 +1,67 @@
+"""An `octavo worker` for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+READY = re.compile(r"ready worker=(\S+) rank=(\d+) pid=(\d+)")
+
+
+@dataclass
+class Kept:
+    """An `octavo worker` and where it last was ready."""
+
+    process: subprocess.Popen[str]
+    address: str = ""
+    pid: int = 0
+
+    def read(self) -> None:
+        """Waits until its worker is ready."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        match = READY.fullmatch(line.strip())
+        assert match is not None, line
+        self.address, self.pid = match[1], int(match[3])
+
+    def follow(self) -> None:
+        """Reads on, so that `pid` is the latest."""
+
+        def run() -> None:
+            assert self.process.stdout is not None
+            for line in self.process.stdout:
+                if match := READY.fullmatch(line.strip()):
+                    self.pid = int(match[3])
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def close(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+def keep(
+    model: Path, *args: str, env: dict[str, str] | None = None, within: tuple[str, ...] = ()
+) -> Kept:
+    """`within` is what the command is started by, such as `ip netns exec NAME`."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "octavo.engine.cli.main",
+        "worker",
+        "--model",
+        str(model),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return Kept(
+        subprocess.Popen(
+            [*within, *command, *args], stdout=subprocess.PIPE, text=True, env=environment
+        )
+    )
