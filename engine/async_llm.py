@@ -51,8 +51,7 @@ class AsyncLLM:
             self.engine.grammars,
             self.engine.host_kv_bytes,
         )
-        # A name may be used again while the last deltas of its former request are still on their
-        # way, so streams go by a key that is never used again.
+        # A name may be used again while deltas of its previous request are in flight; a key is not.
         self._keys: dict[str, str] = {}  # request_id: key
         self._streams: dict[str, RequestStream] = {}  # by key
         self._numbers = itertools.count()

@@ -53,7 +53,10 @@ def test_a_hub_id_is_found_in_the_local_cache(cache: Path) -> None:
 
 def test_a_fresh_process_finds_it_through_hf_home(tmp_path: Path) -> None:
     folder = put(tmp_path / "hub", "Qwen/Qwen2-VL-0B")
-    code = "from octavo.engine.config.hub import resolve_model; print(resolve_model('Qwen/Qwen2-VL-0B'))"
+    code = (
+        "from octavo.engine.config.hub import resolve_model\n"
+        "print(resolve_model('Qwen/Qwen2-VL-0B'))"
+    )
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     found = subprocess.run(
         [sys.executable, "-P", "-c", code],

@@ -1,7 +1,7 @@
 """Engines that take the same requests: Octavo, transformers, vLLM, an adapter of a few lines each.
 
-`benchmarks/compare/run.py` starts this file as a program, by its path, in each engine's own Python. So
-nothing of Octavo is imported at its top: vLLM's environment has none of it.
+`benchmarks/compare/run.py` starts this file as a program, by its path, in each engine's own
+Python. So nothing of Octavo is imported at its top: vLLM's environment has none of it.
 
     python engines.py NAME '{"model": "/tmp/2b", ...}'
 

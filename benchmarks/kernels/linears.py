@@ -1,7 +1,7 @@
 """Products with quantised weights at the decoder's layers: what is compiled, what a launch does.
 
-Run as `python -m octavo.benchmarks.kernels.linears [--target sm_90] [--shape 7B]`, without a GPU: it
-compiles them all and prints, as rows of a page's table, what each uses over the shapes.
+Run as `python -m octavo.benchmarks.kernels.linears [--target sm_90] [--shape 7B]`, without a GPU:
+it compiles them all and prints, as rows of a page's table, what each uses over the shapes.
 """
 
 from __future__ import annotations

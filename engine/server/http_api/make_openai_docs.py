@@ -1,4 +1,7 @@
-"""Write docs/openai.md: python -m octavo.engine.server.http_api.make_openai_docs > docs/openai.md"""
+"""Write docs/openai.md.
+
+python -m octavo.engine.server.http_api.make_openai_docs > docs/openai.md
+"""
 
 from __future__ import annotations
 
