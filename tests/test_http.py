@@ -1110,7 +1110,7 @@ def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
 def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
     """By each door in its own form: a stream, a whole answer and a page that looks."""
     code = (
-        "from octavo.engine.server import grpc_server\n"
+        "from octavo.engine.server.grpc_api import server as grpc_server\n"
         "from octavo.engine.cli.main import main\n"
         "grpc_server.GRACE = 0.3\nmain()"
     )

@@ -154,7 +154,7 @@ def test_decoders_import_nothing_late(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from octavo.engine.errors import InputError
-        from octavo.engine.media import child
+        from octavo.engine.media.sandbox import child
         child.preload()
         assert "torch" not in sys.modules
         before = set(sys.modules)
@@ -185,7 +185,7 @@ def test_a_frame_is_a_copy(pool: DecoderPool) -> None:
 
 CONFINED = """if True:
     import ctypes, errno, mmap, os, resource, socket, sys, threading
-    from octavo.engine.media import sandbox, seccomp
+    from octavo.engine.media.sandbox import sandbox, seccomp
     sandbox_apply = lambda: sandbox.apply(1 << 30, 50, 40)
     libc = ctypes.CDLL(None, use_errno=True)
     def refused(call, *codes):

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and tells what each one uses.
 
 Run as `python -m octavo.benchmarks.kernels.resources [--json] [--target sm_90]`. Shapes are those
-of Qwen2-VL 2B, 7B and 72B on each number of ranks, in bfloat16. The interpreter's switch must be off.
+of Qwen2-VL 2B, 7B and 72B on each number of ranks, in bfloat16. The interpreter must be off.
 """
 
 from __future__ import annotations
