@@ -357,9 +357,9 @@ def _metrics(stats: Any) -> Iterator[tuple[str, int]]:
     """A metrics port of an engine that has no numbers."""
     from prometheus_client import CollectorRegistry
 
-    from octavo.engine.observability import prometheus as metrics
+    from octavo.engine.server.metrics_server import MetricsServer
 
-    with metrics.MetricsServer(stats, CollectorRegistry(), "127.0.0.1", 0) as server:
+    with MetricsServer(stats, CollectorRegistry(), "127.0.0.1", 0) as server:
         yield connection_fuzz.parse_address(server.address)
 
 
@@ -458,8 +458,10 @@ def test_several_requests_may_share_an_x_request_id(served: Served) -> None:
     with grpc.insecure_channel(served.address) as channel:
         stub = octavo_pb2_grpc.InferenceStub(channel)
         request = pb.GenerateRequest(text="hello", sampling=sampling)
-        first, second = (stub.Generate(request, metadata=shared) for _ in range(2))
-        names = [next(first).request_id, next(second).request_id]
+        first = stub.Generate(request, metadata=shared)
+        names = [next(first).request_id]
+        second = stub.Generate(request, metadata=shared)
+        names.append(next(second).request_id)
         assert names[0] == "trace-1" and re.fullmatch(r"trace-1-[0-9a-f]{12}", names[1])
         named = pb.GenerateRequest(request_id="trace-1", text="hello", sampling=sampling)
         with pytest.raises(grpc.RpcError, match="ALREADY_EXISTS"):

@@ -72,7 +72,7 @@ def test_a_failed_good_request_is_a_problem() -> None:
 
 def test_processes_are_sampled_by_role() -> None:
     found = take_sample(os.getpid(), 0.0, {})
-    assert found.roles[-1] == "server" and found.count("server") == 1
+    assert found.count("server") == 1  # others are helpers of tests that ran before
     assert found.resident("server") > 10 * MB and found.num_descriptors("server") > 2
 
 
