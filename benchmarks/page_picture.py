@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.scheduler.params import SamplingParams
 
@@ -35,7 +35,7 @@ class _Door(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0)
-        self.url = f"http://{await self.http.start(self.engine, Work())}"
+        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def begin(self, number: int) -> None:
         """One of the other requests: some words that all begin with, some of its own."""

@@ -134,7 +134,7 @@ class _Run:
             self.simulation.worker.embeddings.clear()
         else:
             self.num_kills += 1
-            self.simulation.lose_workers()
+            self.simulation.reset_after_worker_restart()
 
     def _supply(self, chance: float) -> None:
         """Of each video the next units are made, or not yet."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from octavo.engine.observability.snapshot import take_snapshot
-from octavo.engine.observability.stats import MOST_STEPS, EngineStats, StepRecord
+from octavo.engine.observability.stats import MAX_STEPS, EngineStats, StepRecord
 from octavo.scheduler.admission import SchedulerConfig
 from octavo.scheduler.params import SamplingParams
 from octavo.scheduler.request import Request, RequestStatus
@@ -52,7 +52,7 @@ def main() -> None:
     for request in scheduler.running[: NUM_REQUESTS // 2]:
         scheduler.finish(request.request_id, RequestStatus.FINISHED_STOPPED)
     _fill(scheduler, NUM_REQUESTS, NUM_REQUESTS // 2)
-    stats.latest_steps.extend([StepRecord(1, 0.0, 0.01, 0, 0, 64)] * MOST_STEPS)
+    stats.latest_steps.extend([StepRecord(1, 0.0, 0.01, 0, 0, 64)] * MAX_STEPS)
     print(
         f"{len(scheduler.running)} requests run, {NUM_BLOCKS} blocks, "
         f"{scheduler.blocks.num_evictable} of them free and holding a prefix"

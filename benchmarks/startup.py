@@ -27,7 +27,7 @@ from .process_memory import anonymous_bytes, shared_bytes, tree
 PHASES = ("imports", "worker starts", "load", "ready")
 READY = re.compile(r"ready grpc=(\S+) .*pid=\d+")
 CAPACITY = "KV blocks of"  # of the engine's log line once its memory is allocated
-LOOK = 0.01  # seconds between two looks at its processes
+POLL_INTERVAL = 0.01  # seconds between two looks at its processes
 
 
 class ServerProcess:
@@ -102,7 +102,7 @@ class ServerProcess:
             if socket is not None and socket.exists():
                 self._mark("worker starts")
                 return
-            time.sleep(LOOK)
+            time.sleep(POLL_INTERVAL)
 
     def close(self) -> None:
         self._process.terminate()

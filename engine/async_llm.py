@@ -11,14 +11,14 @@ from concurrent.futures import Future
 from typing import Any, Unpack
 
 from ..scheduler.admission import QueueFull
-from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, truncated_repr
 from ..scheduler.request import Request, RequestStatus
 from .config.engine_config import EngineConfig
 from .core.engine import Engine
 from .core.logprob_budget import LogprobBudget
-from .core.request_builder import Countdown, OutOfTime, check_params
+from .core.request_builder import Deadline, PreprocessTimeout, check_params
 from .core.step_loop import Admitted, Event, StepLoop
-from .core.tool_call_stream import CallReader
+from .core.tool_call_stream import ToolCallStream
 from .errors import WAS_CLOSED, DuplicateRequest, EngineDead
 from .input.preprocess_pool import InputJob, InputPool
 from .input.processor import ProcessedInput, Prompt
@@ -31,7 +31,7 @@ from .tool_calling.tool_choice import has_tool_grammar, with_tool_choice
 from .utils.lifetime import close_at_exit, reject_pickling
 from .utils.progress import loading_bar
 
-LOOK_AGAIN = 0.5  # seconds between two looks whether who should answer is still there
+POLL_INTERVAL = 0.5  # seconds between two looks whether who should answer is still there
 
 
 class AsyncLLM:
@@ -125,8 +125,8 @@ class AsyncLLM:
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
             self._bind()
             check_params(params)
-            clock = Countdown(RequestOptions.of(**options))
-            calls = CallReader(prompt)
+            clock = Deadline(RequestOptions.of(**options))
+            calls = ToolCallStream(prompt)
             key, stream = self._open(name, 1 if params is None else params.n)
             finished, preparing = False, self.engine.stats.preparing
             try:
@@ -179,13 +179,13 @@ class AsyncLLM:
         taken."""
         self._check_room()
         if name in self._keys:
-            raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
+            raise DuplicateRequest(f"request_id={truncated_repr(name)}: in use; choose another")
         key = self._keys[name] = f"{name}#{next(self._numbers)}"
         stream = self._streams[key] = RequestStream(num_answers)
         return key, stream
 
     async def _preprocess(
-        self, work: InputJob, clock: Countdown, stream: RequestStream
+        self, work: InputJob, clock: Deadline, stream: RequestStream
     ) -> ProcessedInput | None:
         """None when the request was aborted or its time ran out meanwhile, as `stream` then
         says."""
@@ -196,7 +196,7 @@ class AsyncLLM:
             stream.end(RequestStatus.FINISHED_ABORTED)
             return None
         if not future.done():
-            stream.end(RequestStatus.FINISHED_ERROR, str(OutOfTime()))
+            stream.end(RequestStatus.FINISHED_ERROR, str(PreprocessTimeout()))
             return None
         return future.result()
 
@@ -227,7 +227,7 @@ class AsyncLLM:
         try:
             while not asked.done():
                 self._check_alive()
-                await asyncio.wait([asked], timeout=LOOK_AGAIN)
+                await asyncio.wait([asked], timeout=POLL_INTERVAL)
         finally:
             asked.cancel()
         return asked.result()

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
 from .core.engine import Engine
-from .core.request_builder import Countdown, OutOfTime, check_params
-from .core.tool_call_stream import CallReader
+from .core.request_builder import Deadline, PreprocessTimeout, check_params
+from .core.tool_call_stream import ToolCallStream
 from .errors import EngineDead, InputError
 from .input.preprocess_pool import InputJob, InputPool
 from .input.processor import ProcessedInput, Prompt
@@ -79,7 +79,7 @@ class LLM:
         """
         beside: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
         beside |= {"parallel_tool_calls": parallel_tool_calls}
-        clock = Countdown(RequestOptions.of(**options))
+        clock = Deadline(RequestOptions.of(**options))
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
             return self._run([prompt | beside], params, clock, progress, alone=True)
@@ -104,7 +104,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues raw prompts: a text, or a dict with `prompt` or `prompt_token_ids` and maybe
         `images` and `videos`; one or a list. Options and errors as in `chat`."""
-        clock = Countdown(RequestOptions.of(**options))
+        clock = Deadline(RequestOptions.of(**options))
         if isinstance(prompts, str | Mapping | ProcessedInput):
             return self._run([prompts], params, clock, progress, alone=True)
         if not isinstance(prompts, Sequence):
@@ -113,7 +113,7 @@ class LLM:
         return self._run(list(prompts), params, clock, progress, alone=False)
 
     def _run(
-        self, prompts: list[Any], params: Params, clock: Countdown, progress: bool, alone: bool
+        self, prompts: list[Any], params: Params, clock: Deadline, progress: bool, alone: bool
     ) -> list[RequestOutput]:
         """Answers all prompts; callers on several threads take turns."""
         self.engine.check_owner()  # first: a fork may have left the lock held
@@ -121,13 +121,13 @@ class LLM:
             return self._answer(prompts, params, clock, progress, alone)
 
     def _answer(
-        self, prompts: list[Any], params: Params, clock: Countdown, progress: bool, alone: bool
+        self, prompts: list[Any], params: Params, clock: Deadline, progress: bool, alone: bool
     ) -> list[RequestOutput]:
         self.engine.check_alive()
         each = _params_of_each(params, len(prompts))
         each = [with_tool_choice(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
         names = [self.engine.new_request_id() for _ in prompts]
-        calls = {name: CallReader(prompt) for name, prompt in zip(names, prompts, strict=True)}
+        calls = {name: ToolCallStream(prompt) for name, prompt in zip(names, prompts, strict=True)}
         results = {
             name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
             for name, p in zip(names, each, strict=True)
@@ -135,7 +135,7 @@ class LLM:
         jobs = [self._pool.submit(*some) for some in zip(prompts, each, strict=True)]
         waiting = deque(zip(names, jobs, each, strict=True))
         try:
-            of_one = calls[names[0]] if alone else CallReader(None)
+            of_one = calls[names[0]] if alone else ToolCallStream(None)
             with of_one.naming(), _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
                     self._admit(waiting, results, clock, alone)
@@ -166,7 +166,7 @@ class LLM:
         self,
         waiting: deque[tuple[str, InputJob, SamplingParams | None]],
         results: dict[str, RequestOutput],
-        clock: Countdown,
+        clock: Deadline,
         alone: bool,
     ) -> None:
         """Admits, in order, what is ready, as far as there is room in the queue; waits for the
@@ -180,7 +180,7 @@ class LLM:
             except QueueFull:
                 waiting.appendleft((name, job, sampling))
                 return
-            except OutOfTime as error:
+            except PreprocessTimeout as error:
                 job.cancel()
                 results[name].fail(str(error))
             except Exception as error:  # mostly InputError or AdmissionError: this prompt's alone
@@ -225,11 +225,11 @@ def _at(values: Sequence[Any] | None, index: int) -> Any:
     return None if values is None else values[index]
 
 
-def _wait_ready(future: Future[ProcessedInput], clock: Countdown) -> ProcessedInput:
-    """Raises `OutOfTime` when the request's time is over first."""
+def _wait_ready(future: Future[ProcessedInput], clock: Deadline) -> ProcessedInput:
+    """Raises `PreprocessTimeout` when the request's time is over first."""
     wait([future], clock.left.timeout_s)
     if not future.done():
-        raise OutOfTime
+        raise PreprocessTimeout
     return future.result()
 
 

@@ -16,20 +16,20 @@ from .input.preprocess_pool import InputJob
 from .input.processor import ProcessedInput
 from .outputs import OutputDelta, Usage
 
-MOST_WAITING = 64  # events; more are put together, whoever reads them
+MAX_WAITING = 64  # events; more are put together, whoever reads them
 
 LOGPROBS = ("logprobs", "prompt_logprobs")
 
 T = TypeVar("T")  # what comes beside deltas
 
 
-class Backlog(Generic[T]):
+class OutputQueue(Generic[T]):
     """Of one event loop. What it holds is bounded by the request's own output: never more than a
     few dozen events, however slow the reader is."""
 
     def __init__(self) -> None:
         self._waiting: list[T | OutputDelta] = []
-        self._limit = MOST_WAITING
+        self._limit = MAX_WAITING
         self._come = asyncio.Event()
 
     def put(self, event: T | OutputDelta) -> None:
@@ -37,7 +37,7 @@ class Backlog(Generic[T]):
         self._come.set()
         if len(self._waiting) > self._limit:
             self._waiting = merge(self._waiting)
-            self._limit = 2 * len(self._waiting) + MOST_WAITING  # n answers stay n deltas
+            self._limit = 2 * len(self._waiting) + MAX_WAITING  # n answers stay n deltas
 
     async def take(self) -> list[T | OutputDelta]:
         """Waits for events and takes all that are here: at most one delta an answer, beside the
@@ -111,7 +111,7 @@ class RequestStream:
     """A request as its reader has it."""
 
     num_answers: int
-    events: Backlog[Event | EngineDead] = field(default_factory=Backlog)
+    events: OutputQueue[Event | EngineDead] = field(default_factory=OutputQueue)
     work: InputJob | None = None  # its input
     ready: asyncio.Future[ProcessedInput] | None = None  # that input, as it is waited for
     is_aborted: bool = False  # before that was done

@@ -14,7 +14,7 @@ from .split_linear import join_parts, linear_launch, make_parts, place, split_si
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-LEAST_SCALE = 1e-12  # of a row of zeros
+MIN_SCALE = 1e-12  # of a row of zeros
 BLOCK_K = 128
 
 
@@ -161,7 +161,7 @@ def quantize_rows_fp8_ref(
     x: torch.Tensor, static_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.float()
-    scale = (wide.abs().amax(1) / FP8_MAX).clamp(min=LEAST_SCALE)
+    scale = (wide.abs().amax(1) / FP8_MAX).clamp(min=MIN_SCALE)
     if static_scale is not None:
         scale = static_scale.float().expand(len(x))
     return (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .launch import LINEARS, Launch, architecture
 
-MOST_SPLIT_ROWS = 64
-LEAST_INPUTS = 512  # of a split
+MAX_SPLIT_ROWS = 64
+MIN_INPUTS = 512  # of a split
 OUTPUTS = 64  # of the narrowest tile
 JOIN_BLOCK = 1024
 
@@ -66,10 +66,10 @@ def split_size(n: int, in_size: int, out_size: int, unit: int, processors: int) 
     not change where a row's sums are cut. Parts are added in their order.
     """
     units = triton.cdiv(in_size, unit)
-    if n > MOST_SPLIT_ROWS:
+    if n > MAX_SPLIT_ROWS:
         return units
     wanted = 2 * processors // triton.cdiv(out_size, OUTPUTS)
-    return triton.cdiv(units, max(1, min(wanted, in_size // LEAST_INPUTS)))
+    return triton.cdiv(units, max(1, min(wanted, in_size // MIN_INPUTS)))
 
 
 def make_parts(splits: int, out: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from .launch import FEW_PROGRAMS
 
-LEAST_SPLIT = 1024  # keys of a chunk's split: fewer do not pay for the join
+MIN_SPLIT = 1024  # keys of a chunk's split: fewer do not pay for the join
 MAX_SPLITS = 8
 
 
@@ -44,7 +44,7 @@ def chunk_splits(count: int, context: int, group: int, num_kv_heads: int) -> int
     in tiles of 64, would leave most of a device idle. By the row alone: its batch does not matter.
     """
     programs = -(-count * group // 64) * num_kv_heads
-    return max(1, min(MAX_SPLITS, 2 * FEW_PROGRAMS // max(1, programs), context // LEAST_SPLIT))
+    return max(1, min(MAX_SPLITS, 2 * FEW_PROGRAMS // max(1, programs), context // MIN_SPLIT))
 
 
 @lru_cache(maxsize=8)

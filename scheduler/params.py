@@ -26,7 +26,7 @@ DEFAULT_PRIORITY = 5
 MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
 
 
-def shown(value: object) -> str:
+def truncated_repr(value: object) -> str:
     """A caller's value for an error's text: never long."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a whole number of {value.bit_length()} bits"
@@ -80,7 +80,7 @@ class SamplingParams:
             if isinstance(value, str) and name != "stop_token_ids":
                 value = (value,)
             if value is not None and not isinstance(value, list | tuple | set | frozenset):
-                raise ValueError(f"{name}={shown(value)}: must be a list")
+                raise ValueError(f"{name}={truncated_repr(value)}: must be a list")
             object.__setattr__(self, name, tuple(value or ()))
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         self._check_numbers()
@@ -88,7 +88,7 @@ class SamplingParams:
         self._check_bad_words()
         if not isinstance(self.structured, StructuredOutput | None):
             text = "must be an octavo.StructuredOutput"
-            raise ValueError(f"structured={shown(self.structured)}: {text}")
+            raise ValueError(f"structured={truncated_repr(self.structured)}: {text}")
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
@@ -116,7 +116,9 @@ class SamplingParams:
             _check_number(name, getattr(self, name), -2.0, 2.0)
         for name in ("ignore_eos", "include_stop_str", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={shown(getattr(self, name))}: must be true or false")
+                raise ValueError(
+                    f"{name}={truncated_repr(getattr(self, name))}: must be true or false"
+                )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             text = f"must be at most max_tokens={self.max_tokens}"
             raise ValueError(f"min_tokens={self.min_tokens}: {text}")
@@ -128,10 +130,12 @@ class SamplingParams:
             raise ValueError(f"stop: at most {MAX_STOP_STRINGS} stop strings and token ids")
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise ValueError(f"stop={shown(text)}: 1 to {MAX_STOP_LENGTH} characters each")
+                raise ValueError(
+                    f"stop={truncated_repr(text)}: 1 to {MAX_STOP_LENGTH} characters each"
+                )
         for token in self.stop_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"stop_token_ids={shown(token)}: must be token ids")
+                raise ValueError(f"stop_token_ids={truncated_repr(token)}: must be token ids")
 
     def _check_bad_words(self) -> None:
         if len(self.bad_words) > MAX_BAD_WORDS:
@@ -139,9 +143,9 @@ class SamplingParams:
         for word in self.bad_words:
             if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_LENGTH:
                 text = f"1 to {MAX_BAD_WORD_LENGTH} characters each"
-                raise ValueError(f"bad_words={shown(word)}: {text}")
+                raise ValueError(f"bad_words={truncated_repr(word)}: {text}")
             if word.isspace() or word.encode("utf-8", "ignore").decode() != word:
-                raise ValueError(f"bad_words={shown(word)}: must be text")
+                raise ValueError(f"bad_words={truncated_repr(word)}: must be text")
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
         """Fills every field that is None from `defaults`."""
@@ -158,12 +162,12 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
     elif bias is None or isinstance(bias, tuple):
         pairs = bias or ()
     else:
-        raise ValueError(f"logit_bias={shown(bias)}: must be a dict of token id to bias")
+        raise ValueError(f"logit_bias={truncated_repr(bias)}: must be a dict of token id to bias")
     if len(pairs) > MAX_LOGIT_BIAS:
         raise ValueError(f"logit_bias: {len(pairs)} token ids; at most {MAX_LOGIT_BIAS}")
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise ValueError(f"logit_bias={shown(pair)}: must be a token id and its bias")
+            raise ValueError(f"logit_bias={truncated_repr(pair)}: must be a token id and its bias")
         _check_number("logit_bias: token id", pair[0], 0, 2**31 - 1)
         _check_number(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
     ids = [token for token, _ in pairs]
@@ -178,9 +182,9 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
         kind = "a whole number" if whole else "a finite number"
-        raise ValueError(f"{name}={shown(value)}: must be {kind}")
+        raise ValueError(f"{name}={truncated_repr(value)}: must be {kind}")
     if not low <= value <= high:
-        raise ValueError(f"{name}={shown(value)}: must be from {low} to {high}")
+        raise ValueError(f"{name}={truncated_repr(value)}: must be from {low} to {high}")
 
 
 class OptionFields(TypedDict, total=False):
@@ -222,4 +226,4 @@ class RequestOptions:
             _check_number("timeout_s", self.timeout_s, 0.0, MAX_TIMEOUT)  # 0: it has run out
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
             text = f"must be a text of at most {MAX_SALT_LENGTH} characters"
-            raise ValueError(f"cache_salt={shown(self.cache_salt)}: {text}")
+            raise ValueError(f"cache_salt={truncated_repr(self.cache_salt)}: {text}")

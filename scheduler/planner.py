@@ -19,7 +19,7 @@ from .step import EncodePlan
 
 RUNNING = RequestStatus.RUNNING
 
-MOST_PASSED_OVER = 16  # waiting requests that a step looks past: each costs a prefix search
+MAX_PASSED_OVER = 16  # waiting requests that a step looks past: each costs a prefix search
 
 
 class Planner:
@@ -115,12 +115,12 @@ class Planner:
         left = min(request.num_tokens, request.num_ready_tokens) - start
         if request.awaits_media and left < self.config.block_size:
             # Perhaps more of it is cached: that shows when its next unit is there.
-            draft.pass_over(MOST_PASSED_OVER, wants_encoding=False)
+            draft.pass_over(MAX_PASSED_OVER, wants_encoding=False)
             return
         chunk = self._chunk(left, draft, joins=True)
         count = self._cut(request, start, chunk, draft)
         if count <= 0 or (start < request.media_end and not draft.may_encode):
-            draft.pass_over(MOST_PASSED_OVER, wants_encoding=chunk > 0)
+            draft.pass_over(MAX_PASSED_OVER, wants_encoding=chunk > 0)
             return
         if not self._make_room(request, hit, start, draft):
             draft.may_start = False

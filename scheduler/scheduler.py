@@ -136,13 +136,13 @@ class Scheduler:
         updates += self._watch(plan)
         return updates
 
-    def lose_workers(self) -> list[RequestUpdate]:
+    def reset_after_worker_restart(self) -> list[RequestUpdate]:
         """The workers ended, perhaps in a step that was on its way, and new ones have nothing.
 
         All that ran starts over with the tokens it has. A request is blamed by running it alone:
         if its step ends the workers again, it ends with INTERNAL, and the others go on.
         """
-        blamed = self.state.lose_workers()
+        blamed = self.state.reset_after_worker_restart()
         if len(blamed) != 1 or blamed[0].num_kills < 2:
             return []
         return [self._fail(blamed[0], "INTERNAL: the request's step ended the workers twice")]

@@ -86,7 +86,7 @@ class SchedulerState:
         if not any(key == each.unit.key for step in self.in_flight for each in step.plan.encode):
             self.encoder_cache.lose(key)
 
-    def lose_workers(self) -> list[Request]:
+    def reset_after_worker_restart(self) -> list[Request]:
         """The workers are gone, with all blocks and embeddings. What ran is to be computed anew;
         the requests of the steps that were on their way are suspects: they are returned."""
         rows = [row for step in self.in_flight for row in step.rows]

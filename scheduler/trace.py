@@ -32,7 +32,7 @@ from .step import StepPlan
 
 log = logging.getLogger("octavo.scheduler")
 
-MOST_WAITING, MOST_NAME = 256, 64
+MAX_WAITING, MAX_NAME = 256, 64
 
 
 class TraceWriter:
@@ -87,7 +87,7 @@ class TraceWriter:
             ],
             "preempted": [_cut(name) for name in plan.preempted],
             "idle": [_cut(r.request_id) for r in state.running if r.request_id not in rowed],
-            "waiting": [_cut(r.request_id) for r in state.waiting[:MOST_WAITING]],
+            "waiting": [_cut(r.request_id) for r in state.waiting[:MAX_WAITING]],
             "num_waiting": len(state.waiting),
             "ended": [],
             "copies": len(plan.copies),
@@ -114,7 +114,7 @@ class TraceWriter:
             later["rows"] = [later["rows"][i] for i in kept]
             requests[:] = [requests[i] for i in kept]
 
-    def lose_workers(self) -> None:
+    def reset_after_worker_restart(self) -> None:
         """Steps that are not done never will be, and all that ran is to start again."""
         self._planned.clear()
         self._running.clear()
@@ -151,7 +151,7 @@ class TraceWriter:
 
 def _cut(name: str) -> str:
     """A client's name is never long here."""
-    return name if len(name) <= MOST_NAME else f"{name[: MOST_NAME // 2]}…{name[-MOST_NAME // 2 :]}"
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 :]}"
 
 
 def _ms(seconds: float) -> float:

@@ -36,10 +36,10 @@ from octavo.engine.server import connections
 from octavo.engine.server import drain as work
 from octavo.engine.server.api_keys import ApiKeys
 from octavo.engine.server.connections import Acceptor, ConnectionLimits, Slot, peer_of
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.grpc_api import interceptor
 from octavo.engine.server.http_api.connection import HttpConnection, Timeouts, http_config
-from octavo.engine.server.http_api.middleware import MAX_BODY_BYTES, Guard
+from octavo.engine.server.http_api.middleware import MAX_BODY_BYTES, AuthMiddleware
 from octavo.engine.server.http_api.openai_stream import dump
 from octavo.engine.utils import logs
 from octavo.proto import octavo_pb2 as pb
@@ -79,7 +79,7 @@ class Site:
         listener: socket.socket | None = None,
     ) -> None:
         self.counts: dict[str, int] = {}
-        self.timeouts, self.total, self.work = timeouts or Timeouts(), total, Work()
+        self.timeouts, self.total, self.work = timeouts or Timeouts(), total, CallTracker()
         stats: Any = SimpleNamespace(count_error=self._count, count_closed_connection=self._count)
         self.rejections = RejectionLog(stats)
         self.listener = listener or socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -93,7 +93,9 @@ class Site:
 
     async def _start(self) -> None:
         keys = ApiKeys([KEY])
-        guard = Guard(application, self.work, keys, self.rejections, 1 << 30, self.timeouts.body)
+        guard = AuthMiddleware(
+            application, self.work, keys, self.rejections, 1 << 30, self.timeouts.body
+        )
         config, state = http_config(guard), ServerState()
 
         def connect(slot: Slot) -> HttpConnection:

@@ -253,7 +253,7 @@ def test_ranks_that_wait_for_each_other_for_ever_are_told_by_the_step_s_bound(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """They answer pings, and the step never ends."""
-    monkeypatch.setattr(watch, "LEAST_BOUND", 2.0)
+    monkeypatch.setattr(watch, "MIN_BOUND", 2.0)
     failpoints(f"worker.computed@1=wait#17!{tmp_path / 'once'}")
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected

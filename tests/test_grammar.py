@@ -446,7 +446,7 @@ def test_workers_that_end_lose_no_place(
     for _ in range(7):
         engine.step()
     engine._on_way.clear()
-    engine.scheduler.lose_workers()
+    engine.scheduler.reset_after_worker_restart()
     engine._slots.reset()
     engine.runner.embeddings.clear()
     engine.run()

@@ -21,7 +21,7 @@ from octavo.engine.client.client import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.errors import InputError
 from octavo.engine.server.api_keys import ApiKeys
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.server import HttpServer
 
 WHO = [{"role": "user", "content": "Who are you?"}]
@@ -51,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 # Compiled at once, and found too complex only as it is followed.
 HOSTILE = "a?" * 2000 + "a" * 2000
 KEY = "the-one-and-only-key"
-LOOK, NOT = "look-around is not supported", "'not': cannot be kept to here; leave it out"
+POLL_INTERVAL, NOT = "look-around is not supported", "'not': cannot be kept to here; leave it out"
 
 
 def check(name: str, text: str) -> None:
@@ -69,7 +69,7 @@ class Door(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0, ApiKeys((KEY,)))
-        self.url = f"http://{await self.http.start(self.engine, Work())}"
+        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))
@@ -116,7 +116,7 @@ def told() -> dict[str, list[str]]:
         assert caught.value.field == "structured.json_schema"
         bad = params_of("regex", structured=StructuredOutput(regex="a(?=b)"))
         refused, kept = llm.chat([WHO, WHO], [bad, params_of("regex")], progress=False)
-        assert LOOK in refused.error and kept.outputs[0].text == outs[1].outputs[0].text
+        assert POLL_INTERVAL in refused.error and kept.outputs[0].text == outs[1].outputs[0].text
         llm.engine.scheduler.check_integrity()
         assert not llm.engine._matchers._matchers
     return {n: [a.text for a in out.outputs] for n, out in zip(FORMS, outs, strict=False)}
@@ -218,7 +218,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
      "response_format.json_schema.schema", NOT),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
-    ({"structured_outputs": {"regex": "a(?=b)"}}, "structured_outputs.regex", LOOK),
+    ({"structured_outputs": {"regex": "a(?=b)"}}, "structured_outputs.regex", POLL_INTERVAL),
     ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex", "65536 bytes"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is empty"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "is not JSON"),

@@ -38,7 +38,7 @@ from octavo.engine.config.engine_config import EngineConfig
 from octavo.engine.errors import RETRYABLE, EngineDead
 from octavo.engine.observability.prometheus import metrics_text
 from octavo.engine.outputs import OutputDelta, Usage
-from octavo.engine.request_stream import MOST_WAITING, Backlog, join, merge
+from octavo.engine.request_stream import MAX_WAITING, OutputQueue, join, merge
 from octavo.engine.server import errors
 from octavo.engine.server.grpc_api import control, inference, server, status
 from octavo.engine.server.grpc_api.messages import read_sampling
@@ -488,7 +488,7 @@ def test_no_library_s_text_reaches_a_caller(
 )
 def test_what_ended_the_engine_reaches_no_caller(cause: str) -> None:
     """Libraries' texts, and addresses and paths of the server."""
-    told = errors.fault_of(EngineDead(f"the engine stopped: {cause}"))
+    told = errors.error_info(EngineDead(f"the engine stopped: {cause}"))
     assert (told.code, told.text) == ("UNAVAILABLE", errors.STOPPED)
 
 
@@ -769,7 +769,7 @@ def test_a_stranger_does_not_drain_an_open_server(peer: str, is_known: bool, may
     if may:
         control.check_may_drain(peer, is_known)
         return
-    with pytest.raises(errors.Refused) as refused:
+    with pytest.raises(errors.RequestRejected) as refused:
         control.check_may_drain(peer, is_known)
     assert refused.value.fault.code == "PERMISSION_DENIED"
 
@@ -878,7 +878,7 @@ def test_a_slow_reader_gets_the_same_in_fewer_deltas(seed: int) -> None:
     deltas = made_deltas(rng, answers, 100)
 
     async def read() -> tuple[list[OutputDelta], int]:
-        backlog: Backlog[Exception] = Backlog()
+        backlog: OutputQueue[Exception] = OutputQueue()
         taken: list[OutputDelta] = []
         most = 0
         for delta in deltas:
@@ -891,7 +891,7 @@ def test_a_slow_reader_gets_the_same_in_fewer_deltas(seed: int) -> None:
         return taken, most
 
     taken, most = asyncio.run(read())
-    assert most <= 2 * (answers + 2) + MOST_WAITING
+    assert most <= 2 * (answers + 2) + MAX_WAITING
     assert taken[0].media_times is not None
     assert [delta.usage is not None for delta in taken] == [False] * (len(taken) - 1) + [True]
     for index in range(answers):

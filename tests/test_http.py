@@ -46,7 +46,7 @@ from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.outputs import OutputDelta
 from octavo.engine.server import errors
 from octavo.engine.server.api_keys import ApiKeys
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api import errors as http_error
 from octavo.engine.server.http_api import middleware, openai_stream, snapshot_route
 from octavo.engine.server.http_api.openai_request import NEUTRAL, PARAMS, read_chat
@@ -70,7 +70,7 @@ class Door(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0, ApiKeys(KEYS))
-        self.url = f"http://{await self.http.start(self.engine, Work())}"
+        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))
@@ -738,7 +738,9 @@ def test_a_body_that_is_too_large(raw: httpx2.Client, monkeypatch: pytest.Monkey
 def test_bodies_that_are_here_are_bounded_together() -> None:
     """Whole or not: one client could send as many of 256 MiB as it likes. One alone may be more."""
     nobody: Any = None
-    guard = middleware.Guard(PlainTextResponse("let through"), Work(), nobody, nobody, 1000)
+    guard = middleware.AuthMiddleware(
+        PlainTextResponse("let through"), CallTracker(), nobody, nobody, 1000
+    )
 
     async def post(chunks: asyncio.Queue[bytes]) -> int:
         sent: list[Any] = []
@@ -796,7 +798,9 @@ def test_a_page_whose_name_was_made_to_lead_here_is_refused(host: str, status: i
         ("192.0.2.7", None, 200),
         ("127.0.0.1", ApiKeys(KEYS), 200),
     ]:
-        guard = middleware.Guard(PlainTextResponse("let through"), Work(), keys, refusals)
+        guard = middleware.AuthMiddleware(
+            PlainTextResponse("let through"), CallTracker(), keys, refusals
+        )
         headers = {"host": host, "authorization": f"Bearer {KEYS[0]}"}
         answer = asyncio.run(_get(guard, server, headers))
         assert answer["status"] == expected, (server, answer)
@@ -1047,7 +1051,7 @@ def certificate(folder: Path) -> TlsFiles:
 def test_tls_is_for_both_doors_and_is_reloaded(door: Door, tmp_path: Path) -> None:
     files = certificate(tmp_path)
     server = HttpServer("127.0.0.1", 0, None, files)
-    url = f"https://{door.run(server.start(door.engine, Work()))}"
+    url = f"https://{door.run(server.start(door.engine, CallTracker()))}"
 
     def asks() -> int:
         context = ssl.create_default_context(cafile=str(files.cert))
@@ -1067,7 +1071,7 @@ def test_tls_is_for_both_doors_and_is_reloaded(door: Door, tmp_path: Path) -> No
     door.run(server.drain(1.0))
     certificate(tmp_path)  # mutual: who brings no certificate is nobody
     server = HttpServer("127.0.0.1", 0, None, TlsFiles(files.cert, files.key, files.cert))
-    url = f"https://{door.run(server.start(door.engine, Work()))}"
+    url = f"https://{door.run(server.start(door.engine, CallTracker()))}"
     with pytest.raises(httpx2.HTTPError):
         asks()
     context = ssl.create_default_context(cafile=str(files.cert))
@@ -1164,9 +1168,9 @@ def test_workers_that_are_away_for_long_are_told(
     assert raw.get("/ready").status_code == 200
     monkeypatch.setattr(door.engine.engine.restarts, "_away_since", time.monotonic() - 60)
     assert raw.get("/ready").status_code == 503
-    monkeypatch.setattr(snapshot_route, "PATIENCE", 0.05)
+    monkeypatch.setattr(snapshot_route, "SNAPSHOT_TIMEOUT", 0.05)
     monkeypatch.setattr(door.engine._steps, "look", Future)
-    time.sleep(snapshot_route.LEAST_AGE)
+    time.sleep(snapshot_route.MIN_AGE)
     answer = raw.get("/engine/snapshot")
     assert (answer.status_code, error_in(answer)["code"]) == (503, "unavailable")
 

@@ -15,7 +15,7 @@ from octavo.benchmarks.kernels.paper import GPUS, Gpu, blocks_per_multiprocessor
 from octavo.benchmarks.kernels.resources import SHAPES, Compiled, Shape, shape_of
 from octavo.benchmarks.kernels.sass import Evidence
 from octavo.benchmarks.kernels.work import (
-    Work,
+    CallTracker,
     chunk_work,
     decode_work,
     join_chunks_work,
@@ -87,7 +87,7 @@ def test_the_others_by_hand() -> None:
     assert (vision.bytes, vision.grid) == (4 * 10 * 1280 * 2, 3 * 16)
     assert norm_work(64, 7, residual=False).bytes == 2 * (2 * 7 * 64 + 64)
     assert norm_work(64, 7, residual=True).bytes == 2 * (4 * 7 * 64 + 64)
-    assert swiglu_work(1100, 3) == Work("3 tokens", 2 * 3 * 3300, 5 * 3300, 6)
+    assert swiglu_work(1100, 3) == CallTracker("3 tokens", 2 * 3 * 3300, 5 * 3300, 6)
     mrope = mrope_work(TINY, 5)
     turned_and_written = 2 * (6 + 2 + 2) * 128 * 2
     assert mrope.bytes == 5 * (turned_and_written + 2 * 64 * 4 + 8)
@@ -141,7 +141,7 @@ def test_blocks_of_a_multiprocessor(registers: int, shared: int, threads: int, b
 
 def test_bound_is_the_slower_of_memory_and_matrix() -> None:
     gpu = Gpu("slow", "sm_90", 10, 100.0, 1000.0, 1 << 16)
-    work = Work("case", 50, 2000, 40)
+    work = CallTracker("case", 50, 2000, 40)
     assert bound(gpu, work, "HGMMA") == (2.0, "matrix")
     assert bound(gpu, work, "QGMMA") == (1.0, "matrix")
     assert bound(gpu, work, "-") == (0.5, "memory")

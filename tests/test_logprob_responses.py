@@ -26,7 +26,7 @@ from octavo.engine.outputs import OutputDelta
 from octavo.engine.request_stream import join
 from octavo.engine.server import chunked_json
 from octavo.engine.server.chunked_json import LazyList, Turns, dump
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.grpc_api import messages
 from octavo.engine.server.http_api import openai_stream
 from octavo.engine.server.http_api.openai_logprobs import (
@@ -46,7 +46,7 @@ class Door(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0, None)
-        self.url = f"http://{await self.http.start(self.engine, Work())}"
+        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))

@@ -36,7 +36,7 @@ from octavo.engine.media.sandbox.process import DecoderProcess
 from octavo.engine.media.sandbox.reader import clean
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.media.token_budget import MediaTokenBudget
 from octavo.engine.utils.cores import num_cores
 from octavo.proto import media_pb2 as pb
 
@@ -418,7 +418,7 @@ def test_L13_leaks_a_process_that_grew_or_is_old_is_replaced(
 ) -> None:
     pool = DecoderPool(LIMITS, 1)
     seen = []
-    for name, value in (("MOST_READERS", 10**9), ("MOST_READERS", 1), ("MOST_RESIDENT", 1)):
+    for name, value in (("MAX_READERS", 10**9), ("MAX_READERS", 1), ("MAX_RESIDENT", 1)):
         monkeypatch.setattr(child_pool, name, value)
         with pool.lease() as lease:
             look(lease, "image", encoded(noise()))
@@ -541,7 +541,7 @@ def test_no_more_frames_are_made_than_there_is_room_for(pool: DecoderPool) -> No
         with pytest.raises(TimeoutError):
             while lease._process._channel.recv(100):
                 came += 1
-        assert came <= child_process.MOST_SLOTS
+        assert came <= child_process.MAX_SLOTS
         lease._process.kill()
         stream.close()  # type: ignore[attr-defined]
 
@@ -730,7 +730,7 @@ def test_frames_of_a_list_are_resized_in_the_process(pool: DecoderPool) -> None:
         with pool.lease() as lease:
             task = MediaTask(LIMITS, open_reader or lease)
             loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(roots=()), LIMITS)
-            room = TokenRoom(9000, 0, 1, SHAPE.factor)
+            room = MediaTokenBudget(9000, 0, 1, SHAPE.factor)
             opened = loader.open("video", stills, MediaOptions(), room, "video", task)
             units = list(loader.units([opened], task))
             whole.append(np.concatenate([unit.pixels for unit in units]))

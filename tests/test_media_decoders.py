@@ -19,7 +19,7 @@ from octavo.benchmarks.media.cases import encoded, mp4, noise, without_late_fram
 from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.config.media_limits import MediaLimits
 from octavo.engine.errors import InputError
-from octavo.engine.input.preprocess_pool import InputPool, Lanes
+from octavo.engine.input.preprocess_pool import InputPool, PreprocessPools
 from octavo.engine.input.processor import InputProcessor
 from octavo.engine.media.sandbox import process
 from octavo.engine.media.sandbox.plan import MEMORY_SHARE, SMALL_BYTES, DecoderPlan, plan_decoders
@@ -340,7 +340,7 @@ def test_text_waits_for_no_decoder_and_images_for_no_video(
 def test_decoders_stay_within_a_share_of_the_memory(cores: int, limit: int) -> None:
     """8. Up to 104 decoders of 4 GiB each were started on 64 cores, whatever the memory."""
     limits, before = MediaLimits(decoder_memory_bytes=limit), 0
-    wanted = Lanes.of(cores).decoders()
+    wanted = PreprocessPools.of(cores).decoders()
     for gigabytes in (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 256, 2048):
         available = gigabytes << 30
         plan = plan_decoders(wanted, limits, available)

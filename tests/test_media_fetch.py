@@ -461,7 +461,7 @@ def test_L19_ssrf_another_checked_address_where_one_does_not_answer() -> None:
         assert net.dialled == [(OTHER, 80), (PUBLIC, 80)]
         net.names["a.example"] = [f"8.8.8.{end}" for end in range(9)]
         assert "does not answer" in net.refused()
-        assert len(net.dialled) == 2 + fetching.MOST_DIALLED
+        assert len(net.dialled) == 2 + fetching.MAX_DIALLED
 
 
 @pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])

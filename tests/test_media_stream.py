@@ -25,7 +25,7 @@ from octavo.engine.media.loader import MediaLoader
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.media.token_budget import MediaTokenBudget
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.request import Request
 
@@ -356,7 +356,7 @@ def test_a_request_that_is_over_stops_at_once() -> None:
         return open_here(kind, *args)
 
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
-    room = TokenRoom(9000, 0, 8, SHAPE.factor)
+    room = MediaTokenBudget(9000, 0, 8, SHAPE.factor)
     task = MediaTask(MediaLimits(), slow)
     error: list[InputError] = []
 

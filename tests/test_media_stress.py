@@ -24,7 +24,7 @@ from octavo.engine.client.errors import ClientError
 from octavo.engine.media import source as sources
 from octavo.engine.media.fetch import network as networking
 from octavo.engine.media.fetch.fetch import Network
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.server import HttpServer
 
 PUBLIC = "93.184.216.34"
@@ -43,7 +43,7 @@ class Doors(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0)
-        self.http_address = await self.http.start(self.engine, Work())
+        self.http_address = await self.http.start(self.engine, CallTracker())
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))

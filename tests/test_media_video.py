@@ -33,7 +33,7 @@ from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sizes import frame_indices, frame_range
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.media.token_budget import MediaTokenBudget
 
 LIMITS = MediaLimits()
 DEFAULTS = PreprocessConfig(video_min_pixels=28 * 28 * 4)
@@ -612,7 +612,7 @@ def test_a_long_video_fits_by_itself(max_model_len: int, count: int) -> None:
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
 
     def choose(**options: Any) -> MediaInfo:
-        room = TokenRoom(max_model_len, 30, 1, SHAPE.factor)
+        room = MediaTokenBudget(max_model_len, 30, 1, SHAPE.factor)
         task = MediaTask(MediaLimits(), lambda *args: HalfAnHour())
         asked = MediaOptions(**options)
         return loader.open("video", b"x", asked, room, "video", task).item.info

@@ -26,7 +26,7 @@ from octavo.engine.observability.prometheus import CONTENT_TYPE, metrics_text
 from octavo.engine.observability.request_log import RequestRecord
 from octavo.engine.observability.stats import EngineStats
 from octavo.engine.outputs import OutputDelta, Usage
-from octavo.engine.server.errors import fault_of
+from octavo.engine.server.errors import error_info
 from octavo.engine.server.grpc_api.server import warm_up
 from octavo.engine.server.metrics_server import serving_metrics
 from octavo.scheduler.admission import AdmissionError, QueueFull
@@ -184,7 +184,7 @@ def test_sums_of_times_are_consistent(engine: octavo.AsyncLLM) -> None:
 def test_a_caller_the_log_and_the_metrics_have_one_code(
     engine: octavo.AsyncLLM, error: Exception
 ) -> None:
-    seen, code = Measured(engine), fault_of(error).code
+    seen, code = Measured(engine), error_info(error).code
     before = engine.engine.stats.errors[code]
     with contextlib.suppress(type(error)), RequestRecord("a", engine.engine.stats):
         raise error
@@ -398,7 +398,7 @@ def test_steps_that_overlap_share_no_time() -> None:
     told.stats.done(104.0)
     assert told.stats.steps["prefill"].total == 3.0 and told.stats.steps["decode"].total == 1.0
     told.stats.plan(plan(3, "a", num_decode=1), 105.0)
-    told.stats.lose_workers(1)
+    told.stats.reset_after_worker_restart(1)
     told.stats.plan(plan(4, "a", num_decode=1), 110.0)
     told.stats.done(112.0)
     assert told.stats.steps["decode"].total == 3.0, "a lost step has no time"

@@ -25,7 +25,7 @@ from octavo.engine.config.engine_config import EngineConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.input.chat_template import read_messages
 from octavo.engine.replicas.settings import read_settings
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.make_openai_docs import openai_page
 from octavo.engine.server.http_api.openai_request import NEUTRAL, read_chat
 from octavo.engine.server.http_api.server import HttpServer
@@ -63,7 +63,7 @@ class Door(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0, None)
-        self.url = f"http://{await self.http.start(self.engine, Work())}"
+        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))

@@ -25,7 +25,7 @@ from octavo.engine.core.step_pipeline import StepPipeline
 from octavo.engine.observability.stats import EngineStats
 from octavo.engine.structured_output.matchers import Matchers
 from octavo.engine.worker.group import SentStep
-from octavo.engine.worker.watch import LEAST_BOUND, StepBound
+from octavo.engine.worker.watch import MIN_BOUND, StepBound
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
@@ -182,7 +182,7 @@ def test_new_workers_have_empty_slots() -> None:
     pipeline = StepPipeline(scheduler, group, lambda name: {}, None, True, stats, Matchers())
     request = running("a")
     pipeline._slots.place(request, 0, 4)
-    assert pipeline.lose_workers() == []
+    assert pipeline.reset_after_worker_restart() == []
     assert pipeline._slots.place(request, 4, 1) == (0, False)
 
 
@@ -239,7 +239,7 @@ def test_who_may_have_ended_the_workers_runs_alone_and_nothing_beside() -> None:
     simulation = overlapped(*(make_request(name, 5, max_tokens=9) for name in "abc"))
     plan(simulation)
     plan(simulation)
-    simulation.lose_workers()
+    simulation.reset_after_worker_restart()
     assert len(simulation.scheduler.state.suspects) == 3
     for name in "abc":
         assert plan(simulation).request_ids == (name,)
@@ -258,7 +258,7 @@ def test_both_steps_on_their_way_are_suspect() -> None:
     plan(simulation)
     simulation.scheduler.add(make_request("b", 5, max_tokens=9))
     assert simulation.scheduler.schedule() is not None
-    assert simulation.scheduler.lose_workers() == []
+    assert simulation.scheduler.reset_after_worker_restart() == []
     assert [each.request_id for each in simulation.scheduler.state.suspects] == ["a", "b"]
 
 
@@ -440,11 +440,11 @@ def test_a_moment_that_is_noted_late_makes_no_step_of_no_time(
 
 def test_the_bound_of_a_step_follows_its_work_and_what_steps_have_taken() -> None:
     bound = StepBound()
-    assert bound.seconds(1) >= LEAST_BOUND and bound.seconds(5000) > 2 * bound.seconds(50)
+    assert bound.seconds(1) >= MIN_BOUND and bound.seconds(5000) > 2 * bound.seconds(50)
     for _ in range(300):
         bound.learn(work=1000, seconds=0.1)
     quick = bound.seconds(1000)
-    assert LEAST_BOUND < quick < LEAST_BOUND + 10
+    assert MIN_BOUND < quick < MIN_BOUND + 10
     bound.learn(work=1000, seconds=60)  # one that is slow is believed at once
     assert bound.seconds(1000) > 20 * 60
     assert bound.seconds(10_000) > 10 * 20 * 60

@@ -22,7 +22,7 @@ from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
 from octavo.benchmarks.fakes.tiny_server import Served, wait_for
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.server.api_keys import ApiKeys
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.scheduler.params import SamplingParams
 
@@ -46,8 +46,8 @@ class Doors(Served):
         self.others: list[str] = []
         self.open = HttpServer("127.0.0.1", 0)
         self.locked = HttpServer("127.0.0.1", 0, ApiKeys([KEY]))
-        self.url = f"http://{await self.open.start(self.engine, Work())}"
-        self.locked_url = f"http://{await self.locked.start(self.engine, Work())}"
+        self.url = f"http://{await self.open.start(self.engine, CallTracker())}"
+        self.locked_url = f"http://{await self.locked.start(self.engine, CallTracker())}"
 
     def begin(self, name: str, max_tokens: int = 3500) -> Future[None]:
         """A long request of somebody else."""

@@ -15,7 +15,7 @@ from octavo.benchmarks.fakes.simulated_worker import (
 from octavo.engine.core.kv_capacity import CPU_LONG_PREFILL
 from octavo.scheduler.admission import QueueFull
 from octavo.scheduler.params import RequestOptions, SamplingParams
-from octavo.scheduler.planner import MOST_PASSED_OVER
+from octavo.scheduler.planner import MAX_PASSED_OVER
 from octavo.scheduler.request import RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
@@ -89,7 +89,7 @@ def test_a_step_looks_past_few_that_cannot_start() -> None:
     find = planner._find_prefix
     planner._find_prefix = lambda request: searches.append(request) or find(request)  # type: ignore
     simulation.step()
-    assert len(searches) == 1 + MOST_PASSED_OVER
+    assert len(searches) == 1 + MAX_PASSED_OVER
     simulation.run()
 
 

@@ -18,8 +18,8 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.worker.remote import rendezvous
 from octavo.engine.worker.remote.address import Address, interface_towards
 from octavo.engine.worker.remote.fingerprint import fingerprint
-from octavo.engine.worker.remote.rendezvous import Meeting, SharedStore
-from octavo.engine.worker.remote.torch_store import MeetingStore
+from octavo.engine.worker.remote.rendezvous import Rendezvous, SharedStore
+from octavo.engine.worker.remote.torch_store import RendezvousStore
 from octavo.proto import worker_pb2 as pb
 
 
@@ -113,9 +113,9 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, content: bytes) -> None:
 class Rank:
     """A worker's meeting, and an engine's thread that answers it."""
 
-    def __init__(self, shared: SharedStore, ours: Meeting | None = None) -> None:
-        self.meeting, self._open = ours or Meeting(), True
-        self.store = MeetingStore(self.meeting)
+    def __init__(self, shared: SharedStore, ours: Rendezvous | None = None) -> None:
+        self.meeting, self._open = ours or Rendezvous(), True
+        self.store = RendezvousStore(self.meeting)
         self._shared = shared
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -185,8 +185,8 @@ def test_a_stream_that_breaks_fails_what_was_asked_by_it_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rendezvous, "OPEN_CHECK", 0.05)
-    ours = Meeting()
-    store, failed = MeetingStore(ours), threading.Event()
+    ours = Rendezvous()
+    store, failed = RendezvousStore(ours), threading.Event()
 
     def ask() -> None:
         with pytest.raises(RuntimeError, match="does not answer"):
@@ -213,7 +213,7 @@ def test_a_stream_that_breaks_fails_what_was_asked_by_it_and_no_more(
 
 
 def test_a_later_stream_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Meeting()
+    ours = Rendezvous()
     first = ours.serve(iter(()), lambda: True)
     done = threading.Thread(target=lambda: next(first, None), daemon=True)
     done.start()
@@ -226,7 +226,7 @@ def test_a_later_stream_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_late_reply_is_no_other_question_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "ASK_TIMEOUT", 0.05)
-    ours, replies = Meeting(), [pb.StoreReply(value=b"B"), pb.StoreReply(value=b"A")]
+    ours, replies = Rendezvous(), [pb.StoreReply(value=b"B"), pb.StoreReply(value=b"A")]
     stream = ours.serve(iter(replies.pop, None), lambda: True)
     with pytest.raises(RuntimeError, match="does not answer"):
         ours.ask(pb.StoreRequest(key="nobody serves"))
@@ -245,4 +245,4 @@ def test_a_late_reply_is_no_other_question_s(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_engine_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "ASK_TIMEOUT", 0.05)
     with pytest.raises(RuntimeError, match="the engine does not answer"):
-        MeetingStore(Meeting()).set("a", "b")
+        RendezvousStore(Rendezvous()).set("a", "b")

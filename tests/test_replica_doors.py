@@ -18,8 +18,8 @@ from octavo.engine.replicas.ingress import Ingress, _http_call
 from octavo.engine.replicas.read import AT_ONCE, grpc_prefix
 from octavo.engine.replicas.run_http import AHEAD, run_http
 from octavo.engine.server.api_keys import ApiKeys
-from octavo.engine.server.drain import Work
-from octavo.engine.server.http_api.middleware import Guard
+from octavo.engine.server.drain import CallTracker
+from octavo.engine.server.http_api.middleware import AuthMiddleware
 from octavo.proto import octavo_pb2 as pb
 
 KEY = "a-key-of-ours"
@@ -60,7 +60,7 @@ def test_a_page_whose_name_was_made_to_lead_here_is_refused(
 ) -> None:
     """DNS rebinding, as at the door of `octavo serve`: a replica knows by which address the client
     came to the proxy."""
-    guard = Guard(PlainTextResponse("let through"), Work(), keys, REFUSALS)
+    guard = AuthMiddleware(PlainTextResponse("let through"), CallTracker(), keys, REFUSALS)
     headers = [(b"host", host), (b"authorization", f"Bearer {KEY}".encode())]
     scope = {"server": server, "headers": headers}
 

@@ -305,7 +305,7 @@ def test_what_was_just_sent_counts_until_the_replica_can_have_reported_it(
     router.on_request_routed(pending(prefix), "two", None)  # type: ignore[arg-type]
     assert choose(router, replicas, prefix)[0] == [replicas[1]]
     assert len(choose(router, replicas[:1], prefix)) == 1  # "two" is gone
-    clock.now += router_module.SETTLE
+    clock.now += router_module.ROUTE_TTL
     assert len(choose(router, replicas, prefix)) == 1
 
 

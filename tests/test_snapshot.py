@@ -22,9 +22,9 @@ from octavo.engine.observability.snapshot import (
     UNUSED,
     take_snapshot,
 )
-from octavo.engine.observability.stats import MOST_STEPS, EngineStats
+from octavo.engine.observability.stats import MAX_STEPS, EngineStats
 from octavo.engine.server.api_keys import ApiKeys
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api import page_route, snapshot_route
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.scheduler.admission import SchedulerConfig
@@ -110,12 +110,12 @@ def test_it_is_a_copy() -> None:
 
 def test_steps_are_told_one_by_one_and_not_for_ever() -> None:
     scheduler, stats = make_scheduler(8)
-    for number in range(MOST_STEPS + 3):
+    for number in range(MAX_STEPS + 3):
         add(scheduler, str(number), list(range(20)))
         step(scheduler, stats)
         scheduler.finish(f"{number}#0", RequestStatus.FINISHED_ABORTED)
     steps = take_snapshot(scheduler, stats).steps
-    assert len(steps) == MOST_STEPS and steps[-1].step_id == MOST_STEPS + 3
+    assert len(steps) == MAX_STEPS and steps[-1].step_id == MAX_STEPS + 3
     assert (steps[-1].num_encode_tokens, steps[-1].num_prefill_tokens) == (0, 4)  # 16 were cached
     assert steps[0].step_id == 4
 
@@ -128,9 +128,9 @@ class Door(Served):
         await super()._start()
         self.others: list[str] = []
         self.locked = HttpServer("127.0.0.1", 0, ApiKeys([KEY]))
-        self.url = f"http://{await self.locked.start(self.engine, Work())}"
+        self.url = f"http://{await self.locked.start(self.engine, CallTracker())}"
         self.open = HttpServer("127.0.0.1", 0)
-        self.open_url = f"http://{await self.open.start(self.engine, Work())}"
+        self.open_url = f"http://{await self.open.start(self.engine, CallTracker())}"
 
     def close(self) -> None:
         self.run(self.locked.drain(1.0))
@@ -245,14 +245,14 @@ def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.Mon
         return await whole()
 
     monkeypatch.setattr(door.engine, "snapshot", count)
-    monkeypatch.setattr(snapshot_route, "LEAST_AGE", 3600.0)
+    monkeypatch.setattr(snapshot_route, "MIN_AGE", 3600.0)
 
     async def crowd() -> None:
         await asyncio.gather(*(view.snapshot(asked) for _ in range(50)))
 
     door.run(crowd())
     assert len(taken) == 1
-    monkeypatch.setattr(snapshot_route, "LEAST_AGE", 0.0)
+    monkeypatch.setattr(snapshot_route, "MIN_AGE", 0.0)
     door.run(view.snapshot(asked))
     assert len(taken) == 2
 
@@ -260,7 +260,7 @@ def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.Mon
 def test_a_fault_is_told_to_who_looks_alone(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(door, "goes-on", LONG)
     wait_for(lambda: door.engine.engine.has_requests)
-    monkeypatch.setattr(snapshot_route, "LEAST_AGE", 0.0)
+    monkeypatch.setattr(snapshot_route, "MIN_AGE", 0.0)
     monkeypatch.setattr(door.engine.engine.stats, "load", None)
     answer = httpx2.get(f"{door.open_url}/engine/snapshot")  # whose connection ends with it
     assert answer.status_code == 500 and "NoneType" not in answer.text
@@ -289,8 +289,8 @@ def test_the_page_needs_no_key_and_its_data_do(door: Door) -> None:
         assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
     for path in (
         "/page/",
-        "/page/../http_page.py",
-        "/page/%2e%2e/http_page.py",
+        "/page/../page_route.py",
+        "/page/%2e%2e/page_route.py",
         "/page/x.js",
         "//",
     ):

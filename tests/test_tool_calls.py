@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import octavo
 from octavo.engine.client.tools import add_tools
 from octavo.engine.config.engine_config import ModelConfig
-from octavo.engine.core.tool_call_stream import CallReader
+from octavo.engine.core.tool_call_stream import ToolCallStream
 from octavo.engine.errors import InputError
 from octavo.engine.input.chat_template import ChatTemplate, read_messages
 from octavo.engine.input.prompt import PromptReader
@@ -96,7 +96,7 @@ ARGUMENTS = '{"x": "</tool_call>", "y": [1]}'
 
 def cut_off(text: str, choice: Any, reason: str = "length", size: int = 7) -> tuple[str, list[Any]]:
     """An answer's content and calls, of deltas of `size` characters."""
-    reader = CallReader({"tools": [{"function": {"name": "a"}}], "tool_choice": choice})
+    reader = ToolCallStream({"tools": [{"function": {"name": "a"}}], "tool_choice": choice})
     deltas = [OutputDelta("it", text=text[at : at + size]) for at in range(0, len(text), size)]
     deltas.append(OutputDelta("it", finish_reason=reason))
     found = [reader.read(delta) for delta in deltas]

@@ -24,7 +24,7 @@ from octavo.engine.core import active_requests
 from octavo.engine.core.detokenizer import TextStream
 from octavo.engine.errors import InputError
 from octavo.engine.outputs import OutputDelta
-from octavo.engine.server.drain import Work
+from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
@@ -65,7 +65,7 @@ class Door(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0, None)
-        self.url = f"http://{await self.http.start(self.engine, Work())}"
+        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def close(self) -> None:
         self.run(self.http.drain(1.0))

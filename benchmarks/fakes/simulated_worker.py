@@ -242,11 +242,11 @@ class Simulation:
         self.now += self.step_seconds(plan)
         self._take(self.scheduler.update(self.spoil(plan, result)))
 
-    def lose_workers(self) -> None:
+    def reset_after_worker_restart(self) -> None:
         """The worker ends, with the steps on their way, and a new one takes its place."""
         self.in_flight.clear()
         self.worker = SimulatedWorker(self.config)
-        self._take(self.scheduler.lose_workers())
+        self._take(self.scheduler.reset_after_worker_restart())
 
     def _take(self, updates: Sequence[RequestUpdate]) -> None:
         for update in updates:

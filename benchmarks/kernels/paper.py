@@ -23,7 +23,15 @@ from octavo.kernels.tiles import chunk_splits
 
 from .linears import launches as linear_launches
 from .resources import BLOCK_SIZE, HEAD_DIM, SHAPES, Compiled, Shape, examine, kernels
-from .work import IMAGES, Work, chunk_cases, chunk_work, join_chunks_work, token_works, vision_work
+from .work import (
+    IMAGES,
+    Work,
+    chunk_cases,
+    chunk_work,
+    join_chunks_work,
+    token_works,
+    vision_work,
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from octavo.engine.media.loader import MediaLoader
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.media.token_budget import MediaTokenBudget
 
 SHAPE = PatchShape(14, 2, 2, 4, 1536)  # the 2B's
 
@@ -74,7 +74,7 @@ def load(
     loader = MediaLoader(
         preprocess or PreprocessConfig(), SHAPE, access or MediaAccess(), limits or MediaLimits()
     )
-    room = TokenRoom(max_model_len, 0, 1, SHAPE.factor)
+    room = MediaTokenBudget(max_model_len, 0, 1, SHAPE.factor)
     task = MediaTask(limits or MediaLimits())
     try:
         opened = loader.open(kind, source, options or MediaOptions(), room, kind, task)

@@ -26,7 +26,7 @@ from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sandbox.pool import DecoderPool
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.media.token_budget import MediaTokenBudget
 
 from .cases import SHAPE, encoded, photo
 from .video_cases import X264, clip
@@ -70,7 +70,7 @@ def prepare(
     """Our whole way: bytes, reader, size, pixels, hashes of units."""
     access, limits = MediaAccess(roots=()), MediaLimits()
     loader = MediaLoader(PreprocessConfig(), SHAPE, access, limits)
-    room = TokenRoom(128_000, 0, 1, SHAPE.factor)
+    room = MediaTokenBudget(128_000, 0, 1, SHAPE.factor)
     task = MediaTask(limits, open_reader)
     opened = loader.open(kind, data, options, room, kind, task)
     for _ in loader.units([opened], task):

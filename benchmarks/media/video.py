@@ -31,7 +31,7 @@ from octavo.engine.media.loader import MediaLoader
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
-from octavo.engine.media.token_budget import TokenRoom
+from octavo.engine.media.token_budget import MediaTokenBudget
 
 from .cases import SHAPE
 from .video_cases import X264, clip, repeated
@@ -68,7 +68,7 @@ class Row:
 def load_kept(path: str, options: MediaOptions) -> tuple[MediaInfo, int]:
     """Loads a video as a server does and keeps all its frames; how many bytes those are."""
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
-    room = TokenRoom(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
+    room = MediaTokenBudget(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
     task = MediaTask(MediaLimits())
     opened = loader.open("video", path, options, room, "video", task)
     kept = list(loader.units([opened], task))
@@ -117,7 +117,7 @@ def bare_groups(path: Path, fps: float | None) -> float:
 
 def _chosen(path: Path, fps: float | None) -> list[int]:
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
-    room = TokenRoom(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
+    room = MediaTokenBudget(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
     with closing(MediaTask(MediaLimits())) as task:
         opened = loader.open("video", str(path), MediaOptions(fps=fps), room, "video", task)
         return list(dict.fromkeys(opened.item.info.frame_indices))

@@ -34,7 +34,7 @@ MARKS = {  # how a request ends: symbol, color, words
     "abort": ("X", "#7b3fa0", "aborted"),
     "error": ("X", "#c00000", "error or deadline"),
 }
-MOST_ROWS, MOST_NUMBERED = 400, 1500  # requests that are drawn; cells that carry numbers
+MAX_ROWS, MAX_NUMBERED = 400, 1500  # requests that are drawn; cells that carry numbers
 
 
 class TraceError(ValueError):
@@ -55,7 +55,7 @@ class Trace:
         for step in self.steps:
             seen |= dict.fromkeys([row["request"] for row in step["rows"]])
             seen |= dict.fromkeys([*step["waiting"], *step["idle"]])
-        self.names = list(seen)[:MOST_ROWS]
+        self.names = list(seen)[:MAX_ROWS]
 
     @classmethod
     def read(cls, path: Path, first: int = 0, end: int | None = None) -> Trace:
@@ -145,7 +145,7 @@ def _draw_requests(axes: Axes, trace: Trace) -> None:
         axes.set_yticks(np.arange(-0.5, len(trace.names)), minor=True)
         axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="both", length=0)
-    if len(trace.steps) * len(trace.names) <= MOST_NUMBERED:
+    if len(trace.steps) * len(trace.names) <= MAX_NUMBERED:
         for row, column, record in trace.cells():
             if record["count"] > 1:
                 text, at = str(record["count"]), (column + 0.08, row)

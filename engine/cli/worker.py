@@ -68,7 +68,7 @@ def worker(
     from ..config.hub import resolve_model
     from ..utils.logs import set_up_logs
     from ..worker.remote.address import Address
-    from ..worker.remote.supervisor import Keeper
+    from ..worker.remote.supervisor import Supervisor
 
     with user_errors():
         set_up_logs(log_format)
@@ -77,7 +77,7 @@ def worker(
         if rank is None:
             rank = _number("RANK", None)
             address = Address(address.host, address.port + local) if address.port else address
-        keeper = Keeper(address, rank, local, resolve_model(model, hub), tls)
+        keeper = Supervisor(address, rank, local, resolve_model(model, hub), tls)
     raise typer.Exit(keeper.run())
 
 

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from ...proto import octavo_pb2 as pb
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from .errors import ClientError, invalid
 from .media import MAX_MESSAGE_BYTES
 
@@ -65,10 +65,13 @@ def open_channel(address: str, tls: Tls | bool) -> grpc.Channel:
     """`tls`: True trusts this machine's roots. Raises `ClientError` for files that cannot be
     read."""
     if address.startswith(("http://", "https://")):
-        raise invalid(f"{shown(address)}: must be HOST:PORT of gRPC; TLS is tls=True", "address")
+        raise invalid(
+            f"{truncated_repr(address)}: must be HOST:PORT of gRPC; TLS is tls=True", "address"
+        )
     if ":" not in address or address.endswith("]"):
         raise invalid(
-            f"{shown(address)}: must be HOST:PORT; 50051 is the port of octavo serve", "address"
+            f"{truncated_repr(address)}: must be HOST:PORT; 50051 is the port of octavo serve",
+            "address",
         )
     if tls is False:
         return grpc.insecure_channel(address, options=OPTIONS)

@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 from google.protobuf.message import EncodeError
 
 from ...proto import octavo_pb2 as pb
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..media.options import IMAGE_OPTIONS
 from ..media.source_text import BARE_BASE64, is_data_uri, looks_like_base64
 from .errors import ClientError, invalid
@@ -60,7 +60,7 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
         try:
             setattr(item.options, name, value)
         except (TypeError, ValueError):
-            raise invalid(f"{name}={shown(value)}: must be a number") from None
+            raise invalid(f"{name}={truncated_repr(value)}: must be a number") from None
     source = part.get(kind)
     if source is None:
         return item
@@ -94,7 +94,7 @@ def _too_large(what: str) -> ClientError:
 def _set_source(target: Target, source: Any) -> Target:
     if isinstance(source, ServerFile):
         if not os.path.isabs(source.path):
-            raise invalid(f"ServerFile({shown(source.path)}): must begin with /")
+            raise invalid(f"ServerFile({truncated_repr(source.path)}): must begin with /")
         target.url = f"file://{quote(source.path)}"
     elif isinstance(source, str) and _is_url(source):
         _check_bytes(len(source), "the data URI")
@@ -130,7 +130,7 @@ def _embeddings(source: Any) -> pb.Embeddings:
     try:
         return pb.Embeddings(data=data, dtype=dtype, shape=shape, grid_thw=grid)
     except (TypeError, ValueError):
-        raise invalid(f"grid_thw={shown(grid)}: must be three whole numbers") from None
+        raise invalid(f"grid_thw={truncated_repr(grid)}: must be three whole numbers") from None
 
 
 def _raw(array: Any) -> tuple[bytes, str, tuple[int, ...]]:
@@ -167,10 +167,12 @@ def _read_file(path: str | bytes) -> bytes:
         path = unquote(path[7:]).removeprefix("localhost")
     try:
         size = Path(path).stat().st_size
-        _check_bytes(size, shown(path))
+        _check_bytes(size, truncated_repr(path))
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in it
-        raise invalid(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from None
+        raise invalid(
+            f"{truncated_repr(path)}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _check_bytes(count: int, what: str) -> None:

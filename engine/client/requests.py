@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
-from ...scheduler.params import RequestOptions, SamplingParams, shown
+from ...scheduler.params import RequestOptions, SamplingParams, truncated_repr
 from ...scheduler.structured import StructuredOutput
 from ..errors import InputError
 from ..input.openai_parts import URLS, read_media, with_type
@@ -61,7 +61,7 @@ def _why(name: str, value: Any) -> str:
     except (TypeError, ValueError) as error:
         if str(error).startswith(name):
             return str(error)
-    return f"{name}={shown(value)}: cannot be sent"
+    return f"{name}={truncated_repr(value)}: cannot be sent"
 
 
 def read_prompt(
@@ -89,7 +89,7 @@ def _named(request_id: str) -> pb.GenerateRequest:
     try:
         return pb.GenerateRequest(request_id=request_id)
     except (TypeError, ValueError):
-        raise invalid(f"{shown(request_id)}: must be a text", "request_id") from None
+        raise invalid(f"{truncated_repr(request_id)}: must be a text", "request_id") from None
 
 
 def fill(
@@ -138,7 +138,7 @@ def _message(message: Mapping[str, Any], field: str) -> pb.Message:
             raise invalid(f"{name!r} is unknown; a message has role and content", field)
     role = message.get("role", "")
     if not isinstance(role, str):
-        raise invalid(f"{shown(role)}: must be a text", f"{field}.role")
+        raise invalid(f"{truncated_repr(role)}: must be a text", f"{field}.role")
     content = () if message.get("content") is None else message["content"]
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
         raise invalid("must be a text or a list of parts", f"{field}.content")
@@ -161,13 +161,13 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
     if part.get("type") == "text":
         for name in part:
             if name not in ("type", "text"):
-                raise invalid(f"{shown(name)} is unknown; it has type and text", field)
+                raise invalid(f"{truncated_repr(name)} is unknown; it has type and text", field)
         try:
             return pb.ContentPart(text=part.get("text", ""))
         except (TypeError, ValueError):  # ValueError: half a surrogate pair
             raise invalid("must be a text, of whole characters", f"{field}.text") from None
     if not isinstance(part.get("type"), str):
-        raise invalid(f"type={shown(part.get('type'))}: must be a text", field)
+        raise invalid(f"type={truncated_repr(part.get('type'))}: must be a text", field)
     if part["type"] in URLS:
         name = part["type"]
         try:

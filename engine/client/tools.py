@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...proto import octavo_pb2 as pb
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..tool_calling.parser import ToolCall
 from .errors import invalid
 
@@ -44,7 +44,9 @@ def add_tools(
         raise invalid(str(error), "tool_choice") from None
     if parallel is not None:
         if not isinstance(parallel, bool):
-            raise invalid(f"{shown(parallel)}: must be true or false", "parallel_tool_calls")
+            raise invalid(
+                f"{truncated_repr(parallel)}: must be true or false", "parallel_tool_calls"
+            )
         request.parallel_tool_calls = parallel
 
 

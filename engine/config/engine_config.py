@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import ConfigError
 from .json_files import read_json
 from .media_limits import MediaLimits
@@ -93,17 +93,17 @@ class EngineConfig:
             least = 0 if each.name == "max_restarts" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 text = f"must be a whole number from {least} on"
-                raise ConfigError(f"{each.name}={shown(value)}: {text}")
+                raise ConfigError(f"{each.name}={truncated_repr(value)}: {text}")
         for name, (choices, text) in CHOICES.items():
             value = getattr(self, name)
             if (type(value), value) not in [(type(each), each) for each in choices]:  # 1, True
-                raise ConfigError(f"{name}={shown(value)}: must be {text}")
+                raise ConfigError(f"{name}={truncated_repr(value)}: must be {text}")
         self._count_workers()
         self._read_served_names()
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             text = "must be a number over 0 and at most 1"
-            raise ConfigError(f"gpu_memory_utilization={shown(share)}: {text}")
+            raise ConfigError(f"gpu_memory_utilization={truncated_repr(share)}: {text}")
 
     def _read_served_names(self) -> None:
         names = self.served_model_name
@@ -112,13 +112,15 @@ class EngineConfig:
             isinstance(name, str) and name and name.isprintable() for name in names
         ):
             text = "must be a printable name or a list of them"
-            raise ConfigError(f"served_model_name={shown(self.served_model_name)}: {text}")
+            raise ConfigError(f"served_model_name={truncated_repr(self.served_model_name)}: {text}")
         object.__setattr__(self, "served_model_name", tuple(dict.fromkeys(names)))
 
     def _count_workers(self) -> None:
         workers = self.workers
         if isinstance(workers, str) or not all(isinstance(each, str) for each in workers):
-            raise ConfigError(f"workers={shown(workers)}: must be a list of HOST:PORT, by rank")
+            raise ConfigError(
+                f"workers={truncated_repr(workers)}: must be a list of HOST:PORT, by rank"
+            )
         if workers and self.tensor_parallel_size not in (1, len(workers)):
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(workers)} "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import ConfigError
 
 
@@ -62,7 +62,7 @@ class JsonFields:
         return default if value is None else value
 
     def error(self, name: str, text: str) -> ConfigError:
-        value = shown(self.raw.get(name))
+        value = truncated_repr(self.raw.get(name))
         return ConfigError(f"{self.file}: {self.prefix}{name}={value} {text}")
 
 

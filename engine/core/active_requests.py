@@ -23,7 +23,7 @@ from .detokenizer import TextStream
 
 
 @dataclass(eq=False)
-class LiveRequest:
+class ActiveRequest:
     """A request and its answers: to the scheduler each answer is a request of its own."""
 
     request_id: str
@@ -141,7 +141,7 @@ class LiveRequest:
 log = logging.getLogger("octavo.engine")
 
 
-class LiveRequests:
+class ActiveRequests:
     """By their ids, and their answers by the scheduler's names."""
 
     def __init__(
@@ -153,8 +153,8 @@ class LiveRequests:
     ) -> None:
         self._scheduler, self._stats = scheduler, stats
         self._matchers, self._trace = matchers, trace
-        self._live: dict[str, LiveRequest] = {}
-        self._answers: dict[str, tuple[LiveRequest, int]] = {}
+        self._live: dict[str, ActiveRequest] = {}
+        self._answers: dict[str, tuple[ActiveRequest, int]] = {}
 
     def __len__(self) -> int:
         return len(self._live)
@@ -172,7 +172,7 @@ class LiveRequests:
         """Those of an answer's request that were not encoded yet."""
         return self._answers[name][0].pixels
 
-    def add(self, live: LiveRequest, names: Sequence[str]) -> None:
+    def add(self, live: ActiveRequest, names: Sequence[str]) -> None:
         """`names`: of its answers, which the scheduler has by now."""
         self._live[live.request_id] = live
         self._answers |= {name: (live, index) for index, name in enumerate(names)}
@@ -210,7 +210,7 @@ class LiveRequests:
         """What updates come to as text. Those of a request that has ended before are dropped. An
         error of one answer ends the others, after what this step gave them."""
         deltas: list[OutputDelta] = []
-        failed: list[tuple[LiveRequest, str]] = []
+        failed: list[tuple[ActiveRequest, str]] = []
         for update in updates:
             if update.request_id in self._answers:
                 live, index = self._answers[update.request_id]
@@ -223,7 +223,7 @@ class LiveRequests:
                 deltas.append(self._delta(*self._answers[name], update))
         return self._stats.take(deltas)
 
-    def _delta(self, live: LiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
+    def _delta(self, live: ActiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
         """One update's text. Its answer may end with it."""
         try:
             delta = live.delta(index, update)

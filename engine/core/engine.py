@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, Unpack
 
-from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, shown
+from ...scheduler.params import OptionFields, RequestOptions, SamplingParams, truncated_repr
 from ...scheduler.scheduler import Scheduler
 from ...scheduler.step import RequestUpdate
 from ...scheduler.trace import TraceWriter
@@ -33,9 +33,9 @@ from ..structured_output.matchers import Matchers
 from ..utils.lifetime import broken_grpc, close_at_exit, disown_after_fork, reject_pickling
 from ..worker.group import WorkerGroup, WorkerGroupError
 from ..worker.restarts import Restarts
-from .active_requests import LiveRequest, LiveRequests
+from .active_requests import ActiveRequest, ActiveRequests
 from .kv_capacity import log_capacity, plan_capacity, scheduler_config
-from .request_builder import RequestMaker, check_params
+from .request_builder import RequestBuilder, check_params
 from .step_pipeline import StepPipeline
 
 log = logging.getLogger("octavo.engine")
@@ -99,7 +99,7 @@ class Engine:
             media.limits,
             media.defaults,
         )
-        self._maker = RequestMaker(
+        self._maker = RequestBuilder(
             *generation_defaults(asked.model),
             self.model_config.max_position_embeddings,
             asked.max_unit_temporal_patches,
@@ -116,7 +116,7 @@ class Engine:
         self._trace = TraceWriter(asked.trace_file, self.scheduler) if asked.trace_file else None
         self.stats = EngineStats(self.scheduler, self.group)
         self._matchers = Matchers()
-        self.requests = LiveRequests(self.scheduler, self.stats, self._matchers, self._trace)
+        self.requests = ActiveRequests(self.scheduler, self.stats, self._matchers, self._trace)
         self._pipeline = StepPipeline(
             self.scheduler,
             self.group,
@@ -197,7 +197,7 @@ class Engine:
         names = [request_id, *(f"{request_id}[{index}]" for index in range(1, count))]
         for name in names:
             if name in self.requests:
-                raise DuplicateRequest(f"request_id={shown(name)}: in use; choose another")
+                raise DuplicateRequest(f"request_id={truncated_repr(name)}: in use; choose another")
         ready = self.preprocess(prompt)
         grammar = ready.grammar
         if params is not None and params.structured is not None and grammar is None:
@@ -206,7 +206,7 @@ class Engine:
         infos = tuple(item.info for item in ready.media)
         tokenizer = self.processor.tokenizer.backend
         times = (ready.times if infos else None) or InputTimes(0.0, 0.0)
-        live = LiveRequest(request_id, requests, infos, tokenizer, times, ready.stream)
+        live = ActiveRequest(request_id, requests, infos, tokenizer, times, ready.stream)
         live.supply(ready.units)
         self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
         if grammar is not None:
@@ -259,8 +259,8 @@ class Engine:
             self.restarts.restart(error)
         except WorkerGroupError as last:
             raise self._died(last) from None
-        self.stats.lose_workers(self.restarts.total)
-        return self._pipeline.lose_workers()
+        self.stats.reset_after_worker_restart(self.restarts.total)
+        return self._pipeline.reset_after_worker_restart()
 
     def _died(self, error: WorkerGroupError) -> EngineDead:
         self.failed = self.failed or str(error)

@@ -29,9 +29,9 @@ CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory_bytes` asks for more
 def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> tuple[int, int]:
     """Number of KV blocks a rank, and the max_model_len that holds.
 
-    It may be over the model's positions, which a video's tokens share: each request's positions are
-    checked when it comes, and its answer ends where they do (`RequestMaker`). Raises `ConfigError`
-    when memory does not hold what was asked.
+    It may be over the model's positions, which a video's tokens share: each request's positions
+    are checked when it comes, and its answer ends where they do (`RequestBuilder`). Raises
+    `ConfigError` when memory does not hold what was asked.
     """
     longest = config.max_model_len or model.max_position_embeddings
     if longest < 1:

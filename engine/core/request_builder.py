@@ -20,14 +20,14 @@ def check_params(params: Any) -> None:
         raise InputError("params", text)
 
 
-class OutOfTime(Exception):
+class PreprocessTimeout(Exception):
     """A request's time was over before it came to the scheduler."""
 
     def __str__(self) -> str:
         return "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
 
 
-class Countdown:
+class Deadline:
     """A request's options as they stand by now: its timeout counts from when this was made."""
 
     def __init__(self, options: RequestOptions) -> None:
@@ -42,7 +42,7 @@ class Countdown:
 
 
 @dataclass(frozen=True)
-class RequestMaker:
+class RequestBuilder:
     defaults: SamplingParams  # the checkpoint's
     end_token_ids: frozenset[int]
     max_position_embeddings: int

@@ -16,7 +16,7 @@ from ..input.processor import ProcessedInput
 from ..observability.snapshot import Snapshot, take_snapshot
 from ..outputs import OutputDelta
 from .engine import Engine
-from .request_builder import Countdown
+from .request_builder import Deadline
 
 IDLE_CHECK = 0.5  # seconds between two looks at the workers while there is nothing to do
 
@@ -37,7 +37,7 @@ class _Add:
     request_id: str
     prompt: ProcessedInput
     params: SamplingParams | None
-    clock: Countdown
+    clock: Deadline
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StepLoop:
         request_id: str,
         prompt: ProcessedInput,
         params: SamplingParams | None,
-        clock: Countdown,
+        clock: Deadline,
     ) -> None:
         self._inbox.put(_Add(request_id, prompt, params, clock))
 

@@ -65,8 +65,8 @@ class StepPipeline:
     def step(self) -> list[RequestUpdate]:
         """Sends the next step, where there is one, and takes in the result of the one before it.
 
-        Raises `WorkerGroupError` when the workers fail, or a step does here; `lose_workers` must
-        follow.
+        Raises `WorkerGroupError` when the workers fail, or a step does here;
+        `reset_after_worker_restart` must follow.
         """
         try:
             sent = self._send()
@@ -79,13 +79,13 @@ class StepPipeline:
             raise WorkerGroupError(f"a step failed in the engine: {error!r}") from error
         return []
 
-    def lose_workers(self) -> list[RequestUpdate]:
+    def reset_after_worker_restart(self) -> list[RequestUpdate]:
         """The workers are new: what was on its way is lost, and what ran starts over."""
         self._on_way.clear()
         self._slots.reset()
         if self._trace is not None:
-            self._trace.lose_workers()
-        return self._scheduler.lose_workers()
+            self._trace.reset_after_worker_restart()
+        return self._scheduler.reset_after_worker_restart()
 
     def _send(self) -> bool:
         """Plans a step and has the workers run it. False when there is nothing to plan yet."""

@@ -16,7 +16,7 @@ from ..tool_calling.parser import ToolCall, ToolParser, read_cut_call
 CUT_OFF = ("length", "abort")  # finish reasons of answers that are not complete
 
 
-class CallReader:
+class ToolCallStream:
     """Takes the calls out of one request's deltas. Without tools, deltas stay as they are."""
 
     def __init__(self, prompt: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError, meta
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..config.engine_config import read_json
 from ..config.json_files import read_text
 from ..errors import ConfigError, InputError
@@ -106,7 +106,9 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
     message = without_ignored(message)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise InputError(f"{field}.role", f"{shown(role)}; must be one of {', '.join(ROLES)}")
+        raise InputError(
+            f"{field}.role", f"{truncated_repr(role)}; must be one of {', '.join(ROLES)}"
+        )
     beside = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
     _refuse_unknown(field, message, ("role", "content", *beside))
     if role == "tool":
@@ -183,7 +185,7 @@ def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     if kind not in MEDIA_KINDS:
         raise InputError(
             f"{field}.type",
-            f"{shown(kind)}; must be text, image, video or OpenAI's image_url, video_url",
+            f"{truncated_repr(kind)}; must be text, image, video or OpenAI's image_url, video_url",
         )
     found.media.append(MediaPart(field, kind, part, name))
     return {"type": kind, kind: ""}
@@ -192,7 +194,9 @@ def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
 def _refuse_unknown(field: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
-            raise InputError(field, f"{shown(name)} is unknown; it has {' and '.join(known)}")
+            raise InputError(
+                field, f"{truncated_repr(name)} is unknown; it has {' and '.join(known)}"
+            )
 
 
 def _mark(text: Any, field: str, found: Conversation) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import InputError
 
 LOW_DETAIL_PIXELS = 512 * 512  # the most that detail "low" takes
@@ -49,7 +49,7 @@ def read_media(part: Mapping[str, Any], name: str, field: str) -> dict[str, Any]
         text = f"must be a URL or a data URI{more}"
         if name not in part or "url" not in inside:
             place, under = (inside, "'url'") if name in part else (part, f"the part's key {name!r}")
-            keys = ", ".join(shown(key) for key in place if key != "type")
+            keys = ", ".join(truncated_repr(key) for key in place if key != "type")
             text += f", under {under}; it has {keys or 'none'}"
         raise InputError(f"{field}.url", text)
     return {"type": kind, kind: source, **_read_detail(options, field)}
@@ -66,7 +66,7 @@ def _read_detail(options: dict[str, Any], field: str) -> dict[str, Any]:
     """OpenAI's word for the size of an image, as options of ours."""
     detail = options.pop("detail", None)
     if not isinstance(detail, str | None) or detail not in DETAILS:
-        raise InputError(f"{field}.detail", f"{shown(detail)}: must be auto, low or high")
+        raise InputError(f"{field}.detail", f"{truncated_repr(detail)}: must be auto, low or high")
     if detail == "low" and not any(options.get(name) for name in SIZES):
         options["max_pixels"] = LOW_DETAIL_PIXELS
     return options

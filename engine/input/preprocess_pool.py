@@ -168,7 +168,7 @@ class TokenizeJob:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class PreprocessPools:
     """Threads for each kind of prompt, so that none waits for what takes longer by nature."""
 
     text: int  # no images, no videos, at most LONG_TEXT characters
@@ -180,7 +180,7 @@ class Lanes:
     slow_grammars: int  # those that take over a tenth of a second: they delay only each other
 
     @classmethod
-    def of(cls, cores: int) -> Lanes:
+    def of(cls, cores: int) -> PreprocessPools:
         return cls(
             text=2,
             long_texts=2,
@@ -210,7 +210,7 @@ class InputPool:
         of all unfinished requests; None: unlimited. `claimed_bytes`: of available memory that the
         engine will still use."""
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
-        lanes = Lanes.of(num_cores())
+        lanes = PreprocessPools.of(num_cores())
         self._threads = {name: DaemonPool(size, name) for name, size in vars(lanes).items()}
         self._decoders: DecoderPool | None = None
         if isolate:

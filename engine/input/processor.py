@@ -22,7 +22,7 @@ from ..media.loader import MediaLoader
 from ..media.options import MediaOptions
 from ..media.source import BYTES, MediaAccess
 from ..media.task import MediaTask
-from ..media.token_budget import TokenRoom
+from ..media.token_budget import MediaTokenBudget
 from ..structured_output.compiler import Grammar
 from .chat_template import MediaPart
 from .mrope import mrope_positions
@@ -152,7 +152,7 @@ class InputProcessor:
         if len(parts) > self.limits.max_media_items:
             self.limits.refuse("max_media_items", "prompt", f"{len(parts)} images and videos")
         text = len(token_ids) - sum(end - at for _, at, end in self.reader.runs(token_ids))
-        room = TokenRoom(self.max_model_len, text, len(parts), self.shape.factor)
+        room = MediaTokenBudget(self.max_model_len, text, len(parts), self.shape.factor)
         opened = []
         for part in parts:
             options = self._options(part)

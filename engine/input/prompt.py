@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..config.engine_config import ModelConfig
 from ..errors import InputError, TooLong
 from ..media.options import MediaOptions
@@ -161,7 +161,8 @@ class PromptReader:
             whole = isinstance(token, int) and not isinstance(token, bool)
             if not whole or not 0 <= token < self.config.vocab_size:
                 raise InputError(
-                    field, f"{shown(token)}: must be whole numbers under {self.config.vocab_size}"
+                    field,
+                    f"{truncated_repr(token)}: must be integers below {self.config.vocab_size}",
                 )
         return list(token_ids)
 

@@ -19,7 +19,7 @@ LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
 class PromptSize:
     """What decides where and when a prompt of any kind, which may be wrong, is preprocessed."""
 
-    lane: str  # of `Lanes`; what is not a prompt is rejected fastest as text
+    lane: str  # of `PreprocessPools`; what is not a prompt is rejected fastest as text
     source_bytes: int  # of its media as they came: files, data URIs, arrays
     text_bytes: int  # in memory, of its texts or token ids; 0 up to LONG_TEXT characters
 

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..config.media_limits import MediaLimits
 from ..errors import InputError
 from .source_text import BLANKS
@@ -29,7 +29,7 @@ def read_data_uri(uri: str, limits: MediaLimits, field: str) -> bytes:
     at = uri.find(",", 0, MAX_HEAD)
     if at < 0:
         text = "a data URI must be data:<type>;base64,<data>; it has no comma"
-        raise InputError(field, f"{shown(uri[:64])}: {text}")
+        raise InputError(field, f"{truncated_repr(uri[:64])}: {text}")
     head, body = uri[:at], uri[at + 1 :]
     data = percent_decoded(body.encode("utf-8", "surrogatepass"))
     if _BASE64_MARK.search(head):

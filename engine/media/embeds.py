@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..config.media_limits import MediaLimits
 from ..errors import InputError
 from .item import Embeds, Grid, PatchShape
 from .options import MediaOptions
 
 DTYPES = ("float32", "float16", "bfloat16")  # numpy has the first two
-MOST_VALUE = float(np.finfo(np.float16).max)  # so that it is finite whatever the model computes in
-MOST_SIDE = 1 << 24  # patches of a side, and temporal patches
+MAX_VALUE = float(np.finfo(np.float16).max)  # so that it is finite whatever the model computes in
+MAX_SIDE = 1 << 24  # patches of a side, and temporal patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,11 @@ def _three_numbers(given: Any, field: str) -> Grid:
     if tuple(getattr(given, "shape", ())) in ((3,), (1, 3)):
         found = given.reshape(3).tolist()
     if isinstance(found, str | bytes) or not isinstance(found, Sequence) or len(found) != 3:
-        raise InputError(field, f"{shown(given)}: must be three whole numbers: t, h and w")
+        raise InputError(field, f"{truncated_repr(given)}: must be three whole numbers: t, h and w")
     for number in found:
         whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
-        if not whole or not 1 <= number <= MOST_SIDE:
-            text = f"{shown(number)}: must be whole numbers from 1 to {MOST_SIDE}"
+        if not whole or not 1 <= number <= MAX_SIDE:
+            text = f"{truncated_repr(number)}: must be whole numbers from 1 to {MAX_SIDE}"
             raise InputError(field, text)
     return int(found[0]), int(found[1]), int(found[2])
 
@@ -89,8 +89,8 @@ def check_values(
         what = getattr(values, "dtype", None) or type(values).__name__
         raise InputError(
             field,
-            f"{shown(str(what))}: must be a numpy array of float32 or float16, or a torch tensor "
-            "of float32, float16 or bfloat16",
+            f"{truncated_repr(str(what))}: must be a numpy array of float32 or float16, or a torch "
+            "tensor of float32, float16 or bfloat16",
         )
     found = tuple(values.shape)
     if len(found) != 2:
@@ -129,8 +129,8 @@ def read_values(embeds: MediaEmbeds, field: str) -> Embeds:
     low, high = copied.min(), copied.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(field, "has NaN or infinite numbers")
-    if max(-low, high) > MOST_VALUE:
-        text = f"has {max(-low, high):.6g}: must be at most {MOST_VALUE:.0f}, up or down"
+    if max(-low, high) > MAX_VALUE:
+        text = f"has {max(-low, high):.6g}: must be at most {MAX_VALUE:.0f}, up or down"
         raise InputError(field, text)
     return copied
 

@@ -66,7 +66,7 @@ class UnitStream:
         self._is_cancelled = True
 
 
-MOST_LACKING = 0.1  # share of the chosen frames that a file may lack and still count as whole
+MAX_LACKING = 0.1  # share of the chosen frames that a file may lack and still count as whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ def _all_frames(opened: OpenItem, reader: MediaReader, task: MediaTask) -> Itera
 
 
 def _check_lacking(lacking: int, count: int, opened: OpenItem) -> None:
-    if lacking == count or lacking > count * MOST_LACKING:
+    if lacking == count or lacking > count * MAX_LACKING:
         kind = opened.item.info.kind
         text = f"{lacking} or more of the {count} frames wanted of it cannot be decoded"
         raise InputError(opened.field, f"the {kind} is broken: {text}")

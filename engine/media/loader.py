@@ -30,7 +30,7 @@ from .sizes import (
 )
 from .source import BYTES, MediaAccess, open_source
 from .task import MediaTask
-from .token_budget import TokenRoom
+from .token_budget import MediaTokenBudget
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MediaLoader:
         kind: str,
         source: Any,
         options: MediaOptions,
-        room: TokenRoom,
+        room: MediaTokenBudget,
         field: str,
         task: MediaTask,
     ) -> OpenItem:
@@ -58,7 +58,12 @@ class MediaLoader:
         return self._open_video(source, options, room, field, task)
 
     def _open_image(
-        self, source: Any, options: MediaOptions, room: TokenRoom, field: str, task: MediaTask
+        self,
+        source: Any,
+        options: MediaOptions,
+        room: MediaTokenBudget,
+        field: str,
+        task: MediaTask,
     ) -> OpenItem:
         reader = task.files.enter_context(self._reader("image", source, field, task))
         header, factor = reader.header, self.shape.factor
@@ -67,7 +72,12 @@ class MediaLoader:
         return OpenItem(make_item("image", 1, *size, self.shape), reader, field)
 
     def _open_video(
-        self, source: Any, options: MediaOptions, room: TokenRoom, field: str, task: MediaTask
+        self,
+        source: Any,
+        options: MediaOptions,
+        room: MediaTokenBudget,
+        field: str,
+        task: MediaTask,
     ) -> OpenItem:
         if is_array(source) or (isinstance(source, Sequence) and not isinstance(source, BYTES)):
             reader = task.files.enter_context(self._listed(source, options, field, task))
@@ -94,7 +104,12 @@ class MediaLoader:
         return OpenItem(item, reader, field)
 
     def _open_embeds(
-        self, kind: str, source: MediaEmbeds, options: MediaOptions, room: TokenRoom, field: str
+        self,
+        kind: str,
+        source: MediaEmbeds,
+        options: MediaOptions,
+        room: MediaTokenBudget,
+        field: str,
     ) -> OpenItem:
         """Embeddings are copied here, so that what is wrong with them is told at once."""
         shape, patch = self.shape, self.shape.patch_size
@@ -107,7 +122,7 @@ class MediaLoader:
         return OpenItem(item, read_values(source, field), field)
 
     def _choose(
-        self, reader: MediaReader, options: MediaOptions, room: TokenRoom, field: str
+        self, reader: MediaReader, options: MediaOptions, room: MediaTokenBudget, field: str
     ) -> tuple[tuple[int, ...], float]:
         """The frames that are taken of a file, and how many of them make a second. A single frame
         is repeated."""

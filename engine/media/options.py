@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import InputError
 
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -53,7 +53,7 @@ class MediaOptions:
             if name in ("type", kind) or value is None:
                 continue
             if name not in known:
-                text = f"{shown(name)} is no option; {kind}s have {', '.join(known)}"
+                text = f"{truncated_repr(name)} is no option; {kind}s have {', '.join(known)}"
                 if "type" in part and kind not in part:  # a part's, not a server's defaults
                     text += f"; the {kind} itself goes under {kind!r}"
                 raise InputError(field, text)
@@ -131,8 +131,8 @@ def _number(value: Any, name: str, field: str) -> float:
     kinds = (int, float) if name in NUMBERS else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
         kind = "a number" if name in NUMBERS else "a whole number"
-        raise InputError(field, f"{shown(value)}: must be {kind}")
+        raise InputError(field, f"{truncated_repr(value)}: must be {kind}")
     if not (0 < value <= MOST or (value == 0 and name in FROM_ZERO)):
         least = "at least 0" if name in FROM_ZERO else "over 0"
-        raise InputError(field, f"{shown(value)}: must be {least} and at most {MOST}")
+        raise InputError(field, f"{truncated_repr(value)}: must be {least} and at most {MOST}")
     return value

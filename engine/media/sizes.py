@@ -19,7 +19,7 @@ MAX_RATIO = 200
 FRAME_FACTOR = 2
 NO_LIMIT = 1 << 62
 VIDEO_SHARE = 0.9  # of max_model_len that a video takes at most, where its caller says nothing
-LEAST_SLACK = 1.05  # what a frame may have at least of pixels, as a multiple of min_pixels
+MIN_SLACK = 1.05  # what a frame may have at least of pixels, as a multiple of min_pixels
 
 
 def smart_resize(
@@ -110,7 +110,7 @@ def with_room(
     if any(value is not None for value in asked):
         return preprocess
     low = options.min_pixels or preprocess.video_min_pixels
-    least = min(int(low * LEAST_SLACK), options.max_pixels or NO_LIMIT)
+    least = min(int(low * MIN_SLACK), options.max_pixels or NO_LIMIT)
     most = num_pixels * FRAME_FACTOR // least
     return replace(preprocess, max_frames=max(FRAME_FACTOR, min(preprocess.max_frames, most)))
 
@@ -179,7 +179,7 @@ def frame_size(
     total = options.total_pixels or VIDEO_SHARE * max_model_len * factor**2
     high: float = max(
         min(preprocess.video_max_pixels, total / num_frames * FRAME_FACTOR),
-        int(low * LEAST_SLACK),
+        int(low * MIN_SLACK),
     )
     if options.max_pixels is not None:
         high = min(high, options.max_pixels)

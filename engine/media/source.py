@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..config.media_limits import MediaLimits
 from ..errors import ConfigError, InputError
 from .data_uri import read_data_uri
@@ -43,7 +43,7 @@ def media_access(paths: Sequence[str | Path], domains: Sequence[str], local: boo
     """
     for path in paths:
         if not Path(path).is_dir():
-            raise ConfigError(f"--allow-media-path {shown(str(path))}: is no folder")
+            raise ConfigError(f"--allow-media-path {truncated_repr(str(path))}: is no folder")
     roots = None if local and not paths else tuple(Path(os.path.realpath(path)) for path in paths)
     return MediaAccess(roots, tuple(_read_domain(domain) for domain in domains))
 
@@ -57,8 +57,8 @@ def _read_domain(domain: str) -> str:
     read = read_host(bare)
     if read is None or (below and is_address(read)):
         raise ConfigError(
-            f"--allow-media-domains {shown(domain)}: give a host (example.com), *.example.com for "
-            "all below it, or * for all; no https://, port or path"
+            f"--allow-media-domains {truncated_repr(domain)}: give a host (example.com), "
+            "*.example.com for all below it, or * for all; no https://, port or path"
         )
     return "*." * below + read
 
@@ -95,9 +95,11 @@ def _path_of(source: str, field: str) -> str:
         return unquote(rest[9:] if rest.lower().startswith("localhost/") else rest)
     if _SCHEME.match(source.lstrip()[:64]):
         if source[0].isspace():
-            raise InputError(field, f"{shown(source[:64])}: remove the space before the URL")
+            raise InputError(
+                field, f"{truncated_repr(source[:64])}: remove the space before the URL"
+            )
         text = "of URLs, only http://, https://, file:// and data: are read"
-        raise InputError(field, f"{shown(source.partition(':')[0])}: {text}")
+        raise InputError(field, f"{truncated_repr(source.partition(':')[0])}: {text}")
     if looks_like_base64(source):
         raise InputError(field, BARE_BASE64)
     return source
@@ -137,7 +139,7 @@ def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) 
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no path"  # a ValueError: a null character
-        raise InputError(field, f"{shown(path)}: {reason}") from None
+        raise InputError(field, f"{truncated_repr(path)}: {reason}") from None
     try:
         _check_file(number, path, access, limits, field)
         return open(number, "rb")
@@ -153,9 +155,11 @@ def _check_file(
     state = os.fstat(number)
     if not stat.S_ISREG(state.st_mode):
         kind = "a directory" if stat.S_ISDIR(state.st_mode) else "no regular file"
-        raise InputError(field, f"{shown(path)}: is {kind}; give an image's or a video's file")
+        raise InputError(
+            field, f"{truncated_repr(path)}: is {kind}; give an image's or a video's file"
+        )
     _check_place(f"/proc/self/fd/{number}", path, access, field)
-    limits.check_bytes(state.st_size, f"{field}: {shown(path)}")
+    limits.check_bytes(state.st_size, f"{field}: {truncated_repr(path)}")
 
 
 def _check_place(place: str, path: str, access: MediaAccess, field: str) -> None:
@@ -166,6 +170,6 @@ def _check_place(place: str, path: str, access: MediaAccess, field: str) -> None
     if not any(real.is_relative_to(root) for root in access.roots):
         raise InputError(
             field,
-            f"{shown(path)}: is not in a folder that this server may read (--allow-media-path, "
-            "allowed_media_paths= of LLM); send the bytes (octavo.Client does)",
+            f"{truncated_repr(path)}: is not in a folder that this server may read; send the "
+            "bytes (octavo.Client does), or allow the folder (--allow-media-path, allowed_media_paths)",
         )

@@ -13,7 +13,7 @@ from .options import MediaOptions
 
 
 @dataclass
-class TokenRoom:
+class MediaTokenBudget:
     """Starts with all of `max_model_len` that text and one token of output leave."""
 
     max_model_len: int

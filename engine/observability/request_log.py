@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import InputError, code_of, split_code
 from ..outputs import OutputDelta
 from .stats import EngineStats
@@ -16,7 +16,7 @@ from .tracing import RequestSpans
 
 log = logging.getLogger("octavo.request")
 
-MOST_NAME = 256  # characters of a client's name
+MAX_NAME = 256  # characters of a client's name
 
 
 class RequestRecord:
@@ -87,10 +87,10 @@ class RequestRecord:
         if code:
             fields["code"] = code
         if isinstance(error, InputError):
-            fields["field"] = error.field[:MOST_NAME]
+            fields["field"] = error.field[:MAX_NAME]
         log.info(
             "request %s ended: %s, %d prompt tokens, %d output tokens, %.3f s",
-            shown(self.request_id),
+            truncated_repr(self.request_id),
             f"{reason} {code} {fields.get('field', '')}".strip(),
             fields["prompt_tokens"],
             fields["output_tokens"],
@@ -114,7 +114,7 @@ class RequestRecord:
         """Of what the engine told on the last delta, else of what was seen here."""
         now = time.monotonic()
         fields: dict[str, Any] = {
-            "request_id": self.request_id[:MOST_NAME],
+            "request_id": self.request_id[:MAX_NAME],
             "finish_reason": reason,
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": self._num_output_tokens,

@@ -15,7 +15,7 @@ from ...scheduler.request import Request
 from ...scheduler.scheduler import Scheduler
 from .stats import EngineLoad, EngineStats, StepRecord
 
-MOST_WAITING = 256  # of the queue's head
+MAX_WAITING = 256  # of the queue's head
 
 # What a block is in `runs`; from FIRST_REQUEST on it is the only request that has it, by its place
 # among the snapshot's requests.
@@ -66,7 +66,7 @@ class Snapshot:
 
 def take_snapshot(scheduler: Scheduler, stats: EngineStats) -> Snapshot:
     """On the step thread."""
-    running, waiting = scheduler.running, scheduler.waiting[:MOST_WAITING]
+    running, waiting = scheduler.running, scheduler.waiting[:MAX_WAITING]
     ref_counts, evictable = scheduler.blocks.copy_states()
     return Snapshot(
         requests=tuple(_row(request) for request in (*running, *waiting)),

@@ -23,7 +23,7 @@ from ..worker.group import WorkerGroup
 from .histogram import LONG, MIDDLE, SHORT, Histogram
 
 RATE_WINDOW = 10  # seconds over which tokens a second are counted
-MOST_STEPS = 512  # that are told one by one
+MAX_STEPS = 512  # that are told one by one
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class EngineStats:
         self.encode_stage = Histogram(SHORT)  # of steps that encode, that stage alone
         # of steps, by the heaviest thing in them
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
-        self.latest_steps: deque[StepRecord] = deque(maxlen=MOST_STEPS)  # the step thread's alone
+        self.latest_steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)  # the step thread's alone
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW + 2)  # [second, output tokens]
 
     def add(
@@ -187,7 +187,7 @@ class EngineStats:
         counts = (num_encode, num_prefill, num_decode)
         self.latest_steps.append(StepRecord(plan.step_id, ran_at, seconds, *counts))
 
-    def lose_workers(self, num_restarts: int) -> None:
+    def reset_after_worker_restart(self, num_restarts: int) -> None:
         """Steps on their way never will be done; so many times the workers were started anew."""
         self._on_way.clear()
         self.num_restarts = num_restarts

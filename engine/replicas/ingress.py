@@ -27,11 +27,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...proto import octavo_pb2 as pb
 from ..observability.rejection_log import API_KEY, RejectionLog
 from ..server.api_keys import read_keys
-from ..server.drain import Work
-from ..server.errors import Fault, Refused
+from ..server.drain import CallTracker
+from ..server.errors import ErrorInfo, RequestRejected
 from ..server.grpc_api.status import failure_of
 from ..server.http_api.errors import ApiError, error_of
-from ..server.http_api.middleware import MAX_BODY_BYTES, Guard, read_body
+from ..server.http_api.middleware import MAX_BODY_BYTES, AuthMiddleware, read_body
 from ..server.readers import AT_ONCE
 from ..server.readers import read as in_thread
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
@@ -42,12 +42,14 @@ from .run_grpc import check_key, end_of
 log = logging.getLogger("octavo.server")
 
 TRIES = 3  # replicas that are asked until one has begun to answer
-LOST = Fault("UNAVAILABLE", "the replica that answered was lost; try again")
+LOST = ErrorInfo("UNAVAILABLE", "the replica that answered was lost; try again")
 ONE_SERVER = "is about one server; there are several here. "
 REFUSED = {
-    "Abort": Fault("UNIMPLEMENTED", f"Abort {ONE_SERVER}Cancel the call instead"),
-    "GetLoad": Fault("UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Ray's dashboard and metrics have it"),
-    "Drain": Fault("UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains what it stops"),
+    "Abort": ErrorInfo("UNIMPLEMENTED", f"Abort {ONE_SERVER}Cancel the call instead"),
+    "GetLoad": ErrorInfo(
+        "UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Ray's dashboard and metrics have it"
+    ),
+    "Drain": ErrorInfo("UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains what it stops"),
 }
 
 
@@ -59,7 +61,7 @@ class Ingress:
         """Raises `ConfigError`."""
         self._replicas = replicas.options(stream=True)
         self._keys, self._rejections = read_keys(api_key_file), RejectionLog(None)
-        self._guard = Guard(self._http, Work(), self._keys, self._rejections)
+        self._guard = AuthMiddleware(self._http, CallTracker(), self._keys, self._rejections)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Starlette(routes=[Mount("/", app=self._guarded)])
@@ -80,7 +82,7 @@ class Ingress:
                     has_begun = True
                     await send(_asgi(message))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (ApiError, Refused) as error:
+        except (ApiError, RequestRejected) as error:
             told = error_of(error)
             if not has_begun:
                 await told.response()(scope, receive, send)
@@ -105,15 +107,15 @@ class Ingress:
                             return
                         _set(grpc_context, message)
                         delta = pb.GenerateDelta(request_id=name)
-                        delta.failure.CopyFrom(failure_of(Fault(message.code, message.text)))
+                        delta.failure.CopyFrom(failure_of(ErrorInfo(message.code, message.text)))
                         yield delta
                         return
                     delta = pb.GenerateDelta.FromString(message)
                     if delta.HasField("failure"):
                         failed = delta.failure
-                        _set(grpc_context, end_of(Fault(failed.code, failed.text)))
+                        _set(grpc_context, end_of(ErrorInfo(failed.code, failed.text)))
                     yield delta
-        except Refused as error:
+        except RequestRejected as error:
             _set(grpc_context, end_of(error.fault))
             yield pb.GenerateDelta(request_id=name, failure=failure_of(error.fault))
 
@@ -178,30 +180,30 @@ class Ingress:
                         _set(context, message)
                     else:
                         found = reply.FromString(message)
-        except Refused as error:
+        except RequestRejected as error:
             _set(context, end_of(error.fault))
         return found
 
     async def _grpc_call(
         self, service: str, method: str, request: Message, context: RayServegRPCContext
     ) -> GrpcCall:
-        """Raises `Refused` for one without a good key before anything of it is looked at, and for
-        one that is larger than `octavo serve` takes: Ray's own limit is 2 GiB."""
+        """Raise `RequestRejected` without a valid API key, before the request is parsed, and for a
+        request above the limit of `octavo serve`: Ray's own limit is 2 GiB."""
         metadata = dict(context.invocation_metadata())
         try:
             check_key(metadata, self._keys)
-        except Refused:
+        except RequestRejected:
             self._rejections.add(API_KEY, context.peer())
             raise
         if (size := request.ByteSize()) > MAX_BODY_BYTES:
             text = f"the message has {size} bytes, over {MAX_BODY_BYTES}; send smaller media"
-            raise Refused("RESOURCE_EXHAUSTED", text)
+            raise RequestRejected("RESOURCE_EXHAUSTED", text)
         make = functools.partial(_grpc_call, service, method, request, metadata, context.peer())
         return await in_thread(make, size > AT_ONCE)
 
     async def _answers(self, method: str, call: Call) -> AsyncGenerator[Any, None]:
         """A replica's. Where one is lost, or cannot serve, before it has begun to answer, another
-        is asked, by its load alone. Raises `Refused`."""
+        is asked, by its load alone. Raises `RequestRejected`."""
         for left in reversed(range(TRIES)):
             stream = getattr(self._replicas, method).remote(call)
             has_begun = False
@@ -216,7 +218,7 @@ class Ingress:
             except (RayError, RayServeException) as error:
                 log.warning("request %r: its replica was lost: %s", call.request_id, type(error))
                 if has_begun or not left:
-                    raise Refused(LOST.code, LOST.text) from None
+                    raise RequestRejected(LOST.code, LOST.text) from None
             finally:
                 stream.cancel()
             call = replace(call, prefix=Prefix())

@@ -8,7 +8,7 @@ from typing import Any
 from ...proto import octavo_pb2 as pb
 from ..config.media_limits import MediaLimits
 from ..errors import InputError
-from ..server.errors import Refused
+from ..server.errors import RequestRejected
 from ..server.grpc_api.messages import read_prompt
 from ..server.http_api.errors import ApiError
 from ..server.http_api.openai_request import read_chat, read_completions, read_json
@@ -35,12 +35,12 @@ def _http_prefix(path: str, body: bytes) -> Prefix:
         found = read_json(body)
         asked = READERS[path](found, (found.get("model"),))
         return prefix_of(asked.prompts[0], asked.options.get("cache_salt", ""))
-    except (InputError, ApiError, Refused, ValueError, TypeError, RecursionError):
+    except (InputError, ApiError, RequestRejected, ValueError, TypeError, RecursionError):
         return Prefix()
 
 
 def grpc_prefix(request: pb.GenerateRequest) -> Prefix:
     try:
         return prefix_of(read_prompt(request, LIMITS), request.cache_salt)
-    except (InputError, Refused, ValueError, TypeError):
+    except (InputError, RequestRejected, ValueError, TypeError):
         return Prefix()

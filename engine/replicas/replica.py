@@ -11,7 +11,7 @@ from typing import Any
 from ..async_llm import AsyncLLM
 from ..observability.rejection_log import RejectionLog
 from ..server.api_keys import read_keys
-from ..server.drain import Work
+from ..server.drain import CallTracker
 from ..server.grpc_api.control import ControlServicer
 from ..server.grpc_api.inference import InferenceServicer
 from ..server.grpc_api.server import warm_up
@@ -40,7 +40,7 @@ class EngineReplica:
         self._engine = AsyncLLM(**engine, isolate_media=True)
         self._held = Held(self._engine.engine.scheduler, self._engine.config.block_size)
         self._engine.on_admitted = self._held.admitted
-        self._work = Work()
+        self._work = CallTracker()
         routes = Routes.of(self._engine, self._work)
         rejections = RejectionLog(self._engine.engine.stats)
         view = LiveView(self._engine, self._keys is not None)

@@ -15,7 +15,7 @@ from .held import links_in
 from .prefix import Prefix
 
 MAX_SENT = 1 << 16  # links and digests whose way is remembered
-SETTLE = 10.0  # seconds in which what was sent counts as held, whatever the replica reports: its
+ROUTE_TTL = 10.0  # seconds in which what was sent counts as held, whatever the replica reports: its
 # prompt may wait, and reports are that old
 MEDIA_TOKENS = 256  # taken for an image or video that no replica has told the size of
 CHARACTERS = 4  # of text for a token
@@ -90,7 +90,7 @@ class PrefixRouter(RequestRouter):
         if key in held:
             return True
         sent = self._sent.get(key, {}).get(replica.replica_id)
-        return sent is not None and time.monotonic() - sent < SETTLE
+        return sent is not None and time.monotonic() - sent < ROUTE_TTL
 
     def _links(self, replica: RunningReplica, report: bytes) -> frozenset[bytes]:
         """Of a report; each is read once."""

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from ...proto import octavo_pb2 as pb
 from ..server.api_keys import ApiKeys
-from ..server.errors import Fault, Refused, fault_of
+from ..server.errors import ErrorInfo, RequestRejected, error_info
 from ..server.grpc_api.status import DETAILS, details_of, short
 from .calls import GrpcCall, GrpcEnd
 
@@ -76,24 +76,24 @@ async def run_grpc(
     except (asyncio.CancelledError, GeneratorExit):
         raise
     except Exception as error:
-        fault = fault_of(error)
+        fault = error_info(error)
         if fault.code == "INTERNAL":
             log.exception("a call failed")
         yield end_of(fault)
 
 
-def end_of(fault: Fault) -> GrpcEnd:
+def end_of(fault: ErrorInfo) -> GrpcEnd:
     text = short(fault.text)
     details = ((DETAILS, details_of(fault, text).SerializeToString()),)
     return GrpcEnd(fault.code, text, details)
 
 
 def check_key(metadata: Mapping[str, str | bytes], keys: ApiKeys | None) -> None:
-    """Raises `Refused`."""
+    """Raises `RequestRejected`."""
     given = metadata.get("authorization")
     if keys is not None and not keys.accept(given):
         fault = keys.fault(given)
-        raise Refused(fault.code, fault.text, fault.field)
+        raise RequestRejected(fault.code, fault.text, fault.field)
 
 
 def _parsed(call: GrpcCall) -> Any:
@@ -101,4 +101,4 @@ def _parsed(call: GrpcCall) -> Any:
         return METHODS[call.method].FromString(call.message)
     except DecodeError:
         text = f"the message's {len(call.message)} bytes are not the protobuf that it takes"
-        raise Refused("INVALID_ARGUMENT", text) from None
+        raise RequestRejected("INVALID_ARGUMENT", text) from None

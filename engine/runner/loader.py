@@ -29,7 +29,7 @@ DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}  # safeten
 FLOATS = ("BF16", "F16", "F32")  # are converted; others are served where a weight is just of those
 EXACT = {torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_NAMED = 5  # of missing or extra tensors, in one error
+MAX_NAMED = 5  # of missing or extra tensors, in one error
 
 OnProgress = Callable[[int, int], None]
 
@@ -215,8 +215,8 @@ def _read(tensor: StoredTensor) -> torch.Tensor:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def check_checkpoint(

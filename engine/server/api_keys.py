@@ -11,7 +11,7 @@ from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 from ..errors import ConfigError
-from .errors import Fault
+from .errors import ErrorInfo
 
 log = logging.getLogger("octavo.server")
 
@@ -60,14 +60,14 @@ class ApiKeys:
         matches = [hmac.compare_digest(digest, each) for each in self._digests]
         return given is not None and any(matches)
 
-    def fault(self, authorization: str | bytes | None) -> Fault:
+    def fault(self, authorization: str | bytes | None) -> ErrorInfo:
         """Return the error of a call that `accept` rejects."""
         if bearer_token(authorization) is not None:
             text = "the API key is not one of this server's"
         else:
             text = "this server asks for an API key: send the header `authorization: Bearer KEY`"
             text += " (octavo.Client(api_key=KEY) does, and octavo chat with OCTAVO_API_KEY=KEY)"
-        return Fault("UNAUTHENTICATED", f"authorization: {text}", "authorization")
+        return ErrorInfo("UNAUTHENTICATED", f"authorization: {text}", "authorization")
 
 
 def bearer_token(authorization: str | bytes | None) -> str | None:

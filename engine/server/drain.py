@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Iterator
 
-from .errors import Refused
+from .errors import RequestRejected
 
 SEND_TIMEOUT = 60.0  # seconds that a client may read nothing of its response
 SEND_TIMEOUT_STOPPING = 3.0  # the same while the server stops
 
 
-class Work:
+class CallTracker:
     """Tracks calls in flight, of one event loop and all API servers in it. A request counts once it
     has been received completely: one that is still being sent does not delay `drain`."""
 
@@ -25,13 +25,15 @@ class Work:
         self.idle.set()
 
     def check_not_draining(self) -> None:
-        """Raise `Refused` where new calls are not taken any more."""
+        """Raise `RequestRejected` where new calls are not taken any more."""
         if self.is_draining:
-            raise Refused("UNAVAILABLE", "the server is being drained; ask another, or later")
+            raise RequestRejected(
+                "UNAVAILABLE", "the server is being drained; ask another, or later"
+            )
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """While a call runs. Raises `Refused` where none is taken any more."""
+        """While a call runs. Raises `RequestRejected` where none is taken any more."""
         self.check_not_draining()
         self.num_running += 1
         self.idle.clear()

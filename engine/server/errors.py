@@ -27,7 +27,7 @@ _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
 
 @dataclass(frozen=True)
-class Fault:
+class ErrorInfo:
     """A request's end by an error. `field`: whose, where one is to blame; `too_long`: its prompt
     leaves no room for output."""
 
@@ -41,35 +41,35 @@ class Fault:
         return RETRYABLE[self.code]
 
 
-class Refused(Exception):
+class RequestRejected(Exception):
     """What a door refuses by itself. The text names the field, the value and the way out."""
 
     def __init__(self, code: str, text: str, field: str = "") -> None:
         super().__init__(text)
-        self.fault = Fault(code, text, field)
+        self.fault = ErrorInfo(code, text, field)
 
 
-def fault_of(error: Exception) -> Fault:
+def error_info(error: Exception) -> ErrorInfo:
     """Of what was raised. INTERNAL is for the log as well: its text says nothing."""
-    if isinstance(error, Refused):
+    if isinstance(error, RequestRejected):
         return error.fault
     code, text = code_of(error), str(error)
     if code == "INTERNAL":
-        return Fault(code, OURS)
+        return ErrorInfo(code, OURS)
     if isinstance(error, InputError):
-        return Fault(code, text, error.field, isinstance(error, TooLong))
+        return ErrorInfo(code, text, error.field, isinstance(error, TooLong))
     if isinstance(error, DuplicateRequest):
-        return Fault(code, text, "request_id")
+        return ErrorInfo(code, text, "request_id")
     if isinstance(error, EngineDead):
-        return Fault(code, CLOSED if text.endswith(WAS_CLOSED) else STOPPED)
+        return ErrorInfo(code, CLOSED if text.endswith(WAS_CLOSED) else STOPPED)
     field = field_in(text) if code == "INVALID_ARGUMENT" else ""
-    return Fault(code, text, field, isinstance(error, PromptTooLong))
+    return ErrorInfo(code, text, field, isinstance(error, PromptTooLong))
 
 
-def fault_in(error: str) -> Fault:
+def parse_error_info(error: str) -> ErrorInfo:
     """Of a delta's error, of a request that failed after admission: it may begin with a code."""
     code, text = split_code(error)
-    return Fault(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
+    return ErrorInfo(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
 
 
 def field_in(text: str) -> str:

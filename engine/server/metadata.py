@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ...scheduler.params import PRIORITIES, shown
+from ...scheduler.params import PRIORITIES, truncated_repr
 from ..errors import InputError
 
 log = logging.getLogger("octavo.server")
@@ -74,7 +74,7 @@ def _priority(given: Mapping[str, str]) -> int | None:
         return None
     if text not in map(str, PRIORITIES):
         wanted = f"must be from {PRIORITIES[0]} to {PRIORITIES[-1]}"
-        raise InputError("x-priority", f"{shown(text)}: {wanted}")
+        raise InputError("x-priority", f"{truncated_repr(text)}: {wanted}")
     return int(text)
 
 

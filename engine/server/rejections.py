@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 from ..observability.request_log import RequestRecord
 from ..observability.stats import EngineStats
-from .errors import fault_of
+from .errors import error_info
 
 
 def _code_of(error: Exception) -> str:
-    return fault_of(error).code
+    return error_info(error).code
 
 
 @contextlib.contextmanager

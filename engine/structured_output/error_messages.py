@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 
 MAX_NAMES = 8
 
@@ -71,7 +71,7 @@ def _names(found: re.Match[str]) -> str:
         names = [str(name) for name in json.loads(found[1])]
     except ValueError:
         return f"has a keyword that {_UNSUPPORTED}"
-    told = ", ".join(shown(name) for name in sorted(names)[:MAX_NAMES])
+    told = ", ".join(truncated_repr(name) for name in sorted(names)[:MAX_NAMES])
     return f"{told}: {_UNSUPPORTED}"
 
 
@@ -81,7 +81,7 @@ def _says(text: str) -> Callable[[re.Match[str]], str]:
 
 def _quotes(before: str, after: str) -> Callable[[re.Match[str]], str]:
     """With what the caller wrote between the two."""
-    return lambda found: f"{before}{shown(found[1].strip())}{after}"
+    return lambda found: f"{before}{truncated_repr(found[1].strip())}{after}"
 
 
 _KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, TypeGuard
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from .formats import FORMATS
 
 MAX_EXACT = 2**53 - 1  # doubles have every integer up to here, and so do JavaScript's clients
@@ -53,8 +53,8 @@ def make_exact(schema: dict[str, Any]) -> bool:
         return is_changed
     if texts:
         raise UnsupportedSchema(
-            f"has the constant {shown(texts)}, whose control characters need \\u escapes, and "
-            "objects with other names than the listed ones; set additionalProperties to false"
+            f"has the constant {truncated_repr(texts)}, whose control characters need \\u escapes, "
+            "and objects with other names than the listed ones; set additionalProperties to false"
         )
     options = schema.get(OPTIONS, {})
     if isinstance(options, dict):
@@ -66,7 +66,8 @@ def _check_options(options: Any) -> None:
     """Let separators differ in spaces alone: a number must not run into what follows it."""
     for name, mark in (("item_separator", ","), ("key_separator", ":")):
         if isinstance(options, dict) and str(options.get(name, mark)).strip(" ") != mark:
-            text = f"has {OPTIONS}.{name}: {shown(options[name])}: must be {mark!r} with spaces"
+            value = truncated_repr(options[name])
+            text = f"has {OPTIONS}.{name}: {value}: must be {mark!r} with spaces"
             raise UnsupportedSchema(text)
 
 
@@ -102,8 +103,8 @@ def _constants(node: Mapping[str, Any], kinds: tuple[type, ...]) -> Iterator[Any
 def _check_constant(number: int | float) -> None:
     if not abs(number) <= MAX_EXACT:
         raise UnsupportedSchema(
-            f"has the constant {shown(number)}: numbers beyond ±{MAX_EXACT} would be rounded; "
-            "use a string"
+            f"has the constant {truncated_repr(number)}: numbers beyond ±{MAX_EXACT} would be "
+            "rounded; use a string"
         )
 
 
@@ -112,8 +113,8 @@ def _check_bounds(node: Mapping[str, Any]) -> None:
         bound = node.get(key)
         if is_number(bound) and not _is_exact_bound(node, key, bound):
             raise UnsupportedSchema(
-                f"has {key}: {shown(bound)}: bounds beyond ±{MAX_EXACT} would be rounded; use a "
-                "smaller one, or leave it out"
+                f"has {key}: {truncated_repr(bound)}: bounds beyond ±{MAX_EXACT} would be rounded; "
+                "use a smaller one, or leave it out"
             )
 
 
@@ -127,8 +128,8 @@ def _check_narrow_range(node: Mapping[str, Any]) -> None:
             continue
         if bound == int(bound) and 0 < sign * (other - bound) < 1:
             raise UnsupportedSchema(
-                f"has {key}: {shown(bound)} and ends at {shown(other)}, before the next integer: "
-                "that bound would be included; use an inclusive bound"
+                f"has {key}: {truncated_repr(bound)} and ends at {truncated_repr(other)}, before "
+                "the next integer: that bound would be included; use an inclusive bound"
             )
 
 
@@ -157,8 +158,8 @@ def _check_multiple(multiple: Any) -> None:
     coefficient, decimals = decimal_parts(multiple)
     if coefficient > MAX_MULTIPLE or decimals > MAX_DECIMALS:
         raise UnsupportedSchema(
-            f"has multipleOf: {shown(multiple)}: at most {MAX_MULTIPLE}, with up to {MAX_DECIMALS} "
-            "decimal places"
+            f"has multipleOf: {truncated_repr(multiple)}: at most {MAX_MULTIPLE}, with up to "
+            f"{MAX_DECIMALS} decimal places"
         )
 
 
@@ -182,8 +183,8 @@ def _check_min_properties(node: Mapping[str, Any]) -> None:
     is_open = node.get("additionalProperties") is not False or node.get("patternProperties")
     if is_number(least) and least > count + 1 and is_open:
         raise UnsupportedSchema(
-            f"has minProperties: {shown(least)}: at most one more than the required names, since "
-            "an answer may repeat the others; list the names, or leave it out"
+            f"has minProperties: {truncated_repr(least)}: at most one more than the required "
+            "names, since an answer may repeat the others; list the names, or leave it out"
         )
 
 
@@ -203,7 +204,7 @@ def _check_reference(reference: Any) -> None:
     for part in reference.partition("#")[2].split("/")[1:]:
         if part in DATA and not is_name:
             raise UnsupportedSchema(
-                f"has $ref to {shown(reference)}: it leads into {part}; move it to $defs"
+                f"has $ref to {truncated_repr(reference)}: it leads into {part}; move it to $defs"
             )
         is_name = part in NAMED and not is_name
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateRuntimeError, pass_context
 from jinja2.runtime import Context
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import InputError
 from .schema import SECTION_HEAD, SECTION_TAIL
 
@@ -45,7 +45,7 @@ def _place_of(given: Any, calls: Sequence[Mapping[str, Any]], field: str) -> int
     if not given or (ids and not any(ids)):
         return None
     if given not in ids:
-        text = f"{shown(given)}: is no id in tool_calls of the assistant's message before"
+        text = f"{truncated_repr(given)}: is no id in tool_calls of the assistant's message before"
         raise InputError(f"{field}.tool_call_id", text)
     return ids.index(given)
 

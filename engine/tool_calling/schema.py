@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...scheduler.params import shown
+from ...scheduler.params import truncated_repr
 from ..errors import InputError
 from ..utils.json_reader import read_json
 from ..utils.openai_fields import IGNORED_OF_TOOL, without
@@ -45,7 +45,9 @@ def read_tools(tools: Any) -> list[str]:
     names = [tool["function"]["name"] for tool in tools]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise InputError(f"tools[{index}].function.name", f"{shown(name)} is there twice")
+            raise InputError(
+                f"tools[{index}].function.name", f"{truncated_repr(name)} is there twice"
+            )
     if sum(map(len, found)) > MAX_TOOLS_SIZE:
         raise InputError("tools", f"over {MAX_TOOLS_SIZE} characters of JSON")
     return found
@@ -55,7 +57,9 @@ def tools_of(prompt: Mapping[str, Any]) -> Any:
     """Those that the model is told of. Raises `InputError`."""
     parallel = prompt.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
-        raise InputError("parallel_tool_calls", f"{shown(parallel)}: must be true or false")
+        raise InputError(
+            "parallel_tool_calls", f"{truncated_repr(parallel)}: must be true or false"
+        )
     tools = prompt.get("tools")
     read_tools(tools)
     choice = prompt.get("tool_choice")
@@ -71,7 +75,9 @@ def read_choice(choice: Any, tools: Any) -> str | None:
     if isinstance(choice, str):
         if choice not in CHOICES:
             known = ", ".join(CHOICES)
-            raise InputError("tool_choice", f"{shown(choice)}; must be {known} or a function")
+            raise InputError(
+                "tool_choice", f"{truncated_repr(choice)}; must be {known} or a function"
+            )
         if choice == "required" and not tools:
             raise InputError("tool_choice", "required: there are no tools")
         return choice
@@ -82,7 +88,9 @@ def read_choice(choice: Any, tools: Any) -> str | None:
         raise InputError("tool_choice.function", "must be an object with a name")
     name = function.get("name")
     if name not in [tool["function"]["name"] for tool in tools or ()]:
-        raise InputError("tool_choice.function.name", f"{shown(name)} is none of the tools")
+        raise InputError(
+            "tool_choice.function.name", f"{truncated_repr(name)} is none of the tools"
+        )
     return None
 
 
@@ -90,7 +98,7 @@ def _read_tool(tool: Any, field: str) -> str:
     if not isinstance(tool, Mapping):
         raise InputError(field, f"must be an object, not {type(tool).__name__}")
     if tool.get("type") != "function":
-        raise InputError(f"{field}.type", f"{shown(tool.get('type'))}; must be function")
+        raise InputError(f"{field}.type", f"{truncated_repr(tool.get('type'))}; must be function")
     function, tool = tool.get("function"), without(tool, IGNORED_OF_TOOL)
     if not isinstance(function, Mapping):
         raise InputError(f"{field}.function", f"must be an object, not {type(function).__name__}")
@@ -104,7 +112,7 @@ def _read_tool(tool: Any, field: str) -> str:
         raise InputError(f"{field}.function.parameters", "must be a JSON schema, an object")
     schema = function.get("parameters", {})
     if schema.get("type", "object") != "object":
-        where, kind = f"{field}.function.parameters.type", shown(schema["type"])
+        where, kind = f"{field}.function.parameters.type", truncated_repr(schema["type"])
         raise InputError(where, f"{kind}; must be object: arguments have names")
     fields = {name: function[name] for name in FUNCTION if name in function}
     fields |= {name: each for name, each in function.items() if name not in (*FUNCTION, "strict")}
@@ -113,7 +121,9 @@ def _read_tool(tool: Any, field: str) -> str:
 
 def check_name(name: Any, field: str) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(field, f"{shown(name)}; must be 1 to 64 letters, digits, _, . or -")
+        raise InputError(
+            field, f"{truncated_repr(name)}; must be 1 to 64 letters, digits, _, . or -"
+        )
 
 
 def read_calls(calls: Any, field: str) -> list[tuple[str, str]]:

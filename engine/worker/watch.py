@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..runner.batch import InputBatch
 from .link import WorkerGroupError, WorkerLink
 
-LEAST_BOUND, BOUND_FACTOR = 30.0, 20.0  # seconds, and times what a step should take
+MIN_BOUND, BOUND_FACTOR = 30.0, 20.0  # seconds, and times what a step should take
 
 
 class StepBound:
@@ -28,7 +28,7 @@ class StepBound:
         self._rate = 0.05  # seconds for a unit of work, of the slowest steps lately
 
     def seconds(self, work: float) -> float:
-        return LEAST_BOUND + BOUND_FACTOR * self._rate * work
+        return MIN_BOUND + BOUND_FACTOR * self._rate * work
 
     def learn(self, work: float, seconds: float) -> None:
         self._rate = max(0.9 * self._rate, seconds / work)

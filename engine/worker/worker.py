@@ -30,7 +30,7 @@ from ..utils.failpoints import CutOff, failpoint
 from ..utils.logs import set_up_worker_logs
 from .link import UNLIMITED
 from .parent import end_with_parent
-from .remote.membership import Place, use_interface
+from .remote.membership import WorkerSpec, use_interface
 from .socket_folder import GROUP_FOLDER
 from .step_order import MissedStep, StepSequence
 from .wire import pack_result, unpack_step
@@ -53,7 +53,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def __init__(
         self,
-        place: Place | None = None,
+        place: WorkerSpec | None = None,
         is_taken_in: Callable[[int], bool] | None = None,
         shared: int | None = None,
     ) -> None:
@@ -138,12 +138,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _connect(self, request: pb.LoadRequest, device: torch.device) -> TensorParallel:
         from ..model.parallel import connect
-        from .remote.torch_store import MeetingStore
+        from .remote.torch_store import RendezvousStore
 
         rank, size = request.rank, request.tensor_parallel_size
         if self._place is None:
             return connect(rank, size, device, request.rendezvous, self._shared)
-        return connect(rank, size, device, MeetingStore(self._place.meeting))
+        return connect(rank, size, device, RendezvousStore(self._place.meeting))
 
     def Allocate(
         self, request: pb.AllocateRequest, context: grpc.ServicerContext

@@ -17,7 +17,7 @@ import torch
 
 log = logging.getLogger("octavo.kernels")
 
-MOST_HEAD_DIM = 128  # this and the next as in attention.c and decode.c
+MAX_HEAD_DIM = 128  # this and the next as in attention.c and decode.c
 TILE_ROWS = 96
 
 
@@ -98,7 +98,7 @@ def attends_frames() -> bool:
 
 def serves_heads(x: torch.Tensor) -> bool:
     """The same for attention over heads x [..., d]."""
-    return serves(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= MOST_HEAD_DIM
+    return serves(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= MAX_HEAD_DIM
 
 
 # What the kernels take: an address (p: a tensor, or None), a whole number (l), a float (f); and

@@ -18,7 +18,7 @@ from .reader import Pixels
 
 Floats = npt.NDArray[np.float32]
 ROWS = 8  # output rows of a product: more of them meet more zeros, fewer keep products too small
-MOST_WORK = 200_000  # multiplications of a product: from 262,144 on, OpenBLAS wakes its threads,
+MAX_WORK = 200_000  # multiplications of a product: from 262,144 on, OpenBLAS wakes its threads,
 # which then fight the decoder's for the cores
 
 
@@ -49,7 +49,7 @@ def _resize_rows(pixels: Pixels, height: int) -> Floats:
     rows, width = pixels.shape
     bands = _bands(rows, height, 1)
     tallest = max(band.last - band.first for band in bands)
-    pieces = math.ceil(ROWS * tallest * width / MOST_WORK)
+    pieces = math.ceil(ROWS * tallest * width / MAX_WORK)
     piece = -(-width // pieces)
     window = np.zeros((tallest, pieces * piece), np.float32)
     result = np.empty((height, pieces * piece), np.float32)
@@ -69,7 +69,7 @@ def _resize_columns(pixels: Floats, columns: int, width: int) -> Floats:
     height = len(pixels)
     bands = _bands(columns, width, 3)
     work = max(band.weights.size for band in bands)
-    piece = max(1, min(height, MOST_WORK // work))
+    piece = max(1, min(height, MAX_WORK // work))
     result = np.empty((height, width * 3), np.float32)
     whole = height // piece * piece
     for rows in (slice(0, whole), slice(whole, height)):

@@ -18,7 +18,7 @@ from .video_index import IndexMaker, VideoIndex
 from .video_open import open_container, video_stream
 
 BROKEN = "the video is broken: it cannot be decoded"
-MOST_LACKING = 0.1  # share of the frames a header speaks of that the file may lack
+MAX_LACKING = 0.1  # share of the frames a header speaks of that the file may lack
 RATE_DIFFERS = 0.01  # share by which a header's frame rate may differ from the time stamps
 AS_IT_IS, MIRRORED = slice(None), slice(None, None, -1)
 
@@ -56,7 +56,7 @@ class VideoFile:
             index = maker.make()
             rate = _frame_rate(index, stream) or float(index.num_frames == 1)
             lacking = stream.frames - len(index.pts)
-        if first is None or not rate or lacking > stream.frames * MOST_LACKING:
+        if first is None or not rate or lacking > stream.frames * MAX_LACKING:
             raise InputError(self._field, BROKEN)
         self._limits.check_size(first.width, first.height, self._field)
         return index, rate, first

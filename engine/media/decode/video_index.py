@@ -20,7 +20,7 @@ from ...config.media_limits import MediaLimits
 from ...errors import InputError
 
 Places = npt.NDArray[np.int64]
-MOST_RATE = 240  # frames a second that are believed of a whole video
+MAX_RATE = 240  # frames a second that are believed of a whole video
 WORTH_A_SEEK = 8  # packets: to decode fewer than these is quicker than to start anew behind them
 
 
@@ -129,7 +129,7 @@ class IndexMaker:
 
     def _add(self, packet: Any) -> None:
         count = len(self._pts)
-        if count >= self.limits.max_video_seconds * MOST_RATE:
+        if count >= self.limits.max_video_seconds * MAX_RATE:
             self.limits.refuse("max_video_seconds", self.field, f"a video of over {count} frames")
         if packet.pts is None:
             self._is_exact = False

@@ -31,10 +31,10 @@ from .addresses import is_public
 from .network import Network
 from .urls import OTHER_WAY, Target, is_allowed, read_url, without_secrets
 
-MOST_REDIRECTS = 5
-MOST_DIALLED = 4  # addresses of one host
+MAX_REDIRECTS = 5
+MAX_DIALLED = 4  # addresses of one host
 DIAL_SECONDS = 10.0  # that one of them may take
-LOOK = 0.2  # seconds between two looks at whether the task goes on
+POLL_INTERVAL = 0.2  # seconds between two looks at whether the task goes on
 IN_MEMORY = 8 << 20  # bytes: what is larger, videos mostly, waits in a file without a name
 READ = 256 << 10  # bytes at a time
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -73,12 +73,12 @@ class _Fetch:
         if not self.domains:
             raise self._error(f"URLs are not fetched here ({FLAGS} allow it); {OTHER_WAY}")
         target = self._read(self.url)
-        for _ in range(MOST_REDIRECTS + 1):
+        for _ in range(MAX_REDIRECTS + 1):
             answer = self._ask(target)
             if not isinstance(answer, str):
                 return answer
             target = self._follow(target, answer)
-        raise self._error(f"redirects more than {MOST_REDIRECTS} times")
+        raise self._error(f"redirects more than {MAX_REDIRECTS} times")
 
     def _error(self, text: str) -> InputError:
         return InputError(self.field, f"{without_secrets(self.url)}: {text}")
@@ -144,7 +144,7 @@ class _Fetch:
         # A resolver takes no timeout: where it is late, its thread is left to end by itself.
         threading.Thread(target=work, daemon=True).start()
         while not found.done():
-            wait([found], min(LOOK, self._left()))
+            wait([found], min(POLL_INTERVAL, self._left()))
         try:
             addresses = found.result()
         except (OSError, UnicodeError):
@@ -155,7 +155,7 @@ class _Fetch:
         return addresses
 
     def _dial(self, target: Target) -> socket.socket:
-        addresses = self._addresses(target)[:MOST_DIALLED]
+        addresses = self._addresses(target)[:MAX_DIALLED]
         for index, address in enumerate(addresses):
             with suppress(OSError):
                 share = self._left() / (len(addresses) - index)

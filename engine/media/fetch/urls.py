@@ -10,10 +10,10 @@ from ipaddress import IPv4Address, IPv6Address
 from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 
 PORTS = {"http": 80, "https": 443}
-MOST_CHARACTERS = 8000
+MAX_CHARACTERS = 8000
 OTHER_WAY = "send the bytes, or a data URI"
 
 # Parsers disagree about these; a URL writes them as %20, %5C and so on.
@@ -54,7 +54,9 @@ def without_secrets(url: str) -> str:
     bare, mark, _ = url.partition("#")[0].partition("?")
     scheme, slashes, rest = bare.partition("://")
     user, _, place = rest.rpartition("@")
-    return shown(f"{scheme}{slashes}{'…@' if user else ''}{place}{mark}{'…' if mark else ''}")
+    return truncated_repr(
+        f"{scheme}{slashes}{'…@' if user else ''}{place}{mark}{'…' if mark else ''}"
+    )
 
 
 def read_url(url: str) -> Target:
@@ -78,8 +80,8 @@ def read_url(url: str) -> Target:
 
 
 def _parse(url: str) -> Url:
-    if len(url) > MOST_CHARACTERS:
-        raise ValueError(f"has {len(url)} characters; at most {MOST_CHARACTERS} are taken")
+    if len(url) > MAX_CHARACTERS:
+        raise ValueError(f"has {len(url)} characters; at most {MAX_CHARACTERS} are taken")
     if _UNSAFE.search(url):
         raise ValueError("has a space, a backslash or a control character; write %20, %5C, ...")
     try:

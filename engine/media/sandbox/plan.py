@@ -15,7 +15,7 @@ from ..decode.reader import MediaHeader
 
 MEMORY_SHARE = 0.5  # of the memory that is available at the start
 SMALL_BYTES = 1 << 30  # of address space, of which 220 MB are the process itself
-LEAST_BYTES = 512 << 20  # of address space, whatever the machine has
+MIN_BYTES = 512 << 20  # of address space, whatever the machine has
 # What fits into SMALL_BYTES. Images take up to 22 bytes a pixel (float TIFF, lossless WebP);
 # video decoders hold up to 40 frames, by their threads and references.
 SMALL_IMAGE_PIXELS = 16 << 20
@@ -58,7 +58,7 @@ def plan_decoders(
     `wanted`: decoders of each lane, by the number of cores. On a machine with little memory the
     largest process gets less than `decoder_memory_bytes`.
     """
-    budget = max(int(available_bytes * MEMORY_SHARE), LEAST_BYTES)
+    budget = max(int(available_bytes * MEMORY_SHARE), MIN_BYTES)
     large = min(limits.decoder_memory_bytes, _most_of_one(budget, len(wanted)))
     small = min(SMALL_BYTES, large)
     extra = large - small

@@ -24,8 +24,8 @@ from .slots import FairSlots
 
 log = logging.getLogger("octavo.media")
 
-MOST_READERS = 2000  # files that a process decodes before a new one takes its place
-MOST_RESIDENT = 512 << 20  # bytes that a process may keep between requests
+MAX_READERS = 2000  # files that a process decodes before a new one takes its place
+MAX_RESIDENT = 512 << 20  # bytes that a process may keep between requests
 
 
 class DecoderPool:
@@ -165,8 +165,8 @@ def _is_good(process: DecoderProcess) -> bool:
         process.is_alive
         and process.is_idle
         and not process.open_readers
-        and process.num_readers < MOST_READERS
-        and process.resident_bytes < MOST_RESIDENT
+        and process.num_readers < MAX_READERS
+        and process.resident_bytes < MAX_RESIDENT
     )
 
 

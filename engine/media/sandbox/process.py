@@ -29,8 +29,8 @@ START_SECONDS = 60.0
 PING_SECONDS = 5.0  # for an idle process to answer
 CANCEL_SECONDS = 0.5  # for work in flight to end once its request was cancelled
 PACKET_BYTES = 256 * 1024  # more than a socket pair takes in one
-MOST_SLOTS, SLOTS_BYTES = 4, 32 << 20  # frames that a process may be ahead by
-LEAST_MEMORY = 8 << 20  # bytes: that most images fit, so that it is made once
+MAX_SLOTS, SLOTS_BYTES = 4, 32 << 20  # frames that a process may be ahead by
+MIN_MEMORY = 8 << 20  # bytes: that most images fit, so that it is made once
 FILES_BESIDE = 32  # open in a process beside those that it decodes
 # Its own: it must not see what else the engine's environment holds.
 KEPT_ENVIRONMENT = ("PYTHON", "LD_", "LC_", "LANG", "VIRTUAL_ENV")
@@ -213,14 +213,14 @@ class DecoderProcess:
 
     def pixel_memory(self, frame_bytes: int, num_frames: int) -> tuple[PixelMemory, int, bool]:
         """Memory, how many frames of that size it takes, and whether the process lacks it yet."""
-        wanted = min(num_frames, MOST_SLOTS, max(1, SLOTS_BYTES // frame_bytes))
+        wanted = min(num_frames, MAX_SLOTS, max(1, SLOTS_BYTES // frame_bytes))
         memory = self._memory
         is_new = memory is None or memory.num_bytes < wanted * frame_bytes
         if memory is None or is_new:
             if memory is not None:
                 memory.close()
-            memory = self._memory = PixelMemory(max(LEAST_MEMORY, wanted * frame_bytes))
-        return memory, min(num_frames, MOST_SLOTS, memory.num_bytes // frame_bytes), is_new
+            memory = self._memory = PixelMemory(max(MIN_MEMORY, wanted * frame_bytes))
+        return memory, min(num_frames, MAX_SLOTS, memory.num_bytes // frame_bytes), is_new
 
     def disown(self, cause: str) -> None:
         """Release this process's copies of what ends the decoder when it closes. Called in a forked

@@ -19,7 +19,7 @@ from .process import DecoderProcess, DecoderStoppedError, PixelMemory
 
 STOP_SECONDS = 0.5  # until a process that should stop is killed: a group of pictures may be long
 CANCELLED = "the request was cancelled"
-MOST_TEXT = 500  # characters of an error's text
+MAX_TEXT = 500  # characters of an error's text
 TIMES_AT_ONCE = 4096  # indices of a packet
 STOPPED = (
     "could not be decoded: the decoder stopped; the file is broken, or takes more memory or "
@@ -202,8 +202,8 @@ class ChildReader:
 
 def clean(text: str) -> str:
     """An error's text of a process that may have been taken over: one line, not long."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * MOST_TEXT])
-    return line if len(line) <= MOST_TEXT else line[:MOST_TEXT] + " ..."
+    line = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * MAX_TEXT])
+    return line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + " ..."
 
 
 def readable(file: BinaryIO) -> int:

@@ -14,12 +14,12 @@ import grpc
 from .... import __version__
 from ....proto import octavo_pb2 as pb
 from ....proto import octavo_pb2_grpc
-from ....scheduler.params import MAX_TIMEOUT, shown
+from ....scheduler.params import MAX_TIMEOUT, truncated_repr
 from ...async_llm import AsyncLLM
 from ...config.engine_config import EngineConfig
 from ...errors import InputError
-from ..drain import Work
-from ..errors import Refused
+from ..drain import CallTracker
+from ..errors import RequestRejected
 
 log = logging.getLogger("octavo.server")
 
@@ -39,7 +39,7 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
     def __init__(
         self,
         engine: AsyncLLM,
-        work: Work,
+        work: CallTracker,
         stop_serving: Callable[[], Awaitable[None]],
         has_api_keys: bool,
     ) -> None:
@@ -110,7 +110,7 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
         check_may_drain(context.peer(), is_known)
         timeout = request.timeout_s if request.HasField("timeout_s") else None
         if timeout is not None and not 0 <= timeout <= MAX_TIMEOUT:
-            text = f"{shown(timeout)}: must be from 0 to {MAX_TIMEOUT:.0f} seconds"
+            text = f"{truncated_repr(timeout)}: must be from 0 to {MAX_TIMEOUT:.0f} seconds"
             raise InputError("timeout_s", text)
         if not self._work.is_draining:
             running = self._work.num_running
@@ -122,10 +122,10 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
 
 def check_may_drain(peer: str, is_known: bool) -> None:
     """Whoever has a key or a certificate may, and else whoever is on this machine. Raises
-    `Refused`."""
+    `RequestRejected`."""
     if not is_known and not peer.startswith(HERE):
         text = "a server without API keys is drained from its own machine alone; or give it keys"
-        raise Refused("PERMISSION_DENIED", f"Drain: {text}")
+        raise RequestRejected("PERMISSION_DENIED", f"Drain: {text}")
 
 
 def public_settings(config: EngineConfig) -> dict[str, str]:

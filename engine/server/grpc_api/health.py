@@ -10,8 +10,8 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
-from ....scheduler.params import shown
-from ..errors import Refused
+from ....scheduler.params import truncated_repr
+from ..errors import RequestRejected
 
 MAX_NAME = 256  # characters of a service's name
 MAX_WATCHES = 1024  # at a time
@@ -34,8 +34,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:
         if request.service not in self._statuses:
-            text = f"service={shown(request.service)}: unknown; List returns all services"
-            raise Refused("NOT_FOUND", text, "service")
+            text = f"service={truncated_repr(request.service)}: unknown; List returns all services"
+            raise RequestRejected("NOT_FOUND", text, "service")
         return self._response(request.service)
 
     async def List(
@@ -49,10 +49,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.HealthCheckResponse]:
         if len(request.service) > MAX_NAME:
-            raise Refused("INVALID_ARGUMENT", f"service: over {MAX_NAME} characters", "service")
+            raise RequestRejected(
+                "INVALID_ARGUMENT", f"service: over {MAX_NAME} characters", "service"
+            )
         if self._num_watches >= MAX_WATCHES:
             text = f"{MAX_WATCHES} calls of Watch are running already; use Check"
-            raise Refused("RESOURCE_EXHAUSTED", text)
+            raise RequestRejected("RESOURCE_EXHAUSTED", text)
         self._num_watches += 1
         try:
             sent: int | None = None

@@ -12,15 +12,15 @@ import grpc
 
 from ....proto import octavo_pb2 as pb
 from ....proto import octavo_pb2_grpc
-from ....scheduler.params import OptionFields, SamplingParams, shown
+from ....scheduler.params import OptionFields, SamplingParams, truncated_repr
 from ...async_llm import AsyncLLM
 from ...errors import EngineDead
 from ...input.processor import Prompt
 from ...outputs import OutputDelta
 from ...request_stream import join
 from ..chunked_json import Turns
-from ..drain import Work
-from ..errors import Fault, Refused, fault_in, fault_of
+from ..drain import CallTracker
+from ..errors import ErrorInfo, RequestRejected, error_info, parse_error_info
 from ..metadata import CallMetadata, checked_request_id, log_trace, read_metadata, request_name
 from ..readers import read
 from ..rejections import counted
@@ -46,17 +46,17 @@ class _Call:
 
     request_id: str
     stream: AsyncGenerator[OutputDelta, None]
-    fault: Fault | None = None  # it failed after admission
+    fault: ErrorInfo | None = None  # it failed after admission
     turns: Turns = field(default_factory=Turns)
     charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
 
 class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
-    """What its methods raise, `Door` makes a status of."""
+    """What its methods raise, `ApiInterceptor` makes a status of."""
 
-    def __init__(self, engine: AsyncLLM, work: Work | None = None) -> None:
+    def __init__(self, engine: AsyncLLM, work: CallTracker | None = None) -> None:
         self._engine = engine
-        self._work = work or Work()
+        self._work = work or CallTracker()
         self._turns = Turns()
 
     async def Generate(
@@ -82,7 +82,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
                 whole = await _gather(call.stream)
                 errors = [answer.error for answer in whole if answer.error]
                 if errors:
-                    await abort(context, fault_in(errors[0]))
+                    await abort(context, parse_error_info(errors[0]))
                 reply = pb.GenerateReply()
                 async for piece in self._turns.paced(reply_pieces(whole)):
                     reply = piece
@@ -117,8 +117,8 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         refuse_unknown(request)
         names = self._engine.engine.served_model_names
         if request.model not in ("", *names):
-            text = f"model={shown(request.model)}: this server has {', '.join(names)}"
-            raise Refused("NOT_FOUND", text, "model")
+            text = f"model={truncated_repr(request.model)}: this server has {', '.join(names)}"
+            raise RequestRejected("NOT_FOUND", text, "model")
         options = read_options(request, time_remaining, beside.priority)
         limits = self._engine.engine.processor.limits
         return read_prompt(request, limits), read_sampling(request.sampling), options
@@ -150,13 +150,13 @@ async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
             has_begun = True
             async for message in _written(delta, call.turns):
                 if delta.error and message.HasField("usage"):  # all answers have ended
-                    call.fault = fault_in(delta.error)
+                    call.fault = parse_error_info(delta.error)
                     message.failure.CopyFrom(failure_of(call.fault))
                 yield message
     except EngineDead as error:
         if not has_begun:
             raise
-        call.fault = fault_of(error)
+        call.fault = error_info(error)
         yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
 
 

@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError
 
 from ...observability.rejection_log import API_KEY, RejectionLog
 from ..api_keys import ApiKeys
-from ..drain import Work
-from ..errors import Fault, Refused, fault_of
+from ..drain import CallTracker
+from ..errors import ErrorInfo, RequestRejected, error_info
 from ..readers import AT_ONCE, read
 from .status import abort
 from .wire_check import TooManyFields, check_wire
@@ -30,11 +30,11 @@ _ends: set[asyncio.Future[Any]] = set()  # the event loop itself keeps no task a
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]
 
 
-class Door(grpc.aio.ServerInterceptor):
+class ApiInterceptor(grpc.aio.ServerInterceptor):
     """One interceptor over every service. It reads and writes the messages itself, which bounds
     the time of both."""
 
-    def __init__(self, keys: ApiKeys | None, rejections: RejectionLog, work: Work) -> None:
+    def __init__(self, keys: ApiKeys | None, rejections: RejectionLog, work: CallTracker) -> None:
         self._keys, self._rejections, self._work = keys, rejections, work
 
     async def intercept_service(
@@ -52,7 +52,7 @@ class Door(grpc.aio.ServerInterceptor):
         return _bounded(handler, self._work, timeout)
 
 
-def _refusal(fault: Fault, rejections: RejectionLog) -> grpc.RpcMethodHandler:
+def _refusal(fault: ErrorInfo, rejections: RejectionLog) -> grpc.RpcMethodHandler:
     """Of a call whose messages nobody reads."""
 
     async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
@@ -63,7 +63,9 @@ def _refusal(fault: Fault, rejections: RejectionLog) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _bounded(handler: grpc.RpcMethodHandler, work: Work, timeout: float) -> grpc.RpcMethodHandler:
+def _bounded(
+    handler: grpc.RpcMethodHandler, work: CallTracker, timeout: float
+) -> grpc.RpcMethodHandler:
     """Return `handler` for streams of messages on both sides, whatever its own kind is: on the
     wire a single message is the same."""
 
@@ -100,25 +102,25 @@ async def _responses(
 
 
 async def _receive(messages: AsyncIterator[bytes], timeout: float) -> bytes:
-    """Return the one message of a call. Raises `Refused`."""
+    """Return the one message of a call. Raises `RequestRejected`."""
     try:
         async with asyncio.timeout(timeout):
             return await anext(messages)
     except TimeoutError:
         text = f"the message was not received within {timeout:g} s; send smaller media, or URLs"
-        raise Refused("DEADLINE_EXCEEDED", text) from None
+        raise RequestRejected("DEADLINE_EXCEEDED", text) from None
     except StopAsyncIteration:
-        raise Refused("INVALID_ARGUMENT", "the call has no message; send one") from None
+        raise RequestRejected("INVALID_ARGUMENT", "the call has no message; send one") from None
 
 
-async def _send(context: grpc.aio.ServicerContext, work: Work, response: Any) -> None:
+async def _send(context: grpc.aio.ServicerContext, work: CallTracker, response: Any) -> None:
     """Raises CancelledError where the client does not read, or has gone."""
     try:
         await work.send(context.write(response))
     except TimeoutError:
         text = f"the response was not read for {work.send_timeout:g} s"
         # Sent when the client reads again; nothing waits for that.
-        end = asyncio.ensure_future(abort(context, Fault("DEADLINE_EXCEEDED", text)))
+        end = asyncio.ensure_future(abort(context, ErrorInfo("DEADLINE_EXCEEDED", text)))
         _ends.add(end)
         end.add_done_callback(_forget)
         raise asyncio.CancelledError from None
@@ -133,8 +135,8 @@ def _forget(end: asyncio.Future[Any]) -> None:
 
 
 async def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
-    """Return the request's message. Raises `Refused`: gRPC itself would return what protobuf
-    raised."""
+    """Return the request's message. Raises `RequestRejected`, where gRPC itself would return the
+    text of protobuf's exception."""
     return await read(functools.partial(_parse, handler, data), len(data) > AT_ONCE)
 
 
@@ -145,10 +147,10 @@ def _parse(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
             check_wire(data, kind.DESCRIPTOR)
         return handler.request_deserializer(data)
     except TooManyFields as error:
-        raise Refused("INVALID_ARGUMENT", str(error)) from None
+        raise RequestRejected("INVALID_ARGUMENT", str(error)) from None
     except DecodeError:
         text = f"the message's {len(data)} bytes are not the protobuf that the method takes"
-        raise Refused("INVALID_ARGUMENT", text) from None
+        raise RequestRejected("INVALID_ARGUMENT", text) from None
 
 
 @contextlib.asynccontextmanager
@@ -159,9 +161,9 @@ async def told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
     except NotImplementedError:  # a method that a library's service declares only
-        await abort(context, Fault("UNIMPLEMENTED", "the method is not implemented"))
+        await abort(context, ErrorInfo("UNIMPLEMENTED", "the method is not implemented"))
     except Exception as error:
-        fault = fault_of(error)
+        fault = error_info(error)
         if fault.code == "INTERNAL":
             log.exception("a call failed")
         await abort(context, fault)

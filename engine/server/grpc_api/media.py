@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ....proto import octavo_pb2 as pb
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 from ...errors import InputError
 from ...media.embeds import MediaEmbeds
 
 PIXEL_AXES = {"image": "height, width, channels", "video": "frames, height, width, channels"}
-MOST_NUMBERS = 8  # of a shape, that are looked at: it has fewer
+MAX_NUMBERS = 8  # of a shape, that are looked at: it has fewer
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
@@ -64,11 +64,11 @@ def _read_embeddings(embeddings: pb.Embeddings, field: str) -> MediaEmbeds:
     dtype = embeddings.dtype
     if dtype not in DTYPES:
         names = ", ".join(DTYPES)
-        raise InputError(f"{field}.dtype", f"{shown(dtype)}: must be one of {names}")
-    grid = tuple(embeddings.grid_thw[:MOST_NUMBERS])
+        raise InputError(f"{field}.dtype", f"{truncated_repr(dtype)}: must be one of {names}")
+    grid = tuple(embeddings.grid_thw[:MAX_NUMBERS])
     if len(grid) != 3 or min(grid) < 1:
-        text = f"{shown(list(grid))}: must be three numbers from 1 on: patches in time, height"
-        raise InputError(f"{field}.grid_thw", f"{text}, width")
+        text = f"{truncated_repr(list(grid))}: must be three integers >= 1: patches in time"
+        raise InputError(f"{field}.grid_thw", f"{text}, height, width")
     axes = "tokens, hidden size"
     values = _read_array(embeddings.data, np.dtype(DTYPES[dtype]), embeddings.shape, axes, field)
     if dtype == "bfloat16":  # the upper half of a float32
@@ -80,9 +80,9 @@ def _read_array(
     data: bytes, dtype: np.dtype[Any], shape: Sequence[int], axes: str, field: str
 ) -> npt.NDArray[Any]:
     """A view of the bytes, if they are what the shape says. `axes` names its numbers."""
-    sizes = tuple(shape[:MOST_NUMBERS])
+    sizes = tuple(shape[:MAX_NUMBERS])
     if len(sizes) != len(axes.split(", ")) or min(sizes) < 1:
-        text = f"{shown(list(sizes))}: must be {axes}, each from 1 on"
+        text = f"{truncated_repr(list(sizes))}: must be {axes}, each from 1 on"
         raise InputError(f"{field}.shape", text)
     wanted = math.prod(sizes) * dtype.itemsize
     if len(data) != wanted:

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...input.chat_template import check_parts
 from ...media.item import MediaInfo
 from ...outputs import OutputDelta, Usage
-from ..errors import Refused, field_in
+from ..errors import RequestRejected, field_in
 from ..readers import MAX_AT_ONCE
 from .media import read_source
 from .tools import check_calls, read_message_calls, read_tools, write_calls
@@ -35,7 +35,7 @@ FINISH_REASONS = {
 
 
 def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, Any]:
-    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError` or `Refused`."""
+    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError` or `RequestRejected`."""
     _check_counts(request, limits)
     media: dict[str, list[Any]] = {"image": [], "video": []}
     for index, item in enumerate(request.media):
@@ -169,8 +169,8 @@ def read_options(
 
 
 def refuse_unknown(request: pb.GenerateRequest) -> None:
-    """To pass over a field of a newer client would answer another question. Raises `Refused`. What
-    is inside of messages, media and tools `read_prompt` looks at, once it knows how much it is."""
+    """Raise `RequestRejected` for fields of a newer protocol: ignoring one could change the answer.
+    `read_prompt` checks those within messages, media and tools, after it has checked sizes."""
     sampling = request.sampling
     messages = {"": request, "sampling": sampling, "sampling.structured": sampling.structured}
     for path, message in messages.items():
@@ -191,7 +191,7 @@ def _refuse_unknown_of(message: Message, path: str) -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown):
         text = f"field number {unknown[0].field_number} is not known to this server"
-        raise Refused("UNIMPLEMENTED", f"{path or message.DESCRIPTOR.name}: {text}", path)
+        raise RequestRejected("UNIMPLEMENTED", f"{path or message.DESCRIPTOR.name}: {text}", path)
 
 
 def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:

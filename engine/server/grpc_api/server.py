@@ -24,11 +24,11 @@ from ...observability.rejection_log import RejectionLog
 from ...utils.tls import TlsFiles, server_credentials
 from ..api_keys import ApiKeys
 from ..connections import connections_that_fit
-from ..drain import Work
+from ..drain import CallTracker
 from .control import ControlServicer
 from .health import HealthServicer
 from .inference import InferenceServicer
-from .interceptor import Door
+from .interceptor import ApiInterceptor
 
 if TYPE_CHECKING:  # the extra octavo[http] may not be installed
     from ..http_api.server import HttpServer
@@ -43,7 +43,7 @@ MAX_MESSAGE_BYTES = 256 << 20
 NO_ADDRESS = "the address is in use or not this machine's"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 10.0  # seconds that running requests get when the server is asked to stop
-LAST_WORDS = 4.0  # seconds then for them to be ended, and told so
+SHUTDOWN_GRACE = 4.0  # seconds then for them to be ended, and told so
 HEALTH_CHECK = 1.0  # seconds between two looks at whether the workers are there
 
 OPTIONS = [
@@ -69,7 +69,7 @@ class GrpcServer:
 
     server: grpc.aio.Server
     health: HealthServicer
-    work: Work
+    work: CallTracker
 
     async def set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
@@ -78,8 +78,8 @@ class GrpcServer:
 
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
     """To be called in the event loop that serves."""
-    work = Work()
-    door = Door(keys, RejectionLog(engine.engine.stats), work)
+    work = CallTracker()
+    door = ApiInterceptor(keys, RejectionLog(engine.engine.stats), work)
     limit = ("grpc.max_allowed_incoming_connections", connections_that_fit())
     server = grpc.aio.server(options=[*OPTIONS, limit], interceptors=[door])
     made = GrpcServer(server, HealthServicer(), work)
@@ -179,17 +179,17 @@ async def _stop(
     rest, so that each client gets a status. Do not wait for open health watches, nor for clients
     that do not read their responses."""
     made.work.hurry()
-    stopping = asyncio.create_task(made.server.stop(grace + LAST_WORDS))
+    stopping = asyncio.create_task(made.server.stop(grace + SHUTDOWN_GRACE))
     if await _drained(made.work, grace, asked_again):
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        await asyncio.wait({closing}, timeout=LAST_WORDS / 2)
-        await made.work.drain(LAST_WORDS / 2)
+        await asyncio.wait({closing}, timeout=SHUTDOWN_GRACE / 2)
+        await made.work.drain(SHUTDOWN_GRACE / 2)
     await asyncio.sleep(0.1)  # the last request's status is still to be sent
     await asyncio.gather(made.server.stop(None), *([http.drain(0.0)] if http else []))
     await stopping
 
 
-async def _drained(work: Work, grace: float, asked_again: asyncio.Event) -> int:
+async def _drained(work: CallTracker, grace: float, asked_again: asyncio.Event) -> int:
     """Return how many requests are left when the time or the operator's patience is over."""
     drained = asyncio.create_task(work.drain(grace))
     again = asyncio.create_task(asked_again.wait())

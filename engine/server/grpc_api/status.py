@@ -10,7 +10,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from ....proto import octavo_pb2 as pb
-from ..errors import Fault
+from ..errors import ErrorInfo
 
 DETAILS = "grpc-status-details-bin"
 MAX_TEXT = 2000  # bytes as they travel; gRPC drops a status whose metadata is over some 8,000
@@ -18,7 +18,7 @@ _SAMPLING = pb.SamplingParams.DESCRIPTOR.fields_by_name
 _PATHS = {"messages": "conversation.messages", "prompt_token_ids": "token_ids.ids"}
 
 
-async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext, fault: ErrorInfo) -> NoReturn:
     """Ends a call. Raises what `context.abort` does; CancelledError where the caller has gone."""
     code, text = grpc.StatusCode[fault.code], short(fault.text)
     details = ((DETAILS, details_of(fault, text).SerializeToString()),)
@@ -29,7 +29,7 @@ async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> NoReturn:
     raise AssertionError("context.abort came back")
 
 
-def details_of(fault: Fault, text: str) -> status_pb2.Status:
+def details_of(fault: ErrorInfo, text: str) -> status_pb2.Status:
     code = grpc.StatusCode[fault.code].value[0]
     status = status_pb2.Status(code=code, message=text)
     status.details.append(_packed(pb.Failure(code=fault.code, retryable=fault.retryable)))
@@ -40,7 +40,7 @@ def details_of(fault: Fault, text: str) -> status_pb2.Status:
     return status
 
 
-def failure_of(fault: Fault) -> pb.Failure:
+def failure_of(fault: ErrorInfo) -> pb.Failure:
     """The event at a stream's end."""
     field = path_of(fault.field) if fault.field else ""
     text = short(fault.text)

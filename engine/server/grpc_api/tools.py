@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from ....proto import octavo_pb2 as pb
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 from ...errors import InputError
 from ...tool_calling.parser import ToolCall
 from ...tool_calling.schema import CHOICES, MAX_TOOLS, MAX_TOOLS_SIZE
@@ -30,11 +30,15 @@ def read_tools(request: pb.GenerateRequest) -> dict[str, Any]:
     if request.tool_choice:
         if request.tool_choice not in CHOICES:
             known = ", ".join(CHOICES)
-            raise InputError("tool_choice", f"{shown(request.tool_choice)}; must be {known}")
+            raise InputError(
+                "tool_choice", f"{truncated_repr(request.tool_choice)}; must be {known}"
+            )
         found["tool_choice"] = request.tool_choice
     if request.tool_name:
         if all(tool.function.name != request.tool_name for tool in request.tools):
-            raise InputError("tool_name", f"{shown(request.tool_name)} is none of the tools")
+            raise InputError(
+                "tool_name", f"{truncated_repr(request.tool_name)} is none of the tools"
+            )
         named = {"name": request.tool_name}
         found["tool_choice"] = {"type": "function", "function": named}
     if request.HasField("parallel_tool_calls"):

@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 
 from ...observability.rejection_log import INVALID_HTTP, RECEIVE_TIMEOUT, SEND_TIMEOUT, RejectionLog
 from ..connections import Slot
-from ..drain import Work
+from ..drain import CallTracker
 from .middleware import BODY_TIMEOUT, PROGRESS_BYTES
 
 MAX_HEAD_BYTES = 32 << 10  # of the request line and all headers; of one chunk's header, of trailers
@@ -55,7 +55,7 @@ class HttpConnection(H11Protocol):
         state: ServerState,
         slot: Slot,
         timeouts: Timeouts,
-        work: Work,
+        work: CallTracker,
         rejections: RejectionLog,
     ) -> None:
         super().__init__(config=config, server_state=state, app_state={})

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ....scheduler.params import shown
-from ..errors import Fault, fault_of
+from ....scheduler.params import truncated_repr
+from ..errors import ErrorInfo, error_info
 
 MAX_ERROR_TEXT = 2000  # characters
 RETRY_AFTER = "1"  # seconds, of 429 and 503
@@ -62,7 +62,7 @@ class ApiError(Exception):
         return Response(self.body, self.status, headers, "application/json")
 
 
-def api_error(fault: Fault) -> ApiError:
+def api_error(fault: ErrorInfo) -> ApiError:
     status, kind, code = OF_CODE[fault.code]
     if fault.too_long:
         code = "context_length_exceeded"
@@ -71,14 +71,14 @@ def api_error(fault: Fault) -> ApiError:
 
 def fault_code(error: Exception) -> str:
     """The engine's, for its log and metrics."""
-    return "INVALID_ARGUMENT" if isinstance(error, ApiError) else fault_of(error).code
+    return "INVALID_ARGUMENT" if isinstance(error, ApiError) else error_info(error).code
 
 
 def error_of(error: Exception) -> ApiError:
     """What the caller is told. No text of a fault of ours goes out; the caller of this logs it."""
     if isinstance(error, ApiError):
         return error
-    return api_error(fault_of(error))
+    return api_error(error_info(error))
 
 
 def misrouted(error: HTTPException, method: str, path: str, paths: Sequence[str]) -> ApiError:
@@ -91,6 +91,8 @@ def misrouted(error: HTTPException, method: str, path: str, paths: Sequence[str]
         if near:
             text = f"there is no such path, but {near[0]}"
             text += "; base_url of OpenAI's clients ends with /v1" if path in near[0][1:] else ""
-        return ApiError(404, f"{shown(path)}: {text}", "not_found_error")
+        return ApiError(404, f"{truncated_repr(path)}: {text}", "not_found_error")
     takes = (error.headers or {}).get("Allow", "")
-    return ApiError(error.status_code, f"{shown(path)} takes {takes}, not {shown(method)}")
+    return ApiError(
+        error.status_code, f"{truncated_repr(path)} takes {takes}, not {truncated_repr(method)}"
+    )

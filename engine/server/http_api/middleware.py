@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 from ...observability.rejection_log import API_KEY, RejectionLog
 from ..api_keys import ApiKeys
-from ..drain import Work
-from ..errors import Fault, Refused
+from ..drain import CallTracker
+from ..errors import ErrorInfo, RequestRejected
 from ..metadata import MAX_REQUEST_ID
 from .errors import ApiError, api_error, error_of
 from .page_route import PATHS
@@ -28,7 +28,7 @@ BODY_TIMEOUT = 30.0  # .. so many seconds
 OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
 
 
-class Bodies:
+class RequestBodyBudget:
     """Bytes that the calls which run have sent by now. Of one event loop."""
 
     def __init__(self, most: int = MAX_BODIES_BYTES) -> None:
@@ -44,7 +44,7 @@ class Bodies:
             nonlocal held
             if held < self.num_bytes and self.num_bytes + size > self._most:
                 text = f"bodies of {self.num_bytes} bytes are here already; try again later"
-                raise api_error(Fault("RESOURCE_EXHAUSTED", text))
+                raise api_error(ErrorInfo("RESOURCE_EXHAUSTED", text))
             held, self.num_bytes = held + size, self.num_bytes + size
 
         try:
@@ -53,7 +53,7 @@ class Bodies:
             self.num_bytes -= held
 
 
-class Guard:
+class AuthMiddleware:
     """The one middleware. What it lets through has its whole body, and is cancelled when its
     client goes away, as gRPC does it. Draining does not wait for a body that is being sent: its
     request is rejected when it is complete."""
@@ -61,7 +61,7 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        work: Work,
+        work: CallTracker,
         keys: ApiKeys | None,
         rejections: RejectionLog,
         max_bytes: int = MAX_BODIES_BYTES,
@@ -69,7 +69,7 @@ class Guard:
     ) -> None:
         """`max_bytes`: of the bodies of all calls that run."""
         self._app, self._work, self._keys, self._rejections = app, work, keys, rejections
-        self._bodies, self._body_timeout = Bodies(max_bytes), body_timeout
+        self._bodies, self._body_timeout = RequestBodyBudget(max_bytes), body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = _echoing(Headers(scope=scope), send)
@@ -89,7 +89,7 @@ class Guard:
                         with self._work.call():
                             await _run_while_wanted(self._app, body, scope, receive, send)
                 return
-        except (ApiError, Refused) as error:
+        except (ApiError, RequestRejected) as error:
             await error_of(error).response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -109,8 +109,8 @@ class Guard:
         if self._keys is None and _is_loopback(server) and not _is_of_this_machine(host):
             raise ApiError(
                 421,
-                f"Host {shown(host)}: without API keys this address answers to localhost and "
-                "addresses alone; give the server keys, or have the proxy send Host: localhost",
+                f"Host {truncated_repr(host)}: without API keys only localhost and IP addresses "
+                "are accepted; configure API keys, or have the proxy send Host: localhost",
             )
 
     def _check(self, headers: Headers, posts: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 from ...errors import InputError
 from ...input.chat_template import check_parts
 from ...input.openai_parts import KIND_OF, read_media, with_type
@@ -55,7 +55,7 @@ def _read_part(part: Any, field: str) -> Any:
     if name == "text":
         return part
     if not isinstance(name, str) or name not in KIND_OF:
-        text = f"{shown(name)}; must be text, image_url or video_url"
+        text = f"{truncated_repr(name)}; must be text, image_url or video_url"
         raise InputError(f"{field}.type", text)
     return read_media(part, name, f"{field}.{name}")
 

@@ -6,13 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn, cast
 
-from ....scheduler.params import MAX_LOGPROBS, OptionFields, RequestOptions, SamplingParams, shown
+from ....scheduler.params import (
+    MAX_LOGPROBS,
+    OptionFields,
+    RequestOptions,
+    SamplingParams,
+    truncated_repr,
+)
 from ...errors import InputError
 from ...tool_calling.schema import TOOL_FIELDS
 from ...utils.json_reader import TooManyParts
 from ...utils.json_reader import read_json as read_value
 from ...utils.openai_fields import REQUEST, STREAM_OPTIONS
-from ..errors import Refused, field_in
+from ..errors import RequestRejected, field_in
 from .errors import ApiError
 from .openai_messages import read_messages
 from .openai_structured import read_structured
@@ -39,7 +45,7 @@ RENAMED = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request for answers, checked as far as its form goes."""
 
     prompts: tuple[Mapping[str, Any], ...]  # each as `AsyncLLM.generate` takes it
@@ -71,15 +77,17 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def read_request(
-    body: bytes, names: Sequence[str], read: Callable[[Mapping[str, Any], Sequence[str]], Asked]
-) -> Asked:
+    body: bytes,
+    names: Sequence[str],
+    read: Callable[[Mapping[str, Any], Sequence[str]], ParsedRequest],
+) -> ParsedRequest:
     """Read a body with `read_chat` or `read_completions`. Raises what they raise."""
     written = read_json(body)
     return replace(read(written, names), body=written)
 
 
-def read_chat(body: Mapping[str, Any], names: Sequence[str]) -> Asked:
-    """Of /v1/chat/completions. Raises `InputError`, `ApiError` or `Refused`."""
+def read_chat(body: Mapping[str, Any], names: Sequence[str]) -> ParsedRequest:
+    """Of /v1/chat/completions. Raises `InputError`, `ApiError` or `RequestRejected`."""
     check_model(body, names)
     given = dict(body)
     messages = read_messages(given.pop("messages", None))
@@ -93,8 +101,8 @@ def read_chat(body: Mapping[str, Any], names: Sequence[str]) -> Asked:
     return _asked(({"messages": messages, **tools},), given)
 
 
-def read_completions(body: Mapping[str, Any], names: Sequence[str]) -> Asked:
-    """Of /v1/completions. Raises `InputError`, `ApiError` or `Refused`."""
+def read_completions(body: Mapping[str, Any], names: Sequence[str]) -> ParsedRequest:
+    """Of /v1/completions. Raises `InputError`, `ApiError` or `RequestRejected`."""
     check_model(body, names)
     given = dict(body)
     prompts = _read_prompts(given.pop("prompt", None))
@@ -107,7 +115,7 @@ def _read_chat_logprobs(given: dict[str, Any]) -> Any:
     """In chats a flag, and their number apart."""
     top = given.pop("top_logprobs", None)
     if top is not None and (type(top) is not int or not 0 <= top <= MAX_LOGPROBS):
-        text = f"{shown(top)}: must be a whole number from 0 to {MAX_LOGPROBS}"
+        text = f"{truncated_repr(top)}: must be a whole number from 0 to {MAX_LOGPROBS}"
         raise InputError("top_logprobs", text)
     if read_flag(given, "logprobs"):
         return top or 0
@@ -118,19 +126,19 @@ def _read_chat_logprobs(given: dict[str, Any]) -> Any:
 
 def check_model(body: Mapping[str, Any], names: Sequence[str]) -> None:
     """Check that `model` is one of the served names; an empty or absent one means the model that
-    is served. Raises `InputError` or `Refused`."""
+    is served. Raises `InputError` or `RequestRejected`."""
     asked = body.get("model")
     if asked is not None and not isinstance(asked, str):
-        raise InputError("model", f"{shown(asked)}: must be a text")
+        raise InputError("model", f"{truncated_repr(asked)}: must be a text")
     if asked not in (None, "", *names):
-        text = f"model={shown(asked)}: this server has {', '.join(names)}"
-        raise Refused("NOT_FOUND", text, "model")
+        text = f"model={truncated_repr(asked)}: this server has {', '.join(names)}"
+        raise RequestRejected("NOT_FOUND", text, "model")
 
 
 def read_flag(given: Mapping[str, Any], name: str) -> bool:
     value = given.get(name)
     if value is not None and not isinstance(value, bool):
-        raise InputError(name, f"{shown(value)}: must be true or false")
+        raise InputError(name, f"{truncated_repr(value)}: must be true or false")
     return bool(value)
 
 
@@ -146,13 +154,15 @@ def _read_prompts(prompt: Any) -> tuple[dict[str, Any], ...]:
         raise InputError("prompt", f"{len(prompt)} prompts; at most {MAX_PROMPTS} of one request")
     for each in prompt:
         if not isinstance(each, str | list):
-            raise InputError("prompt", f"{shown(each)}: must be a text or a list of token ids")
+            raise InputError(
+                "prompt", f"{truncated_repr(each)}: must be a text or a list of token ids"
+            )
     return tuple(
         {"prompt": each} if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt
     )
 
 
-def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Asked:
+def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> ParsedRequest:
     """`given`: what else stands in the body."""
     stream = read_flag(given, "stream")
     usage = _read_stream_options(given.pop("stream_options", None), stream)
@@ -174,7 +184,7 @@ def _asked(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> Ask
     except ValueError as error:
         raise InputError(field_in(str(error)), str(error)) from None
     told = cast(OptionFields, options)
-    return Asked(prompts, params, told, stream, *usage, form_field)
+    return ParsedRequest(prompts, params, told, stream, *usage, form_field)
 
 
 def _read_stream_options(given: Any, stream: bool) -> tuple[bool, bool]:
@@ -214,7 +224,7 @@ def _read_bias(given: Any) -> dict[int, float]:
         raise InputError("logit_bias", "must be an object of token ids and numbers")
     for token in given:
         if not token.isdecimal() or len(token) > 9:
-            raise InputError("logit_bias", f"{shown(token)}: must be token ids")
+            raise InputError("logit_bias", f"{truncated_repr(token)}: must be token ids")
     return {int(token): bias for token, bias in given.items()}
 
 
@@ -225,5 +235,5 @@ def _refuse(name: str) -> NoReturn:
     if name in NEUTRAL:
         text = f"{name}: this server does not have it yet; leave it out"
         raise ApiError(400, text, param=name, code="unsupported_parameter")
-    text = f"{shown(name)}: unknown; leave it out"
+    text = f"{truncated_repr(name)}: unknown; leave it out"
     raise ApiError(400, text, param=name, code="unknown_parameter")

@@ -18,8 +18,8 @@ from ...async_llm import AsyncLLM
 from ...errors import InputError
 from ...observability.prometheus import CONTENT_TYPE, metrics_text
 from ..chunked_json import Turns, dump
-from ..drain import Work
-from ..errors import Refused
+from ..drain import CallTracker
+from ..errors import RequestRejected
 from ..metadata import CallMetadata, log_trace, read_metadata, request_name
 from ..readers import AT_ONCE
 from ..readers import read as in_thread
@@ -28,7 +28,14 @@ from ..token_texts import TokenTexts
 from .chunked_response import event_stream, json_response
 from .errors import fault_code
 from .openai_messages import named_as_written, read_messages
-from .openai_request import Asked, check_model, read_chat, read_completions, read_json, read_request
+from .openai_request import (
+    ParsedRequest,
+    check_model,
+    read_chat,
+    read_completions,
+    read_json,
+    read_request,
+)
 from .openai_response import AnswerForm
 from .openai_stream import RunningUsage, answers_of, chunks, failed, gather
 
@@ -41,13 +48,13 @@ class Routes:
 
     engine: AsyncLLM
     names: tuple[str, ...]  # of its model; responses have the first
-    work: Work
+    work: CallTracker
     created: int  # seconds since 1970
     texts: TokenTexts
     turns: Turns = field(default_factory=Turns)
 
     @classmethod
-    def of(cls, engine: AsyncLLM, work: Work) -> Routes:
+    def of(cls, engine: AsyncLLM, work: CallTracker) -> Routes:
         texts = TokenTexts(engine.engine.processor.tokenizer.backend)
         return cls(engine, engine.engine.served_model_names, work, int(time.time()), texts)
 
@@ -74,7 +81,7 @@ class Routes:
     async def _answer(
         self,
         request: Request,
-        read: Callable[[Mapping[str, Any], Sequence[str]], Asked],
+        read: Callable[[Mapping[str, Any], Sequence[str]], ParsedRequest],
         is_chat: bool,
     ) -> Response:
         body = await request.body()
@@ -90,7 +97,7 @@ class Routes:
         return await self._respond(asked, name, beside, is_chat)
 
     async def _respond(
-        self, asked: Asked, name: str, beside: CallMetadata, is_chat: bool
+        self, asked: ParsedRequest, name: str, beside: CallMetadata, is_chat: bool
     ) -> Response:
         shows_special = not asked.params.skip_special_tokens
         form = AnswerForm(name, self.names[0], is_chat, self.texts, not shows_special)
@@ -174,11 +181,11 @@ class Routes:
     async def ready(self, request: Request) -> Response:
         """Requests are taken."""
         if self.work.is_draining:
-            raise Refused("UNAVAILABLE", "the server is being drained")
+            raise RequestRejected("UNAVAILABLE", "the server is being drained")
         if self.engine.failed:
-            raise Refused("UNAVAILABLE", "the engine has stopped")
+            raise RequestRejected("UNAVAILABLE", "the engine has stopped")
         if self.engine.engine.restarts.is_long:
-            raise Refused("UNAVAILABLE", "the workers are away; requests wait for them")
+            raise RequestRejected("UNAVAILABLE", "the workers are away; requests wait for them")
         return _json({"status": "ready"})
 
 

@@ -16,17 +16,17 @@ from ...errors import InputError
 from ...media.item import MediaInfo
 from ...outputs import Output, OutputDelta, Usage
 from ..chunked_json import Turns, dump, json_pieces
-from ..errors import fault_in
+from ..errors import parse_error_info
 from .errors import ApiError, api_error, error_of
 from .openai_messages import as_written
-from .openai_request import Asked
+from .openai_request import ParsedRequest
 from .openai_response import AnswerForm, ChoiceState, PromptLogprobs
 from .openai_structured import renamed
 
 log = logging.getLogger("octavo.server")
 
 DONE = b"data: [DONE]\n\n"
-FEW = 16  # log probabilities' tokens that are written in one go
+MAX_INLINE_LOGPROBS = 16  # log probabilities' tokens that are written in one go
 
 # JSON escapes all other line separators by itself: they are control characters below U+0020.
 _LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
@@ -56,15 +56,15 @@ class RunningUsage:
         }
 
 
-def failed(error: str, asked: Asked) -> ApiError:
+def failed(error: str, asked: ParsedRequest) -> ApiError:
     """Return the response for a delta's error."""
-    fault = fault_in(error)
+    fault = parse_error_info(error)
     told = renamed(InputError(fault.field, fault.text), asked.form_of)
     told = as_written(told, asked.body)
     return api_error(replace(fault, text=str(told), field=told.field))
 
 
-async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str, Any]:
+async def gather(answers: Answers, asked: ParsedRequest, form: AnswerForm) -> dict[str, Any]:
     """Wait for all deltas and return the response, whose log probabilities are lazy lists."""
     n = asked.params.n
     outputs = [Output(i, logprobs=LogprobTable()) for i in range(n * len(asked.prompts))]
@@ -93,7 +93,7 @@ async def gather(answers: Answers, asked: Asked, form: AnswerForm) -> dict[str, 
 async def chunks(
     first: tuple[int, OutputDelta],
     rest: Answers,
-    asked: Asked,
+    asked: ParsedRequest,
     form: AnswerForm,
     usage: RunningUsage,
     turns: Turns,
@@ -115,7 +115,7 @@ async def chunks(
                     chunk["usage"] = usage.write()
                 elif asked.include_usage:
                     chunk["usage"] = None
-                if delta.prompt_logprobs or len(delta.logprobs) > FEW:
+                if delta.prompt_logprobs or len(delta.logprobs) > MAX_INLINE_LOGPROBS:
                     async for piece in turns.paced(_event_pieces(chunk)):
                         yield piece
                 else:
@@ -145,7 +145,7 @@ OnReady = Callable[[int], None]
 
 
 async def answers_of(
-    engine: AsyncLLM, asked: Asked, name: str, traceparent: str, on_ready: OnReady
+    engine: AsyncLLM, asked: ParsedRequest, name: str, traceparent: str, on_ready: OnReady
 ) -> Answers:
     """Yield (index of the prompt, delta) of all prompts, as they come; closing it aborts them all.
 
@@ -161,7 +161,7 @@ async def answers_of(
 
 
 async def _merged(
-    engine: AsyncLLM, asked: Asked, name: str, traceparent: str, on_ready: OnReady
+    engine: AsyncLLM, asked: ParsedRequest, name: str, traceparent: str, on_ready: OnReady
 ) -> Answers:
     def begin(prompt: int, request_id: str) -> AsyncGenerator[OutputDelta, None]:
         return engine.generate(

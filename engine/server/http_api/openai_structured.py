@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 from ....scheduler.structured import ANY_OBJECT, StructuredOutput
 from ...errors import InputError
 
@@ -34,7 +34,9 @@ def _read_format(given: Any) -> tuple[StructuredOutput | None, str]:
         return None, ""
     kind = _mapping(field, given).get("type")
     if kind not in FORMATS:
-        raise InputError(f"{field}.type", f"{shown(kind)}: must be one of {', '.join(FORMATS)}")
+        raise InputError(
+            f"{field}.type", f"{truncated_repr(kind)}: must be one of {', '.join(FORMATS)}"
+        )
     known = ("type", "json_schema") if kind == "json_schema" else ("type",)
     _only(field, given, known)
     if kind != "json_schema":
@@ -43,7 +45,9 @@ def _read_format(given: Any) -> tuple[StructuredOutput | None, str]:
     found = _mapping(field, given.get("json_schema"))
     _only(field, found, OF_SCHEMA)
     if not isinstance(found.get("strict"), bool | None):
-        raise InputError(f"{field}.strict", f"{shown(found['strict'])}: must be true or false")
+        raise InputError(
+            f"{field}.strict", f"{truncated_repr(found['strict'])}: must be true or false"
+        )
     field = f"{field}.schema"
     schema = _mapping(field, found.get("schema"))
     return _made(field, json_schema=schema), field
@@ -79,11 +83,13 @@ def renamed(error: InputError, field: str) -> InputError:
 
 def _mapping(field: str, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, dict):
-        raise InputError(field, f"{shown(given)}: must be an object")
+        raise InputError(field, f"{truncated_repr(given)}: must be an object")
     return given
 
 
 def _only(field: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
-            raise InputError(field, f"{shown(name)} is unknown; it takes {', '.join(known)}")
+            raise InputError(
+                field, f"{truncated_repr(name)} is unknown; it takes {', '.join(known)}"
+            )

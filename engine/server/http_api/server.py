@@ -25,11 +25,11 @@ from ...observability.rejection_log import RejectionLog
 from ...utils.tls import TlsFiles
 from ..api_keys import ApiKeys
 from ..connections import Acceptor, ConnectionLimits, Slot, connections_that_fit
-from ..drain import Work
-from ..errors import Refused
+from ..drain import CallTracker
+from ..errors import RequestRejected
 from .connection import HttpConnection, Timeouts, http_config
 from .errors import ApiError, error_of, misrouted
-from .middleware import BODY_TIMEOUT, Guard
+from .middleware import BODY_TIMEOUT, AuthMiddleware
 from .openai_routes import Routes
 from .page_route import page_routes
 from .snapshot_route import LiveView
@@ -87,9 +87,9 @@ class HttpServer:
         """`port`: 0 takes a free one. `keys`: of which every request must bring one."""
         self._host, self._port, self._keys, self._tls = host, port, keys, tls
         self._timeouts, self._max_connections = timeouts or Timeouts(), max_connections
-        self._work = Work()
+        self._work = CallTracker()
 
-    async def start(self, engine: AsyncLLM, work: Work) -> str:
+    async def start(self, engine: AsyncLLM, work: CallTracker) -> str:
         """Listens; gives HOST:PORT. Raises OSError when the address cannot be taken. `work`: of
         all doors."""
         self._work, host = work, self._host
@@ -130,7 +130,7 @@ class HttpServer:
 
 def make_app(
     routes: Routes,
-    work: Work,
+    work: CallTracker,
     keys: ApiKeys | None,
     rejections: RejectionLog,
     view: LiveView,
@@ -138,11 +138,11 @@ def make_app(
 ) -> ASGIApp:
     """The guard stands before all paths."""
     kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
-    handlers = dict.fromkeys((*kinds, Refused, Exception), _tell)
+    handlers = dict.fromkeys((*kinds, RequestRejected, Exception), _tell)
     paths = [*routes.all, *page_routes(), *view.routes]
     app = Starlette(routes=paths, exception_handlers=handlers)
     max_bytes = routes.engine.config.max_queue_bytes
-    return Guard(app, work, keys, rejections, max_bytes, body_timeout)
+    return AuthMiddleware(app, work, keys, rejections, max_bytes, body_timeout)
 
 
 async def _tell(request: Request, error: Exception) -> Response:

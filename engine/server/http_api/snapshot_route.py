@@ -17,16 +17,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ....scheduler.params import shown
+from ....scheduler.params import truncated_repr
 from ...async_llm import AsyncLLM
 from ...errors import InputError
 from ...observability.snapshot import RequestRow, Snapshot
 from ...observability.stats import StepRecord
-from ..errors import Refused
+from ..errors import RequestRejected
 
-LEAST_AGE = 0.2  # seconds that a snapshot serves for all who ask
-PATIENCE = 3.0  # seconds for the step thread to come by
-MOST_DIGITS = 18  # of a step's number
+MIN_AGE = 0.2  # seconds that a snapshot serves for all who ask
+SNAPSHOT_TIMEOUT = 3.0  # seconds for the step thread to come by
+MAX_DIGITS = 18  # of a step's number
 
 
 class LiveView:
@@ -36,7 +36,7 @@ class LiveView:
         """`is_known`: everybody who comes has shown a key or a certificate."""
         self._engine, self._is_known = engine, is_known
         self._lock = asyncio.Lock()  # who asks meanwhile gets the same
-        self._made_at = -LEAST_AGE
+        self._made_at = -MIN_AGE
         self._snapshot: Snapshot | None = None
         self._runs: list[int] = []
 
@@ -66,22 +66,22 @@ class LiveView:
         return Response(text, 200, headers, "application/json")
 
     async def _latest(self) -> tuple[Snapshot, list[int]]:
-        """At most one is made in `LEAST_AGE` seconds, however many look."""
+        """At most one is made in `MIN_AGE` seconds, however many look."""
         async with self._lock:
-            if self._snapshot is None or time.monotonic() - self._made_at >= LEAST_AGE:
+            if self._snapshot is None or time.monotonic() - self._made_at >= MIN_AGE:
                 try:
-                    made = await asyncio.wait_for(self._engine.snapshot(), PATIENCE)
+                    made = await asyncio.wait_for(self._engine.snapshot(), SNAPSHOT_TIMEOUT)
                 except TimeoutError:
                     text = "the engine is in a long step, or its workers are away"
-                    raise Refused("UNAVAILABLE", text) from None
+                    raise RequestRejected("UNAVAILABLE", text) from None
                 self._runs = await asyncio.to_thread(made.runs)
                 self._snapshot, self._made_at = made, time.monotonic()
             return self._snapshot, self._runs
 
 
 def _read_step(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or len(text) > MOST_DIGITS:
-        raise InputError("after", f"{shown(text)}: must be the number of a step")
+    if not (text.isascii() and text.isdecimal()) or len(text) > MAX_DIGITS:
+        raise InputError("after", f"{truncated_repr(text)}: must be the number of a step")
     return int(text)
 
 

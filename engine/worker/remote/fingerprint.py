@@ -11,7 +11,7 @@ from ...config.engine_config import ModelConfig, PreprocessConfig
 from ...errors import ConfigError
 
 SAMPLE = 4096  # bytes read at the beginning, the middle and the end of each tensor
-MOST_HEADER = 100 << 20  # bytes; more is no safetensors file
+MAX_HEADER = 100 << 20  # bytes; more is no safetensors file
 
 
 def fingerprint(folder: Path) -> str:
@@ -45,7 +45,7 @@ def _tensors(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, MOST_HEADER)))
+            header = json.loads(file.read(min(size, MAX_HEADER)))
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue

@@ -22,40 +22,40 @@ from ....proto import worker_pb2_grpc
 from ...utils.cores import cores_id
 from .address import interface_towards
 from .fingerprint import fingerprint, stamps
-from .rendezvous import Meeting
+from .rendezvous import Rendezvous
 
 log = logging.getLogger("octavo.worker")
 
 LEASE = 5.0  # seconds without its engine's stream after which a worker that is taken ends
 WATCH = 0.5  # seconds between two looks
-LAST_WORDS = 0.1  # seconds for the last answer to go out
+SHUTDOWN_GRACE = 0.1  # seconds for the last answer to go out
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerSpec:
     """What whoever started the worker has said of it."""
 
     rank: int
     local_rank: int  # the number of its GPU on this machine
     model: Path
-    meeting: Meeting = field(default_factory=Meeting)
+    meeting: Rendezvous = field(default_factory=Rendezvous)
 
 
 @dataclass(frozen=True)
-class Claim:
+class EngineClaim:
     engine_id: str
     epoch: int
 
 
 class MembershipServicer(worker_pb2_grpc.MembershipServicer):
-    def __init__(self, place: Place, leave: Callable[[str], None]) -> None:
+    def __init__(self, place: WorkerSpec, leave: Callable[[str], None]) -> None:
         """`leave` ends the process; it is told why. Reads samples of the checkpoint. Raises
         `ConfigError`."""
         self._place, self._leave = place, leave
         self._stamps = stamps(place.model)
         self._mark = fingerprint(place.model)
         self._lock = threading.Lock()
-        self._claim: Claim | None = None
+        self._claim: EngineClaim | None = None
         self._num_open = 0  # of the engine's streams: two while a broken one is not noticed yet
         self._left_at = 0.0  # when the last of them broke, on the monotonic clock
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
@@ -64,7 +64,7 @@ class MembershipServicer(worker_pb2_grpc.MembershipServicer):
         place = self._place
         if problem := _problem(request, place.rank):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
-        if refused := self._take(Claim(request.engine_id, request.epoch)):
+        if refused := self._take(EngineClaim(request.engine_id, request.epoch)):
             context.abort(grpc.StatusCode.UNAVAILABLE, refused)
         log.info("rank %d of %d joins an engine", place.rank, request.tensor_parallel_size)
         return pb.JoinReply(
@@ -96,7 +96,7 @@ class MembershipServicer(worker_pb2_grpc.MembershipServicer):
     def is_taken_in(self, epoch: int) -> bool:
         return self._claim is not None and self._claim.epoch == epoch
 
-    def _take(self, claim: Claim) -> str:
+    def _take(self, claim: EngineClaim) -> str:
         """Why it is refused, or nothing."""
         with self._lock:
             if self._claim is None and stamps(self._place.model) != self._stamps:
@@ -117,7 +117,7 @@ class MembershipServicer(worker_pb2_grpc.MembershipServicer):
             self._left_at = time.monotonic()
 
     def _leave_soon(self, why: str) -> None:
-        threading.Timer(LAST_WORDS, self._leave, (why,)).start()
+        threading.Timer(SHUTDOWN_GRACE, self._leave, (why,)).start()
 
     def _watch(self) -> None:
         while True:

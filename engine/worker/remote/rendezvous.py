@@ -49,7 +49,7 @@ class SharedStore:
         return values.get(key)
 
 
-class Meeting:
+class Rendezvous:
     """A worker's end: what any thread asks goes out by the stream that the engine opened last."""
 
     def __init__(self) -> None:

@@ -23,11 +23,11 @@ from .worker import check_exposure
 log = logging.getLogger("octavo.worker")
 
 MODULE = "octavo.engine.worker.remote.worker"
-SOON = 10.0  # seconds; a worker that ends with a fault before has failed to start
-SILENCE = 30.0  # seconds without a beat after which a worker is taken to hang
+MIN_UPTIME = 10.0  # seconds; a worker that ends with a fault before has failed to start
+HEARTBEAT_TIMEOUT = 30.0  # seconds without a beat after which a worker is taken to hang
 GRACE = 5.0  # seconds for it to end when asked
-LOOK = 0.5  # seconds between two looks
-PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0)  # seconds before the next start, by failures in a row
+POLL_INTERVAL = 0.5  # seconds between two looks
+BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0)  # seconds before the next start, by failures in a row
 
 
 def free_address(address: Address) -> Address:
@@ -45,7 +45,7 @@ def free_address(address: Address) -> Address:
         raise ConfigError(f"--listen {address}: {error.strerror or error}") from None
 
 
-class Keeper:
+class Supervisor:
     """Starts a worker, and the next when it has ended, until it is told to stop."""
 
     def __init__(
@@ -66,12 +66,12 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         failures = 0
-        while not self._is_stopped_within(PAUSES[min(failures, len(PAUSES) - 1)]):
+        while not self._is_stopped_within(BACKOFF[min(failures, len(BACKOFF) - 1)]):
             began = time.monotonic()
             status = self._run_one()
             if self._stopped_at:
                 break
-            is_fault = status != 0 and time.monotonic() - began < SOON
+            is_fault = status != 0 and time.monotonic() - began < MIN_UPTIME
             failures = failures + 1 if is_fault else 0
             log.info("the worker has ended with status %d; it is started anew", status)
         return 0
@@ -79,7 +79,7 @@ class Keeper:
     def _is_stopped_within(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
         while not self._stopped_at and (left := end - time.monotonic()) > 0:
-            time.sleep(min(LOOK, left))
+            time.sleep(min(POLL_INTERVAL, left))
         return self._stopped_at > 0
 
     def _run_one(self) -> int:
@@ -104,11 +104,11 @@ class Keeper:
         """Its status once it has ended. One that hangs is killed: it ends for nobody else."""
         heard = time.monotonic()
         while process.poll() is None:
-            if select.select([beats], [], [], LOOK)[0]:
+            if select.select([beats], [], [], POLL_INTERVAL)[0]:
                 if not os.read(beats, 4096):
                     return process.wait()
                 heard = time.monotonic()
-            patience = GRACE if self._stopped_at else SILENCE
+            patience = GRACE if self._stopped_at else HEARTBEAT_TIMEOUT
             if time.monotonic() - (self._stopped_at or heard) > patience:
                 log.warning("the worker does not answer and is killed")
                 process.kill()

@@ -9,15 +9,15 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ....proto import worker_pb2 as pb
-from .rendezvous import Meeting
+from .rendezvous import Rendezvous
 
 POLL = 0.02  # seconds between two looks for a value that another rank is to set
 
 
-class MeetingStore(dist.Store):
+class RendezvousStore(dist.Store):
     """Torch calls it from threads of its own."""
 
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: Rendezvous) -> None:
         super().__init__()
         self._meeting = meeting
         self._patience = timedelta(minutes=5)

@@ -26,7 +26,7 @@ from ..link import UNLIMITED
 from ..parent import end_with_parent
 from ..worker import WorkerServicer
 from .address import Address
-from .membership import MembershipServicer, Place
+from .membership import MembershipServicer, WorkerSpec
 
 log = logging.getLogger("octavo.worker")
 
@@ -56,11 +56,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     threading.Thread(target=_beat, args=(args.beat,), name="beat", daemon=True).start()
-    place = Place(args.rank, args.local_rank, args.model)
+    place = WorkerSpec(args.rank, args.local_rank, args.model)
     serve(Address.parse(args.listen, "--listen"), place, args.tls)
 
 
-def serve(address: Address, place: Place, tls: Path | None) -> None:
+def serve(address: Address, place: WorkerSpec, tls: Path | None) -> None:
     """Does not return. Exits with status 2 where nothing can listen there. Raises `ConfigError`."""
     check_exposure(address, tls)
     server = grpc.server(
