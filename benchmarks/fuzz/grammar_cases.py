@@ -1,4 +1,4 @@
-"""Random structured outputs for `grammar_fuzz.py`: schemas, regexes, Lark grammars and tools.
+"""Random structured outputs for `grammar.py`: schemas, regexes, Lark grammars and tools.
 
 Most are ordinary; some are made to overflow a stack, or to take time and memory.
 """

@@ -1,7 +1,7 @@
 """A client for `octavo serve`: messages as the model card writes them, deltas as they come.
 
 Imports neither torch nor the engine: it is light enough for any program. What an image or a video
-may be says `client_media.py`.
+may be says `media.py`.
 """
 
 from __future__ import annotations

@@ -170,6 +170,6 @@ def _check_place(place: str, path: str, access: MediaAccess, field: str) -> None
     if not any(real.is_relative_to(root) for root in access.roots):
         raise InputError(
             field,
-            f"{truncated_repr(path)}: is not in a folder that this server may read; send the "
-            "bytes (octavo.Client does), or allow the folder (--allow-media-path, allowed_media_paths)",
+            f"{truncated_repr(path)}: is not in a folder that this server may read; send "
+            "the bytes (octavo.Client does), or allow it (--allow-media-path, allowed_media_paths)",
         )

@@ -1,4 +1,4 @@
-"""What went wrong, as callers are told it; the codes are `error_codes.py`'s.
+"""What went wrong, as callers are told it; the codes are `engine/errors.py`'s.
 
 Only texts of our own reach a caller. Whatever else is raised is INTERNAL, and goes to the log.
 """

@@ -1,7 +1,7 @@
 """Structured output with llguidance: compile grammars, and compute masks over the vocabulary.
 
 A `Grammar` is compiled, a `Matcher` is the state of one answer in it. Every grammar is tried in
-another process first (`grammar_trials.py`), under limits of time, memory and stack. Work in a step
+another process first (`trials.py`), under limits of time, memory and stack. Work in a step
 is bounded by limits and not by a clock, so that rejections do not depend on the load.
 """
 

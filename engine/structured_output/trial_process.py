@@ -3,7 +3,7 @@
 Compiling a grammar can overflow the native stack, or take any time and memory. So the engine only
 compiles what compiled here first, under hard limits. The process loads the tokenizer once, and then
 forks workers, which share its memory: losing one costs milliseconds. It has a single thread, so
-that forking is safe. `grammar_trials.py` starts it; both speak `proto/grammar.proto`.
+that forking is safe. `trials.py` starts it; both speak `proto/grammar.proto`.
 """
 
 from __future__ import annotations

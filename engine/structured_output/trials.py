@@ -1,7 +1,7 @@
 """Tries grammars in another process before the engine compiles them.
 
 A grammar that crashes the library, or takes too much time or memory, ends a worker of
-`grammar_child.py` and not the engine. There are two workers. The quick one gives every grammar
+`trial_process.py` and not the engine. There are two workers. The quick one gives every grammar
 a tenth of a second of CPU time; those that take longer share the slow one, so that slow grammars
 delay each other and no others.
 """

@@ -37,7 +37,7 @@ UNTRUSTED = ("handshake failed", "verification check failed")  # in gRPC's texts
 HUNG_UP = (
     "; it may be that its ca.crt did not sign this engine's certificate, or that it has no --tls"
 )
-# See remote_worker.py: a cut cable says nothing.
+# See worker.py: a cut cable says nothing.
 OPTIONS = [
     *UNLIMITED,
     ("grpc.enable_http_proxy", 0),  # it would dial a loopback of its own

@@ -1,7 +1,7 @@
 """A worker that was started apart: whose it is, and that it goes when its engine has gone.
 
 It serves one engine at a time, for one life of a group. After that the process ends, so that its
-memory, its device and its collectives are free for certain, and `keeper.py` starts the next.
+memory, its device and its collectives are free for certain, and `supervisor.py` starts the next.
 """
 
 from __future__ import annotations
