@@ -4,8 +4,8 @@
 
 A seed draws one connection: what it sends (valid and invalid HTTP/1.1, HTTP/2, TLS, noise), in
 which pieces, and how it ends: politely, by a reset, or by staying open without another byte. The
-server has to answer afterwards. `tests/test_connections.py` also bounds its descriptors, threads
-and log.
+server has to answer afterwards. `tests/server/test_connections.py` also bounds its descriptors,
+threads and log.
 """
 
 from __future__ import annotations

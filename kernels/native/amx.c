@@ -1,7 +1,7 @@
 // AMX: its instructions, what they compute, and whether this machine computes it.
 // Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
 //
-// Nobody has a machine with AMX to develop this on. So tests/tile_trap.c plays the processor for it,
+// Nobody has a machine with AMX to develop this on. So tests/kernels/tile_trap.c plays the processor for it,
 // and where AMX is, a child process tries it before it is used.
 
 #include "amx.h"
@@ -181,7 +181,7 @@ static int computes(void) {
 }
 
 #ifdef OCTAVO_TRAPPED_AMX
-enum { TRAPPED = 1 };  // built for tests/tile_trap.c, which is what SIGILL then calls
+enum { TRAPPED = 1 };  // built for tests/kernels/tile_trap.c, which is what SIGILL then calls
 #else
 enum { TRAPPED = 0 };
 #endif

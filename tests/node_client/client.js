@@ -1,5 +1,5 @@
 // A client of Octavo as Node users have it: @grpc/grpc-js and @grpc/proto-loader, from the .proto
-// file alone. Tries everything once and prints what it saw as JSON, for tests/test_node_client.py.
+// file alone. Tries everything once and prints what it saw as JSON, for tests/server/test_node_client.py.
 //
 //   node client.js '{"proto": FILE, "health": DESCRIPTORS, "address": ..., "guarded": ...,
 //                    "secure": ..., "key": ..., "ca": FILE, "image": FILE, "question": TEXT}'
