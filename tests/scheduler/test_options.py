@@ -353,7 +353,7 @@ def test_what_is_not_admitted_leaves_nothing_behind(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
-            "octavo.engine.core.active_requests.LiveRequest.supply", lambda *args, **more: 1 / 0
+            "octavo.engine.core.active_requests.ActiveRequest.supply", lambda *args, **more: 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
             llm.engine.add_request("bad", ask("Hi", 3), GREEDY)

@@ -296,7 +296,7 @@ def test_large_responses_come_in_pieces(
     small = raw.post("/v1/completions", json={**body, "prompt_logprobs": None, "logprobs": 1})
     assert int(small.headers["content-length"]) == len(small.content)
     monkeypatch.setattr(chunked_json, "PIECE_BYTES", 500)
-    monkeypatch.setattr(openai_stream, "FEW", 0)
+    monkeypatch.setattr(openai_stream, "MAX_INLINE_LOGPROBS", 0)
     large = raw.post("/v1/completions", json=body)
     assert large.headers["transfer-encoding"] == "chunked"
     told = large.json()["choices"][0]["prompt_logprobs"]
