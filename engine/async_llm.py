@@ -171,6 +171,7 @@ class AsyncLLM:
             stream.work.cancel()
         if stream.ready is not None:
             stream.ready.cancel()  # else asyncio logs errors that are never retrieved
+        stream.work = stream.ready = None
         if stream.is_admitted and not is_finished:
             self._steps.abort(key)
 
@@ -198,7 +199,10 @@ class AsyncLLM:
         if not future.done():
             stream.end(RequestStatus.FINISHED_ERROR, str(PreprocessTimeout()))
             return None
-        return future.result()
+        try:
+            return future.result()
+        finally:
+            del future, stream  # an exception's traceback would refer to them, and they to it
 
     def is_running(self, request_id: str) -> bool:
         """Return whether a request that has not ended has this name."""

@@ -68,6 +68,14 @@ def code_of(error: BaseException) -> str:
     return next((code for kind, code in _CODES if isinstance(error, kind)), "INTERNAL")
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """Remove the traceback of an expected error. Its frames refer to the request's input, which
+    would stay in memory until the next garbage collection."""
+    if code_of(error) != "INTERNAL":
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
 def split_code(error: str) -> tuple[str, str]:
     """Split the error of a delta into code and text. Without a code it is INTERNAL."""
     code, _, text = error.partition(": ")

@@ -207,6 +207,8 @@ def check_text(text: Any, field: str) -> str:
     """The text, if it is one that can be encoded."""
     if not isinstance(text, str):
         raise InputError(field, f"must be a text, not {type(text).__name__}")
+    if len(text) > MAX_TEXT:
+        raise InputError(field, f"{len(text)} characters of text; at most {MAX_TEXT}")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -19,7 +19,7 @@ from typing import Any
 from ...scheduler.admission import QueueFull
 from ...scheduler.params import SamplingParams
 from ...scheduler.structured import StructuredOutput
-from ..errors import GrammarQueueFull, InputError
+from ..errors import GrammarQueueFull, InputError, without_frames
 from ..media.sandbox.plan import MEDIA_LANES, plan_decoders
 from ..media.sandbox.pool import DecoderPool
 from ..media.task import MediaTask
@@ -34,6 +34,11 @@ from .prompt_size import PromptSize
 log = logging.getLogger("octavo.media")
 
 MAX_SLOW_GRAMMARS = 16  # that wait to be compiled: each may take a second
+
+
+def _do_nothing() -> None:
+    """The callback of a job that has been cancelled. The one before refers to the job: kept, it
+    would keep the request's pixels until the next garbage collection."""
 
 
 class InputJob:
@@ -62,7 +67,8 @@ class InputJob:
         self._compile_task.cancel()
         if self._task is not None:
             self._task.cancel()
-        self.on_cancel()
+        self.on_cancel, call = _do_nothing, self.on_cancel
+        call()
 
     def compile(
         self,
@@ -80,7 +86,7 @@ class InputJob:
                     return
         except BaseException as error:
             if self.future.set_running_or_notify_cancel():
-                self.future.set_exception(error)
+                self.future.set_exception(without_frames(error))
         else:
             go_on()
 
@@ -104,7 +110,7 @@ class InputJob:
         except BaseException as error:
             if self.future.done():  # a stream keeps its own errors
                 raise
-            self.future.set_exception(error)
+            self.future.set_exception(without_frames(error))
         else:
             self.future.set_result(ready)
 
@@ -145,7 +151,8 @@ class TokenizeJob:
         """Stop at the next piece of text. To be called in any case, as `InputJob.cancel`."""
         self._is_dropped = True
         self.future.cancel()
-        self.on_cancel()
+        self.on_cancel, call = _do_nothing, self.on_cancel
+        call()
 
     def run(self, processor: InputProcessor) -> None:
         """In the pool."""
@@ -158,7 +165,7 @@ class TokenizeJob:
             else:
                 ids = list(reader.read(prompt, check=self._check).token_ids)
         except BaseException as error:
-            self.future.set_exception(error)
+            self.future.set_exception(without_frames(error))
         else:
             self.future.set_result(ids)
 

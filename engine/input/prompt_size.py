@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
+from itertools import islice
 from sys import getsizeof
 from typing import Any
 
@@ -11,6 +12,8 @@ from .openai_parts import KIND_OF
 
 KINDS = ("image", "video")
 MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)  # the first are found fastest
+MAX_SOURCES = 1 << 14  # frames of lists included; a request of more is rejected later
+BYTES = (str, bytes, bytearray, memoryview)
 TOKEN_ID_BYTES = 40  # of a list of numbers
 LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
 
@@ -29,27 +32,35 @@ class PromptSize:
         sources = [(kind, value) for kind, value in values if kind in KINDS]
         texts: list[Any] = [value for kind, value in values if kind not in KINDS]
         is_long = sum(map(len, texts)) > LONG_TEXT
+        flat = list(islice(_flat(source for _, source in sources), MAX_SOURCES))
         return cls(
-            lane=_lane_of(sources, is_long),
-            source_bytes=sum(_num_bytes(source) for _, source in sources),
+            lane=_lane_of({kind for kind, _ in sources}, any(map(_is_url, flat)), is_long),
+            source_bytes=sum(map(_num_bytes, flat)),
             text_bytes=sum(map(_text_bytes, texts)) if is_long else 0,
         )
 
 
-def _lane_of(sources: Sequence[tuple[str, Any]], is_long: bool) -> str:
-    if any(_has_url(source) for _, source in sources):
+def _lane_of(kinds: Set[str], has_url: bool, is_long: bool) -> str:
+    if has_url:
         return "urls"
-    if any(kind == "video" for kind, _ in sources):
+    if "video" in kinds:
         return "videos"
-    if sources:
+    if kinds:
         return "images"
     return "long_texts" if is_long else "text"
 
 
-def _has_url(source: Any) -> bool:
-    if isinstance(source, str):
-        return source[:8].lower().startswith(("http://", "https://"))
-    return any(map(_has_url, _list(source)))
+def _flat(sources: Iterable[Any]) -> Iterator[Any]:
+    """Yield the sources, and each frame of those that are lists of frames."""
+    for source in sources:
+        if isinstance(source, SEQUENCES) and not isinstance(source, BYTES):
+            yield from source
+        else:
+            yield source
+
+
+def _is_url(source: Any) -> bool:
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def _text_bytes(text: Sequence[Any]) -> int:
@@ -93,9 +104,7 @@ def _list(value: Any) -> Sequence[Any]:
 
 
 def _num_bytes(source: Any) -> int:
-    if isinstance(source, str | bytes | bytearray | memoryview):
+    if isinstance(source, BYTES):
         return len(source)
-    if isinstance(source, Sequence):
-        return sum(map(_num_bytes, source))
     size = getattr(getattr(source, "values", source), "nbytes", 0)
     return size if isinstance(size, int) else 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
 import ssl
@@ -24,6 +26,11 @@ from ..observability.rejection_log import (
     TLS_HANDSHAKE,
     RejectionLog,
 )
+
+log = logging.getLogger("octavo.server")
+
+# Errors of `accept` that mean: no descriptors or memory.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 MAX_CONNECTIONS = 8192
 PER_PEER_SHARE = 4  # one peer's waiting connections may be so large a part: a quarter
@@ -163,7 +170,9 @@ class Acceptor:
                 return
             except ConnectionError:  # the client has gone already
                 continue
-            except OSError:  # no descriptors or memory
+            except OSError as error:
+                if error.errno not in EXHAUSTED:  # of one connection, such as a firewall's EPERM
+                    continue
                 self._rejections.add(ACCEPT_ERROR, "the listening socket")
                 self._close_longest(self._waiting)
                 self._pause()
@@ -228,7 +237,15 @@ class Acceptor:
             now = self._loop.time()
             for slot in list(self._slots):
                 if slot.connection is not None:
-                    slot.connection.check(now)
+                    self._check(slot, slot.connection, now)
+
+    def _check(self, slot: Slot, connection: LimitedConnection, now: float) -> None:
+        try:
+            connection.check(now)
+        except Exception:  # of one connection: the others' timeouts go on
+            log.exception("a connection is closed: its timeouts cannot be checked")
+            self.remove(slot)
+            slot.abort()
 
 
 def peer_of(address: tuple[Any, ...]) -> str:

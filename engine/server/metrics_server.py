@@ -119,7 +119,11 @@ class _MetricsConnection(asyncio.Protocol):
         if not method.isalpha() or not target or not version.startswith("HTTP/1."):
             self._reject("400 Bad Request")
             return
-        status, headers, body = call_app(self._app, method, target, lines[1:])
+        try:
+            status, headers, body = call_app(self._app, method, target, lines[1:])
+        except (TypeError, ValueError):  # prometheus_client, of a malformed Accept header
+            self._reject("400 Bad Request")
+            return
         self._write(status, headers, b"" if method == "HEAD" else body, len(body))
 
     def _reject(self, status: str) -> None:

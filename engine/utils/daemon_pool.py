@@ -37,17 +37,17 @@ class DaemonPool:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the pool of threads is closed")
+            if self._num_unfinished >= len(self._threads) < self._size:
+                self._start_thread()
             self._num_unfinished += 1
             self._tasks.put((future, lambda: function(*args)))
-            if self._num_unfinished > len(self._threads) < self._size:
-                self._start_thread()
         return future
 
     def _start_thread(self) -> None:
         name = f"{self._name}_{len(self._threads)}"
         thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def close(self) -> None:
         """Cancel tasks that have not started, and end each thread after its call. Does not wait."""

@@ -56,6 +56,7 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
         self._num_items = self._num_numbers = 0
+        self._stops = {b'"': -1, b"\\": -1}  # the next position of each, or where to look again
 
     def read(self) -> Any:
         self._at = 3 if self._data.startswith(b"\xef\xbb\xbf") else 0
@@ -137,16 +138,22 @@ class _Reader:
 
     def _part(self) -> bytes:
         """Return the next part of a string, b"" at its end."""
-        end = min(len(self._data), self._at + PART)
-        for stop in (b'"', b"\\"):
-            found = self._data.find(stop, self._at, end)
-            end = end if found < 0 else found
+        end = min(self._next_stop(b'"'), self._next_stop(b"\\"))
         while end < len(self._data) and 0x80 <= self._data[end] < 0xC0:
             end += 1  # the rest of a character
         if end > self._at:
             return self._data[self._at : end]
         escapes = _PART.match(self._data, self._at)
         return escapes[0] if escapes else b""
+
+    def _next_stop(self, stop: bytes) -> int:
+        """Return where a part ends because of this byte. Found ones are kept: between two quotes
+        there may be millions of backslashes."""
+        if self._stops[stop] <= self._at:
+            end = min(len(self._data), self._at + PART)
+            found = self._data.find(stop, self._at, end)
+            self._stops[stop] = end if found < 0 else found
+        return self._stops[stop]
 
     def _next(self) -> bytes:
         """Skip white space and return the byte that follows, b"" at the end."""

@@ -139,7 +139,7 @@ def test_L25_torch_load() -> None:
 def test_files_are_short() -> None:
     for path in FILES:
         lines = path.read_text().count("\n")
-        assert lines <= 340, f"{path}: {lines} lines"
+        assert lines <= 350, f"{path}: {lines} lines"
 
 
 def test_functions_are_short() -> None:

@@ -207,6 +207,7 @@ def _spare_collector() -> None:
     through it again and again while streams run, which would stop them for tenths of seconds."""
     gc.collect()
     gc.freeze()
+    gc.collect()  # resets the size that a full collection has to exceed a quarter of
 
 
 async def warm_up(engine: AsyncLLM) -> None:

@@ -190,7 +190,7 @@ def unsent_in_kernel(transport: asyncio.Transport) -> int:
     try:
         file = transport.get_extra_info("socket").fileno()
         return int.from_bytes(fcntl.ioctl(file, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (OSError, AttributeError):
+    except (OSError, ValueError, AttributeError):  # ValueError: it is closed
         return 0
 
 
