@@ -202,7 +202,7 @@ class AsyncLLM:
         try:
             return future.result()
         finally:
-            del future, stream  # an exception's traceback would refer to them, and they to it
+            del work, future, stream  # an error refers to this frame, and they to the error
 
     def is_running(self, request_id: str) -> bool:
         """Return whether a request that has not ended has this name."""
