@@ -353,7 +353,7 @@ def test_what_is_not_admitted_leaves_nothing_behind(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
-            "octavo.engine.core.active_requests.LiveRequest.supply", lambda *args, **more: 1 / 0
+            "octavo.engine.core.active_requests.ActiveRequest.supply", lambda *args, **more: 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
             llm.engine.add_request("bad", ask("Hi", 3), GREEDY)
@@ -551,4 +551,4 @@ def test_a_failure_s_text_says_its_code_once(served: Served) -> None:
     with Client(served.address) as client, pytest.raises(ClientError) as caught:
         list(client.chat(ask("Hi"), timeout_s=0))
     assert caught.value.code == "DEADLINE_EXCEEDED"
-    assert caught.value.text.startswith("the time ran out ")
+    assert caught.value.text.startswith("timed out after ")
