@@ -50,10 +50,10 @@ class BlockManager:
         """Return the number of blocks that stay free after sharing `blocks`."""
         return self.num_free - sum(self._ref_counts[block] == 0 for block in blocks)
 
-    def num_only_in(self, block_tables: Iterable[array[int]], beside: Iterable[int]) -> int:
-        """Return how many blocks releasing these tables frees, excluding `beside`."""
+    def num_only_in(self, block_tables: Iterable[array[int]], excluded: Iterable[int]) -> int:
+        """Return how many blocks releasing these tables frees, not counting `excluded`."""
         counts = Counter(itertools.chain.from_iterable(block_tables))
-        for block in beside:
+        for block in excluded:
             counts.pop(block, None)
         return sum(count == self._ref_counts[block] for block, count in counts.items())
 

@@ -155,11 +155,11 @@ class ModelRunner:
         rows = np.flatnonzero(batch.awaits >= 0)
         if not rows.size:
             return token_ids, lost
-        drawn = self._sampled[self._to_device(batch.awaits[rows])]
+        sampled = self._sampled[self._to_device(batch.awaits[rows])]
         last = np.cumsum(batch.num_scheduled_tokens, dtype=np.int64) - 1
         token_ids = token_ids.clone()
-        token_ids[self._to_device(last[rows])] = drawn.clamp(min=0).to(token_ids.dtype)
-        lost[self._to_device(rows)] = drawn < 0
+        token_ids[self._to_device(last[rows])] = sampled.clamp(min=0).to(token_ids.dtype)
+        lost[self._to_device(rows)] = sampled < 0
         return token_ids, lost
 
     def _copy_blocks(self, copies: Int32) -> None:
