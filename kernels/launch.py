@@ -29,6 +29,7 @@ class Launch:
     num_stages: int
 
     def settings(self) -> dict[str, int | str]:
+        """Return the settings as keyword arguments of a Triton launch."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,

@@ -56,10 +56,12 @@ def linear_size(kernel: str, arch: str, n: int, out_size: int, processors: int) 
 
 
 def linear_launch(kernel: str, arch: str, n: int, out_size: int, processors: int) -> Launch:
+    """Return the launch settings of `kernel` for n rows; see `linear_size`."""
     return LINEARS[kernel][arch][linear_size(kernel, arch, n, out_size, processors)]
 
 
 def count_tiles(chosen: Launch, n: int, out_size: int) -> int:
+    """Return the number of tiles of an output [n, out_size]."""
     return triton.cdiv(out_size, chosen.block_n) * triton.cdiv(n, chosen.block_m)
 
 

@@ -29,6 +29,7 @@ def cut_tiles(
 
 
 def count_tiles(lengths: tuple[int, ...], size: int) -> int:
+    """Return the number of tiles of `size` that rows of these lengths need."""
     return sum(-(-length // size) for length in lengths)
 
 

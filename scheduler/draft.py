@@ -83,6 +83,7 @@ class StepDraft:
         self.copies.append((source, new))
 
     def as_plan(self, step_id: int, drop: tuple[UnitKey, ...]) -> StepPlan:
+        """Return the plan; `drop` lists embeddings to delete."""
         return StepPlan(
             step_id=step_id,
             request_ids=tuple([row.request_id for row in self.rows]),

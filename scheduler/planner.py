@@ -212,7 +212,7 @@ class Planner:
             request.num_cached_tokens = start
 
     def _reserve(self, request: Request, hit: Sequence[int], start: int, draft: StepDraft) -> bool:
-        """Reserve a slot, and blocks for all known tokens, and return whether that succeeded.
+        """Ensure a free slot and blocks for all known tokens; return whether that succeeded.
 
         Keeps headroom for running requests, to avoid preemption thrashing. (Only the first chunk's
         blocks are allocated.) Preempts requests of lower priority, but only if that suffices.

@@ -21,6 +21,8 @@ ALL_TOKENS = 1 << 62
 
 
 class RequestStatus(enum.Enum):
+    """State of a request; the finished states' values are finish reasons."""
+
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"

@@ -78,6 +78,7 @@ class SchedulerState:
             step.rows = [None if row is request else row for row in step.rows]
 
     def append(self, request: Request, token: int) -> None:
+        """Append a sampled token to a request."""
         request.token_ids.append(token)
         if request.status is RequestStatus.RUNNING:
             request.num_awaited_tokens -= 1
@@ -116,6 +117,7 @@ class SchedulerState:
         self.suspects.remove(request)
 
     def end(self, request: Request, status: RequestStatus, error: str) -> None:
+        """Remove a request and release its resources; `status` is a finished state."""
         del self.requests[request.request_id]
         if request in self.suspects:
             self.suspects.remove(request)

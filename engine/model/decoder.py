@@ -51,6 +51,10 @@ class Attention(nn.Module):
         cache: LayerCache,
         batch: AttentionBatch,
     ) -> torch.Tensor:
+        """Return the attention output [n, hidden], and write keys and values to `cache`.
+
+        x: [n, hidden]. rotary: cosines and sines, float32 [n, head_dim / 2].
+        """
         q, k, v = self.qkv.split(self.qkv(x))
         q = mrope_write_kv(q, k, v, *rotary, *cache, batch.slot_mapping)
         return self.o_proj(paged_attention(q, *cache, batch, self.scale).flatten(1))
@@ -74,6 +78,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the MLP's output [n, hidden] of x [n, hidden]."""
         return self.down.reduce(by_rows(self._products, x))
 
     def _products(self, x: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,7 @@ class Linear(nn.Module):
         self.shape = (out_size, *(kernel_shape or (in_size,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, out_size] of x [n, in_size]."""
         return self.weight(x)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
@@ -108,6 +109,7 @@ class ColumnParallelLinear(nn.Module):
         self.weight = make_weight(stored, sum(part.size for part in parts), in_size, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's outputs of x [n, in_size]."""
         return self.weight(x)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
@@ -179,6 +181,7 @@ class RowParallelLinear(nn.Module):
         self.parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the all-reduced output [n, out_size] of this rank's inputs `x`."""
         return self.reduce(self.weight(x))
 
     def reduce(self, products: torch.Tensor) -> torch.Tensor:
@@ -219,6 +222,7 @@ class VocabParallelEmbedding(nn.Module):
         yield WeightLoader(f"{name}.weight", shape, self, "weight", rows, (mine,))
 
     def finish(self, quantization: str | None) -> None:
+        """Pack the rows for a tied LM head after loading."""
         if self.tied is not None:
             self.tied.share(self.weight, quantization)
 

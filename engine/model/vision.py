@@ -38,6 +38,11 @@ class VisionAttention(nn.Module):
         cu_seqlens: torch.Tensor,
         seqlens: tuple[int, ...],
     ) -> torch.Tensor:
+        """Return the attention output [n, embed_dim] of x [n, embed_dim].
+
+        rotary: cosines and sines, float32 [n, head_dim / 2]. Frames are given by `cu_seqlens`,
+        int32 [frames + 1] on the device, and `seqlens` on the host.
+        """
         q, k, v = self.qkv(x).view(-1, 3, self.heads, self.head_dim).unbind(1)
         q, k = rotate_heads(q, *rotary), rotate_heads(k, *rotary)
         out = vision_attention(q, k, v, cu_seqlens, seqlens, self.head_dim**-0.5)
@@ -67,6 +72,7 @@ class VisionBlock(nn.Module):
         cu_seqlens: torch.Tensor,
         seqlens: tuple[int, ...],
     ) -> torch.Tensor:
+        """Return the block's output [n, embed_dim]; see `VisionAttention.forward`."""
         x = x + self.attention(self.norm1(x), rotary, cu_seqlens, seqlens)
         return x + by_rows(self._mlp, x)
 
@@ -95,6 +101,7 @@ class Merger(nn.Module):
         self.fc2 = Linear(self.width, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [n / merge_size², hidden_size] of x [n, embed_dim]."""
         return in_few_shapes(self._mlp, self.norm(x).view(-1, self.width))
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:

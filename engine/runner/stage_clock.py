@@ -19,6 +19,7 @@ class StageClock:
         self._times: list[float] = []
 
     def mark(self) -> None:
+        """Record the time, on the device's stream if it is a GPU."""
         if not self._is_gpu:
             self._times.append(time.perf_counter())
             return
