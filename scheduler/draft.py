@@ -24,7 +24,7 @@ class StepDraft:
     num_passed_over: int = 0  # waiting requests that were skipped
     may_start: bool = True  # no higher-ranked request lacked resources
     may_encode: bool = True  # no higher-ranked request lacked encode budget
-    last_victim: tuple[float, int] = (math.inf, 0)  # lower-ranked requests may not start
+    last_victim: tuple[float, int] = (math.inf, 0)  # latest preempted; lower ranks may not start
     rows: list[Request] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Step planning: which requests get how many tokens, blocks and encode units.
 
 Running and waiting requests are planned together, in order of urgency. A request that lacks blocks
-preempts the last running one. Rows planned so far belong to requests of higher rank than the
-current one, so a preempted request has no row yet.
+preempts the last running one. Rank is the position in that order: rows planned so far belong to
+requests of higher rank than the current one, so a preempted request has no row yet.
 """
 
 from __future__ import annotations
