@@ -1,4 +1,4 @@
-# `make demo` and `make test` install what they need into .venv. Only Python 3.11+ and pip are asked.
+# `make demo` and `make test` install their dependencies in .venv. Requires Python 3.11+ with pip.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,16 +26,16 @@ lint: .venv/installed-test  ## ruff and mypy
 	mkdir -p .venv/src && ln -sfn $(CURDIR) .venv/src/octavo
 	cd .venv/src && ../bin/mypy --config-file ../../pyproject.toml -p octavo
 
-test: lint .venv-proto/installed  ## lint and run the suite (what .ci/run does)
+test: lint .venv-proto/installed  ## lint, then run the test suite (as .ci/run does)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: .venv/installed-test  ## the tests that take minutes
+test-slow: .venv/installed-test  ## slow tests (minutes each)
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-test-soak: .venv/installed-test  ## an hour of mixed clients: memory, descriptors, no good request lost
+test-soak: .venv/installed-test  ## one hour of mixed load: checks for leaks and lost requests
 	$(BIN)/python -P -m octavo.benchmarks.soak --minutes 60 --warm-up 20 --json soak.json
 
-# protoc 25 (grpcio-tools 1.62) makes stubs that protobuf 4.25 and everything newer load.
+# protoc 25 (grpcio-tools 1.62) generates stubs that protobuf 4.25 and later can load.
 .venv-proto/installed:
 	$(PYTHON) -m venv .venv-proto
 	.venv-proto/bin/pip install --disable-pip-version-check grpcio-tools==1.62.3 "setuptools<81"
@@ -43,7 +43,7 @@ test-soak: .venv/installed-test  ## an hour of mixed clients: memory, descriptor
 
 OUT ?= .venv-proto/src
 
-proto: .venv-proto/installed  ## make the stubs in proto/ again
+proto: .venv-proto/installed  ## regenerate the stubs in proto/
 	rm -rf .venv-proto/src && mkdir .venv-proto/src && ln -s $(CURDIR) .venv-proto/src/octavo
 	.venv-proto/bin/python -m grpc_tools.protoc -I.venv-proto/src --python_out=$(OUT) \
 	  --pyi_out=$(OUT) --grpc_python_out=$(OUT) octavo/proto/octavo.proto octavo/proto/worker.proto

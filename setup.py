@@ -1,8 +1,7 @@
-"""Octavo's packaging: the repository root is the package `octavo`.
+"""Packaging of Octavo: the repository root is the package `octavo`.
 
-The folders keep their plain names (`engine/`, `kernels/`, ...) in the repository and are installed
-as `octavo.engine`, `octavo.kernels`, ..., so that nothing called `kernels` or `proto` lands in a
-user's site-packages.
+Folders such as `engine/` and `kernels/` are installed as `octavo.engine` and `octavo.kernels`, so
+that no package named `kernels` or `proto` is added to site-packages.
 """
 
 from pathlib import Path
@@ -19,16 +18,16 @@ for folder in FOLDERS:
 
 
 class BuildWithoutSetup(build_py):
-    """Packs every module of the packages but this file."""
+    """Build command that packages every module except this file."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
         return [m for m in modules if (m[0], m[1]) != ("octavo", "setup")]
 
 
-# Kernels for CPUs with AVX512-BF16, loaded where the processor has it. They are optional: where no
-# compiler is found, or it does not know the instructions, the package is installed without them.
-# OpenMP is compiled in and not linked: torch's own is used (kernels/native/__init__.py).
+# Kernels for CPUs with AVX512-BF16, loaded if the CPU supports it. They are optional: without a
+# compiler that supports the instructions, the package is installed without them. OpenMP is not
+# linked; torch's runtime is used (kernels/native/__init__.py).
 NATIVE = Extension(
     "octavo.kernels.native._kernels",
     sources=[
@@ -52,7 +51,7 @@ NATIVE = Extension(
 
 OTEL = ["opentelemetry-sdk>=1.27,<2", "opentelemetry-exporter-otlp-proto-http>=1.27,<2"]
 HTTP = ["starlette>=0.46", "uvicorn>=0.34"]
-# The router that we derive from is alpha to Ray: tested with this release.
+# The router base class is an alpha API of Ray; tested with this release.
 RAY = [*HTTP, "ray[serve]>=2.60,<3"]
 
 TEST = [

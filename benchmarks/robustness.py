@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 4 << 20,
     "max_restarts": 99,
 }
-QUARANTINED = "INTERNAL: the request's step ended the workers twice"
+QUARANTINED = "INTERNAL: the request's step crashed the workers twice"
 
 
 @dataclass(frozen=True)

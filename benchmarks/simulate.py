@@ -181,7 +181,7 @@ class _Run:
             late = "DEADLINE_EXCEEDED" in update.error and request.deadline <= self.simulation.now
             missed = "missing" in update.error and self.num_forgotten >= 3
             failed = update.error == "its row failed" and request.request_id in self.failing
-            killed = "ended the workers twice" in update.error and self.num_kills >= 2
+            killed = "crashed the workers twice" in update.error and self.num_kills >= 2
             assert late or missed or failed or killed, update.error
 
 

@@ -1,1 +1,1 @@
-"""One operation a file: the Triton kernel, its launcher, a CPU path, and a plain-torch oracle."""
+"""One operation per file: Triton kernel, launcher, CPU path and a plain-torch reference."""

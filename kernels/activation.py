@@ -1,4 +1,4 @@
-"""SwiGLU: silu(gate) × up, gate and up side by side; and quick GELU.
+"""SwiGLU and quick GELU.
 
 Sources: `Qwen2MLP` and `QuickGELUActivation` of transformers.
 """
@@ -27,7 +27,7 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK_SIZE: tl.cons
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [n, 2 × size] -> [n, size]."""
+    """Return silu(gate) × up, [n, size], of gate_up [n, 2 × size] (gate first)."""
     if native.serves(gate_up):
         gate_up = gate_up.contiguous()
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
@@ -45,7 +45,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x × sigmoid(1.702 x). On a CPU it is x itself that is changed and returned."""
+    """Return x × sigmoid(1.702 x). The compiled CPU kernel works in place and returns x."""
     if not native.serves(x) or not x.is_contiguous():
         return quick_gelu_ref(x)
     native.call("octavo_quick_gelu", x, x.numel())
@@ -53,9 +53,11 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def quick_gelu_ref(x: torch.Tensor) -> torch.Tensor:
+    """Compute `quick_gelu` in plain torch (test oracle), for x of any shape."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """Compute `swiglu` in plain torch (test oracle): [n, 2 × size] to [n, size]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

@@ -1,4 +1,4 @@
-"""Where a step's tokens lie in the paged cache."""
+"""Attention metadata of a step: where its tokens lie in the paged KV cache."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-ArrayLike = Any  # lists or numpy arrays of whole numbers
+ArrayLike = Any  # lists or numpy arrays of integers
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionBatch:
-    """Where a step's tokens lie: what every layer's attention shares. Tensors are on the device.
+    """Attention metadata of a step, shared by all layers. Tensors are on the device.
 
-    Row i has query tokens [cu_seqlens_q[i], cu_seqlens_q[i + 1]), the last of the
-    context_lens[i] tokens that its blocks hold once this step's are written.
+    Row i has query tokens [cu_seqlens_q[i], cu_seqlens_q[i + 1]). They are the last of the
+    context_lens[i] tokens that its blocks hold after this step's keys and values are written.
     """
 
     num_scheduled_tokens: tuple[int, ...]  # [r] on the host
@@ -24,7 +24,7 @@ class AttentionBatch:
     context_lens: torch.Tensor  # int32 [r]
     block_tables: torch.Tensor  # int32 [r, blocks]
     slot_mapping: torch.Tensor  # int64 [n]
-    decode_rows: torch.Tensor  # int32: rows that compute one token
+    decode_rows: torch.Tensor  # int32 [decode rows]: rows that compute one token
     chunk_rows: tuple[int, ...]  # the other rows, on the host
 
     @classmethod
@@ -36,8 +36,13 @@ class AttentionBatch:
         block_size: int,
         device: torch.device,
     ) -> AttentionBatch:
-        """From counts [r], lengths [r] and tables [r, blocks] padded with any block; lists or
-        arrays."""
+        """Build a batch from lists or arrays.
+
+        Args:
+            num_scheduled_tokens: [r] query tokens per row.
+            context_lens: [r] tokens per row, including this step's.
+            block_tables: [r, blocks] block ids, padded with any valid id.
+        """
         counts = torch.tensor(num_scheduled_tokens, dtype=torch.int64)
         lens = torch.tensor(context_lens, dtype=torch.int64)
         tables = torch.tensor(block_tables, dtype=torch.int32).reshape(len(counts), -1)

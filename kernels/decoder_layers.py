@@ -1,8 +1,8 @@
-"""All layers of a decoder over few rows in one call: for CPUs, with weights in panels.
+"""All decoder layers over few rows in one C call, for CPUs with weights in panels.
 
-It runs the same kernels as the layers do one by one (`engine/model/decoder.py`), with the same
-results to the bit. Between two of them there is then no Python, which took a tenth of a step: its
-code and data have left the processor's cache each time that a weight has gone through.
+Runs the same kernels as the layers one by one (`engine/model/decoder.py`), with bit-identical
+results. It avoids Python between kernels, which took a tenth of a step: each weight that streams
+through the CPU cache evicts the interpreter's code and data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .panel_linear import PanelWeight
 Address, Long, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
-class _Linear(ctypes.Structure):  # these three as in native/layers.c
+class _Linear(ctypes.Structure):  # these three structures match native/layers.c
     _fields_ = (
         *((name, Address) for name in ("panels", "bias", "scale", "zero")),
         *((name, Long) for name in ("n", "words")),
@@ -52,7 +52,7 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class PanelLayer:
-    """A layer's weights and its cache; all else is bfloat16."""
+    """Weights and KV cache of a layer; tensors are bfloat16."""
 
     input_norm: torch.Tensor  # [size]
     post_norm: torch.Tensor
@@ -67,12 +67,12 @@ class PanelLayer:
 
 @dataclass(frozen=True, eq=False)
 class PanelLayers:
-    """The layers of a decoder."""
+    """All layers of a decoder, and their addresses for the C kernel."""
 
     layers: Sequence[PanelLayer]
-    eps: float  # of the norms
-    scale: float  # of scores
-    addresses: ctypes.Array[_Layer]  # of all of these
+    eps: float  # epsilon of the norms
+    scale: float  # factor of attention scores
+    addresses: ctypes.Array[_Layer]  # C structures of `layers`
 
     @property
     def weights(self) -> list[PanelWeight]:
@@ -88,7 +88,7 @@ class PanelLayers:
 
     @property
     def heads(self) -> int:
-        """Of queries."""
+        """Return the number of query heads."""
         return self.layers[0].o.in_size // self.head_dim
 
     @classmethod
@@ -98,12 +98,13 @@ class PanelLayers:
         eps: float,
         scale: float,
     ) -> PanelLayers:
+        """Create from layers; `eps` is that of the norms, `scale` that of attention scores."""
         addresses = (_Layer * len(layers))(*map(_layer, layers))
         return cls(layers, eps, scale, addresses)
 
     @staticmethod
     def serves(hidden: torch.Tensor) -> bool:
-        """Whether a step of `hidden` [n, size] is small enough; larger ones gain nothing."""
+        """Return whether `hidden` [n, size] is small enough to profit."""
         return 0 < len(hidden) <= PACKED_ROWS
 
     def __call__(
@@ -113,10 +114,15 @@ class PanelLayers:
         batch: AttentionBatch,
         seconds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [n, size] and their cosines and sines float32 [n, d / 2] -> the last layer's
-        output and the residual that it is to be added to, which takes the place of `hidden`.
+        """Run all layers.
 
-        The seconds of products and of attention are added to `seconds` float64 [2].
+        Args:
+            hidden: Embeddings, bfloat16 [n, size]. Overwritten with the residual.
+            rotary: Cosines and sines, float32 [n, d / 2].
+            batch: Attention metadata of the step.
+            seconds: float64 [2], incremented by the time of products and of attention, or None.
+
+        Returns the last layer's output and the residual to add to it, both [n, size].
         """
         plan = plan_attention(batch, self.heads // self.kv_heads, self.kv_heads)
         memory = self._memory(hidden.contiguous(), plan.num_joined)
@@ -150,7 +156,7 @@ class PanelLayers:
         return memory["x"], memory["residual"]
 
     def _memory(self, hidden: torch.Tensor, num_joined: int) -> dict[str, torch.Tensor]:
-        """Where a step's numbers lie between two kernels."""
+        """Return the buffers of intermediate results."""
         (n, size), layer, width = hidden.shape, self.layers[0], self.heads * self.head_dim
         new, widest = hidden.new_empty, max(layer.qkv.in_size, layer.o.in_size, layer.down.in_size)
         return {

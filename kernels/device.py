@@ -1,4 +1,4 @@
-"""Where a kernel runs."""
+"""Kernel dispatch by device."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import triton
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """True on a GPU, and in Triton's interpreter, which tests run on the CPU."""
+    """Return whether Triton kernels run on `x`: on a GPU, or in Triton's CPU interpreter."""
     return x.is_cuda or triton.knobs.runtime.interpret

@@ -1,6 +1,7 @@
-"""Products in FP8 (e4m3, W8A8): a weight scale for each output channel, activations quantised on
-the fly with a scale for each token, or with a static one. On sm_90 and sm_100, whose tensor cores
-multiply FP8.
+"""FP8 matrix products (e4m3, W8A8) for sm_90 and sm_100, whose tensor cores support FP8.
+
+Weights have a scale per output channel. Activations are quantized dynamically with a scale per
+token, or with one static scale.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from .split_linear import join_parts, linear_launch, make_parts, place, split_si
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-MIN_SCALE = 1e-12  # of a row of zeros
+MIN_SCALE = 1e-12  # scale of a row of zeros
 BLOCK_K = 128
 
 
 @triton.jit
 def _quantize_rows_kernel(x_ptr, out_ptr, scale_ptr, x_stride, SIZE: tl.constexpr,
                           BLOCK: tl.constexpr, STATIC: tl.constexpr):  # fmt: skip
-    """One program: a token. STATIC: its scale is given, and what is too large is cut off."""
+    """Quantize a token per program. STATIC: use the given scale and saturate."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     mask = offs < SIZE
@@ -52,15 +53,18 @@ def _fp8_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of BLOCK_M tokens, over SPLIT times BLOCK_K inputs; turned
-    round, out^T = weight × x^T, so that few tokens make a narrow tile. Sums go to float32 every
-    BLOCK_K inputs: sm_90 adds in less. `out` is [n, out], or of splits float32 [splits, n, out]."""
+    """Compute BLOCK_N outputs of BLOCK_M tokens over SPLIT × BLOCK_K inputs per program.
+
+    The product is transposed, outᵀ = weight × xᵀ, so that few tokens make a narrow tile. Partial
+    sums are promoted to float32 every BLOCK_K inputs, because sm_90 accumulates with lower
+    precision. `out` is [n, out], or float32 [splits, n, out] with split-K.
+    """
     split = tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     n_mask, m_mask = offs_n < OUT, offs_m < n
-    # What the last tile has too many are rows read once more, which costs no mask.
+    # Surplus rows of the last tile wrap around, which needs no mask.
     weight_at = weight_ptr + (offs_n % OUT)[:, None].to(tl.int64) * IN + offs_k[None, :]
     x_at = x_ptr + offs_m[:, None].to(tl.int64) * IN + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -87,31 +91,34 @@ def _fp8_linear_kernel(
 def settings(
     n: int, in_size: int, out_size: int, processors: int, arch: str
 ) -> dict[str, int | str]:
-    """Compile-time settings for n tokens on a GPU of so many processors."""
+    """Return compile-time settings for n tokens on a GPU with `processors` SMs."""
     chosen = linear_launch("fp8", arch, n, out_size, processors)
     split = split_size(n, in_size, out_size, BLOCK_K, processors)
     return {**chosen.settings(), "BLOCK_K": BLOCK_K, "SPLIT": split}
 
 
 def quantize_settings(size: int) -> dict[str, int]:
-    """Compile-time settings of the kernel that quantises rows of `size` numbers."""
+    """Return compile-time settings of the quantization kernel for rows of `size`."""
     block = triton.next_power_of_2(size)
     return {"SIZE": size, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
 
 def check_fp8(device: torch.device) -> None:
-    """Raises ValueError where tensor cores do not multiply e4m3."""
+    """Raise ValueError if the device's tensor cores do not support e4m3."""
     if device.type == "cuda" and (
         torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)
     ):
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"{name}: has no e4m3 products; serve a bfloat16, AWQ or GPTQ checkpoint")
+        raise ValueError(f"{name}: has no FP8 products; serve a bfloat16, AWQ or GPTQ checkpoint")
 
 
 def quantize_rows_fp8(
     x: torch.Tensor, static_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [n, in] in e4m3, and the scale of each row, float32 [n]."""
+    """Quantize x [n, in] to e4m3; return it with the scale of each row, float32 [n].
+
+    static_scale: [1], used for all rows if given.
+    """
     if not uses_triton(x):
         return quantize_rows_fp8_ref(x, static_scale)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -134,9 +141,16 @@ def fp8_linear(
     bias: torch.Tensor | None = None,
     static_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [n, in] × weight e4m3 [out, in] transposed, times scale float32 [out], plus bias [out].
+    """Return x × weightᵀ × scale + bias, [n, out] in x's dtype.
 
-    `static_scale` [1] is the activations'; without it each token has its own.
+    Args:
+        x: [n, in].
+        weight: e4m3 [out, in].
+        scale: float32 [out].
+        bias: [out] or None.
+        static_scale: Activation scale [1]; None computes one per token.
+
+    Raises ValueError on a GPU without FP8 tensor cores.
     """
     if not uses_triton(x):
         return fp8_linear_ref(x, weight, scale, bias, static_scale)
@@ -160,6 +174,7 @@ def fp8_linear(
 def quantize_rows_fp8_ref(
     x: torch.Tensor, static_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `quantize_rows_fp8` in plain torch (test oracle); same result."""
     wide = x.float()
     scale = (wide.abs().amax(1) / FP8_MAX).clamp(min=MIN_SCALE)
     if static_scale is not None:
@@ -174,6 +189,7 @@ def fp8_linear_ref(
     bias: torch.Tensor | None = None,
     static_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Compute `fp8_linear` in float64 (test oracle); same arguments and result."""
     rows, row_scale = quantize_rows_fp8_ref(x, static_scale)
     product = (rows.double() * row_scale[:, None]) @ (weight.double() * scale[:, None]).T
     return (product if bias is None else product + bias.double()).to(x.dtype)

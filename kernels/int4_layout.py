@@ -1,17 +1,17 @@
-"""Weights of four bits: the layouts of AWQ and GPTQ checkpoints, and the one our kernel reads.
+"""4-bit weights: the layouts of AWQ and GPTQ checkpoints, and that of our kernel.
 
-All of them say the same: weight[k, o] = (q[k, o] - zero[g, o]) × scale[g, o], q and zero whole
-numbers, g the group of input k. They differ in where the four bits of q lie.
+In all of them weight[k, o] = (q[k, o] - zero[g, o]) × scale[g, o], with integers q and zero, and g
+the group of input k. They differ in the position of the four bits of q.
 
-AWQ (`version` "gemm"): int32 [in, out / 8]; the bits from 4 i on are column AWQ_ORDER[i] of eight.
-GPTQ: int32 [in / 8, out]; the bits from 4 i on are row i of eight. Its zeros, int32
+AWQ (`version` "gemm"): int32 [in, out / 8]; bits [4 i, 4 i + 4) are column AWQ_ORDER[i] of eight.
+GPTQ: int32 [in / 8, out]; bits [4 i, 4 i + 4) are row i of eight. Its zeros, int32
 [groups, out / 8] in plain order, are stored minus one.
 Sources: the packers of AutoAWQ (`WQLinear_GEMM`) and AutoGPTQ (`QuantLinear.pack`).
 
-Ours: blocks of 256 inputs, int32 [blocks, out, 32]. Word w of a row has inputs 64 j + 2 w and
-64 j + 2 w + 1 of the block at the bits from 4 j and from 4 j + 16 on, j in 0 … 3: one shift and one
-mask of a word take out two neighbours, each in its half of the word, where a 16-bit number is then
-made of it without moving it. Rows are 128 bytes, and four words of 16 bytes are loaded at once.
+Kernel layout: blocks of 256 inputs, int32 [blocks, out, 32]. Word w of a row has inputs
+64 j + 2 w and 64 j + 2 w + 1 of the block at bits 4 j and 4 j + 16, for j in 0 … 3. One shift and
+one mask of a word extract two neighbors, one in each half of the word, which become 16-bit floats
+without further moves. Rows are 128 bytes, read in 16-byte loads.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dataclasses import dataclass
 import torch
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-BLOCK, WORDS, CHUNK = 256, 32, 64  # inputs of a block, words of its row, inputs of one shift
-GROUPS = (64, 128)  # inputs that share a scale in our layout
+BLOCK, WORDS, CHUNK = 256, 32, 64  # inputs per block, words per row, inputs per shift
+GROUPS = (64, 128)  # inputs per scale in the kernel layout
 
 
 @dataclass(frozen=True)
 class Int4Groups:
-    """Weights of four bits, a number an element."""
+    """Unpacked 4-bit weights, one value per element."""
 
     numbers: torch.Tensor  # uint8 [in, out], 0 … 15
     zeros: torch.Tensor  # uint8 [groups, out], 0 … 16
     scales: torch.Tensor  # [groups, out]
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [out, in], as a dense layer's weight lies."""
+        """Return the dense weight, float32 [out, in]."""
         group_size = self.numbers.shape[0] // self.scales.shape[0]
         zeros, scales = (
             x.float().repeat_interleave(group_size, 0) for x in (self.zeros, self.scales)
@@ -44,10 +44,10 @@ class Int4Groups:
 
 @dataclass(frozen=True)
 class PackedInt4:
-    """Weights of four bits in our layout, the last block filled up with zeros."""
+    """4-bit weights in the kernel layout. The last block is zero-padded."""
 
     words: torch.Tensor  # int32 [blocks, out, WORDS]
-    scales: torch.Tensor  # float16 [blocks × groups of a block, out], none of them zero
+    scales: torch.Tensor  # float16 [blocks × groups per block, out], none is zero
     zeros: torch.Tensor  # uint8, like scales
     in_size: int
 
@@ -65,7 +65,10 @@ class PackedInt4:
 
 
 def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Groups:
-    """From an AWQ checkpoint's three tensors of a layer."""
+    """Unpack the tensors of a layer in an AWQ checkpoint.
+
+    qweight: int32 [in, out / 8]. qzeros: int32 [groups, out / 8]. scales: [groups, out].
+    """
     at = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=qweight.device)
     numbers, zeros = (
         _nibbles(words)[..., at].flatten(1) for words in (qweight, qzeros)
@@ -74,25 +77,32 @@ def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
 
 
 def unpack_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Groups:
-    """From a GPTQ checkpoint's tensors of a layer; `g_idx` must be in order (`check_g_idx`)."""
+    """Unpack the tensors of a layer in a GPTQ checkpoint.
+
+    qweight: int32 [in / 8, out]. qzeros: int32 [groups, out / 8]. scales: [groups, out].
+    Its `g_idx` must be in order (`in_order`).
+    """
     numbers = _nibbles(qweight).transpose(1, 2).flatten(0, 1)  # [in / 8, out, 8] -> [in, out]
     return Int4Groups(numbers, _nibbles(qzeros).flatten(1) + 1, scales)
 
 
 def in_order(g_idx: torch.Tensor, group_size: int) -> bool:
-    """Whether a GPTQ layer's inputs are in their groups' order (`desc_act` off)."""
+    """Return whether `g_idx` [in] lists the groups in order (GPTQ's `desc_act` is off)."""
     expected = torch.arange(len(g_idx), device=g_idx.device) // group_size
     return bool((g_idx == g_idx[0] + expected).all())
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
-    """int32 [...] -> uint8 [..., 8], the lowest four bits first."""
+    """Unpack int32 [...] to uint8 [..., 8], lowest four bits first."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & 15).to(torch.uint8)
 
 
 def pack_int4(groups: Int4Groups) -> PackedInt4:
-    """In our layout. Groups must be of 64, or of a multiple of 128."""
+    """Convert weights to the kernel layout.
+
+    Raises AssertionError unless the group size is 64 or a multiple of 128.
+    """
     in_size, out_size = groups.numbers.shape
     group_size = in_size // len(groups.scales)
     groups = _without_zero_scales(groups, group_size)
@@ -112,7 +122,7 @@ def pack_int4(groups: Int4Groups) -> PackedInt4:
 
 
 def _without_zero_scales(groups: Int4Groups, group_size: int) -> Int4Groups:
-    """The same weights: where the scale is zero, it is one and every number is its zero."""
+    """Return equal weights without zero scales: scale 1 and all values at the zero point."""
     none = groups.scales.to(torch.float16) == 0
     if not none.any():
         return groups
@@ -124,7 +134,7 @@ def _without_zero_scales(groups: Int4Groups, group_size: int) -> Int4Groups:
 
 
 def unpack_int4(packed: PackedInt4) -> Int4Groups:
-    """The inverse of `pack_int4`, groups of 64 or 128."""
+    """Invert `pack_int4`; groups are of 64 or 128 inputs."""
     chunks = []
     for j in range(4):
         pair = [(packed.words >> (4 * j + 16 * half)) & 15 for half in range(2)]

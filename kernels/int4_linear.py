@@ -1,14 +1,14 @@
-"""Products with weights of four bits (weight-only: activations stay bfloat16 or float16).
+"""Matrix products with 4-bit weights (weight-only: activations are bfloat16 or float16).
 
-The product is turned round, out^T = weight × x^T: a tile of weights is unpacked in registers, where
-tensor cores take their first operand from (HGMMA on sm_90), and few tokens make a narrow tile. A
-word gives two weights by a shift and a mask: the four bits become the highest of a 16-bit float's
-mantissa, which is then 16 + q, exactly. What that is too much, 16 + zero, is taken off a group's
-sum, (16 + zero) × (sum of x in the group), so that no arithmetic is done on single weights.
+The product is transposed, outᵀ = weight × xᵀ: a tile of weights is unpacked in registers, from
+which tensor cores read their first operand (HGMMA on sm_90), and few tokens make a narrow tile. A
+shift and a mask extract two weights from a word. The four bits become the highest mantissa bits of
+a 16-bit float, whose value is then exactly 16 + q. The excess is subtracted per group, as
+(16 + zero) × (sum of x in the group), so that single weights need no arithmetic.
 
-Scales are not rounded: they are applied in float32. One sum is kept, in units of the scale of the
-group at hand, and is changed to the next group's before that is added: a second sum for the group
-alone would take as many registers again. So no scale may be zero (`pack_int4` sees to it).
+Scales are applied in float32, without rounding. A single accumulator is kept, in units of the
+current group's scale, and is rescaled at each group; a second one would double the registers. So
+no scale may be zero (ensured by `pack_int4`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .device import uses_triton
 from .int4_layout import BLOCK, PackedInt4, unpack_int4
 from .split_linear import join_parts, linear_launch, make_parts, place, split_size
 
-# The bits of 16.0, and where the highest four bits of the mantissa begin.
+# Bits of 16.0, and the lowest of the four highest mantissa bits.
 SIXTEEN = {torch.float16: (0x4C00, 6), torch.bfloat16: (0x4180, 3)}
 
 
 @triton.jit
 def _two_weights(words, sixteens, J: tl.constexpr, PLACE: tl.constexpr, dtype: tl.constexpr):
-    """16 + q of chunk J: words [rows, 32] -> [rows, 64]."""
+    """Return 16 + q of chunk J: words [rows, 32] -> [rows, 64]."""
     if 4 * J < PLACE:  # noqa: SIM108
         moved = words << (PLACE - 4 * J)
     else:
@@ -59,10 +59,11 @@ def _int4_linear_kernel(
     SPLIT: tl.constexpr,
     ONES: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of BLOCK_M tokens, over SPLIT blocks of 256 inputs.
+    """Compute BLOCK_N outputs of BLOCK_M tokens over SPLIT blocks of 256 inputs per program.
 
-    `sixteens` is 16.0 twice; it is no constant, since mask and `or` are one instruction only if one
-    of the two lies in a register. With one split `out` is [n, out]; else float32 [splits, n, out].
+    `sixteens` is 16.0 twice. It is an argument, because mask and `or` compile to one instruction
+    only if one of the two is in a register. `out` is [n, out], or float32 [splits, n, out] with
+    split-K.
     """
     BLOCK_K: tl.constexpr = 256
     CHUNKS: tl.constexpr = GROUP // 64
@@ -117,7 +118,7 @@ def _int4_linear_kernel(
 def settings(
     n: int, in_size: int, out_size: int, processors: int, arch: str
 ) -> dict[str, int | str | bool]:
-    """Compile-time settings for n tokens on a GPU of so many processors."""
+    """Return compile-time settings for n tokens on a GPU with `processors` SMs."""
     chosen = linear_launch("int4", arch, n, out_size, processors)
     split = split_size(n, in_size, out_size, BLOCK, processors)
     return {**chosen.settings(), "SPLIT": split, "ONES": chosen.block_m == 16 and arch == "sm_90"}
@@ -126,10 +127,14 @@ def settings(
 def int4_linear(
     x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [n, in], bfloat16 or float16, × weight, plus bias [out] -> [n, out]."""
+    """Return x × weightᵀ + bias, [n, out] in x's dtype.
+
+    x: bfloat16 or float16 [n, in]. bias: [out] or None. Raises AssertionError on a GPU for other
+    dtypes of x.
+    """
     if not uses_triton(x):
         return int4_linear_ref(x, weight, bias)
-    assert x.dtype in SIXTEEN, f"{x.dtype}: four-bit weights are served in bfloat16 or float16"
+    assert x.dtype in SIXTEEN, f"{x.dtype}: 4-bit weights require bfloat16 or float16"
     x = x if x.stride(1) == 1 else x.contiguous()
     bits, moved = SIXTEEN[x.dtype]
     n, (blocks, out_size, _) = len(x), weight.words.shape
@@ -163,5 +168,6 @@ def int4_linear(
 def int4_linear_ref(
     x: torch.Tensor, weight: PackedInt4, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Compute `int4_linear` in float64 (test oracle), for x [n, in] of any dtype."""
     product = x.double() @ unpack_int4(weight).dequantize().double().T
     return (product if bias is None else product + bias.double()).to(x.dtype)

@@ -1,8 +1,8 @@
-"""The paged KV cache, K and V apart, each [num_blocks, kv_heads, block_size, head_dim].
+"""The paged KV cache: K and V, each [num_blocks, kv_heads, block_size, head_dim].
 
-A slot is a token's place: block × block_size + offset. Slot -1 is no place: nothing is written.
-Triton kernels address the cache themselves (`mrope.py`, `paged_chunk.py`, `paged_decode.py`); these
-are the plain forms that CPU paths and oracles share.
+A token's slot is block × block_size + offset. Slot -1 means that nothing is written. Triton kernels
+address the cache directly (`mrope.py`, `paged_chunk.py`, `paged_decode.py`); the functions here are
+for CPU paths and references.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from .fp8_linear import FP8, quantize_rows_fp8_ref
 
 @dataclass(frozen=True, eq=False)
 class Fp8Cache:
-    """Keys or values in e4m3. Each slot and KV head has a scale of its own, set where it is
-    written: nothing is calibrated, and no token's numbers depend on another's."""
+    """Keys or values in e4m3, with a scale per slot and KV head.
 
-    numbers: torch.Tensor  # uint8 [num_blocks, kv_heads, block_size, head_dim], the bits of e4m3
+    The scale is set when the slot is written: no calibration, and tokens are independent.
+    """
+
+    numbers: torch.Tensor  # uint8 [num_blocks, kv_heads, block_size, head_dim]: e4m3 bits
     scales: torch.Tensor  # float32 [num_blocks, kv_heads, block_size]
 
     @property
@@ -37,8 +39,10 @@ Cache = torch.Tensor | Fp8Cache  # K or V of one layer
 def kernel_arguments(
     k_cache: Cache, v_cache: Cache, view: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K, V and their scales for a Triton kernel, e4m3 as `view`; what stands in for scales where
-    there are none."""
+    """Return K, V, K scales and V scales for a Triton kernel.
+
+    e4m3 caches are viewed as dtype `view`. For other caches, K and V stand in for the scales.
+    """
     if isinstance(k_cache, Fp8Cache) and isinstance(v_cache, Fp8Cache):
         k, v = (cache.numbers.view(view) for cache in (k_cache, v_cache))
         return k, v, k_cache.scales, v_cache.scales
@@ -53,7 +57,10 @@ def write_kv(
     v_cache: Cache,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Writes keys and values [n, kv_heads, head_dim] to their slots int64 [n]."""
+    """Write keys and values [n, kv_heads, head_dim] to their slots.
+
+    slot_mapping: int64 [n]; -1 writes nothing.
+    """
     block_size = k_cache.shape[2]
     if bool((slot_mapping < 0).any()):
         kept = slot_mapping >= 0
@@ -69,14 +76,16 @@ def write_kv(
 
 
 def copy_blocks(cache: Cache, copies: torch.Tensor) -> None:
-    """Copies whole blocks, int64 [2, c] from and to; all are read before any is written."""
+    """Copy whole blocks; `copies` is int64 [2, c], sources and targets. Reads before writing."""
     for part in (cache.numbers, cache.scales) if isinstance(cache, Fp8Cache) else (cache,):
         part[copies[1]] = part[copies[0]]
 
 
 def gather_kv(cache: Cache, block_table: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of tables [..., blocks] -> [..., kv_heads, length, head_dim];
-    float32 if they lie in e4m3."""
+    """Return the first `length` tokens of block tables [..., blocks].
+
+    The result is [..., kv_heads, length, head_dim], in the cache's dtype or, for e4m3, float32.
+    """
     table = block_table[..., : -(-length // cache.shape[2])]
     if isinstance(cache, Fp8Cache):
         blocks = cache.numbers[table].view(FP8).float() * cache.scales[table][..., None]

@@ -1,11 +1,11 @@
-"""Launch settings of attention and of quantised products: tables by kernel and architecture.
+"""Launch settings of attention and quantized products, by kernel and architecture.
 
-Nothing is tuned at start. The rows were chosen on paper, from what the compiler makes of them
-(`octavo bench kernels --paper`), and have not been timed on hardware: no spills; 16-byte
-asynchronous copies of keys and values; on sm_90 wgmma (which wants 64 queries for every four warps)
-for chunks and vision. At three stages the block table is fetched one tile before its keys. The
-first two numbers hold for head sizes up to 128 and any group of query heads. Of a product they are
-tokens and outputs.
+There is no autotuning at startup. The rows were derived from compiler output
+(`octavo bench kernels --paper`) and are not timed on hardware. Criteria: no spills; 16-byte
+asynchronous copies of keys and values; wgmma on sm_90 for chunks and vision, which needs 64 queries
+per four warps. With three stages the block table is fetched one tile ahead of its keys. BLOCK_M and
+BLOCK_N hold for head sizes up to 128 and any number of query heads per KV head. For matrix
+products they count tokens and outputs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from functools import lru_cache
 import torch
 import triton
 
-FEW_PROGRAMS = 128  # about one for each multiprocessor of an H100 (132); an A100 has 108
+FEW_PROGRAMS = 128  # about one per SM: an H100 has 132, an A100 108
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Queries and keys of a tile, and how it is run."""
+    """Tile size (queries × keys, or tokens × outputs), warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -29,6 +29,7 @@ class Launch:
     num_stages: int
 
     def settings(self) -> dict[str, int | str]:
+        """Return the settings as keyword arguments of a Triton launch."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -37,9 +38,9 @@ class Launch:
         }
 
 
-# Kernel -> architecture -> launch, for 16-bit numbers. "chunk_small" is for grids of few programs.
-# A decode tile has the query heads of one KV head, padded to 16: HMMA, as wgmma has no fewer than
-# 64. "other" fits in 48 KB of shared memory.
+# Kernel -> architecture -> launch, for 16-bit dtypes. "chunk_small" is for grids of few programs.
+# A decode tile has the query heads of one KV head, padded to 16. It uses HMMA, since wgmma needs
+# 64 rows. "other" fits in 48 KB of shared memory.
 TABLE: dict[str, dict[str, Launch]] = {
     "chunk": {
         "sm_80": Launch(128, 64, 8, 3),
@@ -48,7 +49,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         "gfx942": Launch(128, 32, 8, 2),
         "other": Launch(64, 32, 4, 3),
     },
-    "chunk_fp8": {  # e4m3 in the cache; with 64 keys sm_80 would spill
+    "chunk_fp8": {  # e4m3 cache; sm_80 would spill with 64 keys
         "sm_80": Launch(128, 32, 8, 3),
         "sm_90": Launch(128, 64, 8, 3),
         "sm_100": Launch(128, 64, 8, 3),
@@ -77,7 +78,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         "other": Launch(64, 64, 4, 2),
     },
 }
-# float32 serves comparisons only: the same everywhere, small enough not to spill.
+# float32 is for tests only: one entry for all architectures, small enough not to spill.
 FLOAT32 = {
     "chunk": Launch(32, 16, 8, 2),
     "chunk_fp8": Launch(16, 16, 8, 2),
@@ -91,10 +92,9 @@ def _sizes(*launches: Launch) -> dict[str, Launch]:
     return dict(zip(LINEAR_SIZES, launches, strict=True))
 
 
-# Products with weights of four bits and in e4m3 -> architecture -> size -> launch. The first of
-# few, some and more that holds all tokens serves them; of more tokens the largest size that gives
-# every processor work. Outputs are the rows of wgmma and tcgen05, which take no fewer than 64, so
-# that they multiply a tile of 16 tokens too.
+# Products with 4-bit and e4m3 weights -> architecture -> size -> launch. The first of few, some and
+# more that holds all tokens is used; for more tokens, the largest size that uses all SMs. Outputs
+# are the M dimension of wgmma and tcgen05, which is at least 64, so that a tile may have 16 tokens.
 LINEAR_SIZES = ("few", "some", "more", "many", "wide")
 LINEARS: dict[str, dict[str, dict[str, Launch]]] = {
     "int4": {
@@ -163,7 +163,7 @@ CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "s
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """The device's row of the table. Triton's interpreter, on the CPU, runs the tiles of sm_90."""
+    """Return the device's key in the tables. Triton's CPU interpreter uses sm_90."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:
@@ -173,7 +173,7 @@ def architecture(device: torch.device) -> str:
 
 
 def launch(kernel: str, arch: str, dtype: torch.dtype, group: int = 1) -> Launch:
-    """The table's row, with a tile that holds at least the `group` query heads of a KV head."""
+    """Return the table's entry, with tiles of at least `group` query heads (of one KV head)."""
     found = TABLE[kernel][arch] if dtype.itemsize == 2 else FLOAT32[kernel]
     block_m = max(found.block_m, triton.next_power_of_2(group))
     return Launch(block_m, found.block_n, found.num_warps, found.num_stages)
@@ -187,7 +187,7 @@ def paged_settings(
     dtype: torch.dtype,
     fp8: bool = False,
 ) -> dict[str, int | str]:
-    """What the shape fixes in the kernels over the paged cache."""
+    """Return the shape-dependent settings of the paged-attention kernels."""
     return {
         "GROUP": num_heads // num_kv_heads,
         "NUM_KV_HEADS": num_kv_heads,

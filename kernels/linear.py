@@ -1,9 +1,9 @@
-"""Matrix products with weights: the vendor's library on a GPU, our own or oneDNN on a CPU.
+"""Matrix products with weights: torch on a GPU; our kernels or oneDNN on a CPU.
 
-On a CPU weights are packed once, in the order in which the kernels read them: in our own panels
-(`panel_linear.py`), or oneDNN's where the processor has AMX; `linear` chooses by the weight's type.
-With `quantization="int8"` they are whole numbers of eight bits, a scale for each output channel,
-and activations are quantised on the fly, a scale for each token (W8A8).
+CPU weights are packed once, in the order in which the kernels read them: in panels
+(`panel_linear.py`), or in oneDNN's layout if the CPU has AMX. `linear` dispatches on the weight's
+type. `quantization="int8"` stores int8 weights with a scale per output channel, and quantizes
+activations dynamically with a scale per token (W8A8).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .panel_linear import (
     serves_panels,
 )
 
-# Rows of one packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed
-# for this many are as fast as plain ones, in calls of as many; in larger calls AMX loses a quarter.
+# Rows per packed product. Measured at 128 and 512 rows on AMX and AVX512-BF16: weights packed for
+# 128 rows are as fast as plain ones in calls of 128 rows; in larger calls, AMX loses a quarter.
 PACKED_ROWS = 128
-INT8_ROWS = 512  # of one int8 product: on AMX, calls of 128 take 1.2 to 1.5 times as long
-TILE_ROWS = 16  # of AMX: fewer take as long
+INT8_ROWS = 512  # per int8 product: on AMX, calls of 128 rows are 1.2 to 1.5 times slower
+TILE_ROWS = 16  # of an AMX tile: fewer rows take the same time
 HALVES = (torch.bfloat16, torch.float16)
-QUANTIZE_ROWS = 256  # of a weight at once, so that its float32 form stays small
+QUANTIZE_ROWS = 256  # rows per pass, which limits the size of the float32 copy
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """bfloat16 [out, in] in oneDNN's own order."""
+    """Weight [out, in], bfloat16 in oneDNN's layout."""
 
     packed: torch.Tensor  # opaque
     nbytes: int
@@ -41,7 +41,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """int8 [out, in] in oneDNN's own order; row i is multiplied by scale[i]."""
+    """Weight [out, in], int8 in oneDNN's layout; row i is multiplied by scale[i]."""
 
     packed: torch.Tensor  # opaque
     scale: torch.Tensor  # float32 [out]
@@ -53,8 +53,10 @@ Weight = torch.Tensor | PackedWeight | Int8Weight | PanelWeight
 
 
 def pack_weight(weight: torch.Tensor, quantization: str | None = None) -> Weight:
-    """The form of a weight [out, in] that products read fastest where it lies. `quantization` is
-    None or, on a CPU, "int8"."""
+    """Return `weight` [out, in] in the fastest layout for its device.
+
+    quantization: None or, on a CPU, "int8". GPU weights are returned unchanged.
+    """
     if weight.device.type != "cpu":
         return weight
     if serves_panels(weight):
@@ -68,7 +70,10 @@ def pack_weight(weight: torch.Tensor, quantization: str | None = None) -> Weight
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [n, in] × weight [out, in] transposed, plus bias [out]."""
+    """Return x [n, in] × weightᵀ + bias, [n, out] in x's dtype.
+
+    weight: [out, in], from `pack_weight`. bias: [out] or None.
+    """
     if isinstance(weight, PanelWeight):
         return panel_linear(x, weight, bias)
     if isinstance(weight, PackedWeight):
@@ -90,11 +95,12 @@ def padded_rows(num_rows: int) -> int:
 def in_few_shapes(
     product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, piece: int = PACKED_ROWS
 ) -> torch.Tensor:
-    """Return `product` of x [n, in], on a CPU computed on pieces whose row counts are few: `piece`
-    rows as often as they fit, then at most PACKED_ROWS.
+    """Return `product` of x [n, in]; on a CPU, compute it in pieces of few distinct row counts.
 
-    oneDNN compiles code for each row count of each weight shape, which takes a millisecond, and
-    keeps it: 0.3 to 0.6 MB each. With all row counts a worker grew by hundreds of MB for hours.
+    Pieces have `piece` rows as long as they fit, then at most PACKED_ROWS, padded by `padded_rows`.
+    oneDNN compiles code for each row count of each weight shape. That takes a millisecond, and the
+    0.3 to 0.6 MB of code are cached. With all row counts, a worker grew by hundreds of MB over
+    hours.
     """
 
     def padded(rows: torch.Tensor) -> torch.Tensor:
@@ -113,8 +119,10 @@ def in_few_shapes(
 
 
 def by_rows(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`layers` of x [n, ...], on a CPU PACKED_ROWS rows at a time: what lies between two products
-    then stays in the processor's cache."""
+    """Return `layers` of x [n, ...]; on a CPU, compute PACKED_ROWS rows at a time.
+
+    Intermediate results then stay in the CPU cache.
+    """
     if x.device.type != "cpu" or len(x) <= PACKED_ROWS:
         return layers(x)
     return torch.cat([layers(rows) for rows in x.split(PACKED_ROWS)])
@@ -130,7 +138,7 @@ def _packed_linear(
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of x [n, in] in whole numbers from -127 to 127 (int8), and their scales float32 [n]."""
+    """Quantize x [n, in] to int8 in [-127, 127]; return it with scales float32 [n]."""
     scale = x.abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (x.float() * (1 / scale)[:, None]).round_().to(torch.int8), scale
 
@@ -148,7 +156,7 @@ def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None)
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         numbers, scale = quantize_rows(rows)
-        unsigned = numbers.view(torch.uint8) ^ ZERO  # adds it
+        unsigned = numbers.view(torch.uint8) ^ ZERO  # adds ZERO
         out = torch.ops.onednn.qlinear_pointwise(
             unsigned, 1.0, ZERO, weight.packed, weight.scale, weight.zeros, None, 1.0, 0, dtype,
             "none", [], "",
@@ -162,6 +170,7 @@ def _int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None)
 def linear_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Compute x [n, in] × weight [out, in]ᵀ + bias in float64 (test oracle), in x's dtype."""
     product = x.double() @ weight.double().T
     return (product if bias is None else product + bias.double()).to(x.dtype)
 
@@ -169,7 +178,10 @@ def linear_ref(
 def int8_linear_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The product of what x and weight are once both are quantised."""
+    """Compute the int8 product in float64, with x and weight both quantized (test oracle).
+
+    x: [n, in]. weight: [out, in]. Returns [n, out] in x's dtype.
+    """
     parts = [quantize_rows(rows) for rows in (x, weight)]
     wide = [numbers.double() * scale.double()[:, None] for numbers, scale in parts]
     return linear_ref(wide[0], wide[1], bias).to(x.dtype)

@@ -1,8 +1,8 @@
-"""M-RoPE fused with the write of keys and values to the paged cache.
+"""M-RoPE, fused with the write of keys and values to the paged cache.
 
-A head's frequencies are dealt out over the three position axes by `mrope_section` (temporal,
-height, width). Source: the Qwen2-VL paper, section 2.1; `apply_multimodal_rotary_pos_emb` of
-transformers. Angles and products are float32 here.
+`mrope_section` distributes a head's frequencies over the three position axes (temporal, height,
+width). Sources: the Qwen2-VL paper, section 2.1, and `apply_multimodal_rotary_pos_emb` of
+transformers. Angles and products are computed in float32.
 """
 
 from __future__ import annotations
@@ -21,33 +21,43 @@ from .kv_cache import Cache, Fp8Cache, kernel_arguments, write_kv
 def mrope_cos_sin(
     positions: torch.Tensor, inv_freq: torch.Tensor, mrope_section: tuple[int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines float32 [n, head_dim / 2] of positions int32 [3, n]."""
+    """Return cosines and sines, float32 [n, head_dim / 2].
+
+    positions: int32 [3, n]. inv_freq: float32 [head_dim / 2]. mrope_section: frequencies per axis;
+    they sum to head_dim / 2.
+    """
     axis = _axis_of_frequency(mrope_section, positions.device)
     angles = positions.float()[axis].T * inv_freq.to(positions.device)
     return angles.cos(), angles.sin()
 
 
-@lru_cache  # a captured step cannot copy from the host
+@lru_cache  # CUDA graph capture allows no copy from the host
 def _axis_of_frequency(mrope_section: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """int64 [head_dim / 2]"""
+    """Return the position axis of each frequency, int64 [head_dim / 2]."""
     return torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).to(device)
 
 
 @triton.jit
 def e4m3_bits(x):
-    """uint8: the e4m3 nearest to float32 x, up to 448 in size, ties to even. By integers alone,
-    which every GPU has."""
+    """Return the e4m3 bits (uint8) nearest to float32 x, |x| <= 448, ties to even.
+
+    Uses integer operations only, which every GPU supports.
+    """
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # biases are 127 and 7
-    steps = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # of 2^-9, as 2^14's
-    found = tl.where(size < 0x3C800000, steps, normal)  # under 2^-6 exponents are the same
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (
+        120 << 3
+    )  # exponent biases are 127 and 7
+    steps = (tl.abs(x) + 16384.0).to(
+        tl.int32, bitcast=True
+    ) - 0x46800000  # |x| in units of 2^-9, float32's at 2^14
+    found = tl.where(size < 0x3C800000, steps, normal)  # below 2^-6: e4m3 subnormals
     return (found | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
 def _write_fp8(first, second, cache_ptr, scale_ptr, row, offs, mask, HEAD_DIM: tl.constexpr):
-    """A row's two halves and its scale. What is not a number makes the scale none."""
+    """Quantize and write the two halves of a row, and its scale. NaN makes the scale NaN."""
     first, second = first.to(tl.float32), second.to(tl.float32)
     largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second))) + tl.sum((first + second) * 0.0)
     scale = largest / 448.0
@@ -84,7 +94,7 @@ def _mrope_write_kv_kernel(
     CACHE_BLOCK: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """One program: a token's KV head and the GROUP query heads that share it."""
+    """Process a token's KV head and its GROUP query heads per program."""
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -129,7 +139,7 @@ def _mrope_write_kv_kernel(
 def settings(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, fp8: bool = False
 ) -> dict[str, int]:
-    """Compile-time settings of the kernel. `fp8`: what the cache holds."""
+    """Return compile-time settings of the kernel. `fp8`: the cache holds e4m3."""
     group = num_heads // num_kv_heads
     return {
         "GROUP": group,
@@ -153,10 +163,16 @@ def mrope_write_kv(
     v_cache: Cache,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Turns queries and keys by their angles; keys and values go to their slots of the cache.
+    """Rotate queries and keys; write keys and values to their cache slots.
 
-    q [n, heads, d], k and v [n, kv_heads, d], whose rows may lie apart (views of one product);
-    cos and sin float32 [n, d / 2]; slot_mapping int64 [n]. Returns the turned queries.
+    Args:
+        q: [n, heads, d]; k, v: [n, kv_heads, d]. Tokens may be strided (views of one QKV tensor),
+            heads must be contiguous.
+        cos, sin: float32 [n, d / 2] from `mrope_cos_sin`.
+        k_cache, v_cache: [num_blocks, kv_heads, block_size, d], in q's dtype or e4m3.
+        slot_mapping: int64 [n]; -1 writes nothing.
+
+    Returns the rotated queries [n, heads, d]. Raises AssertionError for other strides.
     """
     fp8 = isinstance(k_cache, Fp8Cache)
     compiled = native.serves(q) and isinstance(k_cache, torch.Tensor) and q.dtype == k_cache.dtype
@@ -164,13 +180,13 @@ def mrope_write_kv(
         return mrope_write_kv_ref(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     n, num_heads, head_dim = q.shape
     for part in (q, k, v):
-        assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
+        assert part.stride()[1:] == (head_dim, 1), "the heads of a token must be contiguous"
     num_kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty((n, num_heads, head_dim), dtype=q.dtype, device=q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     parts = kernel_arguments(k_cache, v_cache, torch.uint8)
     if compiled:
-        assert k.stride() == v.stride(), "keys and values must lie alike"
+        assert k.stride() == v.stride(), "k and v must have equal strides"
         sizes = (n, num_heads, num_kv_heads, head_dim, block_size)
         native.call(
             "octavo_mrope_write_kv",
@@ -196,8 +212,10 @@ def mrope_write_kv(
 
 
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns x [n, heads, d] by cos and sin float32 [n, d / 2]. On a CPU it is x itself that is
-    turned and returned."""
+    """Rotate x [n, heads, d] by cos and sin, float32 [n, d / 2].
+
+    The compiled CPU kernel works in place and returns x itself.
+    """
     n, heads, head_dim = x.shape
     if not native.serves(x) or x.stride()[1:] != (head_dim, 1):
         return rotate_ref(x, cos, sin)
@@ -206,7 +224,10 @@ def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns x [n, heads, d] by cos and sin [n, d / 2]: frequency i pairs i with i + d / 2."""
+    """Rotate x [n, heads, d] by cos and sin [n, d / 2] in plain torch (test oracle).
+
+    Element i is paired with element i + d / 2.
+    """
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -222,5 +243,6 @@ def mrope_write_kv_ref(
     v_cache: Cache,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
+    """Compute `mrope_write_kv` in plain torch (test oracle); same arguments and result."""
     write_kv(rotate_ref(k, cos, sin), v, k_cache, v_cache, slot_mapping)
     return rotate_ref(q, cos, sin)

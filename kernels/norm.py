@@ -1,7 +1,7 @@
-"""RMSNorm, alone and with the residual sum before it.
+"""RMSNorm, with and without a preceding residual addition.
 
-Reference of behaviour: `Qwen2RMSNorm` of transformers: statistics in float32, the normed value
-rounded to the input's dtype before the weight is applied.
+Follows transformers' `Qwen2RMSNorm`: statistics are computed in float32, and the normalized value
+is rounded to the input dtype before it is multiplied by the weight.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def _rms_norm_kernel(
 
 
 def settings(size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Compile-time settings for rows of `size`: a thread has 32 bytes, up to 16 warps."""
+    """Return compile-time settings for rows of `size`: 32 bytes per thread, 16 warps at most."""
     block = triton.next_power_of_2(size)
     warps = block * dtype.itemsize // (32 * 32)
     return {"BLOCK_SIZE": block, "num_warps": min(16, max(1, warps))}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [n, size] normed by row, times weight [size]."""
+    """Return RMSNorm over the last dimension of x [..., size] with weight [size], in x's dtype."""
     if native.serves(x):
         return _native_rms_norm(x, None, weight, eps)[0]
     if not uses_triton(x):
@@ -65,7 +65,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, both [n, size], and the sum itself."""
+    """Return (RMSNorm(x + residual) × weight, x + residual).
+
+    x and residual are [..., size] of one dtype, weight is [size].
+    """
     if native.serves(x):
         return _native_rms_norm(x, residual, weight, eps)
     if not uses_triton(x):
@@ -93,6 +96,7 @@ def _native_rms_norm(
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute `rms_norm` in plain torch (test oracle): x [..., size], weight [size]."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x.dtype) * weight
@@ -101,5 +105,6 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 def add_rms_norm_ref(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `add_rms_norm` in plain torch (test oracle): x, residual [..., size]."""
     total = x + residual
     return rms_norm_ref(total, weight, eps), total

@@ -1,18 +1,18 @@
-"""The running softmax of an attention kernel. Source: FlashAttention-2 (Dao, 2023)."""
+"""Online softmax of the attention kernels. Source: FlashAttention-2 (Dao, 2023)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634  # kernels take powers of two: scores come times this
+LOG2_E = 1.4426950408889634  # scores are multiplied by this, since kernels use exp2
 
 
 @triton.jit
 def fold(scores, top, total):
-    """Takes scores [m, n], in powers of two, into the rows' maxima and sums [m].
+    """Update the rows' running maxima `top` and sums `total` [m] with scores [m, n] (base 2).
 
-    Returns their weights, what earlier sums fade by, and the new maxima and sums.
+    Returns (weights, factor that rescales earlier sums, new maxima, new sums).
     """
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - new_top[:, None])

@@ -1,6 +1,7 @@
-"""Causal attention over the paged KV cache, for steps that mix chunks of prompts with decoding.
+"""Causal attention over the paged KV cache, for batches that mix prompt chunks and decoding.
 
-Here: the choice by device and the oracle. `paged_chunk.py` and `paged_decode.py` hold the kernels.
+This module dispatches by device and holds the reference. The kernels are in `paged_chunk.py` and
+`paged_decode.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of turned queries [n, heads, d] over their rows' blocks; returns [n, heads, d].
+    """Compute causal attention of each row's queries over its cached tokens.
 
-    This step's keys and values are in the cache already (`mrope_write_kv`).
+    Args:
+        q: Rotated queries [n, heads, d].
+        k_cache, v_cache: [num_blocks, kv_heads, block_size, d], in q's dtype or e4m3. They contain
+            this step's keys and values already (`mrope_write_kv`).
+        batch: Attention metadata of the step.
+        scale: Factor of the scores, usually d ** -0.5.
+
+    Returns [n, heads, d] in q's dtype.
     """
     if not uses_triton(q):
-        if isinstance(k_cache, Fp8Cache) or isinstance(v_cache, Fp8Cache):  # only tests ask it
+        if isinstance(k_cache, Fp8Cache) or isinstance(v_cache, Fp8Cache):  # tests only
             return paged_attention_ref(q, k_cache, v_cache, batch, scale)
         return paged_attention_cpu(q, k_cache, v_cache, batch, scale)
     q = q.contiguous()
@@ -46,7 +54,10 @@ def paged_attention_ref(
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
-    """Written out token by token, in float32."""
+    """Compute `paged_attention` token by token in float32 (test oracle).
+
+    Takes the same arguments; returns [n, heads, d] in q's dtype.
+    """
     group = q.shape[1] // k_cache.shape[1]
     out: list[torch.Tensor] = []
     for row, count in enumerate(batch.num_scheduled_tokens):

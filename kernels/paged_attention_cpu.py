@@ -1,7 +1,7 @@
 """Causal attention over the paged KV cache on a CPU.
 
-The compiled kernel reads the blocks where they lie; without it, each row's blocks are gathered for
-torch's attention.
+The compiled kernel reads blocks in place. Without it, each row's blocks are gathered for torch's
+attention.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from .attention_batch import AttentionBatch
 from .kv_cache import gather_kv
 
 LOG2_E = 1.4426950408889634
-SPLIT_SIZE = (
-    512  # keys of one part of a row that decodes: fixed, so that no sum depends on the batch
-)
+SPLIT_SIZE = 512  # keys per part of a decode row: fixed, for batch invariance
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step's attention is dealt out over threads; the same for all layers."""
+    """Distribution of a step's attention over threads; shared by all layers."""
 
-    tiles: torch.Tensor  # int32 [t, 6], `Tile` of native/attention.c: of chunks
-    parts: torch.Tensor  # int32 [p, 5], `Part` of native/decode.c: of rows that decode
+    tiles: torch.Tensor  # int32 [t, 6] of chunks: `Tile` of native/attention.c
+    parts: torch.Tensor  # int32 [p, 5] of decode rows: `Part` of native/decode.c
     joins: torch.Tensor  # int32 [j, 3]: token, first part, number of parts
-    num_joined: int  # parts that are joined
+    num_joined: int  # parts that need joining
 
 
 @functools.lru_cache(maxsize=1)
 def plan_attention(batch: AttentionBatch, group: int, kv_heads: int) -> Plan:
-    """Chunks in tiles of tokens and one KV head; rows of one token in parts. The longest come
-    first, so that threads end together."""
+    """Split chunks into tiles (some tokens, one KV head) and decode rows into parts.
+
+    The longest come first, to balance the threads.
+    """
     tiles: list[tuple[int, ...]] = []
     parts: list[tuple[int, ...]] = []
     joins: list[tuple[int, ...]] = []
@@ -67,7 +67,7 @@ def plan_attention(batch: AttentionBatch, group: int, kv_heads: int) -> Plan:
 
 
 def reads_in_place(k_cache: torch.Tensor, group: int) -> bool:
-    """Whether the compiled kernel serves such a cache, whose KV heads have `group` queries each."""
+    """Return whether the compiled kernel supports this cache, with `group` queries per KV head."""
     return native.serves_heads(k_cache) and group <= native.TILE_ROWS
 
 
@@ -78,9 +78,12 @@ def paged_attention_cpu(
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
-    """`paged_attention` of queries [n, heads, d] on a CPU."""
+    """Compute `paged_attention` of q [n, heads, d] on a CPU; returns [n, heads, d].
+
+    k_cache, v_cache: [num_blocks, kv_heads, block_size, d].
+    """
     in_place = q.dtype == k_cache.dtype and reads_in_place(k_cache, q.shape[1] // k_cache.shape[1])
-    if in_place:  # whatever is beside it: a row has the same bits alone
+    if in_place:  # for every batch, so that results are batch-invariant
         return _in_place(q.contiguous(), k_cache, v_cache, batch, scale)
     return _gathered(q, k_cache, v_cache, batch, scale)
 
@@ -119,7 +122,7 @@ def _gathered(
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
-    """Row by row over torch's attention; the heads of a KV head are rows of one product."""
+    """Run torch's attention row by row; the query heads of a KV head are batched."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kv_heads = k_cache.shape[1]
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -1,7 +1,7 @@
-"""Attention of prompts and of their chunks over the paged cache.
+"""Attention of prompts and prompt chunks over the paged KV cache.
 
-Query heads that share a KV head and several query tokens are packed into one tile, so that one load
-of a key serves them all. Source: FlashAttention-2 (Dao, 2023).
+A tile packs several query tokens with all query heads of one KV head, so that each key is loaded
+once for all of them. Source: FlashAttention-2 (Dao, 2023).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .paged_tile import attend_cache
 from .tiles import chunk_splits, count_tiles, cut_chunks
 
 LOWEST = tl.constexpr(-1e30)
-SPLIT_STEP = tl.constexpr(128)  # a split has whole tiles of keys, whatever the tile
+SPLIT_STEP = tl.constexpr(128)  # keys; a multiple of every tile size
 
 
 @triton.jit
@@ -48,8 +48,10 @@ def _paged_chunk_kernel(
     SPLIT: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """One program: BLOCK_M // GROUP query tokens of a row, with the heads of one KV head, and if
-    SPLIT one split of the keys that they see, whose part is joined with the others later."""
+    """Attend BLOCK_M // GROUP query tokens of a row, for one KV head per program.
+
+    If SPLIT, a program covers one split of the keys, and `_join_chunks_kernel` combines them.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.load(tiles_ptr + tile * 4)
     start = tl.load(tiles_ptr + tile * 4 + 1)
@@ -62,17 +64,17 @@ def _paged_chunk_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     token = start + offs_m // GROUP
     valid = (offs_m < TOKENS * GROUP) & (token < length)
-    place = context - length + token  # in the whole request
+    pos = context - length + token  # in the request
     head = kv_head * GROUP + offs_m % GROUP
     at = ((first + token) * (NUM_KV_HEADS * GROUP) + head).to(tl.int64) * HEAD_DIM
     d_mask = offs_d < HEAD_DIM
     q_mask = valid[:, None] & d_mask[None, :]
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
     table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
-    top = tl.full((BLOCK_M,), LOWEST, tl.float32)  # finite: a split may hold no key of a query
-    first_place = context - length + start
-    last = tl.minimum(context, first_place + TOKENS)
-    seen_by_all = (first_place + 1) // BLOCK_N * BLOCK_N
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)  # finite: a split may have no key for a query
+    first_pos = context - length + start
+    last = tl.minimum(context, first_pos + TOKENS)
+    seen_by_all = (first_pos + 1) // BLOCK_N * BLOCK_N
     begin, end = 0, last
     if SPLIT:
         split = tl.load(tiles_ptr + tile * 4 + 2)
@@ -82,11 +84,13 @@ def _paged_chunk_kernel(
         end = tl.minimum(begin + keys, last)
         seen_by_all = tl.maximum(begin, tl.minimum(seen_by_all, end))
     acc, top, total = attend_cache(
-        q, top, place, begin, seen_by_all, end, kv_head, k_cache_ptr, v_cache_ptr, k_scale_ptr,
+        q, top, pos, begin, seen_by_all, end, kv_head, k_cache_ptr, v_cache_ptr, k_scale_ptr,
         v_scale_ptr, table_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK,
         PRECISION, FP8,
     )  # fmt: skip
-    acc = acc / tl.maximum(total, 1.0)[:, None]  # the largest weight is 1
+    acc = (
+        acc / tl.maximum(total, 1.0)[:, None]
+    )  # the largest weight is 1, so max() only affects empty rows
     if SPLIT:
         line = (tile * NUM_KV_HEADS + kv_head).to(tl.int64) * BLOCK_M + offs_m
         tl.store(lse_ptr + line, tl.where(total > 0, top + tl.log2(total), float("-inf")))
@@ -110,7 +114,7 @@ def _join_chunks_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program: the splits of a tile and a KV head, weighted by their sums."""
+    """Combine the splits of one tile and KV head per program, weighted by their sums."""
     joins_ptr += tl.program_id(0) * 4
     kv_head = tl.program_id(1)
     row = tl.load(joins_ptr)
@@ -154,8 +158,10 @@ def chunk_settings(
     split: bool = False,
     fp8: bool = False,
 ) -> dict[str, int | str]:
-    """Compile-time settings for chunks of these lengths: smaller tiles where they are few, as they
-    are if `split`. `fp8`: what the cache holds."""
+    """Return compile-time settings for chunks of these lengths.
+
+    Tiles are smaller if there are few programs, or if `split`. `fp8`: the cache holds e4m3.
+    """
     group = num_heads // num_kv_heads
     found = launch("chunk_fp8" if fp8 else "chunk", arch, dtype, group)
     few = count_tiles(lengths, found.block_m // group) * num_kv_heads < FEW_PROGRAMS
@@ -166,7 +172,7 @@ def chunk_settings(
 
 
 def join_settings(chunk: dict[str, int | str]) -> dict[str, int | str]:
-    """Compile-time settings of the joining kernel for those of the chunk kernel."""
+    """Return compile-time settings of the join kernel for those of the chunk kernel."""
     names = ("GROUP", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_D", "BLOCK_M")
     return {name: chunk[name] for name in names} | {"num_warps": 8}
 
@@ -179,8 +185,11 @@ def paged_chunks(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Writes `out` [n, heads, d] at the tokens of the batch's chunk rows: first of those whose keys
-    are taken whole, then of those whose keys are split."""
+    """Write the attention of the batch's chunk rows to `out`.
+
+    Arguments are those of `paged_attention`; `out` is [n, heads, d]. Rows whose keys are processed
+    whole run first, then those with split keys.
+    """
     kv_heads = k_cache.shape[1]
     shape = (q.shape[1] // kv_heads, kv_heads)
     counts = [0 if count == 1 else count for count in batch.num_scheduled_tokens]
@@ -204,7 +213,7 @@ def _launch(
     splits: tuple[int, ...],
     split: bool,
 ) -> None:
-    """Of the rows that have a length."""
+    """Run the rows whose length is not 0."""
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     shape = (heads, kv_heads, head_dim, k_cache.shape[2], q.dtype)
     fp8 = isinstance(k_cache, Fp8Cache)

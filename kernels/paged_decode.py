@@ -1,8 +1,8 @@
-"""Attention of rows that compute one token, over the paged cache.
+"""Attention of rows that compute one token, over the paged KV cache.
 
-Query heads that share a KV head are packed into one tile. Rows are cut over their keys into splits
-of a fixed size, so that the order of additions, and with it the result, does not depend on what
-else is in the batch; a second kernel joins the splits. Source: Flash-Decoding (Dao et al., 2023).
+A tile packs the query heads of one KV head. Keys are split in parts of a fixed size, so that the
+summation order, and with it the result, does not depend on the rest of the batch; a second kernel
+combines the splits. Source: Flash-Decoding (Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .launch import architecture, launch, paged_settings
 from .online_softmax import LOG2_E
 from .paged_tile import attend_cache
 
-SPLIT_SIZE = 256  # keys of one split, or a multiple of it
-MAX_SPLITS = 64  # of a row: what one program joins, and what bounds the grid
+SPLIT_SIZE = 256  # keys per split; a multiple of it for long rows
+MAX_SPLITS = 64  # per row: bounds the grid and the join kernel's tile
 
 
 @triton.jit
 def split_size(context, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Keys of each split of a row: by its own length alone, so that its batch does not matter."""
+    """Return the keys per split. Depends on the row's length only, for batch invariance."""
     return SPLIT * tl.maximum(1, tl.cdiv(context, SPLIT * MAX_SPLITS))
 
 
@@ -54,9 +54,9 @@ def _paged_decode_kernel(
     PRECISION: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """One program: one split of a row's keys, with the query heads of one KV head.
+    """Attend one split of a row's keys, for one KV head per program.
 
-    The grid is static: splits past the row's end return at once.
+    The grid is static: programs of splits past the row's end return immediately.
     """
     index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(decode_rows_ptr + index).to(tl.int64)
@@ -74,12 +74,12 @@ def _paged_decode_kernel(
     at = (token * (NUM_KV_HEADS * GROUP) + head) * HEAD_DIM
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
     table_ptr = block_tables_ptr + row * table_stride
-    place = tl.full((BLOCK_M,), context - 1, tl.int32)
+    pos = tl.full((BLOCK_M,), context - 1, tl.int32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     end = tl.minimum(context, begin + size)
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
     acc, top, total = attend_cache(
-        q, top, place, begin, whole, end, kv_head, k_cache_ptr, v_cache_ptr, k_scale_ptr,
+        q, top, pos, begin, whole, end, kv_head, k_cache_ptr, v_cache_ptr, k_scale_ptr,
         v_scale_ptr, table_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, CACHE_BLOCK,
         PRECISION, FP8,
     )  # fmt: skip
@@ -105,9 +105,9 @@ def _join_splits_kernel(
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """One program: one head of a row, all its splits at once, weighted by their sums.
+    """Combine all splits of one head of a row per program, weighted by their sums.
 
-    A row without keys, which pads a batch, gets zeros.
+    Padding rows have no keys and get zeros.
     """
     index, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(decode_rows_ptr + index)
@@ -137,7 +137,7 @@ def decode_settings(
     arch: str,
     fp8: bool = False,
 ) -> dict[str, int | str]:
-    """Compile-time settings of the decode kernel. `fp8`: what the cache holds."""
+    """Return compile-time settings of the decode kernel. `fp8`: the cache holds e4m3."""
     return {
         **paged_settings(num_heads, num_kv_heads, head_dim, block_size, dtype, fp8),
         **launch("decode", arch, dtype, num_heads // num_kv_heads).settings(),
@@ -147,7 +147,7 @@ def decode_settings(
 
 
 def join_settings(num_heads: int, head_dim: int) -> dict[str, int]:
-    """Compile-time settings of the joining kernel."""
+    """Return compile-time settings of the join kernel."""
     block = triton.next_power_of_2(head_dim)
     return {
         "NUM_HEADS": num_heads,
@@ -160,8 +160,10 @@ def join_settings(num_heads: int, head_dim: int) -> dict[str, int]:
 
 
 def num_splits(table_width: int, block_size: int) -> int:
-    """Splits that the grid has for each row: as many as the longest row of such a table needs.
-    What the rows hold plays no part, so a captured grid serves them all."""
+    """Return the splits per row in the grid: the number that a full block table needs.
+
+    It does not depend on the rows' lengths, so one captured CUDA graph serves all batches.
+    """
     return min(MAX_SPLITS, triton.cdiv(table_width * block_size, SPLIT_SIZE))
 
 
@@ -173,7 +175,10 @@ def paged_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Writes `out` [n, heads, d] at the tokens of the batch's decode rows."""
+    """Write the attention of the batch's decode rows to `out`.
+
+    Arguments are those of `paged_attention`; `out` is [n, heads, d].
+    """
     count, heads, head_dim = len(batch.decode_rows), q.shape[1], q.shape[2]
     kv_heads, block_size = k_cache.shape[1:3]
     splits = num_splits(batch.block_tables.shape[1], block_size)

@@ -1,4 +1,4 @@
-"""What the chunk and decode kernels share: a tile of queries over a range of a row's keys."""
+"""Shared part of the chunk and decode kernels: a tile of queries over a range of keys."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import triton.language as tl
 
 from .online_softmax import fold
 
-# e4m3 has 4 bits of exponent, over a bias of 7. Its bits at the place of a wider format's make a
-# number that is too small by the difference of the biases: by 2^8 in float16, by 2^120 in bfloat16.
-# Scales make up for it, and no number is multiplied. In bfloat16 queries and results take half of
-# it, so that no product leaves the range of float32.
+# e4m3 has 4 exponent bits with a bias of 7. Moved to a wider format, its bits make a value that is
+# too small by the difference of the biases: 2^8 in float16, 2^120 in bfloat16. The scales
+# compensate for it, so that elements need no multiplication. In bfloat16 half of the factor is
+# applied to queries and results, so that no product overflows float32.
 FLOAT16_LIFT = tl.constexpr(2.0**8)
 BFLOAT16_LIFT = tl.constexpr(2.0**60)
 
 
 @triton.jit
 def e4m3_bits_moved(words, like):
-    """The numbers [n, d] of e4m3 in int16 words [n, d / 2], each times 2^-8 or 2^-120. Exact, also
-    for the smallest; by integers alone, which every GPU has. 0x87F0, 0xBF80: sign, exponent and
-    fraction, without the copies of the sign that a shift leaves."""
+    """Convert e4m3 in int16 words [n, d / 2] to `like`'s dtype [n, d], times 2^-8 or 2^-120.
+
+    Exact, including subnormals. Uses integer operations only, which every GPU supports. The masks
+    0x87F0 and 0xBF80 keep sign, exponent and fraction, without the sign copies of the shift.
+    """
     if like.dtype == tl.bfloat16:
         low = (((words << 8) >> 4) & -0x7810).to(tl.bfloat16, bitcast=True)
         high = ((words >> 4) & -0x7810).to(tl.bfloat16, bitcast=True)
@@ -31,8 +33,11 @@ def e4m3_bits_moved(words, like):
 
 @triton.jit
 def lifted_scales(k_scale_ptr, v_scale_ptr, slot, there, like, MASKED: tl.constexpr):
-    """Of keys and values in slots [n]. A key that is not there has the scale of block 0, which
-    nothing uses; its value's is 0, as its weight."""
+    """Return the scales of keys and values in slots [n], times LIFT.
+
+    For invalid slots, the key scale is that of block 0, which is masked later, and the value scale
+    is 0.
+    """
     LIFT: tl.constexpr = BFLOAT16_LIFT if like.dtype == tl.bfloat16 else FLOAT16_LIFT
     k_scale = tl.load(k_scale_ptr + slot)
     if MASKED:
@@ -48,7 +53,7 @@ def attend_keys(
     acc,
     top,
     total,
-    place,
+    pos,
     begin,
     end,
     k_cache_ptr,
@@ -66,11 +71,11 @@ def attend_keys(
     MASKED: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Folds keys [begin, end) of one KV head into the sums of queries [m, d] at places [m].
+    """Accumulate keys [begin, end) of one KV head, for queries [m, d] at positions pos [m].
 
-    Without MASKED every query sees every key, and they fill whole tiles: nothing is compared.
-    LINE: elements from one cache block to the next; ROW: of a slot, the head size, or half of it
-    where FP8 has two numbers in one. The head's offset is in the pointers to cache and scales.
+    If not MASKED, every query sees every key, and the keys must fill whole tiles. LINE: elements
+    per cache block. ROW: elements per slot, which is the head size, or half of it if FP8 (two
+    values per element). The cache and scale pointers include the head's offset.
     """
     offs_d = tl.arange(0, BLOCK_ROW)
     for at in range(begin, end, BLOCK_N):
@@ -96,7 +101,7 @@ def attend_keys(
         if FP8:
             scores = scores * k_scale[None, :]
         if MASKED:
-            scores = tl.where(keys[None, :] <= place[:, None], scores, float("-inf"))
+            scores = tl.where(keys[None, :] <= pos[:, None], scores, float("-inf"))
         weights, fade, top, total = fold(scores, top, total)
         if FP8:
             weights = weights * v_scale[None, :]
@@ -108,7 +113,7 @@ def attend_keys(
 def attend_cache(
     q,
     top,
-    place,
+    pos,
     begin,
     whole,
     end,
@@ -127,9 +132,12 @@ def attend_cache(
     PRECISION: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """The weighted values [m, d] of keys [begin, end) of a KV head, for queries [m, d] at places
-    [m] whose largest scores so far are `top`; beside it the new `top` and the sums of weights [m].
-    Keys before `whole` fill whole tiles, and every query sees them."""
+    """Attend keys [begin, end) of a KV head, for queries [m, d] at positions pos [m].
+
+    `top` [m] is the initial maximum of the scores. Keys before `whole` fill whole tiles and are
+    visible to every query. Returns (unnormalized weighted values [m, d], new `top`, sums of
+    weights [m]).
+    """
     ROW: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
     BLOCK_ROW: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
     LINE: tl.constexpr = NUM_KV_HEADS * CACHE_BLOCK * ROW
@@ -143,11 +151,11 @@ def attend_cache(
     total = tl.zeros_like(top)
     acc = tl.zeros(q.shape, tl.float32)
     acc, top, total = attend_keys(
-        q, acc, top, total, place, begin, whole, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
+        q, acc, top, total, pos, begin, whole, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
         table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, False, FP8,
     )  # fmt: skip
     acc, top, total = attend_keys(
-        q, acc, top, total, place, whole, end, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
+        q, acc, top, total, pos, whole, end, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
         table_ptr, scale, LINE, ROW, BLOCK_ROW, BLOCK_N, CACHE_BLOCK, PRECISION, True, FP8,
     )  # fmt: skip
     if FP8 and q.dtype == tl.bfloat16:

@@ -1,7 +1,8 @@
-"""Products with weights in panels of sixteen output columns: the compiled kernels' own form.
+"""CPU matrix products with weights packed in panels of 16 output columns.
 
-For CPUs with AVX512-BF16 and without AMX: there they read memory faster than oneDNN's at few rows
-(measured on two cores of an AMD EPYC 9004, 2B shape: 1.6 times at 1 row, 1.13 at 16, 1.03 at 128).
+Used on CPUs with AVX512-BF16 and without AMX, where they read memory faster than oneDNN for few
+rows (measured on two cores of an AMD EPYC 9004, 2B shape: 1.6 times at 1 row, 1.13 at 16, 1.03 at
+128).
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import torch
 
 from . import native
 
-ZERO = 128  # stands for 0 in activations: the processor multiplies unsigned by signed numbers
+ZERO = 128  # zero point of activations: the CPU multiplies uint8 by int8
 
 
 @dataclass(frozen=True)
 class PanelWeight:
-    """[out, in] in bfloat16 or, with scales, in int8."""
+    """Weight [out, in] in bfloat16 or, with scales, in int8."""
 
-    panels: torch.Tensor  # int32 [ceil(out / 16), words, 16]; a word is 2 or 4 numbers of a row
+    panels: torch.Tensor  # int32 [ceil(out / 16), words, 16]; a word has 2 or 4 values of a row
     out_size: int
     scale: torch.Tensor | None = None  # float32 [out]
     zero: torch.Tensor | None = None  # int32 [out]: ZERO × the sum of each row
@@ -35,17 +36,18 @@ class PanelWeight:
 
 
 def serves_panels(weight: torch.Tensor) -> bool:
-    """Whether panels are the fastest form of `weight` [out, in] on this machine."""
+    """Return whether panels are the fastest layout for `weight` [out, in] on this machine."""
     fits = weight.dim() == 2 and weight.shape[1] % 4 == 0
     return fits and native.serves(weight) and not native.has_amx()
 
 
 def pack_panels(weight: torch.Tensor) -> PanelWeight:
+    """Pack `weight`, bfloat16 [out, in]."""
     return PanelWeight(_panels(weight.contiguous()), len(weight))
 
 
 def quantize_panels(weight: torch.Tensor) -> PanelWeight:
-    """In eight bits, each row by a scale of its own."""
+    """Quantize `weight`, bfloat16 [out, in], to int8 with a scale per row, and pack it."""
     weight = weight.contiguous()
     numbers, scale = (
         torch.empty(weight.shape, dtype=torch.uint8),
@@ -67,7 +69,11 @@ def _panels(rows: torch.Tensor) -> torch.Tensor:
 def panel_linear(
     x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [n, in] (bfloat16) × weight transposed, plus bias [out]."""
+    """Return x × weightᵀ + bias.
+
+    x is bfloat16 [n, in], bias [out] or None; the result is bfloat16 [n, out]. With int8 weights,
+    activations are quantized dynamically with a scale per row.
+    """
     out = x.new_empty(len(x), weight.out_size)
     sizes = (len(x), weight.out_size, weight.panels.shape[1])
     if weight.scale is None:

@@ -1,7 +1,8 @@
-"""Cuts uint8 frames into normalised patches, on the device that encodes them.
+"""Cut uint8 frames into normalized patches, on the device that encodes them.
 
-Order of patches and of numbers inside one: the `Qwen2VLImageProcessor` of transformers. Patches run
-frame by frame in merged squares; a patch is [channel, time, row, column].
+The order of patches and of values in a patch is that of transformers' `Qwen2VLImageProcessor`:
+patches run frame by frame in merge_size × merge_size squares; a patch is
+[channel, time, row, column].
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _cut_patches_kernel(
     MERGE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """One program: one patch."""
+    """Write one patch per program."""
     index = tl.program_id(0)
     rows, columns = height // PATCH, width // PATCH
     t, within = index // (rows * columns), index % (rows * columns)
@@ -67,10 +68,12 @@ def cut_patches(
     merge_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Patches [t × h × w, 3 × temporal × patch × patch] of uint8 frames [frames, H, W, 3].
+    """Return normalized patches [t × h × w, 3 × temporal × patch × patch] in `dtype`.
 
-    `mean` and `std` are of values from 0 to 1. Frames that lack for a whole temporal patch are
-    copies of the last: an image is seen twice. H and W are multiples of patch_size × merge_size.
+    Args:
+        pixels: uint8 frames [frames, H, W, 3]. H and W are multiples of patch_size × merge_size.
+            The last frame is repeated to fill a temporal patch, as for a single image.
+        mean, std: Per-channel normalization of pixel values scaled to [0, 1].
     """
     if not uses_triton(pixels):
         return cut_patches_ref(
@@ -107,17 +110,18 @@ def cut_patches_ref(
     merge_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """Compute `cut_patches` in plain torch (test oracle); same arguments and result."""
     frames, height, width, _ = pixels.shape
-    lacking = -frames % temporal_patch_size
-    if lacking:
-        pixels = torch.cat((pixels, pixels[-1:].expand(lacking, -1, -1, -1)))
+    missing = -frames % temporal_patch_size
+    if missing:
+        pixels = torch.cat((pixels, pixels[-1:].expand(missing, -1, -1, -1)))
     scale = 1 / (255 * torch.tensor(std, device=pixels.device))
     shift = -torch.tensor(mean, device=pixels.device) / torch.tensor(std, device=pixels.device)
     square = patch_size * merge_size
     down = (height // square, merge_size, patch_size)
     across = (width // square, merge_size, patch_size)
     normed = pixels.float() * scale + shift
-    order = (0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, square, row and column in it, channel, time, y, x
+    order = (0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, square y/x, patch y/x in it, channel, time, y, x
     size = 3 * temporal_patch_size * patch_size**2
     cut = normed.reshape(-1, temporal_patch_size, *down, *across, 3).permute(order)
     return cut.reshape(-1, size).to(dtype)

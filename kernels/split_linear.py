@@ -1,5 +1,7 @@
-"""What the products with quantised weights share: tiles by the number of rows, and the split over
-inputs with which a few rows give every processor work."""
+"""Tile selection and split-K, shared by the matrix products with quantized weights.
+
+Split-K distributes the inputs of a product of few rows over enough programs to use all SMs.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import triton.language as tl
 from .launch import LINEARS, Launch, architecture
 
 MAX_SPLIT_ROWS = 64
-MIN_INPUTS = 512  # of a split
-OUTPUTS = 64  # of the narrowest tile
+MIN_INPUTS = 512  # per split, at least
+OUTPUTS = 64  # per narrowest tile
 JOIN_BLOCK = 1024
 
 
@@ -26,7 +28,7 @@ def _join_parts_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of a token, the sum of its parts float32 [SPLITS, n, out]."""
+    """Sum BLOCK_N outputs of a token per program; parts are float32 [SPLITS, n, out]."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < OUT
@@ -39,8 +41,10 @@ def _join_parts_kernel(
 
 
 def linear_size(kernel: str, arch: str, n: int, out_size: int, processors: int) -> str:
-    """Which of the table's tiles serve n rows: the narrowest that hold them; of more rows the
-    largest that give every processor work."""
+    """Return the name of the tile for n rows.
+
+    This is the narrowest tile that holds them; for more rows, the largest that uses all SMs.
+    """
     sizes = LINEARS[kernel][arch]
     for name in ("few", "some", "more"):
         if n <= sizes[name].block_m:
@@ -52,18 +56,20 @@ def linear_size(kernel: str, arch: str, n: int, out_size: int, processors: int) 
 
 
 def linear_launch(kernel: str, arch: str, n: int, out_size: int, processors: int) -> Launch:
+    """Return the launch settings of `kernel` for n rows; see `linear_size`."""
     return LINEARS[kernel][arch][linear_size(kernel, arch, n, out_size, processors)]
 
 
 def count_tiles(chosen: Launch, n: int, out_size: int) -> int:
+    """Return the number of tiles of an output [n, out_size]."""
     return triton.cdiv(out_size, chosen.block_n) * triton.cdiv(n, chosen.block_m)
 
 
 def split_size(n: int, in_size: int, out_size: int, unit: int, processors: int) -> int:
-    """Units of `unit` inputs that a program adds up, for n rows.
+    """Return the number of input units, of `unit` inputs each, that a program sums.
 
-    The cut follows from the layer alone, up to MOST_SPLIT_ROWS rows: what else is in a batch does
-    not change where a row's sums are cut. Parts are added in their order.
+    Up to MAX_SPLIT_ROWS rows it depends on the layer's shape only, so that results do not depend
+    on the rest of the batch. Parts are added in a fixed order.
     """
     units = triton.cdiv(in_size, unit)
     if n > MAX_SPLIT_ROWS:
@@ -73,14 +79,14 @@ def split_size(n: int, in_size: int, out_size: int, unit: int, processors: int) 
 
 
 def make_parts(splits: int, out: torch.Tensor) -> torch.Tensor:
-    """Where programs put what they added up: `out` [n, out], or float32 [splits, n, out]."""
+    """Return the output of the partial sums: `out` [n, out], or float32 [splits, n, out]."""
     if splits == 1:
         return out
     return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
 
 
 def join_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Writes the sum of `parts` and the bias to `out`."""
+    """Write the sum of `parts` [splits, n, out], plus bias [out], to `out` [n, out]."""
     n, out_size = out.shape
     chosen = join_settings(out_size, len(parts), bias is not None)
     grid = (n, triton.cdiv(out_size, JOIN_BLOCK))
@@ -88,12 +94,12 @@ def join_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 
 
 def join_settings(out_size: int, splits: int, has_bias: bool) -> dict[str, int | bool]:
-    """Compile-time settings of the kernel that adds up parts."""
+    """Return compile-time settings of the join kernel."""
     return {"OUT": out_size, "SPLITS": splits, "HAS_BIAS": has_bias, "BLOCK_N": JOIN_BLOCK}
 
 
 def place(device: torch.device) -> tuple[int, str]:
-    """Processors and architecture of a device; of an H100 in the interpreter."""
+    """Return (number of SMs, architecture) of a device; an H100's for Triton's interpreter."""
     if device.type != "cuda":
         return 132, architecture(device)
     return torch.cuda.get_device_properties(device).multi_processor_count, architecture(device)

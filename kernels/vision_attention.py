@@ -1,7 +1,7 @@
-"""Full attention inside each frame of the vision tower, frames of any length side by side.
+"""Full attention within each frame of the vision tower, for frames of varying length.
 
-The real tower's head size is 80. A tensor core wants powers of two: a head is taken in two parts,
-64 + 16, rather than padded to 128. Source: FlashAttention-2 (Dao, 2023) for the online softmax.
+Tensor cores need power-of-two sizes. A head of 80 is split in 64 + 16 rather than padded to 128.
+Source of the online softmax: FlashAttention-2 (Dao, 2023).
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def _load_rows(
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Columns [START, START + BLOCK) of some rows: zero from column HEAD_DIM on and, if MASKED,
-    from row `end` on."""
+    """Load columns [START, START + BLOCK) of some rows.
+
+    Columns from HEAD_DIM on are zero and, if MASKED, so are rows from `end` on.
+    """
     offs = START + tl.arange(0, BLOCK)
     at = rows[:, None].to(tl.int64) * row_stride + offs[None, :]
     if MASKED or START + BLOCK > HEAD_DIM:
@@ -60,7 +62,7 @@ def _attend_frame(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Folds keys [begin, end) into the sums; without MASKED they fill whole tiles."""
+    """Accumulate keys [begin, end). If not MASKED, they must fill whole tiles."""
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr, keys, k_stride, end, 0, BLOCK_MAIN, HEAD_DIM, MASKED)
@@ -106,7 +108,7 @@ def _vision_attention_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one frame and one head."""
+    """Attend BLOCK_M queries of one frame and one head per program."""
     tile, head = tl.program_id(0), tl.program_id(1)
     frame = tl.load(tile_frame_ptr + tile)
     first = tl.load(cu_seqlens_ptr + frame)
@@ -116,7 +118,7 @@ def _vision_attention_kernel(
     v_ptr += head * HEAD_DIM
     out_ptr += head * HEAD_DIM
 
-    REST: tl.constexpr = max(BLOCK_REST, 16)  # without a rest these are never used
+    REST: tl.constexpr = max(BLOCK_REST, 16)  # unused if BLOCK_REST is 0
     rows = first + tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
     row_mask = rows < last
     q = _load_rows(q_ptr, rows, q_stride, last, 0, BLOCK_MAIN, HEAD_DIM, True)
@@ -148,7 +150,7 @@ def _vision_attention_kernel(
 
 
 def settings(head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, int | str]:
-    """Compile-time settings: the head in a power of two and a rest of at least 16."""
+    """Return compile-time settings; the head is split in a power of two and a rest of >= 16."""
     main = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - main
     return {
@@ -168,10 +170,16 @@ def vision_attention(
     seqlens: tuple[int, ...],
     scale: float,
 ) -> torch.Tensor:
-    """Attention of q, k, v [n, heads, d] inside each frame.
+    """Compute bidirectional attention within each frame.
 
-    Frame i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), int32 on the device; `seqlens` are the
-    frames' lengths on the host. Returns [n, heads, d].
+    Args:
+        q, k, v: [n, heads, d], all of one dtype. The heads of a token must be contiguous.
+        cu_seqlens: int32 [frames + 1] on the device; frame i is tokens
+            [cu_seqlens[i], cu_seqlens[i + 1]).
+        seqlens: Lengths of the frames, on the host.
+        scale: Factor of the scores, usually d ** -0.5.
+
+    Returns [n, heads, d] in q's dtype. Raises AssertionError for other strides.
     """
     if native.serves_heads(q) and native.attends_frames():
         return _native_vision_attention(q, k, v, seqlens, scale)
@@ -179,7 +187,7 @@ def vision_attention(
         return _vision_attention_cpu(q, k, v, seqlens, scale)
     n, heads, head_dim = q.shape
     for part in (q, k, v):
-        assert part.stride()[1:] == (head_dim, 1), "heads of a token must lie side by side"
+        assert part.stride()[1:] == (head_dim, 1), "the heads of a token must be contiguous"
     chosen = settings(head_dim, q.dtype, architecture(q.device))
     frames, starts = cut_tiles(seqlens, int(chosen["BLOCK_M"]), q.device)
     out = torch.empty((n, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -206,7 +214,7 @@ def _native_vision_attention(
 ) -> torch.Tensor:
     n, heads, head_dim = q.shape
     for part in (q, k, v):
-        assert part.stride() == (q.stride(0), head_dim, 1), "q, k and v must lie alike"
+        assert part.stride() == (q.stride(0), head_dim, 1), "q, k and v must have equal strides"
     size, start, tiles = native.TILE_ROWS, 0, []
     for length in seqlens:
         end = start + length
@@ -224,7 +232,7 @@ def _native_vision_attention(
 def _vision_attention_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: tuple[int, ...], scale: float
 ) -> torch.Tensor:
-    """Frames of one length that follow each other are one batch of torch's attention."""
+    """Run torch's attention, with consecutive frames of equal length as one batch."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     start = 0
     for length, count in _runs(seqlens):
@@ -239,7 +247,7 @@ def _vision_attention_cpu(
 
 
 def _runs(seqlens: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(length, how many in a row)."""
+    """Return runs of equal lengths as (length, count)."""
     runs: list[tuple[int, int]] = []
     for length in seqlens:
         if runs and runs[-1][0] == length:
@@ -252,7 +260,10 @@ def _runs(seqlens: tuple[int, ...]) -> list[tuple[int, int]]:
 def vision_attention_ref(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: tuple[int, ...], scale: float
 ) -> torch.Tensor:
-    """Written out frame by frame, in float32."""
+    """Compute `vision_attention` frame by frame in float32 (test oracle).
+
+    q, k, v [n, heads, d]; returns [n, heads, d] in q's dtype.
+    """
     parts = zip(*(x.float().split(list(seqlens)) for x in (q, k, v)), strict=True)
     out = []
     for q_i, k_i, v_i in parts:

@@ -1,4 +1,4 @@
-"""The scheduler's limits, and what they refuse at the door."""
+"""Scheduler limits and the admission checks that enforce them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from .request import Request
 
 
 class AdmissionError(ValueError):
-    """A request that could never run here; the text names the limit."""
+    """The request can never run with the configured limits; the text names the limit."""
 
 
 class PromptTooLong(AdmissionError):
-    """It leaves no room for output."""
+    """The prompt leaves no capacity for output tokens."""
 
 
 class QueueFull(AdmissionError):
-    """Too much is waiting already. The same request may be taken later."""
+    """The waiting queue is full; the same request may succeed later."""
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
+    """Scheduler limits.
+
+    Raises ValueError if a value is below its minimum.
+    """
+
     num_blocks: int
     block_size: int
-    max_num_seqs: int  # requests that run at once
-    max_num_batched_tokens: int  # tokens of one step
-    max_model_len: int  # tokens of prompt and output
-    max_encode_tokens: int  # image tokens encoded in one step
-    encoder_cache_tokens: int  # image tokens whose embeddings workers keep
-    max_num_partial_prefills: int = 4  # prompts that go in pieces in one step
-    long_prefill_token_threshold: int = 256  # tokens of all pieces in a step, while others decode
-    max_queue_len: int = 1024  # requests that wait for a place
-    max_queue_tokens: int = 1 << 20  # their tokens; a request that waits alone may have more
-    priority_ageing_s: float = 10.0  # a wait of so many seconds makes up for one priority
-    max_empty_steps: int = 100  # steps in which nothing could run before the head fails
+    max_num_seqs: int  # concurrently running requests
+    max_num_batched_tokens: int  # tokens per step
+    max_model_len: int  # prompt and output tokens per request
+    max_encode_tokens: int  # image tokens encoded per step
+    encoder_cache_tokens: int  # image tokens of cached embeddings
+    max_num_partial_prefills: int = 4  # chunked prompts per step
+    long_prefill_token_threshold: int = 256  # tokens of all chunks per step while others decode
+    max_queue_len: int = 1024  # waiting requests
+    max_queue_tokens: int = 1 << 20  # their tokens; a single waiting request may exceed it
+    priority_ageing_s: float = 10.0  # seconds of waiting that outweigh one priority level
+    max_empty_steps: int = 100  # idle steps before the first request fails
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -43,25 +48,25 @@ class SchedulerConfig:
 
     @property
     def max_request_len(self) -> int:
-        """Tokens of the longest request: what the model takes and the blocks hold."""
+        """Return the maximum tokens per request: model length or KV capacity."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
 def check_size(request: Request, config: SchedulerConfig) -> None:
-    """Raises `AdmissionError` for what could never run, with the numbers."""
+    """Raise `AdmissionError` if the request can never run."""
     count = request.num_prompt_tokens
     if count == 0:
-        raise AdmissionError("prompt: has no tokens")
+        raise AdmissionError("prompt: has no tokens; pass at least one")
     if count >= config.max_request_len:
         limit = f"max_model_len is {config.max_model_len}"
         if config.max_request_len < config.max_model_len:
             limit = f"the KV cache holds {config.max_request_len}"
-        raise PromptTooLong(f"prompt: {count} tokens leave no room for output; {limit}")
+        raise PromptTooLong(f"prompt: {count} tokens leave no capacity for output; {limit}")
     for limit in ("max_encode_tokens", "encoder_cache_tokens"):
         most = max((unit.num_tokens for unit in request.units), default=0)
         if most > getattr(config, limit):
             raise AdmissionError(
-                f"an image or video unit of {most} tokens is over {limit}="
+                f"an image or video unit of {most} tokens exceeds {limit}="
                 f"{getattr(config, limit)}; lower its max_pixels"
             )
 
@@ -69,18 +74,19 @@ def check_size(request: Request, config: SchedulerConfig) -> None:
 def check_queue(
     request: Request, num_waiting: int, num_tokens: int, num_running: int, config: SchedulerConfig
 ) -> None:
-    """Raises `QueueFull` when `num_waiting` requests of `num_tokens` tokens are enough.
+    """Raise `QueueFull` if the waiting queue cannot take the request.
 
-    Places that are free count for the queue: what waits there begins with the next step.
+    `num_waiting` requests with `num_tokens` tokens wait already. Free running slots extend the
+    queue, since that many requests start in the next step.
     """
-    places = config.max_queue_len + max(0, config.max_num_seqs - num_running)
-    if num_waiting >= places:
+    capacity = config.max_queue_len + max(0, config.max_num_seqs - num_running)
+    if num_waiting >= capacity:
         raise QueueFull(
             f"{num_waiting} requests are waiting and max_queue_len={config.max_queue_len}; "
             "try again later"
         )
     if num_waiting and num_tokens + request.num_tokens > config.max_queue_tokens:
         raise QueueFull(
-            f"{num_tokens} tokens are waiting, and {request.num_tokens} more are over "
+            f"{num_tokens} tokens are waiting, and {request.num_tokens} more exceed "
             f"max_queue_tokens={config.max_queue_tokens}; try again later"
         )

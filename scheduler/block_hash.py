@@ -1,9 +1,9 @@
-"""The hash of a KV block's content: what keys and values in it depend on, chained from the start.
+"""Content hash of a KV block, chained from the start of the prompt.
 
-A block's keys and values follow from its tokens, all tokens before it, and the pixels under its
-placeholders. So its hash chains SHA-256 over the block before it (the first: the caller's salt),
-its token ids, and of every encode unit that it overlaps the full media hash, the index and where
-the unit lies. Two equal texts over different images share nothing past the image's first block.
+Keys and values of a block depend on its tokens, all tokens before it, and the pixels behind image
+placeholders. The hash is SHA-256 over the previous block's hash (for the first block: the
+caller's salt), the token ids, and for each overlapping encode unit its full media hash, index and
+relative offset. Equal texts with different images share no block from the image's first one on.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from .request import EncodeUnit, Request, overlapping
 
 
 def root_hash(cache_salt: bytes) -> bytes:
-    """What the first block chains to: requests of different salts never share a block."""
+    """Return the parent hash of first blocks. Different salts never share a block."""
     return sha256(b"octavo.kv.v1" + len(cache_salt).to_bytes(8, "little") + cache_salt).digest()
 
 
 def next_hash(
     parent: bytes, tokens: array[int], units: tuple[EncodeUnit, ...], start: int, end: int
 ) -> bytes:
-    """The hash of the full block that holds tokens [start, end)."""
+    """Return the hash of the full block of tokens [start, end)."""
     digest = sha256(parent)
     digest.update(tokens[start:end].tobytes())
     for unit in overlapping(units, start, end):
-        place = struct.pack("<qqq", len(unit.media_hash), unit.index, unit.offset - start)
-        digest.update(place + unit.media_hash)
+        position = struct.pack("<qqq", len(unit.media_hash), unit.index, unit.offset - start)
+        digest.update(position + unit.media_hash)
     return digest.digest()
 
 
 def block_hash(request: Request, index: int, block_size: int) -> bytes:
-    """The hash of a request's block `index`, all of whose tokens are known; each is made once."""
+    """Return the hash of the request's full block `index`; hashes are cached."""
     hashes = request.block_hashes
     while len(hashes) <= index:
         parent = hashes[-1] if hashes else root_hash(request.cache_salt)

@@ -1,4 +1,4 @@
-"""A step plan in the making: what is in it, and what is left to give away."""
+"""A step plan under construction and its remaining budgets."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from .step import EncodePlan, StepPlan
 
 @dataclass(slots=True, eq=False)
 class StepDraft:
-    """What is left to give away, and the rows so far: parallel lists as in `StepPlan`."""
+    """Remaining budgets, and the rows so far as parallel lists like those of `StepPlan`."""
 
-    token_budget: int  # tokens that are left
-    encoder_budget: int  # image tokens that are left
-    num_decoding: int  # running requests that need one token and have no row yet; it is kept for
-    # them
+    token_budget: int  # remaining tokens
+    encoder_budget: int  # remaining image tokens
+    num_decoding: int  # running requests that need one token and have no row yet: reserved
     num_prefilling: int  # running requests that need more than one token
-    num_ending: int  # running requests whose last token, or one that they go by, is on its way
-    others_decode: bool  # some request decodes, so a long prompt goes in small pieces
-    num_waiting: int  # for them a long prompt leaves room: they may be short
-    num_pieces: int = 0  # rows so far that do not finish what is known
-    num_passed_over: int = 0  # waiting requests that could not start and did not stop the others
-    may_start: bool = True  # nothing more urgent has failed to find room
-    may_encode: bool = True  # nothing more urgent has failed to be encoded
-    last_victim: tuple[float, int] = (math.inf, 0)  # nothing less urgent may start in its place
+    num_ending: int  # running requests that only await a token in flight
+    others_decode: bool  # some request decodes, so chunks of prompts are small
+    num_waiting: int  # chunks leave budget for waiting requests, which may be short
+    num_chunks: int = 0  # rows so far that do not finish the known tokens (chunks)
+    num_passed_over: int = 0  # waiting requests that were skipped
+    may_start: bool = True  # no higher-ranked request lacked resources
+    may_encode: bool = True  # no higher-ranked request lacked encode budget
+    last_victim: tuple[float, int] = (math.inf, 0)  # latest preempted; lower ranks may not start
     rows: list[Request] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
@@ -40,7 +39,7 @@ class StepDraft:
 
     @property
     def tokens_left(self) -> int:
-        """For other rows than those that decode."""
+        """Return the token budget for rows other than running decodes."""
         return self.token_budget - self.num_decoding
 
     @property
@@ -48,11 +47,11 @@ class StepDraft:
         return not (self.rows or self.preempted)
 
     def add_row(self, request: Request, count: int, left: int) -> None:
-        """Sends `count` of the `left` tokens that a request has still to compute."""
+        """Add a row for `count` of the `left` tokens that a request has to compute."""
         start = request.num_sent_tokens
         samples = count == left and start + count < request.num_ready_tokens
         self.token_budget -= count
-        self.num_pieces += not samples
+        self.num_chunks += not samples
         self.num_decode_tokens += count == 1 and start >= len(request.prompt_token_ids)
         self.rows.append(request)
         self.num_computed_tokens.append(start)
@@ -66,18 +65,25 @@ class StepDraft:
             self.num_samples += 1
 
     def pass_over(self, most: int, wants_encoding: bool) -> None:
-        """A waiting request did not start; `most` of them in a step, then no one else does."""
+        """Skip a waiting request that cannot start.
+
+        After `most` skipped requests no other request starts in this step.
+        """
         self.may_encode = self.may_encode and not wants_encoding
         self.num_passed_over += 1
         self.may_start = self.num_passed_over < most
 
     def add_copy(self, old: int, new: int) -> None:
-        """Block `new` gets the content of `old`; if that is to be a copy itself, of what it is a
-        copy of: all are read before any is written."""
+        """Copy block `old` to block `new`.
+
+        If `old` itself is the target of a copy, read from that copy's source instead, because all
+        sources are read before any write.
+        """
         source = next((source for source, copy in self.copies if copy == old), old)
         self.copies.append((source, new))
 
     def as_plan(self, step_id: int, drop: tuple[UnitKey, ...]) -> StepPlan:
+        """Return the plan; `drop` lists embeddings to delete."""
         return StepPlan(
             step_id=step_id,
             request_ids=tuple([row.request_id for row in self.rows]),

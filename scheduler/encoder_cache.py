@@ -1,6 +1,6 @@
-"""Counts the embeddings that workers keep: which units, how large, who needs them still.
+"""Accounting of the embeddings that the workers cache: units, sizes and references.
 
-The one owner of that truth: workers hold the tensors and forget them when told so.
+The workers hold the tensors and delete them as instructed by each step plan.
 """
 
 from __future__ import annotations
@@ -15,43 +15,42 @@ from .request import EncodeUnit, UnitKey
 @dataclass
 class _Entry:
     num_tokens: int
-    holders: set[str] = field(default_factory=set)  # request_ids that have tokens left to compute
+    holders: set[str] = field(default_factory=set)  # ids of requests with tokens left to compute
 
 
 class EncoderCache:
-    """At most `capacity` image tokens. What nobody holds stays until its room is needed, the
-    longest unused going first.
+    """LRU cache of at most `capacity` image tokens; only unreferenced units are evicted.
 
-    A request holds a unit only from the step that computes its first token to the one that
-    computes its last. While it holds one it can compute the rest of it, which takes no new room,
-    and then lets go; only then may it want the next. So holders never wait for each other.
+    A request references a unit from the step that computes its first token to the step that
+    computes its last. While it references one, it can always compute the rest of it, which takes
+    no further capacity; only then does it need the next. So requests cannot deadlock on capacity.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._entries: OrderedDict[UnitKey, _Entry] = OrderedDict()  # longest unused first
+        self._entries: OrderedDict[UnitKey, _Entry] = OrderedDict()  # least recently used first
         self.num_tokens = 0  # of all entries
         self._num_held = 0  # tokens of entries with a holder
-        self._evicted: list[UnitKey] = []  # not yet told to the workers
-        self.num_found = self.num_added = 0  # times a request came to need a unit: it was there
-        # already, or had to be encoded
+        self._evicted: list[UnitKey] = []  # not yet sent to the workers
+        self.num_found = self.num_added = 0  # cache hits and misses, once per request and unit
 
     def __contains__(self, key: UnitKey) -> bool:
         return key in self._entries
 
     def room(self) -> int:
-        """Tokens that can be added, evicting what nobody holds."""
+        """Return the tokens that can be added after evicting unreferenced units."""
         return self.capacity - self._num_held
 
     def tokens_to_hold(self, unit: EncodeUnit) -> int:
-        """What `room` would lose if `unit` were held by one more request."""
+        """Return by how much one more reference to `unit` reduces `room`."""
         entry = self._entries.get(unit.key)
         return 0 if entry is not None and entry.holders else unit.num_tokens
 
     def hold(self, unit: EncodeUnit, request_id: str) -> bool:
-        """Marks a unit as needed by a request. True when it is new and must be encoded now.
+        """Add a request's reference to a unit.
 
-        The caller has seen to it that `room` suffices.
+        Returns True if the unit is new and must be encoded now. The caller ensures that `room`
+        suffices.
         """
         entry = self._entries.get(unit.key)
         is_new = entry is None
@@ -69,7 +68,7 @@ class EncoderCache:
         return is_new
 
     def release(self, key: UnitKey, request_id: str) -> None:
-        """A request needs a unit no longer; nothing happens where it did not hold it."""
+        """Drop a request's reference to a unit, if it has one."""
         entry = self._entries.get(key)
         if entry is None or request_id not in entry.holders:
             return
@@ -78,7 +77,7 @@ class EncoderCache:
             self._num_held -= entry.num_tokens
 
     def lose(self, key: UnitKey) -> None:
-        """A worker does not have a unit: whoever needs it plans it anew, and no worker keeps it."""
+        """Drop a unit that a worker lacks, from all workers, so that it is encoded again."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.num_tokens -= entry.num_tokens
@@ -86,41 +85,44 @@ class EncoderCache:
             self._evicted.append(key)
 
     def forget(self, key: UnitKey) -> None:
-        """What a unit's embedding holds is in doubt: who comes is to have it encoded anew."""
+        """Drop an unreferenced unit whose embedding may be invalid."""
         entry = self._entries.get(key)
         if entry is not None and not entry.holders:
             self.lose(key)
 
     def reset(self) -> None:
-        """All workers are new and keep nothing. No request may hold a unit."""
+        """Empty the cache after a worker restart. No request may reference a unit."""
         assert self._num_held == 0
         self._entries.clear()
         self._evicted.clear()
         self.num_tokens = 0
 
     def take_evicted(self) -> tuple[UnitKey, ...]:
-        """What was evicted since the last call; workers are to forget it before they encode."""
+        """Return the units evicted since the last call.
+
+        The workers delete them before they encode.
+        """
         evicted, self._evicted = self._evicted, []
         return tuple(evicted)
 
     def _evict(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens`."""
+        """Evict unreferenced units until `num_tokens` fit."""
         unused = (key for key, entry in self._entries.items() if not entry.holders)
-        going: list[UnitKey] = []
+        victims: list[UnitKey] = []
         excess = self.num_tokens + num_tokens - self.capacity
         while excess > 0:
             key = next(unused)
-            going.append(key)
+            victims.append(key)
             excess -= self._entries[key].num_tokens
-        for key in going:
+        for key in victims:
             self.num_tokens -= self._entries.pop(key).num_tokens
-        self._evicted.extend(going)
+        self._evicted.extend(victims)
 
     def check_integrity(self, held: Mapping[str, set[UnitKey]]) -> None:
-        """Sums are right, the capacity holds, and holders are just those in `held`."""
+        """Assert that sums are right and that holders are those in `held`."""
         entries = self._entries.values()
         assert self.num_tokens == sum(e.num_tokens for e in entries) <= self.capacity
         assert self._num_held == sum(e.num_tokens for e in entries if e.holders)
         for key, entry in self._entries.items():
             for request_id in entry.holders:
-                assert key in held.get(request_id, ()), f"{request_id} holds {key} for nothing"
+                assert key in held.get(request_id, ()), f"{request_id} holds {key} without need"

@@ -1,4 +1,4 @@
-"""A token's log probability, and the likeliest tokens at its place."""
+"""Log probabilities of a token and of the top-k tokens at its position."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import NamedTuple, overload
 
 
 class TokenLogprobs(NamedTuple):
-    """By the model's own logits: before penalties, bias, temperature and filters.
+    """Log probabilities from the model's raw logits: before penalties, bias and temperature.
 
-    Of equal ones the lower token id is the likelier.
+    Ties in the top-k order are broken by the lower token id.
     """
 
     token_id: int
     logprob: float
-    top_token_ids: array[int]  # as many as were asked for, the likeliest first
+    top_token_ids: array[int]  # most likely first
     top_logprobs: array[float]
 
     @property
     def top(self) -> dict[int, float]:
-        """The likeliest tokens, the likeliest first."""
+        """Return the top-k tokens as {token id: logprob}, most likely first."""
         return dict(zip(self.top_token_ids, self.top_logprobs, strict=True))
 
 
-NO_TOKEN = -1  # the token id of an entry that is None
+NO_TOKEN = -1  # token id of a None entry
 
 
 class LogprobTable(Sequence[TokenLogprobs | None]):
-    """Log probabilities of consecutive tokens, held in arrays.
+    """Log probabilities of consecutive tokens, stored in arrays.
 
-    Takes 20 bytes a token and 8 an alternative; as a list of `TokenLogprobs` they take over 300
-    bytes a token. Equal to any sequence of equal entries.
+    Takes 20 bytes per token and 8 per alternative, where a list of `TokenLogprobs` takes over 300
+    bytes per token. Compares equal to any sequence of equal entries.
     """
 
     def __init__(self, entries: Iterable[TokenLogprobs | None] = ()) -> None:
         self._token_ids = array("i")
         self._logprobs = array("d")
-        self._ends = array("q")  # of each token's alternatives in the two arrays that follow
+        self._ends = array("q")  # end of each token's top-k entries in the next two arrays
         self._top_token_ids = array("i")
         self._top_logprobs = array("f")
         self.extend(entries)

@@ -1,5 +1,7 @@
-"""What a caller may ask of a request: how to choose tokens, and how to be treated. All is checked
-here, once, into a ValueError that names the field, the value and what it may be."""
+"""Per-request parameters: token sampling and scheduling options.
+
+All values are validated on construction; a ValueError names the field, the value and its range.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +17,46 @@ _REPR.maxstring = _REPR.maxother = 120
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 256
-MAX_N = 64  # answers to one prompt
-MAX_LOGPROBS = 20  # likeliest tokens told of at a place
+MAX_N = 64  # outputs per prompt
+MAX_LOGPROBS = 20  # top-k tokens per position
 MAX_LOGIT_BIAS = 1024  # token ids
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_LENGTH = 256
 MAX_SALT_LENGTH = 256
-PRIORITIES = range(10)  # 0 is the most urgent
+PRIORITIES = range(10)  # 0 is the highest
 DEFAULT_PRIORITY = 5
 MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
 
 
 def truncated_repr(value: object) -> str:
-    """A caller's value for an error's text: never long."""
+    """Return a short repr of a caller's value for error texts."""
     if isinstance(value, int) and value.bit_length() > 64:
-        return f"a whole number of {value.bit_length()} bits"
+        return f"an integer of {value.bit_length()} bits"
     return _REPR.repr(value)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. None means "as the checkpoint's generation_config.json says".
+    """Sampling parameters of one request.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. `seed` None draws one
-    at admission. `stop` strings are never shown; `stop_token_ids` end the output as the
-    checkpoint's end tokens do; `ignore_eos` keeps going past the latter. `n` answers share one
-    prompt; answer i is what a request alone gets with seed + i.
+    None means "use the value from the checkpoint's generation_config.json". `temperature=0` is
+    greedy; `top_k=0` and `top_p=1` disable those filters. With `seed=None` a seed is generated at
+    admission. Output `i` of `n` is identical to that of a single request with `seed + i`.
 
-    The repetition penalty looks at prompt and output; `presence_penalty` and `frequency_penalty`
-    are taken off the logits of the output's tokens, once and once for each time. `logit_bias` adds
-    to the logits of token ids after that. `bad_words` are never written, as tokens of their own or
-    after a space. Before `min_tokens` of output no end token, stop token or stop string ends it.
-    `logprobs` and `prompt_logprobs` ask for that many likeliest tokens with each token, by the
-    model's own logits; None asks for nothing. `include_stop_str` shows the stop string that was
-    found, `skip_special_tokens` off shows tokens such as `<|im_end|>`.
-    `structured` is the form that every answer has to have.
+    `stop` strings end the output and are not part of it unless `include_stop_str` is set.
+    `stop_token_ids` end the output like the checkpoint's EOS tokens; `ignore_eos` ignores the
+    latter. Before `min_tokens` output tokens, no EOS token, stop token or stop string ends it.
+
+    `repetition_penalty` counts prompt and output tokens. `presence_penalty` (once per distinct
+    token) and `frequency_penalty` (once per occurrence) are subtracted from the logits of output
+    tokens; `logit_bias` is added afterwards. `bad_words` are never generated, with or without a
+    leading space.
+
+    `logprobs` and `prompt_logprobs` are the number of top-k tokens to return per token, computed
+    from the model's raw logits; None returns nothing. With `skip_special_tokens=False` the text
+    contains tokens such as `<|im_end|>`. `structured` constrains every output to a grammar.
+
+    Raises ValueError if a value is out of range or of the wrong type.
     """
 
     temperature: float | None = None
@@ -58,7 +65,7 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    max_tokens: int | None = None  # None: up to the model's length
+    max_tokens: int | None = None  # None: up to max_model_len
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -67,7 +74,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # pairs once it is made
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # normalized to pairs
     bad_words: tuple[str, ...] = ()
     min_tokens: int = 0
     include_stop_str: bool = False
@@ -87,12 +94,12 @@ class SamplingParams:
         self._check_stops()
         self._check_bad_words()
         if not isinstance(self.structured, StructuredOutput | None):
-            text = "must be an octavo.StructuredOutput"
+            text = "must be an octavo.StructuredOutput or None"
             raise ValueError(f"structured={truncated_repr(self.structured)}: {text}")
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
-        """`logit_bias` as it is kept: pairs of token id and bias."""
+        """Return `logit_bias` as normalized pairs (token id, bias)."""
         assert isinstance(self.logit_bias, tuple)
         return self.logit_bias
 
@@ -123,32 +130,36 @@ class SamplingParams:
             text = f"must be at most max_tokens={self.max_tokens}"
             raise ValueError(f"min_tokens={self.min_tokens}: {text}")
         if self.top_p == 0:
-            raise ValueError("top_p=0: must be over 0; temperature=0 is greedy")
+            raise ValueError("top_p=0: must be greater than 0; for greedy use temperature=0")
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS or len(self.stop_token_ids) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop: at most {MAX_STOP_STRINGS} stop strings and token ids")
+            raise ValueError(
+                f"stop: {len(self.stop)} strings and {len(self.stop_token_ids)} token ids; "
+                f"the maximum is {MAX_STOP_STRINGS} each"
+            )
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise ValueError(
-                    f"stop={truncated_repr(text)}: 1 to {MAX_STOP_LENGTH} characters each"
+                    f"stop={truncated_repr(text)}: must have 1 to {MAX_STOP_LENGTH} characters"
                 )
         for token in self.stop_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"stop_token_ids={truncated_repr(token)}: must be token ids")
+                raise ValueError(f"stop_token_ids={truncated_repr(token)}: must be an integer >= 0")
 
     def _check_bad_words(self) -> None:
         if len(self.bad_words) > MAX_BAD_WORDS:
-            raise ValueError(f"bad_words: {len(self.bad_words)}; at most {MAX_BAD_WORDS}")
+            text = f"the maximum is {MAX_BAD_WORDS}"
+            raise ValueError(f"bad_words: {len(self.bad_words)} strings; {text}")
         for word in self.bad_words:
             if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_LENGTH:
-                text = f"1 to {MAX_BAD_WORD_LENGTH} characters each"
+                text = f"must have 1 to {MAX_BAD_WORD_LENGTH} characters"
                 raise ValueError(f"bad_words={truncated_repr(word)}: {text}")
             if word.isspace() or word.encode("utf-8", "ignore").decode() != word:
-                raise ValueError(f"bad_words={truncated_repr(word)}: must be text")
+                raise ValueError(f"bad_words={truncated_repr(word)}: must be valid, non-blank text")
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
-        """Fills every field that is None from `defaults`."""
+        """Return a copy with every field that is None taken from `defaults`."""
         chosen = {
             f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None
         }
@@ -156,39 +167,42 @@ class SamplingParams:
 
 
 def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
-    """`logit_bias` as pairs of token id and bias, in order of the ids."""
+    """Return `logit_bias` as pairs (token id, bias), sorted by token id."""
     if isinstance(bias, Mapping):
         pairs = tuple(bias.items())
     elif bias is None or isinstance(bias, tuple):
         pairs = bias or ()
     else:
-        raise ValueError(f"logit_bias={truncated_repr(bias)}: must be a dict of token id to bias")
+        raise ValueError(f"logit_bias={truncated_repr(bias)}: must be a dict {{token id: bias}}")
     if len(pairs) > MAX_LOGIT_BIAS:
-        raise ValueError(f"logit_bias: {len(pairs)} token ids; at most {MAX_LOGIT_BIAS}")
+        raise ValueError(f"logit_bias: {len(pairs)} token ids; the maximum is {MAX_LOGIT_BIAS}")
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise ValueError(f"logit_bias={truncated_repr(pair)}: must be a token id and its bias")
+            raise ValueError(f"logit_bias={truncated_repr(pair)}: must be a pair (token id, bias)")
         _check_number("logit_bias: token id", pair[0], 0, 2**31 - 1)
         _check_number(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
     ids = [token for token, _ in pairs]
     if len(set(ids)) < len(ids):
-        raise ValueError("logit_bias: a token id comes twice")
+        raise ValueError("logit_bias: duplicate token id; give each id once")
     return tuple(sorted(pairs))
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raises ValueError unless low <= value <= high; whole numbers where `low` is one."""
+    """Raise ValueError unless low <= value <= high.
+
+    Only integers are accepted if `low` is an integer.
+    """
     whole = isinstance(low, int)
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
-        kind = "a whole number" if whole else "a finite number"
+        kind = "an integer" if whole else "a finite number"
         raise ValueError(f"{name}={truncated_repr(value)}: must be {kind}")
     if not low <= value <= high:
         raise ValueError(f"{name}={truncated_repr(value)}: must be from {low} to {high}")
 
 
 class OptionFields(TypedDict, total=False):
-    """The keyword arguments that make `RequestOptions`."""
+    """Keyword arguments of `RequestOptions`."""
 
     priority: int
     timeout_s: float | None
@@ -197,13 +211,12 @@ class OptionFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """How a request is to be treated, whatever it says.
+    """Scheduling options of one request, independent of its content.
 
-    priority: 0, the most urgent, to 9. A request gains on later ones as it waits, so that none
-    waits for ever.
-    timeout_s: seconds from the call on; a request that is not done by then ends with the error
-    DEADLINE_EXCEEDED and what it has.
-    cache_salt: requests find each other's cached prefixes and images only under the same salt.
+    priority: 0 (highest) to 9. Waiting requests age, so lower priorities never starve.
+    timeout_s: Seconds from submission. A request that is unfinished by then ends with the error
+        DEADLINE_EXCEEDED and the output generated so far.
+    cache_salt: Requests share cached prefixes and image embeddings only if their salts are equal.
     """
 
     priority: int = DEFAULT_PRIORITY
@@ -212,18 +225,21 @@ class RequestOptions:
 
     @classmethod
     def of(cls, **given: Unpack[OptionFields]) -> RequestOptions:
-        """From keyword arguments; None is the default. Raises TypeError for a name that is none."""
+        """Create options from keyword arguments; None selects the default.
+
+        Raises TypeError for an unknown name.
+        """
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
-                text = f"a request has {', '.join(known)}; n and the like are SamplingParams'"
-                raise TypeError(f"{name}: unknown; {text}")
+                text = f"options are {', '.join(known)}; n and the like belong to SamplingParams"
+                raise TypeError(f"{name}: unknown option; {text}")
         return cls(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         _check_number("priority", self.priority, PRIORITIES[0], PRIORITIES[-1])
         if self.timeout_s is not None:
-            _check_number("timeout_s", self.timeout_s, 0.0, MAX_TIMEOUT)  # 0: it has run out
+            _check_number("timeout_s", self.timeout_s, 0.0, MAX_TIMEOUT)  # 0: already expired
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
-            text = f"must be a text of at most {MAX_SALT_LENGTH} characters"
+            text = f"must be a string of at most {MAX_SALT_LENGTH} characters"
             raise ValueError(f"cache_salt={truncated_repr(self.cache_salt)}: {text}")

@@ -1,8 +1,8 @@
-"""Plans one step: which requests get how many tokens, blocks and units to encode.
+"""Step planning: which requests get how many tokens, blocks and encode units.
 
-Requests are taken in order of urgency, the running and the waiting in one line. One that lacks
-blocks preempts the last that runs. All rows of the step so far belong to requests that are more
-urgent than the one in hand, and the last that runs is not: so no victim has a row yet.
+Running and waiting requests are planned together, in order of urgency. A request that lacks blocks
+preempts the last running one. Rank is the position in that order: rows planned so far belong to
+requests of higher rank than the current one, so a preempted request has no row yet.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .step import EncodePlan
 
 RUNNING = RequestStatus.RUNNING
 
-MAX_PASSED_OVER = 16  # waiting requests that a step looks past: each costs a prefix search
+MAX_PASSED_OVER = 16  # skipped waiting requests per step: each costs a prefix search
 
 
 class Planner:
-    """Makes step plans of a state, which it moves on: who starts, who is preempted."""
+    """Builds step plans, and starts and preempts requests in the state accordingly."""
 
     def __init__(self, state: SchedulerState) -> None:
         self.state, self.config = state, state.config
@@ -31,7 +31,7 @@ class Planner:
         self.waiting, self.running = state.waiting, state.running
 
     def plan(self) -> StepDraft:
-        """What the next step does; its tokens are sent with it."""
+        """Return the draft of the next step and mark its tokens as sent."""
         if self.state.suspects:
             suspect = self.state.suspects[0]
             is_running = suspect.status is RUNNING
@@ -41,10 +41,10 @@ class Planner:
         return self._fill(tuple(self.running), self.waiting)
 
     def _fill(self, running: Sequence[Request], waiting: Sequence[Request]) -> StepDraft:
-        """A draft of what these requests may do in a step."""
+        """Plan a step of these requests."""
         left = [request.num_left for request in running]
         decoding, done = left.count(1), left.count(0)
-        if done:  # else nobody waits for frames of a video
+        if done:  # requests that await video frames are not ending
             done -= sum(r.awaits_media for r, n in zip(running, left, strict=True) if n == 0)
         draft = StepDraft(
             self.config.max_num_batched_tokens,
@@ -55,20 +55,22 @@ class Planner:
             others_decode=decoding > 0,
             num_waiting=len(waiting),
         )
-        queue = deque(waiting)  # as of now: who is preempted in this step is not in it
+        queue = deque(waiting)  # a copy: without requests preempted in this step
         for request, tokens_left in zip(running, left, strict=True):
             while queue and queue[0].urgency < request.urgency and draft.may_start:
                 self._start(queue.popleft(), draft)
-            if request.status is RUNNING:  # else it was preempted in this loop
+            if request.status is RUNNING:  # else preempted in this loop
                 self._continue(request, tokens_left, draft)
         while queue and draft.may_start:
             self._start(queue.popleft(), draft)
         return draft
 
     def _continue(self, request: Request, left: int, draft: StepDraft) -> None:
-        """Plans a running request's next tokens, of which `left` are known or on their way: one,
-        and it decodes; none, and its last is on its way, or the token that it goes by, or its next
-        unit is still being made. One whose turn it is not keeps its blocks."""
+        """Plan the next tokens of a running request.
+
+        `left` is the number of its known and in-flight tokens without a row: 1 means decoding, 0
+        that it awaits a token or pixels. A request without a row keeps its blocks.
+        """
         if left == 0:
             return
         start = request.num_sent_tokens
@@ -80,12 +82,14 @@ class Planner:
         if left == 1:
             draft.num_decoding -= 1
         if start < request.media_end:
-            self._hold_units(request, count, draft)
+            self._reference_units(request, count, draft)
         draft.add_row(request, count, left)
 
     def _get_blocks(self, request: Request, end: int, draft: StepDraft) -> bool:
-        """Blocks for tokens up to `end`, preempting from the end of the line until they are there.
-        False when they are not: the request itself was to go, or waits for one that ends."""
+        """Extend the request's table up to token `end`, preempting lower-ranked requests.
+
+        Returns False if the request itself was preempted or waits for one that is about to end.
+        """
         if end <= len(request.block_table) * self.config.block_size:
             return True
         while not self.blocks.grow(request.block_table, end):
@@ -98,12 +102,12 @@ class Planner:
         return True
 
     def _start(self, request: Request, draft: StepDraft) -> None:
-        """Moves a waiting request to `running` if this step can begin it.
+        """Start a waiting request in this step if possible.
 
-        If it cannot, either it is passed over, since what it lacks others could not take from it:
-        its parent's prompt, its turn among prompts in pieces, the next frames of its video, or
-        encoding, which then nobody who is behind it gets. Or `may_start` ends: it lacks a place,
-        blocks or tokens, and nothing less urgent may take those first.
+        A request is skipped if what it lacks is specific to it: its parent's prompt, a chunk slot,
+        its next video frames, or encode budget (then no later request may encode either). If it
+        lacks a slot, blocks or tokens, `may_start` is cleared, so that no lower-ranked request
+        takes them first.
         """
         full = len(self.running) >= self.config.max_num_seqs and not self._outranked(request)
         if full or draft.tokens_left < 1 or request.urgency > draft.last_victim:
@@ -114,7 +118,7 @@ class Planner:
         hit, start = self._find_prefix(request)
         left = min(request.num_tokens, request.num_ready_tokens) - start
         if request.awaits_media and left < self.config.block_size:
-            # Perhaps more of it is cached: that shows when its next unit is there.
+            # More of it may be cached, which is known once its next unit is ready.
             draft.pass_over(MAX_PASSED_OVER, wants_encoding=False)
             return
         chunk = self._chunk(left, draft, joins=True)
@@ -122,7 +126,7 @@ class Planner:
         if count <= 0 or (start < request.media_end and not draft.may_encode):
             draft.pass_over(MAX_PASSED_OVER, wants_encoding=chunk > 0)
             return
-        if not self._make_room(request, hit, start, draft):
+        if not self._reserve(request, hit, start, draft):
             draft.may_start = False
             return
         self.state.run(request)
@@ -130,21 +134,21 @@ class Planner:
         self._take_prefix(request, hit, start, draft)
         self.blocks.grow(request.block_table, start + count)
         draft.num_prefilling += count < left
-        self._hold_units(request, count, draft)
+        self._reference_units(request, count, draft)
         draft.add_row(request, count, left)
 
     def _chunk(self, left: int, draft: StepDraft, joins: bool = False) -> int:
-        """Of `left` tokens, those that fit in the step beside one for each that decodes; `joins`:
-        they are a waiting request's. Nothing where it is not this prompt's turn.
+        """Return how many of `left` prompt tokens fit into this step; 0 if no chunk slot is free.
 
-        What does not fit whole is a prompt in pieces: few in a step, the most urgent. While others
-        decode, `long_prefill_token_threshold` is what all pieces take together; else they leave
-        as much of the budget to prompts that fit whole, if other requests wait.
+        `joins`: the request is waiting. One token is reserved for each decoding request. A prompt
+        that does not fit is chunked; at most `max_num_partial_prefills` requests get a chunk.
+        While others decode, all chunks share `long_prefill_token_threshold` tokens; otherwise, if
+        requests wait, chunks leave that many tokens for prompts that fit whole.
         """
         long, available = self.config.long_prefill_token_threshold, draft.tokens_left
         if left <= (min(long, available) if draft.others_decode else available):
             return left
-        if draft.num_pieces >= self.config.max_num_partial_prefills:
+        if draft.num_chunks >= self.config.max_num_partial_prefills:
             return 0
         if draft.others_decode:
             sharers = min(draft.num_prefilling + joins, self.config.max_num_partial_prefills)
@@ -154,26 +158,28 @@ class Planner:
         return min(left, available)
 
     def _cut(self, request: Request, start: int, count: int, draft: StepDraft) -> int:
-        """`count`, cut before the first unit that cannot be encoded now."""
-        budget, room = draft.encoder_budget, self.encoder_cache.room()
+        """Return `count`, cut before the first unit that cannot be encoded in this step."""
+        budget, capacity = draft.encoder_budget, self.encoder_cache.room()
         for unit in overlapping(request.units, start, start + count):
             if unit.key not in self.encoder_cache:
                 budget -= unit.num_tokens
-            room -= self.encoder_cache.tokens_to_hold(unit)
-            if budget < 0 or room < 0:
+            capacity -= self.encoder_cache.tokens_to_hold(unit)
+            if budget < 0 or capacity < 0:
                 return max(0, unit.offset - start)
         return count
 
     def _awaits_parent(self, request: Request) -> bool:
-        """Whether another answer to the same prompt is still to compute it."""
+        """Return whether the request with the same prompt has still to compute it."""
         parent = request.parent
         if parent is None or parent.status.is_finished:
             return False
         return parent.num_computed_tokens < request.num_prompt_tokens
 
     def _find_prefix(self, request: Request) -> tuple[Sequence[int], int]:
-        """Blocks that hold a request's first tokens, and how many of those need no computing: at
-        least one token does, since its logits are to be sampled."""
+        """Return cached blocks of a request's first tokens, and how many tokens they save.
+
+        At least one token is computed, since its logits are needed for sampling.
+        """
         parent, size = request.parent, self.config.block_size
         if parent is not None and parent.status is RUNNING:
             count = request.num_prompt_tokens - 1
@@ -189,8 +195,10 @@ class Planner:
     def _take_prefix(
         self, request: Request, hit: Sequence[int], start: int, draft: StepDraft
     ) -> None:
-        """Shares the blocks of a hit. Where the request's next token falls in one of them, it gets
-        a copy of it: copy-on-write, and the write is in this step."""
+        """Share the blocks of a prefix-cache hit.
+
+        A block that the request's next token is written to is copied (copy-on-write).
+        """
         size = self.config.block_size
         self.blocks.share(request.block_table, hit)
         if start // size < len(hit):
@@ -203,12 +211,12 @@ class Planner:
         if request.num_preemptions == 0:
             request.num_cached_tokens = start
 
-    def _make_room(
-        self, request: Request, hit: Sequence[int], start: int, draft: StepDraft
-    ) -> bool:
-        """A place, and blocks for all its known tokens beside what those that run will take soon:
-        on less, requests would start only to preempt each other. (It takes only its chunk's.)
-        Preempts those of lesser priority, unless even that would not do."""
+    def _reserve(self, request: Request, hit: Sequence[int], start: int, draft: StepDraft) -> bool:
+        """Ensure a free slot and blocks for all known tokens; return whether that succeeded.
+
+        Keeps headroom for running requests, to avoid preemption thrashing. (Only the first chunk's
+        blocks are allocated.) Preempts requests of lower priority, but only if that suffices.
+        """
         copies = start // self.config.block_size < len(hit)
         needed = self.blocks.num_needed(request.num_tokens) - len(hit) + copies
         victims = self._outranked(request)
@@ -226,10 +234,10 @@ class Planner:
         return True
 
     def _num_kept(self, running: Sequence[Request]) -> int:
-        """Blocks that these will take soon: for the tokens they know, and one more each.
+        """Return the headroom: blocks for the known tokens of `running`, and one more each.
 
-        That one made 200 requests in tight memory 4 to 10 % faster on a simulated clock, with 3 to
-        28 times fewer preemptions; two more each were slower again.
+        In a simulation of 200 requests in tight memory, the extra block was 4 to 10 % faster, with
+        3 to 28 times fewer preemptions; two extra blocks were slower again.
         """
         needed = self.blocks.num_needed
         known = sum(
@@ -238,8 +246,10 @@ class Planner:
         return known + len(running)
 
     def _outranked(self, request: Request) -> list[Request]:
-        """Running requests that may be preempted for this one to start, the least urgent first:
-        those of lesser priority. Among equals nobody loses a place that he has."""
+        """Return running requests of lower priority that `request` may preempt, last first.
+
+        Requests of equal priority never preempt each other to start.
+        """
         return list(
             itertools.takewhile(
                 lambda last: last.priority > request.priority and last.urgency > request.urgency,
@@ -247,11 +257,11 @@ class Planner:
             )
         )
 
-    def _hold_units(self, request: Request, count: int, draft: StepDraft) -> None:
-        """The units of a request's next `count` tokens are held from now on."""
+    def _reference_units(self, request: Request, count: int, draft: StepDraft) -> None:
+        """Add references to the units of the next `count` tokens; encode new units."""
         start = request.num_sent_tokens
         units = overlapping(request.units, start, start + count)
-        # What is cached is held first, so that what is new cannot evict it.
+        # Reference cached units first, so that new ones cannot evict them.
         for unit in sorted(units, key=lambda unit: unit.key not in self.encoder_cache):
             if self.encoder_cache.hold(unit, request.request_id):
                 draft.encode.append(EncodePlan(unit, request.request_id))

@@ -1,7 +1,6 @@
-"""A request and what the scheduler knows of it. Standard library alone.
+"""A request and its scheduling state. Standard library only.
 
-Token ids are held as `array('i')`: a slice of them is bytes on the wire, and nothing here costs
-more for a longer prompt than it must.
+Token ids are stored as `array('i')`, whose slices serialize directly to bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ ALL_TOKENS = 1 << 62
 
 
 class RequestStatus(enum.Enum):
+    """State of a request; the finished states' values are finish reasons."""
+
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
@@ -36,14 +37,13 @@ class RequestStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class EncodeUnit:
-    """What is encoded whole: an image, or a few temporal patches of a video."""
+    """The unit of vision encoding: an image, or a few temporal patches of a video."""
 
-    media_hash: bytes  # SHA-256 of its pixels, and of the caller's salt where there is one; empty
-    # while they are being made
-    index: int  # of this unit in its item
+    media_hash: bytes  # SHA-256 of pixels and salt; empty while the pixels are being processed
+    index: int  # in its item
     offset: int  # first placeholder token in the prompt
-    num_tokens: int  # embeddings it makes, one a placeholder
-    num_patches: int  # what encoding it costs
+    num_tokens: int  # embeddings, one per placeholder
+    num_patches: int  # encoding cost
 
     @property
     def key(self) -> UnitKey:
@@ -56,15 +56,17 @@ class EncodeUnit:
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Where an image or a video lies in the prompt: [offset, offset + num_tokens)."""
+    """Position of an image or video in the prompt: [offset, offset + num_tokens)."""
 
     offset: int
     num_tokens: int
-    grid_thw: tuple[int, int, int]  # in patches, before merging
+    grid_thw: tuple[int, int, int]  # patches before merging
 
     def units(self, max_temporal_patches: int) -> tuple[EncodeUnit, ...]:
-        """Cuts the item in units of at most `max_temporal_patches`, whose pixels are still to come;
-        an image is one unit."""
+        """Split the item into units of at most `max_temporal_patches`; an image is one unit.
+
+        The units have no media hash until `Request.supply` sets it.
+        """
         frames, height, width = self.grid_thw
         tokens = self.num_tokens // frames
         return tuple(
@@ -80,7 +82,7 @@ class MediaSpan:
 
 
 def salted(media_hash: bytes, cache_salt: bytes) -> bytes:
-    """What a unit is called under a salt: other salts' requests never find its embedding."""
+    """Return the unit's hash under a salt; different salts never share an embedding."""
     if not cache_salt:
         return media_hash
     size = len(cache_salt).to_bytes(8, "little")
@@ -89,55 +91,58 @@ def salted(media_hash: bytes, cache_salt: bytes) -> bytes:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request's state. Mutated by the scheduler alone, but for `supply`.
+    """State of one request. Only the scheduler mutates it, except for `supply`.
 
-    Token ids [0, num_computed_tokens) have their keys and values in blocks, as the workers have
-    reported; [num_computed_tokens, num_sent_tokens) are in steps on their way, which also draw
-    `num_awaited_tokens` that are not yet known; the rest no step has taken up.
+    Keys and values of token ids [0, num_computed_tokens) are in blocks, as reported by the
+    workers. [num_computed_tokens, num_sent_tokens) are in steps in flight, which also sample
+    `num_awaited_tokens` tokens that are not known yet. The remaining tokens are not scheduled.
     """
 
     request_id: str
     prompt_token_ids: array[int]
-    params: SamplingParams  # resolved: no None but max_tokens
+    params: SamplingParams  # defaults applied: only max_tokens may be None
     units: tuple[EncodeUnit, ...] = ()  # in prompt order
     cache_salt: bytes = b""
     priority: int = DEFAULT_PRIORITY
     deadline: float = math.inf  # on the scheduler's clock
-    parent: Request | None = None  # whose prompt this one shares; None once it has begun
-    mrope_positions: tuple[array[int], ...] = ()  # three of the prompt's length
-    mrope_position_delta: int = 0  # position of token i past the prompt: i + delta
-    stop_token_ids: frozenset[int] = frozenset()  # the caller's and, unless ignored, the end tokens
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids never drawn one after the other
+    parent: Request | None = None  # request with the same prompt, until this one starts
+    mrope_positions: tuple[array[int], ...] = ()  # three arrays of the prompt's length
+    mrope_position_delta: int = 0  # position of output token i: i + delta
+    stop_token_ids: frozenset[int] = frozenset()  # the caller's and, unless ignored, EOS tokens
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences never generated
 
-    # From here on set by the scheduler.
-    max_tokens: int = 0  # the bound that holds, set at admission
-    urgency: tuple[float, int] = (0.0, 0)  # the smaller goes first: (due time, order of arrival)
+    # Set by the scheduler.
+    max_tokens: int = 0  # effective limit, set at admission
+    urgency: tuple[float, int] = (0.0, 0)  # smaller runs first: (due time, arrival index)
     status: RequestStatus = RequestStatus.WAITING
     token_ids: array[int] = field(default_factory=lambda: array("i"))  # prompt, then output
     num_computed_tokens: int = 0
     num_sent_tokens: int = 0
     num_awaited_tokens: int = 0
-    sample_index: int = -1  # its place among the tokens that its latest step draws
-    num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
+    sample_index: int = -1  # index among the tokens sampled by its latest step
+    num_cached_tokens: int = 0  # prefix-cache hit, in prompt tokens
     block_table: array[int] = field(default_factory=lambda: array("i"))
-    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked
-    # Of the prompt's first tokens, as far as steps have told; the first token, and those of media,
-    # have none. Only where `params` asks for them.
+    block_hashes: list[bytes] = field(
+        default_factory=list
+    )  # of its full blocks, computed on demand
+    # Of the prompt's first tokens, if requested; None for the first token and for placeholders.
     prompt_logprobs: LogprobTable = field(default_factory=LogprobTable)
     num_preemptions: int = 0
-    num_kills: int = 0  # steps with it that ended the workers, since it last ran well alone
-    num_misses: int = 0  # steps in a row that lacked an embedding
+    num_kills: int = 0  # worker crashes in its steps since it last ran alone without one
+    num_misses: int = 0  # consecutive steps that lacked an embedding
     error: str = ""
     has_penalty: bool = field(init=False)
-    has_counts: bool = field(init=False)  # a penalty that goes by how often it has had a token
-    has_edits: bool = field(init=False)  # something is added to single tokens' logits
+    has_counts: bool = field(init=False)  # presence or frequency penalty
+    has_edits: bool = field(init=False)  # logits of single tokens are edited
     biased_token_ids: array[int] = field(init=False)
-    biases: array[float] = field(init=False)  # one for each of them
-    is_guided: bool = field(init=False)  # what may come next depends on its last token
-    is_plain: bool = field(init=False)  # none of these three, and no log probabilities
+    biases: array[float] = field(init=False)  # parallel to biased_token_ids
+    is_guided: bool = field(
+        init=False
+    )  # structured output: the next mask depends on the last token
+    is_plain: bool = field(init=False)  # no counts, edits, structured output or logprobs
     media_end: int = field(init=False)  # first token after the last unit
-    num_ready_units: int = field(init=False)  # whose pixels are there
-    num_ready_tokens: int = field(init=False)  # before the first unit whose pixels are not
+    num_ready_units: int = field(init=False)  # units with pixels
+    num_ready_tokens: int = field(init=False)  # tokens before the first unit without pixels
 
     def __post_init__(self) -> None:
         self.media_end = self.units[-1].end if self.units else 0
@@ -155,13 +160,13 @@ class Request:
             self.token_ids = array("i", self.prompt_token_ids)
 
     def supply(self, media_hashes: Sequence[bytes]) -> None:
-        """The pixels of its next units are there: to be told between two plans."""
+        """Set the media hashes of the next units, whose pixels are ready, between two plans."""
         first, count = self.num_ready_units, len(media_hashes)
         ready = tuple(
             replace(unit, media_hash=salted(media_hash, self.cache_salt))
             for unit, media_hash in zip(self.units[first:], media_hashes, strict=False)
         )
-        assert len(ready) == count, "more units than the request has"
+        assert len(ready) == count, "more media hashes than units"
         self.units = (*self.units[:first], *ready, *self.units[first + count :])
         self._count_ready()
 
@@ -171,19 +176,22 @@ class Request:
 
     @property
     def awaits_media(self) -> bool:
-        """Whether pixels of some unit are still being made."""
+        """Return whether the pixels of some unit are still being processed."""
         return self.num_ready_tokens < ALL_TOKENS
 
     @property
     def awaits_prompt_logprobs(self) -> bool:
-        """Whether it asks for them, and some are still to be computed."""
+        """Return whether requested prompt logprobs are still incomplete."""
         if self.params.prompt_logprobs is None:
             return False
         return len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     @property
     def num_skippable_tokens(self) -> int:
-        """Tokens that need no computing where others have: not those whose logits it waits for."""
+        """Return the number of tokens that a prefix-cache hit may skip.
+
+        Tokens whose logits are needed for prompt logprobs must be computed.
+        """
         if self.awaits_prompt_logprobs:
             return max(0, len(self.prompt_logprobs) - 1)
         return min(len(self.token_ids), self.num_ready_tokens)
@@ -198,9 +206,11 @@ class Request:
 
     @property
     def num_left(self) -> int:
-        """Tokens that the next step may take up: known, or drawn by a step on its way, and before
-        what still awaits its pixels. Where it is guided, none before it is known. The last that the
-        request may have is never computed."""
+        """Return the number of tokens that the next step may schedule.
+
+        These are known tokens and, except with structured output, tokens in flight, up to the
+        first unit without pixels. The last output token is never computed.
+        """
         if self.num_ready_tokens < ALL_TOKENS:
             return self.num_ready_tokens - self.num_sent_tokens
         known = len(self.token_ids)
@@ -219,7 +229,7 @@ class Request:
 
 
 def overlapping(units: tuple[EncodeUnit, ...], start: int, end: int) -> Iterator[EncodeUnit]:
-    """The units that have a token in [start, end), in order; `units` are disjoint and sorted."""
+    """Yield the units that overlap tokens [start, end); `units` are sorted and disjoint."""
     for index in range(bisect_right(units, start, key=lambda unit: unit.end), len(units)):
         if units[index].offset >= end:
             return

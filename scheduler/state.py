@@ -1,10 +1,11 @@
-"""Who is where: the queues, the blocks and the embeddings, and the moves between them.
+"""Scheduler state: queues, blocks, embeddings and the transitions between request states.
 
     add → WAITING → run → RUNNING → end
                      ↑        ↓
                     PREEMPTED ← preempt
 
-Each move keeps the counts right; who moves, and when, is the planner's and the scheduler's.
+Each transition keeps the counters consistent. The planner and the scheduler decide which requests
+to move.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from .step import StepPlan
 
 @dataclass
 class InFlight:
-    """A step that was sent, and whose result has not come."""
+    """A step that was sent and has no result yet."""
 
     plan: StepPlan
-    rows: list[Request | None]  # whose each row is; None once nothing of it counts
+    rows: list[Request | None]  # the request of each row; None if its result is void
 
 
 class SchedulerState:
-    """All requests from admission to their end, and what they hold."""
+    """All unfinished requests and the resources they hold."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.encoder_cache = EncoderCache(config.encoder_cache_tokens)
         self.requests: dict[str, Request] = {}
-        self.waiting: list[Request] = []  # both in order of urgency
+        self.waiting: list[Request] = []  # both sorted by urgency
         self.running: list[Request] = []
-        self.num_queued = 0  # waiting requests, n answers to one prompt counted once
+        self.num_queued = 0  # waiting requests, counted once per prompt
         self.num_queued_tokens = 0
-        self.suspects: list[Request] = []  # to run alone, since a step with them ended the workers
-        self.in_flight: deque[InFlight] = deque()  # steps on their way, the oldest first
-        self._deadlines: list[tuple[float, str]] = []  # a heap; it may name requests long gone
+        self.suspects: list[Request] = []  # crash suspects, run one at a time
+        self.in_flight: deque[InFlight] = deque()  # oldest first
+        self._deadlines: list[tuple[float, str]] = []  # heap; may contain finished requests
 
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -59,55 +60,64 @@ class SchedulerState:
         request.status = RequestStatus.RUNNING
 
     def preempt(self, request: Request) -> None:
-        """Takes a request's blocks; when it resumes, what is not found again is computed anew."""
+        """Release a running request's blocks and queue it for recomputation."""
         _remove(self.running, request)
-        self._release(request)  # goes by num_computed_tokens, so before that is reset
+        self._release(request)  # reads num_computed_tokens, which is reset below
         request.num_computed_tokens = request.num_sent_tokens = request.num_awaited_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
         self._wait(request)
 
     def rewind(self, request: Request) -> None:
-        """Its latest report came to nothing: what it has in later steps is void, and the next plan
-        goes on from what is computed."""
+        """Discard a request's rows in steps in flight, after a step computed nothing for it.
+
+        The next plan continues after its computed tokens.
+        """
         request.num_sent_tokens, request.num_awaited_tokens = request.num_computed_tokens, 0
         for step in self.in_flight:
             step.rows = [None if row is request else row for row in step.rows]
 
     def append(self, request: Request, token: int) -> None:
+        """Append a sampled token to a request."""
         request.token_ids.append(token)
         if request.status is RequestStatus.RUNNING:
             request.num_awaited_tokens -= 1
-        else:  # it was preempted since its step was sent
+        else:  # preempted after its step was sent
             self.num_queued_tokens += 1
 
     def lose_embedding(self, key: UnitKey) -> None:
-        """Workers lack a unit; unless a step on its way encodes it anew, the next plan does."""
+        """Encode a unit that the workers lack again in the next plan.
+
+        Does nothing if a step in flight encodes it.
+        """
         if not any(key == each.unit.key for step in self.in_flight for each in step.plan.encode):
             self.encoder_cache.lose(key)
 
     def reset_after_worker_restart(self) -> list[Request]:
-        """The workers are gone, with all blocks and embeddings. What ran is to be computed anew;
-        the requests of the steps that were on their way are suspects: they are returned."""
+        """Preempt all running requests: the workers lost all blocks and embeddings.
+
+        Returns the crash suspects, i.e. the requests of the steps in flight.
+        """
         rows = [row for step in self.in_flight for row in step.rows]
-        blamed = [row for row in dict.fromkeys(rows) if row and not row.status.is_finished]
+        suspects = [row for row in dict.fromkeys(rows) if row and not row.status.is_finished]
         self.in_flight.clear()
         for request in reversed(tuple(self.running)):
             self.preempt(request)
         self.blocks.reset()
         self.encoder_cache.reset()
-        for request in blamed:
+        for request in suspects:
             request.num_kills += 1
             if request not in self.suspects:
                 self.suspects.append(request)
-        return blamed
+        return suspects
 
     def clear(self, request: Request) -> None:
-        """It ran well alone: it did not end the workers."""
+        """Clear a crash suspect after it ran alone without a crash."""
         request.num_kills = 0
         self.suspects.remove(request)
 
     def end(self, request: Request, status: RequestStatus, error: str) -> None:
+        """Remove a request and release its resources; `status` is a finished state."""
         del self.requests[request.request_id]
         if request in self.suspects:
             self.suspects.remove(request)
@@ -133,24 +143,24 @@ class SchedulerState:
 
     def _release(self, request: Request) -> None:
         self.blocks.free(request.block_table)
-        # What lies before is released already: `update` lets go of each unit that is done.
+        # `update` has released the units before num_computed_tokens.
         for unit in overlapping(request.units, request.num_computed_tokens, request.media_end):
             self.encoder_cache.release(unit.key, request.request_id)
 
     def take_expired(self, now: float) -> Iterator[Request]:
-        """Requests whose deadline has passed; each is told of once."""
+        """Yield each request whose deadline has passed, once."""
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
             request = self.requests.get(request_id)
             if request is not None and request.deadline == deadline:
-                yield request  # else it ended in time, and its name may be another's
-        if len(self._deadlines) > 2 * len(self.requests) + 64:  # most are of requests long gone
+                yield request  # else it has finished, and its id may be reused
+        if len(self._deadlines) > 2 * len(self.requests) + 64:  # most belong to finished requests
             left = [r for r in self.requests.values() if r.deadline < math.inf]
             self._deadlines = [(r.deadline, r.request_id) for r in left]
             heapq.heapify(self._deadlines)
 
     def check_integrity(self) -> None:
-        """Every block and every held embedding belongs to a running request."""
+        """Assert that blocks and embeddings are held by running requests only."""
         self.blocks.check_integrity(request.block_table for request in self.running)
         held = {
             request.request_id: {
@@ -160,8 +170,8 @@ class SchedulerState:
         }
         self.encoder_cache.check_integrity(held)
         assert all(request.request_id in self.requests for request in self.suspects)
-        everyone = {request.request_id for request in (*self.running, *self.waiting)}
-        assert everyone == self.requests.keys()
+        names = {request.request_id for request in (*self.running, *self.waiting)}
+        assert names == self.requests.keys()
         assert not any(request.block_table for request in self.waiting)
         queued = [request.num_tokens for request in self.waiting if request.parent is None]
         assert (self.num_queued, self.num_queued_tokens) == (len(queued), sum(queued))
@@ -174,7 +184,7 @@ def urgency_of(request: Request) -> tuple[float, int]:
 
 
 def _remove(queue: list[Request], request: Request) -> None:
-    """Takes a request out of a list that is in order of urgency."""
+    """Remove a request from a list sorted by urgency."""
     index = bisect_left(queue, request.urgency, key=urgency_of)
     assert queue[index] is request
     del queue[index]

@@ -1,4 +1,4 @@
-"""What crosses the border between scheduler and workers in one step. Plain data."""
+"""Data exchanged between scheduler and workers in one step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .request import EncodeUnit, RequestStatus, UnitKey
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """One unit to encode in this step, and the request whose pixels serve for it."""
+    """An encode unit to run in this step, and the request that supplies its pixels."""
 
     unit: EncodeUnit
     request_id: str
@@ -20,28 +20,31 @@ class EncodePlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What runs in one step. The arrays are parallel: one entry a row, one row a request."""
+    """Work of one step.
+
+    Per-row fields are parallel: one entry per row, one row per request.
+    """
 
     step_id: int
     request_ids: tuple[str, ...]
     num_computed_tokens: tuple[int, ...]  # before this step
     num_scheduled_tokens: tuple[int, ...]  # tokens to compute now
-    block_tables: tuple[array[int], ...]  # the requests' own: to be read before the next plan
-    samples: tuple[bool, ...]  # the row reaches its last token, so a new one is drawn
-    # The row's one token is not known yet: its place among those that the step before, which is on
-    # its way, draws; else -1. Empty: no row has one.
+    block_tables: tuple[array[int], ...]  # not copied: read before the next plan
+    samples: tuple[bool, ...]  # the row reaches its last known token: sample the next
+    # Index of the row's input token among the tokens sampled by the step in flight, whose value is
+    # not known yet; -1 if the token is known. Empty if all are known.
     awaits: tuple[int, ...] = ()
-    # (from, to): blocks to copy; all are read before any is written, and before the step's tokens
+    # (source, target) blocks. All sources are read before any write, and before the step's tokens.
     copies: tuple[tuple[int, int], ...] = ()
     encode: tuple[EncodePlan, ...] = ()  # units to encode, in order of need
-    drop: tuple[UnitKey, ...] = ()  # embeddings that workers may forget, before encoding
-    preempted: tuple[str, ...] = ()  # requests that lost their blocks while planning
-    started: tuple[str, ...] = ()  # requests that were waiting and run from this step on
-    num_decode_tokens: int = 0  # rows that compute one token of their request's output
+    drop: tuple[UnitKey, ...] = ()  # embeddings to delete before encoding
+    preempted: tuple[str, ...] = ()  # requests preempted while planning
+    started: tuple[str, ...] = ()  # waiting requests that start in this step
+    num_decode_tokens: int = 0  # rows that compute a single output token
 
     @property
     def is_empty(self) -> bool:
-        """Whether workers would have nothing to do: it need not travel."""
+        """Return whether the workers have nothing to do; such a plan is not sent."""
         return not (self.request_ids or self.encode or self.drop)
 
     @property
@@ -51,24 +54,24 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the workers report of a step."""
+    """Results that the workers report for one step."""
 
     step_id: int
-    sampled: tuple[int, ...]  # a token id for each row of the plan that samples, in row order
-    # embeddings that a worker lacked: rows that need them computed nothing
+    sampled: tuple[int, ...]  # one token id per sampling row, in row order
+    # Embeddings that a worker lacks; rows that need them were skipped.
     missing: tuple[UnitKey, ...] = ()
-    errors: dict[str, str] = field(default_factory=dict)  # request_id -> what went wrong in its row
-    # request_id -> of the token that it drew, where it asks for that
+    errors: dict[str, str] = field(default_factory=dict)  # request_id -> error text of its row
+    # request_id -> logprobs of its sampled token, if requested
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    # request_id -> index in its prompt -> of that token, where it asks for that
+    # request_id -> index in its prompt -> logprobs of that token, if requested
     prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = field(default_factory=dict)
 
 
 class RequestUpdate(NamedTuple):
-    """What one step did for one request, for the output stage."""
+    """Effect of one step on one request, for output processing."""
 
     request_id: str
     new_token_ids: tuple[int, ...]
     status: RequestStatus
     error: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of new_token_ids, where it asks for them
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of new_token_ids, if requested

@@ -1,18 +1,18 @@
-"""Writes down what the scheduler did, one JSON line a step: the food of `octavo trace draw`.
+"""Scheduler trace: one JSON line per step, the input of `octavo trace draw`.
 
-The first line holds the limits; each further one is a step:
+The first line holds the scheduler's limits. Each further line is one step:
 
-    step, time (seconds from the first's beginning to its own), schedule_ms, run_ms, update_ms
+    step, time (start, in seconds after the first step's), schedule_ms, run_ms, update_ms
     rows       [{request, start, count, samples}]: tokens [start, start + count) were computed
-    started    [{request, cached}]: began or resumed, `cached` tokens found in blocks
-    encode     [{request, tokens}]: a unit encoded, with that request's pixels
-    preempted  names; idle: that run and had no row
-    waiting    names in order once the step was planned, the first 256; num_waiting: of all
-    ended      [{request, status}]: stop, length, abort or error, since the line before
-    copies, evicted      blocks copied on write; embeddings dropped
-    free_blocks, cached_blocks (of the free ones), encoder_tokens
+    started    [{request, cached}]: started or resumed, with `cached` tokens from the prefix cache
+    encode     [{request, tokens}]: a unit encoded with that request's pixels
+    preempted  request names; idle: running requests without a row
+    waiting    the first 256 names in queue order after planning; num_waiting: their total number
+    ended      [{request, status}] since the previous line: stop, length, abort or error
+    copies, evicted      blocks copied on write; embeddings evicted
+    free_blocks, cached_blocks (subset of the free ones), encoder_tokens
 
-It holds names and counts, never a token or a pixel.
+A trace contains names and counts, never tokens or pixels.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ MAX_WAITING, MAX_NAME = 256, 64
 
 
 class TraceWriter:
-    """Records a scheduler's steps to a file, each as soon as its result is taken in."""
+    """Write a scheduler's steps to a file, each when its result has been processed."""
 
     def __init__(self, path: Path | str, scheduler: Scheduler) -> None:
-        """What was in the file is lost. Raises OSError when it cannot be opened."""
+        """Truncate the file at `path`. Raises OSError if it cannot be opened."""
         self._scheduler = scheduler
         self._file = Path(path).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._running: set[str] = set()  # requests that have started
         self._ended: list[dict[str, str]] = []  # since the last step
-        self._gone: set[str] = set()  # their names
-        # steps that are not done, and whose each row is
+        self._gone: set[str] = set()  # names of `_ended`, until the next plan
+        # steps in flight, and the request of each row
         self._planned: deque[tuple[dict[str, Any], list[Request | None]]] = deque()
-        self._latest = 0  # the step planned last
-        self._free_at = -math.inf  # when the latest step was done: the next runs from then on
-        self._began = math.inf  # when the first step did
+        self._latest = 0  # id of the latest planned step
+        self._free_at = -math.inf  # end of the latest finished step, the earliest start of the next
+        self._began = math.inf  # start of the first step
         self._put({"octavo_trace": 1, **asdict(scheduler.config)})
 
     def end(self, request_id: str, status: str) -> None:
-        """A request has ended: for the line of the step that is written next."""
+        """Record that a request has ended, in the line of the step written next."""
         self._ended.append({"request": _cut(request_id), "status": status})
         self._gone.add(request_id)
 
     def plan(self, plan: StepPlan, before: float, planned: float) -> None:
-        """A step was planned, between two times in seconds on any clock."""
+        """Record a planned step; `before` and `planned` are seconds on any clock."""
         state = self._scheduler.state
         rows = [
             {"request": _cut(name), "start": start, "count": count, "samples": samples}
@@ -99,23 +99,26 @@ class TraceWriter:
         self._planned.append((record, requests))
 
     def done(self, ran: float, update_seconds: float) -> None:
-        """The oldest step that is not done ran until `ran`; and how long taking it in took."""
+        """Write the oldest planned step.
+
+        `ran` is the time at which it finished; `update_seconds` is how long its update took.
+        """
         record, _ = self._planned.popleft()
         began = max(record["time"], self._free_at)
-        ran = max(ran, began)  # the answers of two steps may be seen in either order
+        ran = max(ran, began)  # two results may be seen in either order
         self._began, self._free_at = min(self._began, began), ran
         record["time"] = round(began - self._began, 6)
         record["run_ms"], record["update_ms"] = _ms(ran - began), _ms(update_seconds)
         record["ended"], self._ended = self._ended, []
         self._put(record)
-        # What the step on its way computes for those that have ended nobody sees.
+        # Results of steps in flight are discarded for requests that have ended.
         for later, requests in self._planned:
             kept = [i for i, r in enumerate(requests) if r is None or not r.status.is_finished]
             later["rows"] = [later["rows"][i] for i in kept]
             requests[:] = [requests[i] for i in kept]
 
     def reset_after_worker_restart(self) -> None:
-        """Steps that are not done never will be, and all that ran is to start again."""
+        """Drop planned steps; running requests are recorded as started again."""
         self._planned.clear()
         self._running.clear()
 
@@ -128,18 +131,18 @@ class TraceWriter:
         return [{"request": _cut(name), "cached": start} for name, start in new]
 
     def _put(self, record: dict[str, Any]) -> None:
-        """A disk that is full ends the record, not the engine."""
+        """Write one line. An I/O error, such as a full disk, stops the trace only."""
         if self._file.closed:
             return
         try:
             self._file.write(json.dumps(record) + "\n")
         except OSError as error:
-            log.warning("%s: no more steps are recorded: %s", self._file.name, error.strerror)
-            with contextlib.suppress(OSError):  # closing writes what is left
+            log.warning("%s: scheduler trace stopped: %s", self._file.name, error.strerror)
+            with contextlib.suppress(OSError):  # closing flushes the buffer
                 self._file.close()
 
     def close(self) -> None:
-        """Ends that no step followed get a line without one."""
+        """Close the file, after a last line for requests that ended since the last step."""
         if self._ended:
             self._planned.clear()
             now = max(self._free_at, 0.0)
@@ -150,7 +153,7 @@ class TraceWriter:
 
 
 def _cut(name: str) -> str:
-    """A client's name is never long here."""
+    """Return a client-chosen name shortened to about MAX_NAME characters."""
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 :]}"
 
 

@@ -1,6 +1,6 @@
-"""Qwen2-VL's decoder over a paged cache: grouped-query attention with M-RoPE, SwiGLU.
+"""Qwen2-VL's decoder over a paged KV cache: grouped-query attention with M-RoPE, SwiGLU.
 
-Reference of behaviour: `Qwen2VLTextModel` of transformers.
+Follows transformers' `Qwen2VLTextModel`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ LayerCache = tuple[Cache, Cache]  # K and V [num_blocks, kv_heads, block_size, d
 
 
 class Attention(nn.Module):
+    """Grouped-query attention of one layer, [n, hidden] to [n, hidden]."""
+
     def __init__(self, config: ModelConfig, parallel: TensorParallel, layer: int) -> None:
         super().__init__()
         self.qkv = QKVParallelLinear(config, parallel, config.stored(layer, "self_attn.q_proj"))
@@ -49,6 +51,10 @@ class Attention(nn.Module):
         cache: LayerCache,
         batch: AttentionBatch,
     ) -> torch.Tensor:
+        """Return the attention output [n, hidden], and write keys and values to `cache`.
+
+        x: [n, hidden]. rotary: cosines and sines, float32 [n, head_dim / 2].
+        """
         q, k, v = self.qkv.split(self.qkv(x))
         q = mrope_write_kv(q, k, v, *rotary, *cache, batch.slot_mapping)
         return self.o_proj(paged_attention(q, *cache, batch, self.scale).flatten(1))
@@ -59,6 +65,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU MLP of one layer, [n, hidden] to [n, hidden]."""
+
     def __init__(self, config: ModelConfig, parallel: TensorParallel, layer: int) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -70,6 +78,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the MLP's output [n, hidden] of x [n, hidden]."""
         return self.down.reduce(by_rows(self._products, x))
 
     def _products(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +90,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer. The residual addition is deferred to the next norm."""
+
     def __init__(self, config: ModelConfig, parallel: TensorParallel, layer: int) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -96,7 +107,10 @@ class DecoderLayer(nn.Module):
         cache: LayerCache,
         batch: AttentionBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the MLP's output and the residual that it is still to be added to."""
+        """Return the MLP's output and the residual to add to it, both [n, hidden].
+
+        residual: None in the first layer, whose input is the embeddings.
+        """
         if residual is None:
             residual, x = x, self.input_norm(x)
         else:
@@ -106,7 +120,11 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
     def panels(self, cache: LayerCache) -> PanelLayer | None:
-        """The weights for `PanelLayers`, where they are in panels, whole, and the heads fit."""
+        """Return the weights for `PanelLayers`.
+
+        Returns None unless all weights are in panels and unsharded, and the CPU attention kernel
+        supports the cache.
+        """
         qkv, o_proj = self.attention.qkv, self.attention.o_proj
         linears = (qkv, o_proj, self.mlp.gate_up, self.mlp.down)
         held = [layer.weight.weight for layer in linears]
@@ -129,6 +147,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Decoder of one rank: embedding, layers, final norm and LM head.
+
+    Inputs and outputs are in the model's dtype. The modules are created by `Qwen2VL`.
+    """
+
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         hidden = config.hidden_size
@@ -140,7 +163,7 @@ class Decoder(nn.Module):
         self.mrope_section = config.mrope_section
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         self.inv_freq = 1.0 / config.rope_theta ** (exponents / config.head_dim)
-        self._panels: tuple[list[LayerCache], PanelLayers | None] | None = None  # of which caches
+        self._panels: tuple[list[LayerCache], PanelLayers | None] | None = None  # for these caches
 
     def forward(
         self,
@@ -150,10 +173,17 @@ class Decoder(nn.Module):
         batch: AttentionBatch,
         sample_at: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Computes a step: embeddings [n, hidden] at positions int32 [3, n] into the caches.
+        """Run a step.
 
-        Returns the logits [s, vocab_size] of tokens `sample_at` int64 [s] on rank 0; None on the
-        other ranks, and where s is 0.
+        Args:
+            hidden: Embeddings [n, hidden]; may be overwritten.
+            positions: M-RoPE positions, int32 [3, n] (temporal, height, width).
+            caches: K and V of each layer, [num_blocks, kv_heads, block_size, head_dim] each. The
+                step's keys and values are written to them.
+            batch: Attention metadata of the step.
+            sample_at: Tokens to return logits of, int64 [s].
+
+        Returns logits [s, vocab_size] on rank 0; None on other ranks, or if s is 0.
         """
         return self.logits(*self.run(hidden, positions, caches, batch), sample_at)
 
@@ -164,15 +194,20 @@ class Decoder(nn.Module):
         caches: list[LayerCache],
         batch: AttentionBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, without the logits: the last layer's output and its residual, which
-        `logits` takes."""
+        """Run the layers, and return the last layer's output and residual, both [n, hidden].
+
+        Arguments are those of `forward`; pass the results to `logits`.
+        """
         rotary = mrope_cos_sin(positions, self.inv_freq, self.mrope_section)
         return self._run_layers(hidden, rotary, caches, batch)
 
     def logits(
         self, hidden: torch.Tensor, residual: torch.Tensor, sample_at: torch.Tensor
     ) -> torch.Tensor | None:
-        """What `forward` returns."""
+        """Return logits [s, vocab_size] of tokens `sample_at`, int64 [s], on rank 0.
+
+        hidden, residual: results of `run`. Returns None on other ranks, or if s is 0.
+        """
         if sample_at.numel() == 0:
             return None
         normed, _ = self.norm.add(hidden[sample_at], residual[sample_at])
@@ -185,17 +220,17 @@ class Decoder(nn.Module):
         caches: list[LayerCache],
         batch: AttentionBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last layer's output and its residual."""
+        """Return the last layer's output and its residual."""
         if PanelLayers.serves(hidden) and (together := self._together(caches)) is not None:
             return together(hidden, rotary, batch)
         residual = None
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, rotary, cache, batch)
-        assert residual is not None, "a decoder has layers"
+        assert residual is not None, "the decoder has no layers"
         return hidden, residual
 
     def _together(self, caches: list[LayerCache]) -> PanelLayers | None:
-        """The layers as one call runs them, where their weights are such."""
+        """Return the layers for a single C call, or None if their weights do not allow it."""
         if self._panels is None or self._panels[0] is not caches:
             layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
             parts = [layer.panels(cache) for layer, cache in zip(layers, caches, strict=True)]

@@ -1,4 +1,7 @@
-"""Norms, linear layers and embeddings, each with this rank's part of a checkpoint's tensors."""
+"""Norms, linear layers and embeddings, sharded over the tensor-parallel ranks.
+
+Each layer lists the parts of checkpoint tensors that this rank needs (`weight_loaders`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from .weights import ALL, DenseWeight, WeightLoader, empty
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; with `residual`, the sum is normalised and returned beside it."""
+    """Root-mean-square norm over the last dimension."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,9 +28,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the norm of x [n, size]."""
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm of x + residual, x + residual), both [n, size]."""
         return add_rms_norm(x, residual, self.weight, self.eps)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
@@ -35,6 +40,8 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
+    """Layer norm with weight and bias over the last dimension, [..., size] to [..., size]."""
+
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = empty(size)
@@ -50,7 +57,11 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A whole linear layer on every rank; `kernel_shape` where the checkpoint has a convolution."""
+    """Linear layer that is replicated on every rank: [n, in_size] to [n, out_size].
+
+    kernel_shape: shape of the checkpoint's convolution kernel, without the output dimension, if
+    the layer is stored as a convolution.
+    """
 
     def __init__(
         self,
@@ -64,6 +75,7 @@ class Linear(nn.Module):
         self.shape = (out_size, *(kernel_shape or (in_size,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, out_size] of x [n, in_size]."""
         return self.weight(x)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
@@ -72,7 +84,7 @@ class Linear(nn.Module):
 
 @dataclass(frozen=True)
 class ColumnPart:
-    """A checkpoint tensor of a merged layer: its rows that this rank holds, in order."""
+    """A checkpoint tensor of a merged layer, and the rows that this rank holds, in order."""
 
     name: str
     total: int  # rows in the checkpoint
@@ -84,7 +96,10 @@ class ColumnPart:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Output columns dealt out over the ranks; the rows of its parts lie one after another."""
+    """Linear layer whose outputs are sharded over the ranks.
+
+    Maps [n, in_size] to [n, outputs of this rank]; the outputs of `parts` are concatenated.
+    """
 
     def __init__(
         self, in_size: int, parts: tuple[ColumnPart, ...], bias: bool, stored: WeightFormat | None
@@ -94,10 +109,11 @@ class ColumnParallelLinear(nn.Module):
         self.weight = make_weight(stored, sum(part.size for part in parts), in_size, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's outputs of x [n, in_size]."""
         return self.weight(x)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
-        """`name` is the parent's: q_proj, k_proj, ... are its children."""
+        """Yield the loaders; `name` is the parent module of q_proj, k_proj, etc."""
         start = 0
         for part in self.parts:
             for rows in part.rows:
@@ -108,7 +124,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Query, key and value in one product: [n, (heads + 2 × KV heads of this rank) × head_dim]."""
+    """Merged QKV projection: [n, hidden] to [n, (heads + 2 × KV heads of rank) × head_dim]."""
 
     def __init__(
         self, config: ModelConfig, parallel: TensorParallel, stored: WeightFormat | None
@@ -128,13 +144,13 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.sizes = (parts[0].size, parts[1].size, parts[2].size)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values [n, heads of each, head_dim], as views of the product."""
+        """Return q, k and v [n, heads of each, head_dim] as views of the output `x`."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in x.split(self.sizes, dim=-1))
         return q, k, v
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Layers of the same input and output size in one product, such as gate and up."""
+    """Merged layers of equal input and output size, such as gate and up."""
 
     def __init__(
         self,
@@ -150,7 +166,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """Input columns dealt out over the ranks; the products are summed over them."""
+    """Linear layer whose inputs are sharded over the ranks, with all-reduced outputs.
+
+    Maps [n, inputs of this rank] to [n, out_size].
+    """
 
     def __init__(
         self, in_size: int, out_size: int, parallel: TensorParallel, stored: WeightFormat | None
@@ -162,10 +181,11 @@ class RowParallelLinear(nn.Module):
         self.parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the all-reduced output [n, out_size] of this rank's inputs `x`."""
         return self.reduce(self.weight(x))
 
     def reduce(self, products: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' products [n, out], in place."""
+        """Sum `products` [n, out] over the ranks in place, and return them."""
         return self.parallel.all_reduce(products)
 
     def weight_loaders(self, name: str) -> Iterator[WeightLoader]:
@@ -173,7 +193,10 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the vocabulary dealt out over the ranks, the last ones padded to the same count."""
+    """Embedding whose rows are sharded over the ranks.
+
+    All ranks hold the same number of rows; the last ones are padded.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: TensorParallel) -> None:
         super().__init__()
@@ -182,10 +205,10 @@ class VocabParallelEmbedding(nn.Module):
         self.start = min(parallel.rank * size, vocab_size)
         self.stop = min(self.start + size, vocab_size)
         self.weight = empty(size, hidden_size)
-        self.tied: DenseWeight | None = None  # a head of the same rows
+        self.tied: DenseWeight | None = None  # LM head that shares the rows
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [n, hidden] of token ids [n], every one in [0, vocab_size)."""
+        """Return embeddings [n, hidden] of token ids [n], all in [0, vocab_size)."""
         if self.parallel.size == 1:
             return nn.functional.embedding(token_ids, self.weight)
         mine = (token_ids >= self.start) & (token_ids < self.stop)
@@ -199,12 +222,13 @@ class VocabParallelEmbedding(nn.Module):
         yield WeightLoader(f"{name}.weight", shape, self, "weight", rows, (mine,))
 
     def finish(self, quantization: str | None) -> None:
+        """Pack the rows for a tied LM head after loading."""
         if self.tied is not None:
             self.tied.share(self.weight, quantization)
 
 
 class ParallelHead(nn.Module):
-    """The product with the vocabulary's rows: those of `embedding` where the two are tied."""
+    """LM head, sharded over the vocabulary; shares the rows of `embedding` if `tied`."""
 
     def __init__(self, embedding: VocabParallelEmbedding, tied: bool) -> None:
         super().__init__()
@@ -214,11 +238,14 @@ class ParallelHead(nn.Module):
         self.weight = DenseWeight(size, self.hidden_size)
         self.tied = tied
         if tied:
-            self.weight.weight = embedding.weight  # counted once, and replaced by `share`
+            self.weight.weight = embedding.weight  # shared parameter; replaced by `share`
             embedding.tied = self.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Logits [rows, vocab_size] of hidden states [rows, hidden] on rank 0, None elsewhere."""
+        """Return the logits [n, vocab_size] of hidden states [n, hidden].
+
+        Returns None on ranks other than 0.
+        """
         joined = self.parallel.gather(self.weight(hidden))
         return None if joined is None else joined[:, : self.vocab_size]
 

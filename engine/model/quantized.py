@@ -1,7 +1,7 @@
-"""Weights of the decoder's linear layers as quantised checkpoints hold them.
+"""Weights of the decoder's linear layers from quantized checkpoints.
 
-On a GPU they stay so, in the layout of the Triton kernels. On a CPU they are made numbers of the
-model's dtype when a layer's last part is there, and are from then on what dense weights are.
+On a GPU they stay quantized, in the layout of the Triton kernels. On a CPU they are dequantized to
+the model's dtype after a layer's last part is loaded, and are then treated as dense weights.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ...kernels.linear import Weight, linear, pack_weight
 from ..config.quantization import WeightFormat
 from .weights import ALL, DenseWeight, WeightLoader, empty
 
-WORD = 8  # numbers of four bits in an int32
-SLAB = 4 * BLOCK  # inputs, or outputs, that are unpacked at once: their wider form stays small
+WORD = 8  # 4-bit values per int32
+SLAB = 4 * BLOCK  # inputs or outputs unpacked at a time, which limits the size of the wider copy
 
 
 def make_weight(
     stored: WeightFormat | None, out_size: int, in_size: int, bias: bool = False
 ) -> LinearWeight:
-    """The weight of a layer of the decoder, by the checkpoint's format."""
+    """Return the weight module of a decoder layer for the checkpoint's format."""
     if stored is None:
         return DenseWeight(out_size, in_size, bias)
     if stored.bits == 4:
@@ -47,9 +47,9 @@ def _kept(weight: Weight) -> Weight | nn.Parameter:
 
 
 class Int4Weight(nn.Module):
-    """Weights of four bits [in, out] in groups of inputs, AWQ's or GPTQ's, and bias [out]."""
+    """4-bit weight [in, out] in groups of inputs (AWQ or GPTQ), and bias [out]."""
 
-    weight: Weight | PackedInt4  # once it is finished
+    weight: Weight | PackedInt4  # set by `finish`
 
     def __init__(self, stored: WeightFormat, out_size: int, in_size: int, bias: bool) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Int4Weight(nn.Module):
         self.bias = empty(out_size) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, in] -> [n, out]."""
+        """Return x [n, in] × weight + bias, [n, out]."""
         if isinstance(self.weight, PackedInt4):
             return int4_linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
@@ -75,8 +75,11 @@ class Int4Weight(nn.Module):
         rows: slice = ALL,
         source: tuple[slice, ...] = (ALL,),
     ) -> Iterator[WeightLoader]:
-        """`name`.qweight, .qzeros, .scales and the bias of a layer that is `shape` [out, in] when
-        dense; its part `source` goes to the outputs `rows`. Cuts are between words and groups."""
+        """Yield loaders of `name`.qweight, .qzeros, .scales and the bias.
+
+        shape: dense shape [out, in]. source: part of it to load, which must not split words or
+        groups. rows: target outputs.
+        """
         outputs, inputs = source[0], source[1] if len(source) > 1 else ALL
         group = self.stored.group_size
         down, across = (WORD, 1) if self.stored.method == "gptq" else (1, WORD)
@@ -93,7 +96,7 @@ class Int4Weight(nn.Module):
             yield WeightLoader(f"{name}.bias", shape[:1], self, "bias", rows, source[:1])
 
     def finish(self, quantization: str | None) -> None:
-        """Gives the loaded weights the form that products read: the kernel's, or a dense one."""
+        """Convert the loaded weight to the kernel layout on a GPU, to a dense one on a CPU."""
         if uses_triton(self.qweight):
             weight: Weight | PackedInt4 = self._packed()
         else:
@@ -113,7 +116,7 @@ class Int4Weight(nn.Module):
         return PackedInt4(words, scales, zeros, self.in_size)
 
     def _slabs(self) -> Iterator[tuple[slice, Int4Groups]]:
-        """The weights unpacked, some inputs at a time: whole groups and whole blocks."""
+        """Yield the unpacked weights, some inputs at a time, in whole groups and blocks."""
         group = self.stored.group_size
         size = math.lcm(SLAB, group)
         unpack, unit = (unpack_gptq, WORD) if self.stored.method == "gptq" else (unpack_awq, 1)
@@ -125,27 +128,27 @@ class Int4Weight(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the weight where it is no parameter any more."""
+        """Return the weight's bytes if it is no longer a parameter, else 0."""
         weight = getattr(self, "weight", None)
         return 0 if weight is None or isinstance(weight, nn.Parameter) else weight.nbytes
 
 
 class Fp8Weight(nn.Module):
-    """Rows [out, in] in e4m3 with a scale each, and bias [out]."""
+    """e4m3 weight [out, in] with a scale per row, and bias [out]."""
 
-    weight: Weight  # a parameter until it is packed
+    weight: Weight  # a parameter until packed
 
     def __init__(self, stored: WeightFormat, out_size: int, in_size: int, bias: bool) -> None:
         super().__init__()
         self.stored, self.dtype = stored, torch.get_default_dtype()
         self.weight = _empty(FP8, out_size, in_size)
         self.weight_scale: nn.Parameter | None = _empty(torch.float32, out_size)
-        # Static: the layers that are merged here have one each, which fills their rows.
+        # Static activation scales: one per merged layer, repeated for its rows.
         self.input_scale = _empty(torch.float32, out_size) if stored.static_scale else None
         self.bias = empty(out_size) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, in] -> [n, out]; in e4m3 too where the weight still is."""
+        """Return x [n, in] × weightᵀ + bias, [n, out]; quantizes x if the weight is e4m3."""
         if self.weight_scale is None:
             return linear(x, self.weight, self.bias)
         assert isinstance(self.weight, torch.Tensor)
@@ -158,8 +161,10 @@ class Fp8Weight(nn.Module):
         rows: slice = ALL,
         source: tuple[slice, ...] = (ALL,),
     ) -> Iterator[WeightLoader]:
-        """`name`.weight of `shape` [out, in], .weight_scale, .input_scale and the bias; their part
-        `source` goes to `rows`."""
+        """Yield loaders of `name`.weight, .weight_scale, .input_scale and the bias.
+
+        shape: shape [out, in] in the checkpoint. source: part to load. rows: target rows.
+        """
         yield WeightLoader(f"{name}.weight", shape, self, "weight", rows, source)
         scales, part = ((shape[0], 1), source[:1]) if self.stored.per_channel else ((), ())
         yield WeightLoader(f"{name}.weight_scale", scales, self, "weight_scale", rows, part)
@@ -169,11 +174,11 @@ class Fp8Weight(nn.Module):
             yield WeightLoader(f"{name}.bias", shape[:1], self, "bias", rows, source[:1])
 
     def finish(self, quantization: str | None) -> None:
-        """Makes dense weights of the loaded ones, except where a kernel multiplies e4m3."""
+        """Dequantize the loaded weight, unless the device has e4m3 products."""
         rows, scale = self._parameters["weight"], self.weight_scale
-        assert rows is not None and scale is not None, "finished twice"
+        assert rows is not None and scale is not None, "weight is already packed"
         if uses_triton(rows):
-            if self.input_scale is not None:  # none of the merged layers' inputs is cut off
+            if self.input_scale is not None:  # the maximum: no merged layer's input saturates
                 self.input_scale = nn.Parameter(self.input_scale.data.max()[None], False)
             return
         dense = torch.empty(rows.shape, dtype=self.dtype)
@@ -186,7 +191,7 @@ class Fp8Weight(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the weight where it is no parameter any more."""
+        """Return the weight's bytes if it is no longer a parameter, else 0."""
         return 0 if "weight" in self._parameters else self.weight.nbytes
 
 
@@ -198,8 +203,8 @@ def _empty(dtype: torch.dtype, *shape: int) -> nn.Parameter:
 
 
 def _divided(part: slice, unit: int) -> slice:
-    """A part of numbers as one of units of so many."""
+    """Convert a slice of elements to a slice of units of `unit` elements."""
     if part == ALL:
         return ALL
-    assert part.start % unit == 0 == part.stop % unit, f"{part} cuts through {unit}"
+    assert part.start % unit == 0 == part.stop % unit, f"{part} splits a unit of {unit}"
     return slice(part.start // unit, part.stop // unit)

@@ -1,4 +1,4 @@
-"""Qwen2-VL as one rank holds it: the whole vision tower, and its share of the decoder."""
+"""Qwen2-VL on one rank: the whole vision tower, and a shard of the decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .weights import WeightLoader
 
 
 class Qwen2VL(nn.Module):
-    """Built without memory, in `dtype`; `weight_loaders` says what to put where."""
+    """Model without memory (on torch's `meta` device), in `dtype`.
+
+    `weight_loaders` lists what to load. Raises ConfigError if `parallel.size` ranks cannot share
+    the checkpoint.
+    """
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
@@ -31,18 +35,20 @@ class Qwen2VL(nn.Module):
             torch.set_default_dtype(previous)
 
     def weight_loaders(self) -> Iterator[WeightLoader]:
-        """Every part of every checkpoint tensor that this rank needs."""
+        """Yield every part of every checkpoint tensor that this rank needs."""
         yield from self.decoder.weight_loaders()
         yield from self.visual.weight_loaders()
 
     def place(self, device: torch.device) -> None:
-        """Moves the small tables that no checkpoint holds to the weights' device."""
+        """Move the rotary frequencies, which are in no checkpoint, to `device`."""
         self.decoder.inv_freq = self.decoder.inv_freq.to(device)
         self.visual.inv_freq = self.visual.inv_freq.to(device)
 
     @property
     def weight_bytes(self) -> int:
-        """As they are held now, each once; a head that is packed apart from the embedding's rows
-        counts beside them."""
+        """Return the bytes of all weights in their current layout, shared ones counted once.
+
+        If the LM head is packed separately from tied embedding rows, both count.
+        """
         kept = sum(param.nbytes for param in self.parameters())
         return kept + sum(m.packed_bytes for m in self.modules() if isinstance(m, LinearWeight))

@@ -1,7 +1,6 @@
-"""Qwen2-VL's vision tower: 2-D rotary positions, full attention inside each frame, a merger.
+"""Qwen2-VL's vision tower: 2-D rotary positions, full attention within each frame, merger.
 
-Reference of behaviour: `Qwen2VisionTransformerPretrainedModel` of transformers. Weights are whole
-on every rank.
+Follows transformers' `Qwen2VisionTransformerPretrainedModel`. Weights are replicated on every rank.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ ROTARY_BASE = 10000.0
 
 
 class VisionAttention(nn.Module):
+    """Multi-head attention within each frame, [n, embed_dim] to [n, embed_dim]."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
@@ -37,6 +38,11 @@ class VisionAttention(nn.Module):
         cu_seqlens: torch.Tensor,
         seqlens: tuple[int, ...],
     ) -> torch.Tensor:
+        """Return the attention output [n, embed_dim] of x [n, embed_dim].
+
+        rotary: cosines and sines, float32 [n, head_dim / 2]. Frames are given by `cu_seqlens`,
+        int32 [frames + 1] on the device, and `seqlens` on the host.
+        """
         q, k, v = self.qkv(x).view(-1, 3, self.heads, self.head_dim).unbind(1)
         q, k = rotate_heads(q, *rotary), rotate_heads(k, *rotary)
         out = vision_attention(q, k, v, cu_seqlens, seqlens, self.head_dim**-0.5)
@@ -48,6 +54,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """Pre-norm transformer block of the tower, [n, embed_dim] to [n, embed_dim]."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         inner = int(config.embed_dim * config.mlp_ratio)
@@ -64,6 +72,7 @@ class VisionBlock(nn.Module):
         cu_seqlens: torch.Tensor,
         seqlens: tuple[int, ...],
     ) -> torch.Tensor:
+        """Return the block's output [n, embed_dim]; see `VisionAttention.forward`."""
         x = x + self.attention(self.norm1(x), rotary, cu_seqlens, seqlens)
         return x + by_rows(self._mlp, x)
 
@@ -79,7 +88,10 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """Joins each square of merged patches into one embedding of the decoder's width."""
+    """Merges each square of merge_size² patches into one embedding of the decoder's width.
+
+    Maps [n, embed_dim] to [n / merge_size², hidden_size].
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -89,6 +101,7 @@ class Merger(nn.Module):
         self.fc2 = Linear(self.width, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [n / merge_size², hidden_size] of x [n, embed_dim]."""
         return in_few_shapes(self._mlp, self.norm(x).view(-1, self.width))
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +114,8 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """Vision encoder: patches of images and videos to embeddings for the decoder."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
@@ -109,15 +124,20 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
         self.merger = Merger(config)
         self.merge_size = config.spatial_merge_size
-        width = config.head_dim // 2  # half of a head turns by the row, half by the column
+        width = config.head_dim // 2  # half of a head encodes the row, half the column
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
         self.inv_freq = 1.0 / ROTARY_BASE ** (exponents / width)
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Encodes the patches [sum of t × h × w, patch_dim] of several units in one pass.
+        """Encode the patches of several units in one pass.
 
-        Patches come frame by frame, in merged squares. Returns [tokens, hidden_size of the
-        decoder], a token for each square of each frame, in the same order.
+        Args:
+            patches: [sum of t × h × w, patch_dim] in the model's dtype, from `cut_patches`: frame
+                by frame, in merge_size × merge_size squares.
+            grids: (t, h, w) of each unit, in patches. h and w are multiples of merge_size.
+
+        Returns [sum of t × h × w / merge_size², hidden_size of the decoder], one token per square,
+        in the same order.
         """
         device = patches.device
         seqlens = tuple(h * w for t, h, w in grids for _ in range(t))
@@ -144,7 +164,7 @@ class VisionTower(nn.Module):
 
 
 def patch_positions(height: int, width: int, merge_size: int) -> torch.Tensor:
-    """Row and column [h × w, 2] of each patch of a frame, in the order of merged squares."""
+    """Return (row, column) of each patch of a frame, int64 [h × w, 2], in square order."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     squares = (height // merge_size, merge_size, width // merge_size, merge_size)
     parts = [axis.reshape(squares).transpose(1, 2).flatten() for axis in (rows, columns)]

@@ -1,1 +1,1 @@
-"""One rank's step: encode stage, then decode stage, then sample."""
+"""A rank's step: vision encoding, decoding and sampling."""

@@ -1,13 +1,13 @@
-"""Decode steps in CUDA graphs: a whole step is one launch, not hundreds.
+"""Decode steps in CUDA graphs: one launch per step instead of hundreds.
 
-A graph repeats what was captured: the same grids, over the same memory. So a step in which every
-row computes one token is padded to a bucket of rows and of blocks, its input is copied to tensors
-that stay where they are, and the kernels read lengths and tables from there. Padding has slot -1,
-which writes nothing, and one key, whose result nobody reads. Rows do not touch each other, and a
-row's splits follow from its own length, so the bucket changes no row's attention.
+A graph replays the captured grids on the same memory. So a step in which every row computes one
+token is padded to a bucket of rows and blocks, its input is copied to static tensors, and the
+kernels read lengths and block tables from these. Padding rows have slot -1, which writes nothing,
+and one key; their results are ignored. Rows are independent, and a row's splits depend on its own
+length only, so the bucket does not change results.
 
-The step over tensors that stay (`StaticDecode`) is tested in Triton's interpreter. The capture
-itself has not been run on hardware yet; where it fails, steps run without it.
+The step on static tensors (`StaticDecode`) is tested in Triton's interpreter. The capture has not
+been run on hardware yet; if it fails, steps run without graphs.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from .batch import InputBatch
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-SHORT_TOKENS = 4096  # tables of rows up to this length have a grid of their own, of fewer splits
+SHORT_TOKENS = 4096  # rows up to this length use a grid with fewer splits
 
-Logits = torch.Tensor | None  # [rows of the bucket, vocab_size]; None but on rank 0
+Logits = torch.Tensor | None  # [rows of the bucket, vocab_size]; None except on rank 0
 Compute = Callable[[], Logits]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What a captured step is fixed to."""
+    """Fixed sizes of a captured step."""
 
     rows: int
-    blocks: int  # of each row's table
+    blocks: int  # blocks per row
 
 
 def buckets(batch: InputBatch, widths: tuple[int, ...]) -> Bucket | None:
-    """The smallest bucket that holds a step; None for one that is not all decoding, that places
-    embeddings, that tells of a prompt's tokens, or that is too large. `widths`: blocks of a table,
-    ascending."""
+    """Return the smallest bucket for a step.
+
+    Returns None if the step has prefill, embeddings or prompt logprobs, or is too large.
+    `widths`: available blocks per table, ascending.
+    """
     rows, width = batch.block_tables.shape
     if batch.embeddings or rows == 0 or rows > ROWS[-1] or width > widths[-1]:
         return None
@@ -54,12 +56,12 @@ def buckets(batch: InputBatch, widths: tuple[int, ...]) -> Bucket | None:
 
 
 class StaticDecode:
-    """A decode step whose input lies in tensors that stay where they are."""
+    """A decode step whose input is in static tensors."""
 
     def __init__(
         self, decoder: Decoder, caches: list[LayerCache], max_tokens: int, device: torch.device
     ) -> None:
-        """`max_tokens`: of a row."""
+        """Allocate the tensors; `max_tokens` is the maximum length of a row."""
         self.decoder, self.caches = decoder, caches
         self.block_size = caches[0][0].shape[2]
         short, long = (-(-tokens // self.block_size) for tokens in (SHORT_TOKENS, max_tokens))
@@ -74,8 +76,10 @@ class StaticDecode:
         self.sample_at = torch.arange(rows, device=device)
 
     def fill(self, token_ids: torch.Tensor, batch: InputBatch, bucket: Bucket) -> None:
-        """Takes a step's input. What padding holds of steps before does not matter, but for its
-        lengths and slots."""
+        """Copy a step's input to the static tensors.
+
+        Of padding rows, only lengths and slots are reset; other stale values have no effect.
+        """
         count, width = batch.block_tables.shape
         last = batch.context_lens - 1
         blocks = batch.block_tables[np.arange(count), last // self.block_size].astype(np.int64)
@@ -90,15 +94,15 @@ class StaticDecode:
         self._put(self.slot_mapping[: bucket.rows], slots)
 
     def _put(self, target: torch.Tensor, values: np.ndarray) -> None:
-        # arrays over a message's bytes are read-only, which torch does not know
+        # Arrays that view a message's bytes are read-only, which torch does not support.
         target.copy_(torch.from_numpy(np.require(values, requirements=("C", "W"))))
 
     def compute(self, bucket: Bucket) -> Logits:
-        """Runs the step on what the tensors hold at the time."""
+        """Run the step on the current content of the tensors; return its logits."""
         rows = bucket.rows
         batch = AttentionBatch(
             num_scheduled_tokens=(1,) * rows,
-            host_context_lens=(),  # nothing on the host may matter
+            host_context_lens=(),  # a replay does not see host values
             cu_seqlens_q=self.rows[: rows + 1],
             context_lens=self.context_lens[:rows],
             block_tables=self.block_tables[:rows, : bucket.blocks],
@@ -112,15 +116,15 @@ class StaticDecode:
 
 
 class Capture:
-    """Records CUDA work; all share one pool of memory, as no two run at once."""
+    """Captures CUDA graphs. All share one memory pool, since no two run at once."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Compute) -> Compute:
-        """Returns what repeats it, with the same tensor each time."""
+        """Capture `compute`; return its replay, which returns the same tensor each time."""
         graph = torch.cuda.CUDAGraph()
-        # other threads wait for earlier steps' results meanwhile
+        # Other threads may wait for results of earlier steps during the capture.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             logits = compute()
 
@@ -132,8 +136,11 @@ class Capture:
 
 
 class DecodeGraphs:
-    """Runs decode steps. A bucket's first step runs as it is, which compiles its kernels; its
-    second is captured, and from then on repeated. Nothing is captured at start."""
+    """Runs decode steps, captured lazily.
+
+    A bucket's first step runs directly, which compiles its kernels. The second one is captured, and
+    replayed from then on.
+    """
 
     def __init__(self, static: StaticDecode, capture: Callable[[Compute], Compute]) -> None:
         self.static, self.capture = static, capture
@@ -141,13 +148,13 @@ class DecodeGraphs:
         self.failed = False
 
     def bucket_of(self, batch: InputBatch) -> Bucket | None:
-        """None: the step is not one for a graph."""
+        """Return the bucket of a step; None if it cannot run in a graph."""
         return None if self.failed else buckets(batch, self.static.widths)
 
     def logits(self, token_ids: torch.Tensor, batch: InputBatch, bucket: Bucket) -> Logits:
-        """Logits [s, vocab_size] of the rows that sample, on rank 0; of token ids int32 [r].
+        """Return the logits [s, vocab_size] of the rows that sample; None except on rank 0.
 
-        They are to be read before the next step.
+        token_ids: int32 [r]. The result is overwritten by the next step.
         """
         self.static.fill(token_ids, batch, bucket)
         rows = torch.from_numpy(batch.sampling.rows.astype(np.int64)).to(token_ids.device)
@@ -175,7 +182,7 @@ class DecodeGraphs:
 def decode_graphs(
     decoder: Decoder, caches: list[LayerCache], max_tokens: int, device: torch.device
 ) -> DecodeGraphs:
-    """For a CUDA device."""
-    # a captured step cannot copy from the host
+    """Return graphs for a decoder on a CUDA device; see `StaticDecode` for arguments."""
+    # A captured step cannot copy from the host.
     decoder.inv_freq = decoder.inv_freq.to(device)
     return DecodeGraphs(StaticDecode(decoder, caches, max_tokens, device), Capture())

@@ -1,4 +1,4 @@
-"""Memory of one rank: the paged KV cache, and how many bytes things take."""
+"""KV cache allocation, and memory requirements of a rank."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ..model.decoder import LayerCache
 from ..model.parallel import num_kv_heads_per_rank
 from ..utils.machine_memory import available_memory
 
-SCALE = torch.float32  # of a token and a KV head in FP8
+SCALE = torch.float32  # dtype of FP8 scales, one per token and KV head
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of one rank after loading. On a CPU `total` and `free` are the machine's, which the
-    ranks share; on a GPU each rank has its own device."""
+    """Memory of a rank after loading, in bytes.
+
+    On a CPU, total and free bytes are those of the machine, which the ranks share; on a GPU they
+    are those of the rank's device.
+    """
 
     weight_bytes: int
     total_bytes: int
@@ -31,8 +34,10 @@ class MemoryReport:
 
 
 def kv_block_bytes(config: ModelConfig, size: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block, K and V in all layers, on each of `size` ranks. In FP8 each token has a
-    scale for each KV head."""
+    """Return the bytes of one block, K and V of all layers, on each of `size` ranks.
+
+    FP8 includes a scale per token and KV head.
+    """
     per_head = config.head_dim * dtype.itemsize + (SCALE.itemsize if dtype == FP8 else 0)
     per_token = num_kv_heads_per_rank(config, size) * per_head
     return 2 * config.num_hidden_layers * block_size * per_token
@@ -41,11 +46,11 @@ def kv_block_bytes(config: ModelConfig, size: int, block_size: int, dtype: torch
 def activation_bytes(
     config: ModelConfig, size: int, max_tokens: int, max_encode_tokens: int, dtype: torch.dtype
 ) -> int:
-    """A bound on what a step holds beside weights and cache, from the shapes alone.
+    """Return an upper bound of a step's memory in addition to weights and cache, in bytes.
 
-    The two stages run one after the other, so the larger one counts: the decoder's widest moment
-    is its MLP (gate, up and their product beside input and residual); the tower's is its MLP, or
-    its attention's q, k, v in float32 while they are turned.
+    Encoding and decoding run one after the other, so the larger one counts. The decoder's peak is
+    its MLP (gate, up and their product, with input and residual). The tower's is its MLP, or q, k
+    and v of attention in float32 during rotation.
     """
     vision, item = config.vision, dtype.itemsize
     inner = -(-config.intermediate_size // size)
@@ -65,9 +70,9 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerCache]:
-    """K and V [num_blocks, KV heads of this rank, block_size, head_dim] for each layer, zeroed.
+    """Return zeroed K and V caches [num_blocks, KV heads of rank, block_size, head_dim] per layer.
 
-    Zeroed, since what a masked key's value multiplies by zero must be finite.
+    They are zeroed because masked keys multiply values by zero, which must be finite.
     """
     heads = num_kv_heads_per_rank(config, size)
     shape = (num_blocks, heads, block_size, config.head_dim)
@@ -83,13 +88,16 @@ def allocate_kv_cache(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy leaves the zeroing to the kernel, page by page at first use; torch.zeros writes them all
+    # numpy gets zero pages from the kernel at first use; torch.zeros would write all pages now.
     whole = np.zeros(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(whole).view(dtype)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes: of the GPU, or of this machine within its container's limits."""
+    """Return (free, total) bytes of the device.
+
+    For a CPU, these are those of the machine, within the container's limits.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     memory = available_memory()

@@ -1,6 +1,6 @@
-"""Puts a checkpoint's safetensors into a model: mapped, checked first, only this rank's bytes.
+"""Load safetensors checkpoints: memory-mapped, validated first, only this rank's bytes.
 
-Nothing but safetensors is read: other formats hold code (pickle).
+Other formats are not read, since they may contain code (pickle).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..model.qwen2_vl import Qwen2VL
 from ..model.weights import WeightLoader
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}  # safetensors' names
-FLOATS = ("BF16", "F16", "F32")  # are converted; others are served where a weight is just of those
+FLOATS = ("BF16", "F16", "F32")  # converted on loading; other dtypes must match exactly
 EXACT = {torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_NAMED = 5  # of missing or extra tensors, in one error
+MAX_NAMED = 5  # missing or extra tensors listed in an error
 
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file's header states it."""
+    """A tensor as described by its file's header."""
 
     file: Path
     stored_name: str
@@ -49,8 +49,10 @@ class StoredTensor:
 
 
 def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> torch.dtype:
-    """The dtype to serve in. "auto": the checkpoint's on a GPU; on a CPU bfloat16 where the CPU
-    multiplies it (AMX or AVX512-BF16), else float32. Raises ConfigError for other names.
+    """Return the dtype to run the model in.
+
+    "auto" selects the checkpoint's dtype on a GPU. On a CPU it selects bfloat16 if the CPU has
+    bfloat16 products (AMX or AVX512-BF16), else float32. Raises ConfigError for unknown names.
     """
     if name == "auto" and device.type == "cpu":
         return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
@@ -61,25 +63,34 @@ def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: str) -> tor
 
 
 def resolve_quantization(name: str, device: torch.device) -> str | None:
-    """What weights are quantised to on loading; "" is nothing. Raises ConfigError where `device`
-    has no product for it."""
+    """Return the type to quantize weights to on loading; None for "".
+
+    Raises ConfigError if the device does not support it.
+    """
     if name and device.type != "cpu":
-        raise ConfigError(f"quantization={name!r}: is for CPUs; leave it out on {device.type}")
+        raise ConfigError(
+            f"quantization={name!r}: only supported on CPUs; remove it on {device.type}"
+        )
     return name or None
 
 
 def resolve_kv_cache_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What the KV cache holds; "auto" (or "") is `dtype`. Raises ConfigError for a CPU."""
+    """Return the dtype of the KV cache; `dtype` for "auto" or "".
+
+    Raises ConfigError for other values on a CPU.
+    """
     if name in ("", "auto"):
         return dtype
     if device.type == "cpu":
-        raise ConfigError(f"kv_cache_dtype={name!r}: is for GPUs; leave it out on cpu")
+        raise ConfigError(f"kv_cache_dtype={name!r}: only supported on GPUs; remove it on cpu")
     return FP8
 
 
 def check_weight_format(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError where a GPU has no product for the checkpoint's quantised weights. A CPU
-    makes dense ones of them."""
+    """Raise ConfigError if a GPU does not support the checkpoint's quantized weights.
+
+    A CPU dequantizes them.
+    """
     stored = config.weight_format
     if stored is None or device.type == "cpu":
         return
@@ -89,14 +100,15 @@ def check_weight_format(config: ModelConfig, device: torch.device, dtype: torch.
         except ValueError as error:
             raise ConfigError(f"{stored.label}: {error}") from None
     elif dtype == torch.float32:
-        raise ConfigError("dtype=float32: four-bit weights are served in bfloat16 or float16")
+        raise ConfigError("dtype=float32: 4-bit weights require bfloat16 or float16")
     elif stored.group_size not in GROUPS and stored.group_size % max(GROUPS):
         raise ConfigError(
-            f"group_size={stored.group_size}: on a GPU 64 and multiples of 128 are served"
+            f"group_size={stored.group_size}: must be 64 or a multiple of 128 on a GPU"
         )
 
 
 def cpu_multiplies_bf16() -> bool:
+    """Return whether the CPU has bfloat16 products (AMX or AVX512-BF16)."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:  # not Linux
@@ -105,14 +117,14 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def canonical_name(name: str) -> str:
-    """The older, flat name of a tensor: `model.layers...`, `visual...`, `lm_head.weight`."""
+    """Return a tensor's older, flat name: `model.layers...`, `visual...`, `lm_head.weight`."""
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name.removeprefix("model.") if name.startswith("model.visual.") else name
 
 
 def checkpoint_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint folder. Raises ConfigError where there are none."""
+    """Return a checkpoint folder's safetensors files. Raises ConfigError if there are none."""
     files = indexed_files(folder)
     if not files and (folder / "model.safetensors").exists():
         files = (folder / "model.safetensors",)
@@ -120,20 +132,23 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
         files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
         others = sorted(path.name for path in folder.glob("*.bin"))
-        found = f"only {others[0]}, which may run code when read" if others else "no weights"
-        raise ConfigError(f"{folder}: {found}; weights are read from safetensors files alone")
+        found = f"only {others[0]}, which may contain code" if others else "no weights"
+        raise ConfigError(f"{folder}: {found}; provide the weights as safetensors files")
     return files
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by its canonical name, from the files' headers."""
+    """Return all tensors of a checkpoint by canonical name, from the files' headers.
+
+    Raises ConfigError for unreadable files and duplicate names.
+    """
     found: dict[str, StoredTensor] = {}
     for file in checkpoint_files(folder):
         for name, (shape, dtype) in _header(file).items():
             tensor = StoredTensor(file, name, shape, dtype)
             other = found.setdefault(canonical_name(name), tensor)
             if other is not tensor:
-                raise ConfigError(f"{name}: both in {other.file} and in {file}")
+                raise ConfigError(f"{name}: duplicate tensor, in {other.file} and {file}")
     return found
 
 
@@ -144,17 +159,17 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: (tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; the checkpoint is not complete") from None
-    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: not to be mapped
+        raise ConfigError(f"{file}: no such file; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: mapping failed
         raise ConfigError(f"{file}: not readable as safetensors: {error}") from None
 
 
 def check_tensors(
     wanted: dict[str, WeightLoader], found: dict[str, StoredTensor], config: ModelConfig
 ) -> None:
-    """Raises ConfigError naming what is missing, extra, misshapen, or of a dtype not served.
+    """Raise ConfigError for missing, extra or misshapen tensors, or unsupported dtypes.
 
-    A tied head that is stored all the same is fine, and so are the rotary tables of old writers.
+    A stored LM head of a tied checkpoint, and rotary tables of old writers, are ignored.
     """
     missing = [f"{n} {list(part.shape)}" for n, part in wanted.items() if n not in found]
     if missing:
@@ -167,29 +182,32 @@ def check_tensors(
     ]
     if extra:
         raise ConfigError(
-            f"the checkpoint holds what its config.json has no place for: {_some(extra)}"
+            f"the checkpoint has tensors that its config.json does not define: {_some(extra)}"
         )
     for name, part in wanted.items():
         tensor = found[name]
         if tensor.shape != part.shape and (tensor.shape, part.shape) != ((1,), ()):
             raise ConfigError(
                 f"{tensor.stored_name} in {tensor.file}: shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(part.shape)}"
+                f"but config.json requires {list(part.shape)}"
             )
         exact = EXACT.get(getattr(part.owner, part.attribute).dtype)
         served = FLOATS if exact is None else (exact,)
         if tensor.dtype not in served:
             raise ConfigError(
                 f"{tensor.stored_name} in {tensor.file}: dtype {tensor.dtype}; "
-                f"served are {', '.join(served)}"
+                f"must be {' or '.join(served)}"
             )
 
 
 def drop_gptq_extras(
     wanted: Collection[str], found: dict[str, StoredTensor], config: ModelConfig
 ) -> None:
-    """Takes out what GPTQ's packers add to a layer and no product needs, once it is read and seen
-    to be so: a `g_idx` in order, and a bias of zeros. Raises ConfigError where it is not."""
+    """Remove tensors that GPTQ packers add and that are not needed.
+
+    These are a `g_idx` in order, and a bias of zeros; both are read to verify that. Raises
+    ConfigError if a layer's `g_idx` is missing or not in order.
+    """
     stored = config.weight_format
     if stored is None or stored.method != "gptq":
         return
@@ -197,15 +215,15 @@ def drop_gptq_extras(
         layer = name.removesuffix(".qweight")
         g_idx, bias = found.pop(f"{layer}.g_idx", None), f"{layer}.bias"
         if g_idx is None and stored.reordered:
-            raise ConfigError(f"the checkpoint lacks {layer}.g_idx, and desc_act is true")
+            raise ConfigError(f"the checkpoint lacks {layer}.g_idx, which desc_act=true requires")
         if g_idx is not None and not in_order(_read(g_idx), stored.group_size):
             raise ConfigError(
-                f"{g_idx.stored_name} in {g_idx.file}: its inputs are not in their groups' order; "
-                "GPTQ is served with desc_act=false alone"
+                f"{g_idx.stored_name} in {g_idx.file}: inputs are not in group order; "
+                "only desc_act=false is supported"
             )
         if bias not in wanted and bias in found:
             if _read(found[bias]).any():
-                continue  # and `check_tensors` names it as one with no place
+                continue  # `check_tensors` reports it as extra
             del found[bias]
 
 
@@ -222,9 +240,9 @@ def _some(names: list[str]) -> str:
 def check_checkpoint(
     model: Qwen2VL, folder: Path, config: ModelConfig
 ) -> tuple[dict[str, list[WeightLoader]], dict[str, StoredTensor]]:
-    """Return where each tensor goes, and all tensors, by canonical name; from headers alone.
+    """Return loaders and stored tensors, by canonical name, from headers only.
 
-    Raises `ConfigError` where files and configuration do not fit together.
+    Raises ConfigError if files and configuration do not match.
     """
     loaders: dict[str, list[WeightLoader]] = {}
     for loader in model.weight_loaders():
@@ -243,12 +261,13 @@ def load_weights(
     on_progress: OnProgress | None = None,
     quantization: str | None = None,
 ) -> None:
-    """Fills every weight of `model` on `device` from the checkpoint in `folder`.
+    """Load every weight of `model` on `device` from the checkpoint in `folder`.
 
-    All headers are checked before the first byte is copied. Parameters are made when their first
-    part arrives, parts are copied straight from the mapped file, and a layer is packed as soon as
-    its last part is there, so no second copy of the weights exists at any time.
-    `on_progress(done_bytes, total_bytes)` is called for every tensor.
+    All headers are checked before the first byte is copied. Parameters are allocated when their
+    first part arrives, parts are copied directly from the mapped file, and a layer is packed after
+    its last part, so that there is never a second copy of all weights.
+    `on_progress(done_bytes, total_bytes)` is called after every tensor. Raises ConfigError if the
+    checkpoint is invalid.
     """
     loaders, found = check_checkpoint(model, folder, config)
     total = sum(found[name].nbytes for name in loaders)
@@ -259,7 +278,7 @@ def load_weights(
             file: stack.enter_context(safe_open(file, framework="pt"))
             for file in checkpoint_files(folder)
         }
-        for name, parts in loaders.items():  # layer by layer, whichever file it is in
+        for name, parts in loaders.items():  # in layer order, across files
             stored = opened[found[name].file].get_slice(found[name].stored_name)
             for part in parts:
                 part.load(stored[part.source], device)
@@ -271,7 +290,7 @@ def load_weights(
 
 
 def _count_part(owner: nn.Module, parts_left: Counter[int], quantization: str | None) -> None:
-    """Finishes a module, where it has more to do, when its last part is there."""
+    """Count a loaded part; finish its module after the last one."""
     parts_left[id(owner)] -= 1
     if parts_left[id(owner)] == 0 and isinstance(owner, LinearWeight | VocabParallelEmbedding):
         owner.finish(quantization)

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens by the model's own logits, and the likeliest tokens beside them."""
+"""Log probabilities from the model's raw logits, and top-k tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from ...scheduler.params import MAX_LOGPROBS
 from .batch import Int32, Logprobs, PromptTargets
 
-# Prompt tokens whose logits are there at once: at a vocabulary of 151,936, 40 MB in float32.
+# Prompt tokens per slice of logits: 40 MB in float32 for a vocabulary of 151,936.
 SLICE = 64
 
 
 @dataclass(frozen=True)
 class LogprobTensors:
-    """`Logprobs` on their way from the device."""
+    """`Logprobs` on the device, or being copied to the host."""
 
     at: Int32  # [l]
     chosen: torch.Tensor  # float32 [l]
@@ -25,23 +25,28 @@ class LogprobTensors:
     top: torch.Tensor  # float32 [l, k]
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> LogprobTensors:
+        """Return a copy with `move` applied to the tensors."""
         return LogprobTensors(self.at, *map(move, (self.chosen, self.top_token_ids, self.top)))
 
     def finished(self) -> Logprobs:
-        """On the host, once they have arrived there."""
+        """Convert to numpy; the tensors must be on the host, and their copies complete."""
         chosen, ids, top = (each.numpy() for each in (self.chosen, self.top_token_ids, self.top))
         return Logprobs(self.at, chosen, ids, top)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, at: Int32) -> LogprobTensors:
-    """Of `token_ids` int64 [l] by logits [l, vocab_size]; -1 is no token, and what is said of it
-    means nothing.
+    """Return log probabilities and top-k tokens at l positions.
 
-    As many of the likeliest as anybody may ask for, whoever asks: so what is said to one does not
-    depend on the others in the step.
+    Args:
+        logits: [l, vocab_size].
+        token_ids: int64 [l]; for -1 (no token), `chosen` is meaningless.
+        at: [l] positions, passed through.
+
+    It always computes MAX_LOGPROBS top tokens, so that results do not depend on what other
+    requests of the step ask for.
     """
     scores = logits.to(torch.float32)
-    logprobs = scores.log_softmax(dim=-1)  # a row's sum does not depend on the number of rows
+    logprobs = scores.log_softmax(dim=-1)  # batch-invariant: row by row
     ids = scores.topk(min(MAX_LOGPROBS, scores.shape[1]), dim=-1).indices
     chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None]).squeeze(1)
     return LogprobTensors(at, chosen, ids.to(torch.int32), logprobs.gather(1, ids))
@@ -52,8 +57,11 @@ def prompt_logprobs(
     targets: PromptTargets,
     device: torch.device,
 ) -> LogprobTensors | None:
-    """Of a prompt's tokens, few at a time; None but on rank 0. `logits_of` gives the logits of the
-    step's tokens int64 [l]: all ranks must be given the same targets."""
+    """Return log probabilities of prompt tokens, computed a slice at a time.
+
+    `logits_of` returns the logits [l, vocab_size] at the step's tokens int64 [l], or None. Returns
+    None on ranks other than 0. All ranks must be given the same targets.
+    """
     parts = []
     for first in range(0, len(targets.at), SLICE):
         at = targets.at[first : first + SLICE].astype(np.int64)

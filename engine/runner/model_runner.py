@@ -1,4 +1,4 @@
-"""One rank's step: copy blocks, forget embeddings, encode, overlay, decode, sample."""
+"""A rank's step: copy blocks, drop embeddings, encode, overlay, decode, sample."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ from .tensors import to_device
 
 @dataclass(eq=False)
 class ModelRunner:
-    """A rank's model, its KV cache and the embeddings that it keeps. Call load, allocate, step."""
+    """A rank's model, KV cache and embedding cache.
+
+    Call `load`, then `allocate`, then `step` (or `launch`) for each step.
+    """
 
     model_dir: Path
     config: ModelConfig
@@ -41,33 +44,33 @@ class ModelRunner:
     dtype: torch.dtype
     block_size: int
     parallel: TensorParallel
-    quantization: str | None = None  # of weights and activations, on loading; None or "int8"
+    quantization: str | None = None  # of weights and activations: None or "int8"
     kv_cache_dtype: torch.dtype | None = None  # None: `dtype`; or float8_e4m3fn
     embeddings: dict[UnitKey, torch.Tensor] = field(default_factory=dict)
     caches: list[LayerCache] = field(default_factory=list)
-    graphs: DecodeGraphs | None = None  # on CUDA alone
+    graphs: DecodeGraphs | None = None  # CUDA only
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where the ranks cannot share the checkpoint's heads."""
+        """Build the model. Raises ConfigError if the ranks cannot share the checkpoint."""
         self.model = Qwen2VL(self.config, self.parallel, self.dtype)
         seen = SeenTokens(self.config.vocab_size, self.device)
         self._encoder = EncodeStage(
             self.model.visual, self.config, self.preprocess, self.parallel, self.device, self.dtype
         )
         self.sampler = Sampler(self.config.vision_token_ids, seen)
-        # What the latest step drew, int64 [s] on the device: rows of the next may await it.
+        # Tokens sampled by the latest step, int64 [s] on the device: input of the next step's rows.
         self._sampled = torch.empty(0, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def load(self, on_progress: OnProgress | None = None) -> None:
-        """Reads the weights. Raises ConfigError naming the tensor or file that is not right."""
-        native.has_tiles()  # checked in a child, which costs less before the weights are there
+        """Load the weights. Raises ConfigError naming the invalid tensor or file."""
+        native.has_tiles()  # forks a child, which is cheaper before weights are loaded
         load_weights(
             self.model, self.model_dir, self.config, self.device, on_progress, self.quantization
         )
 
     def measure(self) -> MemoryReport:
-        """Memory once the weights are loaded."""
+        """Return memory statistics; call it after `load`."""
         free, total = device_memory(self.device)
         return MemoryReport(
             weight_bytes=self.model.weight_bytes,
@@ -97,19 +100,20 @@ class ModelRunner:
         make_resident([cache for cache in caches if isinstance(cache, torch.Tensor)])
 
     def step(self, batch: InputBatch) -> BatchResult:
-        """Runs one step and waits for it."""
+        """Run one step, and wait for its result."""
         return self.launch(batch).wait()
 
     @torch.inference_mode()
     def launch(self, batch: InputBatch) -> PendingResult:
-        """Runs one step; a GPU may still be at it on return. All ranks must be given the same step.
+        """Start one step; a GPU may still be computing on return.
 
-        A row whose embedding is missing, or whose token ids are not the vocabulary's, is reported
-        and draws nothing (-1); its blocks hold nothing of use. So does a row that awaits a token
-        which was not drawn, unreported. The other rows are as if alone.
+        All ranks must be given the same step. A row with a missing embedding, or with token ids
+        outside the vocabulary, is reported, and samples nothing (-1); its blocks are invalid. A row
+        that awaits a token which was not sampled is skipped without a report. Other rows are not
+        affected.
         """
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread
+            torch.cuda.set_device(self.device)  # per thread
         for key in batch.drop:
             self.embeddings.pop(key, None)
         self._copy_blocks(batch.copies)
@@ -132,8 +136,7 @@ class ModelRunner:
     def _compute(
         self, token_ids: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
     ) -> tuple[torch.Tensor | None, LogprobTensors | None, list[tuple[int, UnitKey]]]:
-        """Logits of the rows that sample and what is asked of prompts' tokens, on rank 0; and the
-        embeddings that were missing."""
+        """Return logits, prompt logprobs (both on rank 0 only), and missing embeddings."""
         bucket = self.graphs.bucket_of(batch) if self.graphs is not None else None
         if self.graphs is not None and bucket is not None:
             return self.graphs.logits(token_ids, batch, bucket), None, []
@@ -144,17 +147,19 @@ class ModelRunner:
     def _resolve(
         self, token_ids: torch.Tensor, batch: InputBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`token_ids` with those that the step before drew put in, and which rows [r] lack theirs,
-        since it was not drawn."""
+        """Insert tokens sampled by the previous step.
+
+        Returns token ids [n], and which rows [r] lack theirs, because it was not sampled.
+        """
         lost = torch.zeros(len(batch.awaits), dtype=torch.bool, device=self.device)
         rows = np.flatnonzero(batch.awaits >= 0)
         if not rows.size:
             return token_ids, lost
-        drawn = self._sampled[self._to_device(batch.awaits[rows])]
+        sampled = self._sampled[self._to_device(batch.awaits[rows])]
         last = np.cumsum(batch.num_scheduled_tokens, dtype=np.int64) - 1
         token_ids = token_ids.clone()
-        token_ids[self._to_device(last[rows])] = drawn.clamp(min=0).to(token_ids.dtype)
-        lost[self._to_device(rows)] = drawn < 0
+        token_ids[self._to_device(last[rows])] = sampled.clamp(min=0).to(token_ids.dtype)
+        lost[self._to_device(rows)] = sampled < 0
         return token_ids, lost
 
     def _copy_blocks(self, copies: Int32) -> None:
@@ -167,13 +172,13 @@ class ModelRunner:
         return to_device(array, self.device)
 
     def _checked_token_ids(self, batch: InputBatch) -> tuple[Int32, list[tuple[int, str]]]:
-        """The step's token ids with those outside the vocabulary set to 0, and their rows."""
+        """Return token ids with invalid ones set to 0, and errors of their rows."""
         ids = batch.token_ids
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
         if not wrong.any():
             return ids, []
         row_of_token = np.repeat(np.arange(len(batch.context_lens)), batch.num_scheduled_tokens)
-        text = f"a token id is outside the vocabulary of {self.config.vocab_size}"
+        text = f"a token id is outside the vocabulary of size {self.config.vocab_size}"
         rows = np.unique(row_of_token[wrong]).tolist()
         return np.where(wrong, 0, ids).astype(np.int32), [(row, text) for row in rows]
 
@@ -187,7 +192,7 @@ class ModelRunner:
     def _overlay(
         self, hidden: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
     ) -> list[tuple[int, UnitKey]]:
-        """Writes embeddings over the placeholders' rows; returns (row, key) of what is missing."""
+        """Write embeddings over placeholder rows in place; return missing ones as (row, key)."""
         missing = []
         for piece in batch.embeddings:
             embedding = self.embeddings.get(piece.key)
@@ -198,8 +203,8 @@ class ModelRunner:
             if len(part) == piece.num_tokens:
                 hidden[piece.dest : piece.dest + piece.num_tokens] = part
             else:
-                text = f"{piece.num_tokens} placeholders at {piece.start} of {len(embedding)}"
-                errors.append((piece.row, f"{text} embeddings"))
+                text = f"{piece.num_tokens} placeholders from embedding {piece.start} on exceed"
+                errors.append((piece.row, f"{text} the unit's {len(embedding)} embeddings"))
         return missing
 
     def _decode(
@@ -225,7 +230,7 @@ class ModelRunner:
     def _sample(
         self, logits: torch.Tensor | None, batch: InputBatch, token_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Rank 0 draws and tells the others, so that ranks cannot disagree."""
+        """Sample on rank 0, and broadcast the tokens, so that ranks cannot diverge."""
         rows = batch.sampling.rows
         sampled = torch.empty(len(rows), dtype=torch.int64, device=self.device)
         if rows.size == 0:

@@ -1,4 +1,4 @@
-"""A step's result on its way from the device: the host waits for it, the device does not."""
+"""Asynchronous copy of a step's result to the host."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .logprobs import LogprobTensors
 from .sampler import FORBIDDEN, NONE_LEFT, NOT_FINITE
 from .stage_clock import StageClock
 
-SKIPPED = -2  # drawn by a row that computed nothing; -1 is drawn from logits that are not finite
+SKIPPED = -2  # sampled by a row that was skipped; -1 is sampled from non-finite logits
 
 
 @dataclass(frozen=True)
 class PendingResult:
-    """What a step made, perhaps still on its way from the device."""
+    """Result of a step, possibly still being copied from the device."""
 
     sampled: torch.Tensor  # int64 [s] on the host
-    rows: Int32  # [s] that sampled
+    rows: Int32  # [s] rows that sample
     missing: tuple[UnitKey, ...]
     errors: tuple[tuple[int, str], ...]
-    arrived: torch.cuda.Event | None  # None: it is there
+    arrived: torch.cuda.Event | None  # None: the copy is complete
     of_drawn: LogprobTensors | None = None
     of_prompt: LogprobTensors | None = None
     encode_clock: StageClock | None = None  # None: nothing was encoded
@@ -41,7 +41,7 @@ class PendingResult:
         of_prompt: LogprobTensors | None = None,
         encode_clock: StageClock | None = None,
     ) -> PendingResult:
-        """Starts the copy to the host, which later steps do not hold up."""
+        """Start the copy to the host, in parallel with later steps."""
         host, arrived = sampled, None
         if sampled.is_cuda:
             host = _on_host(sampled)
@@ -54,6 +54,7 @@ class PendingResult:
         return cls(host, rows, keys, tuple(errors), arrived, of_drawn, of_prompt, encode_clock)
 
     def wait(self) -> BatchResult:
+        """Wait for the copy, and return the result."""
         if self.arrived is not None:
             self.arrived.synchronize()
         sampled = self.sampled.numpy().astype(np.int32)
@@ -72,6 +73,6 @@ class PendingResult:
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, which may still be on its way."""
+    """Start an asynchronous copy to pinned host memory."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Make allocated memory resident in the background, so that a worker does not grow while it serves.
+"""Make allocated memory resident in the background, so that a worker's RSS does not grow later.
 
-The kernel gives a page at its first use. New prompts take unused blocks of the KV cache first, so a
-worker would grow for hours, and might meet the end of the machine's memory only then.
+The kernel allocates a page at its first use, and new prompts use unused KV blocks first. Without
+this, a worker would grow for hours, and run out of memory late.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .kv_cache import device_memory
 
 log = logging.getLogger("octavo.worker")
 
-MADV_POPULATE_WRITE = 23  # since Linux 5.14; the content stays as it is
+MADV_POPULATE_WRITE = 23  # since Linux 5.14; keeps the content
 CHUNK_BYTES = 4 << 20
-PAUSE = 0.02  # seconds between two chunks: the first requests need the cores too
-MIN_FREE_SHARE = 0.1  # of the machine's memory; below it the rest stays as it is
+PAUSE = 0.02  # seconds between chunks, which leaves the cores to the first requests
+MIN_FREE_SHARE = 0.1  # of the machine's memory; stop below it
 
 
 def make_resident(tensors: Sequence[torch.Tensor]) -> threading.Thread:
     """Start a thread that makes the memory of `tensors` on a CPU resident."""
-    held = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-    thread = threading.Thread(target=_populate, args=(held,), name="resident", daemon=True)
+    on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    thread = threading.Thread(target=_populate, args=(on_cpu,), name="resident", daemon=True)
     thread.start()
     return thread
 
@@ -39,11 +39,14 @@ def _populate(tensors: Sequence[torch.Tensor]) -> None:
         for address, size in chunks(tensor.data_ptr(), tensor.nbytes):
             free, total = device_memory(tensor.device)
             if free - size < MIN_FREE_SHARE * total:
-                log.warning("memory is short: the rest of the KV cache is taken as it is used")
+                log.warning("memory is low: the rest of the KV cache becomes resident on first use")
                 return
             if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
-                log.info("the KV cache is taken as it is used: errno %d", ctypes.get_errno())
-                return  # an older kernel
+                log.info(
+                    "the KV cache becomes resident on first use: madvise failed with errno %d",
+                    ctypes.get_errno(),
+                )
+                return  # the kernel is older than Linux 5.14
             time.sleep(PAUSE)
 
 

@@ -1,4 +1,4 @@
-"""How long a stage of a step took where it ran."""
+"""Timing of a stage of a step on its device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 
 
 class StageClock:
-    """Between two calls of `mark`. On a GPU by its own events: the host only launches there."""
+    """Time between two calls of `mark`.
+
+    On a GPU it uses CUDA events, since the host only launches the stage.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._is_gpu = device.type == "cuda"
@@ -16,6 +19,7 @@ class StageClock:
         self._times: list[float] = []
 
     def mark(self) -> None:
+        """Record the time, on the device's stream if it is a GPU."""
         if not self._is_gpu:
             self._times.append(time.perf_counter())
             return
@@ -25,7 +29,7 @@ class StageClock:
 
     @property
     def seconds(self) -> float:
-        """To be asked once the device is done with the stage."""
+        """Return the duration. On a GPU, call it after the stage has finished."""
         if not self._is_gpu:
             return self._times[1] - self._times[0]
         return self._events[0].elapsed_time(self._events[1]) / 1e3

@@ -1,7 +1,7 @@
-"""The CPU's own kernels, in C: where a compiler built them and the processor has AVX512-BF16.
+"""Compiled CPU kernels in C, for CPUs with AVX512-BF16.
 
-`setup.py` compiles them; without a compiler the package installs all the same, and every operation
-has a plain torch path. They work on bfloat16 alone, over the memory of torch's tensors.
+`setup.py` compiles them. Without a compiler the package installs without them, and every operation
+falls back to plain torch. The kernels support bfloat16 only and work in place on torch's memory.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 
 log = logging.getLogger("octavo.kernels")
 
-MAX_HEAD_DIM = 128  # this and the next as in attention.c and decode.c
+MAX_HEAD_DIM = 128  # both as in attention.c and decode.c
 TILE_ROWS = 96
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none for this processor.
+    """Return the compiled kernels, or None if there are none for this CPU.
 
-    They share the threads of torch's OpenMP, which is loaded but not for others to see: two of them
-    in a process would fight for the cores.
+    The kernels use the thread pool of torch's OpenMP, whose symbols are made global here. A second
+    OpenMP runtime in the process would compete for the cores.
     """
     here = Path(__file__).parent
     found = [
@@ -36,8 +36,10 @@ def library() -> ctypes.CDLL | None:
     if not found or openmp is None:
         return None
     if any(source.stat().st_mtime > found[0].stat().st_mtime for source in here.glob("*.[ch]")):
-        log.warning("the CPU kernels are older than their sources: run `pip install -e .` again")
-        return None  # their arguments may be others
+        log.warning(
+            "compiled CPU kernels are older than their sources: run `pip install -e .` again"
+        )
+        return None  # their signatures may differ
     try:
         ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)
         loaded = ctypes.CDLL(str(found[0]))
@@ -59,50 +61,54 @@ def _loaded_openmp() -> str | None:
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether these kernels are for tensors like x."""
+    """Return whether the kernels support tensors like `x`."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and library() is not None
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether this process multiplies tiles: torch's products are then the faster ones. A kernel
-    before Linux 5.16 refuses, whatever the processor has."""
+    """Return whether this process can use AMX, in which case torch's products are faster.
+
+    Linux before 5.16 does not permit AMX, whatever the CPU.
+    """
     return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether attention multiplies tiles, as it does once this was asked: there is AMX, and it
-    computes what it should."""
+    """Return whether our attention kernels use AMX; the first call enables them.
+
+    Requires AMX and a successful self-check of its products.
+    """
     kernels = library()
     if kernels is None or not has_amx():
         return False
     found = int(kernels.octavo_check_amx())
     if found < 1:
-        why = "failed their check" if found < 0 else "could not be checked"
-        log.warning("products by AMX %s: attention over pictures stays torch's", why)
+        why = "failed the self-check" if found < 0 else "could not be checked"
+        log.warning("AMX products %s: vision attention uses torch", why)
     return found > 0
 
 
 def instructions() -> str:
-    """What the kernels multiply with, for people."""
+    """Return the instruction set of the kernels' products, for logs."""
     if library() is None:
         return "no compiled kernels"
     return "AMX" if has_amx() else "AVX512-BF16"
 
 
 def attends_frames() -> bool:
-    """Whether the attention of pictures is for these kernels: where torch has tiles, so must we."""
+    """Return whether our vision attention is used. With AMX, torch is faster without tiles."""
     return not has_amx() or has_tiles()
 
 
 def serves_heads(x: torch.Tensor) -> bool:
-    """The same for attention over heads x [..., d]."""
+    """Return whether the attention kernels support heads like `x` [..., d]."""
     return serves(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= MAX_HEAD_DIM
 
 
-# What the kernels take: an address (p: a tensor, or None), a whole number (l), a float (f); and
-# last, all of them, the number of threads.
+# Argument types: address of a tensor, or None (p), integer (l), float (f). The number of threads is
+# added as the last argument.
 SIGNATURES = {
     "octavo_paged_attention": "pppppl" + "pl" + "llll" + "f",
     "octavo_decode_attention": "pppppl" + "pl" + "llll" + "fpp",
@@ -124,7 +130,7 @@ TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
 def _declare(kernels: ctypes.CDLL) -> None:
-    """ctypes then checks and converts by itself, in a tenth of the time."""
+    """Declare the signatures: ctypes then checks and converts arguments ten times faster."""
     for name, letters in SIGNATURES.items():
         kernel = getattr(kernels, name)
         kernel.argtypes = [*(TYPES[letter] for letter in letters), ctypes.c_int]
@@ -132,7 +138,9 @@ def _declare(kernels: ctypes.CDLL) -> None:
 
 
 def call(name: str, *arguments: torch.Tensor | int | float | None) -> None:
-    """Runs kernel `name` on torch's threads; tensors go by address. Raises TypeError for arguments
-    that are not as in SIGNATURES."""
+    """Run kernel `name` on torch's threads; tensors are passed by address.
+
+    Raises TypeError for arguments that do not match SIGNATURES.
+    """
     given = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
     getattr(library(), name)(*given, torch.get_num_threads())

@@ -1,14 +1,14 @@
-// AMX: its instructions, what they compute, and whether this machine computes it.
+// AMX instructions, matrix products built on them, and a self-check of this machine.
 // Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
 //
-// Nobody has a machine with AMX to develop this on. So tests/kernels/tile_trap.c plays the processor for it,
-// and where AMX is, a child process tries it before it is used.
+// This was developed without an AMX machine: tests/kernels/tile_trap.c emulates the instructions, and on AMX
+// machines a child process runs the self-check before AMX is used.
 
 #include "amx.h"
 
 int amx_usable;
 
-// The compiler's header tells that it, and so its assembler, knows the instructions.
+// If the header exists, the compiler and its assembler support the instructions.
 #if defined(__linux__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>)
 #define HAS_AMX
@@ -26,8 +26,8 @@ int amx_usable;
 #include <time.h>
 #include <unistd.h>
 
-// The intrinsics of GCC 12 do not say which memory they read: the compiler could move writes past
-// them. These do.
+// GCC 12's intrinsics do not declare which memory they read, so that the compiler could move writes
+// past them. These macros do.
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t ::: "memory")
 #define TILE_LOAD(t, from, stride) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(stride) : "memory")
@@ -44,13 +44,13 @@ INLINE void store_config(AmxConfig *config) {
   __asm__ volatile("sttilecfg %0" : "=m"(*config)::"memory");
 }
 
-// Palette 1; every tile has 64 bytes a row, and 16 rows.
+// Palette 1; every tile has 16 rows of 64 bytes.
 static const AmxConfig ours = {{[0] = 1,   [16] = 64, [18] = 64, [20] = 64, [22] = 64, [24] = 64,
                                 [26] = 64, [28] = 64, [30] = 64, [48] = 16, [49] = 16, [50] = 16,
                                 [51] = 16, [52] = 16, [53] = 16, [54] = 16, [55] = 16}};
 
-// torch's products by oneDNN run on these threads too. It may configure its tiles once and remember,
-// for a thread, that it did; so it must find them as they were. What is in them nobody keeps.
+// oneDNN runs torch's products on these threads too, and may configure its tiles once per thread. So
+// the previous configuration must be restored. Tile contents need not be preserved.
 void amx_begin(AmxConfig *before) {
   store_config(before);
   load_config(&ours);
@@ -63,7 +63,7 @@ void amx_end(const AmxConfig *before) {
     __asm__ volatile("tilerelease" ::: "memory");
 }
 
-// R x Z tiles of C in tiles 0 to 3, of A in 4 and 5, of B in 6 and 7. R and Z are 1 or 2.
+// Computes R x Z tiles of C, in tiles 0 to 3; A is in 4 and 5, B in 6 and 7. R and Z are 1 or 2.
 INLINE void block(const int R, const int Z, long k, const bf16 *a, long a_stride, const bf16 *b,
                   long b_stride, float *c, long c_stride, int adds) {
   long a_bytes = 2 * a_stride, b_bytes = 4 * b_stride, c_bytes = 4 * c_stride;
@@ -99,8 +99,8 @@ INLINE void block(const int R, const int Z, long k, const bf16 *a, long a_stride
   if (R > 1 && Z > 1) TILE_STORE(3, below + 16, c_bytes);
 }
 
-// All rows before the first block: a tile that loads what was just written waits for it. Most rows'
-// maximum has not changed, and nothing fades.
+// Rescales all rows before the first block, because a tile load of data just written stalls. Most
+// rows' maximum has not changed, so that their factor is 1.
 static void fade_rows(long m, long n, float *c, long c_stride, const float *fade) {
   for (long r = 0; r < m; r++)
     for (long i = 0; i < n && fade[r] != 1; i += 16) {
@@ -125,10 +125,10 @@ void amx_product(long m, long n, long k, const bf16 *a, long a_stride, const bf1
     }
 }
 
-// What the check multiplies: small whole numbers, of which every sum is exact.
-enum { MOST = 128, MOST_ROWS = 64 };
-static bf16 check_a[MOST_ROWS * MOST], check_b[MOST * MOST];
-static float check_c[MOST_ROWS * MOST];
+// Operands of the self-check: small integers, so that every sum is exact.
+enum { MAX_SIZE = 128, MAX_ROWS = 64 };
+static bf16 check_a[MAX_ROWS * MAX_SIZE], check_b[MAX_SIZE * MAX_SIZE];
+static float check_c[MAX_ROWS * MAX_SIZE];
 
 static int a_number(long r, long i) { return (r * 7 + i * 5) % 13 - 6; }
 static int b_number(long i, long j) { return (i * 3 + j * 11) % 17 - 8; }
@@ -142,9 +142,9 @@ static bf16 narrow(float x) {
   return each.bits >> 16;
 }
 
-// Whether C = A B and C = C / 2 + A B come out right.
+// Returns whether C = A B and C = fade C + A B are exact.
 static int multiplies(long m, long n, long k) {
-  float fade[MOST_ROWS];
+  float fade[MAX_ROWS];
   for (long r = 0; r < m; r++) fade[r] = r % 3 ? 0.5f : 1;
   for (long i = 0; i < k; i++) {
     for (long r = 0; r < m; r++) check_a[r * k + i] = narrow(a_number(r, i));
@@ -164,14 +164,14 @@ static int multiplies(long m, long n, long k) {
   return 1;
 }
 
-// Blocks of all shapes, and tiles left as they were found: none, or somebody else's.
+// Checks blocks of all shapes, and that a previous configuration (none, or another) is restored.
 static int computes(void) {
-  static const AmxConfig somebody_s = {{[0] = 1, [16] = 32, [48] = 8}};
+  static const AmxConfig other = {{[0] = 1, [16] = 32, [48] = 8}};
   AmxConfig before, after;
-  for (int theirs = 0; theirs < 2; theirs++) {
-    if (theirs) load_config(&somebody_s);
+  for (int configured = 0; configured < 2; configured++) {
+    if (configured) load_config(&other);
     amx_begin(&before);
-    int right = theirs || (multiplies(64, 32, 128) && multiplies(37, 48, 96));
+    int right = configured || (multiplies(64, 32, 128) && multiplies(37, 48, 96));
     right = right && multiplies(5, 16, 32);
     amx_end(&before);
     store_config(&after);
@@ -181,12 +181,12 @@ static int computes(void) {
 }
 
 #ifdef OCTAVO_TRAPPED_AMX
-enum { TRAPPED = 1 };  // built for tests/kernels/tile_trap.c, which is what SIGILL then calls
+enum { TRAPPED = 1 };  // built for tests/kernels/tile_trap.c, which handles SIGILL
 #else
 enum { TRAPPED = 0 };
 #endif
 
-// Whether processor and kernel let this process have tiles: they are large, so Linux wants to be asked.
+// Returns whether the CPU has AMX and Linux, which requires a request, permits its use.
 static int permitted(void) {
   enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
   enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
@@ -196,7 +196,7 @@ static int permitted(void) {
          syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-// Whether child `pid` ends well, and soon.
+// Returns whether child `pid` exits with status 0 within about two seconds.
 static int succeeds(pid_t pid) {
   const struct timespec pause = {0, 200000};
   int status = -1;
@@ -209,10 +209,11 @@ static int succeeds(pid_t pid) {
   return 0;
 }
 
-// 1 if products by tiles come out right on this machine, 0 if it has none or no child can be had, -1
-// if they do not: found in a child, which may die of it. The child runs nothing but this: clone itself
-// runs no handlers of other libraries, its end signals and is waited for by nobody else, and no signal
-// interrupts it; one that is blocked kills when an instruction is its cause.
+// Returns 1 if AMX products are exact on this machine, 0 if there is no AMX or no child could be
+// started, -1 if they are wrong. The check runs in a child, which it may crash. The child is created
+// by plain clone, so that no fork handlers of other libraries run, and without an exit signal, so that
+// no other code waits for it. All signals are blocked; a blocked signal caused by an instruction kills
+// the child.
 EXPORT int octavo_check_amx(void) {
   if (!TRAPPED && !permitted()) return 0;
   sigset_t all, before;
@@ -221,7 +222,7 @@ EXPORT int octavo_check_amx(void) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   pid_t pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
   if (pid == 0) {
-    prctl(PR_SET_DUMPABLE, 0);  // no core file of what is no error
+    prctl(PR_SET_DUMPABLE, 0);  // a crash here is expected: no core file
     _exit(computes() ? 0 : 1);
   }
   pthread_sigmask(SIG_SETMASK, &before, 0);

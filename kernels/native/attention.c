@@ -1,10 +1,10 @@
-// Attention with bfloat16 dot products: of chunks over a paged cache, whose blocks are read where
-// they lie (rows of one token: decode.c), and inside the frames of a vision tower. Source:
-// FlashAttention-2 (Dao, 2023).
+// Attention with bfloat16 dot products: of prompt chunks over a paged cache, whose blocks are read in
+// place (decode rows: decode.c), and within the frames of the vision tower. Source: FlashAttention-2
+// (Dao, 2023).
 //
-// A tile is a few query tokens with the heads of one KV head: its rows share every key. Keys come
-// KEYS at a time: scores, their weights by a running maximum, and the weighted sum of values.
-// A row's result depends on its own keys alone, in their order: not on what else is in the batch.
+// A tile is a few query tokens with the query heads of one KV head, whose rows share every key. KEYS
+// keys are processed at a time: scores, weights by online softmax, and weighted sum of values.
+// Results are batch-invariant: a row depends only on its own keys, in their order.
 
 #include <float.h>
 #include <string.h>
@@ -13,22 +13,22 @@
 #include "kernels.h"
 #include "product.h"
 
-enum { ROWS = 96, KEYS = 64, MOST_DIM = 128 };
+enum { ROWS = 96, KEYS = 64, MAX_DIM = 128 };
 
-// The memory of one thread. With `amx` products go by tiles: rows of q then have zeros up to `width`,
-// a multiple of a tile's depth.
+// Buffers of one thread. With `amx`, rows of q are zero-padded to `width`, a multiple of a tile's
+// depth.
 typedef struct {
-  bf16 q[ROWS * MOST_DIM], weights[ROWS * KEYS], keys[KEYS * MOST_DIM], values[KEYS * MOST_DIM];
-  float scores[ROWS * KEYS], sum[ROWS * MOST_DIM], top[ROWS], total[ROWS], fade[ROWS];
+  bf16 q[ROWS * MAX_DIM], weights[ROWS * KEYS], keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];
+  float scores[ROWS * KEYS], sum[ROWS * MAX_DIM], top[ROWS], total[ROWS], fade[ROWS];
   long width;
   int amx;
 } Scratch;
 
 static _Thread_local Scratch scratch __attribute__((aligned(64)));
-static const bf16 zeros[MOST_DIM];
+static const bf16 zeros[MAX_DIM];
 
-// Turns the scores of up to sixteen rows from `row` on into weights. Row r of all sees the first
-// `seen` + r / group of the KEYS keys; where `group` is 0, `seen`. `scale` is above 0.
+// Converts the scores of up to 16 rows from `row` on to weights. Row r of the tile sees the first
+// `seen` + r / group of the KEYS keys; `seen` if `group` is 0. `scale` is above 0.
 static void weigh(Scratch *s, long row, long rows, long group, long seen, float scale) {
   __m512 each[16];
   __mmask16 own[16][KEYS / 16], all = first(rows);
@@ -66,7 +66,7 @@ static void weigh(Scratch *s, long row, long rows, long group, long seen, float 
   _mm512_mask_storeu_ps(s->total + row, all, total);
 }
 
-// Where KEYS keys and values lie.
+// Addresses of KEYS keys and values.
 typedef struct {
   const bf16 *rows[2 * KEYS];  // the keys, then the values
 } Lines;
@@ -85,7 +85,7 @@ static void read_query(Scratch *s, long row, long dim, const bf16 *q) {
   memset(to + dim, 0, (s->width - dim) * sizeof(bf16));
 }
 
-// Either product, of rows that begin a tile. Only AVX512's has the time to fetch.
+// Multiplies with AMX or AVX512. Only the AVX512 product prefetches.
 INLINE void multiply(const Scratch *s, long m, long n, long k, const bf16 *a, const bf16 *b, float *c,
                      const float *fade, Ahead *ahead) {
   if (s->amx)
@@ -94,8 +94,8 @@ INLINE void multiply(const Scratch *s, long m, long n, long k, const bf16 *a, co
     product(m, n, k, a, k, b, n, c, n, fade, ahead);
 }
 
-// Adds KEYS keys and values to `rows` rows, while the next ones come from memory. Row r sees
-// `seen` + r / group keys; where `group` is 0, `seen`.
+// Adds KEYS keys and values to `rows` rows, and prefetches the next ones. Row r sees `seen` + r / group
+// keys; `seen` if `group` is 0.
 static void add_keys(Scratch *s, long rows, long group, long dim, const Lines *lines,
                      const Lines *next, long seen, float scale) {
   Ahead ahead = {next ? next->rows : 0, next ? 2 * KEYS : 0, dim, 0, 0};
@@ -115,8 +115,8 @@ static void write_row(const Scratch *s, long row, long dim, bf16 *out) {
     store(out + i, _mm512_mul_ps(_mm512_loadu_ps(s->sum + row * dim + i), share));
 }
 
-// A part of a chunk's attention with one KV head: `count` tokens from `token` on, over the request's
-// first `end` keys. The first token sees `seen` of them, each next one more.
+// A tile of a chunk's attention with one KV head: `count` tokens from `token` on, over the request's
+// first `end` keys. The first token sees `seen` of them, each further token one more.
 typedef struct {
   int32_t row, token, count, head, end, seen;
 } Tile;
@@ -127,7 +127,7 @@ typedef struct {
   long table_stride, heads, kv_heads, dim, block_size, group;
 } Cache;
 
-// Where a tile's keys from `at` on lie; those from `end` on are zeros.
+// Finds the addresses of a tile's keys from `at` on; keys from `end` on are zeros.
 static void find_lines(Lines *lines, const Cache *c, const Tile *t, long at) {
   const int32_t *table = c->tables + t->row * c->table_stride;
   for (long i = 0; i < KEYS; i++) {
@@ -177,7 +177,7 @@ EXPORT void octavo_paged_attention(const bf16 *q, bf16 *out, const bf16 *k_cache
   }
 }
 
-// Where frames' queries, keys and values lie: [n, heads, dim], tokens `stride` numbers apart.
+// Queries, keys and values of all frames: [n, heads, dim]; `stride`: values between tokens.
 typedef struct {
   const bf16 *q, *k, *v;
   long stride, heads, dim;
@@ -203,8 +203,8 @@ static void attend_frame(const Frames *f, const int32_t *t, long head, bf16 *out
     write_row(s, i, dim, out + ((t[2] + i) * f->heads + head) * dim);
 }
 
-// q, k, v [n, heads, dim], whose tokens lie `stride` numbers apart; out [n, heads, dim]. Rows of
-// `tiles` [num_tiles, 4]: a frame's first and last token + 1, a first query and how many there are.
+// q, k, v, out [n, heads, dim]; `stride`: values between tokens of q, k and v. Rows of `tiles`
+// [num_tiles, 4]: first token and end of the frame, first query, number of queries.
 EXPORT void octavo_vision_attention(const bf16 *q, const bf16 *k, const bf16 *v, long stride,
                                     bf16 *out, const int32_t *tiles, long num_tiles, long heads,
                                     long dim, float scale, int threads) {

@@ -1,4 +1,4 @@
-// Sixteen bfloat16 numbers at a time as float32, and what is computed of them.
+// Vectors of 16 bfloat16 values as float32, and functions of them.
 #pragma once
 
 #include <immintrin.h>
@@ -21,7 +21,7 @@ INLINE void store(bf16 *p, __m512 x) {
   _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// The first numbers of sixteen; the others are 0 and are not written.
+// Masked access to the first of 16 values; the others read as 0 and are not written.
 INLINE __m512 load_first(const bf16 *p, __mmask16 mask) {
   return widen(_mm256_maskz_loadu_epi16(mask, p));
 }
@@ -30,10 +30,10 @@ INLINE void store_first(bf16 *p, __mmask16 mask, __m512 x) {
   _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// What a bfloat16 would keep of x.
+// Rounds x to bfloat16.
 INLINE __m512 rounded(__m512 x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
 
-// 2^x within 2e-6 of itself; 0 far below.
+// Returns 2^x with a relative error below 2e-6; 0 on underflow.
 INLINE __m512 exp2_16(__m512 x) {
   __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 f = _mm512_sub_ps(x, whole);  // from -0.5 to 0.5

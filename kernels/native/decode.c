@@ -1,11 +1,10 @@
-// Attention of rows that decode: one query token over the blocks of its paged cache, read where they
-// lie. Source: FlashAttention-2 and Flash-Decoding (Dao et al., 2023).
+// Attention of decode rows: one query token over its paged cache, whose blocks are read in place.
+// Source: FlashAttention-2 and Flash-Decoding (Dao et al., 2023).
 //
-// The `group` query heads of a KV head share every key. Keys come KEYS at a time: scores, their
-// weights by a running maximum, and the weighted sum of values; what is needed next comes from memory
-// meanwhile. Per byte read there is so much to multiply that both take about as long: so the dot
-// products take keys and values as they lie, without copies, and fill the registers.
-// A row's result depends on its own keys alone, in their order: not on what else is in the batch.
+// The `group` query heads of a KV head share every key. KEYS keys are processed at a time: scores,
+// weights by online softmax, and weighted sum of values, while the next keys are prefetched. Memory and
+// compute time are about equal, so the dot products read keys and values without copies and fill the
+// registers. Results are batch-invariant: a row depends only on its own keys, in their order.
 
 #include <float.h>
 #include <omp.h>
@@ -13,19 +12,19 @@
 
 #include "kernels.h"
 
-enum { KEYS = 64, MOST_DIM = 128, MOST_GROUP = 96, TOGETHER = 6 };
+enum { KEYS = 64, MAX_DIM = 128, MAX_GROUP = 96, MAX_ROWS = 6 };
 
-// The memory of one thread. Queries lie in twos, sixteen dimensions of one and of the other.
+// Buffers of one thread. Queries are interleaved in pairs: 16 dimensions of one, then of the other.
 typedef struct {
-  bf16 q[MOST_GROUP * MOST_DIM], weights[MOST_GROUP][KEYS];
-  float scores[MOST_GROUP][KEYS], sum[MOST_GROUP][MOST_DIM], total[MOST_GROUP][16];
-  float top[MOST_GROUP], fade[MOST_GROUP];
+  bf16 q[MAX_GROUP * MAX_DIM], weights[MAX_GROUP][KEYS];
+  float scores[MAX_GROUP][KEYS], sum[MAX_GROUP][MAX_DIM], total[MAX_GROUP][16];
+  float top[MAX_GROUP], fade[MAX_GROUP];
 } Scratch;
 
 static _Thread_local Scratch scratch __attribute__((aligned(64)));
 
-// Keys [begin, end) of a row's. `part` is -1, or the place of an unfinished result, which
-// `octavo_join_parts` adds up.
+// Keys [begin, end) of a row. `part` is -1, or the index of a partial result, which
+// `octavo_join_parts` combines.
 typedef struct {
   int32_t row, token, begin, end, part;
 } Part;
@@ -39,12 +38,12 @@ typedef struct {
   float scale, *partial, *lse;
 } Job;
 
-// Where the keys of one step lie, and their values. Those after the last are the last again.
+// Offsets of the keys and values of one step. The last one is repeated after the end.
 typedef struct {
   long at[KEYS], count;
 } Step;
 
-// The step from key `from` on of an item: a part with one KV head.
+// Finds the step from key `from` on of an item, which is a part with one KV head.
 static void find_step(Step *step, const Job *job, long item, long from) {
   const Part *part = job->parts + item / job->kv_heads;
   const int32_t *table = job->tables + part->row * job->table_stride;
@@ -52,15 +51,15 @@ static void find_step(Step *step, const Job *job, long item, long from) {
   step->count = left < KEYS ? left : KEYS;
   for (long i = 0; i < step->count; i++, offset++) {
     if (offset == job->block_size) block++, offset = 0;
-    long place = table[block] * job->kv_heads + item % job->kv_heads;
-    step->at[i] = (place * job->block_size + offset) * job->dim;
+    long line = table[block] * job->kv_heads + item % job->kv_heads;
+    step->at[i] = (line * job->block_size + offset) * job->dim;
   }
   for (long i = step->count; i < KEYS; i++) step->at[i] = step->at[step->count - 1];
 }
 
 INLINE void fetch(const bf16 *p) { _mm_prefetch((const void *)p, _MM_HINT_T1); }
 
-// Eight vectors of [2 queries, 8 parts of a sum] -> [2 queries, 8 sums].
+// Reduces eight vectors of [2 queries, 8 partial sums] to [2 queries, 8 sums].
 INLINE __m512 sum_eight(const __m512 *x) {
   __m512 two[4], four[2];
 #pragma GCC unroll 4
@@ -78,7 +77,7 @@ INLINE __m512 sum_eight(const __m512 *x) {
   return _mm512_shuffle_f32x4(sum, sum, 0xd8);
 }
 
-// Scores of eight keys for 2 T queries. `next`: eight keys that are fetched meanwhile.
+// Computes the scores of eight keys for 2 T queries. `next`: eight keys to prefetch.
 INLINE void score_eight(const int T, const bf16 *k, const long *at, const long *next, long dim,
                         const bf16 *q, float *scores) {
   __m512 sum[3][8];
@@ -116,17 +115,17 @@ INLINE void score_step(const int T, const bf16 *k, const Step *step, const Step 
     score_eight(T, k, step->at + i, next ? next->at + i : 0, dim, q, scores + i);
 }
 
-// Turns a row's scores of a step into weights.
+// Converts a row's scores of a step to weights.
 static void weigh(Scratch *s, long row, long count, float scale) {
   const float *scores = s->scores[row];
-  __m512 each[KEYS / 16], none = _mm512_set1_ps(-FLT_MAX), most = none;
+  __m512 each[KEYS / 16], none = _mm512_set1_ps(-FLT_MAX), largest = none;
 #pragma GCC unroll 4
   for (int i = 0; i < KEYS / 16; i++) {
     __mmask16 own = count > 16 * i ? first(count - 16 * i) : 0;
     each[i] = _mm512_mask_mul_ps(none, own, _mm512_loadu_ps(scores + 16 * i), _mm512_set1_ps(scale));
-    most = _mm512_max_ps(most, each[i]);
+    largest = _mm512_max_ps(largest, each[i]);
   }
-  float top = _mm512_reduce_max_ps(most);
+  float top = _mm512_reduce_max_ps(largest);
   if (top < s->top[row]) top = s->top[row];
   float fade = _mm512_cvtss_f32(exp2_16(_mm512_set1_ps(s->top[row] - top)));
   __m512 total = _mm512_mul_ps(_mm512_loadu_ps(s->total[row]), _mm512_set1_ps(fade));
@@ -141,10 +140,10 @@ static void weigh(Scratch *s, long row, long count, float scale) {
   s->fade[row] = fade;
 }
 
-// Adds a step's values, weighted, to R rows and 64 columns from `column` on.
+// Adds a step's weighted values to R rows and 64 columns from `column` on.
 INLINE void add_values(const int R, const bf16 *v, const Step *step, const Step *next, long dim,
                        long column, Scratch *s, long row) {
-  __m512 sum[TOGETHER][4];
+  __m512 sum[MAX_ROWS][4];
   long wide = dim - column;
   __mmask32 low = wide >= 32 ? ~0u : 0xffff, high = wide >= 64 ? ~0u : wide > 32 ? 0xffff : 0;
 #pragma GCC unroll 6
@@ -187,7 +186,7 @@ INLINE void add_rows(const int R, const bf16 *v, const Step *step, const Step *n
     add_values(R, v, step, next, dim, column, s, row);
 }
 
-// One step of `rows` query heads from `row` on; no more than TOGETHER, so that all is in registers.
+// Computes a step's scores of at most MAX_ROWS query heads from `row` on, which fit in registers.
 static void score_some(const Job *job, Scratch *s, long row, long rows, const Step *step,
                        const Step *next) {
   const bf16 *q = s->q + row * job->dim;
@@ -210,10 +209,9 @@ static void add_some(const Job *job, Scratch *s, long row, long rows, const Step
   }
 }
 
-// Query heads that go together: as alike in number as can be, and an even number, since they lie in
-// twos.
+// Returns the query heads per pass: balanced over the passes, and even, since queries are in pairs.
 static long together(long group) {
-  long times = (group + TOGETHER - 1) / TOGETHER, some = (group + times - 1) / times;
+  long times = (group + MAX_ROWS - 1) / MAX_ROWS, some = (group + times - 1) / times;
   return some + some % 2;
 }
 
@@ -229,8 +227,8 @@ static void begin(Scratch *s, const Job *job, const Part *part, long kv_head) {
   }
 }
 
-// The order of the columns in which `add_values` leaves sixteen pairs of vectors: in each 128 bits
-// of 32 columns the first four are in one, the last four in the other.
+// Normalizes and writes the sums. `order` restores the order of columns: of every eight, `add_values`
+// leaves the first four in one vector and the last four in the other.
 static void finish(const Scratch *s, const Job *job, const Part *part, long kv_head) {
   static const int order[32] __attribute__((aligned(64))) = {
       0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
@@ -252,7 +250,7 @@ static void finish(const Scratch *s, const Job *job, const Part *part, long kv_h
   }
 }
 
-// `step` is the item's first, and becomes the first of item `following`.
+// `step` is the item's first step; it is replaced by the first step of item `following`.
 static void attend(const Job *job, long item, long following, Step *step) {
   Scratch *s = &scratch;
   const Part *part = job->parts + item / job->kv_heads;
@@ -274,7 +272,7 @@ static void attend(const Job *job, long item, long following, Step *step) {
 }
 
 // q, out [n, heads, dim]; caches [blocks, kv_heads, block_size, dim]; tables [rows, table_stride];
-// partial [parts, heads, dim] and lse [parts, heads]: of the parts that are not whole rows.
+// partial [parts, heads, dim] and lse [parts, heads] of parts that do not cover a whole row.
 EXPORT void octavo_decode_attention(const bf16 *q, bf16 *out, const bf16 *k_cache,
                                     const bf16 *v_cache, const int32_t *tables, long table_stride,
                                     const int32_t *parts, long num_parts, long heads, long kv_heads,
@@ -300,7 +298,7 @@ EXPORT void octavo_decode_attention(const bf16 *q, bf16 *out, const bf16 *k_cach
   }
 }
 
-// Rows of `joins` [num_joins, 3]: a token, its first part and how many there are.
+// Combines parts. Rows of `joins` [num_joins, 3]: token, first part, number of parts.
 EXPORT void octavo_join_parts(bf16 *out, const float *partial, const float *lse,
                               const int32_t *joins, long num_joins, long heads, long dim,
                               int threads) {
@@ -308,7 +306,7 @@ EXPORT void octavo_join_parts(bf16 *out, const float *partial, const float *lse,
   for (long item = 0; item < num_joins * heads; item++) {
     const int32_t *join = joins + 3 * (item / heads);
     long head = item % heads;
-    float top = -FLT_MAX, total = 0, sum[MOST_DIM] = {0};
+    float top = -FLT_MAX, total = 0, sum[MAX_DIM] = {0};
     for (long i = 0; i < join[2]; i++) {
       float one = lse[(join[1] + i) * heads + head];
       if (one > top) top = one;

@@ -1,4 +1,4 @@
-// The kernels that other kernels call; each is described where it is.
+// Kernels that other kernels call; documented at their definitions.
 #pragma once
 
 #include "bf16.h"

@@ -1,5 +1,5 @@
-// All layers of a decoder over few rows in one call. A layer's work is then some milliseconds in
-// which a caller in Python would spend a tenth on getting from one kernel to the next.
+// All decoder layers over few rows in one call. A layer takes a few milliseconds, of which Python
+// code between the kernels would take a tenth.
 
 #include <omp.h>
 
@@ -8,8 +8,8 @@
 typedef struct {
   const int32_t *panels;
   const bf16 *bias;    // [n], or NULL
-  const float *scale;  // [n] of eight bits, else NULL
-  const int32_t *zero; // [n] of eight bits
+  const float *scale;  // [n] for int8, else NULL
+  const int32_t *zero; // [n] for int8
   long n, words;
 } Linear;
 
@@ -19,8 +19,8 @@ typedef struct {
   bf16 *k_cache, *v_cache;
 } Layer;
 
-// What all layers share in a step of `rows` rows. The last of its memory is written anew by each
-// layer; `seconds` are added to, if there are any: of the products, and of attention.
+// Arguments shared by all layers of a step of `rows` rows. Each layer overwrites the buffers from
+// `residual` on. `seconds`, if not NULL, is incremented by the time of products and of attention.
 typedef struct {
   long rows, size, heads, kv_heads, dim, block_size;
   float eps, scale;
@@ -75,8 +75,8 @@ static void layer(const Step *s, const Layer *l, const bf16 *x, int threads) {
   linear(s, &l->down, s->active, s->x, threads);
 }
 
-// `residual` is the step's embeddings [rows, size]; at the end it is the residual to which x, what
-// the last layer gives, is still to be added.
+// `residual` holds the step's embeddings [rows, size]. At the end it holds the residual, to which the
+// caller adds x, the last layer's output.
 EXPORT void octavo_decoder_layers(const Layer *layers, long num_layers, const Step *step,
                                   int threads) {
   for (long i = 0; i < num_layers; i++) layer(step, layers + i, i ? step->x : 0, threads);

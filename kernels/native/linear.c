@@ -1,22 +1,22 @@
-// Products of rows with weights that are held in panels of sixteen output columns: bfloat16, or
-// eight bits. A panel is [words, 16]: a word is what one lane of a dot product reads of a column,
-// two bfloat16 or four int8 numbers. Panels follow each other, so that a weight is read from memory
-// once and in order, whatever the number of rows.
+// Matrix products with weights in panels of 16 output columns, in bfloat16 or int8. A panel is
+// [words, 16]. A word is what one lane of a dot product reads of a column: two bfloat16 or four int8
+// values. Panels are contiguous, so that a weight is read from memory once and in order, for any
+// number of rows.
 
 #include <string.h>
 
 #include "kernels.h"
 #include "transpose.h"
 
-enum { BF16, INT8 };  // of weights and of the rows that they are multiplied with
+enum { BF16, INT8 };  // type of weights and rows
 
 typedef struct {
   const int32_t *x;  // rows of `words` words
   const int32_t *panels;
   const bf16 *bias;          // [n], or NULL
-  const float *row_scale;    // [m]; of INT8 alone, as the next two
+  const float *row_scale;    // [m]; this and the next two for INT8 only
   const float *column_scale; // [n]
-  const int32_t *zero;       // [n] what the rows' zero, 128, adds to each column
+  const int32_t *zero;       // [n] contribution of the rows' zero point, 128
   bf16 *out;                 // [m, n]
   long m, n, words;
 } Product;
@@ -39,15 +39,15 @@ INLINE void finish(const int kind, const Product *p, long row, long column, __m5
   store_first(p->out + row * p->n + column, mask, y);
 }
 
-enum { ROWS = 6, PANELS = 4 };  // at once: their sums and a word of each panel fill the registers
+enum { ROWS = 6, PANELS = 4 };  // per block: their sums and a word of each panel fill the registers
 
-// Panels that this thread is likely to need next: they come from memory while these are multiplied.
+// Panels that this thread will probably need next; prefetched during the product.
 typedef struct {
   const int32_t *panels;
   long count;
 } Ahead;
 
-// R rows from `row` on and Z panels from `panel` on. R and Z are known where this is inlined.
+// Computes R rows from `row` on and Z panels from `panel` on; R and Z are constants when inlined.
 INLINE void block(const int kind, const int R, const int Z, const Product *p, long row, long panel,
                   Ahead ahead) {
   __m512i sum[ROWS * PANELS];
@@ -91,8 +91,8 @@ INLINE Ahead ahead_of(const Product *p, long panel, long b, long blocks, int thr
   return (Ahead){p->panels + (next + done) * size, done + count > PANELS ? PANELS - done : count};
 }
 
-// A thread takes PANELS panels and goes over all rows, which are cut evenly: the panels come from
-// memory for the first of them, and from the cache for the others, while the next ones are fetched.
+// A thread takes PANELS panels and iterates over all rows in even blocks. The first block reads the
+// panels from memory, the others from the cache, while the next panels are prefetched.
 INLINE void multiply(const int kind, const Product *p, int threads) {
   long panels = (p->n + 15) / 16, blocks = (p->m + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -107,15 +107,15 @@ INLINE void multiply(const int kind, const Product *p, int threads) {
     }
 }
 
-// x [m, words], panels of [n, words] -> out [m, n] of bfloat16.
+// Computes out [m, n] in bfloat16 of x [m, words] and panels of [n, words].
 EXPORT void octavo_linear(const int32_t *x, const int32_t *panels, const bf16 *bias, bf16 *out,
                           long m, long n, long words, int threads) {
   const Product p = {x, panels, bias, 0, 0, 0, out, m, n, words};
   multiply(BF16, &p, threads);
 }
 
-// The same with panels of eight bits: x [m, 4 words] is quantised first, to numbers [m, 4 words]
-// and row_scale [m].
+// Computes the same with int8 panels. x [m, 4 words] is quantized first, to numbers [m, 4 words] and
+// row_scale [m].
 EXPORT void octavo_linear_int8(const bf16 *x, const int32_t *panels, const bf16 *bias,
                                const float *column_scale, const int32_t *zero, bf16 *out,
                                uint8_t *numbers, float *row_scale, long m, long n, long words,
@@ -125,7 +125,7 @@ EXPORT void octavo_linear_int8(const bf16 *x, const int32_t *panels, const bf16 
   multiply(INT8, &p, threads);
 }
 
-// Rows [n, words] -> panels [ceil(n / 16), words, 16]; the last panel is filled with zeros.
+// Packs rows [n, words] in panels [ceil(n / 16), words, 16]; the last one is zero-padded.
 EXPORT void octavo_pack_panels(const int32_t *rows, int32_t *panels, long n, long words,
                                int threads) {
 #pragma omp parallel for num_threads(threads)

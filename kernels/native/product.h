@@ -1,16 +1,16 @@
 // Products of small bfloat16 matrices, for attention: C = A B or C = fade C + A B.
 //
-// A [m, k] lies row by row. B [k, n] lies in pairs, [k / 2, n, 2], which is what the processor's
-// dot product of pairs reads. C [m, n] is float32. k is even, n a multiple of 16.
+// A [m, k] is row-major. B [k, n] is stored in pairs, [k / 2, n, 2], as the CPU's dot product of pairs
+// reads them. C [m, n] is float32. k is even, n a multiple of 16.
 #pragma once
 
 #include "transpose.h"
 
-// Rows that are needed next: they come from memory while others are computed, a line of the cache at
-// a time, in the order in which they lie.
+// Rows that are needed next. They are prefetched during other computation, one cache line at a time,
+// in memory order.
 typedef struct {
   const bf16 *const *rows;
-  long count, size, row, at;  // `count` rows of `size` numbers; those before [row][at] are on their way
+  long count, size, row, at;  // `count` rows of `size` values; up to [row][at] is prefetched
 } Ahead;
 
 INLINE void fetch(Ahead *ahead, int lines) {
@@ -21,7 +21,7 @@ INLINE void fetch(Ahead *ahead, int lines) {
   }
 }
 
-// R rows and 16 Z columns of C, held in registers. R and Z are known where this is inlined.
+// Computes R rows and 16 Z columns of C in registers. R and Z are compile-time constants when inlined.
 INLINE void product_block(const int R, const int Z, long pairs, const bf16 *a, long a_stride,
                           const bf16 *b, long b_stride, float *c, long c_stride,
                           const float *fade, Ahead *ahead) {
@@ -55,7 +55,7 @@ INLINE void product_block(const int R, const int Z, long pairs, const bf16 *a, l
 INLINE void product_columns(const int Z, long m, long pairs, const bf16 *a, long a_stride,
                             const bf16 *b, long b_stride, float *c, long c_stride,
                             const float *fade, Ahead *ahead) {
-  const int R = Z == 5 ? 5 : 6;  // with Z columns of B they fill the 32 registers
+  const int R = Z == 5 ? 5 : 6;  // fills the 32 registers, with Z columns of B
   long r = 0;
   for (; r + R <= m; r += R)
     product_block(R, Z, pairs, a + r * a_stride, a_stride, b, b_stride, c + r * c_stride, c_stride,
@@ -88,7 +88,7 @@ static void product(long m, long n, long k, const bf16 *a, long a_stride, const 
   }
 }
 
-// Rows [n, k] as the B of a product with their transpose: [k / 2, n, 2].
+// Packs the transpose of rows [n, k] as B of a product: [k / 2, n, 2].
 static void pair_transposed(long n, long k, const bf16 *const *rows, Ahead *ahead,
                             bf16 *out) {
   for (long j = 0; j < n; j += 16)
@@ -100,7 +100,7 @@ static void pair_transposed(long n, long k, const bf16 *const *rows, Ahead *ahea
     }
 }
 
-// Rows [k, n] as the B of a product: [k / 2, n, 2].
+// Packs rows [k, n] as B of a product: [k / 2, n, 2].
 static void pair_rows(long k, long n, const bf16 *const *rows, Ahead *ahead,
                             bf16 *out) {
   static const uint16_t order[64] __attribute__((aligned(64))) = {

@@ -1,18 +1,17 @@
-// What is computed of each row of bfloat16 numbers by itself: norms, activations, turns, rounding.
-// The numbers are those of the oracles beside the Triton kernels: float32 inside, rounded where
-// transformers rounds.
+// Row-wise kernels on bfloat16: norms, activations, rotary embedding, quantization. Results match the
+// plain-torch references of the Triton kernels: float32 inside, rounded where transformers rounds.
 
 #include <string.h>
 
 #include "kernels.h"
 
-enum { ALONE = 1 << 14 };  // so many numbers are not worth a second thread
+enum { MIN_PARALLEL = 1 << 14 };  // values; fewer do not pay for a second thread
 
-// out = the norm of x + residual times weight, sum = x + residual; both are x's where there is no
-// residual. x, residual, out, sum [n, size], weight [size].
+// Computes sum = x + residual and out = RMSNorm(sum) × weight. Without residual, out = RMSNorm(x) ×
+// weight, and sum is not written. x, residual, out, sum [n, size], weight [size].
 EXPORT void octavo_rms_norm(const bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *out,
                             bf16 *sum, long n, long size, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) if (n * size > ALONE)
+#pragma omp parallel for num_threads(threads) if (n * size > MIN_PARALLEL)
   for (long r = 0; r < n; r++) {
     const bf16 *row = x + r * size;
     bf16 *to = out + r * size;
@@ -37,9 +36,9 @@ EXPORT void octavo_rms_norm(const bf16 *x, const bf16 *residual, const bf16 *wei
   }
 }
 
-// gate_up [n, 2 size] -> silu(gate) × up [n, size].
+// Computes silu(gate) × up [n, size] of gate_up [n, 2 size].
 EXPORT void octavo_swiglu(const bf16 *gate_up, bf16 *out, long n, long size, int threads) {
-#pragma omp parallel for num_threads(threads) if (n * size > ALONE)
+#pragma omp parallel for num_threads(threads) if (n * size > MIN_PARALLEL)
   for (long r = 0; r < n; r++)
     for (long i = 0; i < size; i += 16) {
       __mmask16 mask = first(size - i);
@@ -50,9 +49,9 @@ EXPORT void octavo_swiglu(const bf16 *gate_up, bf16 *out, long n, long size, int
     }
 }
 
-// x sigmoid(1.702 x), in place, of `count` numbers.
+// Computes x × sigmoid(1.702 x) of `count` values in place.
 EXPORT void octavo_quick_gelu(bf16 *x, long count, int threads) {
-#pragma omp parallel for num_threads(threads) if (count > ALONE)
+#pragma omp parallel for num_threads(threads) if (count > MIN_PARALLEL)
   for (long i = 0; i < count; i += 16) {
     __mmask16 mask = first(count - i);
     __m512 each = load_first(x + i, mask);
@@ -61,8 +60,8 @@ EXPORT void octavo_quick_gelu(bf16 *x, long count, int threads) {
   }
 }
 
-// One head of `dim`: number i turns with i + dim / 2.
-INLINE void turn(const bf16 *x, bf16 *out, const float *cos, const float *sin, long dim) {
+// Rotates a head of `dim` values: value i is paired with i + dim / 2.
+INLINE void rotate_head(const bf16 *x, bf16 *out, const float *cos, const float *sin, long dim) {
   long half = dim / 2;
   for (long i = 0; i < half; i += 16) {
     __mmask16 mask = first(half - i);
@@ -73,50 +72,50 @@ INLINE void turn(const bf16 *x, bf16 *out, const float *cos, const float *sin, l
   }
 }
 
-// Turns the heads of x [n, heads, dim], whose tokens lie `stride` numbers apart, in place, by the
-// angles whose cosines and sines are [n, dim / 2].
+// Rotates the heads of x [n, heads, dim] in place by cos and sin [n, dim / 2]. `stride`: values
+// between tokens.
 EXPORT void octavo_rotate(bf16 *x, long stride, const float *cos, const float *sin, long n,
                           long heads, long dim, int threads) {
-#pragma omp parallel for num_threads(threads) if (n * heads * dim > ALONE)
+#pragma omp parallel for num_threads(threads) if (n * heads * dim > MIN_PARALLEL)
   for (long token = 0; token < n; token++)
     for (long head = 0; head < heads; head++) {
       bf16 *at = x + token * stride + head * dim;
-      turn(at, at, cos + token * dim / 2, sin + token * dim / 2, dim);
+      rotate_head(at, at, cos + token * dim / 2, sin + token * dim / 2, dim);
     }
 }
 
-// q [n, heads, dim], k and v [n, kv_heads, dim], tokens `q_stride` and `kv_stride` numbers apart.
-// Turned queries go to out [n, heads, dim], turned keys and the values to their slots of the caches
-// [blocks, kv_heads, block_size, dim]; slot -1 is none.
+// Rotates queries into out [n, heads, dim], and writes rotated keys and the values to their slots of
+// the caches [blocks, kv_heads, block_size, dim]; slot -1 writes nothing. q [n, heads, dim], k and v
+// [n, kv_heads, dim]; `q_stride` and `kv_stride`: values between tokens.
 EXPORT void octavo_mrope_write_kv(const bf16 *q, long q_stride, const bf16 *k, const bf16 *v,
                                   long kv_stride, const float *cos, const float *sin,
                                   const int64_t *slots, bf16 *out, bf16 *k_cache, bf16 *v_cache,
                                   long n, long heads, long kv_heads, long dim, long block_size,
                                   int threads) {
-#pragma omp parallel for num_threads(threads) if (n * heads * dim > ALONE)
+#pragma omp parallel for num_threads(threads) if (n * heads * dim > MIN_PARALLEL)
   for (long token = 0; token < n; token++) {
     const float *c = cos + token * dim / 2, *s = sin + token * dim / 2;
     for (long head = 0; head < heads; head++)
-      turn(q + token * q_stride + head * dim, out + (token * heads + head) * dim, c, s, dim);
+      rotate_head(q + token * q_stride + head * dim, out + (token * heads + head) * dim, c, s, dim);
     long block = slots[token] / block_size, offset = slots[token] % block_size;
     for (long head = 0; head < kv_heads && slots[token] >= 0; head++) {
       long to = ((block * kv_heads + head) * block_size + offset) * dim;
-      turn(k + token * kv_stride + head * dim, k_cache + to, c, s, dim);
+      rotate_head(k + token * kv_stride + head * dim, k_cache + to, c, s, dim);
       memcpy(v_cache + to, v + token * kv_stride + head * dim, dim * sizeof(bf16));
     }
   }
 }
 
-// Rows of x [n, size] in whole numbers from 1 to 255, of which 128 stands for 0; scale [n].
+// Quantizes rows of x [n, size] to [1, 255] with zero point 128; scale [n].
 EXPORT void octavo_quantize_rows(const bf16 *x, uint8_t *out, float *scale, long n, long size,
                                  int threads) {
-#pragma omp parallel for num_threads(threads) if (n * size > ALONE)
+#pragma omp parallel for num_threads(threads) if (n * size > MIN_PARALLEL)
   for (long r = 0; r < n; r++) {
     const bf16 *row = x + r * size;
-    __m512 most = _mm512_set1_ps(1.17549435e-38f);
+    __m512 largest = _mm512_set1_ps(1.17549435e-38f);
     for (long i = 0; i < size; i += 16)
-      most = _mm512_max_ps(most, _mm512_abs_ps(load_first(row + i, first(size - i))));
-    float top = _mm512_reduce_max_ps(most);
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(load_first(row + i, first(size - i))));
+    float top = _mm512_reduce_max_ps(largest);
     scale[r] = top / 127;
     __m512 factor = _mm512_set1_ps(127 / top);
     for (long i = 0; i < size; i += 16) {
@@ -128,7 +127,7 @@ EXPORT void octavo_quantize_rows(const bf16 *x, uint8_t *out, float *scale, long
   }
 }
 
-// Whether this processor has the instructions. Compiled for any x86-64.
+// Returns whether this CPU has the instructions. Compiled for any x86-64.
 __attribute__((target("arch=x86-64"))) EXPORT int octavo_runs_here(void) {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -1,10 +1,10 @@
-// How sixteen rows are turned, word by word: what every packing here is made of.
+// Transposition of 16 rows by words, the basis of all packing, and reductions of 16 vectors.
 #pragma once
 
 #include "bf16.h"
 
-// Sixteen rows of sixteen words -> sixteen words of sixteen rows, the first `words` of them, `stride`
-// words apart. A word is four bytes.
+// Transposes 16 rows of 16 words (4 bytes each). The first `words` rows of the result are written,
+// `stride` words apart.
 INLINE void transpose(const int32_t *const *rows, long words, int32_t *out, long stride) {
   __m512i x[16], y[16];
 #pragma GCC unroll 16
@@ -22,7 +22,7 @@ INLINE void transpose(const int32_t *const *rows, long words, int32_t *out, long
     x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {  // lanes of 128 bits: those of rows 0-3, 4-7, 8-11, 12-15
+  for (int i = 0; i < 4; i++) {  // 128-bit lanes of rows 0-3, 4-7, 8-11, 12-15
     y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
     y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
     y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
@@ -38,8 +38,8 @@ INLINE void transpose(const int32_t *const *rows, long words, int32_t *out, long
   for (int i = 0; i < 16 && i < words; i++) _mm512_storeu_si512(out + i * stride, x[i]);
 }
 
-// The sum of each of sixteen vectors, or the most in it, in the order in which they lie. Halves are
-// folded as _mm512_reduce_add_ps does, but two vectors at a time: a third of the instructions.
+// Returns the sum (or the maximum, if not `adds`) of each of 16 vectors, in their order. Adds in the
+// same order as _mm512_reduce_add_ps, but two vectors at a time: a third of the instructions.
 INLINE __m512 across(const int adds, const __m512 *v) {
 #define FOLD(a, b) (adds ? _mm512_add_ps(a, b) : _mm512_max_ps(a, b))
   const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);

@@ -223,7 +223,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path, shards=2)
     name = next(iter(load_file(folder / "model-00001-of-00002.safetensors")))
     rewrite(folder, nested_name(name), torch.zeros(3), "model-00002-of-00002.safetensors")
-    with pytest.raises(ConfigError, match="both in"):
+    with pytest.raises(ConfigError, match="duplicate tensor, in"):
         load(folder)
 
 
@@ -252,7 +252,7 @@ def test_other_rank_counts_are_refused_with_the_valid_ones(
     for size in sizes:
         check_tensor_parallel_size(config, size)
     for other in {0, 3, 5, 6, 7, 8, 12, 16, 64} - set(sizes):
-        words = f"tensor_parallel_size={other}: .*by {', '.join(map(str, sizes))} ranks"
+        words = f"tensor_parallel_size={other}: .*supports sizes {', '.join(map(str, sizes))}$"
         with pytest.raises(ConfigError, match=words):
             Qwen2VL(config, TensorParallel(0, other), torch.float32)
 

@@ -223,7 +223,7 @@ def test_info_reports_what_is_wrong_with_weight_files(checkpoint: Path) -> None:
     assert done.exit_code == 0 and "model-00002-of-00002.safetensors: not readable" in done.stdout
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
     found = checkpoint_info(str(checkpoint), "huggingface", "float32", 1)
-    assert "no such file; the checkpoint is not complete" in found.weight_error
+    assert "no such file; the checkpoint is incomplete" in found.weight_error
 
 
 ENDLESS = {

@@ -127,14 +127,16 @@ def test_settings_are_checked() -> None:
         for name in ("auto", ""):
             assert resolve_kv_cache_dtype(name, device, torch.float16) == torch.float16
     assert resolve_kv_cache_dtype("fp8", torch.device("cuda"), torch.float16) == FP8
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8': is for GPUs; leave it out on cpu"):
+    with pytest.raises(
+        ConfigError, match="kv_cache_dtype='fp8': only supported on GPUs; remove it on cpu"
+    ):
         resolve_kv_cache_dtype("fp8", CPU, torch.float32)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="an engine's workers would be interpreted too")
 def test_a_cpu_refuses_it() -> None:
     """The setting reaches the worker, whose text reaches the caller."""
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8': is for GPUs"):
+    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8': only supported on GPUs"):
         octavo.LLM(device="cpu", kv_cache_dtype="fp8")
 
 

@@ -241,7 +241,7 @@ def test_shards_fall_between_groups(tmp_path: Path) -> None:
         sizes[name] = valid_tensor_parallel_sizes(ModelConfig.from_dict(raw))
     assert sizes == {"2b": (1, 2), "7b": (1, 2, 4), "72b": (1, 2, 4, 8)}
     quantised, _ = write(tmp_path, "gptq", layers=1, vision_layers=1)
-    message = r"tensor_parallel_size=4: .* 8 attention heads in gptq .*64.* served by 1, 2 ranks"
+    message = r"tensor_parallel_size=4: .* 8 attention heads in gptq .*64.* supports sizes 1, 2"
     with pytest.raises(ConfigError, match=message):
         load(quantised, size=4)
     info = checkpoint_info(str(quantised), "huggingface", "float32", 2)
@@ -394,12 +394,12 @@ def test_gptq_in_another_order_is_refused_before_anything_is_read(tmp_path: Path
         load_weights(model, folder, config, CPU)
     assert all(param.is_meta for param in model.parameters())
     change(folder, f"{name}.g_idx", None)
-    with pytest.raises(ConfigError, match=rf"lacks {name}\.g_idx, and desc_act"):
+    with pytest.raises(ConfigError, match=rf"lacks {name}\.g_idx, which desc_act"):
         load(folder)
     configure(folder, GPTQ)
     load(folder)
     change(folder, f"{name}.bias", torch.ones(128))
-    with pytest.raises(ConfigError, match=rf"no place for: {name}\.bias"):
+    with pytest.raises(ConfigError, match=rf"does not define: {name}\.bias"):
         load(folder)
 
 
@@ -407,7 +407,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     folder, _ = write(tmp_path, "awq", layers=1, vision_layers=1)
     name = "model.layers.0.mlp.up_proj"
     change(folder, f"{name}.qweight", torch.zeros(128, 32))
-    with pytest.raises(ConfigError, match=r"up_proj\.qweight .*dtype F32; served are I32"):
+    with pytest.raises(ConfigError, match=r"up_proj\.qweight .*dtype F32; must be I32"):
         load(folder)
     change(folder, f"{name}.qweight", torch.zeros(16, 256, dtype=torch.int32))
     with pytest.raises(ConfigError, match=r"up_proj\.qweight .*\[16, 256\].* \[128, 32\]"):
@@ -418,7 +418,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     change(folder, "model.norm.weight", torch.zeros(128).to(torch.float8_e4m3fn))
     change(folder, f"{name}.qweight", torch.zeros(128, 32, dtype=torch.int32))
     configure(folder, AWQ)
-    with pytest.raises(ConfigError, match=r"norm\.weight .*dtype F8_E4M3; served are BF16"):
+    with pytest.raises(ConfigError, match=r"norm\.weight .*dtype F8_E4M3; must be BF16"):
         load(folder)
 
 
@@ -433,7 +433,7 @@ def test_a_gpu_without_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"float32.*bfloat16 or float16"):
         check_weight_format(config(AWQ), cuda, torch.float32)
     small = config({**AWQ, "group_size": 32})
-    with pytest.raises(ConfigError, match="group_size=32: on a GPU"):
+    with pytest.raises(ConfigError, match="group_size=32: must be 64 or"):
         check_weight_format(small, cuda, bf16)
     check_weight_format(small, CPU, torch.float32)
 
@@ -504,5 +504,5 @@ def test_two_ranks_answer_as_one_with_a_dense_checkpoint(tmp_path: Path) -> None
         with octavo.LLM(folder, tensor_parallel_size=size, **settings) as llm:
             answers.append(llm.chat(messages, params)[0].outputs[0].token_ids)
     assert answers[0] == answers[1] and len(set(answers[0])) > 3
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4: .* served by 1, 2 ranks"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4: .* supports sizes 1, 2"):
         octavo.LLM(quantised, tensor_parallel_size=4)

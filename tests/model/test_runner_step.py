@@ -176,7 +176,7 @@ def test_l16_client_assert_a_token_outside_the_vocabulary_fails_its_row(
     result = driver.step([bad, good], [len(bad.token_ids), len(good.token_ids)])
     assert result.sampled.tolist() == [-1, expected]
     assert [row for row, _ in result.errors] == [0]
-    assert "vocabulary of 288" in bad.errors[0]
+    assert "vocabulary of size 288" in bad.errors[0]
 
 
 def test_l01_placeholder_text_more_placeholders_than_embeddings_fail_their_row(

@@ -189,7 +189,7 @@ def test_an_image_seen_before_is_neither_sent_nor_encoded(
 def test_a_timeout_gives_what_there_is(llm: octavo.LLM) -> None:
     out = llm.chat([ask("Go on."), ask("And on.")], LONG, timeout_s=0.25)
     for each in out:
-        assert each.error.startswith("DEADLINE_EXCEEDED: the time ran out after ")
+        assert each.error.startswith("DEADLINE_EXCEEDED: timed out after ")
         assert each.outputs[0].finish_reason == "error"
         assert 0 < len(each.outputs[0].token_ids) < 900
         assert each.usage is not None
@@ -540,7 +540,9 @@ def test_prompts_over_grpc_carry_their_options(served: Served) -> None:
 
 
 def test_options_that_are_none_of_a_request(llm: octavo.LLM) -> None:
-    with pytest.raises(TypeError, match="n: unknown; a request has priority, timeout_s, cache_sa"):
+    with pytest.raises(
+        TypeError, match="n: unknown option; options are priority, timeout_s, cache"
+    ):
         llm.chat(ask("Hi"), GREEDY, n=3)  # type: ignore[call-arg]
     assert llm.chat(ask("Hi"), GREEDY, priority=None, cache_salt=None)  # type: ignore[arg-type]
 
@@ -549,4 +551,4 @@ def test_a_failure_s_text_says_its_code_once(served: Served) -> None:
     with Client(served.address) as client, pytest.raises(ClientError) as caught:
         list(client.chat(ask("Hi"), timeout_s=0))
     assert caught.value.code == "DEADLINE_EXCEEDED"
-    assert caught.value.text.startswith("the time ran out ")
+    assert caught.value.text.startswith("timed out after ")

@@ -150,7 +150,7 @@ def test_a_deadline_ends_a_request_with_what_it_has(steps: int) -> None:
     simulation.run()
     update = simulation.ended["late"]
     assert update.status is RequestStatus.FINISHED_ERROR
-    text = f"DEADLINE_EXCEEDED: the time ran out after {have} tokens of output"
+    text = f"DEADLINE_EXCEEDED: timed out after {have} output tokens"
     assert update.error == request.error == text
     assert simulation.outputs["late"] == naive_output(request, have)
     assert simulation.outputs["other"] == naive_output(other, 4)
@@ -200,7 +200,7 @@ def test_a_queue_full_of_tokens_refuses_but_never_a_request_alone() -> None:
     simulation.scheduler.add(make_request("large", 40))
     simulation.step()
     simulation.scheduler.add(make_request("a", 40))
-    with pytest.raises(QueueFull, match="40 tokens are waiting, and 4 more are over max_queue_tok"):
+    with pytest.raises(QueueFull, match="40 tokens are waiting, and 4 more exceed max_queue_tok"):
         simulation.scheduler.add(make_request("b", 4))
     simulation.run()
     for number in range(7):
@@ -425,12 +425,12 @@ def test_a_long_prompt_does_not_stall_short_chats() -> None:
     [
         ({"priority": 10}, "priority=10: must be from 0 to 9"),
         ({"priority": -1}, "from 0 to 9"),
-        ({"priority": 1.5}, "whole number"),
+        ({"priority": 1.5}, "must be an integer"),
         ({"timeout_s": float("nan")}, "finite"),
         ({"timeout_s": -1}, "timeout_s=-1"),
         ({"timeout_s": float("inf")}, "timeout_s=inf"),
         ({"cache_salt": "x" * 257}, "at most 256 characters"),
-        ({"cache_salt": b"x"}, "must be a text"),
+        ({"cache_salt": b"x"}, "must be a string"),
     ],
 )
 def test_L27_unbounded_n_options(options: dict, words: str) -> None:

@@ -193,7 +193,7 @@ def test_L06_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
     assert [(u.request_id, u.status) for u in updates] == [("a", RequestStatus.FINISHED_ERROR)]
     assert updates[0].error == (
         "RESOURCE_EXHAUSTED: nothing could run in 7 steps; the request is waiting, 0 of 8 tokens "
-        "computed; 2 blocks needed, 0 of 16 free; room for 24 of 24 image tokens; 0 running, "
+        "computed; 2 blocks needed, 0 of 16 free; 24 of 24 image tokens available; 0 running, "
         "2 waiting"
     )
     blocks._unused = held

@@ -648,7 +648,7 @@ def test_a_field_s_path() -> None:
     )
     assert status.path_of("top_p") == "sampling.top_p"
     assert status.path_of("media[0].kind") == "media[0].kind"
-    assert errors.field_in("stop_token_ids=-1: must be token ids") == "stop_token_ids"
+    assert errors.field_in("stop_token_ids=-1: must be an integer >= 0") == "stop_token_ids"
     assert errors.field_in("an image or video unit of 9 tokens is over x=1") == ""
 
 

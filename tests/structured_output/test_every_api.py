@@ -221,7 +221,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"regex": "a(?=b)"}}, "structured_outputs.regex", POLL_INTERVAL),
     ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex", "65536 bytes"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is empty"),
-    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "is not JSON"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "is not valid JSON"),
     ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar", "not defined"),
     ({"structured_outputs": {"lark": "start: x"}}, "structured_outputs", "'lark' is unknown"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},

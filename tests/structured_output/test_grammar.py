@@ -71,26 +71,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [
-    ({}, "structured: nothing is given"),
-    ({"choice": ()}, "structured: nothing is given"),
-    ({"regex": "a", "lark": "b"}, "structured: regex and lark are given"),
-    ({"json_schema": '{"a":'}, "structured.json_schema: is not JSON from line 1, column 6 on"),
-    ({"json_schema": "[]"}, "structured.json_schema=[]: must be an object"),
-    ({"json_schema": "[" * 60_000}, "structured.json_schema: is not JSON"),
-    ({"json_schema": {"a": {1, 2}}}, "structured.json_schema: must be made of what JSON has"),
+    ({}, "structured: no field is set"),
+    ({"choice": ()}, "structured: no field is set"),
+    ({"regex": "a", "lark": "b"}, "structured: regex and lark are set"),
+    ({"json_schema": '{"a":'}, "structured.json_schema: is not valid JSON at line 1, column 6"),
+    ({"json_schema": "[]"}, "structured.json_schema=[]: must be a JSON object"),
+    ({"json_schema": "[" * 60_000}, "structured.json_schema: is not valid JSON"),
+    ({"json_schema": {"a": {1, 2}}}, "structured.json_schema: must be JSON-serializable"),
     ({"json_schema": '{"a":"' + "x" * 1_000_000 + '"}'}, "structured.json_schema: 1000008 char"),
-    ({"regex": "a" * 1_000_000}, "structured.regex: 1000000 characters; at most 65536 bytes"),
-    ({"lark": ' {"grammars":[{"regex":"a"}]}'}, "structured.lark: begins with '{'"),
+    (
+        {"regex": "a" * 1_000_000},
+        "structured.regex: 1000000 characters; the maximum is 65536 bytes",
+    ),
+    ({"lark": ' {"grammars":[{"regex":"a"}]}'}, "structured.lark: starts with '{'"),
     (
         {"choice": ["\U0001f600" * 60 + str(i) for i in range(300)]},
-        "structured.choice: at most 65536 bytes together",
+        "structured.choice: exceeds 65536 bytes in total",
     ),
-    ({"regex": 3}, "structured.regex=3: must be a text"),
+    ({"regex": 3}, "structured.regex=3: must be a string"),
     ({"regex": "\ud800"}, "structured.regex="),
     ({"choice": "yes"}, "structured.choice: must be a list"),
-    ({"choice": ["a", ""]}, "structured.choice: is empty"),
-    ({"choice": ["a"] * 2000}, "structured.choice: 2000; at most 1024"),
-    ({"choice": ["a" * 60_000, "b" * 60_000]}, "structured.choice: at most 65536 bytes together"),
+    ({"choice": ["a", ""]}, "structured.choice: must not be empty"),
+    ({"choice": ["a"] * 2000}, "structured.choice: 2000 choices; the maximum is 1024"),
+    ({"choice": ["a" * 60_000, "b" * 60_000]}, "structured.choice: exceeds 65536 bytes in total"),
 ]
 
 CHOICES = (

@@ -207,7 +207,7 @@ def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
         monkeypatch.setattr(llm.engine.scheduler, "schedule", watched)
         llm.engine.group.send = step  # type: ignore[method-assign]
         outs = llm.chat(CONVERSATIONS, PARAMS)
-        assert outs[1].error == "INTERNAL: the request's step ended the workers twice"
+        assert outs[1].error == "INTERNAL: the request's step crashed the workers twice"
         assert [out.outputs[0].token_ids for out in (outs[0], outs[2])] == [
             expected[0],
             expected[2],
@@ -288,7 +288,7 @@ def test_a_request_whose_step_cannot_be_made_ends_alone(
 
         monkeypatch.setattr(llm.engine._pipeline, "_pixels_of", spoilt)
         outs = llm.chat(CONVERSATIONS, PARAMS)
-    assert outs[1].error == "INTERNAL: the request's step ended the workers twice"
+    assert outs[1].error == "INTERNAL: the request's step crashed the workers twice"
     found = [out.outputs[0].token_ids for out in (outs[0], outs[2])]
     assert found == [expected[0], expected[2]]
 
