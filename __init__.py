@@ -1,4 +1,4 @@
-"""Octavo serves Qwen2-VL from a paged KV cache. The public names are imported when first used."""
+"""Octavo serves Qwen2-VL with a paged KV cache. Public names are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The engine: input, step loop, worker group, servers and faces."""
+"""The engine: input processing, step loop, worker group, API servers and client."""

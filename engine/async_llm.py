@@ -1,4 +1,4 @@
-"""`AsyncLLM`: the engine for asyncio programs, and for our own servers."""
+"""`AsyncLLM`: the engine for asyncio programs and for the API servers."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .tool_calling.tool_choice import has_tool_grammar, with_tool_choice
 from .utils.lifetime import close_at_exit, reject_pickling
 from .utils.progress import loading_bar
 
-POLL_INTERVAL = 0.5  # seconds between two looks whether who should answer is still there
+POLL_INTERVAL = 0.5  # seconds between checks that the step thread is alive
 
 
 class AsyncLLM:
-    """Serves a Qwen2-VL model to coroutines of one event loop.
+    """Asyncio interface to a Qwen2-VL model, for coroutines of one event loop.
 
-    Arguments are `octavo.LLM`'s. A context manager, and an asynchronous one.
+    Takes the arguments of `octavo.LLM`. Usable with `with` and `async with`.
     """
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
-        """Starts the workers and loads the weights; takes seconds. Raises `ConfigError`."""
+        """Start the workers and load the weights; takes seconds. Raises `ConfigError`."""
         with loading_bar() as on_progress:
             self.engine = Engine(model, on_progress=on_progress, **settings)
         self._pool = InputPool(
@@ -51,17 +51,17 @@ class AsyncLLM:
             self.engine.grammars,
             self.engine.host_kv_bytes,
         )
-        # A name may be used again while deltas of its previous request are in flight; a key is not.
-        self._keys: dict[str, str] = {}  # request_id: key
+        # A request_id may be reused while deltas of its last use are in flight; keys are unique.
+        self._keys: dict[str, str] = {}  # by request_id
         self._streams: dict[str, RequestStream] = {}  # by key
         self._numbers = itertools.count()
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._death: asyncio.Event | None = None
         self._steps = StepLoop(self.engine, self._hand_over, self._died)
         self._closed = False
-        self.logprob_budget = LogprobBudget()  # of the servers on this engine
-        self.spans: RequestSpans | None = None  # where requests that come from now on write theirs
-        # Told of each request that is admitted: its request_id, and what it becomes.
+        self.logprob_budget = LogprobBudget()  # shared by all API servers on this engine
+        self.spans: RequestSpans | None = None  # trace export for new requests
+        # Called for each admitted request with its request_id and the scheduler's request.
         self.on_admitted: Callable[[str, Request], None] | None = None
         close_at_exit(self)
 
@@ -75,7 +75,7 @@ class AsyncLLM:
 
     @property
     def failed(self) -> str:
-        """Why the engine stopped; empty while it runs."""
+        """The cause why the engine stopped; empty while it runs."""
         return self.engine.failed
 
     def chat(
@@ -92,12 +92,12 @@ class AsyncLLM:
         parallel_tool_calls: bool | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
-        """Answers one conversation as a stream of deltas. Closing the stream aborts the request.
+        """Answer one conversation as a stream of deltas. Closing the stream aborts the request.
 
-        Tools: as in `LLM.chat`. `options`: those of `octavo.RequestOptions`;
-        `traceparent`: the caller's span, in W3C's form, for the spans of the request. Raises
-        `InputError`, `AdmissionError` (`QueueFull` where trying again may help) or
-        `DuplicateRequest` before the first delta, and `EngineDead` whenever the workers are gone.
+        Tools work as in `LLM.chat`. `options` are the fields of `octavo.RequestOptions`;
+        `traceparent` is the W3C trace context of the caller's span. Raises `InputError`,
+        `AdmissionError` (`QueueFull` if a retry may succeed) or `DuplicateRequest` before the
+        first delta, and `EngineDead` at any time if the workers fail permanently.
         """
         prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
         prompt |= {"tools": tools, "tool_choice": tool_choice}
@@ -116,10 +116,11 @@ class AsyncLLM:
         on_ready: Callable[[int], None] | None = None,
         **options: Unpack[OptionFields],
     ) -> AsyncGenerator[OutputDelta, None]:
-        """Continues a raw prompt, in the forms that `LLM.generate` takes. Options and errors as in
-        `chat`. `on_ready` is called with the number of prompt tokens before admission; what it
-        raises rejects the request. A reader that is slower than the model gets what has gathered
-        as one delta for each answer."""
+        """Complete a raw prompt in any format of `LLM.generate`; options and errors as in `chat`.
+
+        `on_ready` is called with the number of prompt tokens before admission and may raise to
+        reject the request. Deltas are merged per answer when the reader is slower than the model.
+        """
         self.engine.check_owner()
         name = request_id or uuid.uuid4().hex
         with RequestRecord(name, self.engine.stats, self.spans, traceparent or "") as record:
@@ -132,11 +133,11 @@ class AsyncLLM:
             try:
                 self._check_alive()
                 preparing.add(key)
-                if has_tool_grammar(prompt):  # which may be made of a megabyte of schemas
+                if has_tool_grammar(prompt):  # slow if the schemas are large
                     params = await asyncio.to_thread(with_tool_choice, prompt, params)
                     self._check_alive()
                 stream.work = self._pool.submit(prompt, params)
-                del prompt  # it may be large, and is the pool's now
+                del prompt  # It may be large; the pool keeps the only reference.
                 with calls.naming():
                     ready = await self._preprocess(stream.work, clock, stream)
                 if ready is not None:
@@ -165,19 +166,18 @@ class AsyncLLM:
                 self._release(name, key, stream, finished)
 
     def _release(self, name: str, key: str, stream: RequestStream, is_finished: bool) -> None:
-        """Forget a request, and end what is still running of it."""
+        """Remove a request, and cancel or abort what is still running of it."""
         del self._streams[key], self._keys[name]
         if stream.work is not None:
             stream.work.cancel()
         if stream.ready is not None:
-            stream.ready.cancel()  # else asyncio logs errors that are never retrieved
+            stream.ready.cancel()  # otherwise asyncio logs exceptions never retrieved
         stream.work = stream.ready = None
         if stream.is_admitted and not is_finished:
             self._steps.abort(key)
 
     def _open(self, name: str, num_answers: int) -> tuple[str, RequestStream]:
-        """A stream for a new request, and its key; refused where all places or the name are
-        taken."""
+        """Register a new request and return its key and stream."""
         self._check_room()
         if name in self._keys:
             raise DuplicateRequest(f"request_id={truncated_repr(name)}: in use; choose another")
@@ -188,11 +188,10 @@ class AsyncLLM:
     async def _preprocess(
         self, work: InputJob, clock: Deadline, stream: RequestStream
     ) -> ProcessedInput | None:
-        """None when the request was aborted or its time ran out meanwhile, as `stream` then
-        says."""
+        """Return the input; None if the request was aborted or timed out, as `stream` reports."""
         future = stream.ready = asyncio.wrap_future(work.future)
         await asyncio.wait([future], timeout=clock.left.timeout_s)
-        self._check_alive()  # `close` empties the pool
+        self._check_alive()  # `close` cancels pending work
         if stream.is_aborted:
             stream.end(RequestStatus.FINISHED_ABORTED)
             return None
@@ -205,11 +204,11 @@ class AsyncLLM:
             del work, future, stream  # an error refers to this frame, and they to the error
 
     def is_running(self, request_id: str) -> bool:
-        """Return whether a request that has not ended has this name."""
+        """Return whether an unfinished request has this id."""
         return request_id in self._keys
 
     async def abort(self, request_id: str) -> bool:
-        """Ends a request; its stream closes with finish_reason "abort". False when unknown."""
+        """End a request with finish_reason "abort". Return False if the id is unknown."""
         self.engine.check_owner()
         key = self._keys.get(request_id)
         if key is None or self.failed:
@@ -223,9 +222,10 @@ class AsyncLLM:
         return True
 
     async def snapshot(self) -> Snapshot:
-        """The engine between two steps: who runs and waits, and who has which block. A request is
-        called NAME#NUMBER there, its answers after the first NAME#NUMBER[INDEX]. Raises
-        `EngineDead`."""
+        """Return running and waiting requests and block ownership. Raises `EngineDead`.
+
+        Requests appear as ID#NUMBER, their answers after the first as ID#NUMBER[INDEX].
+        """
         self._check_alive()
         asked = asyncio.wrap_future(self._steps.look())
         try:
@@ -237,10 +237,10 @@ class AsyncLLM:
         return asked.result()
 
     async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
-        """Return the token ids of a text or of a conversation, at most `max_model_len`.
+        """Return the token ids of a text or a conversation, at most `max_model_len`.
 
-        Images and videos of a conversation are one placeholder each. `plain`: in the text an added
-        token's spelling means nothing. Raises `InputError` or `QueueFull`.
+        Each image or video of a conversation is one placeholder token. `plain`: treat the spelling
+        of special tokens in a text as ordinary text. Raises `InputError` or `QueueFull`.
         """
         self._check_alive()
         job = self._pool.tokenize(prompt, plain)
@@ -255,13 +255,13 @@ class AsyncLLM:
         return await self._result(self._pool.detokenize(token_ids, skip_special_tokens))
 
     async def _result(self, work: Future[Any]) -> Any:
-        """Wait for the pool. Raises `EngineDead` where `close` has emptied it."""
+        """Wait for a pool job. Raises `EngineDead` if the engine was closed."""
         await finished(work)
         self._check_alive()
         return work.result()
 
     async def wait_failed(self) -> str:
-        """Returns the cause once the worker group has died."""
+        """Wait until the engine stops, and return the cause."""
         if self.engine.is_disowned:
             return self.failed
         self._bind()
@@ -272,8 +272,7 @@ class AsyncLLM:
         return self.failed
 
     def close(self) -> None:
-        """End the workers; streams that run get `EngineDead`. Safe to call twice, and without
-        effect in a forked process."""
+        """Stop the workers; open streams raise `EngineDead`. No-op if closed or after a fork."""
         if self._closed or self.engine.is_disowned:
             return
         self._closed = True
@@ -283,7 +282,7 @@ class AsyncLLM:
         self._died(self.failed)
 
     def _bind(self) -> None:
-        """The first coroutine's event loop is the one that streams are delivered on."""
+        """Bind to the running event loop. Raises RuntimeError if another one has open streams."""
         running = asyncio.get_running_loop()
         if self._asyncio is not running:
             if self._streams:
@@ -295,31 +294,32 @@ class AsyncLLM:
             raise EngineDead(f"the engine stopped: {self.failed or WAS_CLOSED}")
 
     def _check_room(self) -> None:
-        """Refuses a request before its media take any memory, where all places are taken."""
+        """Raise `QueueFull` at capacity, before the request's media take memory."""
         config = self.engine.config
         if len(self._streams) >= config.max_num_seqs + config.max_queue_len:
             raise QueueFull(
-                f"{len(self._streams)} requests run or wait, max_num_seqs={config.max_num_seqs} "
-                f"and max_queue_len={config.max_queue_len}; try again later"
+                f"{len(self._streams)} requests are running or waiting, the maximum for "
+                f"max_num_seqs={config.max_num_seqs} and max_queue_len={config.max_queue_len}; "
+                "try again later"
             )
 
     def _hand_over(self, events: list[Event]) -> None:
-        """On the step thread: one hand-over a step."""
+        """Pass one step's events to the event loop. Runs on the step thread."""
         self._call_soon(self._dispatch, events)
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
             stream = self._streams.get(event.request_id)
-            if stream is not None:  # else its reader is gone
+            if stream is not None:  # None: the reader closed the stream
                 stream.events.put(event)
 
     def _died(self, cause: str) -> None:
         self._call_soon(self._end_streams, cause)
 
     def _call_soon(self, call: Callable[[Any], None], given: Any) -> None:
-        """In the event loop, from any thread."""
+        """Schedule `call` in the event loop. Thread-safe."""
         if self._asyncio is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 self._asyncio.call_soon_threadsafe(call, given)
 
     def _end_streams(self, cause: str) -> None:

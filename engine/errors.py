@@ -1,16 +1,16 @@
-"""Errors of the engine, and the gRPC status code of each."""
+"""Exceptions of the engine and their gRPC status codes."""
 
 from __future__ import annotations
 
 from ..scheduler.admission import AdmissionError, QueueFull
 
-# gRPC's codes that the protocol uses, and whether the same request may succeed later.
+# Status codes used by the protocol, and whether retrying the same request may succeed.
 RETRYABLE = {
     "INVALID_ARGUMENT": False,
     "UNAUTHENTICATED": False,
     "PERMISSION_DENIED": False,
     "NOT_FOUND": False,
-    "ALREADY_EXISTS": True,  # after the request of that name has ended
+    "ALREADY_EXISTS": True,  # once the request with this id has finished
     "RESOURCE_EXHAUSTED": True,
     "FAILED_PRECONDITION": False,
     "UNIMPLEMENTED": False,
@@ -19,17 +19,17 @@ RETRYABLE = {
     "INTERNAL": False,
 }
 
-WAS_CLOSED = "it was closed"  # why an engine stopped that the caller closed
+WAS_CLOSED = "it was closed"  # the cause reported after `close`
 
 
 class ConfigError(ValueError):
-    """A setting or a checkpoint that cannot be served. The text names it and says how to fix it."""
+    """An invalid setting or unsupported checkpoint. The message names it and the fix."""
 
 
 class InputError(ValueError):
-    """A request's input is invalid. The text names the field and the value, and says how to fix it.
+    """Invalid request input. The message names the field, the value and the fix.
 
-    `field`: the path of the invalid field, such as "messages[0].content[2]".
+    `field`: path of the invalid field, such as "messages[0].content[2]".
     """
 
     def __init__(self, field: str, text: str) -> None:
@@ -38,22 +38,22 @@ class InputError(ValueError):
 
 
 class TooLong(InputError):
-    """A prompt leaves no room for output within the model's or the server's limit."""
+    """The prompt reaches the model's or the server's length limit, leaving no output tokens."""
 
 
 class DuplicateRequest(ValueError):
-    """A request_id that is in use."""
+    """The request_id is already in use."""
 
 
 class GrammarQueueFull(AdmissionError):
-    """Too many grammars are being compiled or are in use; the same request may succeed later."""
+    """Too many grammars are compiling or in use. Retrying later may succeed."""
 
 
 class EngineDead(RuntimeError):
-    """The workers have ended for good; the text says why. A new engine is needed."""
+    """The engine has stopped permanently; the message gives the cause. Create a new engine."""
 
 
-_CODES: tuple[tuple[type[Exception], str], ...] = (  # the first that matches
+_CODES: tuple[tuple[type[Exception], str], ...] = (  # the first match wins
     (QueueFull, "RESOURCE_EXHAUSTED"),
     (GrammarQueueFull, "RESOURCE_EXHAUSTED"),
     (DuplicateRequest, "ALREADY_EXISTS"),
@@ -64,7 +64,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (  # the first that matches
 
 
 def code_of(error: BaseException) -> str:
-    """Return an exception's gRPC code. INTERNAL: an error of the engine itself."""
+    """Return the gRPC status code for an exception; INTERNAL if it is none of the above."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), "INTERNAL")
 
 
@@ -77,6 +77,6 @@ def without_frames(error: BaseException) -> BaseException:
 
 
 def split_code(error: str) -> tuple[str, str]:
-    """Split the error of a delta into code and text. Without a code it is INTERNAL."""
+    """Split an `OutputDelta.error` into status code and message; the default code is INTERNAL."""
     code, _, text = error.partition(": ")
     return (code, text) if code in RETRYABLE else ("INTERNAL", error)

@@ -1,4 +1,4 @@
-"""`LLM`: answers prompts in the caller's own thread, many at a time."""
+"""`LLM`: offline batch inference, blocking the calling thread."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """Serves a Qwen2-VL model inside this process's program.
+    """Blocking interface to a Qwen2-VL model. A context manager.
 
     `model`: a checkpoint folder, a hub id, or None for the small embedded model. Other settings
-    are the fields of `octavo.engine.config.engine_config.EngineConfig` (`device`, `dtype`,
-    `tensor_parallel_size`, `max_model_len`, `max_pixels`, ...). A context manager.
+    are the fields of `octavo.EngineConfig` (`device`, `dtype`, `tensor_parallel_size`,
+    `max_model_len`, `max_pixels`, ...).
     """
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
-        """Starts the workers and loads the weights. Raises `ConfigError`."""
-        # Steps have a thread of their own, so that Ctrl-C never lands inside one.
+        """Start the workers and load the weights. Raises `ConfigError`."""
+        # Steps run on a separate thread so that Ctrl-C cannot interrupt one.
         self._stepper = DaemonPool(1, "step")
-        self._step: Future[list[OutputDelta]] = Future()  # the latest
+        self._step: Future[list[OutputDelta]] = Future()  # the latest step
         self._step.set_result([])
         self._in_use = threading.Lock()
         with loading_bar() as on_progress:
@@ -67,29 +67,33 @@ class LLM:
         progress: bool = True,
         **options: Unpack[OptionFields],
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, as the model card writes them.
+        """Answer one conversation or a list of them, in the format of the model card.
 
-        `images` and `videos` fill `{"type": "image"}` parts that bring none of their own; with a
-        list of conversations they are lists too, one entry a conversation. One bad conversation
-        raises `InputError`; among several it ends with finish_reason "error" and its `error`, and
-        the others go on. `tools`: OpenAI's, of all conversations; what the model asks of them is
-        in each output's `tool_calls`. `tool_choice`: "auto", "none", "required", or OpenAI's object
-        that names a function; `parallel_tool_calls=False`: at most one call. `options`: `priority`,
-        `timeout_s`, `cache_salt`, as in `octavo.RequestOptions`.
+        `images` and `videos` fill `{"type": "image"}` and `{"type": "video"}` parts without a
+        source; for a list of conversations, pass one list per conversation. `tools` are OpenAI
+        tools for all conversations; the calls are returned in each output's `tool_calls`.
+        `tool_choice` is "auto", "none", "required" or OpenAI's object that names a function;
+        `parallel_tool_calls=False` allows at most one call. `options` are `priority`, `timeout_s`
+        and `cache_salt` of `octavo.RequestOptions`.
+
+        Raises `InputError` if a single conversation is invalid. In a list, an invalid
+        conversation finishes with finish_reason "error" and `error` set; the others continue.
         """
-        beside: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
-        beside |= {"parallel_tool_calls": parallel_tool_calls}
+        tool_fields: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
+        tool_fields |= {"parallel_tool_calls": parallel_tool_calls}
         clock = Deadline(RequestOptions.of(**options))
         if not _is_batch(messages):
             prompt: dict[str, Any] = {"messages": messages, "images": images, "videos": videos}
-            return self._run([prompt | beside], params, clock, progress, alone=True)
+            return self._run([prompt | tool_fields], params, clock, progress, alone=True)
         for name, given in (("images", images), ("videos", videos)):
             if given is not None and len(given) != len(messages):
                 raise ValueError(
-                    f"{name}: {len(given)} lists for {len(messages)} conversations; give one each"
+                    f"{name}: {len(given)} lists for {len(messages)} conversations; "
+                    "pass one list per conversation"
                 )
         prompts = [
-            {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)} | beside
+            {"messages": conversation, "images": _at(images, i), "videos": _at(videos, i)}
+            | tool_fields
             for i, conversation in enumerate(messages)
         ]
         return self._run(prompts, params, clock, progress, alone=False)
@@ -102,21 +106,24 @@ class LLM:
         progress: bool = True,
         **options: Unpack[OptionFields],
     ) -> list[RequestOutput]:
-        """Continues raw prompts: a text, or a dict with `prompt` or `prompt_token_ids` and maybe
-        `images` and `videos`; one or a list. Options and errors as in `chat`."""
+        """Complete one raw prompt or a list of them. Options and errors as in `chat`.
+
+        A prompt is a string, or a dict with `prompt` or `prompt_token_ids` and optionally
+        `images` and `videos`.
+        """
         clock = Deadline(RequestOptions.of(**options))
         if isinstance(prompts, str | Mapping | ProcessedInput):
             return self._run([prompts], params, clock, progress, alone=True)
         if not isinstance(prompts, Sequence):
-            text = f"must be a text, a dict or a list of them, not {type(prompts).__name__}"
+            text = f"must be a string, a dict or a list of them, not {type(prompts).__name__}"
             raise InputError("prompts", text)
         return self._run(list(prompts), params, clock, progress, alone=False)
 
     def _run(
         self, prompts: list[Any], params: Params, clock: Deadline, progress: bool, alone: bool
     ) -> list[RequestOutput]:
-        """Answers all prompts; callers on several threads take turns."""
-        self.engine.check_owner()  # first: a fork may have left the lock held
+        """Answer all prompts. Calls from several threads run one after another."""
+        self.engine.check_owner()  # before the lock, which a fork may have left held
         with self._in_use:
             return self._answer(prompts, params, clock, progress, alone)
 
@@ -141,7 +148,7 @@ class LLM:
                     self._admit(waiting, results, clock, alone)
                     self._step = self._submit_step()
                     for delta in self._step.result():
-                        if delta.request_id in results:  # else of one added to `engine` directly
+                        if delta.request_id in results:  # otherwise added to `engine` directly
                             delta = calls[delta.request_id].read(delta)
                             results[delta.request_id].add(delta)
                     advance(sum(result.is_finished for result in results.values()))
@@ -158,7 +165,7 @@ class LLM:
     def _submit_step(self) -> Future[list[OutputDelta]]:
         try:
             return self._stepper.submit(self.engine.step)
-        except RuntimeError:  # another thread has closed the pool since
+        except RuntimeError:  # another thread closed the pool
             self.engine.check_alive()
             raise
 
@@ -169,8 +176,10 @@ class LLM:
         clock: Deadline,
         alone: bool,
     ) -> None:
-        """Admits, in order, what is ready, as far as there is room in the queue; waits for the
-        first when nothing else is to do."""
+        """Admit preprocessed requests in order until the queue is full.
+
+        Waits for the first one only if the engine is idle.
+        """
         while waiting and (waiting[0][1].future.done() or not self.engine.has_requests):
             name, job, sampling = waiting.popleft()
             try:
@@ -183,13 +192,13 @@ class LLM:
             except PreprocessTimeout as error:
                 job.cancel()
                 results[name].fail(str(error))
-            except Exception as error:  # mostly InputError or AdmissionError: this prompt's alone
+            except Exception as error:  # mostly InputError or AdmissionError; fails this prompt
                 if alone or isinstance(error, EngineDead):
                     raise
                 results[name].fail(str(error) or type(error).__name__)
 
     def close(self) -> None:
-        """End the workers. Safe to call twice, and without effect in a forked process."""
+        """Stop the workers. No-op if closed already or in a forked process."""
         if hasattr(self, "engine"):
             if self.engine.is_disowned:
                 return
@@ -213,7 +222,7 @@ class LLM:
 
 
 def _is_batch(messages: Sequence[Any]) -> bool:
-    """A conversation is a list of dicts, a batch a list of conversations. Raises `InputError`."""
+    """Return whether `messages` is a list of conversations. Raises `InputError` if neither."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
     if not is_list or (messages and all(isinstance(each, str | bytes) for each in messages)):
         text = "must be a list of dicts with role and content, or a list of such lists"
@@ -226,7 +235,7 @@ def _at(values: Sequence[Any] | None, index: int) -> Any:
 
 
 def _wait_ready(future: Future[ProcessedInput], clock: Deadline) -> ProcessedInput:
-    """Raises `PreprocessTimeout` when the request's time is over first."""
+    """Wait for preprocessing. Raises `PreprocessTimeout` if the deadline passes first."""
     wait([future], clock.left.timeout_s)
     if not future.done():
         raise PreprocessTimeout
@@ -241,13 +250,13 @@ def _params_of_each(params: Params, count: int) -> list[SamplingParams | None]:
     for each in params:
         check_params(each)
     if len(params) != count:
-        raise ValueError(f"params: {len(params)} for {count} prompts; give one, or one each")
+        raise ValueError(f"params: {len(params)} for {count} prompts; pass one, or one per prompt")
     return list(params)
 
 
 @contextlib.contextmanager
 def _answer_bar(total: int, shown: bool) -> Iterator[Any]:
-    """Counts finished answers on a terminal's stderr."""
+    """Show a progress bar of finished answers if stderr is a terminal."""
     if not (shown and sys.stderr.isatty()):
         yield lambda done: None
         return

@@ -1,4 +1,4 @@
-"""From token ids to text: deltas, stop strings, finish reasons."""
+"""Request outputs: streamed deltas, and complete answers built from them."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ class Usage:
     """Token counts of a request."""
 
     prompt_tokens: int
-    output_tokens: int  # of all answers
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    output_tokens: int  # sum over all answers
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
 
 @dataclass(frozen=True)
 class RequestTimes:
-    """Seconds of a request's stages, as the engine saw them; None where it did not come so far."""
+    """Duration of each stage of a request in seconds; None for stages it did not reach."""
 
-    preprocess_s: float  # its input was made ready, waiting for a thread included
-    queue_s: float  # ready, until a step took it up
-    prefill_s: float | None  # from then to the first token
-    encode_s: float | None  # of that in encode stages with its images; None: nothing was encoded
-    decode_s: float | None  # from then to the end
-    ttft_s: float | None  # from its arrival to the first token
+    preprocess_s: float  # input preprocessing, including the wait for a thread
+    queue_s: float  # from preprocessed to first scheduled
+    prefill_s: float | None  # from first scheduled to the first token
+    encode_s: float | None  # vision encoding of its media, part of prefill_s; None: no encoding
+    decode_s: float | None  # from the first token to the end
+    ttft_s: float | None  # from arrival to the first token
     total_s: float
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What one step added to one request's output."""
+    """Output that one step added to one answer of a request."""
 
     request_id: str
-    index: int = 0  # which of the n answers
+    index: int = 0  # of the answer, 0 to n - 1
     text: str = ""
     token_ids: tuple[int, ...] = ()  # new ones only
-    finish_reason: str | None = None  # "stop", "length", "abort" or "error": the answer's last
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"; on the last delta
     usage: Usage | None = None  # over all answers, on the request's last delta
-    media: tuple[MediaInfo, ...] = ()  # on the first delta
-    media_times: InputTimes | None = None  # on the first delta; zeros where there are no media
-    logprobs: Sequence[TokenLogprobs] = ()  # of token_ids, where they were asked for
-    # On the first answer's delta with its first token, where they were asked for: one a token of
-    # the prompt; None for the first, and for those of images and videos.
+    media: tuple[MediaInfo, ...] = ()  # on the request's first delta
+    media_times: InputTimes | None = None  # on the request's first delta; zeros without media
+    logprobs: Sequence[TokenLogprobs] = ()  # one per entry of token_ids, if requested
+    # One per prompt token, if requested, on the delta with the first answer's first token. None
+    # for the first prompt token and for image and video tokens.
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     error: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; they are no part of the text
+    tool_calls: tuple[ToolCall, ...] = ()  # not part of `text`
     times: RequestTimes | None = None  # on the request's last delta
 
     def named(self, request_id: str) -> OutputDelta:
-        """The same of a request by another name: `replace`, without its price, for each delta of
-        every stream."""
+        """Return a copy with another request_id.
+
+        Cheaper than `dataclasses.replace`: it is called for every delta of every stream.
+        """
         other = object.__new__(OutputDelta)
         other.__dict__.update(self.__dict__, request_id=request_id)
         return other
@@ -69,9 +71,9 @@ class Output:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    # Of token_ids, if asked for.
+    # One per entry of token_ids, if requested.
     logprobs: list[TokenLogprobs] | LogprobTable = field(default_factory=list)
-    tool_calls: list[ToolCall] = field(default_factory=list)  # no part of the text
+    tool_calls: list[ToolCall] = field(default_factory=list)  # not part of `text`
 
 
 @dataclass
@@ -82,9 +84,9 @@ class RequestOutput:
     prompt_token_ids: list[int] = field(default_factory=list)  # after placeholder expansion
     outputs: list[Output] = field(default_factory=lambda: [Output()])
     media: tuple[MediaInfo, ...] = ()
-    media_times: InputTimes | None = None  # what they took; zeros where there are none
+    media_times: InputTimes | None = None  # zeros without media
     usage: Usage | None = None
-    # One a token of the prompt, if asked for; None for the first, and for those of media.
+    # One per prompt token, if requested; None for the first token and for media tokens.
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     error: str = ""
 
@@ -93,13 +95,13 @@ class RequestOutput:
         return all(output.finish_reason is not None for output in self.outputs)
 
     def fail(self, error: str) -> None:
-        """Ends every answer that has not ended."""
+        """Finish all unfinished answers with an error."""
         self.error = error
         for output in self.outputs:
             output.finish_reason = output.finish_reason or "error"
 
     def add(self, delta: OutputDelta) -> None:
-        """Appends what a step added."""
+        """Append a delta to its answer."""
         output = self.outputs[delta.index]
         output.text += delta.text
         output.token_ids.extend(delta.token_ids)

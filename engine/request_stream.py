@@ -1,4 +1,4 @@
-"""A request between its reader and the step thread."""
+"""Output queue between the step thread and the reader of a request's stream."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from .input.preprocess_pool import InputJob
 from .input.processor import ProcessedInput
 from .outputs import OutputDelta, Usage
 
-MAX_WAITING = 64  # events; more are put together, whoever reads them
+MAX_WAITING = 64  # events; above this, queued deltas are merged
 
 LOGPROBS = ("logprobs", "prompt_logprobs")
 
-T = TypeVar("T")  # what comes beside deltas
+T = TypeVar("T")  # events other than deltas
 
 
 class OutputQueue(Generic[T]):
-    """Of one event loop. What it holds is bounded by the request's own output: never more than a
-    few dozen events, however slow the reader is."""
+    """Output events of one request, for one event loop.
+
+    Merging deltas bounds the number of queued events, however slow the reader is.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[T | OutputDelta] = []
@@ -37,11 +39,14 @@ class OutputQueue(Generic[T]):
         self._come.set()
         if len(self._waiting) > self._limit:
             self._waiting = merge(self._waiting)
-            self._limit = 2 * len(self._waiting) + MAX_WAITING  # n answers stay n deltas
+            # n answers cannot merge into fewer than n deltas.
+            self._limit = 2 * len(self._waiting) + MAX_WAITING
 
     async def take(self) -> list[T | OutputDelta]:
-        """Waits for events and takes all that are here: at most one delta an answer, beside the
-        first of all."""
+        """Wait for events and return all of them, merged.
+
+        The result has at most one delta per answer, in addition to the request's first delta.
+        """
         await self._come.wait()
         self._come.clear()
         waiting, self._waiting = self._waiting, []
@@ -49,8 +54,10 @@ class OutputQueue(Generic[T]):
 
 
 def merge(events: Sequence[T | OutputDelta]) -> list[T | OutputDelta]:
-    """Each answer's deltas in one, in the order of their ends. A request's first delta, which says
-    what was made of its media, stays by itself, and so does all that is no delta."""
+    """Merge the deltas of each answer into one, ordered by each answer's latest delta.
+
+    The request's first delta, which carries the media information, and other events stay separate.
+    """
     if len(events) < 2:
         return [*events]
     merged: list[T | OutputDelta] = []
@@ -58,7 +65,7 @@ def merge(events: Sequence[T | OutputDelta]) -> list[T | OutputDelta]:
     ends: list[T | OutputDelta] = []
     for event in events:
         if isinstance(event, OutputDelta) and event.media_times is None:
-            deltas = answers[event.index] = answers.pop(event.index, [])  # it goes last
+            deltas = answers[event.index] = answers.pop(event.index, [])  # moves to the end
             deltas.append(event)
         elif answers:
             ends.append(event)
@@ -68,8 +75,10 @@ def merge(events: Sequence[T | OutputDelta]) -> list[T | OutputDelta]:
 
 
 def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
-    """One answer's deltas in one: text and whatever is a tuple one after the other; of the rest
-    the last that is set."""
+    """Merge the deltas of one answer.
+
+    Text and tuples are concatenated; for other fields the last non-empty value is kept.
+    """
     first, *others = deltas
     if not others:
         return first
@@ -88,7 +97,7 @@ def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
 
 
 def _join_logprobs(values: Sequence[Sequence[TokenLogprobs | None]]) -> Any:
-    """Concatenate log probabilities in arrays: a slow reader may have many of them."""
+    """Concatenate log probabilities as arrays, since a slow reader may have many."""
     if len(values) < 2:
         return values[0] if values else ()
     table = LogprobTable()
@@ -98,7 +107,7 @@ def _join_logprobs(values: Sequence[Sequence[TokenLogprobs | None]]) -> Any:
 
 
 async def finished(work: Future[Any]) -> None:
-    """Wait until `work` is done; cancel it when the waiting task is cancelled."""
+    """Wait until `work` is done. Cancel it if the waiting task is cancelled."""
     future = asyncio.wrap_future(work)
     try:
         await asyncio.wait([future])
@@ -108,17 +117,17 @@ async def finished(work: Future[Any]) -> None:
 
 @dataclass(eq=False)
 class RequestStream:
-    """A request as its reader has it."""
+    """State of one request on the reader's side."""
 
     num_answers: int
     events: OutputQueue[Event | EngineDead] = field(default_factory=OutputQueue)
-    work: InputJob | None = None  # its input
-    ready: asyncio.Future[ProcessedInput] | None = None  # that input, as it is waited for
-    is_aborted: bool = False  # before that was done
-    is_admitted: bool = False  # the step thread knows it
+    work: InputJob | None = None  # preprocessing of its input
+    ready: asyncio.Future[ProcessedInput] | None = None  # result of `work` in the event loop
+    is_aborted: bool = False  # aborted during preprocessing
+    is_admitted: bool = False  # passed to the step thread
 
     def end(self, status: RequestStatus, error: str = "") -> None:
-        """The last deltas of a request that ended before the step thread had it."""
+        """Queue the final deltas of a request that ended before it reached the step thread."""
         for index in range(self.num_answers):
             usage = Usage(0, 0) if index == self.num_answers - 1 else None
             delta = OutputDelta("", index, finish_reason=status.value, usage=usage, error=error)

@@ -1,4 +1,4 @@
-"""Settings of an engine. The checkpoint's own are in `model_config` and `preprocess_config`."""
+"""Engine settings. For those of the checkpoint, see `model_config` and `preprocess_config`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 EMBEDDED_MODEL = Path(__file__).parent.parent / "embedded"
 
 
-CHOICES = {  # of a setting, and how they are told
-    "quantization": ((None, "int8"), "int8, or left out"),
+CHOICES = {  # valid values of a setting, and their description in errors
+    "quantization": ((None, "int8"), "int8 or None"),
     "kv_cache_dtype": (("auto", "fp8"), "auto or fp8"),
     "overlap_steps": ((True, False), "true or false"),
     "isolate_media": ((True, False), "true or false"),
@@ -37,42 +37,43 @@ CHOICES = {  # of a setting, and how they are told
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine is to run. Names are vLLM's where it has one."""
+    """Settings of an engine, with the same names as in vLLM if they exist there."""
 
     model: Path = EMBEDDED_MODEL
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"
-    quantization: str | None = None  # "int8": of weights on loading and of activations, on a CPU
-    kv_cache_dtype: str = "auto"  # "auto": as `dtype`; "fp8": e4m3 with a scale a token, on a GPU
-    tensor_parallel_size: int = 1  # with `workers`: as many as those
-    workers: tuple[str, ...] = ()  # HOST:PORT of each rank's `octavo worker`; (): processes here
-    worker_tls: Path | None = None  # folder of tls.crt, tls.key, ca.crt: mutual TLS with `workers`
-    max_model_len: int | None = None  # tokens of prompt and output; None: what positions allow
-    max_num_seqs: int = 64  # requests that run at once
-    max_num_batched_tokens: int = 2048  # tokens of one step
-    max_num_partial_prefills: int = 4  # prompts that go in pieces in one step
-    long_prefill_token_threshold: int | None = None  # tokens of all pieces in a step while others
-    # decode; None: by the device
-    max_restarts: int = 3  # times in ten minutes that workers which ended are started anew
-    overlap_steps: bool = True  # plan and send a step while the one before it runs
-    max_queue_len: int = 1024  # requests that wait for a place
-    max_queue_tokens: int = 1 << 20  # their tokens
-    max_queue_bytes: int = 4 << 30  # of images and videos as they came, of all requests
-    block_size: int = 16
+    quantization: str | None = None  # "int8": weights on loading, and activations; CPU only
+    kv_cache_dtype: str = "auto"  # "auto": same as `dtype`; "fp8": e4m3, scale per token; GPU only
+    tensor_parallel_size: int = 1  # ranks; with `workers`, their number
+    workers: tuple[str, ...] = ()  # HOST:PORT of each rank's `octavo worker`; (): local processes
+    worker_tls: Path | None = None  # folder with tls.crt, tls.key and ca.crt for mutual TLS
+    max_model_len: int | None = None  # prompt and output tokens; None: the model's positions
+    max_num_seqs: int = 64  # maximum number of running requests
+    max_num_batched_tokens: int = 2048  # tokens per step
+    max_num_partial_prefills: int = 4  # chunked prompts per step
+    # Token budget per step of all prompt chunks while other requests decode; None: depends on the
+    # device.
+    long_prefill_token_threshold: int | None = None
+    max_restarts: int = 3  # worker restarts per 10 minutes
+    overlap_steps: bool = True  # plan and send the next step while one runs
+    max_queue_len: int = 1024  # waiting requests
+    max_queue_tokens: int = 1 << 20  # tokens of waiting requests
+    max_queue_bytes: int = 4 << 30  # images, videos and long texts as received, of all requests
+    block_size: int = 16  # tokens per KV cache block
     gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None  # bytes a rank; None: measured
-    max_encode_tokens: int = 16384  # image tokens encoded in one step
-    encoder_cache_tokens: int = 32768  # image tokens whose embeddings are kept
-    max_unit_temporal_patches: int = 4  # a video is encoded in units of this many
-    min_pixels: int | None = None  # for images; None: the checkpoint's
+    kv_cache_memory_bytes: int | None = None  # bytes per rank; None: from measured free memory
+    max_encode_tokens: int = 16384  # image and video tokens encoded per step
+    encoder_cache_tokens: int = 32768  # image and video tokens in the encoder cache
+    max_unit_temporal_patches: int = 4  # temporal patches per unit of a video
+    min_pixels: int | None = None  # of images; None: the checkpoint's
     max_pixels: int | None = None
-    allowed_media_domains: tuple[str, ...] = ()  # of URLs that are fetched; "*": all
-    allowed_media_paths: tuple[str | Path, ...] | None = None  # folders of files that callers may
-    # name; None: all files, as whoever runs the engine may read them
-    # What an item gets whose caller says nothing of it: fields of `MediaOptions` by name.
+    allowed_media_domains: tuple[str, ...] = ()  # domains that may be fetched from; "*": all
+    # Folders of files that requests may name; None: all files readable by this process.
+    allowed_media_paths: tuple[str | Path, ...] | None = None
+    # Defaults for images and videos: fields of `MediaOptions` by name.
     image_options: Mapping[str, float] = field(default_factory=dict, hash=False)
     video_options: Mapping[str, float] = field(default_factory=dict, hash=False)
-    max_media_bytes: int = MediaLimits.max_media_bytes  # this and the next: see `MediaLimits`
+    max_media_bytes: int = MediaLimits.max_media_bytes  # this and the following: see `MediaLimits`
     max_media_pixels: int = MediaLimits.max_media_pixels
     max_video_frames: int = MediaLimits.max_video_frames
     max_video_seconds: int = MediaLimits.max_video_seconds
@@ -80,10 +81,10 @@ class EngineConfig:
     fetch_timeout_s: int = MediaLimits.fetch_timeout_s
     media_timeout_s: int = MediaLimits.media_timeout_s
     decoder_memory_bytes: int = MediaLimits.decoder_memory_bytes
-    isolate_media: bool = False  # decode files in processes of their own: for callers from outside
-    served_model_name: str | tuple[str, ...] = ()  # names that requests may use; the first is in
-    # responses; (): the hub id or the folder's name
-    trace_file: Path | None = None  # record each step there, for `octavo trace draw`
+    isolate_media: bool = False  # decode files in separate processes, for untrusted clients
+    # Names that requests may use, the first of which is in responses; (): hub id or folder name.
+    served_model_name: str | tuple[str, ...] = ()
+    trace_file: Path | None = None  # record of each step, for `octavo trace draw`
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -92,7 +93,7 @@ class EngineConfig:
                 continue
             least = 0 if each.name == "max_restarts" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                text = f"must be a whole number from {least} on"
+                text = f"must be an integer >= {least}"
                 raise ConfigError(f"{each.name}={truncated_repr(value)}: {text}")
         for name, (choices, text) in CHOICES.items():
             value = getattr(self, name)
@@ -102,7 +103,7 @@ class EngineConfig:
         self._read_served_names()
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            text = "must be a number over 0 and at most 1"
+            text = "must be a number > 0 and <= 1"
             raise ConfigError(f"gpu_memory_utilization={truncated_repr(share)}: {text}")
 
     def _read_served_names(self) -> None:
@@ -124,16 +125,16 @@ class EngineConfig:
         if workers and self.tensor_parallel_size not in (1, len(workers)):
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(workers)} "
-                "workers; leave it out"
+                "workers; remove tensor_parallel_size"
             )
         if self.worker_tls is not None and not workers:
-            raise ConfigError(f"worker_tls={self.worker_tls}: there are no workers to talk it with")
+            raise ConfigError(f"worker_tls={self.worker_tls}: requires workers; set workers")
         if workers:
             object.__setattr__(self, "tensor_parallel_size", len(workers))
 
 
 def check_trace_file(path: Path | None) -> None:
-    """Raises `ConfigError` when it cannot be written, before anything is loaded."""
+    """Raise `ConfigError` if the trace file cannot be written."""
     try:
         if path is not None:
             Path(path).open("a").close()

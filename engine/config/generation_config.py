@@ -1,4 +1,4 @@
-"""Sampling defaults and end tokens of a checkpoint."""
+"""Sampling defaults and EOS tokens of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_END_TOKENS = 256
 
 
 def generation_defaults(path: Path) -> tuple[SamplingParams, frozenset[int]]:
-    """Return the defaults and end tokens of `generation_config.json`. Raises `ConfigError`."""
+    """Return the defaults and EOS tokens of `generation_config.json`. Raises `ConfigError`."""
     raw = JsonFields(read_json(path / FILE, missing_ok=True), str(path / FILE))
     greedy = raw.get("do_sample") is False
     try:

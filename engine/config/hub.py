@@ -1,4 +1,4 @@
-"""Finds a checkpoint folder: the embedded one, a folder, or a hub's, downloaded if need be."""
+"""Resolve a model name to a checkpoint folder, downloading it from a hub if necessary."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..errors import ConfigError
 from .engine_config import EMBEDDED_MODEL
 from .json_files import indexed_files
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no other format is read
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # files to download
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SOURCES = {  # name: its client's package, and what people call it
+SOURCES = {  # name: (client package, display name)
     "huggingface": ("huggingface_hub", "Hugging Face"),
     "modelscope": ("modelscope", "ModelScope"),
 }
 
 
 def resolve_model(name_or_path: str | Path | None, source: str = "huggingface") -> Path:
-    """The checkpoint folder behind what a user calls a model.
+    """Return the checkpoint folder of a model.
 
-    None is the embedded model; a folder is itself; `owner/name` is looked up in the local cache of
-    `source` ("huggingface" or "modelscope"), then downloaded with a progress bar. Raises
-    ConfigError where nothing is found, with what to do.
+    None is the embedded model. `owner/name` is looked up in the local cache of `source`
+    ("huggingface" or "modelscope"), then downloaded with a progress bar. Raises `ConfigError` if
+    the model is not found.
     """
     if source not in SOURCES:
         raise ConfigError(f"model source {source!r}: must be one of {', '.join(SOURCES)}")
@@ -42,16 +42,16 @@ def resolve_model(name_or_path: str | Path | None, source: str = "huggingface") 
 
 
 def _from_hub(name: str, source: str) -> Path:
-    """From the cache of the hub's own client, else downloaded by it; it shows a progress bar."""
+    """Return a folder of the hub client's cache, or download it with a progress bar."""
     package, hub = SOURCES[source]
     try:
         download = importlib.import_module(package).snapshot_download
     except ImportError:
         raise ConfigError(
-            f"{name}: no such folder; to look it up in a hub, {package} is needed: "
+            f"{name}: no such folder; to load it from {hub}, install {package}: "
             "pip install 'octavo[hub]'"
         ) from None
-    with contextlib.suppress(Exception):  # not cached; the clients' errors differ by release
+    with contextlib.suppress(Exception):  # not cached; the error type depends on the client
         cached = Path(download(name, local_files_only=True, allow_patterns=FILES))
         if is_complete(cached):
             return cached
@@ -60,17 +60,20 @@ def _from_hub(name: str, source: str) -> Path:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{name}: neither a folder, nor in the local cache, nor to be had from {hub}: {reason}"
+            f"{name}: not a folder, not in the local cache, and not available from {hub}: {reason}"
         ) from None
-    if not is_complete(found):  # offline, the client hands over what part it has
-        raise ConfigError(f"{name}: {found} holds a part of the checkpoint, and the hub is offline")
+    if not is_complete(found):  # Offline, the client returns an incomplete folder.
+        raise ConfigError(
+            f"{name}: {found} has only a part of the checkpoint, and the hub is offline; download "
+            "it again"
+        )
     return found
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a cached folder has its config and every weight file that its index names.
+    """Return whether a cached folder has its config and every weight file in its index.
 
-    An interrupted download leaves a folder that the cache calls found.
+    After an interrupted download, the cache returns an incomplete folder.
     """
     if not (folder / "config.json").is_file():
         return False
@@ -79,8 +82,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def model_name(name_or_path: str | Path | None, folder: Path) -> str:
-    """What callers know a model by, whose checkpoint is in `folder`: its id on the hub, or the
-    folder's name; no path of this machine."""
+    """Return the name of a model for responses: its hub id, or the name of its folder.
+
+    Local paths are not exposed to clients.
+    """
     if name_or_path is None:
         return "octavo-embedded"
     name = str(name_or_path)

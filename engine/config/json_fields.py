@@ -1,4 +1,4 @@
-"""Checked access to the fields of a checkpoint's JSON files."""
+"""Validated access to the fields of a checkpoint's JSON files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class JsonFields:
-    """One object of a JSON file. A field that is null counts as absent.
+    """An object of a JSON file. Null fields count as absent.
 
-    All readers raise `ConfigError` with the file, the field, its value and what is valid.
+    All readers raise `ConfigError` naming the file, the field, its value and the valid range.
     """
 
     raw: Mapping[str, Any]
@@ -25,7 +25,7 @@ class JsonFields:
         return self.raw.get(name)
 
     def nested(self, name: str) -> JsonFields:
-        """Return the fields of an object; none where it is absent."""
+        """Return the fields of a nested object; empty if it is absent."""
         value = self.raw.get(name)
         if value is not None and not isinstance(value, Mapping):
             raise self.error(name, "must be an object")
@@ -46,7 +46,7 @@ class JsonFields:
         return value
 
     def numbers(self, name: str, count: int, low: float, high: float) -> tuple[float, ...] | None:
-        """Return a list of `count` finite numbers, None where it is absent."""
+        """Return a list of `count` finite numbers; None if it is absent."""
         value = self.raw.get(name)
         if value is None:
             return None

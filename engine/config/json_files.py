@@ -1,5 +1,7 @@
-"""Reads a checkpoint's text and JSON files, which may come from a stranger: bounded in size, and
-never from a pipe or a device, which could block forever."""
+"""Read text and JSON files of a checkpoint, which is untrusted.
+
+Files are limited in size. Pipes and devices, which could block forever, are rejected.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from typing import Any
 
 from ..errors import ConfigError
 
-MAX_JSON_BYTES = 64 << 20  # the largest file read here is an index or a configuration
+MAX_JSON_BYTES = 64 << 20  # for weight indexes and configurations
 WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 def check_regular_file(path: Path) -> int:
-    """Return the size of a file in bytes, links followed.
+    """Return the size of a file in bytes. Symbolic links are followed.
 
     Raises `FileNotFoundError`, and `ConfigError` for a folder, pipe, socket or device.
     """
@@ -24,7 +26,7 @@ def check_regular_file(path: Path) -> int:
         found = path.stat()
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+    except (OSError, ValueError) as error:  # ValueError: null byte in the name
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{path}: is not a regular file; replace it with the checkpoint's file")
@@ -32,7 +34,7 @@ def check_regular_file(path: Path) -> int:
 
 
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """Read a text file in UTF-8. Raises `FileNotFoundError` and `ConfigError`."""
+    """Read a UTF-8 text file. Raises `FileNotFoundError` or `ConfigError`."""
     check_regular_file(path)
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -48,7 +50,7 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a JSON object. Raises `ConfigError`; a missing file is {} with `missing_ok`."""
+    """Read a JSON object; {} for a missing file with `missing_ok`. Raises `ConfigError`."""
     try:
         found = json.loads(read_text(path))
     except FileNotFoundError:
@@ -63,17 +65,17 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must be a JSON object, not {type(found).__name__}")
     return found
 
 
 def indexed_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files that a checkpoint's index names; () without an index.
+    """Return the weight files in a checkpoint's index; () without an index.
 
-    Raises `ConfigError` for a name that is not a safetensors file inside the folder. A link inside
-    the folder may lead out of it: hub caches are made of such links.
+    Raises `ConfigError` for a name that is not a safetensors file inside the folder. Symbolic links
+    may point outside, as in the caches of hub clients.
     """
     path = folder / WEIGHT_INDEX
     raw = read_json(path, missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a request's images and videos may be, by whatever way they come in."""
+"""Limits on the images and videos of a request, for every API."""
 
 from __future__ import annotations
 
@@ -9,39 +9,41 @@ from ..errors import InputError
 
 
 def setting(name: str) -> str:
-    """A setting as whoever runs the engine says it."""
+    """Return the name of a setting as an option of `octavo serve` and an argument of `LLM`."""
     return f"--{name.replace('_', '-')} of octavo serve, {name}= of LLM"
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """One object for all sources. Each field is a setting of `EngineConfig` and a flag of
-    `octavo serve`, which a refusal names."""
+    """Media limits, independent of the source.
 
-    max_media_bytes: int = 1 << 30  # of one file, and of all that a request brings or has fetched
-    max_media_pixels: int = 120_000_000  # of one image or one frame of a video, decoded
-    max_video_frames: int = 2048  # taken of one video file, or given as a list
-    max_video_seconds: int = 3 * 3600  # that a video file lasts
+    Each field is a setting of `EngineConfig` and an option of `octavo serve`; errors name both.
+    """
+
+    max_media_bytes: int = 1 << 30  # of one file, and of all files of a request
+    max_media_pixels: int = 120_000_000  # of one decoded image or video frame
+    max_video_frames: int = 2048  # sampled from one video file, or passed as a list
+    max_video_seconds: int = 3 * 3600  # duration of a video file
     max_media_items: int = 256  # images and videos of one request
-    fetch_timeout_s: int = 60  # to fetch one URL: names, redirects, connection and all its bytes
-    media_timeout_s: int = 600  # to make all items of one request ready
-    decoder_memory_bytes: int = 4 << 30  # address space of a process that decodes remote files
+    fetch_timeout_s: int = 60  # for one URL, including DNS, redirects and the download
+    media_timeout_s: int = 600  # for preprocessing all media of one request
+    decoder_memory_bytes: int = 4 << 30  # address space of a decoder process
 
     def refuse(self, name: str, field: str, found: str) -> NoReturn:
-        """Raises the `InputError` of limit `name`, which `found` is over."""
-        text = f"{found}; at most {getattr(self, name)} are taken"
+        """Raise `InputError` because `found` exceeds the limit `name`."""
+        text = f"{found}; the maximum is {getattr(self, name)}"
         raise InputError(field, f"{text} ({setting(name)})")
 
     def check_bytes(self, count: int, field: str) -> None:
         if count == 0:
-            raise InputError(field, "has no bytes")
+            raise InputError(field, "is empty (0 bytes)")
         if count > self.max_media_bytes:
             self.refuse("max_media_bytes", field, f"{count} bytes")
 
     def check_size(self, width: int, height: int, field: str) -> None:
-        """Pixels that an image or a frame decodes to."""
+        """Raise `InputError` if a decoded image or frame of this size exceeds the limit."""
         if width < 1 or height < 1:
-            raise InputError(field, f"{width}×{height} pixels: has no size")
+            raise InputError(field, f"{width}×{height} pixels: must be at least 1×1")
         if width * height > self.max_media_pixels:
             self.refuse("max_media_pixels", field, f"{width}×{height} pixels")
 

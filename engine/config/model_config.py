@@ -1,4 +1,4 @@
-"""The shape of a checkpoint's model.
+"""Architecture of a checkpoint's model.
 
 Source: `config.json` of a Hugging Face Qwen2-VL folder.
 """
@@ -15,7 +15,7 @@ from .json_files import read_json
 from .quantization import WeightFormat, read_weight_format
 
 FILE = "config.json"
-# Far above all models there are; numbers beyond would build layers or allocate memory without end.
+# Far above all existing models; larger numbers would take unlimited time and memory.
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
@@ -37,7 +37,7 @@ class VisionConfig:
     patch_size: int
     spatial_merge_size: int
     temporal_patch_size: int
-    hidden_size: int  # of the decoder, which the merger writes
+    hidden_size: int  # of the decoder; output size of the merger
 
     @property
     def head_dim(self) -> int:
@@ -54,7 +54,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Qwen2-VL checkpoint. `dtype` is the checkpoint's, as a torch name."""
+    """Shape of a Qwen2-VL checkpoint. `dtype` is the torch name of the checkpoint's dtype."""
 
     hidden_size: int
     intermediate_size: int
@@ -75,15 +75,15 @@ class ModelConfig:
     image_token_id: int
     video_token_id: int
     vision: VisionConfig
-    weight_format: WeightFormat | None = None  # of a quantised checkpoint's decoder
+    weight_format: WeightFormat | None = None  # of a quantized decoder; None: dense
 
     def stored(self, layer: int, name: str) -> WeightFormat | None:
-        """How the linear layer `name` of a decoder layer is stored; None: dense."""
+        """Return the format of linear layer `name` of a decoder layer; None: dense."""
         return self.weight_format and self.weight_format.of(layer, name)
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
-        """Tokens that are never sampled and never come from plain text."""
+        """Token ids that are never sampled and never encoded from plain text."""
         return (
             self.vision_start_token_id,
             self.vision_end_token_id,
@@ -94,14 +94,14 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:
-        """Raises `ConfigError`."""
+        """Read a checkpoint's `config.json`. Raises `ConfigError`."""
         return cls.from_dict(read_json(path / FILE))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read text fields at the top, as older writers have them, or under `text_config`.
+        """Read a config with the text fields at the top level (older) or under `text_config`.
 
-        Raises `ConfigError` naming the field, its value and what is valid.
+        Raises `ConfigError` naming the field, its value and the valid values.
         """
         if raw.get("model_type") != "qwen2_vl":
             raise JsonFields(raw, FILE).error("model_type", "must be 'qwen2_vl'")
@@ -121,7 +121,8 @@ class ModelConfig:
         rope_theta, section = _rope(text, head_dim)
         top = JsonFields({**text.raw, **{n: v for n, v in raw.items() if v is not None}}, FILE)
         if text.get("use_sliding_window"):
-            raise text.error("use_sliding_window", "must be false: only full attention is served")
+            valid = "must be false: only full attention is supported"
+            raise text.error("use_sliding_window", valid)
         stored = text.get("quantization_config") or text.get("compression_config")
 
         def token(fields: JsonFields, name: str, default: int) -> int:
@@ -156,27 +157,29 @@ class ModelConfig:
         )
 
     def _check(self) -> None:
-        """Raises `ConfigError` where fields do not fit together."""
+        """Raise `ConfigError` if fields contradict each other."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
-            raise ConfigError(f"num_key_value_heads={kv_heads}: must divide {heads} heads")
+            raise ConfigError(
+                f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads}"
+            )
         inputs = (self.hidden_size, heads * self.head_dim, self.intermediate_size)
         if self.weight_format and self.weight_format.group_size:
             group, outputs = self.weight_format.group_size, (self.head_dim, self.intermediate_size)
             if any(size % group for size in inputs) or any(size % 8 for size in outputs):
                 raise ConfigError(
-                    f"group_size={group}: must divide the inputs of every layer, {inputs}; and 8 "
-                    f"its outputs, head_dim and intermediate_size {outputs}"
+                    f"group_size={group}: must divide the input sizes of every layer, {inputs}; "
+                    f"head_dim and intermediate_size, {outputs}, must be multiples of 8"
                 )
 
 
 def _rope(text: JsonFields, head_dim: int) -> tuple[float, tuple[int, int, int]]:
-    """Return the base of the rotary frequencies and how they are split over t, h and w."""
+    """Return the base of the rotary frequencies, and their numbers for t, h and w."""
     found = (text.get("rope_parameters") and "rope_parameters") or "rope_scaling"
     rope = text.nested(found)
     name = "rope_type" if rope.get("rope_type") else "type"
     if (rope.get(name) or "default") not in ("default", "mrope"):
-        raise rope.error(name, "must be 'default' or 'mrope': only plain M-RoPE is served")
+        raise rope.error(name, "must be 'default' or 'mrope': RoPE scaling is not supported")
     section = rope.numbers("mrope_section", 3, 0, MAX_HEAD_DIM)
     if not section or sum(section) * 2 != head_dim or not all(type(n) is int for n in section):
         valid = f"must be three integers whose sum is half of head_dim={head_dim}"
@@ -199,6 +202,6 @@ def _vision_config(raw: JsonFields, hidden_size: int) -> VisionConfig:
         temporal_patch_size=raw.integer("temporal_patch_size", 1, MAX_PATCH, 2),
         hidden_size=raw.integer("hidden_size", 1, MAX_WIDTH, hidden_size),
     )
-    if found.embed_dim % (4 * found.num_heads):  # a head turns by rows and columns, in pairs
+    if found.embed_dim % (4 * found.num_heads):  # 2D RoPE rotates pairs, for rows and columns
         raise raw.error("embed_dim", f"must be a multiple of 4 * num_heads={found.num_heads}")
     return found

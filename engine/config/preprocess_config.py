@@ -1,4 +1,4 @@
-"""How a checkpoint's pictures become patches.
+"""Settings for converting images and videos to patches.
 
 Sources: `preprocessor_config.json` and `video_preprocessor_config.json` of a Hugging Face Qwen2-VL
 folder; constants of qwen-vl-utils.
@@ -15,12 +15,12 @@ from .json_files import read_json
 
 MAX_PIXELS = 1 << 40
 MAX_FRAMES = 1 << 20
-TOKEN_PIXELS = 28 * 28  # pixels behind one image token of the real models
+TOKEN_PIXELS = 28 * 28  # pixels per image token of Qwen2-VL
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How pictures become patches. Pixels are height × width of one image or one video frame."""
+    """Image and video preprocessing. Pixels are height × width of one image or video frame."""
 
     min_pixels: int = 4 * TOKEN_PIXELS
     max_pixels: int = 16384 * TOKEN_PIXELS
@@ -34,17 +34,17 @@ class PreprocessConfig:
 
     @classmethod
     def from_dir(cls, path: Path) -> PreprocessConfig:
-        """The checkpoint's settings; what its files leave out is qwen-vl-utils' default.
+        """Read the checkpoint's settings, with the defaults of qwen-vl-utils.
 
-        Limits of videos come from a `video_preprocessor_config.json` that names them, as the
-        embedded model's does. What transformers writes under `size` there are the image's limits,
+        Video limits are only read from min_pixels and max_pixels of
+        `video_preprocessor_config.json`. Under `size`, transformers writes the image limits there,
         which qwen-vl-utils does not use for videos.
         """
         newer = _fields(path, "processor_config.json").nested("image_processor")
         older = _fields(path, "preprocessor_config.json")
         image = JsonFields({**newer.raw, **older.raw}, older.file)
         video = _fields(path, "video_preprocessor_config.json")
-        size = image.nested("size")  # newer writers keep the limits there
+        size = image.nested("size")  # location of the limits in newer checkpoints
         found = cls(
             min_pixels=_pixels(image, "min_pixels", _pixels(size, "shortest_edge", cls.min_pixels)),
             max_pixels=_pixels(image, "max_pixels", _pixels(size, "longest_edge", cls.max_pixels)),
@@ -65,11 +65,11 @@ class PreprocessConfig:
         return found
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> PreprocessConfig:
-        """With the caller's limits of an image in place of the checkpoint's."""
+        """Return a copy with the image limits overridden. Raises `ConfigError`."""
         low = min_pixels or min(self.min_pixels, max_pixels or 2**62)
         high = max_pixels or max(self.max_pixels, min_pixels or 0)
         if low > high:
-            raise ConfigError(f"min_pixels={low}: over max_pixels={high}")
+            raise ConfigError(f"min_pixels={low}: must be at most max_pixels={high}")
         return replace(self, min_pixels=low, max_pixels=high)
 
 

@@ -1,8 +1,8 @@
-"""How a checkpoint's decoder weights are quantised, from `quantization_config` in its config.json.
+"""Quantization of a checkpoint's decoder weights, from `quantization_config` in its config.json.
 
-Served: AWQ and GPTQ in four bits, FP8 (e4m3) with a scale for each tensor or output channel. Only
-the decoder's linear layers are so, or those of them that the config does not leave dense; vision
-tower, embedding and head are dense, as in Qwen's own.
+Supported are 4-bit AWQ and GPTQ, and FP8 (e4m3) with a scale per tensor or output channel. Only
+linear layers of the decoder are quantized, except those that the config leaves dense. Vision tower,
+embedding and head are dense, as in Qwen's own checkpoints.
 Sources: the configs of AutoAWQ, AutoGPTQ, AutoFP8 and compressed-tensors.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 from ..errors import ConfigError
 
 METHODS = ("awq", "gptq", "fp8", "compressed-tensors")
-DENSE_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")  # modules left as they were
-PARENTS = ("model", "model.language_model")  # of the layers, in older and newer checkpoints
-MERGED = (  # layers of the decoder; those that are one product here
+DENSE_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")  # fields with dense modules
+PARENTS = ("model", "model.language_model")  # of `layers`, in older and newer checkpoints
+MERGED = (  # linear layers of a decoder layer, grouped as they are merged into one product
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -27,17 +27,17 @@ MERGED = (  # layers of the decoder; those that are one product here
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Of the linear layers of a checkpoint's decoder."""
+    """Format of the linear layers of a quantized decoder."""
 
     method: str  # one of METHODS
-    group_size: int = 0  # inputs that share a scale, in four bits; 0: eight bits
-    reordered: bool = False  # GPTQ's desc_act: g_idx says which group an input is of
-    per_channel: bool = False  # FP8: a scale for each output, or one for the whole tensor
+    group_size: int = 0  # 4 bits: inputs that share a scale; 0: 8 bits
+    reordered: bool = False  # GPTQ's desc_act: g_idx has the group of each input
+    per_channel: bool = False  # FP8: one scale per output instead of one per tensor
     static_scale: bool = False  # FP8: the activations' scale is in the checkpoint
-    dense: frozenset[str] = frozenset()  # what was left as it was, as "0.mlp.down_proj"
+    dense: frozenset[str] = frozenset()  # dense layers, such as "0.mlp.down_proj"
 
     def of(self, layer: int, name: str) -> WeightFormat | None:
-        """The format of a linear layer, by its name in decoder layer `layer`; None if dense."""
+        """Return the format of linear layer `name` in decoder layer `layer`; None: dense."""
         return None if f"{layer}.{name}" in self.dense else self
 
     @property
@@ -46,15 +46,17 @@ class WeightFormat:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Description for the log."""
         groups = f"int4, groups of {self.group_size}" if self.group_size else "e4m3"
         some = f", {len(self.dense)} layers dense" if self.dense else ""
         return f"{self.method} ({groups}{some})"
 
 
 def read_weight_format(raw: dict[str, Any] | None, num_layers: int) -> WeightFormat | None:
-    """The format that `quantization_config` states; None without one. Raises ConfigError naming the
-    field that is not served, its value, and what is."""
+    """Return the format in `quantization_config`; None without one.
+
+    Raises `ConfigError` naming the unsupported field, its value and the supported values.
+    """
     if not raw:
         return None
     read = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed_tensors}
@@ -63,13 +65,13 @@ def read_weight_format(raw: dict[str, Any] | None, num_layers: int) -> WeightFor
 
 
 def _served(raw: dict[str, Any], name: str, served: tuple[Any, ...], where: str = "") -> Any:
-    """The field's value, None where absent. Raises ConfigError unless it is one of `served`."""
+    """Return the field's value, None if absent. Raises `ConfigError` unless it is in `served`."""
     value = raw.get(name)
     if value in served:
         return value
     names = " or ".join(dict.fromkeys(repr(each) for each in served if each is not None))
-    way = f"{names} is served" if names else "it must be left out"
-    raise ConfigError(f"quantization_config: {where}{name}={value!r}: {way}")
+    valid = f"must be {names}" if names else "is not supported; must be absent"
+    raise ConfigError(f"quantization_config: {where}{name}={value!r}: {valid}")
 
 
 def _group_size(raw: dict[str, Any]) -> int:
@@ -77,7 +79,7 @@ def _group_size(raw: dict[str, Any]) -> int:
     if isinstance(size, int) and size > 0:
         return size
     raise ConfigError(
-        f"quantization_config: group_size={size!r}: a number of inputs is served, such as 128"
+        f"quantization_config: group_size={size!r}: must be a positive integer, such as 128"
     )
 
 
@@ -89,9 +91,9 @@ def _awq(raw: dict[str, Any]) -> WeightFormat:
 
 
 def _gptq(raw: dict[str, Any]) -> WeightFormat:
-    """`sym` may be either: the zeros are read all the same."""
+    """Read a GPTQ config. `sym` is ignored, since the zeros are always read."""
     _served(raw, "bits", (4,))
-    _served(raw, "checkpoint_format", ("gptq", None))  # of gptq_v2 zeros are stored as they are
+    _served(raw, "checkpoint_format", ("gptq", None))  # gptq_v2 stores zeros without offset
     _served(raw, "lm_head", (False, None))
     _served(raw, "is_marlin_format", (False, None))
     _served(raw, "dynamic", ({}, None))
@@ -113,7 +115,9 @@ def _compressed_tensors(raw: dict[str, Any]) -> WeightFormat:
     _served(raw.get("sparsity_config") or {}, "format", ("dense", None), "sparsity_config.")
     groups = raw.get("config_groups") or {}
     if len(groups) != 1:
-        raise ConfigError(f"quantization_config: config_groups={list(groups)}: one is served")
+        raise ConfigError(
+            f"quantization_config: config_groups={list(groups)}: must have exactly one group"
+        )
     ((name, group),) = groups.items()
     where = f"config_groups.{name}."
     _served(group, "targets", (["Linear"],), where)
@@ -136,7 +140,7 @@ def _e4m3(group: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     part = group.get(name)
     if not isinstance(part, dict):
         raise ConfigError(
-            f"quantization_config: {where}{name}={part!r}: FP8 of eight bits is served"
+            f"quantization_config: {where}{name}={part!r}: must be an object for 8-bit FP8"
         )
     place = f"{where}{name}."
     _served(part, "num_bits", (8,), place)
@@ -146,7 +150,7 @@ def _e4m3(group: dict[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _names(raw: dict[str, Any], field: str) -> list[str]:
-    """Raises ConfigError for what is no list of names."""
+    """Return a list of names. Raises `ConfigError` for any other value."""
     names = raw.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"quantization_config: {field}={names!r}: must be a list of names")
@@ -154,8 +158,10 @@ def _names(raw: dict[str, Any], field: str) -> list[str]:
 
 
 def _dense_layers(raw: dict[str, Any], num_layers: int) -> frozenset[str]:
-    """The decoder's linear layers that the config leaves dense. Raises ConfigError where that
-    parts layers that are merged here."""
+    """Return the decoder's linear layers that the config leaves dense.
+
+    Raises `ConfigError` if only some of the layers that are merged into one product are dense.
+    """
     entries = [(field, name) for field in DENSE_LISTS for name in _names(raw, field)]
     dense: set[str] = set()
     for layer in range(num_layers) if entries else ():
@@ -164,8 +170,8 @@ def _dense_layers(raw: dict[str, Any], num_layers: int) -> frozenset[str]:
             if len(left) not in (0, len(names)):
                 part, rest = sorted(left)[0], sorted({*names} - left)[0]
                 raise ConfigError(
-                    f"quantization_config: in layer {layer} {part} is left dense and {rest} is "
-                    f"not: {', '.join(names)} are one product, so all must be dense or none"
+                    f"quantization_config: in layer {layer} {part} is dense and {rest} is not; "
+                    f"{', '.join(names)} are one product, so all or none of them must be dense"
                 )
             dense |= {f"{layer}.{name}" for name in left}
     return frozenset(dense)
@@ -177,13 +183,16 @@ def _is_dense(entries: list[tuple[str, str]], name: str) -> bool:
 
 
 def _covers(field: str, entry: str, name: str) -> bool:
-    """Whether a module's name matches: after "re:" its beginning; by AWQ's list any part of it; by
-    the others one of its modules, or a path of them."""
+    """Return whether an entry of a list of dense modules matches a module's name.
+
+    An entry "re:..." is a regular expression for the start of the name. In AWQ's list, an entry
+    matches any substring; in the others, one or more components of the path.
+    """
     if not entry.startswith("re:"):
         return entry in name if field == DENSE_LISTS[0] else f".{entry}." in f".{name}."
     try:
         return re.match(entry.removeprefix("re:"), name) is not None
     except re.error as error:
         raise ConfigError(
-            f"quantization_config: {field} has {entry!r}: no regular expression ({error})"
+            f"quantization_config: {field} has {entry!r}: not a valid regular expression ({error})"
         ) from None

@@ -1,4 +1,4 @@
-"""The requests that are here, and what becomes of them as steps' updates come in."""
+"""Registry of active requests; turns scheduler updates into output deltas."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from .detokenizer import TextStream
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """A request and its answers: to the scheduler each answer is a request of its own."""
+    """Engine-side state of an active request: pending pixels and incremental detokenization.
+
+    The scheduler treats each of the n answers as a request of its own.
+    """
 
     request_id: str
-    requests: tuple[Request, ...]  # one an answer; all after the first share its prompt
-    media: tuple[MediaInfo, ...]  # echoed with the first delta, then empty
+    requests: tuple[Request, ...]  # one per answer; all share the first one's prompt
+    media: tuple[MediaInfo, ...]  # sent with the first delta, then empty
     tokenizer: Tokenizer
-    media_times: InputTimes | None  # likewise; then None
-    stream: UnitStream | None = None  # of the units that are still being made
+    media_times: InputTimes | None  # sent with the first delta, then None
+    stream: UnitStream | None = None  # media units that are still being decoded
     pixels: dict[UnitKey, UnitContent] = field(default_factory=dict)
     streams: tuple[TextStream, ...] = ()
-    has_told_of_prompt: bool = False  # its log probabilities, where they are asked for
-    unfinished: set[int] = field(default_factory=set)  # indexes of answers
+    has_sent_prompt_logprobs: bool = False
+    unfinished: set[int] = field(default_factory=set)  # indices of answers
 
     def __post_init__(self) -> None:
         params = self.requests[0].params
@@ -47,7 +50,7 @@ class ActiveRequest:
 
     @property
     def unfinished_names(self) -> list[str]:
-        """What the scheduler calls the answers that are not done."""
+        """The scheduler's request ids of unfinished answers."""
         return [self.requests[index].request_id for index in sorted(self.unfinished)]
 
     @property
@@ -56,11 +59,11 @@ class ActiveRequest:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Of the prompt, found in the prefix cache."""
+        """Number of prompt tokens found in the prefix cache."""
         return self.requests[0].num_cached_tokens
 
     def supply(self, units: Sequence[UnitContent]) -> None:
-        """The next units of the prompt."""
+        """Add the next decoded media units of the prompt."""
         hashes = [unit.media_hash for unit in units]
         for request in self.requests:
             request.supply(hashes)
@@ -69,24 +72,26 @@ class ActiveRequest:
         self.pixels |= dict(zip(keys, units, strict=True)) if units else {}
 
     def take_units(self) -> str:
-        """Takes what its stream has made since; what is wrong with the media, if anything is."""
+        """Take newly decoded units from the stream. Return its error, or "" if there is none."""
         stream = self.stream
         if stream is None:
             return ""
-        is_done = stream.is_done  # before they are taken: then nothing comes after
+        is_done = stream.is_done  # Read before `take`, so that no unit is missed.
         self.supply(stream.take())
         if is_done:
             self.stream = None
         return f"INVALID_ARGUMENT: {stream.error}" if is_done and stream.error else ""
 
     def close(self) -> None:
-        """It is over: what is not made yet nobody needs."""
+        """Cancel media that is still being decoded."""
         if self.stream is not None:
             self.stream.cancel()
 
     def delta(self, index: int, update: RequestUpdate) -> OutputDelta:
-        """What an update adds to answer `index`, as text. A stop string found in it ends the
-        answer, which its finish_reason then says."""
+        """Detokenize an update of answer `index`.
+
+        A stop string in the text finishes the answer with finish_reason "stop".
+        """
         stream, status = self.streams[index], update.status
         text = stream.push(update.new_token_ids)
         if status.is_finished:
@@ -96,7 +101,7 @@ class ActiveRequest:
         return self._make(index, status, text, update.new_token_ids, update.error, update.logprobs)
 
     def failure(self, index: int, error: str) -> OutputDelta:
-        """The last delta, by a fault of ours that made no text."""
+        """Return the final delta for an internal error in detokenization."""
         return self._make(index, RequestStatus.FINISHED_ERROR, "", (), error)
 
     def _make(
@@ -127,10 +132,13 @@ class ActiveRequest:
         )
 
     def _prompt_logprobs(self) -> Sequence[TokenLogprobs | None]:
-        """Where they are asked for, once: the first answer's request has computed the prompt."""
-        if self.requests[0].params.prompt_logprobs is None or self.has_told_of_prompt:
+        """Return the prompt's log probabilities once if requested, else nothing.
+
+        The first answer's request has computed the prompt.
+        """
+        if self.requests[0].params.prompt_logprobs is None or self.has_sent_prompt_logprobs:
             return ()
-        self.has_told_of_prompt = True
+        self.has_sent_prompt_logprobs = True
         return self.requests[0].prompt_logprobs
 
     def _usage(self) -> Usage:
@@ -142,7 +150,7 @@ log = logging.getLogger("octavo.engine")
 
 
 class ActiveRequests:
-    """By their ids, and their answers by the scheduler's names."""
+    """Active requests by request_id, and their answers by the scheduler's request id."""
 
     def __init__(
         self,
@@ -160,25 +168,25 @@ class ActiveRequests:
         return len(self._live)
 
     def __contains__(self, name: str) -> bool:
-        """Whether a request or an answer has the name."""
+        """Return whether a request or an answer has this id."""
         return name in self._answers or name in self._live
 
     @property
     def await_media(self) -> bool:
-        """Whether units of a request are still being made."""
+        """Whether media of any request is still being decoded."""
         return any(live.stream for live in self._live.values())
 
     def pixels_of(self, name: str) -> Mapping[UnitKey, UnitContent]:
-        """Those of an answer's request that were not encoded yet."""
+        """Return the pixels of an answer's request that are not encoded yet."""
         return self._answers[name][0].pixels
 
     def add(self, live: ActiveRequest, names: Sequence[str]) -> None:
-        """`names`: of its answers, which the scheduler has by now."""
+        """Register a request. `names`: the scheduler's ids of its answers."""
         self._live[live.request_id] = live
         self._answers |= {name: (live, index) for index, name in enumerate(names)}
 
     def abort(self, request_id: str) -> list[OutputDelta]:
-        """The last delta of each answer that was not done; none where the request is not here."""
+        """Abort a request. Return the final delta of each unfinished answer; [] if unknown."""
         live = self._live.get(request_id)
         if live is None:
             return []
@@ -189,14 +197,14 @@ class ActiveRequests:
         )
 
     def give_up(self, error: str) -> list[OutputDelta]:
-        """Ends all of them."""
+        """Finish all requests with an error."""
         return self.deltas(
             RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
             for name in tuple(self._answers)
         )
 
     def take_media(self) -> list[RequestUpdate]:
-        """Hands on the units that were made since; the ends of requests whose media are broken."""
+        """Pass newly decoded units to the scheduler. Return failures of requests with bad media."""
         failed = []
         for live in self._live.values():
             if live.stream is not None and (error := live.take_units()):
@@ -207,8 +215,11 @@ class ActiveRequests:
         return failed
 
     def deltas(self, updates: Iterable[RequestUpdate]) -> list[OutputDelta]:
-        """What updates come to as text. Those of a request that has ended before are dropped. An
-        error of one answer ends the others, after what this step gave them."""
+        """Convert scheduler updates to output deltas.
+
+        Updates of finished requests are dropped. An error in one answer fails the request's other
+        answers, after their own deltas of this step.
+        """
         deltas: list[OutputDelta] = []
         failed: list[tuple[ActiveRequest, str]] = []
         for update in updates:
@@ -224,12 +235,12 @@ class ActiveRequests:
         return self._stats.take(deltas)
 
     def _delta(self, live: ActiveRequest, index: int, update: RequestUpdate) -> OutputDelta:
-        """One update's text. Its answer may end with it."""
+        """Convert one update, and remove the answer if it finished."""
         try:
             delta = live.delta(index, update)
-        except Exception:  # a fault of ours: this request's alone all the same
-            log.exception("request %r: its tokens made no text", live.request_id)
-            delta = live.failure(index, "INTERNAL: the answer's tokens made no text")
+        except Exception:  # internal error: fail only this request
+            log.exception("request %r: detokenization failed", live.request_id)
+            delta = live.failure(index, "INTERNAL: detokenization failed; see the server's log")
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:
@@ -238,7 +249,7 @@ class ActiveRequests:
         return delta
 
     def _end(self, name: str, update: RequestUpdate, reason: str) -> None:
-        """An answer is over, perhaps before the scheduler thinks so. Its name may be used again."""
+        """Remove a finished answer, also from the scheduler. Its id may be reused."""
         del self._answers[name]
         self._matchers.remove(name)
         if not update.status.is_finished or update.error:

@@ -1,4 +1,4 @@
-"""Turns a step plan into the arrays that workers take, and their answer into its result."""
+"""Convert a step plan to the workers' input arrays, and their output to a step result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .penalty_slots import SamplingSlots
 INT32 = np.dtype("<i4")
 NONE = np.empty(0, INT32)
 
-Bounds = tuple[Request, int, int]  # whose row it is, its first token and how many it computes
+Bounds = tuple[Request, int, int]  # (request, first token, number of tokens) of a batch row
 
 
 def build_batch(
@@ -32,8 +32,10 @@ def build_batch(
     num_ranks: int,
     matchers: Matchers | None = None,
 ) -> InputBatch:
-    """The arrays of a step. `pixels` has each request's units, as far as they are made; `matchers`
-    the requests whose answers have a form."""
+    """Build the input arrays of a step.
+
+    `pixels`: decoded media units by request. `matchers`: state of structured output requests.
+    """
     rows = [requests[request_id] for request_id in plan.request_ids]
     starts = np.asarray(plan.num_computed_tokens, INT32)
     counts = np.asarray(plan.num_scheduled_tokens, INT32)
@@ -55,7 +57,7 @@ def build_batch(
 
 
 def _token_ids(bounds: Sequence[Bounds], awaits: Int32) -> Int32:
-    """The step's tokens; 0 for one that is not known yet."""
+    """Return the step's token ids; 0 for tokens that the step in flight will sample."""
     parts = [row.token_ids[start : start + count].tobytes() for row, start, count in bounds]
     for row in np.flatnonzero(awaits >= 0):
         parts[row] = bytes(INT32.itemsize)
@@ -63,7 +65,7 @@ def _token_ids(bounds: Sequence[Bounds], awaits: Int32) -> Int32:
 
 
 def _positions(bounds: Sequence[Bounds], counts: Int32) -> Int32:
-    """M-RoPE positions [3, n] of the step's tokens: a prompt's own; past it, all three alike."""
+    """Return M-RoPE positions [3, n] of the step's tokens; output tokens have equal axes."""
     shifts = np.array([start + row.mrope_position_delta for row, start, _ in bounds], INT32)
     firsts = np.cumsum(counts) - counts
     found = np.arange(counts.sum(), dtype=INT32) + np.repeat(shifts - firsts, counts)
@@ -77,7 +79,7 @@ def _positions(bounds: Sequence[Bounds], counts: Int32) -> Int32:
 
 
 def _block_tables(tables: Sequence[array[int]]) -> Int32:
-    """Stacks the tables, padded with block 0, which is never read past a row's length."""
+    """Stack the block tables, padded with 0; the kernels never read past a row's length."""
     padded = np.zeros((len(tables), max((len(table) for table in tables), default=0)), INT32)
     for row, table in enumerate(tables):
         padded[row, : len(table)] = np.frombuffer(table, INT32) if table else 0
@@ -87,9 +89,9 @@ def _block_tables(tables: Sequence[array[int]]) -> Int32:
 def _sampling(
     plan: StepPlan, bounds: Sequence[Bounds], slots: SamplingSlots, matchers: Matchers | None
 ) -> SamplingBatch:
-    drawn = [bound for bound, samples in zip(bounds, plan.samples, strict=True) if samples]
-    penalized = [_slot(slots, *bound) for bound in drawn]
-    params = [request.params for request, _, _ in drawn]
+    sampled = [bound for bound, samples in zip(bounds, plan.samples, strict=True) if samples]
+    penalized = [_slot(slots, *bound) for bound in sampled]
+    params = [request.params for request, _, _ in sampled]
 
     def column(name: str, dtype: str) -> np.ndarray:
         return np.array(list(map(attrgetter(name), params)), dtype)
@@ -102,28 +104,28 @@ def _sampling(
         min_p=column("min_p", "<f4"),
         repetition_penalty=column("repetition_penalty", "<f4"),
         seed=column("seed", "<u8"),
-        output_index=np.array([start + n - r.num_prompt_tokens for r, start, n in drawn], INT32),
+        output_index=np.array([start + n - r.num_prompt_tokens for r, start, n in sampled], INT32),
         slots=np.array([slot for slot, _ in penalized], INT32),
         seen_token_ids=tuple([seen for _, seen in penalized]),
-        **_asked_for(bounds, drawn, column, matchers),
+        **_optional_fields(bounds, sampled, column, matchers),
     )
 
 
-def _asked_for(
+def _optional_fields(
     bounds: Sequence[Bounds],
-    drawn: Sequence[Bounds],
+    sampled: Sequence[Bounds],
     column: Callable[[str, str], np.ndarray],
     matchers: Matchers | None,
 ) -> dict[str, Any]:
-    """What few rows ask for, and nobody pays for where none does."""
+    """Return optional sampling tensors, built only if some row needs them."""
     more: dict[str, Any] = {}
     if all(request.is_plain for request, _, _ in bounds):
         return more
-    requests = [request for request, _, _ in drawn]
+    requests = [request for request, _, _ in sampled]
     if any(request.has_counts for request in requests):
         more["presence_penalty"] = column("presence_penalty", "<f4")
         more["frequency_penalty"] = column("frequency_penalty", "<f4")
-    more["edits"] = logit_edits([(request, start + n) for request, start, n in drawn])
+    more["edits"] = logit_edits([(request, start + n) for request, start, n in sampled])
     if matchers is not None:
         more["masks"] = matchers.masks(requests)
     more["logprob_places"] = logprob_places(requests)
@@ -132,14 +134,13 @@ def _asked_for(
 
 
 def _slot(slots: SamplingSlots, request: Request, start: int, count: int) -> tuple[int, Int32]:
-    """Where a row's penalty finds the tokens that it looks at, and those tokens where they are to
-    travel."""
+    """Return a row's penalty slot (-1: none), and its token history if the slot needs a refill."""
     if not request.has_penalty:
         return -1, NONE
     slot, kept = slots.place(request, start, count)
     if kept:
         return slot, NONE
-    seen = np.full(start + count, -1, INT32)  # the last may not be known
+    seen = np.full(start + count, -1, INT32)  # The last token may still be in flight.
     seen[:-1] = request.token_ids[: start + count - 1]
     return slot, seen
 
@@ -149,8 +150,10 @@ def _encode_tasks(
     pixels: Mapping[str, Mapping[UnitKey, UnitContent]],
     num_ranks: int,
 ) -> tuple[EncodeTask, ...]:
-    """Deals the units out by patch count: the largest first, each to the rank with least to do.
-    One that comes as an embedding is no work."""
+    """Distribute units over ranks by patch count, largest first, each to the least loaded rank.
+
+    Units passed as embeddings count as no work.
+    """
     sources = [pixels[plan.request_id][plan.unit.key] for plan in encode]
     patches = [
         plan.unit.num_patches if source.embeds is None else 0
@@ -168,7 +171,7 @@ def _encode_tasks(
 
 
 def _embedding_slices(bounds: Sequence[Bounds]) -> tuple[EmbeddingSlice, ...]:
-    """For every unit that overlaps the tokens to compute: which of its rows go where."""
+    """Map rows of media embeddings to the step's token positions they replace."""
     slices = []
     base = 0
     for row, (request, start, count) in enumerate(bounds):
@@ -182,7 +185,7 @@ def _embedding_slices(bounds: Sequence[Bounds]) -> tuple[EmbeddingSlice, ...]:
 
 
 def step_result(plan: StepPlan, result: BatchResult, requests: Mapping[str, Request]) -> StepResult:
-    """`requests` that are still there, by their ids."""
+    """Convert the workers' output to a step result. `requests`: active requests by id."""
     return StepResult(
         step_id=plan.step_id,
         sampled=tuple(result.sampled.tolist()),

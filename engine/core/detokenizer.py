@@ -9,11 +9,10 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """Makes text of one request's tokens as they come, and finds its stop strings.
+    """Incremental detokenizer of one answer, with stop string detection.
 
-    Text that may still turn into a stop string, and bytes that are not yet a whole character, are
-    held back until they are decided. No stop string is looked for in the text of the first
-    `min_tokens` tokens.
+    Text that may be the start of a stop string, and incomplete UTF-8 sequences, are held back
+    until they are resolved. The text of the first `min_tokens` tokens is not searched.
     """
 
     def __init__(
@@ -24,21 +23,22 @@ class TextStream:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        """`include_stop`: the stop string that is found is shown."""
+        """Create a stream. `include_stop`: include the matched stop string in the text."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._decode = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop, self._include_stop = tuple(stop), include_stop
-        self._begun = [0] * len(self._stop)  # characters of each that the text so far ends with
+        # Per stop string, the length of its prefix that the text ends with.
+        self._matched = [0] * len(self._stop)
         self._min_tokens = min_tokens
         self._token_ids: list[int] = []
-        self._decoded = 0  # characters decoded so far, held back or not
+        self._decoded = 0  # characters decoded so far, including held text
         self._held = ""
-        self.stopped = False  # a stop string was found; nothing follows it
+        self.stopped = False  # A stop string was found; no text follows it.
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that `token_ids` add, up to a stop string."""
-        if len(token_ids) == 1 and not self._stop:  # one of each step's many: nothing is held
+        """Return the text that `token_ids` add, up to a stop string."""
+        if len(token_ids) == 1 and not self._stop:  # fast path: no text is held
             self._token_ids.append(token_ids[0])
             piece = self._decode.step(self._tokenizer, token_ids[0]) or ""
             self._decoded += len(piece)
@@ -55,7 +55,7 @@ class TextStream:
         return early + self._release(text)
 
     def flush(self) -> str:
-        """What was held back, when the output ends for another reason than a stop string."""
+        """Return held text at the end of the output, unless a stop string ended it."""
         if self.stopped:
             return ""
         whole = self._tokenizer.decode(self._token_ids, self._skip_special_tokens)
@@ -65,7 +65,7 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
-        """Adds `text` to what is held and gives out what cannot be part of a stop string."""
+        """Append to the held text, and return what cannot be part of a stop string."""
         if self.stopped:
             return ""
         more, text = len(text), self._held + text
@@ -74,16 +74,16 @@ class TextStream:
             self.stopped, self._held = True, ""
             at, stop = min(found)
             return text[: at + len(stop) * self._include_stop]
-        # None is begun by more than before: else each token would go through all of each.
-        pairs = zip(self._stop, self._begun, strict=True)
-        self._begun = [_overlap(text, stop, begun + more) for stop, begun in pairs]
-        keep = max(self._begun, default=0)
+        # A match grows by at most `more` characters; the bound keeps the cost per token small.
+        pairs = zip(self._stop, self._matched, strict=True)
+        self._matched = [_overlap(text, stop, matched + more) for stop, matched in pairs]
+        keep = max(self._matched, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str, most: int) -> int:
-    """Length of the longest end of `text` that begins `stop`; it is known to be at most `most`."""
+    """Return the length, at most `most`, of the longest suffix of `text` that starts `stop`."""
     for size in range(min(len(text), len(stop) - 1, most), 0, -1):
         if text.endswith(stop[:size]):
             return size

@@ -1,7 +1,7 @@
-"""The engine: owns one Scheduler and one WorkerGroup and steps them.
+"""`Engine`: one scheduler and one worker group, driven by `step`.
 
-`Engine` is for stacks that have a loop of their own: `add_request`, then `step` until nothing is
-left. `LLM` and `AsyncLLM` are built on it.
+Use it directly in programs with their own loop: call `add_request`, then `step` until
+`has_requests` is False. `LLM` and `AsyncLLM` are built on it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from .step_pipeline import StepPipeline
 
 log = logging.getLogger("octavo.engine")
 
-MEDIA_WAIT = 0.02  # seconds at most that a step waits when only media could move things on
+MEDIA_WAIT = 0.02  # maximum seconds that a step waits if all requests wait for media
 LOST = "INTERNAL: the scheduler does not know the request"
 
 
 class Engine:
-    """Serves one model. Not thread-safe but for `preprocess`; context manager."""
+    """Inference engine of one model. A context manager; only `preprocess` is thread-safe."""
 
     def __init__(
         self,
@@ -55,19 +55,19 @@ class Engine:
         on_progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> None:
-        """Starts the workers and loads the weights; takes seconds.
+        """Start the workers and load the weights; takes seconds.
 
-        `model`: a checkpoint folder, a hub id, or None for the embedded model. `settings`: the
-        fields of `EngineConfig`. Raises `ConfigError` for what cannot be served.
+        `model`: a checkpoint folder, a hub id, or None for the embedded model. `settings`: fields
+        of `EngineConfig`. Raises `ConfigError` for invalid settings or unsupported checkpoints.
         """
-        self.is_disowned = False  # this process is a fork of the one that created it
+        self.is_disowned = False  # True in forks of the process that created the engine
         self.failed = ""
         if cause := broken_grpc():
             raise ConfigError(cause)
         known = [field.name for field in fields(EngineConfig)]
         for name in settings:
             if name not in known:
-                raise ConfigError(f"{name}: unknown; settings are {', '.join(known)}")
+                raise ConfigError(f"{name}: unknown setting; use one of {', '.join(known)}")
         asked = EngineConfig(model=resolve_model(model, hub), **settings)
         own = model_name(model, asked.model)
         self.served_model_names = tuple(asked.served_model_name) or (own,)
@@ -128,12 +128,12 @@ class Engine:
         )
         self.restarts = Restarts(self.group, asked.max_restarts)
         self._names = itertools.count()
-        self._arrived = threading.Event()  # units of a video were made
+        self._arrived = threading.Event()  # set when media units were decoded
         log_capacity(self.config, memory, self.num_blocks)
 
     @property
     def host_kv_bytes(self) -> int:
-        """Memory of this machine that the KV cache will use; it is allocated page by page."""
+        """Bytes of this machine's memory that the KV cache will use, allocated page by page."""
         memory = self.group.memory
         if memory.device != "cpu" or self.config.workers:
             return 0
@@ -141,7 +141,7 @@ class Engine:
 
     @property
     def model_name(self) -> str:
-        """The name in responses: the first that requests may use."""
+        """The model name in responses: the first of `served_model_names`."""
         return self.served_model_names[0]
 
     @property
@@ -154,7 +154,7 @@ class Engine:
 
     @property
     def has_steps(self) -> bool:
-        """Whether a step is on its way, perhaps of a request that has ended since."""
+        """Whether a step is in flight, possibly of finished requests."""
         return not self._pipeline.is_idle
 
     def preprocess(
@@ -163,13 +163,15 @@ class Engine:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
     ) -> ProcessedInput:
-        """Messages, text or token ids made ready; safe to call from a pool of threads. What
-        `prompt` may be says `InputProcessor.from_prompt`. Raises `InputError`."""
+        """Preprocess a prompt. Thread-safe.
+
+        See `InputProcessor.from_prompt` for the prompt formats. Raises `InputError`.
+        """
         self.check_owner()
         return self.processor.from_prompt(prompt, images, videos)
 
     def new_request_id(self) -> str:
-        """A name that no request of this engine has now."""
+        """Return an id that no active request has."""
         return next(n for i in self._names if (n := f"request-{i}") not in self.requests)
 
     def add_request(
@@ -179,11 +181,11 @@ class Engine:
         params: SamplingParams | None = None,
         **given: Unpack[OptionFields],
     ) -> str:
-        """Admits a request and gives its id, drawn when None. Options are those of
-        `octavo.RequestOptions`; a timeout counts from now.
+        """Admit a request and return its id, which is generated if None.
 
-        Raises `InputError` or `AdmissionError` for what cannot be served, `QueueFull` for what may
-        be tried again, `DuplicateRequest` for an id in use, `EngineDead` when the workers are gone.
+        Options are the fields of `octavo.RequestOptions`; `timeout_s` counts from this call.
+        Raises `InputError` or `AdmissionError` for invalid requests, `QueueFull` if a retry may
+        succeed, `DuplicateRequest` for an id in use, and `EngineDead` if the engine has stopped.
         """
         asked_at = time.monotonic()
         self.check_alive()
@@ -208,7 +210,7 @@ class Engine:
         times = (ready.times if infos else None) or InputTimes(0.0, 0.0)
         live = ActiveRequest(request_id, requests, infos, tokenizer, times, ready.stream)
         live.supply(ready.units)
-        self.scheduler.add(*requests)  # last: what is refused leaves nothing behind
+        self.scheduler.add(*requests)  # Last of the calls that raise: a rejection leaves no state.
         if grammar is not None:
             self._matchers.add(requests, grammar)
         if ready.stream is not None:
@@ -218,16 +220,18 @@ class Engine:
         return request_id
 
     def abort(self, request_id: str) -> list[OutputDelta]:
-        """Ends a request and frees what it holds: the last delta of each answer that was not done;
-        none when it is not here."""
+        """Abort a request and free its resources.
+
+        Returns the final delta of each unfinished answer; [] if the id is unknown.
+        """
         self.check_owner()
         return self.requests.abort(request_id)
 
     def step(self) -> list[OutputDelta]:
-        """Sends the next step to the workers, and gives what the step before it added to each
-        request: nothing the first time. (With `overlap_steps` off: what the step itself did.)
+        """Send the next step to the workers, and return the deltas of the previous step.
 
-        Raises `EngineDead` when the workers fail too often.
+        The first call returns no deltas. Without `overlap_steps`, the deltas are those of the step
+        just sent. Raises `EngineDead` if the workers fail too often.
         """
         self.check_alive()
         self._arrived.clear()
@@ -239,7 +243,7 @@ class Engine:
         deltas = self.requests.deltas(updates)
         self._pipeline.settle()
         if self._pipeline.is_idle and not self.scheduler.requests:
-            deltas += self.requests.give_up(LOST)  # there should be none
+            deltas += self.requests.give_up(LOST)  # should never happen
         if self._pipeline.is_starved and self.requests.await_media:
             self._arrived.wait(MEDIA_WAIT)
         return deltas
@@ -253,8 +257,11 @@ class Engine:
             self._recover(error)
 
     def _recover(self, error: WorkerGroupError) -> list[RequestUpdate]:
-        """Starts the workers anew; all that ran starts over with the tokens it has. The last
-        updates of requests that are to blame. Raises `EngineDead` when workers end too often."""
+        """Restart the workers and requeue running requests for recomputation.
+
+        Returns the final updates of requests that caused the crash. Raises `EngineDead` if the
+        restart limit is exceeded.
+        """
         try:
             self.restarts.restart(error)
         except WorkerGroupError as last:
@@ -268,12 +275,12 @@ class Engine:
         return EngineDead(f"the engine stopped: {self.failed}")
 
     def check_alive(self) -> None:
-        """Raises `EngineDead` once the engine has failed or was closed."""
+        """Raise `EngineDead` if the engine has failed or was closed."""
         if self.failed:
             raise EngineDead(f"the engine stopped: {self.failed}")
 
     def check_owner(self) -> None:
-        """Raises `EngineDead` in a process that was forked from the one that created the engine."""
+        """Raise `EngineDead` in a fork of the process that created the engine."""
         if self.is_disowned:
             raise EngineDead(f"the engine stopped: {self.failed}")
 
@@ -282,8 +289,10 @@ class Engine:
         self.is_disowned, self.failed = True, cause
 
     def close(self) -> None:
-        """End the workers, also while another thread restarts them. Safe to call twice, and
-        without effect in a forked process."""
+        """Stop the workers, also while another thread restarts them.
+
+        No-op if closed already or in a forked process.
+        """
         if self.is_disowned:
             return
         self.failed = self.failed or WAS_CLOSED

@@ -1,4 +1,4 @@
-"""How many KV blocks there are, from what was measured. Nothing is written back."""
+"""Size of the KV cache, from the memory that the workers measured."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from ..worker.group import GroupMemory
 
 log = logging.getLogger("octavo.engine")
 
-# Tokens of a prompt whose computing takes about as long as reading the weights once: beside a
-# decoding step they make it at most twice as long. Measured on two AMX cores at the 2B shape; on
-# GPUs it follows from their matrix and memory rates (H100: 989 TF/s over 3.35 TB/s is 295).
+# Prompt tokens whose computation takes about as long as reading the weights once: adding them to a
+# decode step at most doubles its time. Measured on two AMX cores with the 2B model; on GPUs it
+# follows from compute and memory bandwidth (H100: 989 TFLOP/s / 3.35 TB/s = 295).
 CPU_LONG_PREFILL = 96
 GPU_LONG_PREFILL = 256
 
-CPU_FRACTION = 0.25  # of free memory; the rest is the user's
-KEPT_PREFIXES = 16  # of the longest requests, beside those that run
-CPU_MOST = 4 << 30  # bytes a rank; `kv_cache_memory_bytes` asks for more
+CPU_FRACTION = 0.25  # default share of free memory
+KEPT_PREFIXES = 16  # cached prefixes of maximum length, in addition to running requests
+CPU_MOST = 4 << 30  # default limit in bytes per rank; `kv_cache_memory_bytes` overrides it
 
 
 def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> tuple[int, int]:
-    """Number of KV blocks a rank, and the max_model_len that holds.
+    """Return the number of KV blocks per rank, and the effective max_model_len.
 
-    It may be over the model's positions, which a video's tokens share: each request's positions
-    are checked when it comes, and its answer ends where they do (`RequestBuilder`). Raises
-    `ConfigError` when memory does not hold what was asked.
+    max_model_len may exceed the model's positions, since tokens of a video frame share a temporal
+    position. Each request's positions are checked at admission, and its output ends at the last
+    position (`RequestBuilder`). Raises `ConfigError` if max_model_len does not fit in memory.
     """
     longest = config.max_model_len or model.max_position_embeddings
     if longest < 1:
         raise ConfigError(f"max_model_len={longest}: must be at least 1")
     if longest > model.max_position_embeddings:
         log.info(
-            "max_model_len %d is over the model's %d positions, which a video's tokens share",
+            "max_model_len %d exceeds the model's %d positions: only prompts with images or "
+            "videos, whose tokens share positions, can be that long",
             longest,
             model.max_position_embeddings,
         )
     budget = _kv_budget(config, model, memory)
     room = budget // memory.kv_block_bytes
-    # What can run at once, and as many of the longest to be found again.
+    # More blocks than running requests and kept prefixes can fill would be wasted.
     useful = (config.max_num_seqs + KEPT_PREFIXES) * _blocks(longest, config.block_size)
     num_blocks = min(room, useful)
     if num_blocks >= _blocks(longest, config.block_size):
@@ -53,16 +54,16 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
     if config.max_model_len is not None or fits < 1:
         raise ConfigError(
             f"max_model_len={longest}: its KV cache needs "
-            f"{_blocks(longest, config.block_size) * memory.kv_block_bytes / 1e9:.2f} GB, there is "
-            f"room for {budget / 1e9:.2f} GB ({fits} tokens); lower max_model_len or raise "
+            f"{_blocks(longest, config.block_size) * memory.kv_block_bytes / 1e9:.2f} GB, but "
+            f"{budget / 1e9:.2f} GB ({fits} tokens) are available; lower max_model_len or raise "
             "kv_cache_memory_bytes (or gpu_memory_utilization)"
         )
-    log.info("max_model_len %d instead of %d: what the KV memory holds", fits, longest)
+    log.info("max_model_len reduced to %d from %d to fit the KV cache memory", fits, longest)
     return num_blocks, fits
 
 
 def scheduler_config(config: EngineConfig, num_blocks: int, device: str) -> SchedulerConfig:
-    """The settings that the scheduler knows by the same names, and what was measured."""
+    """Return the scheduler's configuration: fields of the same names, and the measured capacity."""
     names = {field.name for field in fields(SchedulerConfig)}
     given = {name: value for name, value in vars(config).items() if name in names}
     usual = CPU_LONG_PREFILL if device == "cpu" else GPU_LONG_PREFILL
@@ -71,8 +72,10 @@ def scheduler_config(config: EngineConfig, num_blocks: int, device: str) -> Sche
 
 
 def _kv_budget(config: EngineConfig, model: ModelConfig, memory: GroupMemory) -> int:
-    """Bytes for KV blocks on the rank with the least room. On a GPU a step's own needs are kept
-    free: they follow from the limits of a step, not from a trial run."""
+    """Return the bytes for KV blocks on the rank with the least free memory.
+
+    On a GPU, activation memory is reserved: an estimate from the step limits, not a profile run.
+    """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if memory.device == "cpu":
@@ -86,7 +89,7 @@ def _kv_budget(config: EngineConfig, model: ModelConfig, memory: GroupMemory) ->
         DTYPES[memory.dtype],
     )
     log.info(
-        "%.2f GB are kept for a step of %d tokens, %d of them encoded",
+        "%.2f GB are reserved for a step of %d tokens and %d encoder tokens",
         step / 1e9,
         config.max_num_batched_tokens,
         config.max_encode_tokens,
@@ -102,11 +105,11 @@ def _blocks(tokens: int, block_size: int) -> int:
 def log_capacity(config: EngineConfig, memory: GroupMemory, num_blocks: int) -> None:
     if memory.device == "cpu" and memory.dtype == "bfloat16" and native.library() is None:
         log.warning(
-            "the compiled CPU kernels are not there, and steps take longer: they need gcc when "
-            "Octavo is installed, and a processor with AVX512-BF16"
+            "compiled CPU kernels are not available, steps are slower; install Octavo with gcc "
+            "present, on a processor with AVX512-BF16"
         )
     log.info(
-        "%s, %s on %s%s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB a rank), "
+        "%s, %s on %s%s: weights %.2f GB, %d KV blocks of %d tokens (%.2f GB per rank), "
         "max_model_len %d",
         config.model.name,
         memory.dtype,

@@ -1,8 +1,8 @@
-"""What a step adds to single tokens' logits: biases, and tokens that may not be drawn now.
+"""Edits of single logits: logit_bias, bad words, and stop tokens before `min_tokens`.
 
-All of it is known when a step is planned, but for a row's own token where the step before draws it.
-Only bad words of several tokens look at that: then the edit says after which token it holds, and
-the workers, who have the token, see whether it does.
+All edits are known when a step is planned, except that a row's previous token may still be in
+flight. Only bad words of several tokens depend on it: such an edit names the required previous
+token, and the workers apply it if that token was sampled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _int32() -> array[int]:
 
 @dataclass
 class _Columns:
-    """`LogitEdits` as they come; the places are told once for all of a row's."""
+    """Builder of `LogitEdits`. Row indices are appended once per row."""
 
     places: array[int] = field(default_factory=_int32)
     after: array[int] = field(default_factory=_int32)
@@ -42,15 +42,18 @@ class _Columns:
         self.places.extend(array("i", [place]) * (len(self.token_ids) - len(self.places)))
 
 
-def logit_edits(drawn: Sequence[tuple[Request, int]]) -> LogitEdits | None:
-    """Of rows that sample: each request, and how many tokens it has with the row's last. None
-    where no row has any."""
+def logit_edits(sampled: Sequence[tuple[Request, int]]) -> LogitEdits | None:
+    """Return the logit edits of a step; None if no row has any.
+
+    `sampled`: for each row that samples, its request and the number of tokens up to and including
+    the row's last.
+    """
     edits = _Columns()
-    for place, (request, end) in enumerate(drawn):
+    for place, (request, end) in enumerate(sampled):
         if request.has_edits:
             _add_biases(edits, request)
             is_early = end - request.num_prompt_tokens < request.params.min_tokens
-            if is_early and not request.is_guided:  # those have it in their masks
+            if is_early and not request.is_guided:  # Grammar masks handle min_tokens themselves.
                 for token in request.stop_token_ids:
                     edits.add(ALWAYS, token, -math.inf)
             _add_words(edits, request, end)
@@ -64,22 +67,24 @@ def logit_edits(drawn: Sequence[tuple[Request, int]]) -> LogitEdits | None:
 
 
 def _add_biases(edits: _Columns, request: Request) -> None:
-    """All at once: there may be a thousand."""
+    """Add all biases of a request in bulk, since there may be a thousand."""
     edits.after.extend(array("i", [ALWAYS]) * len(request.biases))
     edits.token_ids.extend(request.biased_token_ids)
     edits.bias.extend(request.biases)
 
 
 def _add_words(edits: _Columns, request: Request, end: int) -> None:
-    """A word's last token may not come where the output ends with the others. Of those the last is
-    the row's own token, which may not be known here."""
+    """Forbid a bad word's last token if the output ends with its other tokens.
+
+    The output's last token may still be in flight, so the workers compare that one.
+    """
     token_ids, num_prompt_tokens = request.token_ids, request.num_prompt_tokens
     for word in request.bad_words:
         start = end + 1 - len(word)
         if start < num_prompt_tokens:  # the output is too short
             continue
         if len(word) > 2:
-            is_near = token_ids[end - 2] == word[-3]  # mostly not, and then the rest is spared
+            is_near = token_ids[end - 2] == word[-3]  # cheap test that is rarely true
             if not is_near or tuple(token_ids[start : end - 1]) != word[:-2]:
                 continue
         edits.add(word[-2] if len(word) > 1 else ALWAYS, word[-1], -math.inf)

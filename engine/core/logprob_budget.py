@@ -1,8 +1,8 @@
-"""Limits on the log probabilities that a server's responses hold, checked at admission.
+"""Limits on the log probabilities in a server's responses, checked at admission.
 
 A request of a few kilobytes can ask for hundreds of megabytes of them. The unit is one log
-probability: a token's own, or an alternative's. One takes about 8 bytes in the engine (see
-`LogprobTable`) and 50 to 100 in a JSON response, which is written in pieces.
+probability, of a sampled token or of an alternative. It takes about 8 bytes in the engine (see
+`LogprobTable`) and 50 to 100 in a JSON response, which is sent in chunks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from ...scheduler.admission import QueueFull
 from ...scheduler.params import SamplingParams
 from ..errors import InputError
 
-MAX_REQUEST_LOGPROBS = 1 << 21  # of one request, over all of its prompts and answers
-MAX_TOTAL_LOGPROBS = 1 << 28  # of all requests whose responses are not yet sent
+MAX_REQUEST_LOGPROBS = 1 << 21  # per request, over all of its prompts and answers
+MAX_TOTAL_LOGPROBS = 1 << 28  # over all requests whose responses are not yet sent
 
 
 class LogprobBudget:
-    """Counts the log probabilities of all running requests. Used by one event loop."""
+    """Log probabilities reserved by all running requests. For use in one event loop."""
 
     def __init__(
         self, max_request: int = MAX_REQUEST_LOGPROBS, max_total: int = MAX_TOTAL_LOGPROBS
@@ -25,26 +25,26 @@ class LogprobBudget:
         self.num_reserved = 0
 
     def call(self, params: SamplingParams, max_model_len: int) -> LogprobCharge:
-        """Return an empty charge for a request; close it once the response is sent."""
+        """Return an empty charge for a request. Close it once the response is sent."""
         return LogprobCharge(self, params, max_model_len)
 
 
 class LogprobCharge:
-    """What one request has reserved. A context manager."""
+    """Reservation of one request. A context manager."""
 
     def __init__(self, budget: LogprobBudget, params: SamplingParams, max_model_len: int) -> None:
         self._budget, self._params, self._max_model_len = budget, params, max_model_len
-        self._num_prompt_tokens = self._num_output_tokens = 0  # of all prompts so far
+        self._num_prompt_tokens = self._num_output_tokens = 0  # over all prompts so far
         self._num_reserved = 0
 
     def add(self, num_prompt_tokens: int) -> None:
-        """Reserve what a prompt and its answers may take.
+        """Reserve the maximum for a prompt and its answers.
 
-        Raises `InputError` for a request that asks for too much, `QueueFull` where other requests
-        have reserved too much.
+        Raises `InputError` if the request exceeds its own limit, `QueueFull` if the total of all
+        requests would exceed the limit.
         """
-        params, room = self._params, max(0, self._max_model_len - num_prompt_tokens)
-        longest = room if params.max_tokens is None else min(room, params.max_tokens)
+        params, remaining = self._params, max(0, self._max_model_len - num_prompt_tokens)
+        longest = remaining if params.max_tokens is None else min(remaining, params.max_tokens)
         self._num_prompt_tokens += num_prompt_tokens
         self._num_output_tokens += params.n * longest
         of_prompts = self._num_prompt_tokens * _per_token(params.prompt_logprobs)
@@ -71,7 +71,7 @@ class LogprobCharge:
         return InputError(field, f"{tokens} tokens x {per_token} = {count}; {limit}; {fix}")
 
     def close(self) -> None:
-        """Give back what is reserved. Safe to call twice."""
+        """Release the reservation. Safe to call twice."""
         self._budget.num_reserved -= self._num_reserved
         self._num_reserved = 0
 
@@ -83,5 +83,5 @@ class LogprobCharge:
 
 
 def _per_token(count: int | None) -> int:
-    """Return the log probabilities of one token: its own and `count` alternatives."""
+    """Return the number of log probabilities per token: its own and `count` alternatives."""
     return 0 if count is None else count + 1

@@ -1,4 +1,4 @@
-"""Log probabilities: what of a step's tokens is asked for, and the answer by request."""
+"""Log probabilities: the rows to compute in a step, and the results by request."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ...scheduler.request import Request, overlapping
 from ...scheduler.step import StepPlan
 from ..runner.batch import BatchResult, Int32, Logprobs, PromptTargets
 
-Bounds = tuple[Request, int, int]  # whose row it is, its first token and how many it computes
+Bounds = tuple[Request, int, int]  # (request, first token, number of tokens) of a batch row
 
 
-def logprob_places(drawn: Sequence[Request]) -> Int32 | None:
-    """Which of the rows that sample ask for the log probability of what they draw."""
-    places = [i for i, request in enumerate(drawn) if request.params.logprobs is not None]
-    return np.array(places, np.int32) if places else None
+def logprob_places(sampled: Sequence[Request]) -> Int32 | None:
+    """Return the indices of sampling rows that request logprobs of their sampled token."""
+    rows = [i for i, request in enumerate(sampled) if request.params.logprobs is not None]
+    return np.array(rows, np.int32) if rows else None
 
 
 def prompt_targets(bounds: Sequence[Bounds]) -> PromptTargets | None:
-    """The tokens of prompts that rows ask for and have not been told of."""
+    """Return prompt positions whose logprobs were requested and not yet returned."""
     at: list[Int32] = []
     token_ids: list[Int32] = []
     first = 0
@@ -38,8 +38,10 @@ def prompt_targets(bounds: Sequence[Bounds]) -> PromptTargets | None:
 
 
 def _asked(request: Request, start: int, end: int) -> np.ndarray:
-    """Indexes of the prompt's tokens that [start, end) tell of: those that follow them, but for
-    placeholders, which nobody draws."""
+    """Return indices of prompt tokens that the logits of [start, end) predict.
+
+    These are the tokens that follow, without media placeholders, which are never sampled.
+    """
     low = max(start + 1, len(request.prompt_logprobs))
     high = min(end + 1, request.num_prompt_tokens)
     is_text = np.ones(max(0, high - low), bool)
@@ -51,12 +53,13 @@ def _asked(request: Request, start: int, end: int) -> np.ndarray:
 def logprobs_of_drawn(
     plan: StepPlan, result: BatchResult, requests: Mapping[str, Request]
 ) -> dict[str, TokenLogprobs]:
-    """By request_id."""
+    """Return log probabilities of sampled tokens by request_id."""
     found = result.logprobs
     if found is None:
         return {}
-    drawn = [name for name, samples in zip(plan.request_ids, plan.samples, strict=True) if samples]
-    names = [drawn[place] for place in found.at]
+    pairs = zip(plan.request_ids, plan.samples, strict=True)
+    sampling = [name for name, samples in pairs if samples]
+    names = [sampling[row] for row in found.at]
     counts = [_count(requests.get(name), "logprobs") for name in names]
     entries = _entries(found, result.sampled[found.at], counts)
     return dict(zip(names, entries, strict=True))
@@ -67,7 +70,7 @@ def logprobs_of_prompts(
     result: BatchResult,
     requests: Mapping[str, Request],
 ) -> dict[str, dict[int, TokenLogprobs]]:
-    """By request_id and index in the prompt."""
+    """Return log probabilities of prompt tokens by request_id and index in the prompt."""
     found = result.prompt_logprobs
     if found is None:
         return {}
@@ -90,13 +93,15 @@ def logprobs_of_prompts(
 
 
 def _count(request: Request | None, name: str) -> int:
-    """How many of the likeliest tokens it asks for; 0 where it has ended since."""
+    """Return the number of top-k tokens requested; 0 if the request has finished."""
     return 0 if request is None else getattr(request.params, name) or 0
 
 
 def _entries(found: Logprobs, token_ids: np.ndarray, counts: Sequence[int]) -> list[TokenLogprobs]:
-    """With as many of the likeliest tokens each as `counts` says: the likeliest first, and of equal
-    ones the lower id."""
+    """Return one entry per token, with `counts[i]` top-k tokens.
+
+    Top-k tokens are sorted by descending probability, ties by ascending token id.
+    """
     by_id = found.top_token_ids.argsort(axis=1)
     ids, top = (np.take_along_axis(each, by_id, 1) for each in (found.top_token_ids, found.top))
     order = (-top).argsort(axis=1, kind="stable")

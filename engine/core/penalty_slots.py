@@ -1,8 +1,7 @@
-"""Where the workers keep what a request's penalties look at.
+"""Allocates worker-side slots holding each request's token history for penalties.
 
-A slot has all tokens that its request has had, from step to step, so that they travel once and not
-with each token. The engine says which slot is whose and from what it is to be filled anew; so
-nothing is lost with a worker.
+A slot persists between steps, so the history is sent once and not with every token. The engine
+assigns slots and refills them after a worker restart.
 """
 
 from __future__ import annotations
@@ -11,18 +10,22 @@ from ...scheduler.request import Request, RequestStatus
 
 
 class SamplingSlots:
-    """As many slots as requests with a penalty run at once. One that has ended or was preempted
-    keeps its slot until another needs it."""
+    """Slot allocator. There are as many slots as concurrent requests with a penalty.
+
+    A finished or preempted request keeps its slot until another request needs it.
+    """
 
     def __init__(self) -> None:
         self._slots: dict[Request, int] = {}
-        self._num_tokens: dict[Request, int] = {}  # that its slot has seen, once all steps are done
+        self._num_tokens: dict[Request, int] = {}  # in the slot, once all steps in flight are done
         self._free: list[int] = []
         self._num_slots = 0
 
     def place(self, request: Request, start: int, count: int) -> tuple[int, bool]:
-        """The slot for a row that computes tokens [start, start + count) and samples; and whether
-        it has all before those already, so that the row's own token is all that it lacks."""
+        """Return the slot for a sampling row that computes tokens [start, start + count).
+
+        Also returns whether the slot already has all tokens except the row's own.
+        """
         kept = count == 1 and self._num_tokens.get(request) == start
         if request not in self._slots:
             self._slots[request] = self._new_slot()
@@ -30,7 +33,7 @@ class SamplingSlots:
         return self._slots[request], kept
 
     def reset(self) -> None:
-        """The workers are new: every slot is to be filled anew."""
+        """Mark all slots as empty after a worker restart."""
         self._num_tokens.clear()
 
     def _new_slot(self) -> int:

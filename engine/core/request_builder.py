@@ -1,4 +1,4 @@
-"""What the scheduler gets of a request: defaults filled in, seeds drawn, a `Request` an answer."""
+"""Build the scheduler's requests: resolve defaults and seeds, one `Request` per answer."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from ..input.processor import ProcessedInput
 
 
 def check_params(params: Any) -> None:
+    """Raise `InputError` if `params` is neither None nor a `SamplingParams`."""
     if params is not None and not isinstance(params, SamplingParams):
         text = f"must be octavo.SamplingParams, not {type(params).__name__}"
         raise InputError("params", text)
 
 
 class PreprocessTimeout(Exception):
-    """A request's time was over before it came to the scheduler."""
+    """The request's timeout expired during preprocessing."""
 
     def __str__(self) -> str:
-        return "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
+        return "DEADLINE_EXCEEDED: the time ran out before the input was preprocessed"
 
 
 class Deadline:
-    """A request's options as they stand by now: its timeout counts from when this was made."""
+    """Request options whose timeout counts from the creation of this object."""
 
     def __init__(self, options: RequestOptions) -> None:
         self._options, self._start = options, time.monotonic()
 
     @property
     def left(self) -> RequestOptions:
+        """The options, with the remaining time as `timeout_s`."""
         if self._options.timeout_s is None:
             return self._options
         spent = time.monotonic() - self._start
@@ -43,7 +45,9 @@ class Deadline:
 
 @dataclass(frozen=True)
 class RequestBuilder:
-    defaults: SamplingParams  # the checkpoint's
+    """Builder of scheduler requests for one model."""
+
+    defaults: SamplingParams  # from the checkpoint's generation_config.json
     end_token_ids: frozenset[int]
     max_position_embeddings: int
     max_unit_temporal_patches: int
@@ -58,7 +62,7 @@ class RequestBuilder:
         options: RequestOptions,
         deadline: float,
     ) -> tuple[Request, ...]:
-        """A request for each name, all with the same prompt: answer i has the seed + i."""
+        """Return one request per name, all with the same prompt; answer i uses seed + i."""
         chosen = self._resolve(params or SamplingParams(), ready)
         ends = frozenset() if chosen.ignore_eos else self.end_token_ids
         salt = options.cache_salt.encode("utf-8", "surrogatepass")
@@ -75,7 +79,8 @@ class RequestBuilder:
                 params=replace(
                     chosen,
                     seed=((chosen.seed or 0) + index) % 2**63,
-                    prompt_logprobs=None if index else chosen.prompt_logprobs,  # they share it
+                    # The answers share the prompt; its logprobs are computed once.
+                    prompt_logprobs=None if index else chosen.prompt_logprobs,
                 ),
                 units=units,
                 cache_salt=salt,
@@ -90,15 +95,15 @@ class RequestBuilder:
         )
 
     def _resolve(self, params: SamplingParams, ready: ProcessedInput) -> SamplingParams:
-        """Fills in defaults and a seed; the output ends where the model's positions do."""
+        """Fill in defaults and a seed, and limit max_tokens to the model's positions."""
         params = params.with_defaults(self.defaults)
         for token, _ in params.biases:
             if token >= self.vocab_size:
-                text = f"the vocabulary has {self.vocab_size} tokens"
+                text = f"must be below the vocabulary size {self.vocab_size}"
                 raise InputError("logit_bias", f"token id {token}: {text}")
         used = len(ready.prompt_token_ids) + ready.mrope_position_delta
-        room = self.max_position_embeddings - used
-        longest = room if params.max_tokens is None else min(room, params.max_tokens)
+        remaining = self.max_position_embeddings - used
+        longest = remaining if params.max_tokens is None else min(remaining, params.max_tokens)
         return replace(
             params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,

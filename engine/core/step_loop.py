@@ -1,4 +1,4 @@
-"""The step thread: steps the engine while it has requests; one hand-over of deltas a step."""
+"""The step thread: runs steps while the engine has requests, and delivers their deltas."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..outputs import OutputDelta
 from .engine import Engine
 from .request_builder import Deadline
 
-IDLE_CHECK = 0.5  # seconds between two looks at the workers while there is nothing to do
+IDLE_CHECK = 0.5  # seconds between worker health checks while idle
 
 log = logging.getLogger("octavo.engine")
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """The answer to `add`: the error that refused the request, or the request."""
+    """Result of `add`: the error that rejected the request, or the admitted request."""
 
     request_id: str
     error: Exception | None
-    request: Request | None = None  # its first answer's, to be looked at alone
+    request: Request | None = None  # the first answer's request; read-only
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Abort:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _TakeSnapshot:
     snapshot: Future[Snapshot] = field(default_factory=Future)
 
 
@@ -54,10 +54,10 @@ Event = Admitted | OutputDelta
 
 
 class StepLoop:
-    """Runs `engine` on a thread of its own.
+    """Runs an engine's steps on a dedicated thread.
 
-    `deliver` gets each step's events in one call, on that thread; `on_death` gets the cause when
-    the worker group failed.
+    `deliver` is called with each step's events on that thread; `on_death` with the cause when the
+    engine has failed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StepLoop:
         self._engine = engine
         self._deliver = deliver
         self._on_death = on_death
-        self._inbox: queue.SimpleQueue[_Add | _Abort | _Look | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Add | _Abort | _TakeSnapshot | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
         self._thread.start()
 
@@ -86,14 +86,16 @@ class StepLoop:
         self._inbox.put(_Abort(request_id))
 
     def look(self) -> Future[Snapshot]:
-        """The engine as it is between two steps. Never done once the thread has ended."""
-        asked = _Look()
-        self._inbox.put(asked)
-        return asked.snapshot
+        """Request a snapshot between two steps. The future never completes after `close`."""
+        item = _TakeSnapshot()
+        self._inbox.put(item)
+        return item.snapshot
 
     def close(self) -> None:
-        """Stops after the step in progress; requests left over are dropped. Workers that are gone
-        are not waited for."""
+        """Stop the thread after the step in progress, without waiting for dead workers.
+
+        Remaining requests are dropped.
+        """
         self._engine.group.give_up()
         self._inbox.put(None)
         self._thread.join()
@@ -121,7 +123,7 @@ class StepLoop:
         self._on_death(cause)
 
     def _take_inbox(self) -> list[Event] | None:
-        """Handles what has come; waits when there is nothing to step. None ends the thread."""
+        """Handle queued commands; wait for one if idle. None: end the thread."""
         events: list[Event] = []
         idle = not self._is_busy
         while idle or not self._inbox.empty():
@@ -136,9 +138,9 @@ class StepLoop:
             idle = False
         return events
 
-    def _handle(self, item: _Add | _Abort | _Look) -> list[Event]:
-        if isinstance(item, _Look):
-            self._show(item.snapshot)
+    def _handle(self, item: _Add | _Abort | _TakeSnapshot) -> list[Event]:
+        if isinstance(item, _TakeSnapshot):
+            self._take_snapshot(item.snapshot)
             return []
         if isinstance(item, _Abort):
             return list(self._engine.abort(item.request_id))
@@ -150,16 +152,16 @@ class StepLoop:
             raise
         except ValueError as error:
             return [Admitted(item.request_id, error)]
-        except Exception as error:  # a fault of ours: this request's alone all the same
+        except Exception as error:  # internal error: fail only this request
             log.exception("request %r was not admitted", item.request_id)
             return [Admitted(item.request_id, error)]
         return [Admitted(item.request_id, None, request)]
 
-    def _show(self, asked: Future[Snapshot]) -> None:
-        """Whatever goes wrong here is no request's: only whoever looks is told."""
-        if not asked.set_running_or_notify_cancel():
-            return  # nobody waits any more
+    def _take_snapshot(self, future: Future[Snapshot]) -> None:
+        """Take a snapshot. A failure affects no request; it goes to the caller of `look`."""
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            asked.set_result(take_snapshot(self._engine.scheduler, self._engine.stats))
+            future.set_result(take_snapshot(self._engine.scheduler, self._engine.stats))
         except Exception as error:
-            asked.set_exception(error)
+            future.set_exception(error)

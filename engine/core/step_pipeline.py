@@ -1,10 +1,10 @@
-"""Keeps the workers busy: the next step is planned and sent while one runs.
+"""Overlaps planning with execution: the next step is planned and sent while one runs.
 
-    engine   plan 1, send │ plan 2, send │ wait 1, take in │ plan 3, send │ wait 2, take in │ ...
-    workers               │ step 1 ......................... │ step 2 ...................... │ ...
+    engine   plan 1, send │ plan 2, send │ wait 1, update │ plan 3, send │ wait 2, update │ ...
+    workers               │ step 1 ........................ │ step 2 ..................... │ ...
 
-So what the engine does between two steps costs no time as long as a step takes longer. A row whose
-token is drawn by the step that runs awaits it: the workers fill it in from their own memory.
+This hides the engine's work between two steps if a step takes longer. A row whose input token is
+sampled by the step in flight awaits it: the workers fill it in from their own memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("octavo.engine")
 
 
 class StepPipeline:
-    """Drives a group with a scheduler's plans: at most two steps are on their way at once."""
+    """Sends a scheduler's plans to a worker group, with at most two steps in flight."""
 
     def __init__(
         self,
@@ -42,53 +42,57 @@ class StepPipeline:
         stats: EngineStats,
         matchers: Matchers,
     ) -> None:
-        """`pixels_of` a request by its id; without `overlap` each step is waited for at once."""
+        """Create a pipeline.
+
+        `pixels_of` returns a request's pixels. Without `overlap`, `step` waits for its own result.
+        """
         self._scheduler, self._group, self._trace = scheduler, group, trace
         self._stats, self._matchers = stats, matchers
         self._pixels_of = pixels_of
-        self._most_ahead = 1 if overlap else 0  # steps on their way when `step` returns
-        self._on_way: deque[StepPlan] = deque()
+        self._max_ahead = 1 if overlap else 0  # steps in flight when `step` returns
+        self._in_flight: deque[StepPlan] = deque()
         self._slots = SamplingSlots()
         self._was_empty = False
-        self._taken_in: tuple[float, float] | None = None  # when the latest step was done, and
-        # seconds that taking it in took
+        # Of the latest received step: time of completion, and seconds that the update took.
+        self._received: tuple[float, float] | None = None
 
     @property
     def is_idle(self) -> bool:
-        return not self._on_way
+        return not self._in_flight
 
     @property
     def is_starved(self) -> bool:
-        """Nothing is on its way, and the latest plan had nothing for the workers to do."""
+        """Whether no step is in flight and the latest plan had no work for the workers."""
         return self.is_idle and self._was_empty
 
     def step(self) -> list[RequestUpdate]:
-        """Sends the next step, where there is one, and takes in the result of the one before it.
+        """Send the next step, if any, and return the updates of the previous one.
 
-        Raises `WorkerGroupError` when the workers fail, or a step does here;
+        Raises `WorkerGroupError` if the workers or the step's processing here fails;
         `reset_after_worker_restart` must follow.
         """
         try:
             sent = self._send()
-            if self._on_way and (not sent or len(self._on_way) > self._most_ahead):
+            if self._in_flight and (not sent or len(self._in_flight) > self._max_ahead):
                 return self._receive()
         except WorkerGroupError:
             raise
-        except Exception as error:  # a fault of ours: whose request it is comes out as for workers
+        except Exception as error:
+            # Internal error: find the responsible request by isolation, as after a worker crash.
             log.exception("a step failed in the engine")
             raise WorkerGroupError(f"a step failed in the engine: {error!r}") from error
         return []
 
     def reset_after_worker_restart(self) -> list[RequestUpdate]:
-        """The workers are new: what was on its way is lost, and what ran starts over."""
-        self._on_way.clear()
+        """Drop in-flight steps and requeue running requests after a worker restart."""
+        self._in_flight.clear()
         self._slots.reset()
         if self._trace is not None:
             self._trace.reset_after_worker_restart()
         return self._scheduler.reset_after_worker_restart()
 
     def _send(self) -> bool:
-        """Plans a step and has the workers run it. False when there is nothing to plan yet."""
+        """Plan a step and send it to the workers. Return False if there is no plan yet."""
         before = time.monotonic()
         plan = self._scheduler.schedule()
         if plan is None:
@@ -97,7 +101,7 @@ class StepPipeline:
         if self._trace is not None:
             self._trace.plan(plan, before, planned)
         self._stats.plan(plan, planned)
-        self._on_way.append(plan)
+        self._in_flight.append(plan)
         self._was_empty = plan.is_empty
         if not plan.is_empty:
             pixels = {each.request_id: self._pixels_of(each.request_id) for each in plan.encode}
@@ -110,8 +114,8 @@ class StepPipeline:
         return True
 
     def _receive(self) -> list[RequestUpdate]:
-        """Waits for the oldest step on its way and takes in what it did."""
-        plan = self._on_way.popleft()
+        """Wait for the oldest step in flight and return its updates."""
+        plan = self._in_flight.popleft()
         result, ran, encode_s = StepResult(plan.step_id, ()), time.monotonic(), 0.0
         if not plan.is_empty:
             found = self._group.receive()
@@ -121,11 +125,11 @@ class StepPipeline:
         failpoint("engine.stepped")
         received = time.monotonic()
         updates = self._matchers.read(self._scheduler.update(result), self._scheduler)
-        self._taken_in = (ran, time.monotonic() - received)
+        self._received = (ran, time.monotonic() - received)
         return updates
 
     def settle(self) -> None:
-        """All that `step` gave has been told: requests that it ended belong to its trace."""
-        if self._trace is not None and self._taken_in is not None:
-            self._trace.done(*self._taken_in)
-        self._taken_in = None
+        """Finish the step's trace record, now that its outputs have been delivered."""
+        if self._trace is not None and self._received is not None:
+            self._trace.done(*self._received)
+        self._received = None

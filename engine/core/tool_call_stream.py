@@ -1,4 +1,4 @@
-"""Extract tool calls from a request's output deltas."""
+"""Extraction of tool calls from a request's output deltas."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ..errors import InputError
 from ..outputs import OutputDelta
 from ..tool_calling.parser import ToolCall, ToolParser, read_cut_call
 
-CUT_OFF = ("length", "abort")  # finish reasons of answers that are not complete
+CUT_OFF = ("length", "abort")  # finish reasons of incomplete answers
 
 
 class ToolCallStream:
-    """Takes the calls out of one request's deltas. Without tools, deltas stay as they are."""
+    """Moves tool calls from a delta's text to its `tool_calls`; a no-op without tools."""
 
     def __init__(self, prompt: Any) -> None:
-        """`prompt`: as `AsyncLLM.generate` takes it."""
+        """Read `tools` and `tool_choice` of a prompt for `AsyncLLM.generate`."""
         has_tools = isinstance(prompt, Mapping) and bool(prompt.get("tools"))
         self._is_on = has_tools and prompt.get("tool_choice") != "none"
         self._most = 1 if has_tools and prompt.get("parallel_tool_calls") is False else None
         self._forced = _forced_name(prompt) if self._is_on else None
         self._parsers: defaultdict[int, ToolParser] = defaultdict(ToolParser)
-        self._counts: defaultdict[int, int] = defaultdict(int)  # calls told, by answer
+        self._counts: defaultdict[int, int] = defaultdict(int)  # calls returned so far, by answer
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
-        """What is wrong with the grammar is so with the tools that it was made of."""
+        """Report errors of the grammar compiled from `tools` as errors of `tools`."""
         try:
             yield
         except InputError as error:
             if self._is_on and error.field.startswith("structured.lark"):
                 reason = str(error).rpartition("column ")[2].partition(": ")[2]
-                text = f"a schema that tool_choice cannot keep to: {reason or 'too complex'}"
+                text = f"a schema is not supported with tool_choice: {reason or 'too complex'}"
                 raise InputError("tools", text) from None
             raise
 
@@ -59,10 +59,10 @@ class ToolCallStream:
     def _end(
         self, parser: ToolParser, reason: str, num_calls: int
     ) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return the rest of an answer, which had `num_calls` before: content and calls.
+        """Return the remaining text and calls of an answer that had `num_calls` calls before.
 
-        An answer of calls alone that was cut off has its last call as far as it goes. (One that a
-        stop string ended is text: its finish reason would tell the client that the call is whole.)
+        With forced calls, a truncated answer keeps its incomplete last call. After a stop string
+        the rest stays text, since finish_reason "stop" would present the call as complete.
         """
         rest, calls = parser.flush()
         if self._forced is None or calls or reason not in CUT_OFF or not rest.strip():
@@ -72,7 +72,7 @@ class ToolCallStream:
 
 
 def _forced_name(prompt: Mapping[str, Any]) -> str | None:
-    """Return the function that `tool_choice` names, "" where it is "required", else None."""
+    """Return the function name in `tool_choice`, "" for "required", else None."""
     choice = prompt.get("tool_choice")
     if isinstance(choice, Mapping):
         function = choice.get("function")

@@ -1,8 +1,8 @@
-"""Messages to token ids through the checkpoint's chat template.
+"""Encode messages to token ids with the checkpoint's chat template.
 
-The template is rendered with a mark in the place of each text. The rendering is cut at the added
-tokens that the template itself issued, the marks are replaced by the texts, and each run between
-two added tokens is encoded whole as plain text. So no text can forge a turn or a placeholder.
+The template is rendered with a marker in place of each text. The result is split at the added
+tokens that the template itself wrote, the markers are replaced by the texts, and each part between
+two added tokens is encoded as plain text. So no text can inject a turn or a placeholder.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ from .tokenizer import TextBudget, TextTokenizer
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 MAX_MESSAGES = 4096
-MAX_PARTS = 1 << 14  # of all messages
-MAX_TEXT = 8 << 20  # characters of all texts
+MAX_PARTS = 1 << 14  # total over all messages
+MAX_TEXT = 8 << 20  # characters, total over all texts
 
 
 @dataclass(frozen=True)
 class MediaPart:
-    """An image or a video of a message: where it stands, and what was written beside it."""
+    """An image or video part of a message, with its field path and options."""
 
     field: str  # "messages[0].content[1]"
     kind: str  # "image" | "video"
     part: Mapping[str, Any]
-    name: str = ""  # of its source in what was written: "image_url.url"; empty: its kind
+    name: str = ""  # key of the source in the request, such as "image_url.url"; empty: `kind`
 
     @property
     def place(self) -> str:
-        """Of its source, for errors."""
+        """Field path of the source, for errors."""
         return f"{self.field}.{self.name or self.kind}"
 
     @property
     def source(self) -> Any:
-        """None where the part is a placeholder for one of the call's `images` or `videos`."""
+        """The source; None if the part is a placeholder for one of `images` or `videos`."""
         return self.part.get(self.kind)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages: for the template, with marks for texts, and what the marks stand for."""
+    """Validated messages with markers in place of texts, and the texts they stand for."""
 
     messages: list[dict[str, Any]]
     texts: list[str]
@@ -73,21 +73,24 @@ class Conversation:
 
 
 def check_parts(num_messages: int, num_parts: Iterable[int]) -> None:
-    """Refuses a conversation of too many things before it is gone through, which a server's loop
-    would wait for. `num_parts`: of each message. Raises `InputError`."""
+    """Raise `InputError` if a conversation has too many messages or parts.
+
+    Call it before reading the conversation in a server's event loop. `num_parts`: parts of each
+    message.
+    """
     total = 0 if num_messages > MAX_MESSAGES else sum(num_parts)
     if num_messages > MAX_MESSAGES or total > MAX_PARTS:
         found = f"{num_messages} messages, {total} parts"
-        raise InputError("messages", f"{found}; at most {MAX_MESSAGES} and {MAX_PARTS} are taken")
+        raise InputError("messages", f"{found}; the maximum is {MAX_MESSAGES} and {MAX_PARTS}")
 
 
 def read_messages(messages: Any, tools: Any = None) -> Conversation:
-    """Checks a conversation's form. Raises `InputError`."""
+    """Validate a conversation and its tools. Raises `InputError`."""
     written = read_tools(tools)
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InputError("messages", f"must be a list, not {type(messages).__name__}")
     if not 0 < len(messages) <= MAX_MESSAGES:
-        raise InputError("messages", f"{len(messages)} of them; must be 1 to {MAX_MESSAGES}")
+        raise InputError("messages", f"has {len(messages)} items; must be 1 to {MAX_MESSAGES}")
     found = Conversation([], [], [], [])
     for index, message in enumerate(messages):
         found.messages.append(_read_message(f"messages[{index}]", message, found))
@@ -109,15 +112,15 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
         raise InputError(
             f"{field}.role", f"{truncated_repr(role)}; must be one of {', '.join(ROLES)}"
         )
-    beside = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
-    _refuse_unknown(field, message, ("role", "content", *beside))
+    extra = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
+    _reject_unknown(field, message, ("role", "content", *extra))
     if role == "tool":
         return _read_result(field, message, found)
     if message.get("tool_calls"):
         return _read_answer(field, message, found)
     if isinstance(content, bytes) or not isinstance(content, Sequence):
-        raise InputError(f"{field}.content", "must be a text or a list of parts")
-    if role == "user" and not any(map(_says_something, [content, *content])):
+        raise InputError(f"{field}.content", "must be a string or a list of parts")
+    if role == "user" and not any(map(_is_not_empty, [content, *content])):
         raise InputError(f"{field}.content", "is empty")
     if isinstance(content, str):
         return {"role": role, "content": _mark(content, f"{field}.content", found)}
@@ -126,7 +129,7 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
 
 
 def _read_result(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
-    """What a call gave. Qwen's form has no ids: results stand in the order of the calls."""
+    """Read a tool result. Qwen's format has no ids; results follow the order of the calls."""
     given = message.get("tool_call_id", "")
     text = _text_of(f"{field}.content", message.get("content"), found)
     called = _mark(given, f"{field}.tool_call_id", found)
@@ -134,7 +137,7 @@ def _read_result(field: str, message: Mapping[str, Any], found: Conversation) ->
 
 
 def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
-    """An answer with calls."""
+    """Read an assistant message with tool calls."""
     content = message.get("content")
     text = _text_of(f"{field}.content", content, found) if content else ""
     calls = []
@@ -146,20 +149,20 @@ def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) ->
 
 
 def _text_of(field: str, content: Any, found: Conversation) -> str:
-    """Marks of a text, or of the texts of parts."""
+    """Return the marker of a text, or the markers of text parts."""
     if isinstance(content, str):
         return _mark(content, field, found)
     if not isinstance(content, list | tuple):
-        raise InputError(field, "must be a text or a list of texts")
+        raise InputError(field, "must be a string or a list of text parts")
     parts = [_read_part(f"{field}[{i}]", part, found) for i, part in enumerate(content)]
     for i, part in enumerate(parts):
         if part["type"] != "text":
-            raise InputError(f"{field}[{i}].type", f"{part['type']}; only text is taken here")
+            raise InputError(f"{field}[{i}].type", f"{part['type']}; only text is allowed here")
     return "".join(part["text"] for part in parts)
 
 
-def _says_something(content: Any) -> bool:
-    """True of text that is not empty and of every part but an empty text."""
+def _is_not_empty(content: Any) -> bool:
+    """Return whether this is non-empty text, or a part other than an empty text."""
     if isinstance(content, Mapping):
         return (
             content.get("type", "text") != "text"
@@ -175,7 +178,7 @@ def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     part = with_type(without(part, IGNORED_OF_PART), field)
     kind = part.get("type")
     if kind == "text":
-        _refuse_unknown(field, part, ("type", "text"))
+        _reject_unknown(field, part, ("type", "text"))
         return {"type": "text", "text": _mark(part.get("text"), f"{field}.text", found)}
     name = ""
     if kind in URLS:
@@ -185,17 +188,17 @@ def _read_part(field: str, part: Any, found: Conversation) -> dict[str, Any]:
     if kind not in MEDIA_KINDS:
         raise InputError(
             f"{field}.type",
-            f"{truncated_repr(kind)}; must be text, image, video or OpenAI's image_url, video_url",
+            f"{truncated_repr(kind)}; must be text, image, video, image_url or video_url",
         )
     found.media.append(MediaPart(field, kind, part, name))
     return {"type": kind, kind: ""}
 
 
-def _refuse_unknown(field: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+def _reject_unknown(field: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
             raise InputError(
-                field, f"{truncated_repr(name)} is unknown; it has {' and '.join(known)}"
+                field, f"{truncated_repr(name)} is unknown; allowed are {' and '.join(known)}"
             )
 
 
@@ -204,20 +207,20 @@ def _mark(text: Any, field: str, found: Conversation) -> str:
 
 
 def check_text(text: Any, field: str) -> str:
-    """The text, if it is one that can be encoded."""
+    """Return the text. Raises `InputError` if it is not a valid Unicode string."""
     if not isinstance(text, str):
-        raise InputError(field, f"must be a text, not {type(text).__name__}")
+        raise InputError(field, f"must be a string, not {type(text).__name__}")
     if len(text) > MAX_TEXT:
         raise InputError(field, f"{len(text)} characters of text; at most {MAX_TEXT}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(field, "has half a surrogate pair: not Unicode text") from None
+        raise InputError(field, "has an unpaired surrogate; must be valid Unicode") from None
     return text
 
 
 class ChatTemplate:
-    """The checkpoint's template, in jinja2's sandbox."""
+    """The checkpoint's chat template, rendered in jinja2's sandbox."""
 
     def __init__(self, model_dir: Path, tokenizer: TextTokenizer) -> None:
         environment = self._environment = BoundedEnvironment()
@@ -232,7 +235,7 @@ class ChatTemplate:
             raise ConfigError(f"{model_dir}: its chat template does not parse: {error}") from None
         try:
             self.encode(read_messages([{"role": "user", "content": "Hello"}]))
-        except InputError as error:  # other messages may be valid, unless it took too long
+        except InputError as error:  # Other messages may render, unless a limit was exceeded.
             if isinstance(error.__cause__, TemplateLimitError):
                 text = f"{model_dir}: its chat template {error.__cause__}; replace it"
                 raise ConfigError(text) from None
@@ -254,8 +257,9 @@ class ChatTemplate:
         except TemplateLimitError as error:
             raise InputError("messages", f"the chat template {error}") from error
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            own = f": {error}" if type(error) is TemplateError else ""  # others are jinja's words
-            raise InputError("messages", f"the chat template refuses them{own}") from None
+            # Only messages of the template's raise_exception are meant for clients.
+            reason = f": {error}" if type(error) is TemplateError else ""
+            raise InputError("messages", f"rejected by the chat template{reason}") from None
         token_ids: list[int] = []
         for part, token in self._tokenizer.split_added(rendered):
             run = MARK.sub(lambda mark: texts[int(mark[1])], part)
@@ -265,14 +269,14 @@ class ChatTemplate:
         return token_ids
 
     def _turns(self, conversation: Conversation, texts: list[str]) -> dict[str, Any]:
-        """What the template is given to go through; new marks' texts are added to `texts`."""
+        """Return the template's variables. Texts of new markers are appended to `texts`."""
         messages, tools = conversation.messages, conversation.tools
         if not self._has_tools:
             return {"messages": in_qwens_form(messages, tools)}
 
         def mark(text: str) -> str:
-            forges = "\0" in text or self._tokenizer.has_added(text)
-            return add_mark(text, texts) if forges else text
+            is_unsafe = "\0" in text or self._tokenizer.has_added(text)
+            return add_mark(text, texts) if is_unsafe else text
 
         return {
             "messages": as_they_are(messages, mark),
@@ -288,7 +292,10 @@ def _template_text(model_dir: Path) -> str:
     path = model_dir / "chat_template.jinja"
     if path.exists():
         return read_text(path)
-    raise ConfigError(f"{model_dir}: no chat template (chat_template.json, tokenizer_config.json)")
+    raise ConfigError(
+        f"{model_dir}: has no chat template; add chat_template.json, chat_template.jinja or "
+        "chat_template in tokenizer_config.json"
+    )
 
 
 def _raise(text: str) -> None:

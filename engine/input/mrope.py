@@ -1,8 +1,8 @@
-"""M-RoPE positions of a prompt, from explicit spans: never by looking for a token id.
+"""M-RoPE positions of a prompt, computed from explicit media spans, not from token ids.
 
-Text advances all three axes together; an item's tokens take (time, row, column) from where it
-starts; what follows starts at the maximum over all axes + 1. Source: the Qwen2-VL paper, section
-2.1.
+Text advances all three axes together. The tokens of an image or video have offsets (time, row,
+column) from its start; the next token starts at the maximum over all axes + 1. Source: the
+Qwen2-VL paper, section 2.1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...scheduler.request import MediaSpan
 def mrope_positions(
     num_tokens: int, spans: Sequence[MediaSpan], merge_size: int
 ) -> tuple[tuple[array[int], ...], int]:
-    """Positions [3][num_tokens], and the delta: the position of a later token i is i + delta."""
+    """Return positions [3][num_tokens], and delta: output token i has position i + delta."""
     positions = np.empty((3, num_tokens), np.int32)
     at = done = 0  # next position, next token
     for span in spans:

@@ -1,13 +1,13 @@
-"""Cut text into pieces that a tokenizer encodes to the same ids as the whole text.
+"""Split text into pieces that encode to the same token ids as the whole text.
 
 Encoding runs in native code that cannot be interrupted. Pieces bound its time and memory, and a
 request that ends or exceeds its context stops at the next piece.
 
-A cut is safe where three things hold whatever the rest of the text is. Both neighbours keep their
-kind under NFC and do not combine across the cut. The pre-tokenizer of Qwen's models (`PATTERN`)
-certainly ends a match there. Its match before the cut does not depend on what follows the cut: only
-`\\s+(?!\\S)` looks ahead, and no cut directly follows white space except after a line break, where
-`\\s*[\\r\\n]+` has matched first.
+A cut is safe if three conditions hold for any surrounding text. Both neighbours keep their
+character class under NFC and do not combine across the cut. The pre-tokenizer of Qwen's models
+(`PATTERN`) always ends a match there. Its match before the cut does not depend on the text after
+it: only `\\s+(?!\\S)` looks ahead, and no cut directly follows white space except after a line
+break, where `\\s*[\\r\\n]+` has matched first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unicodedata import ucd_3_2_0 as oldest_data
 from ..errors import InputError
 
 PIECE = 1 << 12  # characters: about 5 ms of native code, at most 25 ms
-MAX_RUN = 1 << 17  # bytes in UTF-8 without a safe cut: at most some tenths of a second, 45 MB
+MAX_RUN = 1 << 17  # UTF-8 bytes without a safe cut: takes under a second and 45 MB
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -30,7 +30,10 @@ PATTERN = (
 
 
 def can_cut(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether `is_cut` holds for a `tokenizer.json`: NFC or nothing, then `PATTERN`."""
+    """Return whether `is_cut` is valid for a `tokenizer.json`.
+
+    Its normalizer must be NFC or none, and its pre-tokenizer `PATTERN`.
+    """
     normalizer = tokenizer.get("normalizer")
     steps: list[Any] = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or []
     if normalizer not in (None, {"type": "NFC"}) or len(steps) != 2:
@@ -49,9 +52,10 @@ def can_cut(tokenizer: Mapping[str, Any]) -> bool:
 
 @functools.lru_cache(1 << 12)
 def kind_of(character: str) -> str:
-    """Return the first letter of the Unicode category, or "" where libraries may disagree.
+    """Return the first letter of the Unicode category, or "" if libraries may disagree.
 
-    Unicode 3.2 is the oldest data that Python has: other libraries know its characters too.
+    Libraries agree on characters whose category has not changed since Unicode 3.2, the oldest data
+    in Python.
     """
     kind = unicodedata.category(character)[0]
     return kind if oldest_data.category(character)[0] == kind else ""
@@ -65,7 +69,7 @@ def _starts(character: str) -> bool:
 
 
 def is_cut(text: str, at: int) -> bool:
-    """Return whether text[:at] and text[at:] certainly encode to the ids of the whole text."""
+    """Return whether encoding text[:at] and text[at:] always gives the ids of the whole text."""
     last, first = text[at - 1], text[at]
     if first in " \t":
         return not last.isspace()
@@ -83,8 +87,8 @@ def is_cut(text: str, at: int) -> bool:
 def pieces(text: str, cuts: bool, field: str) -> Iterator[str]:
     """Yield the text in pieces of about `PIECE` characters.
 
-    `cuts`: whether `is_cut` holds for the tokenizer; otherwise the text is one piece. Raises
-    `InputError` where over `MAX_RUN` bytes have no safe cut.
+    `cuts`: whether `is_cut` is valid for the tokenizer; otherwise the text is one piece. Raises
+    `InputError` if more than `MAX_RUN` bytes have no safe cut.
     """
     start = 0
     while start < len(text):
@@ -93,8 +97,8 @@ def pieces(text: str, cuts: bool, field: str) -> Iterator[str]:
         if len(piece) > PIECE and len(piece.encode("utf-8", "surrogatepass")) > MAX_RUN:
             raise InputError(
                 field,
-                f"has over {MAX_RUN} bytes without a space, digit or line break at which it can be "
-                "split for the tokenizer; insert spaces or line breaks",
+                f"has over {MAX_RUN} bytes without a space, digit or line break, at which the "
+                "tokenizer could split it; insert spaces or line breaks",
             )
         yield piece
         start = end
@@ -105,7 +109,7 @@ def _end_of_piece(text: str, start: int, cuts: bool) -> int:
     target = start + PIECE
     if target >= len(text):
         return len(text)
-    last = min(len(text), start + MAX_RUN + 1)  # one more: `pieces` rejects it
+    last = min(len(text), start + MAX_RUN + 1)  # one over the limit, so that `pieces` rejects it
     if not cuts:
         return last
     for at in range(target, start, -1):

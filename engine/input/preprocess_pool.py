@@ -1,7 +1,7 @@
-"""Threads that preprocess requests' input, alongside the engine's loop.
+"""Thread pools that preprocess requests alongside the engine's loop.
 
-Encoding text, decoding, resizing and hashing release the GIL. Short texts, long texts, images,
-videos and URL fetches have separate threads, so none queues behind a slower kind.
+Tokenizing, decoding, resizing and hashing release the GIL. Short texts, long texts, images, videos
+and URL fetches use separate threads, so none queues behind a slower kind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .prompt_size import PromptSize
 
 log = logging.getLogger("octavo.media")
 
-MAX_SLOW_GRAMMARS = 16  # that wait to be compiled: each may take a second
+MAX_SLOW_GRAMMARS = 16  # queued for compilation; each may take a second
 
 
 def _do_nothing() -> None:
@@ -42,11 +42,13 @@ def _do_nothing() -> None:
 
 
 class InputJob:
-    """A prompt on its way. `future` is done when the request can begin: later frames of a video
-    are decoded after that."""
+    """Preprocessing of one prompt.
+
+    `future` is done when the request can start; later frames of a video are decoded after that.
+    """
 
     def __init__(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
-        """`params`: their grammar and bad words are prepared too."""
+        """Create a job. The grammar and bad words of `params` are prepared too."""
         self.future: Future[ProcessedInput] = Future()
         self.form = None if params is None else params.structured
         self._bad_words = () if params is None else params.bad_words
@@ -55,14 +57,16 @@ class InputJob:
         self._prompt = [prompt]
         self._given = time.monotonic()
         self._is_dropped = False
-        self._task: MediaTask | None = None  # once it has begun
+        self._task: MediaTask | None = None  # once the job has started
         self.on_cancel: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
-        """Its request is over: nothing is kept, what is under way ends soon. To be called in any
-        case, since the bytes of its prompt count until then."""
+        """Stop the job and release its prompt. Call it when the request has ended for any reason.
+
+        Until then, the bytes of the prompt count towards the limit of the pool.
+        """
         self._is_dropped = True
-        self._prompt.clear()  # the pool may come to it much later
+        self._prompt.clear()  # The pool may reach this job much later.
         self.future.cancel()
         self._compile_task.cancel()
         if self._task is not None:
@@ -76,8 +80,10 @@ class InputJob:
         go_on: Callable[[], None],
         take_longer: Callable[[], None],
     ) -> None:
-        """Compile the grammar, in the pool and before `run`. `go_on` follows, or `take_longer`
-        where `compiler` returns None."""
+        """Compile the grammar, in a thread of the pool and before `run`.
+
+        Calls `go_on` afterwards, or `take_longer` if `compiler` returns None.
+        """
         try:
             if self.form is not None and not self._is_dropped:
                 self._grammar = compiler(self.form, self._compile_task)
@@ -91,12 +97,11 @@ class InputJob:
             go_on()
 
     def run(self, processor: InputProcessor, decoders: DecoderPool | None, lane: str = "") -> None:
-        """Preprocess the prompt, in a thread of the pool. `decoders`: processes that open files;
-        None: this process does.
+        """Preprocess the prompt, in a thread of the pool.
 
-        The decoder is given back before the outcome is known, so that a client who acts on it
-        interferes with no other request. A video is the exception: its later frames are still
-        being decoded.
+        `decoders`: processes that decode files; None: decode in this process. The decoder is
+        released before the result is set, so that it is free when the client reacts, except for
+        videos whose later frames are still being decoded.
         """
         if not self.future.set_running_or_notify_cancel():
             return
@@ -108,7 +113,7 @@ class InputJob:
                     ready.stream.run()
                     return
         except BaseException as error:
-            if self.future.done():  # a stream keeps its own errors
+            if self.future.done():  # The stream reports its own errors.
                 raise
             self.future.set_exception(without_frames(error))
         else:
@@ -129,17 +134,17 @@ class InputJob:
             yield task
 
     def _begin(self, processor: InputProcessor, task: MediaTask) -> ProcessedInput:
-        begun = time.monotonic()
-        prompt = self._prompt.pop() if self._prompt else ""  # it was dropped in this moment
+        start = time.monotonic()
+        prompt = self._prompt.pop() if self._prompt else ""  # empty: cancelled at this moment
         ready = processor.begin(prompt, task=task)
         if self._bad_words:
             ready = replace(ready, bad_words=processor.bad_word_ids(self._bad_words))
-        times = InputTimes(begun - self._given, time.monotonic() - begun)
+        times = InputTimes(start - self._given, time.monotonic() - start)
         return replace(ready, times=times, arrived_at=self._given, grammar=self._grammar)
 
 
 class TokenizeJob:
-    """Tokenizes a text or a conversation: what the endpoints for that return."""
+    """Tokenization of a text or a conversation, for the tokenize endpoints."""
 
     def __init__(self, prompt: str | Sequence[Any], plain: bool) -> None:
         self.future: Future[list[int]] = Future()
@@ -148,14 +153,14 @@ class TokenizeJob:
         self.on_cancel: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
-        """Stop at the next piece of text. To be called in any case, as `InputJob.cancel`."""
+        """Stop at the next piece of text. Call it in any case, as `InputJob.cancel`."""
         self._is_dropped = True
         self.future.cancel()
         self.on_cancel, call = _do_nothing, self.on_cancel
         call()
 
     def run(self, processor: InputProcessor) -> None:
-        """In the pool."""
+        """Tokenize the prompt, in a thread of the pool."""
         if not self.future.set_running_or_notify_cancel():
             return
         prompt, reader = self._prompt, processor.reader
@@ -171,20 +176,20 @@ class TokenizeJob:
 
     def _check(self) -> None:
         if self._is_dropped:
-            raise InputError("prompt", "the request is over")
+            raise InputError("prompt", "the request was cancelled")
 
 
 @dataclass(frozen=True)
 class PreprocessPools:
-    """Threads for each kind of prompt, so that none waits for what takes longer by nature."""
+    """Number of threads for each kind of prompt, so that none queues behind a slower kind."""
 
-    text: int  # no images, no videos, at most LONG_TEXT characters
-    long_texts: int  # the same of more characters
+    text: int  # prompts without media, up to LONG_TEXT characters
+    long_texts: int  # prompts without media, over LONG_TEXT characters
     images: int
     videos: int
-    urls: int  # anything to be fetched: they mostly wait
-    grammars: int  # compiled before the rest
-    slow_grammars: int  # those that take over a tenth of a second: they delay only each other
+    urls: int  # prompts with media to fetch; these threads mostly wait
+    grammars: int  # compilation, before preprocessing
+    slow_grammars: int  # compilations of over 0.1 s, which delay only each other
 
     @classmethod
     def of(cls, cores: int) -> PreprocessPools:
@@ -199,12 +204,17 @@ class PreprocessPools:
         )
 
     def decoders(self) -> dict[str, int]:
-        """How many decoder processes each lane has work for. Threads of URLs mostly wait."""
+        """Return the number of decoder processes that each pool can keep busy.
+
+        URL threads mostly wait, so they need no more decoders than images.
+        """
         decoding = (self.images, self.videos, min(self.images, self.urls))
         return dict(zip(MEDIA_LANES, decoding, strict=True))
 
 
 class InputPool:
+    """Preprocesses requests in threads. Thread-safe."""
+
     def __init__(
         self,
         processor: InputProcessor,
@@ -213,9 +223,11 @@ class InputPool:
         grammars: Grammars | None = None,
         claimed_bytes: int = 0,
     ) -> None:
-        """`isolate`: decode files in separate processes. `max_bytes`: of the media and long texts
-        of all unfinished requests; None: unlimited. `claimed_bytes`: of available memory that the
-        engine will still use."""
+        """Start the threads, and the decoder processes if `isolate`.
+
+        `max_bytes`: limit on media and long texts of all unfinished requests; None: unlimited.
+        `claimed_bytes`: available memory that the engine will still use.
+        """
         self._processor, self._max_bytes, self._grammars = processor, max_bytes, grammars
         lanes = PreprocessPools.of(num_cores())
         self._threads = {name: DaemonPool(size, name) for name, size in vars(lanes).items()}
@@ -227,13 +239,12 @@ class InputPool:
             self._decoders = DecoderPool(processor.limits, plan)
             self._decoders.warm()
         self._num_bytes = 0
-        self._jobs: dict[InputJob | TokenizeJob, int] = {}  # unfinished requests' bytes of input
-        self._slow_jobs: set[InputJob] = set()  # that wait in the lane of slow grammars
+        self._jobs: dict[InputJob | TokenizeJob, int] = {}  # input bytes of unfinished requests
+        self._slow_jobs: set[InputJob] = set()  # queued for slow compilation
         self._lock = threading.Lock()
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> InputJob:
-        """Start to preprocess a request. Raises `QueueFull` where too many bytes are waiting
-        already."""
+        """Start to preprocess a request. Raises `QueueFull` above `max_bytes`."""
         job, size = InputJob(prompt, params), PromptSize.of(prompt)
         self._reserve(job, size.source_bytes + size.text_bytes)
         job.on_cancel = lambda: self._release(job)
@@ -247,7 +258,7 @@ class InputPool:
         return job
 
     def tokenize(self, prompt: str | Sequence[Any], plain: bool) -> TokenizeJob:
-        """Start to tokenize a text or a conversation. Raises `QueueFull` as `submit` does."""
+        """Start to tokenize a text or a conversation. Raises `QueueFull` above `max_bytes`."""
         job, size = TokenizeJob(prompt, plain), PromptSize.of(prompt).text_bytes
         self._reserve(job, size)
         job.on_cancel = lambda: self._release(job)
@@ -255,29 +266,30 @@ class InputPool:
         return job
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> Future[str]:
-        """Start to decode token ids: at most as many as the model's length."""
+        """Start to decode token ids, at most `max_model_len`."""
         decode = self._processor.reader.detokenize
         return self._threads["text"].submit(decode, token_ids, skip_special_tokens)
 
     def _reserve(self, job: InputJob | TokenizeJob, size: int) -> None:
-        """Raises `QueueFull`."""
+        """Count the bytes of a job. Raises `QueueFull`."""
         with self._lock:
             total, most = self._num_bytes + size, self._max_bytes
-            if most is not None and 0 < size < total and total > most:  # one alone may be larger
+            # A single request may exceed the limit.
+            if most is not None and 0 < size < total and total > most:
                 raise QueueFull(
                     f"requests have {self._num_bytes} bytes of images, videos and long texts, and "
-                    f"{size} more are over max_queue_bytes={self._max_bytes}; try again later"
+                    f"{size} more exceed max_queue_bytes={self._max_bytes}; try again later"
                 )
             self._num_bytes = total
             self._jobs[job] = size
 
     def _compile_slowly(self, grammars: Grammars, job: InputJob, go_on: Callable[[], None]) -> None:
-        """Raises `GrammarQueueFull` where enough of them wait."""
+        """Queue a slow compilation. Raises `GrammarQueueFull` if the queue is full."""
         with self._lock:
             if len(self._slow_jobs) >= MAX_SLOW_GRAMMARS:
                 raise GrammarQueueFull(
-                    f"structured: {MAX_SLOW_GRAMMARS} complex grammars wait to be compiled; try "
-                    "again later"
+                    f"structured: {MAX_SLOW_GRAMMARS} complex grammars are queued for compilation; "
+                    "try again later"
                 )
             self._slow_jobs.add(job)
 
@@ -301,13 +313,13 @@ class InputPool:
         work.add_done_callback(lambda work: job.cancel() if work.cancelled() else None)
 
     def _release(self, job: InputJob | TokenizeJob) -> None:
-        """Its request is over, and with it the message that brought its bytes."""
+        """Stop counting the bytes of a job whose request has ended."""
         with self._lock:
             self._slow_jobs.discard(job)
             self._num_bytes -= self._jobs.pop(job, 0)
 
     def close(self) -> None:
-        """What has not begun is cancelled, and what has begun ends soon; nothing is waited for."""
+        """Cancel all jobs without waiting for those that are running."""
         with self._lock:
             jobs = tuple(self._jobs)
         for job in jobs:

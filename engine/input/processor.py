@@ -1,4 +1,4 @@
-"""A request's input made ready: token ids, pixels, grids, positions, hashes."""
+"""Input preprocessing: token ids, pixels, grids, positions and media hashes of a request."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ from .prompt import PromptReader
 
 @dataclass(frozen=True)
 class InputTimes:
-    """Seconds that a request's input took until the request could begin."""
+    """Duration of preprocessing in seconds, until the request could start."""
 
-    queued_s: float  # waiting for a thread
-    spent_s: float  # being made ready
+    queued_s: float  # wait for a thread
+    spent_s: float  # preprocessing
 
 
 @dataclass(frozen=True, eq=False)
 class ProcessedInput:
-    """What a request is made of. `spans` and `media` are parallel, in prompt order.
+    """Preprocessed input of a request. `spans` and `media` are parallel, in prompt order.
 
-    `stream` has units that are still being decoded; it serves one request alone.
+    `stream` yields units that are still being decoded; it can serve only one request.
     """
 
-    prompt_token_ids: array[int]  # placeholders expanded
+    prompt_token_ids: array[int]  # with expanded placeholders
     spans: tuple[MediaSpan, ...]
     media: tuple[MediaItem, ...]
-    mrope_positions: tuple[array[int], ...]  # three of the prompt's length
+    mrope_positions: tuple[array[int], ...]  # [3][prompt length]
     mrope_position_delta: int
-    units: tuple[UnitContent, ...] = ()  # of all items, in prompt order, as far as they are made
-    stream: UnitStream | None = None  # makes the rest, in a thread of whoever asked for it
+    units: tuple[UnitContent, ...] = ()  # units decoded so far, in prompt order
+    stream: UnitStream | None = None  # decodes the remaining units in the caller's thread
     times: InputTimes | None = None
-    arrived_at: float | None = None  # when it was asked for, on the monotonic clock
-    grammar: Grammar | None = None  # of the form that its answers are to have, compiled beforehand
-    bad_words: tuple[tuple[int, ...], ...] | None = None  # their ids, encoded beforehand
+    arrived_at: float | None = None  # monotonic time at which the job was submitted
+    grammar: Grammar | None = None  # of structured output, compiled in the pool
+    bad_words: tuple[tuple[int, ...], ...] | None = None  # token ids, encoded in the pool
 
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput
 
 
 class InputProcessor:
-    """Makes requests' input ready. Thread-safe: it changes nothing once made."""
+    """Preprocesses prompts. Immutable, hence thread-safe."""
 
     def __init__(
         self,
@@ -74,8 +74,11 @@ class InputProcessor:
         limits: MediaLimits | None = None,
         defaults: Mapping[str, MediaOptions] | None = None,
     ) -> None:
-        """`access`: what may be read, by default every local file and no URL. `defaults`: options
-        by kind, "image" and "video", of items that do not say otherwise."""
+        """Load the tokenizer and the chat template.
+
+        `access`: allowed media sources, by default all local files and no URLs. `defaults`: media
+        options by kind ("image", "video"), which an item's own options override.
+        """
         vision = model_config.vision
         self.config, self.max_model_len = model_config, max_model_len
         self.limits = limits or MediaLimits()
@@ -97,8 +100,11 @@ class InputProcessor:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
     ) -> ProcessedInput:
-        """Any form of a prompt: messages, a raw text, or a dict with one of `messages`, `prompt`
-        and `prompt_token_ids` and maybe `images` and `videos`. Raises `InputError`."""
+        """Preprocess a prompt completely. Raises `InputError`.
+
+        `prompt`: messages, a raw text, or a dict with one of `messages`, `prompt` and
+        `prompt_token_ids`, and optionally `images` and `videos`.
+        """
         if isinstance(prompt, ProcessedInput):
             return prompt
         ready = self.begin(prompt, images, videos)
@@ -114,9 +120,11 @@ class InputProcessor:
         videos: Sequence[Any] | None = None,
         task: MediaTask | None = None,
     ) -> ProcessedInput:
-        """The same, with all that can be told before a video's later frames are decoded: those are
-        left to `stream`, which the caller has to `run` or to `cancel`. `task`: its time, and what
-        ends it early."""
+        """Preprocess a prompt except for later frames of videos.
+
+        Those are left to `stream` of the result, on which the caller must call `run` or `cancel`.
+        `task`: deadline and cancellation. Raises `InputError`.
+        """
         if isinstance(prompt, ProcessedInput):
             return prompt
         task = task or MediaTask(self.limits)
@@ -129,15 +137,14 @@ class InputProcessor:
             positions, delta = mrope_positions(len(expanded), spans, self.shape.merge_size)
             self._check_positions(len(expanded) + delta)
             on_failure.pop_all()
-        units = self.loader.units(opened, task)  # they close it
+        units = self.loader.units(opened, task)  # the iterator closes the task
         count = self._num_at_once(media)
         first = tuple(itertools.islice(units, count))
         rest = None if count is None else UnitStream(units)
         return ProcessedInput(expanded, spans, media, positions, delta, first, rest)
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return the ids of each word by itself and after a space, where those differ: a
-        vocabulary has most words twice."""
+        """Return the token ids of each word, both alone and after a space if they differ."""
         texts = [text for word in words for text in (word, f" {word.lstrip()}")]
         found = dict.fromkeys(tuple(self.tokenizer.encode_plain(text)) for text in texts)
         return tuple(ids for ids in found if ids and max(ids) < self.config.vocab_size)
@@ -148,19 +155,19 @@ class InputProcessor:
         parts: Sequence[MediaPart],
         task: MediaTask,
     ) -> list[OpenItem]:
-        """The items of the parts, as long as there is room for them."""
+        """Open the media of all parts. Raises `InputError` if they exceed the token budget."""
         if len(parts) > self.limits.max_media_items:
             self.limits.refuse("max_media_items", "prompt", f"{len(parts)} images and videos")
         text = len(token_ids) - sum(end - at for _, at, end in self.reader.runs(token_ids))
-        room = MediaTokenBudget(self.max_model_len, text, len(parts), self.shape.factor)
+        budget = MediaTokenBudget(self.max_model_len, text, len(parts), self.shape.factor)
         opened = []
         for part in parts:
-            options = self._options(part)
-            opened.append(self.loader.open(part.kind, part.source, options, room, part.place, task))
+            options, place = self._options(part), part.place
+            opened.append(self.loader.open(part.kind, part.source, options, budget, place, task))
         return opened
 
     def _options(self, part: MediaPart) -> MediaOptions:
-        """The item's own, and the server's as far as they suit its source and its own."""
+        """Return the item's options, completed by the defaults that apply to its source."""
         own = MediaOptions.from_part(part.part, part.kind, part.field)
         own.check_size(self.shape.factor, part.field)
         if isinstance(part.source, MediaEmbeds):
@@ -170,8 +177,10 @@ class InputProcessor:
         return own.over(defaults.of_files() if is_file else defaults.of_lists())
 
     def _num_at_once(self, media: Sequence[MediaItem]) -> int | None:
-        """Units that are made before a request goes on: up to the first of the first video of
-        many; None: all."""
+        """Return the number of units to decode before the request can start; None: all.
+
+        These are the units up to the first one of the first video that has several.
+        """
         for index, item in enumerate(media):
             if item.grid_thw[0] > self.shape.max_unit_temporal_patches:
                 return index + 1
@@ -180,18 +189,21 @@ class InputProcessor:
     def _expand(
         self, token_ids: Sequence[int], media: Sequence[MediaItem]
     ) -> tuple[array[int], tuple[MediaSpan, ...]]:
-        """One pass: each placeholder becomes as many as its item has tokens."""
+        """Repeat each placeholder as often as its item has tokens."""
         expanded, spans = array("i"), []
         done = 0
         runs = list(self.reader.runs(token_ids))
         if [kind for kind, _, _ in runs] != [item.kind for item in media]:
-            raise InputError("prompt", f"{len(runs)} placeholders for {len(media)} items")
+            raise InputError(
+                "prompt",
+                f"{len(runs)} placeholders for {len(media)} images and videos; use one for each",
+            )
         for (_, at, end), item in zip(runs, media, strict=True):
             if end - at not in (1, item.num_tokens):
                 raise InputError(
                     "prompt_token_ids",
                     f"{end - at} placeholders at {at} for an item of {item.num_tokens} tokens; "
-                    "give one, or as many as it has",
+                    "pass one, or one per token",
                 )
             expanded.extend(token_ids[done:at])
             spans.append(MediaSpan(len(expanded), item.num_tokens, item.grid_thw))
@@ -201,11 +213,11 @@ class InputProcessor:
         return expanded, tuple(spans)
 
     def _check_positions(self, end: int) -> None:
-        """A position must be left for a token of output. `end`: the first after the prompt."""
+        """Raise `TooLong` unless a position is left for output. `end`: the first free position."""
         most = self.config.max_position_embeddings
         if end >= most:
             raise TooLong(
                 "prompt",
-                f"reaches position {end - 1}, and the model has {most} positions; "
-                "shorten the text, or take fewer frames",
+                f"reaches position {end - 1}, but the model has {most} positions; "
+                "shorten the text, or use fewer frames",
             )

@@ -1,4 +1,4 @@
-"""Any form of a prompt read: token ids with placeholders, and the media that they stand for."""
+"""Read a prompt of any format: token ids with placeholders, and the media they stand for."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..tool_calling.schema import TOOL_FIELDS, tools_of
 from .chat_template import ChatTemplate, MediaPart, check_text, read_messages
 from .tokenizer import TextBudget, TextTokenizer
 
-PLACEHOLDER = "a placeholder"  # in a raw prompt: where errors say that something is wrong
+PLACEHOLDER = "a placeholder"  # field name in errors about media of a raw prompt
 
 
 @dataclass(frozen=True, eq=False)
 class ReadPrompt:
-    """`parts` has the media of each run of placeholder tokens, in order."""
+    """Token ids of a prompt. `parts` are the media of its placeholder runs, in order."""
 
     token_ids: Sequence[int]
     parts: list[MediaPart]
 
 
 class PromptReader:
-    """Thread-safe: it changes nothing once made."""
+    """Reads and tokenizes prompts. Immutable, hence thread-safe."""
 
     def __init__(self, model_dir: Path, config: ModelConfig, max_model_len: int) -> None:
         self.config, self.max_model_len = config, max_model_len
@@ -43,11 +43,10 @@ class PromptReader:
         videos: Any = None,
         check: Callable[[], None] = lambda: None,
     ) -> ReadPrompt:
-        """Read messages, a raw text, or a dict with one of `messages`, `prompt` and
-        `prompt_token_ids` and maybe `images` and `videos`.
+        """Read messages, a raw text or a dict. Raises `InputError`.
 
-        `check`: called between pieces of text; raises once the request has ended. Raises
-        `InputError`.
+        A dict has one of `messages`, `prompt` and `prompt_token_ids`, and optionally `images` and
+        `videos`. `check` is called between pieces of text and raises once the request has ended.
         """
         budget = TextBudget(self.max_model_len, check)
         if isinstance(prompt, Mapping):
@@ -60,17 +59,18 @@ class PromptReader:
         known = {"prompt", "prompt_token_ids", "messages", "images", "videos", *TOOL_FIELDS}
         for name in prompt:
             if name not in known:
-                raise InputError(name, f"{name}: unknown; a prompt has {', '.join(sorted(known))}")
+                text = f"{name}: unknown; allowed are {', '.join(sorted(known))}"
+                raise InputError(name, text)
         media = (prompt.get("images"), prompt.get("videos"))
         kinds = [name for name in ("prompt", "prompt_token_ids", "messages") if name in prompt]
         if len(kinds) != 1:
-            raise InputError("prompt", "give one of prompt, prompt_token_ids and messages")
+            raise InputError("prompt", "pass exactly one of prompt, prompt_token_ids and messages")
         if kinds == ["messages"]:
             tools = tools_of(prompt)
             return self.from_messages(prompt["messages"], *media, tools=tools, budget=budget)
         for name in TOOL_FIELDS:
             if prompt.get(name):
-                raise InputError(name, "goes with messages alone")
+                raise InputError(name, "is only allowed with messages")
         if kinds == ["prompt"]:
             return self.from_text(prompt["prompt"], *media, budget)
         return self.from_token_ids(prompt["prompt_token_ids"], *media)
@@ -83,8 +83,10 @@ class PromptReader:
         tools: Any = None,
         budget: TextBudget | None = None,
     ) -> ReadPrompt:
-        """Read a conversation, as the model card writes it; OpenAI's `tools`. Raises
-        `InputError`."""
+        """Read a conversation in the model card's format, with OpenAI `tools`.
+
+        Raises `InputError`.
+        """
         conversation = read_messages(messages, tools)
         parts = _fill(conversation.media, {"image": images, "video": videos})
         self._check_text(sum(map(len, conversation.texts)))
@@ -110,15 +112,14 @@ class PromptReader:
     ) -> list[int]:
         """Return a text's token ids, at most `max_model_len`.
 
-        `plain`: an added token's spelling means nothing. `check`: as in `read`. Raises
-        `InputError`.
+        `plain`: encode the spelling of added tokens as ordinary text. `check`: as in `read`.
+        Raises `InputError`.
         """
         encode = self.tokenizer.encode_plain if plain else self.tokenizer.encode_marked
         return encode(self._checked(text, "text"), TextBudget(self.max_model_len, check))
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Return the text of token ids. Raises `InputError` for ids that the model does not
-        have."""
+        """Return the text of token ids. Raises `InputError` for invalid ids."""
         ids = self._check_token_ids(token_ids, self.max_model_len)
         return self.tokenizer.decode(ids, skip_special_tokens)
 
@@ -128,12 +129,12 @@ class PromptReader:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
     ) -> ReadPrompt:
-        """Token ids, placeholders expanded or not. Raises `InputError`."""
+        """Read token ids, with placeholders expanded or not. Raises `InputError`."""
         ids = self._check_token_ids(token_ids, self.max_model_len - 1)
         return ReadPrompt(ids, self._parts_of(ids, images, videos))
 
     def _checked(self, text: Any, field: str) -> str:
-        """Return the text if it may fit. Its size is checked first: that takes no time."""
+        """Return a valid text that may fit. Its size is checked first, in constant time."""
         if isinstance(text, str):
             self._check_text(len(text))
         return check_text(text, field)
@@ -144,7 +145,7 @@ class PromptReader:
         if size > most:
             raise TooLong(
                 "prompt",
-                f"{size} characters are over max_model_len={self.max_model_len} tokens of at most "
+                f"{size} characters exceed max_model_len={self.max_model_len} tokens of at most "
                 f"{self.tokenizer.longest} characters; shorten the text",
             )
 
@@ -155,14 +156,15 @@ class PromptReader:
         if len(token_ids) == 0:
             raise InputError(field, "is empty")
         if len(token_ids) > most:
-            text = f"{len(token_ids)} of them, max_model_len is {self.max_model_len}"
-            raise TooLong(field, f"{text}; give at most {most}, or raise max_model_len")
+            text = f"has {len(token_ids)} ids, max_model_len is {self.max_model_len}"
+            raise TooLong(field, f"{text}; pass at most {most}, or raise max_model_len")
         for token in token_ids:
-            whole = isinstance(token, int) and not isinstance(token, bool)
-            if not whole or not 0 <= token < self.config.vocab_size:
+            is_int = isinstance(token, int) and not isinstance(token, bool)
+            if not is_int or not 0 <= token < self.config.vocab_size:
                 raise InputError(
                     field,
-                    f"{truncated_repr(token)}: must be integers below {self.config.vocab_size}",
+                    f"{truncated_repr(token)}: must be integers from 0 to "
+                    f"{self.config.vocab_size - 1}",
                 )
         return list(token_ids)
 
@@ -172,13 +174,13 @@ class PromptReader:
         images: Sequence[Any] | None,
         videos: Sequence[Any] | None,
     ) -> list[MediaPart]:
-        """A part for each run of placeholder tokens, with its media."""
+        """Return a part with its media for each run of placeholder tokens."""
         runs = [(kind, at) for kind, at, _ in self.runs(token_ids)]
         bare = [MediaPart(f"{PLACEHOLDER} at token {at}", kind, {}) for kind, at in runs]
         return _fill(bare, {"image": images, "video": videos})
 
     def runs(self, token_ids: Sequence[int]) -> Iterator[tuple[str, int, int]]:
-        """(kind, first, end) of each run of one placeholder token."""
+        """Yield (kind, first index, end) of each run of the same placeholder token."""
         at = 0
         while at < len(token_ids):
             kind = self._pads.get(token_ids[at])
@@ -191,7 +193,7 @@ class PromptReader:
 
 
 def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None]) -> list[MediaPart]:
-    """Gives each part without a source the next of the call's images or videos."""
+    """Assign the next of `images` or `videos` to each part without a source."""
     left = {}
     for kind, sources in given.items():
         if sources is not None and (
@@ -204,20 +206,23 @@ def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None])
         if part.source is None:
             source = next(left[part.kind], None)
             if source is None:
-                MediaOptions.from_part(part.part, part.kind, part.field)  # a misspelt source's key
+                # Raise a better error if the source's key is misspelt.
+                MediaOptions.from_part(part.part, part.kind, part.field)
                 raise InputError(
-                    part.field, f"needs {part.kind}s=[...]: a placeholder has no {part.kind}"
+                    part.field, f"has no {part.kind} source; pass it in {part.kind}s=[...]"
                 )
             part = _with_source(part, source)
         filled.append(part)
     for kind, rest in left.items():
         count = sum(1 for _ in rest)
         if count:
-            raise InputError(f"{kind}s", f"{count} more than the prompt has placeholders for")
+            raise InputError(
+                f"{kind}s", f"{count} more than the prompt has placeholders; remove them"
+            )
     return filled
 
 
 def _with_source(part: MediaPart, source: Any) -> MediaPart:
-    """A source may bring options: a dict in the form of a message's part."""
-    beside = source if isinstance(source, Mapping) else {part.kind: source}
-    return MediaPart(part.field, part.kind, {**part.part, **beside})
+    """Add a source to a part. A dict in the format of a message part also adds options."""
+    added = source if isinstance(source, Mapping) else {part.kind: source}
+    return MediaPart(part.field, part.kind, {**part.part, **added})

@@ -1,4 +1,4 @@
-"""The size of a prompt of any kind, which decides where and when it is preprocessed."""
+"""The size of a prompt, which selects the thread pool that preprocesses it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 from .openai_parts import KIND_OF
 
 KINDS = ("image", "video")
-MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)  # the first are found fastest
-MAX_SOURCES = 1 << 14  # frames of lists included; a request of more is rejected later
+# Concrete types first: `isinstance` checks them faster than abstract ones.
+MAPPINGS, SEQUENCES = (dict, Mapping), (list, tuple, Sequence)
 BYTES = (str, bytes, bytearray, memoryview)
-TOKEN_ID_BYTES = 40  # of a list of numbers
-LONG_TEXT = 1 << 16  # characters: some tenths of a second of one core
+MAX_SOURCES = 1 << 14  # including the frames of lists; a larger request is rejected later
+TOKEN_ID_BYTES = 40  # bytes per item of a list of ints
+LONG_TEXT = 1 << 16  # characters; tokenizing them takes some tenths of a second of one core
 
 
 @dataclass(frozen=True)
 class PromptSize:
-    """What decides where and when a prompt of any kind, which may be wrong, is preprocessed."""
+    """Kind and size of a prompt that is not validated yet."""
 
-    lane: str  # of `PreprocessPools`; what is not a prompt is rejected fastest as text
-    source_bytes: int  # of its media as they came: files, data URIs, arrays
-    text_bytes: int  # in memory, of its texts or token ids; 0 up to LONG_TEXT characters
+    lane: str  # a field of `PreprocessPools`; "text" for invalid prompts
+    source_bytes: int  # of media as received: files, data URIs, arrays
+    text_bytes: int  # of texts or token ids in memory; 0 up to LONG_TEXT characters
 
     @classmethod
     def of(cls, prompt: Any) -> PromptSize:
@@ -89,7 +90,7 @@ def _values(prompt: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _values_of_part(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of the model card's and of OpenAI's parts, with a type or without."""
+    """Yield the values of a part in the model card's or OpenAI's format, typed or not."""
     if isinstance(part.get("text"), str):
         yield "text", part["text"]
     for name, kind in KIND_OF.items():

@@ -1,9 +1,9 @@
-"""A jinja2 environment for a checkpoint's chat template, bounded in time and memory.
+"""A jinja2 environment for chat templates, bounded in time and memory.
 
-A template comes with the checkpoint and may be hostile or broken. jinja2's sandbox keeps it from
-the interpreter, but not from looping or from building huge values. Here each loop iteration, call
-and filter checks the CPU time of the rendering, and each operation that makes a value longer than
-its operands checks the length first.
+A template comes with the checkpoint and may be malicious or broken. jinja2's sandbox protects the
+interpreter, but does not prevent endless loops or huge values. Here each loop iteration, call and
+filter checks the CPU time of the rendering, and each operation that makes a value longer than its
+operands checks the length first.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SECONDS = 5.0  # of one rendering, in CPU time
-MAX_LENGTH = 32 << 20  # characters of a text, items of a list made by an operator
-MAX_BITS = 4096  # of an integer
+MAX_SECONDS = 5.0  # CPU time of one rendering
+MAX_LENGTH = 32 << 20  # characters of a string, or items of a list
+MAX_BITS = 4096  # per integer
 # Filters and methods that pad a value to any length, or format it.
 UNBOUNDED_FILTERS = ("center", "format", "pprint", "random", "urlize", "wordwrap")
 UNBOUNDED_METHODS = frozenset(
@@ -31,11 +31,11 @@ UNBOUNDED_METHODS = frozenset(
 
 
 class TemplateLimitError(TemplateError):
-    """A template that took too much time or memory."""
+    """The template exceeded its time or memory limit."""
 
 
 def join_parts(parts: Iterable[Any]) -> str:
-    """Join texts; numbers and others as jinja2 writes them. Raises `TemplateLimitError`."""
+    """Join values, converted to text as by jinja2. Raises `TemplateLimitError`."""
     texts, length = [], 0
     for part in parts:
         texts.append(str(part))
@@ -45,7 +45,7 @@ def join_parts(parts: Iterable[Any]) -> str:
 
 
 def join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
-    """jinja2's filter of this name, for texts without markup."""
+    """Implement jinja2's filter `join` for texts without markup."""
     if attribute is not None:
         raise TemplateLimitError("uses join(attribute=...); use map(attribute=...) and join")
 
@@ -59,7 +59,7 @@ def join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str
 
 
 def replace(text: str, old: str, new: str, count: int | None = None) -> str:
-    """jinja2's filter and Python's method of this name."""
+    """Implement jinja2's filter `replace` and the method `str.replace`."""
     text, old, new = str(text), str(old), str(new)
     found = text.count(old)
     times = found if count is None or count < 0 else min(count, found)
@@ -72,7 +72,7 @@ def _join_by(separator: str, parts: Iterable[Any]) -> str:
 
 
 def indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    """jinja2's filter of this name."""
+    """Implement jinja2's filter `indent`."""
     _check_length(len(text) + (text.count("\n") + 1) * width)
     return do_indent(text, width, first, blank)
 
@@ -96,13 +96,13 @@ def _check_bits(operator: str, left: int, right: int) -> None:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Compiles templates whose rendering raises `TemplateLimitError` instead of going on for ever.
+    """Sandbox whose templates raise `TemplateLimitError` above a time or memory limit.
 
-    Thread-safe; `render` a template through `render` here, which starts its clock.
+    Thread-safe. Render templates with `render`, which starts the clock.
     """
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
-    concat = staticmethod(join_parts)  # of blocks and macros
+    concat = staticmethod(join_parts)  # used by blocks and macros
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True)
@@ -115,12 +115,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {"_concat": join_parts, "_tick": self._tick}
 
     def render(self, template: Any, **variables: Any) -> str:
-        """Raises `TemplateError`, and what the template's expressions raise."""
+        """Render a template. Raises `TemplateError` and any error of its expressions."""
         self._clock.end = time.thread_time() + MAX_SECONDS
         try:
             return join_parts(template.generate(**variables))
         except RecursionError:
-            raise TemplateLimitError("recurses without end") from None
+            raise TemplateLimitError("exceeds the recursion limit") from None
 
     @pass_context
     def _tick(self, context: Context, value: Any) -> Any:
@@ -147,7 +147,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.check_time()
         if operator == "%" and isinstance(left, str | bytes):
-            raise TemplateLimitError("formats a text with '%'; use '~'")
+            raise TemplateLimitError("formats a string with '%'; use '~'")
         if isinstance(left, int) and isinstance(right, int):
             _check_bits(operator, left, right)
         elif operator == "*":
@@ -164,7 +164,7 @@ class _BoundedCode(CodeGenerator):
 
 
 class _AddChecks(NodeTransformer):
-    """Makes each iteration of a loop, and each filter, check the time; and `~` the length."""
+    """Adds time checks to loops, macros and filters, and length checks to `~`."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -178,7 +178,7 @@ class _AddChecks(NodeTransformer):
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Expr:
         self.generic_visit(node)
-        return node if node.node is None else _tick(node)  # no input: of a {% filter %} block
+        return node if node.node is None else _tick(node)  # None in a {% filter %} block
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)

@@ -1,4 +1,4 @@
-"""Text to token ids: text that a template issued, and text that a user wrote."""
+"""Tokenization of template output, with special tokens, and of user text, without."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..errors import ConfigError, TooLong
 from .pieces import can_cut, pieces
 
 MAX_TOKENIZER_BYTES = 256 << 20
-WINDOW = 1 << 16  # characters that one search for added tokens looks at: it holds the GIL
+WINDOW = 1 << 16  # characters per search for added tokens, which holds the GIL
 
 
 @dataclass
 class TextBudget:
-    """Limit the tokens of one request's text, and stop when the request ends."""
+    """Token limit of one request's text, and cancellation when the request ends."""
 
     max_tokens: int
     check: Callable[[], None] = lambda: None  # raises once the request has ended
@@ -28,22 +28,22 @@ class TextBudget:
     num_characters: int = 0  # encoded, including added tokens
 
     def take(self, num_tokens: int, num_characters: int) -> None:
-        """Count encoded text. Raises `TooLong` as soon as a part of the text exceeds the limit."""
+        """Count encoded text. Raises `TooLong` once the total exceeds the limit."""
         self.num_tokens += num_tokens
         self.num_characters += num_characters
         if self.num_tokens > self.max_tokens:
             raise TooLong(
                 "prompt",
-                f"its first {self.num_characters} characters have {self.num_tokens} tokens, over "
+                f"the first {self.num_characters} characters have {self.num_tokens} tokens, over "
                 f"max_model_len={self.max_tokens}; shorten the text, or raise max_model_len",
             )
 
 
 class TextTokenizer:
-    """A checkpoint's `tokenizer.json`.
+    """Tokenizer of a checkpoint's `tokenizer.json`.
 
-    `backend` knows the added tokens (`<|im_end|>` and its kind); a second tokenizer without them
-    encodes what is plain text whatever it spells. Text is encoded in pieces and without the GIL.
+    `backend` parses added tokens such as `<|im_end|>`; a second tokenizer without them encodes
+    user text. Text is encoded in pieces and without the GIL.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -57,11 +57,12 @@ class TextTokenizer:
             self._plain = Tokenizer.from_str(json.dumps({**whole, "added_tokens": []}))
             self._cuts = can_cut(raw)
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a checkpoint needs its tokenizer") from None
+            text = f"{path}: no such file; add the checkpoint's tokenizer"
+            raise ConfigError(text) from None
         except ConfigError:
             raise
-        except Exception as error:  # what `tokenizers` raises is a plain Exception
-            raise ConfigError(f"{path}: not a tokenizer: {error}") from None
+        except Exception as error:  # `tokenizers` raises plain Exception
+            raise ConfigError(f"{path}: not a valid tokenizer: {error}") from None
         options = ("normalized", "lstrip", "rstrip", "single_word")
         self._splits_added = not any(
             token.get(option) for token in raw["added_tokens"] for option in options
@@ -71,7 +72,7 @@ class TextTokenizer:
         self._find_added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)").search
 
     def encode_plain(self, text: str, budget: TextBudget | None = None) -> list[int]:
-        """Return the ids of plain text: an added token's spelling means nothing.
+        """Return the ids of plain text, without parsing added tokens.
 
         Raises `TooLong` over the budget.
         """
@@ -82,7 +83,7 @@ class TextTokenizer:
 
         Raises `TooLong` over the budget.
         """
-        if not self._splits_added:  # options of added tokens depend on the text around them
+        if not self._splits_added:  # Options of added tokens depend on the surrounding text.
             return self._encode(self.backend, text, False, budget)
         token_ids: list[int] = []
         for part, token in self.split_added(text):
@@ -99,7 +100,7 @@ class TextTokenizer:
         while at < len(text):
             end = at + WINDOW
             found = self._find_added(text, at, end + self._longest_added - 1)
-            if found is None or found.start() >= end:  # the latter may be cut off
+            if found is None or found.start() >= end:  # a match past `end` may be truncated
                 at = end
                 continue
             yield text[start : found.start()], found[0]
@@ -118,8 +119,10 @@ class TextTokenizer:
     def _encode(
         tokenizer: Tokenizer, text: str, cuts: bool, budget: TextBudget | None
     ) -> list[int]:
-        """`encode_batch_fast` releases the GIL, which `encode` does not; a batch of one text keeps
-        to one core."""
+        """Encode text piece by piece.
+
+        Unlike `encode`, `encode_batch_fast` releases the GIL; a batch of one text uses one core.
+        """
         token_ids: list[int] = []
         for piece in pieces(text, cuts, "prompt"):
             if budget is not None:

@@ -1,4 +1,4 @@
-"""Counts and log lines of what clients do wrong before any request of theirs is admitted."""
+"""Counts and logs client errors that occur before a request is parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .stats import EngineStats
 
 log = logging.getLogger("octavo.server")
 
-LOG_INTERVAL = 10.0  # seconds between two lines of one reason: clients cannot fill the log
+LOG_INTERVAL = 10.0  # seconds between lines of one reason, so that clients cannot fill the log
 
 API_KEY = "api_key"
 INVALID_HTTP = "invalid_http"
@@ -34,19 +34,22 @@ CONNECTION_REASONS = tuple(reason for reason in _TEXTS if reason != API_KEY)
 
 
 class RejectionLog:
-    """Metrics count every event; the log has at most one line per reason and `LOG_INTERVAL`. A
-    line never has a key or other content of the client. Used by one thread."""
+    """Metrics and rate-limited log lines of rejected calls and closed connections.
+
+    Metrics count every event; the log has at most one line per reason and `LOG_INTERVAL`. Log
+    lines never contain a key or other client content. Not thread-safe.
+    """
 
     def __init__(
         self, stats: EngineStats | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`stats`: None where there is no engine to count for."""
+        """Create a log. `stats`: counters of the engine; None to only log."""
         self._stats, self._clock = stats, clock
         self._num_unlogged: Counter[str] = Counter()
         self._logged_at: dict[str, float] = {}
 
     def add(self, reason: str, peer: str) -> None:
-        """`reason`: one of this module's; `peer`: address of the client."""
+        """Count an event. `reason`: a constant of this module; `peer`: address of the client."""
         if self._stats is not None and reason == API_KEY:
             self._stats.count_error("UNAUTHENTICATED")
         elif self._stats is not None:

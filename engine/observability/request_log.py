@@ -1,4 +1,4 @@
-"""A request's end as the log tells it: once for each, whatever ended it. Never its content."""
+"""Log one line per finished request, whatever the reason. Never logs prompts or outputs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from .tracing import RequestSpans
 
 log = logging.getLogger("octavo.request")
 
-MAX_NAME = 256  # characters of a client's name
+MAX_NAME = 256  # characters of a client-supplied name
 
 
 class RequestRecord:
-    """Entered when a request comes and left when it is over. Those that the step thread never had
-    it counts in `stats`."""
+    """Context manager around a request, which logs its end and writes its spans.
+
+    It also counts requests in `stats` that never reached the step thread.
+    """
 
     def __init__(
         self,
@@ -30,16 +32,16 @@ class RequestRecord:
         spans: RequestSpans | None = None,
         traceparent: str = "",
     ) -> None:
-        self.request_id, self._stats = str(request_id), stats  # a caller's may be no text
+        self.request_id, self._stats = str(request_id), stats  # callers may pass a non-string id
         self._spans, self._traceparent = spans, traceparent
-        self.num_prompt_tokens = 0  # once that is known
-        self.is_admitted = False  # the step thread has it, and counts its end
-        self._num_output_tokens = 0  # that its reader was given
+        self.num_prompt_tokens = 0  # set when known
+        self.is_admitted = False  # The step thread has the request, and counts its end.
+        self._num_output_tokens = 0  # returned to the reader
         self._came_at, self._first_at = time.monotonic(), 0.0
-        self._last: OutputDelta | None = None  # the one that ended it
+        self._last: OutputDelta | None = None  # final delta
 
     def add(self, delta: OutputDelta) -> None:
-        """A delta is about to go to the reader."""
+        """Record a delta before it is returned to the reader."""
         if delta.token_ids:
             self._first_at = self._first_at or time.monotonic()
             self._num_output_tokens += len(delta.token_ids)
@@ -56,8 +58,8 @@ class RequestRecord:
         trace: TracebackType | None,
     ) -> None:
         reason, code = self._outcome(error)
-        was_told = self._last is not None or reason == "abort"
-        if not (self.is_admitted and was_told):
+        is_counted = self.is_admitted and (self._last is not None or reason == "abort")
+        if not is_counted:
             self._stats.refuse(reason, code)
         if log.isEnabledFor(logging.INFO):
             self._log(reason, code, error)
@@ -65,7 +67,7 @@ class RequestRecord:
             self._write_spans(self._spans, reason, code)
 
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
-        """Its finish reason or "refused", and the code of what was wrong."""
+        """Return the finish reason or "refused", and the status code of the error, if any."""
         if self._last is not None:
             error_text = self._last.error
             return self._last.finish_reason or "", error_text and split_code(error_text)[0]
@@ -73,11 +75,11 @@ class RequestRecord:
             return "abort", ""
         code = code_of(error)
         if code == "INTERNAL" and isinstance(error, ValueError | TypeError):
-            code = "INVALID_ARGUMENT"  # an option that a program gave wrong; doors check theirs
+            code = "INVALID_ARGUMENT"  # invalid options passed to AsyncLLM directly
         return "error" if code in ("INTERNAL", "UNAVAILABLE") else "refused", code
 
     def refuse(self, error: Exception, code: str) -> None:
-        """It ends before it was entered."""
+        """Log and count a request that was rejected before this context was entered."""
         reason = "error" if code == "INTERNAL" else "refused"
         self._stats.refuse(reason, code)
         self._log(reason, code, error)
@@ -111,7 +113,7 @@ class RequestRecord:
         spans.write(self._traceparent, seconds, times, attributes, code)
 
     def _fields(self, reason: str) -> dict[str, Any]:
-        """Of what the engine told on the last delta, else of what was seen here."""
+        """Return the log fields: from the final delta if there is one, else as seen here."""
         now = time.monotonic()
         fields: dict[str, Any] = {
             "request_id": self.request_id[:MAX_NAME],

@@ -1,7 +1,7 @@
-"""What an engine holds at one moment, for whoever watches it.
+"""Snapshots of an engine's requests, block ownership and recent steps, for the dashboard.
 
-`take_snapshot` runs on the step thread, between two steps and only when somebody asks, so it copies
-and works nothing out. What the copies come to is the reader's, on a thread of its own.
+`take_snapshot` runs on the step thread between two steps, only on request, and just copies state.
+Readers derive values from the copies on their own thread.
 """
 
 from __future__ import annotations
@@ -15,43 +15,42 @@ from ...scheduler.request import Request
 from ...scheduler.scheduler import Scheduler
 from .stats import EngineLoad, EngineStats, StepRecord
 
-MAX_WAITING = 256  # of the queue's head
+MAX_WAITING = 256  # first requests of the queue
 
-# What a block is in `runs`; from FIRST_REQUEST on it is the only request that has it, by its place
-# among the snapshot's requests.
+# Codes of blocks in `Snapshot.runs`. FIRST_REQUEST + i: used only by request i of the snapshot.
 UNUSED, CACHED, SHARED, FIRST_REQUEST = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class RequestRow:
-    """One answer of a request; the names are those that the engine has."""
+    """One answer of a request, with the scheduler's request id."""
 
     request_id: str
     status: str  # waiting, running, preempted
-    awaits_media: bool  # pixels of it are still being made
+    awaits_media: bool  # media is still being decoded
     priority: int
     num_prompt_tokens: int
-    num_cached_tokens: int  # of these, found in the prefix cache
-    num_computed_tokens: int  # of prompt and output
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
+    num_computed_tokens: int  # prompt and output
     num_output_tokens: int
-    max_tokens: int  # of output
+    max_tokens: int  # limit of output tokens
     num_blocks: int
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """At one moment, between two steps."""
+    """State of an engine between two steps."""
 
-    requests: tuple[RequestRow, ...]  # all that run, then the queue's head
-    tables: tuple[array[int], ...]  # the blocks of each request that runs
-    ref_counts: array[int]  # of each block
-    evictable: array[int]  # blocks that are free, and whose content can be found
+    requests: tuple[RequestRow, ...]  # running requests, then the first of the queue
+    tables: tuple[array[int], ...]  # block table of each running request
+    ref_counts: array[int]  # per block
+    evictable: array[int]  # free blocks with a cached prefix
     block_size: int  # tokens
     load: EngineLoad
-    steps: tuple[StepRecord, ...]  # the latest, the oldest first
+    steps: tuple[StepRecord, ...]  # latest steps, oldest first
 
     def runs(self) -> list[int]:
-        """The blocks in order of their ids, run-length coded: what, how many, what, how many."""
+        """Return run-length encoded states of all blocks: [code, count, code, count, ...]."""
         codes = np.zeros(len(self.ref_counts), np.int32)
         codes[np.asarray(self.evictable, np.int32)] = CACHED
         for index, table in enumerate(self.tables):
@@ -65,7 +64,7 @@ class Snapshot:
 
 
 def take_snapshot(scheduler: Scheduler, stats: EngineStats) -> Snapshot:
-    """On the step thread."""
+    """Copy the engine's state. Call it on the step thread."""
     running, waiting = scheduler.running, scheduler.waiting[:MAX_WAITING]
     ref_counts, evictable = scheduler.blocks.copy_states()
     return Snapshot(

@@ -1,7 +1,7 @@
-"""What an engine has done, in plain numbers: the food of `/metrics`, `GetLoad` and log lines.
+"""Engine counters and histograms behind `/metrics`, `GetLoad` and log lines.
 
-The step thread adds to them as it goes, and nothing is worked out before somebody asks. Readers are
-other threads; what they see of a step may be half of it.
+The step thread updates counters; derived values are computed when read. Other threads may read at
+any time, and may see a step partially counted.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from ..outputs import OutputDelta, RequestTimes
 from ..worker.group import WorkerGroup
 from .histogram import LONG, MIDDLE, SHORT, Histogram
 
-RATE_WINDOW = 10  # seconds over which tokens a second are counted
-MAX_STEPS = 512  # that are told one by one
+RATE_WINDOW = 10  # seconds of the average of tokens per second
+MAX_STEPS = 512  # latest steps that are kept
 
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """How busy an engine is now."""
+    """Current load of an engine."""
 
-    num_running: int  # requests that have begun and are not done
-    num_waiting: int  # admitted, not begun or preempted; n answers to one prompt are n
-    num_preparing: int  # whose input is being made ready, or that no step has seen yet
-    num_blocks: int  # of the KV cache, on each rank
-    num_free_blocks: int  # of these, with those that a prefix may still be found in
-    num_cached_blocks: int  # the latter
-    prefix_hit_ratio: float  # prompt tokens found in the cache, of all since the start
-    encoder_hit_ratio: float  # images and pieces of videos that were encoded already, likewise
-    tokens_per_second: float  # of output, over the last ten seconds
+    num_running: int  # requests
+    num_waiting: int  # waiting or preempted requests; each of n answers counts
+    num_preparing: int  # requests being preprocessed or not yet admitted
+    num_blocks: int  # KV cache blocks on each rank
+    num_free_blocks: int  # including cached blocks
+    num_cached_blocks: int  # free blocks with a cached prefix
+    prefix_hit_ratio: float  # fraction of prompt tokens found in the cache since the start
+    encoder_hit_ratio: float  # fraction of media units found in the cache since the start
+    tokens_per_second: float  # output tokens, over the last RATE_WINDOW seconds
 
 
 class StepRecord(NamedTuple):
-    """What one step computed."""
+    """Duration and token counts of one step."""
 
     step_id: int
-    done_at: float  # seconds on the monotonic clock
-    seconds: float  # that it ran
+    done_at: float  # monotonic time
+    seconds: float
     num_encode_tokens: int
     num_prefill_tokens: int
     num_decode_tokens: int
@@ -54,15 +54,15 @@ class StepRecord(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Clock:
-    """When a request came to where it is, on the monotonic clock; zero: not yet."""
+    """Monotonic times at which a request reached each stage; 0: not yet."""
 
-    requests: Sequence[Request]  # one an answer
+    requests: Sequence[Request]  # one per answer
     arrived_at: float
-    ready_at: float  # its input was
-    started_at: float = 0.0
-    first_at: list[float] = field(default_factory=list)  # token of each answer
-    last_at: list[float] = field(default_factory=list)
-    encode_s: float = 0.0  # of steps' encode stages in which its media were
+    ready_at: float  # preprocessed
+    started_at: float = 0.0  # first scheduled
+    first_at: list[float] = field(default_factory=list)  # first token of each answer
+    last_at: list[float] = field(default_factory=list)  # latest token of each answer
+    encode_s: float = 0.0  # seconds of encode stages that included its media
 
     def times(self, now: float) -> RequestTimes:
         first = min((at for at in self.first_at if at), default=0.0)
@@ -79,8 +79,11 @@ class _Clock:
 
 
 class EngineStats:
-    """Numbers of one engine since it was started. `load` and what is public may be read anywhere;
-    the methods that take something are the step thread's, but for `refuse`."""
+    """Counters and histograms of one engine since its start.
+
+    Public attributes and `load` may be read on any thread. Methods that update are for the step
+    thread, unless they say otherwise.
+    """
 
     def __init__(
         self,
@@ -89,31 +92,31 @@ class EngineStats:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler, self.group, self._now = scheduler, group, clock
-        self.preparing: set[str] = set()  # names; kept by whoever has the inputs made ready
+        self.preparing: set[str] = set()  # keys of requests in preprocessing, set by the caller
         self.num_restarts = 0
         self._clocks: dict[str, _Clock] = {}  # by request_id
-        self._on_way: deque[tuple[StepPlan, float]] = deque()  # and when each was planned
-        self._free_at = 0.0  # when the latest step was done
-        self._lock = threading.Lock()  # of `ends` and `errors`, which two threads add to
+        self._in_flight: deque[tuple[StepPlan, float]] = deque()  # (plan, time of planning)
+        self._free_at = 0.0  # time at which the latest step was done
+        self._lock = threading.Lock()  # guards `ends` and `errors`, updated by several threads
         self.start_over()
 
     def start_over(self) -> None:
-        """Counts from nothing: after a warm-up, while no request is here and no step on its way."""
+        """Reset all counters, such as after a warm-up. The engine must be idle."""
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
-        self.num_prefill_tokens = self.num_decode_tokens = 0  # computed; also what is computed anew
+        self.num_prefill_tokens = self.num_decode_tokens = 0  # including recomputation
         self.num_encode_tokens = self.num_preemptions = 0
         self.ends: Counter[str] = Counter()  # requests by finish reason, or "refused"
-        self.errors: Counter[str] = Counter()  # by code
+        self.errors: Counter[str] = Counter()  # by status code
         self.closed_connections: Counter[str] = Counter()  # by reason
         self.ttft, self.e2e = Histogram(MIDDLE), Histogram(LONG)
         self.tpot, self.itl = Histogram(SHORT), Histogram(SHORT)
         self.input_queue, self.preprocess = Histogram(SHORT), Histogram(SHORT)
         self.queue, self.prefill = Histogram(MIDDLE), Histogram(MIDDLE)
         self.decode = Histogram(LONG)
-        self.encode_stage = Histogram(SHORT)  # of steps that encode, that stage alone
-        # of steps, by the heaviest thing in them
+        self.encode_stage = Histogram(SHORT)  # encode stage of steps that have one
+        # Steps by their most expensive stage.
         self.steps = {stage: Histogram(SHORT) for stage in ("encode", "prefill", "decode")}
-        self.latest_steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)  # the step thread's alone
+        self.latest_steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)  # step thread only
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW + 2)  # [second, output tokens]
 
     def add(
@@ -123,8 +126,11 @@ class EngineStats:
         ready: ProcessedInput,
         asked_at: float,
     ) -> None:
-        """A request was admitted. `asked_at`: when that was asked for; its input may have been
-        made ready before, or since."""
+        """Count an admitted request.
+
+        `asked_at`: time of the call to admit it, which counts as its arrival if `ready` has no
+        times.
+        """
         times, arrived_at = ready.times, ready.arrived_at
         if times is None or arrived_at is None:
             times, arrived_at = InputTimes(0.0, self._now() - asked_at), asked_at
@@ -135,29 +141,31 @@ class EngineStats:
         self.preprocess.add(times.spent_s)
 
     def refuse(self, reason: str, code: str = "") -> None:
-        """A request ended before it was admitted: "abort", or "refused" and "error" with a code.
-        On any thread."""
+        """Count a request that ended before admission. Thread-safe.
+
+        `reason`: "abort", or "refused" or "error" with a status code.
+        """
         with self._lock:
             self.ends[reason] += 1
             if code:
                 self.errors[code] += 1
 
     def count_error(self, code: str) -> None:
-        """Of a call that never became a request. On any thread."""
+        """Count a call that was rejected before it became a request. Thread-safe."""
         with self._lock:
             self.errors[code] += 1
 
     def count_closed_connection(self, reason: str) -> None:
-        """Count a connection that the HTTP or metrics server closed. On any thread."""
+        """Count a connection that the HTTP or metrics server closed. Thread-safe."""
         with self._lock:
             self.closed_connections[reason] += 1
 
     def plan(self, plan: StepPlan, planned_at: float) -> None:
-        """A step was planned."""
-        self._on_way.append((plan, planned_at))
+        """Count a planned step."""
+        self._in_flight.append((plan, planned_at))
         self.num_preemptions += len(plan.preempted)
         for name in plan.started:
-            clock = self._clocks.get(name)  # none of those of further answers to a prompt
+            clock = self._clocks.get(name)  # None for the second and later answers of a request
             if clock is not None and not clock.started_at:
                 clock.started_at = planned_at
                 self.queue.add(planned_at - clock.ready_at)
@@ -165,16 +173,16 @@ class EngineStats:
                 self.num_cached_tokens += clock.requests[0].num_cached_tokens
 
     def done(self, ran_at: float, encode_s: float = 0.0) -> None:
-        """The oldest step on its way ran until then, so many seconds of it in the encode stage."""
-        plan, planned_at = self._on_way.popleft()
-        began, self._free_at = max(planned_at, self._free_at), ran_at
+        """Count the oldest step in flight, done at `ran_at`, with `encode_s` of encoding."""
+        plan, planned_at = self._in_flight.popleft()
+        start, self._free_at = max(planned_at, self._free_at), ran_at
         if plan.is_empty:
             return
         num_decode = plan.num_decode_tokens
         num_prefill = plan.num_tokens - num_decode
         num_encode = sum(each.unit.num_tokens for each in plan.encode)
         stage = "encode" if plan.encode else "prefill" if num_prefill else "decode"
-        seconds = max(0.0, ran_at - began)
+        seconds = max(0.0, ran_at - start)
         self.steps[stage].add(seconds)
         if plan.encode:
             self.encode_stage.add(encode_s)
@@ -188,14 +196,15 @@ class EngineStats:
         self.latest_steps.append(StepRecord(plan.step_id, ran_at, seconds, *counts))
 
     def reset_after_worker_restart(self, num_restarts: int) -> None:
-        """Steps on their way never will be done; so many times the workers were started anew."""
-        self._on_way.clear()
+        """Drop in-flight steps and record the total number of restarts."""
+        self._in_flight.clear()
         self.num_restarts = num_restarts
 
     def take(self, deltas: list[OutputDelta]) -> list[OutputDelta]:
-        """Counts what a step gave; a request's last delta gets its times."""
+        """Count a step's deltas, and add the times to each request's last delta."""
         now = self._now()
-        num_tokens, since, weight = 0, 0.0, 0  # most requests have got their latest token together
+        # Requests whose previous token came at the same time are added to the histogram together.
+        num_tokens, since, weight = 0, 0.0, 0
         for index, delta in enumerate(deltas):
             if delta.token_ids:
                 num_tokens += len(delta.token_ids)
@@ -228,7 +237,7 @@ class EngineStats:
         self._seconds[-1][1] += num_tokens
 
     def _begin(self, delta: OutputDelta, now: float) -> None:
-        """An answer's first token."""
+        """Count an answer's first token."""
         clock = self._clocks[delta.request_id]
         if not any(clock.first_at):
             self.ttft.add(now - clock.arrived_at)
@@ -236,7 +245,7 @@ class EngineStats:
         clock.first_at[delta.index] = now
 
     def _end(self, delta: OutputDelta, now: float) -> OutputDelta:
-        """An answer is over, and perhaps its request."""
+        """Count a finished answer, and its request if that was the last one."""
         clock = self._clocks[delta.request_id]
         first, last = clock.first_at[delta.index], clock.last_at[delta.index]
         later = clock.requests[delta.index].num_output_tokens - 1
@@ -254,7 +263,7 @@ class EngineStats:
         return replace(delta, times=times)
 
     def load(self) -> EngineLoad:
-        """The numbers of now."""
+        """Return the current load."""
         state = self.scheduler.state
         blocks, cache = state.blocks, state.encoder_cache
         return EngineLoad(

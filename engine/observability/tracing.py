@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of requests: one for each request, and one for each of its stages.
+"""OpenTelemetry spans: one per request, and one per stage of it.
 
-They are made when a request is over, of times that are known by then: nothing is added to a step.
-The libraries (extra `octavo[otel]`) are imported only where spans are sent.
+They are created from recorded times when a request has finished, so steps have no tracing cost.
+The libraries (extra `octavo[otel]`) are only imported if spans are exported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = logging.getLogger("octavo.server")
 Attributes = Mapping[str, str | int | tuple[str, ...]]
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-EXPORT_TIMEOUT = 3.0  # seconds: as long as an end may wait for a collector that is not there
+EXPORT_TIMEOUT = 3.0  # seconds; also bounds the shutdown if the collector is unreachable
 
 
 class RequestSpans:
-    """Writes requests' spans to a provider's exporters."""
+    """Writes the spans of requests to a provider's exporters."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -44,8 +44,11 @@ class RequestSpans:
         attributes: Attributes,
         code: str,
     ) -> None:
-        """A request that took `seconds` is over. `traceparent`: the caller's, in W3C's form; what
-        is none is as good as empty. `times`: of its stages, where it came to have some."""
+        """Write the spans of a finished request that took `seconds`.
+
+        `traceparent`: W3C trace context of the caller; ignored if invalid. `times`: durations of
+        its stages; None if it was not admitted. `code`: status code; "" if it did not fail.
+        """
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
         end = time.time_ns()
@@ -68,7 +71,7 @@ class RequestSpans:
         span.end(end)
 
     def _write_encode(self, prefill: Span, begin: int, end: int) -> None:
-        """At the prefill's begin, though a later step may have had some of it."""
+        """Write the encode span at the start of prefill, even if encoding is spread over it."""
         from opentelemetry.trace import set_span_in_context
 
         inside = set_span_in_context(prefill)
@@ -76,7 +79,7 @@ class RequestSpans:
 
 
 def _stages(times: RequestTimes | None) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of the stages that a request came to, one after the other."""
+    """Yield (name, seconds) of the consecutive stages that a request reached."""
     if times is None:
         return
     yield "preprocess", times.preprocess_s
@@ -93,10 +96,10 @@ def _ns(seconds: float) -> int:
 
 @contextmanager
 def sending_spans(endpoint: str | None) -> Iterator[RequestSpans | None]:
-    """Spans go by OTLP over HTTP to `endpoint` (http://HOST:4318), or to the one that
-    OpenTelemetry's variables name; None where neither does. What is left is sent at the end.
+    """Export spans by OTLP over HTTP within this context; the rest is flushed at its end.
 
-    Raises ValueError where `endpoint` is given and the libraries are not there.
+    `endpoint`: http://HOST:4318; None: as OpenTelemetry's environment variables say. Yields None
+    if neither is set. Raises ValueError if `endpoint` is given and the libraries are missing.
     """
     if endpoint is None and not any(os.environ.get(name) for name in ENDPOINT_VARIABLES):
         yield None
@@ -104,10 +107,10 @@ def sending_spans(endpoint: str | None) -> Iterator[RequestSpans | None]:
     try:
         provider = _provider(endpoint)
     except ImportError:
-        text = "spans need OpenTelemetry: pip install 'octavo[otel]'"
+        text = "OpenTelemetry is not installed; run: pip install 'octavo[otel]'"
         if endpoint is not None:
             raise ValueError(f"--otlp-endpoint {endpoint}: {text}") from None
-        log.warning("%s is set and no spans are sent: %s", " or ".join(ENDPOINT_VARIABLES), text)
+        log.warning("%s is set but no spans are sent: %s", " or ".join(ENDPOINT_VARIABLES), text)
         yield None
         return
     try:
@@ -117,14 +120,13 @@ def sending_spans(endpoint: str | None) -> Iterator[RequestSpans | None]:
 
 
 def _provider(endpoint: str | None) -> TracerProvider:
-    """Raises ImportError."""
+    """Create a provider that exports to `endpoint`. Raises ImportError."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # The variables name a collector, and the exporter adds the path; given as an argument it does
-    # not.
+    # The exporter adds the path to an address from a variable, but not to an argument.
     address = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
     name = os.environ.get("OTEL_SERVICE_NAME", "octavo")
     provider = TracerProvider(resource=Resource.create({"service.name": name}))

@@ -1,8 +1,8 @@
-"""Structured output with llguidance: compile grammars, and compute masks over the vocabulary.
+"""Structured output with llguidance: compile grammars and compute token bitmasks.
 
-A `Grammar` is compiled, a `Matcher` is the state of one answer in it. Every grammar is tried in
-another process first (`trials.py`), under limits of time, memory and stack. Work in a step
-is bounded by limits and not by a clock, so that rejections do not depend on the load.
+A `Grammar` is compiled; a `Matcher` is the state of one answer in it. Every grammar is first
+compiled in a trial process (`trials.py`) with limits on time, memory and stack. Work in a step is
+bounded by llguidance's own limits, not by a clock, so that rejections do not depend on the load.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ log = logging.getLogger("octavo.engine")
 Int32 = npt.NDArray[np.int32]
 
 MAX_CACHED = 64  # grammars
-MAX_CACHED_BYTES = 64 << 20  # of them together, as measured
-MAX_LIVE_BYTES = 512 << 20  # of all grammars that are cached or that requests use
-MAX_OUTCOMES = 4096  # of trials that are remembered
-STACK_BYTES = 8 << 20  # of compiling: a trial had a sixteenth
-MAX_ANSWERS = 256  # of one grammar: what their lexer has found on the way adds up
+MAX_CACHED_BYTES = 64 << 20  # total measured size of cached grammars
+MAX_LIVE_BYTES = 512 << 20  # of all grammars that are cached or in use
+MAX_OUTCOMES = 4096  # cached trial results
+STACK_BYTES = 8 << 20  # stack for compiling, 16 times that of a trial
+MAX_ANSWERS = 256  # per compiled grammar, since the states of their shared lexer accumulate
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, and caches the latest. Thread-safe."""
+    """Compiler and cache of grammars for one tokenizer. Thread-safe."""
 
     def __init__(
         self,
@@ -51,11 +51,14 @@ class Grammars:
         end_token_ids: frozenset[int],
         banned_token_ids: Sequence[int] = (),
     ) -> None:
-        """`vocab_size`: the model's, padding included. `banned_token_ids`: never sampled."""
+        """Create a compiler without loading the tokenizer.
+
+        `vocab_size`: of the model, including padding. `banned_token_ids`: tokens never sampled.
+        """
         self._backend, self.vocab_size = tokenizer, vocab_size
         self.end_token_ids = sorted(token for token in end_token_ids if token < vocab_size)
         self._banned = [token for token in banned_token_ids if token < vocab_size]
-        self._tokenizer: Any = None  # loaded when first used: that takes a second
+        self._tokenizer: Any = None  # loaded on first use, which takes a second
         self._trials: Trials | None = None
         self._found: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
@@ -64,19 +67,19 @@ class Grammars:
         self._is_closed = False
 
     def compile(self, form: StructuredOutput, task: CompileTask | None = None) -> Grammar:
-        """Return the grammar: milliseconds for most, and some seconds at most.
+        """Return the compiled grammar. Takes milliseconds in most cases, seconds at most.
 
-        Raises `InputError` for one that cannot be used, `GrammarQueueFull`.
+        Raises `InputError` for an unsupported grammar, `GrammarQueueFull` if too many are in use.
         """
         task = task or CompileTask()
         return self.compile_quickly(form, task) or self.compile_slowly(form, task)
 
     def compile_quickly(self, form: StructuredOutput, task: CompileTask) -> Grammar | None:
-        """Return the grammar, or None where `compile_slowly` is needed. Raises as `compile`."""
+        """Return the grammar, or None if `compile_slowly` is needed. Raises as `compile`."""
         return self._cached(form) or self._compile(form, task, is_quick=True)
 
     def compile_slowly(self, form: StructuredOutput, task: CompileTask) -> Grammar:
-        """Raises as `compile`."""
+        """Compile with the time limit for slow grammars. Raises as `compile`."""
         grammar = self._cached(form) or self._compile(form, task, is_quick=False)
         assert grammar is not None
         return grammar
@@ -90,13 +93,13 @@ class Grammars:
             return found
 
     def forget(self, grammar: Grammar) -> None:
-        """Drop a grammar whose shared lexer is exhausted, so that later answers do not get it."""
+        """Remove a grammar whose shared lexer reached its limits from the cache."""
         with self._lock:
             if self._found.get(grammar.form) is grammar:
                 del self._found[grammar.form]
 
     def warm(self) -> None:
-        """Load the tokenizer here and, at the same time, in the process that tries grammars."""
+        """Load the tokenizer here and, at the same time, in the trial process."""
         with self._building:
             if not self.end_token_ids:
                 log.warning("structured output is disabled: the checkpoint defines no EOS token")
@@ -109,12 +112,12 @@ class Grammars:
                 self._trials = self._trials or Trials(*given)
                 try:
                     self._tokenizer = load_tokenizer(*given)
-                except ValueError:  # such as a tokenizer of a kind that it does not know
+                except ValueError:  # unsupported kind of tokenizer
                     log.exception("structured output is disabled: unsupported tokenizer")
                     self.end_token_ids = []
 
     def close(self) -> None:
-        """End the process that tries grammars. Safe to call twice."""
+        """Stop the trial process. Safe to call twice."""
         self._is_closed = True
         if self._trials is not None:
             self._trials.close()
@@ -122,7 +125,7 @@ class Grammars:
     def _compile(self, form: StructuredOutput, task: CompileTask, is_quick: bool) -> Grammar | None:
         self.warm()
         if self._tokenizer is None or self._trials is None:
-            text = "not with this checkpoint's tokenizer and end tokens; see the log"
+            text = "is not supported with this checkpoint's tokenizer and EOS tokens; see the log"
             raise InputError("structured", text)
         key = hashlib.sha256(repr(form).encode("utf-8", "surrogatepass")).digest()
         with self._lock:
@@ -151,8 +154,7 @@ class Grammars:
                 self._outcomes.popitem(last=False)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Drop cached grammars until another fits beside those in use. Raises
-        `GrammarQueueFull`."""
+        """Evict cached grammars until a new one fits. Raises `GrammarQueueFull`."""
         while sum(each.num_bytes for each in tuple(self._live)) + num_bytes > MAX_LIVE_BYTES:
             with self._lock:
                 if not self._found:
@@ -161,7 +163,7 @@ class Grammars:
         else:
             return
         raise GrammarQueueFull(
-            f"structured: the grammars in use take {MAX_LIVE_BYTES >> 20} MiB; try again later"
+            f"structured: the grammars in use exceed {MAX_LIVE_BYTES >> 20} MiB; try again later"
         )
 
     def _add(self, form: StructuredOutput, text: str, outcome: Outcome) -> Grammar:
@@ -181,7 +183,7 @@ class Grammars:
         return grammar
 
     def _first_mask(self, form: StructuredOutput, text: str) -> tuple[Any, Int32]:
-        """Compile what a trial has passed."""
+        """Compile a grammar that passed its trial, and compute its first mask."""
         matcher, row = self.new_matcher(text), self.new_rows(1)
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
@@ -193,11 +195,11 @@ class Grammars:
         return new_matcher(self._tokenizer, text)
 
     def new_rows(self, count: int) -> Int32:
-        """Return zeroed masks [count, words] of the library's vocabulary."""
+        """Return zeroed masks [count, words] over llguidance's vocabulary."""
         return np.zeros((count, mask_words(self._tokenizer)), np.int32)
 
     def cut(self, row: Int32) -> Int32:
-        """Cut the library's mask to the model's vocabulary, without tokens never sampled."""
+        """Truncate a mask to the model's vocabulary, and clear banned tokens."""
         row = row[: -(-self.vocab_size // WORD)]
         if self.vocab_size % WORD:
             row[-1] &= np.int32((1 << self.vocab_size % WORD) - 1)
@@ -210,12 +212,12 @@ def _text_of(form: StructuredOutput) -> str:
         return grammar_text(form)
     except UnsupportedSchema as error:
         raise _rejected(form, str(error)) from None
-    except Exception as error:  # the library's, for what it cannot even read
+    except Exception as error:  # llguidance raises plain exceptions for unreadable grammars
         raise _rejected(form, reason_of(str(error), form.field)) from None
 
 
 def _in_large_stack(call: Callable[[], tuple[Any, Int32]]) -> tuple[Any, Int32]:
-    """Run a call on a thread whose stack is several times that of a trial."""
+    """Run a call on a thread with a stack larger than that of a trial."""
     made: list[tuple[Any, Int32]] = []
     errors: list[BaseException] = []
 
@@ -246,20 +248,21 @@ def _rejected(form: StructuredOutput, reason: str) -> InputError:
 
 
 def clear(row: Int32, token_ids: Sequence[int]) -> None:
+    """Clear the bits of tokens in a mask."""
     for token in token_ids:
         row[token // WORD] &= np.int32(~np.uint32(1 << token % WORD).astype(np.int32))
 
 
 @dataclass(eq=False)
 class Grammar:
-    """A compiled grammar. Its answers share the states that their lexer finds."""
+    """A compiled grammar. Its answers share one lexer and its states."""
 
     owner: Grammars
     form: StructuredOutput
     text: str
-    template: Any  # an LLMatcher that has consumed nothing
-    first: Int32  # [words] what an answer may begin with
-    seconds: float  # that compiling takes
-    num_bytes: int  # that it keeps
+    template: Any  # an LLMatcher in its initial state
+    first: Int32  # [words], mask of the first token
+    seconds: float  # CPU time to compile it
+    num_bytes: int  # memory of the compiled grammar
     num_answers: int = 0
-    num_renewed: int = 0
+    num_renewed: int = 0  # answers that were given a separate lexer

@@ -1,17 +1,17 @@
-"""Patterns of JSON schema's formats, where the library's own allow invalid values.
+"""Patterns of JSON schema formats for which llguidance's own allow invalid values.
 
-Each format is a tuple of patterns, all of which a value matches. They are subsets of the RFCs' own:
-every value is valid, though not every valid value can be written (leap seconds, "t" and "z" in
-lower case, an IPv6 address that ends as an IPv4 address).
+Each format is a tuple of patterns that a value must all match. They are stricter than the RFCs:
+every match is valid, but some valid values are excluded (leap seconds, lower-case "t" and "z", IPv6
+addresses that end in an IPv4 address).
 """
 
 from __future__ import annotations
 
-# Dates of RFC 3339, section 5.7: the years 0001 to 9999 (year 0 is no year of Python's or SQL's).
+# Dates of RFC 3339, section 5.7, for the years 0001 to 9999; Python and SQL have no year 0.
 _YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
 _LEAP_YEAR = (
-    "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"  # by 4 and not by 100
-    "|(?:0[48]|[2468][048]|[13579][26])00)"  # by 400
+    "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"  # divisible by 4 and not by 100
+    "|(?:0[48]|[2468][048]|[13579][26])00)"  # divisible by 400
 )
 _DATE = (
     f"(?:{_YEAR}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
@@ -19,7 +19,7 @@ _DATE = (
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
     f"|{_LEAP_YEAR}-02-29)"
 )
-# Second 60 exists at 23:59 UTC alone, which depends on the offset: it is left out.
+# Second 60 is excluded: it only exists at 23:59 UTC, which depends on the offset.
 _TIME = (
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
     "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
@@ -42,7 +42,7 @@ _IPV6 = "|".join(
 )
 _IPV6 = f"(?:{_IPV6})"
 
-# RFC 3986, with a port that a socket can have.
+# RFC 3986, with a port from 0 to 65535.
 _PERCENT = "%[0-9a-fA-F]{2}"
 _NAME = f"(?:[a-zA-Z0-9._~!$&'()*+,;=-]|{_PERCENT})"
 _SEGMENT = f"(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|{_PERCENT})"

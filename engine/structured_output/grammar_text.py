@@ -1,4 +1,4 @@
-"""Writes a structured output as the text that llguidance compiles."""
+"""Convert a structured output to the grammar text that llguidance compiles."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ...scheduler.structured import StructuredOutput
 from .complexity import schemas_in, too_joined
 from .json_schema import UnsupportedSchema, make_exact
 
-MAX_TEXT = 1 << 19  # characters: a schema grows when its formats become patterns
-# White space is bounded, or a small model writes nothing else; unknown keywords are rejected.
-# The library would otherwise write out by itself, without end, what follows from `A "a"` after an
-# `A: /a+/`: bytes that are forced, and never lead to the end of A.
+MAX_TEXT = 1 << 19  # characters; a schema grows when its formats become patterns
+# Without this, llguidance emits forced bytes endlessly for `A "a"` with `A: /a+/`, since they never
+# lead to the end of A.
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+# White space is bounded, since a small model may write it endlessly. Unknown keywords are rejected.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"( |\n {0,20})?", "lenient": False}
 
 
 def grammar_text(form: StructuredOutput) -> str:
-    """Return the text. Raises `UnsupportedSchema`, and ValueError with the library's message."""
+    """Return the grammar text. Raises `UnsupportedSchema`, or ValueError from llguidance."""
     from llguidance import LLMatcher
 
     if reason := too_joined(form):
@@ -49,14 +49,14 @@ def _to_json(schema: dict[str, Any]) -> str:
     try:
         return _bounded(json.dumps(schema, allow_nan=False))
     except RecursionError:
-        raise UnsupportedSchema("is nested too deep") from None
+        raise UnsupportedSchema("is nested too deeply") from None
     except ValueError as error:
         if isinstance(error, UnsupportedSchema):
             raise
-        raise UnsupportedSchema("has NaN or an infinite number, which JSON has not") from None
+        raise UnsupportedSchema("has NaN or an infinite number, which is not JSON") from None
 
 
 def _bounded(text: str) -> str:
     if len(text) > MAX_TEXT:
-        raise UnsupportedSchema("has too many formats; leave some out")
+        raise UnsupportedSchema("has too many formats; remove some")
     return text

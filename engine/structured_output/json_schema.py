@@ -1,8 +1,8 @@
-"""Makes JSON schemas exact for llguidance, or says why that is not possible.
+"""Make JSON schemas exact for llguidance, or raise why that is not possible.
 
-The library computes with doubles, lets escapes spell a declared name once more, and has loose
-formats. So numbers that it would round are rejected, escapes are restricted where names could
-collide, and formats become patterns.
+The library computes with doubles, allows a declared name to be repeated with escapes, and has
+imprecise formats. So numbers that it would round are rejected, escapes are restricted where names
+could collide, and formats are replaced by patterns.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any, TypeGuard
 from ...scheduler.params import truncated_repr
 from .formats import FORMATS
 
-MAX_EXACT = 2**53 - 1  # doubles have every integer up to here, and so do JavaScript's clients
+MAX_EXACT = 2**53 - 1  # doubles, and hence JavaScript clients, represent integers up to here
 MAX_INT64 = 2**63 - 1
-MAX_MULTIPLE = 100_000  # of multipleOf, without its decimal point: compiling takes as many states
+MAX_MULTIPLE = 100_000  # digits of multipleOf as an integer; compiling takes as many states
 MAX_DECIMALS = 8
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NAMED = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema
 CONSTANTS = ("enum", "const")
-DATA = (*CONSTANTS, "default", "examples")  # keywords whose values are no schemas
-OPTIONS = "x-guidance"  # the library's own keyword
+DATA = (*CONSTANTS, "default", "examples")  # keywords whose values are not schemas
+OPTIONS = "x-guidance"  # llguidance's own keyword
 PLAIN_ESCAPES = 'nrbtf\\"'  # without \uXXXX
 NEEDS_UNICODE_ESCAPE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 
 class UnsupportedSchema(ValueError):
-    """A schema cannot be followed exactly. The text says which part, and how to change it."""
+    """A schema cannot be enforced exactly. The message names the part and the fix."""
 
 
 def make_exact(schema: dict[str, Any]) -> bool:
-    """Change a schema in place; return whether it changed. Raises `UnsupportedSchema`."""
+    """Make a schema exact in place; return whether it changed. Raises `UnsupportedSchema`."""
     is_changed, has_open_names, texts = False, False, ""
     for node in _schemas_in(schema):
         _check_reference(node.get("$ref"))
@@ -54,7 +54,7 @@ def make_exact(schema: dict[str, Any]) -> bool:
     if texts:
         raise UnsupportedSchema(
             f"has the constant {truncated_repr(texts)}, whose control characters need \\u escapes, "
-            "and objects with other names than the listed ones; set additionalProperties to false"
+            "and objects with undeclared properties; set additionalProperties to false"
         )
     options = schema.get(OPTIONS, {})
     if isinstance(options, dict):
@@ -63,7 +63,7 @@ def make_exact(schema: dict[str, Any]) -> bool:
 
 
 def _check_options(options: Any) -> None:
-    """Let separators differ in spaces alone: a number must not run into what follows it."""
+    """Require separators to differ in spaces only, so that numbers stay delimited."""
     for name, mark in (("item_separator", ","), ("key_separator", ":")):
         if isinstance(options, dict) and str(options.get(name, mark)).strip(" ") != mark:
             value = truncated_repr(options[name])
@@ -72,7 +72,7 @@ def _check_options(options: Any) -> None:
 
 
 def _schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
-    """Yield all schemas. Under unknown keywords, whatever may be one: a $ref may lead there."""
+    """Yield all subschemas, also under unknown keywords, since a $ref may point there."""
     left = [schema]
     while left:
         node = left.pop()
@@ -88,7 +88,7 @@ def _schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def _constants(node: Mapping[str, Any], kinds: tuple[type, ...]) -> Iterator[Any]:
-    """Yield values of these types within enum and const, names of objects included."""
+    """Yield values of these types within enum and const, including property names."""
     left = [node[key] for key in CONSTANTS if key in node]
     while left:
         value = left.pop()
@@ -114,13 +114,15 @@ def _check_bounds(node: Mapping[str, Any]) -> None:
         if is_number(bound) and not _is_exact_bound(node, key, bound):
             raise UnsupportedSchema(
                 f"has {key}: {truncated_repr(bound)}: bounds beyond ±{MAX_EXACT} would be rounded; "
-                "use a smaller one, or leave it out"
+                "use a smaller one, or remove it"
             )
 
 
 def _check_narrow_range(node: Mapping[str, Any]) -> None:
-    """Reject an exclusive bound that is an integer where the range ends before the next one: the
-    library includes the bound then."""
+    """Reject an exclusive integer bound if the range ends before the next integer.
+
+    llguidance would include the bound.
+    """
     low, high = _tightest(node, max, "minimum"), _tightest(node, min, "maximum")
     for key, sign, other in (("exclusiveMinimum", 1, high), ("exclusiveMaximum", -1, low)):
         bound = node.get(key)
@@ -142,7 +144,7 @@ def _tightest(
 
 
 def _is_exact_bound(node: Mapping[str, Any], key: str, bound: int | float) -> bool:
-    """Whether the library keeps to a bound exactly: also to some in 64 bits, of integers."""
+    """Return whether llguidance enforces a bound exactly; for integers, also some of 64 bits."""
     if abs(bound) <= MAX_EXACT:
         return True
     if node.get("type") != "integer" or "multipleOf" in node or not math.isfinite(bound):
@@ -158,8 +160,8 @@ def _check_multiple(multiple: Any) -> None:
     coefficient, decimals = decimal_parts(multiple)
     if coefficient > MAX_MULTIPLE or decimals > MAX_DECIMALS:
         raise UnsupportedSchema(
-            f"has multipleOf: {truncated_repr(multiple)}: at most {MAX_MULTIPLE}, with up to "
-            f"{MAX_DECIMALS} decimal places"
+            f"has multipleOf: {truncated_repr(multiple)}: the maximum is {MAX_MULTIPLE} without "
+            f"the decimal point, and {MAX_DECIMALS} decimal places"
         )
 
 
@@ -177,19 +179,19 @@ def decimal_parts(number: int | float) -> tuple[int, int]:
 
 
 def _check_min_properties(node: Mapping[str, Any]) -> None:
-    """Reject a count of names that only unlisted ones can reach: an answer may repeat them."""
+    """Reject a minProperties that needs undeclared names, since an answer may repeat those."""
     least, required = node.get("minProperties"), node.get("required")
     count = len(required) if isinstance(required, list) else 0
     is_open = node.get("additionalProperties") is not False or node.get("patternProperties")
     if is_number(least) and least > count + 1 and is_open:
         raise UnsupportedSchema(
             f"has minProperties: {truncated_repr(least)}: at most one more than the required "
-            "names, since an answer may repeat the others; list the names, or leave it out"
+            "names, since an answer may repeat undeclared names; list the names, or remove it"
         )
 
 
 def _has_open_names(node: Mapping[str, Any]) -> bool:
-    """Whether an object has declared names and may have others, which must not spell the same."""
+    """Return whether an object may have undeclared names in addition to declared ones."""
     is_declared = any(node.get(key) for key in ("properties", "patternProperties", "required"))
     return is_declared and (
         node.get("additionalProperties") is not False or bool(node.get("patternProperties"))
@@ -197,20 +199,21 @@ def _has_open_names(node: Mapping[str, Any]) -> bool:
 
 
 def _check_reference(reference: Any) -> None:
-    """Reject references into data, which is not made exact as schemas are."""
+    """Reject references into data, which is not made exact."""
     if not isinstance(reference, str):
         return
     is_name = False
     for part in reference.partition("#")[2].split("/")[1:]:
         if part in DATA and not is_name:
             raise UnsupportedSchema(
-                f"has $ref to {truncated_repr(reference)}: it leads into {part}; move it to $defs"
+                f"has $ref to {truncated_repr(reference)}, which points into {part}; move the "
+                "target to $defs"
             )
         is_name = part in NAMED and not is_name
 
 
 def _replace_format(node: dict[str, Any]) -> bool:
-    """Write a format as patterns, which are joined to those that are there."""
+    """Replace a format by patterns, in addition to existing ones."""
     name = node.get("format")
     patterns = FORMATS.get(name, ()) if isinstance(name, str) else ()
     if not patterns:

@@ -1,4 +1,4 @@
-"""The calls of llguidance that the engine and the trial process share. Imports nothing heavy."""
+"""Calls of llguidance shared by the engine and the trial process. Cheap to import."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-# Bounds of llguidance on its own work, a tenth to a half of its defaults.
+# llguidance's own limits, at a tenth to a half of their defaults.
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -15,19 +15,19 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-WORD = 32  # bits of a mask's word
+WORD = 32  # bits per word of a mask
 MASK_WORD_BYTES = 4
 
 
 def load_tokenizer(text: str, vocab_size: int, end_token_ids: Sequence[int]) -> Any:
-    """Return an `LLTokenizer` of a `tokenizer.json`. Raises ValueError for an unknown kind."""
+    """Return an `LLTokenizer` for a `tokenizer.json`. Raises ValueError if unsupported."""
     import llguidance
 
     return llguidance.LLTokenizer(text, vocab_size, list(end_token_ids))
 
 
 def new_matcher(tokenizer: Any, text: str) -> Any:
-    """Compile a grammar. Most errors are in the result (`is_error`); some are raised."""
+    """Compile a grammar. Most errors are reported by `is_error` of the result, some raised."""
     import llguidance
 
     limits = llguidance.LLParserLimits(**LIMITS)
@@ -49,9 +49,9 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def heap_bytes() -> int:
-    """Return the bytes that this process has allocated from the C heap.
+    """Return the bytes that this process has allocated on the C heap.
 
-    Where the C library has no mallinfo2, return the resident size instead.
+    Without mallinfo2 in the C library, return the resident set size.
     """
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo is None:

@@ -1,4 +1,4 @@
-"""Where the answers that have a form are in it: their masks are made once a step, all together."""
+"""Grammar state of each structured answer; token masks are computed in one batch per step."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from ..utils.cores import num_cores
 from .compiler import Grammar, Int32, clear
 from .error_messages import TOO_COMPLEX
 
-RENEWABLE = 0.02  # seconds: one that took longer to compile is not compiled again within a step
-MAX_RENEWED = 8  # answers of one grammar whose tokens are read again: that is work in a step
-MAX_THREADS = 4  # they run beside the workers
-# An ambiguous grammar takes longer with each token. Every request waits for a step's masks, so a
-# request that takes too much of it fails.
-SLOW_STEP = 0.1  # seconds for all masks of a step
-MAX_MATCHER_SECONDS = 0.1  # CPU time of one request's part of a step
-MAX_STEP_SECONDS = 1.0  # CPU time of all of them together
+RENEWABLE = 0.02  # seconds; slower grammars are not compiled again within a step
+MAX_RENEWED = 8  # answers per grammar that may read all their tokens again
+MAX_THREADS = 4  # run alongside the workers
+# Ambiguous grammars take longer with each token. All requests wait for a step's masks, so requests
+# that take too long fail.
+SLOW_STEP = 0.1  # seconds for all masks of a step; above it, the next masks are timed one by one
+MAX_MATCHER_SECONDS = 0.1  # CPU time of one answer per step
+MAX_STEP_SECONDS = 1.0  # CPU time of all answers per step
 
 
 @dataclass(eq=False)
 class Matcher:
-    """One answer's place in its grammar: after all tokens that it has read."""
+    """Grammar state of one answer after its first `num_read` output tokens."""
 
     grammar: Grammar
     request: Request
-    allowed: Int32 = field(init=False)  # [words] what may come next
-    is_done: bool = False  # nothing can follow
-    error: str = ""  # why it cannot go on
-    num_read: int = 0  # tokens of the output
-    seconds: float = 0.0  # CPU time of its part of the latest step, where that was measured
+    allowed: Int32 = field(init=False)  # [words], mask of the next token
+    is_done: bool = False  # The answer is complete and cannot continue.
+    error: str = ""  # why the answer cannot continue
+    num_read: int = 0  # output tokens
+    seconds: float = 0.0  # CPU time in the latest step, if measured
 
     def __post_init__(self) -> None:
         self.grammar.num_answers += 1
         self._state = self.grammar.template.deep_copy()
-        self._is_own = False  # its lexer is shared with no other answer
+        self._is_own = False  # whether the lexer is used by this answer only
         self.allow(self.grammar.first.copy())
 
     @property
@@ -50,8 +50,10 @@ class Matcher:
         return self._state
 
     def allow(self, row: Int32) -> None:
-        """`row`: what its grammar allows. End tokens are held back where they are not to end the
-        output, as long as anything else is left."""
+        """Set the mask of the next token to `row`, the tokens that the grammar allows.
+
+        With ignore_eos or before min_tokens, end tokens are removed unless nothing else is left.
+        """
         params = self.request.params
         held = list(self.grammar.owner.end_token_ids) if params.ignore_eos else []
         if self.num_read < params.min_tokens:
@@ -64,20 +66,21 @@ class Matcher:
             self.allowed = rest if rest.any() else row
 
     def read(self) -> None:
-        """Take in the tokens that the output has gained."""
-        begun = time.thread_time()
+        """Advance by the new output tokens."""
+        start = time.thread_time()
         token_ids = self.request.output_token_ids[self.num_read :]
         self.num_read += len(token_ids)
         is_read = self._state.consume_tokens(list(token_ids))
-        self.seconds = time.thread_time() - begun
+        self.seconds = time.thread_time() - start
         if (self._state.is_error() or not is_read) and not self.renew():
             return
         self.is_done = bool(self._state.is_stopped())
 
     def renew(self) -> bool:
-        """Recover from an error where the answers of a grammar share a lexer whose limits are used
-        up: read all tokens again with a separate one. Return whether that helped; else set
-        `error`."""
+        """Recover from an exhausted shared lexer by reading all tokens with a separate one.
+
+        Return whether that succeeded; otherwise set `error`.
+        """
         grammar = self.grammar
         grammar.owner.forget(grammar)
         is_shared = not self._is_own and grammar.num_answers > 1
@@ -92,20 +95,20 @@ class Matcher:
         return False
 
     def fail(self) -> None:
-        """Set `error`: the grammar is too complex to go on."""
+        """Set `error`: the grammar is too complex to continue."""
         name = f"structured.{self.grammar.form.field}"
         self.error = f"INVALID_ARGUMENT: {name}: after {self.num_read} tokens it {TOO_COMPLEX}"
 
 
 def _compute_timed(matchers: Sequence[Matcher], rows: Int32) -> None:
     for matcher, row in zip(matchers, rows, strict=True):
-        begun = time.thread_time()
+        start = time.thread_time()
         matcher.state.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        matcher.seconds += time.thread_time() - begun
+        matcher.seconds += time.thread_time() - start
 
 
 def _fail_slow(matchers: Sequence[Matcher]) -> None:
-    """Fail requests whose part of the step took too long, the slowest first."""
+    """Fail answers that took too much time of the step, the slowest first."""
     total = sum(matcher.seconds for matcher in matchers)
     for matcher in sorted(matchers, key=lambda each: -each.seconds):
         if matcher.seconds <= MAX_MATCHER_SECONDS and total <= MAX_STEP_SECONDS:
@@ -116,12 +119,12 @@ def _fail_slow(matchers: Sequence[Matcher]) -> None:
 
 
 class Matchers:
-    """By the scheduler's names of the answers."""
+    """Matchers of all structured answers, by the scheduler's request id."""
 
     def __init__(self) -> None:
         self._matchers: dict[str, Matcher] = {}
-        self._executor: Any = None  # threads, once they are needed
-        self._was_slow = False  # the latest masks: the next ones are made and timed one by one
+        self._executor: Any = None  # llguidance's threads, created on first use
+        self._was_slow = False  # whether the latest masks took over SLOW_STEP
 
     def add(self, requests: Sequence[Request], grammar: Grammar) -> None:
         for request in requests:
@@ -131,11 +134,13 @@ class Matchers:
         self._matchers.pop(name, None)
 
     def read(self, updates: Sequence[RequestUpdate], scheduler: Scheduler) -> list[RequestUpdate]:
-        """Takes in a step's tokens, and ends answers that are complete, or whose form cannot be
-        followed any more. The updates, with these ends."""
+        """Advance by a step's tokens, and finish answers that are complete or failed.
+
+        Returns the updates with the status of finished answers replaced.
+        """
         if not self._matchers:
             return list(updates)
-        going_on = []
+        continuing = []
         for update in updates:
             matcher = self._matchers.get(update.request_id)
             if matcher is not None and update.new_token_ids and not update.error:
@@ -143,8 +148,8 @@ class Matchers:
                 if update.status is RequestStatus.RUNNING and not (
                     matcher.is_done or matcher.error
                 ):
-                    going_on.append(matcher)
-        self._make_masks(going_on)
+                    continuing.append(matcher)
+        self._make_masks(continuing)
         return [self._ended(update, scheduler) for update in updates]
 
     def _ended(self, update: RequestUpdate, scheduler: Scheduler) -> RequestUpdate:
@@ -164,12 +169,12 @@ class Matchers:
         return update._replace(status=status, error=error)
 
     def _make_masks(self, matchers: Sequence[Matcher]) -> None:
-        """What may come next in each, on several threads without Python's lock."""
+        """Compute the masks of the next tokens, on several threads without the GIL."""
         if not matchers:
             return
         owner = matchers[0].grammar.owner
         rows = owner.new_rows(len(matchers))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         if len(matchers) == 1 or self._was_slow:
             _compute_timed(matchers, rows)
             _fail_slow(matchers)
@@ -177,7 +182,7 @@ class Matchers:
             pairs = [(matcher.state, index) for index, matcher in enumerate(matchers)]
             width = rows.shape[1] * rows.itemsize
             self._threads().unsafe_compute_mask_ptr(pairs, rows.ctypes.data, width, len(rows))
-        self._was_slow = time.perf_counter() - begun > SLOW_STEP
+        self._was_slow = time.perf_counter() - start > SLOW_STEP
         for matcher, row in zip(matchers, rows, strict=True):
             if matcher.error:
                 continue
@@ -192,7 +197,7 @@ class Matchers:
                 matcher.allow(found)
             else:
                 name = f"structured.{matcher.grammar.form.field}"
-                matcher.error = f"INVALID_ARGUMENT: {name}: only banned tokens may come next"
+                matcher.error = f"INVALID_ARGUMENT: {name}: allows only banned tokens next"
 
     def _threads(self) -> Any:
         if self._executor is None:
@@ -201,16 +206,16 @@ class Matchers:
             self._executor = llguidance.LLExecutor(min(MAX_THREADS, num_cores()))
         return self._executor
 
-    def masks(self, drawn: Sequence[Request]) -> TokenMasks | None:
-        """Of rows that sample, in order; None where no row has a form."""
+    def masks(self, sampled: Sequence[Request]) -> TokenMasks | None:
+        """Return the masks of the rows that sample, in order; None if no row has a grammar."""
         if not self._matchers:
             return None
         found = [
-            (place, self._matchers[request.request_id].allowed)
-            for place, request in enumerate(drawn)
+            (index, self._matchers[request.request_id].allowed)
+            for index, request in enumerate(sampled)
             if request.is_guided
         ]
         if not found:
             return None
-        places = np.array([place for place, _ in found], np.int32)
-        return TokenMasks(places, np.stack([row for _, row in found]))
+        rows = np.array([index for index, _ in found], np.int32)
+        return TokenMasks(rows, np.stack([row for _, row in found]))

@@ -1,4 +1,4 @@
-"""Starts and stops the process that tries grammars, and passes texts to it."""
+"""Start and stop the trial process, and pass texts to it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from ..utils.lifetime import start_tied
 
 MODULE = "octavo.engine.structured_output.trial_process"
-MEMORY_BYTES = 256 << 20  # that a trial may take
-# Its own environment: it needs nothing else of the engine's.
+MEMORY_BYTES = 256 << 20  # memory limit of a trial
+# Environment variables that the process inherits.
 KEPT_ENVIRONMENT = ("PYTHON", "LD_", "LC_", "LANG", "VIRTUAL_ENV")
 ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",  # arenas reserve address space, which is limited
-    "TOKENIZERS_PARALLELISM": "false",  # threads would make forking unsafe
+    "MALLOC_ARENA_MAX": "1",  # Arenas reserve address space, which is limited.
+    "TOKENIZERS_PARALLELISM": "false",  # Threads would make forking unsafe.
 }
 
 
 @contextmanager
 def shared_text(text: str) -> Iterator[int]:
-    """Yield a descriptor of memory that holds the text."""
+    """Yield a file descriptor of shared memory that contains the text."""
     descriptor = os.memfd_create("octavo-grammar", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:
@@ -35,7 +35,10 @@ def shared_text(text: str) -> Iterator[int]:
 
 
 def start(socket_number: int) -> subprocess.Popen[bytes]:
-    """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
+    """Start the trial process, which receives on a socket.
+
+    `-P` keeps the folder names of this package from shadowing other packages.
+    """
     env = {name: text for name, text in os.environ.items() if name.startswith(KEPT_ENVIRONMENT)}
     given = ["--socket", str(socket_number), "--memory-bytes", str(MEMORY_BYTES)]
     return start_tied(
@@ -44,7 +47,7 @@ def start(socket_number: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         env={**env, **ENVIRONMENT},
         pass_fds=(socket_number,),
-        start_new_session=True,  # Ctrl-C in a terminal reaches the engine alone
+        start_new_session=True,  # Ctrl-C in a terminal must only reach the engine.
     )
 
 

@@ -1,9 +1,10 @@
-"""A process that tries grammars: `python -P -m octavo.engine.structured_output.trial_process`.
+"""The trial process: `python -P -m octavo.engine.structured_output.trial_process`.
 
-Compiling a grammar can overflow the native stack, or take any time and memory. So the engine only
-compiles what compiled here first, under hard limits. The process loads the tokenizer once, and then
-forks workers, which share its memory: losing one costs milliseconds. It has a single thread, so
-that forking is safe. `trials.py` starts it; both speak `proto/grammar.proto`.
+Compiling a grammar can overflow the native stack, or take unlimited time and memory. So the engine
+only compiles grammars that were compiled here first, under hard limits. The process loads the
+tokenizer once and forks workers, which share its memory: replacing one costs milliseconds. It has a
+single thread, so that forking is safe. `trials.py` starts it; the protocol is
+`proto/grammar.proto`.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from .library import (
 )
 
 PACKET_BYTES = 64 * 1024
-STACK_BYTES = 512 * 1024  # of a trial; the engine's threads have several times as much
-WALK_TOKENS = 8  # that a trial writes
-POLL_INTERVAL = 0.01  # seconds between two looks at a trial's CPU time
+STACK_BYTES = 512 * 1024  # of a trial; less than the engine uses for compiling
+WALK_TOKENS = 8  # tokens that a trial generates
+POLL_INTERVAL = 0.01  # seconds between checks of a trial's CPU time
 
-_ALLOWED = re.compile(b"[^\0]")  # a byte of a mask
+_ALLOWED = re.compile(b"[^\0]")  # a byte of a mask with an allowed token
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     channel = socket.socket(fileno=given.socket)
     silence()
     tokenizer = _load(channel)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that ended leave no zombie
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Workers must not become zombies.
     gc.collect()
     gc.freeze()
     while True:
@@ -67,15 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def end_with(pipe: int) -> None:
-    """Let the kernel end this process, whatever it is doing and also while it is stopped, when the
-    pipe's other end closes."""
+    """Let the kernel kill this process when the pipe's other end closes.
+
+    This also works while the process hangs or is stopped.
+    """
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def silence() -> None:
-    """Drop what the library prints when it panics: it quotes the client's grammar."""
+    """Discard the output of the library's panics, which quotes the client's grammar."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
@@ -96,10 +99,10 @@ def _load(channel: socket.socket) -> Any:
 
 
 class Worker:
-    """Tries one grammar after another, in a forked process."""
+    """A forked process that runs one trial after another."""
 
     def __init__(self, tokenizer: Any, memory_bytes: int, channel: int, pipe: int) -> None:
-        """`memory_bytes`: that a trial may take beyond what is mapped already."""
+        """Apply the limits. `memory_bytes`: allowed beyond the address space mapped already."""
         end_with(pipe)
         self._tokenizer = tokenizer
         self._channel = socket.socket(fileno=channel)
@@ -116,22 +119,23 @@ class Worker:
             self._answer(self._try(trial, _read_text(descriptor)))
 
     def _try(self, trial: pb.Trial, text: str) -> pb.Result:
-        """Compile on another thread while this one watches the CPU time.
+        """Compile on another thread while this one checks the CPU time.
 
-        The timer ends the process where the library keeps this thread from running.
+        The timer ends the process if the library keeps this thread from running.
         """
         result = pb.Result()
         signal.setitimer(signal.ITIMER_PROF, 2 * trial.cpu_seconds)
-        begun = time.process_time()
+        start = time.process_time()
         thread = threading.Thread(target=self._compile, args=(trial.field, text, result))
         thread.start()
         while thread.is_alive():
             thread.join(POLL_INTERVAL)
-            if thread.is_alive() and time.process_time() - begun > trial.cpu_seconds:
+            if thread.is_alive() and time.process_time() - start > trial.cpu_seconds:
                 self._answer(pb.Result(is_timed_out=True))
                 _end()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        result.cpu_seconds = max(time.process_time() - begun, 1e-9)  # an empty packet is an end
+        # Not zero: an empty message would look like a closed socket.
+        result.cpu_seconds = max(time.process_time() - start, 1e-9)
         return result
 
     def _compile(self, field: str, text: str, result: pb.Result) -> None:
@@ -148,12 +152,14 @@ class Worker:
             result.error = TOO_COMPLEX
         except Exception as error:
             result.error = reason_of(str(error), field)
-        except BaseException:  # a panic of the library: pyo3 derives it from BaseException
+        except BaseException:  # a panic in the library, which pyo3 derives from BaseException
             result.error = UNUSABLE
 
     def _walk(self, matcher: Any) -> None:
-        """Write the beginning of a random answer. An error in it is the answer's, not the
-        grammar's."""
+        """Generate the start of a random answer, to exercise the lexer.
+
+        Errors are ignored here, since they concern this answer and not the grammar.
+        """
         state, draw = matcher.deep_copy(), random.Random(0)
         for _ in range(WALK_TOKENS):
             start = draw.randrange(len(self._mask))
@@ -173,12 +179,12 @@ class Worker:
 
 
 def _receive(channel: socket.socket, message: Any) -> tuple[Any, list[int]]:
-    """Return the next message and its descriptors. End the process when the engine is gone."""
+    """Return the next message and its descriptors. Exit if the engine has closed the socket."""
     try:
         data, descriptors, *_ = socket.recv_fds(channel, PACKET_BYTES, 2)
     except OSError:
         _end()
-    if not descriptors:  # every message has one
+    if not descriptors:  # Every valid message has at least one.
         _end()
     message.ParseFromString(data)
     return message, descriptors

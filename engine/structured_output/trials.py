@@ -1,9 +1,9 @@
-"""Tries grammars in another process before the engine compiles them.
+"""Compile grammars in a trial process before the engine does.
 
 A grammar that crashes the library, or takes too much time or memory, ends a worker of
-`trial_process.py` and not the engine. There are two workers. The quick one gives every grammar
-a tenth of a second of CPU time; those that take longer share the slow one, so that slow grammars
-delay each other and no others.
+`trial_process.py` and not the engine. There are two workers. The quick one gives every grammar a
+tenth of a second of CPU time; grammars that need more use the slow one, so that they only delay
+each other.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from .trial_client import shared_text, start, stop
 
 log = logging.getLogger("octavo.engine")
 
-MAX_GRAMMAR_BYTES = 32 << 20  # that a compiled grammar may keep
-QUICK_SECONDS, SLOW_SECONDS = 0.1, 1.0  # CPU time of a trial
-SLOW_NICENESS = 10  # below the engine and its workers
-WALL_FACTOR = 20  # wall time of a trial, as a multiple of its CPU time: the machine may be busy
+MAX_GRAMMAR_BYTES = 32 << 20  # maximum size of a compiled grammar
+QUICK_SECONDS, SLOW_SECONDS = 0.1, 1.0  # CPU time limit of a trial
+SLOW_NICENESS = 10  # lower priority than the engine and its workers
+WALL_FACTOR = 20  # wall time limit as a multiple of the CPU time limit, for a busy machine
 START_SECONDS = 60.0
-MAX_TRIALS = 200  # of one worker: the heap fragments
+MAX_TRIALS = 200  # per worker process, since its heap fragments
 PACKET_BYTES = 64 * 1024
 
 
 class TrialsUnavailable(Exception):
-    """The process that tries grammars does not run or does not answer."""
+    """The trial process is not running or does not respond."""
 
 
 class CompileCancelled(Exception):
-    """The request ended while its grammar was tried."""
+    """The request ended during the trial of its grammar."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial found."""
+    """Result of a trial."""
 
-    error: str = ""  # why the grammar cannot be used
-    is_timed_out: bool = False  # the quick worker's time was not enough
-    seconds: float = 0.0  # CPU time for compiling and the first mask
-    num_bytes: int = 0  # that the compiled grammar keeps
+    error: str = ""  # why the grammar is rejected
+    is_timed_out: bool = False  # The quick worker's time limit was exceeded.
+    seconds: float = 0.0  # CPU time to compile and to compute the first mask
+    num_bytes: int = 0  # memory of the compiled grammar
 
 
 class CompileTask:
-    """The compilation of one request's grammar. Another thread may cancel it."""
+    """Compilation of one request's grammar, which another thread may cancel."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -68,13 +68,13 @@ class CompileTask:
                 self._worker.interrupt()
 
     def check(self) -> None:
-        """Raise `CompileCancelled` once the task was cancelled."""
+        """Raise `CompileCancelled` if the task was cancelled."""
         if self.is_cancelled:
             raise CompileCancelled
 
     @contextmanager
     def using(self, worker: TrialWorker) -> Iterator[None]:
-        """Let `cancel` end the worker within this block, and not after it."""
+        """Let `cancel` interrupt the worker within this block only."""
         with self._lock:
             self.check()
             self._worker = worker
@@ -86,7 +86,7 @@ class CompileTask:
 
 
 class TrialWorker:
-    """One forked process. It ends when `interrupt` or `close` closes its pipe."""
+    """A forked process, which ends when `interrupt` or `close` closes its pipe."""
 
     def __init__(self, channel: socket.socket, pipe: int) -> None:
         self._channel, self._pipe = channel, pipe
@@ -99,12 +99,12 @@ class TrialWorker:
         return self._is_good and self._pipe >= 0
 
     def await_ready(self) -> bool:
-        """Return whether the process runs. It may have ended since its last trial."""
+        """Wait for the process to start, and return whether it is running."""
         try:
             if self._is_ready:
                 self._channel.settimeout(0)
                 self._channel.recv(1, socket.MSG_PEEK)
-                return False  # its end: it sends nothing by itself
+                return False  # closed: the process never sends unrequested messages
             self._channel.settimeout(START_SECONDS)
             self._is_ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES)).is_ready
         except BlockingIOError:
@@ -114,9 +114,9 @@ class TrialWorker:
         return self._is_ready
 
     def run(self, text: str, field: str, cpu_seconds: float) -> pb.Result | None:
-        """Return the result of a trial; None where the worker ended without one.
+        """Return the result of a trial; None if the worker ended without one.
 
-        Raises TimeoutError, after which the worker is to be closed.
+        Raises TimeoutError, after which the worker must be closed.
         """
         self.num_trials += 1
         trial = pb.Trial(field=field, cpu_seconds=cpu_seconds)
@@ -135,7 +135,7 @@ class TrialWorker:
         return result
 
     def interrupt(self) -> None:
-        """End the process; a thread in `run` then returns."""
+        """End the process, so that a thread in `run` returns."""
         with self._lock:
             pipe, self._pipe = self._pipe, -1
         if pipe >= 0:
@@ -147,10 +147,10 @@ class TrialWorker:
 
 
 class TrialServer:
-    """The process that has the tokenizer and forks workers."""
+    """The trial process, which holds the tokenizer and forks workers."""
 
     def __init__(self, tokenizer: str, vocab_size: int, end_token_ids: Sequence[int]) -> None:
-        """Start it; it is ready about a second later. Raises OSError."""
+        """Start the process, which is ready about a second later. Raises OSError."""
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(START_SECONDS)
         self._is_ready = False
@@ -166,7 +166,7 @@ class TrialServer:
         return self._process.pid
 
     def fork(self, niceness: int) -> TrialWorker:
-        """Raises `TrialsUnavailable`."""
+        """Fork a worker. Raises `TrialsUnavailable`."""
         self._await_ready()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         read, write = os.pipe()
@@ -189,23 +189,24 @@ class TrialServer:
         except (OSError, DecodeError) as error:
             raise TrialsUnavailable(f"did not start: {error}") from None
         if not ready.is_ready:
-            raise TrialsUnavailable(f"cannot load the tokenizer: {ready.error or 'it ended'}")
+            reason = ready.error or "the process ended"
+            raise TrialsUnavailable(f"cannot load the tokenizer: {reason}")
         self._is_ready = True
 
     def _send(self, request: pb.ServerRequest, *descriptors: int) -> None:
         try:
             socket.send_fds(self._channel, [request.SerializeToString()], descriptors)
         except OSError as error:
-            raise TrialsUnavailable(f"does not listen: {error}") from None
+            raise TrialsUnavailable(f"cannot send to the trial process: {error}") from None
 
 
 class Trials:
-    """The server and its two workers. Thread-safe."""
+    """The trial server and its two workers. Thread-safe."""
 
     def __init__(self, tokenizer: str, vocab_size: int, end_token_ids: Sequence[int]) -> None:
-        """Start the server, without waiting for it."""
+        """Start the server without waiting for it."""
         self._given: Any = (tokenizer, vocab_size, end_token_ids)
-        self._lock = threading.Lock()  # of the server
+        self._lock = threading.Lock()  # guards the server
         self._server: TrialServer | None = None
         self._slots = {True: _Slot(), False: _Slot()}  # by `is_quick`
         self._is_closed = False
@@ -213,15 +214,15 @@ class Trials:
 
     @property
     def pid(self) -> int | None:
-        """The server's."""
+        """Process id of the server; None if it is not running."""
         return self._server.pid if self._server is not None else None
 
     def run(self, text: str, field: str, is_quick: bool, task: CompileTask) -> Outcome:
-        """Try a grammar. Raises `TrialsUnavailable`, `CompileCancelled`."""
+        """Run a trial of a grammar. Raises `TrialsUnavailable` or `CompileCancelled`."""
         slot = self._slots[is_quick]
         with slot.lock:
             result = self._run(slot, text, field, is_quick, task)
-            if result is None:  # once more: something else may have ended the worker
+            if result is None:  # Retry: the worker may have ended for another reason.
                 result = self._run(slot, text, field, is_quick, task)
         return _outcome(result, is_quick)
 
@@ -237,7 +238,7 @@ class Trials:
         except TimeoutError:
             if is_quick:
                 return pb.Result(is_timed_out=True)
-            raise TrialsUnavailable("does not answer in time") from None
+            raise TrialsUnavailable("the trial process does not respond in time") from None
         finally:
             slot.worker = self._kept(worker, is_quick)
         return result
@@ -249,16 +250,16 @@ class Trials:
             if worker.await_ready():
                 return worker
             worker.close()
-        raise TrialsUnavailable("loses its workers")
+        raise TrialsUnavailable("the trial process loses its workers")
 
     def _kept(self, worker: TrialWorker, is_quick: bool) -> TrialWorker | None:
-        """Return `worker`, or the one that takes its place."""
+        """Return `worker` if it can be reused, else a replacement."""
         if worker.is_alive and worker.num_trials < MAX_TRIALS and not self._is_closed:
             return worker
         worker.close()
         try:
             return None if self._is_closed else self._fork(is_quick)
-        except TrialsUnavailable:  # the next trial tries again
+        except TrialsUnavailable:  # The next trial will retry.
             return None
 
     def _fork(self, is_quick: bool) -> TrialWorker:
@@ -270,20 +271,20 @@ class Trials:
                 if self._server is not None:
                     self._server.close()
                     self._server = None
-            log.warning("the process that tries grammars has ended; starting it again")
+            log.warning("the grammar trial process has ended; restarting it")
             return self._start().fork(niceness)
 
     def _start(self) -> TrialServer:
         if self._is_closed:
-            raise TrialsUnavailable("is closed")
+            raise TrialsUnavailable("the trial process is closed")
         try:
             self._server = self._server or TrialServer(*self._given)
         except OSError as error:
-            raise TrialsUnavailable(f"cannot be started: {error}") from None
+            raise TrialsUnavailable(f"cannot start the trial process: {error}") from None
         return self._server
 
     def close(self) -> None:
-        """End all processes; a trial in progress fails."""
+        """End all processes. A trial in progress fails."""
         self._is_closed = True
         server = self._server
         if server is not None:
@@ -301,7 +302,7 @@ class _Slot:
 
 
 def _outcome(result: pb.Result | None, is_quick: bool) -> Outcome:
-    if result is None:  # a crash, or no memory
+    if result is None:  # a crash, or out of memory
         return Outcome(error=TOO_COMPLEX)
     if result.is_timed_out:
         return Outcome(error="" if is_quick else TOO_SLOW, is_timed_out=is_quick)

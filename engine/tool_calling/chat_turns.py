@@ -1,7 +1,8 @@
-"""Tools, calls and results as turns of a conversation: in Qwen2.5's form, which is what Qwen2-VL's
-template is given, since it knows of none; or as they are, for a template with a form of its own.
+"""Tools, calls and results as turns of a conversation.
 
-What a client gave is a mark in all of it, as in `chat.py`: no text of it can forge a token.
+Qwen2-VL's chat template has no tools, so they are written in Qwen2.5's format. A template with
+tools gets them unchanged. Client text is replaced by markers, as in `chat_template.py`, so that it
+cannot inject special tokens.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from .schema import SECTION_HEAD, SECTION_TAIL
 
 
 def in_order_of_calls(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Places of checked messages, the results that follow an answer in the order of its calls.
+    """Return message indices with the tool results sorted in the order of their calls.
 
-    Raises `InputError` for one that names none of these. One that names nothing stays in its place.
+    A result without tool_call_id keeps its position. Raises `InputError` for an unknown id.
     """
     order: list[int] = []
-    results: list[tuple[int, int]] = []  # the place of its call, and its own
+    results: list[tuple[int, int]] = []  # (index of its call, index of the message)
     calls: Sequence[Mapping[str, Any]] = ()
     for index, message in enumerate(messages):
         if message["role"] == "tool":
-            place = _place_of(message.get("tool_call_id"), calls, f"messages[{index}]")
-            results.append((len(results) if place is None else place, index))
+            call = _call_index(message.get("tool_call_id"), calls, f"messages[{index}]")
+            results.append((len(results) if call is None else call, index))
             continue
         order += [at for _, at in sorted(results)]
         order.append(index)
@@ -39,32 +40,33 @@ def in_order_of_calls(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return order + [at for _, at in sorted(results)]
 
 
-def _place_of(given: Any, calls: Sequence[Mapping[str, Any]], field: str) -> int | None:
-    """None where there is nothing to go by."""
+def _call_index(given: Any, calls: Sequence[Mapping[str, Any]], field: str) -> int | None:
+    """Return the index of the call with this id; None if the result or the calls have no ids."""
     ids = [call.get("id") for call in calls]
     if not given or (ids and not any(ids)):
         return None
     if given not in ids:
-        text = f"{truncated_repr(given)}: is no id in tool_calls of the assistant's message before"
+        text = f"{truncated_repr(given)}: not in tool_calls of the preceding assistant message"
         raise InputError(f"{field}.tool_call_id", text)
     return ids.index(given)
 
 
-SYSTEM = "You are a helpful assistant."  # Qwen2-VL's, where a conversation begins with no other
-MAX_INDENT = 16  # spaces of a level in `tojson`
-TEXTS = "octavo_texts"  # a template's variable: what the marks stand for
+SYSTEM = "You are a helpful assistant."  # default of Qwen2-VL's template
+MAX_INDENT = 16  # spaces per level in `tojson`
+TEXTS = "octavo_texts"  # template variable with the texts of the markers
 MARK = re.compile("\x00(\\d+)\x00")
 
 
 @dataclass(frozen=True)
 class Written:
-    """A client's JSON: as it is, and the mark of its text."""
+    """JSON from a client: its value, and the marker of its text."""
 
     value: Mapping[str, Any]
     mark: str
 
 
 def add_mark(text: str, texts: list[str]) -> str:
+    """Append a text and return its marker."""
     texts.append(text)
     return f"\x00{len(texts) - 1}\x00"
 
@@ -72,8 +74,10 @@ def add_mark(text: str, texts: list[str]) -> str:
 def in_qwens_form(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Written]
 ) -> list[dict[str, Any]]:
-    """Messages of the roles that every template has. Results that follow one another are one turn
-    of the user's; the tools stand behind the system message."""
+    """Convert messages to plain system, user and assistant turns in Qwen2.5's format.
+
+    Consecutive tool results become one user turn; the tools are appended to the system message.
+    """
     turns: list[dict[str, Any]] = []
     was_tool = False
     for message in messages:
@@ -91,7 +95,7 @@ def in_qwens_form(
 
 
 def _plain_turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer with calls is as the model wrote it."""
+    """Convert a message; an answer's calls are written in the model's own format."""
     lines = [message["content"]] if message["content"] else []
     for call in message.get("tool_calls", ()):
         name, arguments = call["function"]["name"], call["function"]["arguments"].mark
@@ -113,7 +117,7 @@ def _with_section(turns: list[dict[str, Any]], tools: Sequence[Written]) -> list
 
 
 def as_they_are(value: Any, mark: Callable[[str], str]) -> Any:
-    """Messages or tools for a template that knows them. `mark` hides a text where it must be."""
+    """Convert messages or tools for a template with tools. `mark` replaces unsafe texts."""
     if isinstance(value, Written):
         return _marked(value.value, mark)
     if isinstance(value, Mapping):
@@ -122,7 +126,7 @@ def as_they_are(value: Any, mark: Callable[[str], str]) -> Any:
 
 
 def _marked(value: Any, mark: Callable[[str], str]) -> Any:
-    """A client's JSON: no deeper than `tools.MAX_DEPTH`."""
+    """Apply `mark` to all strings of a JSON value, whose depth is at most `schema.MAX_DEPTH`."""
     if isinstance(value, str):
         return mark(value)
     if isinstance(value, Mapping):
@@ -132,7 +136,7 @@ def _marked(value: Any, mark: Callable[[str], str]) -> Any:
 
 @pass_context
 def to_json(context: Context, value: Any, indent: int | None = None) -> str:
-    """Templates' `tojson` as transformers has it: nothing is escaped for HTML. Gives a mark."""
+    """Implement the filter `tojson` as in transformers, without HTML escapes. Return a marker."""
     if indent is not None and not 0 <= indent <= MAX_INDENT:
         raise TemplateRuntimeError(f"tojson(indent={indent}): must be from 0 to {MAX_INDENT}")
     texts: list[str] = context[TEXTS]
@@ -140,4 +144,4 @@ def to_json(context: Context, value: Any, indent: int | None = None) -> str:
     try:
         return add_mark(json.dumps(plain, ensure_ascii=False, indent=indent), texts)
     except (TypeError, ValueError):
-        raise TemplateRuntimeError("tojson of what JSON does not have") from None
+        raise TemplateRuntimeError("tojson: the value is not JSON-serializable") from None

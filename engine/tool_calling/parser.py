@@ -1,7 +1,7 @@
-"""Tool calls in an answer's text, found as it comes.
+"""Incremental parser of tool calls in an answer's text.
 
-Qwen's form: `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of them,
-with free text around. The tags are read as text, which they are to Qwen2-VL's tokenizer.
+Qwen's format: `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, repeated any
+number of times, with other text in between. The tags are plain text, as in Qwen2-VL's tokenizer.
 """
 
 from __future__ import annotations
@@ -21,34 +21,33 @@ _CUT_CALL = re.compile(
     re.DOTALL,
 )
 _DECODER = json.JSONDecoder()
-_TEXT_BORDER = re.compile(r'\\.|"', re.DOTALL)  # in JSON: what opens or closes a text
+_TEXT_BORDER = re.compile(r'\\.|"', re.DOTALL)  # quotes of JSON strings; escapes are skipped
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the model wants called."""
+    """Function call requested by the model."""
 
     name: str
-    arguments: str  # an object in JSON; its beginning, where the answer was cut off inside it
-    id: str = ""  # once it is told
+    arguments: str  # JSON object; incomplete if the answer was truncated
+    id: str = ""  # assigned when the call is returned
 
 
 class ToolParser:
-    """Of one answer. Whatever its text is cut into, the calls and the content are the same.
+    """Parser of one answer. Calls and content do not depend on how the text is split.
 
-    What may still become a tag, and a call until its end, is held back. What stands between tags
-    but is no call is content, tags and all: nothing is lost, and nothing raises. A line feed
-    before a call belongs to it, as in Qwen's template.
+    A possible start of a tag, and an incomplete call, are held back. Invalid calls are returned as
+    content, including their tags. A line feed before a call belongs to it, as in Qwen's template.
     """
 
     def __init__(self) -> None:
-        self._held = ""  # undecided; begins with the tag inside a call
-        self._body: int | None = None  # inside a call: where its body begins in what is held
-        self._scanned = 0  # inside a call: its text is looked through up to here
-        self._in_text = False  # whether a JSON text is open there
+        self._held = ""  # unresolved text; inside a call, it starts with the tag
+        self._body: int | None = None  # inside a call: start of the body in the held text
+        self._scanned = 0  # inside a call: end of the text searched so far
+        self._in_text = False  # inside a call: whether a JSON string is open at `_scanned`
 
     def push(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        """The content and the calls that `text` decides."""
+        """Add text, and return new content and calls."""
         self._held += text
         content: list[str] = []
         calls: list[ToolCall] = []
@@ -68,21 +67,21 @@ class ToolParser:
         return "".join(content), tuple(calls)
 
     def flush(self) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return what is undecided when the answer ends.
+        """Return the remaining content and calls at the end of the answer.
 
-        A call whose JSON is complete counts, although its closing tag is missing or cut.
+        A call with complete JSON is accepted even if its closing tag is missing or truncated.
         """
         held = self.take()
         call = read_unclosed_call(held)
         return (held, ()) if call is None else ("", (call,))
 
     def take(self) -> str:
-        """Return the undecided text and forget it."""
+        """Return and clear the held text."""
         held, self._held, self._body = self._held, "", None
         return held
 
     def _open(self, content: list[str]) -> bool:
-        """Whether a call begins; what goes before it is content."""
+        """Find the start of a call, and append the text before it to `content`."""
         at = self._held.find(OPEN)
         if at < 0:
             keep = max(_overlap(self._held, OPEN), _overlap(self._held, "\n" + OPEN))
@@ -97,7 +96,7 @@ class ToolParser:
         return True
 
     def _find_end(self) -> int | None:
-        """Where the call's closing tag stands: one in a JSON text is none."""
+        """Return the position of the closing tag, ignoring tags inside JSON strings."""
         while (end := self._held.find(CLOSE, self._scanned)) >= 0:
             for border in _TEXT_BORDER.finditer(self._held, self._scanned, end):
                 self._in_text ^= border[0] == '"'
@@ -108,7 +107,7 @@ class ToolParser:
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that begins `tag`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `tag`."""
     for size in range(min(len(text), len(tag) - 1), 0, -1):
         if text.endswith(tag[:size]):
             return size
@@ -116,7 +115,7 @@ def _overlap(text: str, tag: str) -> int:
 
 
 def split_answer(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """A whole answer's content and calls."""
+    """Return content and calls of a complete answer."""
     parser = ToolParser()
     content, calls = parser.push(text)
     more, last = parser.flush()
@@ -124,9 +123,9 @@ def split_answer(text: str) -> tuple[str, tuple[ToolCall, ...]]:
 
 
 def read_call(text: str) -> ToolCall | None:
-    """What stands between the tags; None where that is no call."""
+    """Parse the text between the tags; None if it is not a valid call."""
     try:
-        found = json.loads(text, parse_constant=_refuse)
+        found = json.loads(text, parse_constant=_reject_constant)
         if not isinstance(found, dict) or not found.keys() <= {"name", "arguments"}:
             return None
         name, arguments = found.get("name"), found.get("arguments", {})
@@ -138,7 +137,7 @@ def read_call(text: str) -> ToolCall | None:
 
 
 def read_unclosed_call(text: str) -> ToolCall | None:
-    """Read a call from an answer's end: `text` lacks all or a part of the closing tag."""
+    """Parse a call at the end of an answer, whose closing tag is missing or truncated."""
     start = text.find(OPEN)
     if start < 0:
         return None
@@ -147,16 +146,16 @@ def read_unclosed_call(text: str) -> ToolCall | None:
 
 
 def read_cut_call(text: str, name: str = "") -> ToolCall | None:
-    """Read a call that was cut off inside its JSON, written as `tool_choice`'s grammar has it.
+    """Parse a call truncated inside its JSON, in the format of `tool_choice`'s grammar.
 
-    `arguments` is as much of their JSON as there is. `name`: of the only function that may be
-    called; without one, the call's name must be complete. None: the name is not known.
+    The result's `arguments` are incomplete JSON. `name`: the only function that may be called, if
+    any; otherwise the name in the text must be complete. Return None if the name is unknown.
     """
     found = _CUT_CALL.match(text)
     if found is None:
         return ToolCall(name, "") if name else None
     arguments = found["arguments"] or ""
-    with contextlib.suppress(ValueError, RecursionError):  # they are incomplete
+    with contextlib.suppress(ValueError, RecursionError):  # incomplete JSON
         arguments = _dump(_DECODER.raw_decode(arguments)[0])
     return ToolCall(found["name"], arguments)
 
@@ -165,10 +164,10 @@ def _dump(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can express as an escape
         return json.dumps(value, allow_nan=False)
     return text
 
 
-def _refuse(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(name)  # NaN and Infinity are not JSON

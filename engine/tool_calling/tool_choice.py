@@ -1,4 +1,4 @@
-"""A request's use of tools: the form that its choice asks for, and the calls in its deltas."""
+"""Grammars that enforce a request's `tool_choice`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...scheduler.structured import MAX_FORM_BYTES, StructuredOutput
 from ..errors import InputError
 from .schema import read_choice, read_tools
 
-# How llguidance writes JSON.
+# JSON format for llguidance, as Qwen writes it.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-# A schema of no other keywords names all of a tool's arguments.
+# A schema with only these keywords lists all of a tool's arguments.
 PLAIN = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
 
 
@@ -27,7 +27,7 @@ def has_tool_grammar(prompt: Any) -> bool:
 
 
 def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingParams | None:
-    """The sampling that a prompt's `tool_choice` asks for. Raises `InputError`."""
+    """Add the grammar of a prompt's `tool_choice` to `params`. Raises `InputError`."""
     if not has_tool_grammar(prompt):
         return params
     grammar = tool_grammar(
@@ -37,19 +37,20 @@ def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingPara
 
 
 def _with_grammar(params: SamplingParams, grammar: str) -> SamplingParams:
-    """The one place where a choice becomes a form of the answer."""
     if params.structured is not None:
-        raise InputError("tool_choice", "asks for a form of the answer, and so do you: give one")
+        raise InputError("tool_choice", "cannot be combined with structured output; remove one")
     try:
         return replace(params, structured=StructuredOutput(lark=grammar))
-    except ValueError:  # over its size
-        text = f"over {MAX_FORM_BYTES} bytes of schemas, which tool_choice makes a grammar of"
+    except ValueError:  # the grammar is too large
+        text = f"the schemas exceed {MAX_FORM_BYTES} bytes, the maximum with tool_choice"
         raise InputError("tools", text) from None
 
 
 def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
-    """Calls of the tools and nothing else, as a Lark grammar of llguidance's. `choice`: "required",
-    or one named function, of which one call is made. Raises `InputError`."""
+    """Return a Lark grammar for llguidance that allows only tool calls. Raises `InputError`.
+
+    `choice`: "required", or an object that names one function, which is called exactly once.
+    """
     read_tools(tools)
     kind = read_choice(choice, tools)
     if kind is None:
@@ -62,9 +63,12 @@ def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
 
 
 def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
-    """`name` is the rule's. Arguments are an object, whether the schema says so or not, written as
-    Qwen does; free white space would be all that a small model writes, and so would be arguments
-    that the tool does not name. Without parameters, as OpenAI has it, it takes none."""
+    """Return the grammar rule `name` for calls of one tool.
+
+    Arguments are an object even if the schema does not say so, in Qwen's JSON format. Free white
+    space and undeclared arguments are excluded, since a small model may write them endlessly. As
+    in OpenAI's API, a tool without parameters has no arguments.
+    """
     function = tool["function"]
     parameters = function.get("parameters") or {"properties": {}}
     head = f'<tool_call>\n{{"name": "{function["name"]}", "arguments": '
@@ -78,7 +82,7 @@ def _call_rule(name: str, tool: Mapping[str, Any]) -> str:
 
 
 def _names_all(parameters: Mapping[str, Any]) -> bool:
-    """Whether what it requires is among its properties."""
+    """Return whether all required arguments are among the schema's properties."""
     named, required = parameters["properties"], parameters.get("required") or ()
     lists = isinstance(named, Mapping) and isinstance(required, list | tuple)
     return lists and all(isinstance(name, str) and name in named for name in required)

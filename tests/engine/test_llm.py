@@ -436,7 +436,7 @@ def test_what_is_no_conversation_is_refused(llm: octavo.LLM, messages: Any) -> N
 
 
 def test_what_are_no_prompts_is_refused(llm: octavo.LLM) -> None:
-    with pytest.raises(InputError, match="prompts: must be a text, a dict or a list"):
+    with pytest.raises(InputError, match="prompts: must be a string, a dict or a list"):
         llm.generate(None)  # type: ignore[arg-type]
 
 

@@ -129,12 +129,12 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         ([{"role": "user", "content": ""}], "is empty"),
         ([{"role": "user", "content": []}], "is empty"),
         ([{"role": "user", "content": [text("")]}], "is empty"),
-        ([{"role": "user", "content": 5}], "text or a list"),
+        ([{"role": "user", "content": 5}], "string or a list"),
         ([{"role": "function", "content": "x"}], "system, user, assistant, tool"),
         ([{"role": "user", "content": "x", "nick": "bob"}], "'nick' is unknown"),
-        (ask({"type": "audio", "audio": "x"}), "text, image, video or"),
+        (ask({"type": "audio", "audio": "x"}), "text, image, video, image_url or"),
         (ask("bare"), "must be a dict"),
-        (ask({"type": "text"}), "must be a text"),
+        (ask({"type": "text"}), "must be a string"),
         (ask({"type": "text", "text": "x", "image": "y"}), "'image' is unknown"),
         (ask(text("half \ud800")), "surrogate"),
         (ask({"type": "image"}), "images="),
@@ -214,7 +214,7 @@ def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
             processor.from_prompt(messages)
     with pytest.raises(InputError, match="max_model_len=4096"):
         processor.from_prompt("x" * (4096 * processor.tokenizer.longest + 1))
-    with pytest.raises(InputError, match="5000 of them"):
+    with pytest.raises(InputError, match="has 5000 ids"):
         processor.from_prompt({"prompt_token_ids": [1] * 5000})
 
 
@@ -256,10 +256,10 @@ def test_prompt_token_ids_need_their_media(processor: InputProcessor) -> None:
         ([5], [still()], "1 more"),
         ([5, pad, pad], [still()], "2 placeholders"),
         ([], None, "empty"),
-        ([-1], None, "below 288"),
-        ([288], None, "below 288"),
-        ([True], None, "below 288"),
-        ([1.5], None, "below 288"),
+        ([-1], None, "from 0 to 287"),
+        ([288], None, "from 0 to 287"),
+        ([True], None, "from 0 to 287"),
+        ([1.5], None, "from 0 to 287"),
         ("abc", None, "must be a list"),
         ([pad], "abc", "must be a list"),
     ):

@@ -171,9 +171,9 @@ def test_a_part_without_a_type_has_that_of_its_key(part: dict[str, Any], kind: s
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ({}, "it has none of them"),
-        ({"url": URI}, "it has none of them"),
-        ({"image": None}, "it has none of them"),
+        ({}, "it has none of these"),
+        ({"url": URI}, "it has none of these"),
+        ({"image": None}, "it has none of these"),
         ({"image": URI, "text": "Hi"}, "it has text and image"),
         ({"image": URI, "image_url": URI}, "it has image and image_url"),
     ],

@@ -276,7 +276,7 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
     pool = InputPool(Slow(), max_bytes=100)  # type: ignore[arg-type]
     first = pool.submit(ask(b"x" * 150))
     assert begun.wait(30)
-    with pytest.raises(QueueFull, match=r"150 bytes.*60 more are over max_queue_bytes=100"):
+    with pytest.raises(QueueFull, match=r"150 bytes.*60 more exceed max_queue_bytes=100"):
         pool.submit(ask([b"x" * 30] * 2))
     pool.submit("no media").cancel()
     goes_on.set()

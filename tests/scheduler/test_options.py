@@ -327,7 +327,7 @@ def test_the_library_s_timeout_holds_while_input_is_made_ready(
     monkeypatch.setattr(llm.engine.processor, "begin", lambda *args, **more: free.wait(30))
     out = llm.chat(ask("Hi"), GREEDY, timeout_s=0.1)[0]
     free.set()
-    assert out.error == "DEADLINE_EXCEEDED: the time ran out before the input was made ready"
+    assert out.error == "DEADLINE_EXCEEDED: the time ran out before the input was preprocessed"
 
 
 def test_a_timeout_counts_from_the_call(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +511,7 @@ def test_L16_client_assert_text_that_cannot_be_made_ends_its_request_alone(
     expected = llm.chat(ask("good"), GREEDY)[0].outputs
     monkeypatch.setattr(TextStream, "push", failing)
     broken, good = llm.chat([ask("bad"), ask("good")], GREEDY)
-    assert broken.error == "INTERNAL: the answer's tokens made no text"
+    assert broken.error == "INTERNAL: detokenization failed; see the server's log"
     assert good.error == "" and good.outputs == expected
 
 

@@ -343,7 +343,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("?", image(detail="huge"))}, None, "auto, low or high"),
         ({"messages": ask("?", image(detail=["low"]))}, None, "auto, low or high"),
         ({"messages": ask("?", image(max_pixel=1))}, None, "'max_pixel' is no option"),
-        ({"messages": ask("?", image(image="x"))}, None, "is no option"),
+        ({"messages": ask("?", image(image="x"))}, None, "is not an option"),
         ({"messages": ask("?", image(max_pixels=1 << 20) | {"max_pixels": 1})}, None, "twice"),
         ({"messages": ask("?", image() | {"url": "x"})}, None, "twice"),
         ({"messages": ask("?", image(max_pixels=-1))}, None, "max_pixels"),

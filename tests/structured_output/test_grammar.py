@@ -39,25 +39,25 @@ ENDS = frozenset({SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]})
 PADDED = 311  # ids: more than the tokenizer has, and no whole number of words
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "keyword": ({"json_schema": {"not": {}, "uniqueItems": True}}, "'not', 'uniqueItems': cannot"),
+    "keyword": ({"json_schema": {"not": {}, "uniqueItems": True}}, "'not', 'uniqueItems': not"),
     "one_of": ({"json_schema": {"oneOf": [{}, {}]}}, "use anyOf"),
-    "type": ({"json_schema": {"type": "strin"}}, "'strin' is none"),
-    "format": ({"json_schema": {"type": "string", "format": "hue"}}, "'hue' cannot"),
-    "contradiction": ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 1}}, "itself"),
-    "no_values": ({"json_schema": {"enum": []}}, "contradicts itself"),
-    "ref": ({"json_schema": {"$ref": "#/$defs/x"}}, "leads nowhere"),
+    "type": ({"json_schema": {"type": "strin"}}, "'strin' is not a JSON type"),
+    "format": ({"json_schema": {"type": "string", "format": "hue"}}, "'hue' is not supported"),
+    "contradiction": ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 1}}, "unsatis"),
+    "no_values": ({"json_schema": {"enum": []}}, "is unsatisfiable"),
+    "ref": ({"json_schema": {"$ref": "#/$defs/x"}}, "does not exist"),
     "far_ref": ({"json_schema": {"$ref": "http://10.0.0.1/x"}}, "only '#/...'"),
     "endless_ref": ({"json_schema": {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}},
                     "matches nothing"),
-    "pattern": ({"json_schema": {"type": "string", "pattern": "("}}, "no regular expression"),
+    "pattern": ({"json_schema": {"type": "string", "pattern": "("}}, "invalid regular expr"),
     "nested": ({"json_schema": '{"items":' * 300 + "{}" + "}" * 300}, "nested too deep"),
     "product": ({"json_schema": {"allOf": [{"anyOf": [{"minimum": i}, {"maximum": -i}]}
                                            for i in range(30)]}}, "too complex"),
     "joined": ({"json_schema": {"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(15)]}},
-               "15 patterns"),
+               "15 pattern/format"),
     "group": ({"regex": "ab("}, "see character 3"),
-    "words": ({"regex": "(too many"}, "is no regular expression"),
-    "word": ({"regex": "[exceeds"}, "is no regular expression"),
+    "words": ({"regex": "(too many"}, "is not a valid regular expr"),
+    "word": ({"regex": "[exceeds"}, "is not a valid regular expr"),
     "start": ({"lark": 'foo: "a"'}, "has no rule named start"),
     "look": ({"regex": "a(?=b)"}, "look-around"),
     "back": ({"regex": r"(a)\1"}, "back-references"),
@@ -214,7 +214,7 @@ def narrow_rows(grammars: Grammars) -> Any:
 
 
 def test_a_checkpoint_without_end_tokens_takes_no_form(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"^structured: not with this checkpoint"):
+    with pytest.raises(InputError, match=r"^structured: is not supported with this checkpoint"):
         Grammars(tokenizer, 900, frozenset()).compile(StructuredOutput(regex="a"))
 
 

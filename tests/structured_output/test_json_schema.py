@@ -202,7 +202,7 @@ def test_a_format_joins_a_pattern_and_is_no_name() -> None:
     assert schema_allows(named, *texts) == [True, False, True, False]
     assert schema_allows({"const": {"format": "date"}}, '{"format":"date"}') == [True]
     assert schema_allows({"format": "date"}, "5", '"x"') == [True, False]
-    with pytest.raises(UnsupportedSchema, match=r"leads into examples; move it to \$defs"):
+    with pytest.raises(UnsupportedSchema, match=r"points into examples; move the target to \$defs"):
         far = {"$ref": "#/examples/0", "examples": [{"format": "date"}]}
         grammar_text(StructuredOutput(json_schema=far))
 

@@ -131,5 +131,5 @@ def test_a_choice_is_a_form_of_the_answer() -> None:
         with_tool_choice(prompt, params)
     many = {"type": "object", "properties": {f"x{i}": {"type": "string"} for i in range(4000)}}
     large = [{"type": "function", "function": {"name": "a", "parameters": many}}]
-    with pytest.raises(InputError, match=r"^tools: over 65536 bytes"):
+    with pytest.raises(InputError, match=r"^tools: the schemas exceed 65536 bytes"):
         with_tool_choice({"tools": large, "tool_choice": "required"}, None)
