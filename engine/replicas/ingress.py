@@ -89,9 +89,7 @@ class Ingress:
             if not has_started:
                 await failure.response()(scope, receive, send)
                 return
-            event = (
-                b"data: " + failure.body.encode() + b"\n\n"
-            )  # the same error event as in openai_stream
+            event = b"data: " + failure.body.encode() + b"\n\n"  # as in openai_stream
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def Generate(
