@@ -56,10 +56,7 @@ def serve_model(
     otlp_endpoint: str | None,
     log_format: str,
 ) -> int:
-    """Serve until a signal and return the exit status. `settings`: the engine's settings.
-
-    Raises ValueError or OSError for invalid settings, `EngineDead` or `WorkerGroupError`.
-    """
+    """Serve until a signal and return the exit status. Raises what `user_errors` reports."""
     # gRPC reads it on import. By default, it logs each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from ..async_llm import AsyncLLM
