@@ -1,1 +1,1 @@
-"""The two protocols: `octavo.proto` (public) and `worker.proto` (inside a worker group)."""
+"""Protocols: `octavo.proto` is public; the others connect the engine and its processes."""

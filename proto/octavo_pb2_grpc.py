@@ -45,38 +45,38 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Answers one prompt as a stream of deltas; the last one of each answer carries its
-        finish_reason, the last of all the usage. RESOURCE_EXHAUSTED: too many are waiting; try later.
-        A client that goes away frees its request within one step.
+        """Streams the answers to a prompt as deltas. The last delta of each answer has its
+        finish_reason, the last delta of the request has the usage. RESOURCE_EXHAUSTED: the queue is
+        full; retry later. Disconnecting aborts the request within one step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a request. Its stream closes with FINISH_REASON_ABORT.
+        """Aborts a request. Its stream ends with FINISH_REASON_ABORT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateOnce(self, request, context):
-        """Answers one prompt, all at once. A request that is aborted gets what it had.
+        """Returns the complete answers to a prompt. An aborted request returns its output so far.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids of a prompt, as Generate reads it, before images and videos take their places:
-        each is one placeholder.
+        """Returns the token ids of a prompt, as Generate tokenizes it. Each image or video is one
+        placeholder token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """The text of token ids.
+        """Returns the text of token ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,7 +207,7 @@ class Inference(object):
 
 
 class ControlStub(object):
-    """For whoever runs the server.
+    """For operators.
     """
 
     def __init__(self, channel):
@@ -244,11 +244,11 @@ class ControlStub(object):
 
 
 class ControlServicer(object):
-    """For whoever runs the server.
+    """For operators.
     """
 
     def Abort(self, request, context):
-        """As Inference.Abort.
+        """Same as Inference.Abort.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -267,16 +267,16 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """What the engine is at. Takes no lock: it may be asked at any rate.
+        """Returns the engine's current load. Takes no lock, so it may be called at any rate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """From now on the server's health is NOT_SERVING and new requests are refused with UNAVAILABLE.
-        Answers once no request runs, or when the time is up; then those that are left run on. The
-        server stays until it is stopped: SIGTERM.
+        """Sets the server's health to NOT_SERVING and rejects new requests with UNAVAILABLE. Returns when
+        no request is running, or after the timeout; remaining requests then continue. The server
+        process keeps running until it is stopped with SIGTERM.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -318,7 +318,7 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control(object):
-    """For whoever runs the server.
+    """For operators.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""`octavo chat`: one question, to a server or to a model loaded here."""
+"""`octavo chat`: ask one question, of a server or of a model loaded in this process."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ from .options import Hub, Model
 
 
 def chat(
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     server: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running `octavo serve`.")
     ] = None,
     tls_ca: Annotated[
-        Path | None, typer.Option(help="Talk TLS to a server whose certificate this one signed.")
+        Path | None, typer.Option(help="Use TLS; CA of the server's certificate, PEM.")
     ] = None,
     model: Model = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(help="An image: path, http(s) URL or data URI; may be repeated."),
+        typer.Option(help="An image: path, http(s) URL or data URI. May be repeated."),
     ] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video, likewise.")] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(help="A video: path, http(s) URL or data URI. May be repeated."),
+    ] = None,
     image_option: ImageOption = None,
     video_option: VideoOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 512,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of the answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy.")
+    ] = None,
     hub: Hub = "huggingface",
 ) -> None:
-    """Ask one question, of a server or of a model loaded here.
+    """Ask one question, of a server (--server) or of a model loaded in this process.
 
-    Paths are read here; URLs are fetched by the server, where it allows them, or by the model
-    loaded here. A server's API key is read from the variable OCTAVO_API_KEY.
+    Local files are read by this command. URLs are fetched by the server, if it allows them, or by
+    this process. The API key for the server is read from the environment variable OCTAVO_API_KEY.
     """
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     with user_errors():
@@ -48,7 +53,9 @@ def chat(
             asyncio.run(_chat_here(model, hub, domains, messages, sampling))
             return
         if model is not None:
-            raise ValueError("--server and --model: give one; the server has its own model")
+            raise ValueError(
+                "--server and --model cannot be combined: the server has its own model"
+            )
         from ..client.client import Client, Tls
 
         tls = Tls(ca=tls_ca) if tls_ca else False
@@ -59,11 +66,11 @@ def chat(
 
 
 def _parts(kind: str, sources: list[str] | None, options: list[str] | None) -> list[dict[str, Any]]:
-    """A message's parts, each with the options."""
-    beside = read_options(options, f"--{kind}-option")
-    if {"type", kind} & beside.keys():
-        raise ValueError(f"--{kind}-option: type and {kind} are no options")
-    return [{"type": kind, kind: source, **beside} for source in sources or ()]
+    """Return content parts with the given options. Raises ValueError."""
+    given = read_options(options, f"--{kind}-option")
+    if {"type", kind} & given.keys():
+        raise ValueError(f"--{kind}-option: type and {kind} are not options")
+    return [{"type": kind, kind: source, **given} for source in sources or ()]
 
 
 async def _chat_here(

@@ -1,4 +1,4 @@
-"""How a command ends where something is wrong."""
+"""Error reporting and exit statuses of commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What the user can mend ends with one line on stderr and status 2; a dead engine with 1."""
+    """Print errors as one line on stderr; exit with 1 for a dead engine, else with 2."""
     from ..client.client import ClientError
     from ..errors import EngineDead
     from ..worker.group import WorkerGroupError

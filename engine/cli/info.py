@@ -1,4 +1,7 @@
-"""What a checkpoint is and needs, from its JSON files and the headers of its weight files."""
+"""`octavo info`: a checkpoint's sizes and memory needs, without loading its weights.
+
+Reads only the JSON files and the headers of the weight files.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,11 @@ from ..worker.worker import resolve_device
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Sizes of one checkpoint on this machine; bytes and tokens are of one rank."""
+    """Sizes of a checkpoint on this machine; bytes and tokens are per rank."""
 
     model: str
     checkpoint_dtype: str
-    weight_format: str  # of a quantised checkpoint's decoder; "" where it is dense
+    weight_format: str  # of a quantized decoder; "" if the checkpoint is dense
     hidden_size: int
     layers: int
     attention_heads: int
@@ -63,7 +66,7 @@ class CheckpointInfo:
     kv_cache_tokens: int
     weight_files: int
     weight_file_bytes: int
-    weight_error: str  # what is wrong with the weight files; "" where they fit the configuration
+    weight_error: str  # an error in the weight files; "" if they match the configuration
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,19 +77,19 @@ class CheckpointInfo:
         return "\n".join(
             [
                 f"{self.model}: Qwen2-VL, {self.parameters / 1e6:,.1f} M parameters "
-                f"({self.vision_parameters / 1e6:,.1f} M of them vision), "
+                f"({self.vision_parameters / 1e6:,.1f} M of them in the vision tower), "
                 + ", ".join(filter(None, (self.checkpoint_dtype, self.weight_format))),
                 f"  decoder    {self.layers} layers of {self.hidden_size}, "
                 f"{self.attention_heads} heads of {self.head_dim} over {self.kv_heads} KV heads, "
                 f"vocabulary {self.vocab_size:,}",
                 f"  vision     {self.vision_layers} layers of {self.vision_width}; "
-                f"an image takes up to {self.max_image_tokens:,} tokens",
-                f"  positions  {self.max_position_embeddings:,}; --max-model-len may be more, "
-                "since a video's tokens share them",
-                f"  ranks      --tensor-parallel-size may be {sizes}",
-                f"On {self.device} in {self.dtype}, {self.tensor_parallel_size} rank(s), each with",
+                f"up to {self.max_image_tokens:,} tokens per image",
+                f"  positions  {self.max_position_embeddings:,}; --max-model-len may be higher, "
+                "since tokens of a video share positions",
+                f"  ranks      valid --tensor-parallel-size: {sizes}",
+                f"On {self.device} in {self.dtype}, {self.tensor_parallel_size} rank(s), per rank:",
                 f"  weights    {self.weight_bytes / 1e9:.2f} GB",
-                f"  KV cache   {self.kv_bytes_per_token:,} bytes a token",
+                f"  KV cache   {self.kv_bytes_per_token:,} bytes per token",
                 f"  free now   {self.free_bytes / 1e9:.2f} GB",
                 f"  files      {self.weight_error or self._files()}",
                 f"  fits       {self.kv_cache_tokens:,} tokens of KV cache: "
@@ -96,7 +99,7 @@ class CheckpointInfo:
 
     def _files(self) -> str:
         size = f"{self.weight_file_bytes / 1e9:.2f} GB"
-        return f"{self.weight_files} of weights, {size}; every tensor is there"
+        return f"{self.weight_files} weight files, {size}; complete"
 
 
 def checkpoint_info(
@@ -107,14 +110,16 @@ def checkpoint_info(
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
 ) -> CheckpointInfo:
-    """Reads a checkpoint's files. What fits is what `octavo serve` takes with these settings and
-    its others left alone. Raises `ConfigError`."""
+    """Return a checkpoint's sizes. Raises `ConfigError`.
+
+    The KV cache size is what `octavo serve` would use with these settings and defaults for others.
+    """
     folder = resolve_model(model, hub)
     config, preprocess = ModelConfig.from_dir(folder), PreprocessConfig.from_dir(folder)
     check_tensor_parallel_size(config, size)
     device = resolve_device("auto", 0)
     kind = resolve_dtype(dtype, device, config.dtype)
-    dense = replace(config, weight_format=None)  # what a CPU holds, and what parameters count as
+    dense = replace(config, weight_format=None)  # the format on a CPU, and for counting parameters
     held = dense if device.type == "cpu" else config
     shard = Qwen2VL(held, TensorParallel(0, size), kind)
     whole = Qwen2VL(dense, TensorParallel(), kind)
@@ -160,8 +165,7 @@ def checkpoint_info(
 
 
 def _check_weight_files(folder: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare the headers of the weight files with the configuration, as a worker does before it
-    loads them; no weights are read."""
+    """Compare the headers of the weight files with the configuration, as workers do."""
     size, error = 0, ""
     files: tuple[Path, ...] = ()
     try:
@@ -174,8 +178,11 @@ def _check_weight_files(folder: Path, config: ModelConfig, dtype: torch.dtype) -
 
 
 def _weight_bytes(model: nn.Module, quantization: str | None) -> int:
-    """What the weights take once they are loaded. In int8 a row has a scale and a zero of four
-    bytes each; rows that the embedding has too are kept for it as they were."""
+    """Return the bytes of the loaded weights.
+
+    In int8, each row has a scale and a zero point of 4 bytes each. Rows shared with the embedding
+    are kept in the original format too.
+    """
     total = sum(p.nbytes for p in model.parameters())
     if quantization is None:
         return total
@@ -189,7 +196,7 @@ def _weight_bytes(model: nn.Module, quantization: str | None) -> int:
 
 
 def _kv_tokens(settings: EngineConfig, config: ModelConfig, memory: GroupMemory) -> int:
-    """0 where not even one block fits."""
+    """Return the KV cache size in tokens; 0 if not even one block fits."""
     try:
         return plan_capacity(settings, config, memory)[0] * settings.block_size
     except ConfigError:

@@ -67,7 +67,7 @@ from .options import (
 from .serve import serve_model
 from .worker import Workers, WorkerTls, worker
 
-DOOR_OPTIONS = (
+SERVER_OPTIONS = (
     *("host", "port", "http_host", "http_port"),
     *("api_key_file", "tls_cert", "tls_key", "tls_client_ca"),
     *("metrics_port", "otlp_endpoint", "log_format"),
@@ -76,7 +76,7 @@ DOOR_OPTIONS = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # its table cuts long option names off
+    rich_markup_mode=None,  # its tables truncate long option names
     pretty_exceptions_enable=False,
 )
 
@@ -91,16 +91,18 @@ def _print_version(is_asked: bool) -> None:
 def _octavo(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """Serves Qwen2-VL: images, videos and text in, streamed answers out."""
+    """Serve Qwen2-VL models: images, videos and text in, streamed text out."""
 
 
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(
-    help="Shows what the scheduler does: record a run with `octavo serve --trace-file FILE` (or "
-    "`octavo bench throughput --trace-file FILE`, or octavo.LLM(trace_file=...)), then draw it.",
+    help="Draw what the scheduler does. Record a run with `octavo serve --trace-file FILE`, "
+    "`octavo bench throughput --trace-file FILE` or octavo.LLM(trace_file=...).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -161,12 +163,12 @@ def serve(
 ) -> None:
     """Serve a model over gRPC (octavo.v1, grpc.health.v1, reflection); HTTP with --http-port.
 
-    Prints one line on stdout when it is ready: ready grpc=HOST:PORT [http=HOST:PORT] pid=N
-    worker_pids=N,N [metrics=HOST:PORT]. SIGTERM lets running requests finish for ten seconds.
+    Prints one line on stdout when ready: ready grpc=HOST:PORT [http=HOST:PORT] pid=N
+    worker_pids=N,N [metrics=HOST:PORT]. After SIGTERM, running requests have ten seconds to finish.
     """
     settings = locals()
     with user_errors():
-        status = serve_model(settings, **{name: settings.pop(name) for name in DOOR_OPTIONS})
+        status = serve_model(settings, **{name: settings.pop(name) for name in SERVER_OPTIONS})
     raise typer.Exit(status)
 
 
@@ -185,7 +187,7 @@ def info(
     tensor_parallel_size: TensorParallelSize = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print what a checkpoint is, what it needs, and what fits this machine. Loads no weights."""
+    """Print a checkpoint's sizes and memory needs, and what fits this machine. Loads no weights."""
     from .info import checkpoint_info
 
     with user_errors():
@@ -202,18 +204,18 @@ def info(
 
 @trace_app.command("draw")
 def trace_draw(
-    trace: Annotated[Path, typer.Argument(help="A recorded run.")],
+    trace: Annotated[Path, typer.Argument(help="The trace file of a recorded run.")],
     out: Annotated[
-        Path | None, typer.Option(help="The picture: .png, .svg or .pdf. Default: FILE.png.")
+        Path | None, typer.Option(help="Output file: .png, .svg or .pdf. Default: TRACE.png.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(help="FIRST:END, the numbers of the steps to draw; END is not.")
+        str | None, typer.Option(help="FIRST:END, the steps to draw; END is excluded.")
     ] = None,
 ) -> None:
     """Draw a recorded run: requests as rows, steps as columns.
 
-    Grey waits, orange encodes an image, blue computes a prompt (with its number of tokens), green
-    decodes, red was preempted. Below: tokens, KV blocks and milliseconds of each step.
+    Grey: waiting. Orange: encoding an image. Blue: prefill, with the number of tokens. Green:
+    decode. Red: preempted. Below: tokens, KV blocks and milliseconds of each step.
     """
     with user_errors():
         try:
@@ -230,12 +232,14 @@ def trace_draw(
 def trace_demo(
     trace: Annotated[Path, typer.Argument(help="The file to write.")],
 ) -> None:
-    """Record a small made-up run that shows everything: chunks, images, cache hits, forks,
-    preemption, priorities, a deadline. Needs no model."""
+    """Record a small simulated run with all scheduler features. Needs no model.
+
+    It shows chunked prefill, images, cache hits, forks, preemption, priorities and a deadline.
+    """
     from ...benchmarks.trace.demo import record
 
     with user_errors():
-        print(f"{record(trace)} steps; draw them: octavo trace draw {trace}")
+        print(f"recorded {record(trace)} steps; draw them with: octavo trace draw {trace}")
 
 
 def main() -> None:

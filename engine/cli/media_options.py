@@ -1,4 +1,4 @@
-"""Options of commands that are about images and videos, with the help that each shows."""
+"""Media options of commands, with their help texts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ AllowMediaDomains = Annotated[
     typer.Option(
         "--allow-media-domains",
         metavar="HOST",
-        help="A host whose http(s) URLs are fetched: example.com, *.example.com for all below it, "
-        "or '*' for all. May be repeated. Addresses that are not public are refused in any case. "
-        "Default: nothing is fetched.",
+        help="A host to fetch http(s) URLs from: example.com, *.example.com for all subdomains, or "
+        "'*' for all hosts. May be repeated. Non-public addresses are always rejected. "
+        "Default: no URLs are fetched.",
     ),
 ]
 AllowMediaPath = Annotated[
@@ -24,8 +24,8 @@ AllowMediaPath = Annotated[
     typer.Option(
         "--allow-media-path",
         metavar="FOLDER",
-        help="A folder whose files requests may name as file:///..., links followed. May be "
-        "repeated. Default: no file of this machine is read.",
+        help="A folder whose files requests may read with file:///... URLs; symbolic links are "
+        "resolved first. May be repeated. Default: no local files are read.",
     ),
 ]
 ImageOption = Annotated[
@@ -33,8 +33,8 @@ ImageOption = Annotated[
     typer.Option(
         "--image-option",
         metavar="NAME=VALUE",
-        help="For each image that does not say otherwise: min_pixels, max_pixels, resized_height, "
-        "resized_width. May be repeated.",
+        help="Default option of images: min_pixels, max_pixels, resized_height or resized_width. "
+        "May be repeated.",
     ),
 ]
 VideoOption = Annotated[
@@ -42,43 +42,39 @@ VideoOption = Annotated[
     typer.Option(
         "--video-option",
         metavar="NAME=VALUE",
-        help="The same for each video; also fps, nframes, min_frames, max_frames, total_pixels, "
-        "video_start, video_end. May be repeated.",
+        help="Default option of videos: as for images, and fps, nframes, min_frames, max_frames, "
+        "total_pixels, video_start or video_end. May be repeated.",
     ),
 ]
 
-# The limits: what is over one is refused with INVALID_ARGUMENT, which names it.
+# Limits. Exceeding one gives INVALID_ARGUMENT with a text that names it.
 MaxMediaBytes = Annotated[
-    int, typer.Option(help="Limit of media: bytes of a file (a gRPC message takes 256 MiB).")
+    int, typer.Option(help="Media limit: bytes of a file (gRPC messages may have 256 MiB).")
 ]
 MaxMediaPixels = Annotated[
-    int, typer.Option(help="Limit of media: pixels of an image or a frame, decoded.")
+    int, typer.Option(help="Media limit: pixels of a decoded image or frame.")
 ]
-MaxVideoFrames = Annotated[
-    int, typer.Option(help="Limit of media: frames that are taken of a video.")
-]
-MaxVideoSeconds = Annotated[int, typer.Option(help="Limit of media: seconds that a video lasts.")]
-MaxMediaItems = Annotated[
-    int, typer.Option(help="Limit of media: images and videos of one request.")
-]
+MaxVideoFrames = Annotated[int, typer.Option(help="Media limit: frames sampled from a video.")]
+MaxVideoSeconds = Annotated[int, typer.Option(help="Media limit: duration of a video in seconds.")]
+MaxMediaItems = Annotated[int, typer.Option(help="Media limit: images and videos per request.")]
 FetchTimeout = Annotated[
-    int, typer.Option("--fetch-timeout-s", help="Limit of media: seconds to fetch a URL.")
+    int, typer.Option("--fetch-timeout-s", help="Media limit: seconds to fetch a URL.")
 ]
 MediaTimeout = Annotated[
-    int, typer.Option("--media-timeout-s", help="Limit of media: seconds to make an item ready.")
+    int, typer.Option("--media-timeout-s", help="Media limit: seconds to preprocess an item.")
 ]
 DecoderMemory = Annotated[
     int,
     typer.Option(
         "--decoder-memory-bytes",
-        help="Limit of media: address space of a process that decodes files; all of them together "
-        "stay within half of the available memory. A request whose file needs more is rejected.",
+        help="Media limit: address space in bytes of a decoder process. All decoder processes "
+        "together use at most half of the available memory. Files that need more are rejected.",
     ),
 ]
 
 
 def read_options(given: Sequence[str] | None, flag: str) -> dict[str, float]:
-    """NAME=VALUE, each once. Raises ValueError, which names the flag."""
+    """Parse NAME=VALUE options. Raises ValueError, which names the flag."""
     found: dict[str, float] = {}
     for each in given or ():
         name, equals, value = each.partition("=")
@@ -89,11 +85,11 @@ def read_options(given: Sequence[str] | None, flag: str) -> dict[str, float]:
         try:
             found[name] = int(value) if value.lstrip("+-").isdecimal() else float(value)
         except ValueError:
-            raise ValueError(f"{flag} {each}: {value!r} is no number") from None
+            raise ValueError(f"{flag} {each}: {value!r} is not a number") from None
     return found
 
 
 def hosts_of(sources: Sequence[str]) -> tuple[str, ...]:
-    """Hosts of the URLs among them: who typed a URL wants it fetched."""
+    """Return the hosts of all URLs in `sources`. A URL on the command line may be fetched."""
     urls = [source for source in sources if source[:8].lower().startswith(("http://", "https://"))]
     return tuple(dict.fromkeys(filter(None, (urlsplit(url).hostname for url in urls))))

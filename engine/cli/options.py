@@ -1,4 +1,4 @@
-"""Options that commands share, with the help that each shows."""
+"""Options shared by several commands, with their help texts."""
 
 from __future__ import annotations
 
@@ -12,158 +12,160 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="Checkpoint folder or hub id, such as Qwen/Qwen2-VL-2B-Instruct. "
-        "Default: the small embedded model, which knows colored shapes and numbers."
+        "Default: the small embedded model, which recognizes colored shapes and numbers."
     ),
 ]
 ModelName = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)
+    str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.", show_default=False)
 ]
 ServedModelName = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="A name of the model in requests; responses have the first. May be repeated. "
+        help="Model name in requests; responses have the first one. May be repeated. "
         "Default: the hub id or the folder's name.",
     ),
 ]
-Hub = Annotated[str, typer.Option(help="Where hub ids come from: huggingface or modelscope.")]
+Hub = Annotated[str, typer.Option(help="Hub to download from: huggingface or modelscope.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU; on a CPU "
-        "bfloat16 where the processor multiplies it natively, else float32."
+        help="auto, float32, bfloat16 or float16. auto: the checkpoint's dtype on a GPU; on a CPU, "
+        "bfloat16 if the processor has native bfloat16 multiplication, else float32."
     ),
 ]
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="int8: weights and activations in eight bits, on a CPU: about twice as fast, half "
-        "the memory of the weights, nearly the same answers. Default: as --dtype says."
+        help="int8: 8-bit weights and activations, CPU only: about twice as fast, half the weight "
+        "memory, nearly the same outputs. Default: no quantization."
     ),
 ]
 KvCacheDtype = Annotated[
     str,
     typer.Option(
-        help="auto or fp8, on a GPU: keys and values in eight bits (e4m3), each token's with a "
-        "scale of its own, so that the same memory holds nearly twice the tokens. auto: as --dtype."
+        help="auto or fp8. fp8: 8-bit keys and values (e4m3) with one scale per token, GPU only; "
+        "nearly twice as many tokens fit into the same memory. auto: as --dtype."
     ),
 ]
 TensorParallelSize = Annotated[
-    int, typer.Option(help="Worker processes that share each layer: 1, 2 or 4; 8 for the 72B.")
+    int,
+    typer.Option(help="Number of tensor-parallel workers: 1, 2 or 4; also 8 for the 72B model."),
 ]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of prompt and output. Default: as many as the model has positions. It may be "
-        "more: the frames of a video take positions far slower than tokens, so that long videos "
-        "fit; each request's positions are checked, and its answer ends where they do."
+        help="Maximum tokens of prompt and output. Default: the model's number of positions. It "
+        "may be higher, for long videos, whose tokens share positions. Positions are checked per "
+        "request, and the output ends when they are used up."
     ),
 ]
-MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step.")]
+MaxNumSeqs = Annotated[int, typer.Option(help="Maximum number of running requests.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Maximum tokens per step.")]
 MaxNumPartialPrefills = Annotated[
-    int, typer.Option(help="Prompts that go in pieces in one step: the most urgent ones.")
+    int, typer.Option(help="Maximum number of chunked prefills per step, highest priority first.")
 ]
 LongPrefillTokenThreshold = Annotated[
     int | None,
     typer.Option(
-        help="Prompts that have more tokens to compute go in pieces while other requests decode, "
-        "and so many tokens are what all pieces take of a step: long prompts do not stall those "
-        "that decode. Default: 96 on a CPU, 256 on a GPU."
+        help="Chunk prompts longer than this while other requests decode; also the per-step token "
+        "budget of all chunks. Keeps long prompts from stalling decoding requests. Default: 96 on "
+        "a CPU, 256 on a GPU."
     ),
 ]
 OverlapSteps = Annotated[
     bool,
     typer.Option(
-        help="Plan and send each step while the one before it runs: the workers never wait for "
-        "the engine, and a request that stops may have been computed one token too far."
+        help="Plan and send each step while the previous one runs, so that workers never wait for "
+        "the engine. A finished request may have computed one extra token."
     ),
 ]
 MaxQueueLen = Annotated[
-    int, typer.Option(help="Requests that may wait; more are refused with RESOURCE_EXHAUSTED.")
+    int, typer.Option(help="Maximum waiting requests; more are rejected with RESOURCE_EXHAUSTED.")
 ]
 MaxRestarts = Annotated[
     int,
     typer.Option(
-        help="Times in ten minutes that workers which ended are started anew; running requests go "
-        "on. One more, and the server exits."
+        help="Maximum worker restarts per 10 minutes; running requests continue after a restart. "
+        "The server exits when exceeded."
     ),
 ]
-MaxQueueTokens = Annotated[int, typer.Option(help="Tokens of the requests that may wait.")]
+MaxQueueTokens = Annotated[int, typer.Option(help="Maximum total tokens of waiting requests.")]
 MaxQueueBytes = Annotated[
     int,
     typer.Option(
-        help="Bytes of images and videos, as they came, of all requests that wait or run; more "
-        "are refused with RESOURCE_EXHAUSTED."
+        help="Maximum bytes of received images and videos of all waiting and running requests; "
+        "more are rejected with RESOURCE_EXHAUSTED."
     ),
 ]
 GpuMemoryUtilization = Annotated[
-    float, typer.Option(help="Share of each GPU's memory for weights and KV cache.")
+    float, typer.Option(help="Fraction of each GPU's memory for weights and KV cache, 0 to 1.")
 ]
 KvCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        help="Bytes of KV cache on each rank; no more is taken than 16 requests of "
-        "--max-model-len need beside those that may run. Default: what is left of a GPU's memory; "
-        "on a CPU a quarter of free memory, at most 4 GB, all of it resident soon after the start."
+        help="KV cache bytes per rank, limited to what the maximum running requests plus 16 "
+        "requests of --max-model-len need. Default: the rest of a GPU's memory; on a CPU, a "
+        "quarter of free memory, at most 4 GB, all resident soon after startup."
     ),
 ]
 MinPixels = Annotated[
-    int | None, typer.Option(help="Least pixels of an image. Default: the checkpoint's.")
+    int | None, typer.Option(help="Minimum pixels of an image. Default: the checkpoint's.")
 ]
 MaxPixels = Annotated[
-    int | None, typer.Option(help="Most pixels of an image. Default: the checkpoint's.")
+    int | None, typer.Option(help="Maximum pixels of an image. Default: the checkpoint's.")
 ]
 
 Port = Annotated[
-    int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 takes a free one.")
+    int, typer.Option(min=0, max=65535, help="Port of the gRPC server; 0 selects a free one.")
 ]
 HttpPort = Annotated[
     int | None,
     typer.Option(
         min=0,
         max=65535,
-        help="Port of the OpenAI-compatible HTTP service (extra octavo[http]); 0 takes a free one. "
-        "Default: no HTTP.",
+        help="Port of the OpenAI-compatible HTTP server (requires octavo[http]); 0 selects a free "
+        "one. Default: no HTTP server.",
     ),
 ]
 HttpHost = Annotated[
-    str | None, typer.Option(help="Address that HTTP listens on. Default: as --host.")
+    str | None, typer.Option(help="Address for the HTTP server. Default: same as --host.")
 ]
 TraceFile = Annotated[
     Path | None,
     typer.Option(
-        help="Record each step there as a JSON line, for `octavo trace draw`; replaces the file."
+        help="Record each step in this file, one JSON line per step, for `octavo trace draw`. "
+        "An existing file is overwritten."
     ),
 ]
 
 ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="API keys, one a line: calls must bring one of them. The file is read again when it "
-        "changes. Others come from the variable "
-        "OCTAVO_API_KEYS, apart by commas. Default: none is asked for."
+        help="File with API keys, one per line; calls must have one of them. The file is reloaded "
+        "when it changes. The environment variable OCTAVO_API_KEYS adds comma-separated keys. "
+        "Default: no authentication."
     ),
 ]
 TlsCert = Annotated[
     Path | None,
     typer.Option(
-        help="The server's certificate, PEM: it talks TLS. Files that are replaced are used from "
-        "the next connection on."
+        help="The server's TLS certificate, PEM; enables TLS. Changed files are used for new "
+        "connections."
     ),
 ]
 TlsKey = Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")]
 TlsClientCa = Annotated[
     Path | None,
-    typer.Option(help="Mutual TLS: clients must have a certificate that this one signed, PEM."),
+    typer.Option(help="Enables mutual TLS: CA of the clients' certificates, PEM."),
 ]
 
 
 def one_model(name: str | None, model: str | None) -> str | None:
-    """Of the two ways to give it. Raises ValueError."""
+    """Return the model from the argument or the option. Raises ValueError if they differ."""
     if name and model and name != model:
-        raise ValueError(f"--model {model}: and {name} as well; give one of them")
+        raise ValueError(f"--model {model}: conflicts with the argument {name}; pass only one")
     return name or model
 
 
@@ -172,25 +174,25 @@ MetricsPort = Annotated[
     typer.Option(
         min=0,
         max=65535,
-        help="Serve Prometheus metrics there, on --host, without any key; 0 takes a free port. "
-        "Default: they are not served.",
+        help="Port for Prometheus metrics, on --host, without authentication; 0 selects a free "
+        "port. Default: no metrics port.",
     ),
 ]
 OtlpEndpoint = Annotated[
     str | None,
     typer.Option(
         help="Send OpenTelemetry spans of requests to this collector, http://HOST:4318 (OTLP over "
-        "HTTP); needs octavo[otel]. Default: OTEL_EXPORTER_OTLP_ENDPOINT, else none are sent."
+        "HTTP; requires octavo[otel]). Default: OTEL_EXPORTER_OTLP_ENDPOINT, else no spans."
     ),
 ]
 LogFormat = Annotated[
-    str, typer.Option(help="Log lines: text, or json, one object a line with request ids.")
+    str, typer.Option(help="Log format: text, or json (one object per line, with request ids).")
 ]
 
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """Where what is measured goes; None: nowhere."""
+    """Destinations of metrics and spans; None disables them."""
 
     metrics_port: int | None = None
     otlp_endpoint: str | None = None

@@ -1,4 +1,4 @@
-"""`octavo serve`: an engine and its doors, from the command's options to the exit status."""
+"""`octavo serve`: run an engine and its API servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..utils.logs import set_up_logs
 from .media_options import read_options
 from .options import WatchOptions, one_model
 
-if TYPE_CHECKING:  # what a command imports is loaded when it runs
+if TYPE_CHECKING:  # commands import their modules lazily
     from ..server.api_keys import ApiKeys
     from ..server.http_api.server import HttpServer
     from ..utils.tls import TlsFiles
@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # what a command imports is loaded when it runs
 
 @contextmanager
 def watched(engine: AsyncLLM, host: str, options: WatchOptions) -> Iterator[str]:
-    """Until the end. Gives what the ready line is to say of it: " metrics=HOST:PORT", or nothing.
+    """Serve metrics and send spans; yield " metrics=HOST:PORT" for the ready line, or "".
 
-    Raises OSError for a port that is taken, ValueError where the libraries for spans are not there.
+    Raises OSError if the port is in use, ValueError if the libraries for spans are not installed.
     """
     with (
         serving_metrics(engine.engine.stats, host, options.metrics_port) as address,
@@ -56,9 +56,8 @@ def serve_model(
     otlp_endpoint: str | None,
     log_format: str,
 ) -> int:
-    """Serves until a signal; `settings` are the engine's. Raises ValueError or OSError for what
-    cannot be served, `EngineDead` or `WorkerGroupError`."""
-    # gRPC reads it when it is imported. It logs each failed TLS handshake as INFO.
+    """Serve until a signal and return the exit status. Raises what `user_errors` reports."""
+    # gRPC reads it on import. By default, it logs each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from ..async_llm import AsyncLLM
     from ..server.api_keys import read_keys
@@ -69,9 +68,9 @@ def serve_model(
     from ..worker.remote.address import Address
     from .serve import watched
 
-    # While loading, SIGTERM ends as Ctrl-C does: what was started is closed.
+    # While loading, SIGTERM exits like Ctrl-C, closing everything that was started.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda number, frame: sys.exit(0))
     set_up_logs(log_format)
     raise_descriptor_limit()
@@ -90,7 +89,7 @@ def serve_model(
         log.warning(text, host)
     http = None
     if http_host is not None and http_port is None:
-        raise ValueError(f"--http-host {http_host}: nothing listens there without --http-port")
+        raise ValueError(f"--http-host {http_host} requires --http-port")
     if http_port is not None:
         http = _http_server(http_host or host, http_port, keys, tls)
     with (
@@ -106,7 +105,7 @@ def serve_model(
 
 
 def listening_text(address: str, http_address: str, has_tls: bool) -> str:
-    """Return the log line that says which API listens where."""
+    """Return the log line with the addresses of the APIs."""
     secure = " with TLS" if has_tls else ""
     text = f"listening: gRPC API on {address}{secure}; OpenAI-compatible HTTP API "
     if http_address:
@@ -119,13 +118,16 @@ def listening_text(address: str, http_address: str, has_tls: bool) -> str:
 
 def _addresses(workers: str | None) -> tuple[str, ...]:
     found = tuple(filter(None, (workers or "").split(",")))
-    if workers is not None and not found:  # a variable that nobody has set
-        raise ValueError("--workers: names none; give HOST:PORT,HOST:PORT, or leave it out")
+    if workers is not None and not found:  # for example from an unset shell variable
+        raise ValueError("--workers: is empty; pass HOST:PORT,HOST:PORT, or remove it")
     return found
 
 
 def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | None) -> HttpServer:
-    """Before a model is loaded. Raises ValueError or OSError when there could be none."""
+    """Create the HTTP server, before the model is loaded.
+
+    Raises ValueError if the extra is not installed, OSError if the address cannot be bound.
+    """
     from ..server.grpc_api.server import check_address
 
     try:
@@ -133,6 +135,6 @@ def _http_server(host: str, port: int, keys: ApiKeys | None, tls: TlsFiles | Non
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
-        raise ValueError("--http-port needs an extra: pip install octavo[http]") from None
+        raise ValueError("--http-port requires an extra: pip install octavo[http]") from None
     check_address(host, port, "--http-port")
     return HttpServer(host, port, keys, tls)

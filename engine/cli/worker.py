@@ -1,4 +1,4 @@
-"""`octavo worker`: a rank of a group that an engine elsewhere drives; and the engine's options."""
+"""`octavo worker`: one rank of a remote engine's worker group; and the options for such groups."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from .options import Hub, LogFormat, Model
 Workers = Annotated[
     str | None,
     typer.Option(
-        help="HOST:PORT of each rank's `octavo worker`, with commas between: they share each "
-        "layer, as with --tensor-parallel-size. Default: processes of this machine."
+        help="Comma-separated HOST:PORT of each rank's `octavo worker`, for tensor parallelism "
+        "over several machines. Default: worker processes on this machine."
     ),
 ]
 WorkerTls = Annotated[
     Path | None,
     typer.Option(
-        help="Mutual TLS with the workers, which other machines take: a folder of tls.crt and "
-        "tls.key, the engine's own, and ca.crt, which signed the workers' (PEM; the names of a "
-        "Kubernetes secret)."
+        help="Folder with PEM files for mutual TLS with the workers, required for other machines: "
+        "tls.crt and tls.key of the engine, and ca.crt, the CA of the workers' certificates (the "
+        "file names of a Kubernetes secret)."
     ),
 ]
 
 
 def worker(
     listen: Annotated[
-        str, typer.Option(help="HOST:PORT to listen on for the engine; port 0 takes a free one.")
+        str, typer.Option(help="HOST:PORT to listen on for the engine; port 0 selects a free one.")
     ] = "127.0.0.1:7000",
     rank: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="The worker's place in `octavo serve --workers`, from 0. Default: the variable "
-            "RANK, as torchrun sets it; the port is then LOCAL_RANK higher.",
+            help="The worker's index in `octavo serve --workers`, from 0. Default: the environment "
+            "variable RANK, as set by torchrun; LOCAL_RANK is then added to the port.",
         ),
     ] = None,
     local_rank: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="The number of its GPU on this machine. Default: the variable LOCAL_RANK, or 0.",
+            help="Index of its GPU on this machine. Default: LOCAL_RANK, or 0.",
         ),
     ] = None,
     model: Model = None,
@@ -52,19 +52,20 @@ def worker(
     tls: Annotated[
         Path | None,
         typer.Option(
-            help="Mutual TLS: a folder of tls.crt and tls.key, the worker's own, and ca.crt, which "
-            "signed the engine's."
+            help="Folder with PEM files for mutual TLS: tls.crt and tls.key of the worker, and "
+            "ca.crt, the CA of the engine's certificate."
         ),
     ] = None,
     log_format: LogFormat = "text",
 ) -> None:
-    """Be one rank of a group of workers: `octavo serve --workers` on some machine drives it.
+    """Run one rank of a worker group for `octavo serve --workers` on another machine.
 
-    Off loopback it takes mutual TLS. It serves one engine at a time; when that ends, or is out of
-    reach for some seconds, the worker starts anew and waits for the next. Prints a line on stdout
-    whenever it waits: ready worker=HOST:PORT rank=R pid=N. Logs go to stderr.
+    Requires mutual TLS except on loopback. A worker serves one engine at a time; when the engine
+    exits or is unreachable for some seconds, the worker restarts and waits for the next one.
+    Prints one line on stdout whenever it is waiting: ready worker=HOST:PORT rank=R pid=N. Logs go
+    to stderr.
     """
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when gRPC is imported: as in cli_serve
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it on import
     from ..config.hub import resolve_model
     from ..utils.logs import set_up_logs
     from ..worker.remote.address import Address
@@ -77,14 +78,14 @@ def worker(
         if rank is None:
             rank = _number("RANK", None)
             address = Address(address.host, address.port + local) if address.port else address
-        keeper = Supervisor(address, rank, local, resolve_model(model, hub), tls)
-    raise typer.Exit(keeper.run())
+        supervisor = Supervisor(address, rank, local, resolve_model(model, hub), tls)
+    raise typer.Exit(supervisor.run())
 
 
 def _number(name: str, default: int | None) -> int:
-    """Of the environment. Raises ValueError."""
+    """Return an integer environment variable. Raises ValueError."""
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        found = f"; there it is {text!r}" if text else ""
-        raise ValueError(f"--rank: give it, or the variable {name} as torchrun does{found}")
+        found = f", which is {text!r}" if text else ""
+        raise ValueError(f"--rank is required, or set the environment variable {name}{found}")
     return int(text)

@@ -1,4 +1,4 @@
-"""How the client reaches a server, and what a failed call says."""
+"""The client's channel, its TLS settings, and the conversion of gRPC errors."""
 
 from __future__ import annotations
 
@@ -19,65 +19,73 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
-    # A client shares no connection with another: in a forked process gRPC would otherwise reuse the
-    # parent's, and the first call would fail ("Wrong file descriptor generation").
+    # Do not share connections between clients. Otherwise, gRPC would reuse the parent's connection
+    # in a forked process, and the first call would fail ("Wrong file descriptor generation").
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
-# What gRPC says where it met something else than it came for, and what that means here.
-MET = (
+# Patterns in gRPC's connection errors, and the messages that replace them.
+CONNECTION_ERRORS = (
     (
         "http1.x server",
-        "there is a server, and it speaks HTTP: give the port of gRPC, which is `grpc=` in the "
-        "server's line `ready ...`",
+        "this is the server's HTTP port; use its gRPC port, `grpc=` in the server's line "
+        "`ready ...`",
     ),
-    ("WRONG_VERSION_NUMBER", "the server speaks no TLS: leave tls= (--tls-ca) out"),
-    ("certificate has expired|not yet valid", "the server's certificate is not valid now"),
+    ("WRONG_VERSION_NUMBER", "the server does not use TLS; remove tls= (--tls-ca)"),
+    (
+        "certificate has expired|not yet valid",
+        "the server's certificate has expired or is not valid yet; renew it",
+    ),
     (
         "CERTIFICATE_VERIFY_FAILED",
-        "who signed the server's certificate is not known here: tls=octavo.Tls(ca=...) (--tls-ca)",
+        "the server certificate is signed by an unknown CA; pass tls=octavo.Tls(ca=...) (--tls-ca)",
     ),
     (
         "Hostname Verification Check failed",
-        "the server's certificate is for another name than its address: server_name= of octavo.Tls",
+        "the server's certificate has another name than its address; set server_name of octavo.Tls",
     ),
     (
         "failed to connect.*: Socket closed",
-        "the server closed the connection: it may want TLS (tls=, --tls-ca), or a certificate that "
-        "it knows (cert= and key= of octavo.Tls)",
+        "the server closed the connection; it may require TLS (tls=, --tls-ca) or a client "
+        "certificate (cert= and key= of octavo.Tls)",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Tls:
-    """How to talk TLS: PEM files. `cert` and `key` are the client's own, where the server asks
-    for one."""
+    """TLS settings: paths of PEM files.
 
-    ca: str | Path | None = None  # who signed the server's certificate; None: this machine's roots
+    `cert` and `key`: the client's certificate, if the server requires one.
+    """
+
+    ca: str | Path | None = None  # CA of the server's certificate; None: the system's roots
     cert: str | Path | None = None
     key: str | Path | None = None
-    server_name: str = ""  # in its certificate; empty: the address's
+    server_name: str = ""  # expected in the server's certificate; empty: the address's host
 
 
 def open_channel(address: str, tls: Tls | bool) -> grpc.Channel:
-    """`tls`: True trusts this machine's roots. Raises `ClientError` for files that cannot be
-    read."""
+    """Open a channel. `tls`: True trusts the system's root certificates.
+
+    Raises `ClientError` for an invalid address or TLS files that cannot be read.
+    """
     if address.startswith(("http://", "https://")):
         raise invalid(
-            f"{truncated_repr(address)}: must be HOST:PORT of gRPC; TLS is tls=True", "address"
+            f"{truncated_repr(address)}: must be HOST:PORT, without http://; for TLS pass tls=True",
+            "address",
         )
     if ":" not in address or address.endswith("]"):
         raise invalid(
-            f"{truncated_repr(address)}: must be HOST:PORT; 50051 is the port of octavo serve",
+            f"{truncated_repr(address)}: must be HOST:PORT; octavo serve's default port is 50051",
             "address",
         )
     if tls is False:
         return grpc.insecure_channel(address, options=OPTIONS)
     chosen = Tls() if tls is True else tls
     if not isinstance(chosen, Tls) or (chosen.cert is None) != (chosen.key is None):
-        raise invalid("tls: must be True or octavo.Tls, with cert and key or with neither")
+        raise invalid("tls: must be True or octavo.Tls, with both cert and key or neither")
     ca, key, cert = (_read(path) for path in (chosen.ca, chosen.key, chosen.cert))
     credentials = grpc.ssl_channel_credentials(ca, key, cert)
     name = chosen.server_name
@@ -86,24 +94,24 @@ def open_channel(address: str, tls: Tls | bool) -> grpc.Channel:
 
 
 def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """What each call carries. Raises `ClientError`, which does not tell the key."""
+    """Return the metadata of each call. Raises `ClientError`, which does not contain the key."""
     if api_key is None:
         return ()
     if not isinstance(api_key, str) or not (api_key.isascii() and api_key.isprintable()):
-        raise invalid("api_key: must be a text of plain characters")
+        raise invalid("api_key: must be printable ASCII")
     return (("authorization", f"Bearer {api_key}"),)
 
 
 def error_of(error: grpc.RpcError) -> ClientError:
-    """By the status's details, where it has any."""
+    """Convert a gRPC error, using the status details if there are any."""
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        for words, text in MET:
+        for words, text in CONNECTION_ERRORS:
             if re.search(words, error.details() or ""):
                 return ClientError("UNAVAILABLE", text)
     retryable, field = None, ""
     try:
         status = rpc_status.from_call(error)
-    except ValueError:  # of another server's
+    except ValueError:  # malformed details, not from Octavo
         status = None
     for detail in status.details if status is not None else ():
         failure, bad = pb.Failure(), error_details_pb2.BadRequest()
@@ -115,7 +123,7 @@ def error_of(error: grpc.RpcError) -> ClientError:
 
 
 def argument_of(field: str) -> str:
-    """A field of the request's message by its name as an argument, which has no such levels."""
+    """Return the Python argument for a field path of the request message."""
     return field.removeprefix("conversation.").removeprefix("sampling.")
 
 

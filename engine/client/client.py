@@ -1,7 +1,7 @@
-"""A client for `octavo serve`: messages as the model card writes them, deltas as they come.
+"""Client for `octavo serve`: takes messages in the model card's format and streams deltas.
 
-Imports neither torch nor the engine: it is light enough for any program. What an image or a video
-may be says `media.py`.
+Imports neither torch nor the engine, so it is light enough for any program. `media.py` lists the
+supported sources of images and videos.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ FINISH_REASONS = {
 
 @dataclass(frozen=True)
 class ClientDelta:
-    """What a step added to an answer."""
+    """New output of an answer since its last delta."""
 
     request_id: str
-    index: int  # which of the n answers
+    index: int  # index of the answer, 0 to n - 1
     text: str
-    token_ids: tuple[int, ...]  # new ones only
-    finish_reason: str | None  # on the answer's last delta
-    usage: pb.Usage | None  # over all answers, on the last delta of all
+    token_ids: tuple[int, ...]  # new tokens
+    finish_reason: str | None  # on the last delta of each answer
+    usage: pb.Usage | None  # over all answers, on the last delta of the request
     media: tuple[pb.ResolvedMedia, ...]  # on the first delta: sizes, frames and tokens used
     media_times: pb.MediaTimes | None  # on the first delta
-    logprobs: tuple[TokenLogprobs, ...]  # of token_ids, where they were asked for
-    # On the first answer's delta with its first token, where they were asked for: one a token of
-    # the prompt; None for the first, and for those of images and videos.
+    logprobs: tuple[TokenLogprobs, ...]  # one per token of token_ids, if requested
+    # One per prompt token, if requested, on the first answer's delta with its first token. None for
+    # the first prompt token and for media tokens.
     prompt_logprobs: tuple[TokenLogprobs | None, ...]
-    tool_calls: tuple[ToolCall, ...] = ()  # of the request's tools; no part of the text
+    tool_calls: tuple[ToolCall, ...] = ()  # calls of the request's tools; not part of the text
 
 
 Deltas = Generator[ClientDelta, None, None]
@@ -58,17 +58,17 @@ Deltas = Generator[ClientDelta, None, None]
 
 @dataclass(frozen=True)
 class ClientReply:
-    """All of a prompt's answers."""
+    """The complete answers to a prompt."""
 
     request_id: str
-    answers: tuple[ClientDelta, ...]  # each whole, by index; what follows is not in them
+    answers: tuple[ClientDelta, ...]  # complete answers by index, without the values below
     usage: pb.Usage  # over all answers
     media: tuple[pb.ResolvedMedia, ...]
     media_times: pb.MediaTimes
 
 
 class Client(UnaryClient):
-    """A connection to a server. Thread-safe; a context manager."""
+    """A connection to a server. Thread-safe, and usable as a context manager."""
 
     def chat(
         self,
@@ -84,12 +84,14 @@ class Client(UnaryClient):
         timeout: float | None = None,
         **settings: Any,
     ) -> Deltas:
-        """Answers one conversation. Tools: as in `octavo.LLM.chat`.
-        `settings`: the fields of `octavo.SamplingParams`, where `params` does not have them, and
-        `priority`, `timeout_s` and `cache_salt` as in `octavo.RequestOptions`.
+        """Stream the answers to a conversation.
 
-        `timeout`: seconds after which this client gives up by itself. Leaving the iterator early
-        aborts the request. Raises `ClientError`.
+        `tools`, `tool_choice`, `parallel_tool_calls`: as in `octavo.LLM.chat`.
+        `settings`: fields of `octavo.SamplingParams`, unless `params` is given, and `priority`,
+        `timeout_s` and `cache_salt` of `octavo.RequestOptions`.
+        `timeout`: the call's deadline, in seconds.
+
+        Closing the iterator early aborts the request. Raises `ClientError`.
         """
         request = chat_request(messages, request_id)
         add_tools(request, tools, tool_choice, parallel_tool_calls)
@@ -106,7 +108,7 @@ class Client(UnaryClient):
         timeout: float | None = None,
         **settings: Any,
     ) -> Deltas:
-        """Continues a raw text or token ids. Otherwise as `chat`."""
+        """Stream continuations of a raw text or token ids. Otherwise like `chat`."""
         request = raw_request(prompt, request_id)
         return self._generate(request, images, videos, timeout, with_params(params, settings))
 
@@ -124,7 +126,7 @@ class Client(UnaryClient):
         timeout: float | None = None,
         **settings: Any,
     ) -> ClientReply:
-        """Answers a text, token ids or a conversation all at once. Otherwise as `chat`."""
+        """Return complete answers to a text, token ids or a conversation. Otherwise like `chat`."""
         request = read_prompt(prompt, request_id)
         add_tools(request, tools, tool_choice, parallel_tool_calls)
         fill(request, images, videos, with_params(params, settings))
@@ -136,9 +138,11 @@ class Client(UnaryClient):
     def tokenize(
         self, prompt: str | Sequence[Mapping[str, Any]], plain: bool = False
     ) -> tuple[int, ...]:
-        """Token ids of a text or of a conversation, whose images and videos are one placeholder
-        each. `plain`: in the text a special token's spelling means nothing. Raises
-        `ClientError`."""
+        """Return the token ids of a text or a conversation.
+
+        Each image or video gives one placeholder token. `plain`: do not parse special tokens in the
+        text. Raises `ClientError`.
+        """
         request = pb.TokenizeRequest(plain=plain)
         if isinstance(prompt, str):
             request.text = prompt
@@ -163,14 +167,16 @@ class Client(UnaryClient):
             for delta in call:
                 yield _client_delta(delta)
                 self._check_owner()  # the process may have been forked meanwhile
-                if delta.HasField("failure"):  # the last one; the call's status says the same
+                if delta.HasField(
+                    "failure"
+                ):  # on the last delta; the call's status has the same error
                     failure = delta.failure
                     field = argument_of(failure.field)
                     raise ClientError(failure.code, failure.text, failure.retryable, field)
         except grpc.RpcError as error:
             raise error_of(error) from None
         finally:
-            if not self._disowned:  # else the call is the parent process's
+            if not self._disowned:  # else the call belongs to the parent process
                 call.cancel()
 
 

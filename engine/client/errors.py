@@ -6,9 +6,12 @@ from ..errors import RETRYABLE
 
 
 class ClientError(RuntimeError):
-    """A call that the server refused or could not finish. `code` is gRPC's, such as
-    "INVALID_ARGUMENT" or "UNAVAILABLE"; `retryable`: the same call may be answered later; `field`:
-    what is to blame, where one thing is, such as "messages[0].content[2]" or "temperature"."""
+    """A call that the server rejected or could not finish.
+
+    `code`: the gRPC code, such as "INVALID_ARGUMENT" or "UNAVAILABLE".
+    `retryable`: whether the same call may succeed later.
+    `field`: the offending field, if any, such as "messages[0].content[2]" or "temperature".
+    """
 
     def __init__(
         self, code: str, text: str, retryable: bool | None = None, field: str = ""
@@ -19,5 +22,5 @@ class ClientError(RuntimeError):
 
 
 def invalid(text: str, field: str = "") -> ClientError:
-    """What the server would refuse, refused before it travels."""
+    """Return the error of an invalid request that is rejected before it is sent."""
     return ClientError("INVALID_ARGUMENT", f"{field}: {text}" if field else text, field=field)

@@ -1,8 +1,8 @@
-"""Images and videos as the client sends them.
+"""Build protobuf media items from the client's images and videos.
 
-Numpy, torch and PIL are not imported here: their things are known by their looks. Files are read
-here and sent as bytes, arrays as raw bytes with their shape; URLs go as they are, for the server to
-fetch where it is allowed to.
+Local files are read and sent as bytes, arrays as raw bytes with their shape. URLs are sent as they
+are; the server fetches them if allowed. Objects of numpy, torch and PIL are detected by duck
+typing, to avoid importing these libraries.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class ServerFile:
-    """A file of the server's own machine, under one of its --allow-media-path folders. (To
-    `octavo.LLM` it is a path like any other.)"""
+    """A file on the server's machine, in one of its --allow-media-path folders.
 
-    path: str  # from the root on
+    `octavo.LLM` treats it like any other path.
+    """
+
+    path: str  # absolute
 
     def __fspath__(self) -> str:
         return self.path
 
 
 def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
-    """A message's part, or an item of `images` or `videos`. Raises `ClientError`."""
+    """Convert a content part, or an item of `images` or `videos`. Raises `ClientError`."""
     kind = part["type"]
     item = pb.MediaItem(kind=KINDS[kind])
     known = IMAGE_OPTIONS if kind == "image" else tuple(pb.MediaOptions.DESCRIPTOR.fields_by_name)
@@ -55,8 +57,8 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
         if name in ("type", kind) or value is None:
             continue
         if name not in known:
-            own = "" if kind in part else f"; the {kind} itself goes under {kind!r}"
-            raise invalid(f"{name}: no option; {kind}s have {', '.join(known)}{own}")
+            own = "" if kind in part else f"; put the {kind} itself under {kind!r}"
+            raise invalid(f"{name}: unknown option; {kind}s have {', '.join(known)}{own}")
         try:
             setattr(item.options, name, value)
         except (TypeError, ValueError):
@@ -74,36 +76,36 @@ def media_item(part: Mapping[str, Any]) -> pb.MediaItem:
 
 
 def check_size(request: pb.GenerateRequest) -> None:
-    """Raises `ClientError` for what is no message any more."""
+    """Raise `ClientError` if a request is too large for a message."""
     try:
         size = request.ByteSize()
     except EncodeError:
-        raise _too_large("the request has over 2 GiB") from None
+        raise _too_large("the request is over 2 GiB") from None
     if size > MAX_MESSAGE_BYTES:
         raise _too_large(f"the request has {size / 2**20:,.0f} MiB")
 
 
 def _too_large(what: str) -> ClientError:
     return invalid(
-        f"{what}, and a message takes {MAX_MESSAGE_BYTES >> 20} MiB: host large files where the "
-        "server may fetch them (--allow-media-domains) and give their URLs, or name files of the "
-        "server's own as octavo.ServerFile (--allow-media-path)"
+        f"{what}; a message may have {MAX_MESSAGE_BYTES >> 20} MiB. For large files, pass URLs "
+        "that the server may fetch (--allow-media-domains), or octavo.ServerFile for files on the "
+        "server (--allow-media-path)"
     )
 
 
 def _set_source(target: Target, source: Any) -> Target:
     if isinstance(source, ServerFile):
         if not os.path.isabs(source.path):
-            raise invalid(f"ServerFile({truncated_repr(source.path)}): must begin with /")
+            raise invalid(f"ServerFile({truncated_repr(source.path)}): must be an absolute path")
         target.url = f"file://{quote(source.path)}"
     elif isinstance(source, str) and _is_url(source):
         _check_bytes(len(source), "the data URI")
         target.url = source
-    elif hasattr(source, "dtype") and hasattr(source, "shape"):  # numpy's or torch's
+    elif hasattr(source, "dtype") and hasattr(source, "shape"):  # a numpy or torch array
         data, dtype, shape = _raw(source)
         if dtype != "uint8":
             raise invalid(
-                f"an array of {dtype}: must be uint8, 0 to 255 (for floats of 0 to 1, times 255)"
+                f"an array of {dtype}: must be uint8, 0 to 255 (multiply floats of 0 to 1 by 255)"
             )
         target.pixels.CopyFrom(pb.Pixels(data=data, shape=shape))
     else:
@@ -112,7 +114,7 @@ def _set_source(target: Target, source: Any) -> Target:
 
 
 def _is_url(source: str) -> bool:
-    """Sent as it is; other texts are paths of files here. Raises `ClientError` for base64."""
+    """Return whether a string is a URL, else it is a path. Raises `ClientError` for base64."""
     if source[:8].lower().startswith(URLS) or is_data_uri(source):
         return True
     if looks_like_base64(source):
@@ -121,20 +123,20 @@ def _is_url(source: str) -> bool:
 
 
 def _embeddings(source: Any) -> pb.Embeddings:
-    """Of an `octavo.MediaEmbeds`."""
+    """Convert an `octavo.MediaEmbeds`. Raises `ClientError`."""
     if not hasattr(source.values, "dtype"):
-        raise invalid(f"values: {type(source.values).__name__} is no numpy or torch array")
+        raise invalid(f"values: must be a numpy or torch array, not {type(source.values).__name__}")
     data, dtype, shape = _raw(source.values)
     grid = source.grid_thw
     grid = grid.reshape(-1).tolist() if hasattr(grid, "reshape") else grid
     try:
         return pb.Embeddings(data=data, dtype=dtype, shape=shape, grid_thw=grid)
     except (TypeError, ValueError):
-        raise invalid(f"grid_thw={truncated_repr(grid)}: must be three whole numbers") from None
+        raise invalid(f"grid_thw={truncated_repr(grid)}: must be three integers") from None
 
 
 def _raw(array: Any) -> tuple[bytes, str, tuple[int, ...]]:
-    """An array's little-endian bytes in row-major order, its dtype's name, and its shape."""
+    """Return an array's little-endian bytes in row-major order, its dtype name and its shape."""
     if getattr(array.dtype, "byteorder", "") == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
@@ -142,7 +144,7 @@ def _raw(array: Any) -> tuple[bytes, str, tuple[int, ...]]:
     _check_bytes(math.prod(shape) * itemsize, "the array")
     if not hasattr(array, "detach"):
         return array.tobytes(), dtype, shape
-    import torch  # the caller has it: the array is its
+    import torch  # already imported: the array is a torch tensor
 
     whole = array.detach().cpu().contiguous()
     whole = whole.view(torch.int16) if array.dtype is torch.bfloat16 else whole
@@ -150,15 +152,15 @@ def _raw(array: Any) -> tuple[bytes, str, tuple[int, ...]]:
 
 
 def _bytes(source: Any) -> bytes:
-    """The bytes of a file, of bytes, or of a PIL image as PNG."""
+    """Return the bytes of a file, of a bytes object, or of a PIL image as PNG."""
     if isinstance(source, BYTES):
         _check_bytes(len(source), "the bytes")
         return bytes(source)
     if isinstance(source, str | os.PathLike):
         return _read_file(os.fspath(source))
-    if hasattr(source, "getexif"):  # PIL's
+    if hasattr(source, "getexif"):  # a PIL image
         return _png(source)
-    raise invalid(f"{type(source).__name__} is no {SOURCES}")
+    raise invalid(f"unsupported type {type(source).__name__}; pass a {SOURCES}")
 
 
 def _read_file(path: str | bytes) -> bytes:
@@ -169,7 +171,7 @@ def _read_file(path: str | bytes) -> bytes:
         size = Path(path).stat().st_size
         _check_bytes(size, truncated_repr(path))
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in it
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise invalid(
             f"{truncated_repr(path)}: {getattr(error, 'strerror', None) or error}"
         ) from None
@@ -181,7 +183,7 @@ def _check_bytes(count: int, what: str) -> None:
 
 
 def _png(image: Any) -> bytes:
-    """A PIL image without loss: its EXIF goes along, since it says which side is up."""
+    """Encode a PIL image losslessly, with its EXIF data, which has the orientation."""
     buffer = io.BytesIO()
     try:
         if image.mode not in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"):
@@ -190,5 +192,5 @@ def _png(image: Any) -> bytes:
             exif = image.getexif()
         image.save(buffer, "PNG", exif=exif)
     except (OSError, ValueError) as error:
-        raise invalid(f"image of mode {image.mode}: cannot be sent: {error}") from None
+        raise invalid(f"cannot encode an image of mode {image.mode} as PNG: {error}") from None
     return buffer.getvalue()

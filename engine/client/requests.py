@@ -1,4 +1,4 @@
-"""Messages, raw prompts and settings as the client sends them: `pb.GenerateRequest`."""
+"""Build `pb.GenerateRequest` from messages, raw prompts and settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS_OF_A_REQUEST = ("priority", "timeout_s", "cache_salt")
 
 
 def with_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What both say; nothing may stand in both."""
+    """Merge `params` and `settings`. Raises `ClientError` if a name is in both."""
     if params is None:
         return settings
     if not isinstance(params, SamplingParams):
@@ -27,16 +27,16 @@ def with_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> M
         raise invalid(text, "params")
     for name in settings:
         if name in vars(params):
-            raise invalid("stands in params already", name)
+            raise invalid("is set in params too; set it only once", name)
     return {**vars(params), **settings}
 
 
 def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
-    """Writes sampling values and options where they belong."""
+    """Set sampling parameters and options of a request. Raises `ClientError`."""
     known = [*pb.SamplingParams.DESCRIPTOR.fields_by_name, *OPTIONS_OF_A_REQUEST]
     for name, value in settings.items():
         if name not in known:
-            raise invalid(f"unknown; settings are {', '.join(known)}", name)
+            raise invalid(f"unknown setting; allowed are {', '.join(known)}", name)
         if value is None:
             continue
         target = request if name in OPTIONS_OF_A_REQUEST else request.sampling
@@ -50,46 +50,48 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
             else:
                 setattr(target, name, value)
         except (TypeError, ValueError):
-            raise ClientError("INVALID_ARGUMENT", _why(name, value), field=name) from None
+            raise ClientError(
+                "INVALID_ARGUMENT", _rejection_text(name, value), field=name
+            ) from None
 
 
-def _why(name: str, value: Any) -> str:
-    """What is wrong with a setting that protobuf refuses, in the engine's words."""
+def _rejection_text(name: str, value: Any) -> str:
+    """Return the engine's error text for a setting that protobuf rejects."""
     kind = RequestOptions if name in OPTIONS_OF_A_REQUEST else SamplingParams
     try:
         kind(**{name: value})
     except (TypeError, ValueError) as error:
         if str(error).startswith(name):
             return str(error)
-    return f"{name}={truncated_repr(value)}: cannot be sent"
+    return f"{name}={truncated_repr(value)}: invalid type or value"
 
 
 def read_prompt(
     prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], request_id: str
 ) -> pb.GenerateRequest:
-    """Messages are told from token ids by what comes first."""
+    """Build a request from a text, token ids or messages, depending on the first element."""
     if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
         return chat_request(prompt, request_id)  # type: ignore[arg-type]
     return raw_request(prompt, request_id)  # type: ignore[arg-type]
 
 
 def raw_request(prompt: str | Sequence[int], request_id: str) -> pb.GenerateRequest:
-    request = _named(request_id)
+    request = _new_request(request_id)
     try:
         if isinstance(prompt, str):
             request.text = prompt
         else:
             request.token_ids.ids.extend(prompt)
     except (TypeError, ValueError):
-        raise invalid("must be a text, of whole characters, or token ids", "prompt") from None
+        raise invalid("must be valid Unicode text or a list of token ids", "prompt") from None
     return request
 
 
-def _named(request_id: str) -> pb.GenerateRequest:
+def _new_request(request_id: str) -> pb.GenerateRequest:
     try:
         return pb.GenerateRequest(request_id=request_id)
     except (TypeError, ValueError):
-        raise invalid(f"{truncated_repr(request_id)}: must be a text", "request_id") from None
+        raise invalid(f"{truncated_repr(request_id)}: must be a string", "request_id") from None
 
 
 def fill(
@@ -98,17 +100,17 @@ def fill(
     videos: Sequence[Any] | None,
     settings: Mapping[str, Any],
 ) -> None:
-    """What stands beside the prompt."""
+    """Add media, sampling parameters and options to a request. Raises `ClientError`."""
     for kind, sources in (("image", images), ("video", videos)):
         for index, source in enumerate(sources or ()):
-            beside = source if isinstance(source, Mapping) else {kind: source}
-            request.media.append(_item({**beside, "type": kind}, f"{kind}s[{index}]"))
+            part = source if isinstance(source, Mapping) else {kind: source}
+            request.media.append(_item({**part, "type": kind}, f"{kind}s[{index}]"))
     _set_all(request, settings)
     check_size(request)
 
 
 def chat_request(messages: Sequence[Mapping[str, Any]], request_id: str) -> pb.GenerateRequest:
-    request = _named(request_id)
+    request = _new_request(request_id)
     request.conversation.CopyFrom(conversation_of(messages))
     return request
 
@@ -121,7 +123,7 @@ def conversation_of(messages: Sequence[Mapping[str, Any]]) -> pb.Conversation:
 
 
 def _structured(form: Any) -> pb.StructuredOutput:
-    """Raises TypeError or ValueError."""
+    """Convert a structured output option. Raises TypeError or ValueError."""
     if not isinstance(form, StructuredOutput):
         raise TypeError("must be an octavo.StructuredOutput")
     if form.choice:
@@ -135,19 +137,22 @@ def _message(message: Mapping[str, Any], field: str) -> pb.Message:
     message = without_ignored(message)
     for name in message:
         if name not in ("role", "content", "tool_calls", "tool_call_id"):
-            raise invalid(f"{name!r} is unknown; a message has role and content", field)
+            raise invalid(
+                f"{name!r} is unknown; a message has role, content, tool_calls and tool_call_id",
+                field,
+            )
     role = message.get("role", "")
     if not isinstance(role, str):
-        raise invalid(f"{truncated_repr(role)}: must be a text", f"{field}.role")
+        raise invalid(f"{truncated_repr(role)}: must be a string", f"{field}.role")
     content = () if message.get("content") is None else message["content"]
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
-        raise invalid("must be a text or a list of parts", f"{field}.content")
+        raise invalid("must be a string or a list of parts", f"{field}.content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     calls = message_calls(message, field)
     try:
         read = [_part(part, f"{field}.content[{p}]") for p, part in enumerate(parts)]
         return pb.Message(role=role, content=read, **calls)
-    except (TypeError, ValueError) as error:  # ValueError: half a surrogate pair in a role
+    except (TypeError, ValueError) as error:  # ValueError: a lone surrogate in the role
         raise invalid(str(error), field) from None
 
 
@@ -161,13 +166,15 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
     if part.get("type") == "text":
         for name in part:
             if name not in ("type", "text"):
-                raise invalid(f"{truncated_repr(name)} is unknown; it has type and text", field)
+                raise invalid(
+                    f"{truncated_repr(name)} is unknown; a text part has type and text", field
+                )
         try:
             return pb.ContentPart(text=part.get("text", ""))
-        except (TypeError, ValueError):  # ValueError: half a surrogate pair
-            raise invalid("must be a text, of whole characters", f"{field}.text") from None
+        except (TypeError, ValueError):  # ValueError: a lone surrogate
+            raise invalid("must be valid Unicode text", f"{field}.text") from None
     if not isinstance(part.get("type"), str):
-        raise invalid(f"type={truncated_repr(part.get('type'))}: must be a text", field)
+        raise invalid(f"type={truncated_repr(part.get('type'))}: must be a string", field)
     if part["type"] in URLS:
         name = part["type"]
         try:
@@ -177,7 +184,7 @@ def _part(part: Mapping[str, Any], field: str) -> pb.ContentPart:
     if part.get("type") in KINDS:
         return pb.ContentPart(media=_item(part, field))
     raise invalid(
-        f"type={part.get('type')!r}: must be text, image, video or OpenAI's image_url, video_url",
+        f"type={part.get('type')!r}: must be text, image, video, image_url or video_url",
         field,
     )
 

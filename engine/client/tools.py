@@ -1,4 +1,4 @@
-"""Tools and calls between OpenAI's form and the public protocol's, for the client."""
+"""Convert tools and tool calls between OpenAI's format and protobuf, for the client."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ def add_tools(
     choice: Any,
     parallel: bool | None,
 ) -> None:
-    """Raises `ClientError` for what has no place in the protocol; the server checks the rest."""
+    """Add tools to a request. Raises `ClientError` for unrepresentable values only.
+
+    The server checks the rest.
+    """
     if tools is not None and not isinstance(tools, list | tuple):
         raise invalid(f"must be a list, not {type(tools).__name__}", "tools")
     for index, tool in enumerate(tools or ()):
         field = f"tools[{index}]"
         if _mapping(tool, field).get("type") != "function":
-            raise invalid("must be function", f"{field}.type")
+            raise invalid('must be "function"', f"{field}.type")
         function = dict(_mapping(tool.get("function"), f"{field}.function"))
         if function.get("parameters") is not None:
             function["parameters"] = _json(function["parameters"], f"{field}.function.parameters")
-        for name in ("strict", "cache_control"):  # about other services
+        for name in ("strict", "cache_control"):  # used only by other services
             function.pop(name, None)
         try:
             request.tools.add(function=pb.Function(**function))
@@ -51,7 +54,7 @@ def add_tools(
 
 
 def message_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message's fields of `pb.Message` about calls. Raises `ClientError`."""
+    """Return a message's tool call fields of `pb.Message`. Raises `ClientError`."""
     calls: list[pb.ToolCall] = []
     given = message.get("tool_calls")
     if given is not None and not isinstance(given, list | tuple):
@@ -79,7 +82,7 @@ def _json(value: Any, field: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise invalid("must be made of what JSON has", field) from None
+        raise invalid("must be JSON-serializable", field) from None
 
 
 def _mapping(value: Any, field: str) -> Mapping[str, Any]:

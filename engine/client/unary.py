@@ -1,4 +1,4 @@
-"""The client's connection, and its calls that are answered with one message."""
+"""The client's connection and its unary calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .errors import ClientError, invalid
 
 
 class UnaryClient:
-    """What of `octavo.Client` needs no prompt. Every method raises `ClientError`."""
+    """The methods of `octavo.Client` that take no prompt. All raise `ClientError`."""
 
     def __init__(
         self,
@@ -32,12 +32,15 @@ class UnaryClient:
         api_key: str | None = None,
         tls: Tls | bool = False,
     ) -> None:
-        """`address`: HOST:PORT. `api_key`: where the server asks for one. `tls`: True, or an
-        `octavo.Tls` with files. Connects when first used."""
+        """Create a client, which connects when first used.
+
+        `address`: HOST:PORT. `api_key`: if the server requires one. `tls`: True, or an `octavo.Tls`
+        with files.
+        """
         if cause := broken_grpc():
             raise ClientError("FAILED_PRECONDITION", cause)
         self.address = address
-        self._disowned = ""  # why, in a process that was forked from the one that created it
+        self._disowned = ""  # the reason, in a process forked from the one that created it
         self._metadata = key_metadata(api_key)
         self._channel = open_channel(address, tls)
         self._stub = octavo_pb2_grpc.InferenceStub(self._channel)
@@ -47,53 +50,58 @@ class UnaryClient:
         disown_after_fork(self)
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids; special ones are spelt out, or skipped."""
+        """Return the text of token ids, with or without special tokens."""
         try:
             request = pb.DetokenizeRequest(ids=token_ids, skip_special_tokens=skip_special_tokens)
         except (TypeError, ValueError):
-            raise invalid("must be token ids", "token_ids") from None
+            raise invalid("must be a list of token ids", "token_ids") from None
         return self._call(self._stub.Detokenize, request).text
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request; False when the server does not know it."""
+        """Abort a request. Return False if the server has no such request."""
         return self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id)).found
 
     def model_info(self) -> pb.ModelInfo:
-        """What is served: its name, its sizes, how many tokens it takes."""
+        """Return the served model's name, sizes and limits."""
         return self._call(self._control.GetModelInfo, pb.GetModelInfoRequest())
 
     def server_info(self) -> pb.ServerInfo:
-        """Its version, its age in seconds, and its settings as JSON values."""
+        """Return the server's version, uptime in seconds and settings as JSON values."""
         return self._call(self._control.GetServerInfo, pb.GetServerInfoRequest())
 
     def load(self) -> pb.Load:
-        """What the engine is at."""
+        """Return the engine's current load."""
         return self._call(self._control.GetLoad, pb.GetLoadRequest())
 
     def drain(self, timeout_s: float | None = None) -> int:
-        """Has the server take no more requests, and waits until none runs or for so many seconds:
-        how many are left. It stays until it is stopped."""
+        """Drain the server: reject new requests and wait for running ones.
+
+        Waits at most `timeout_s` seconds and returns how many requests are left. The server process
+        keeps running until it is stopped.
+        """
         try:
             request = pb.DrainRequest(timeout_s=timeout_s)
         except TypeError:
-            raise invalid("must be seconds", "timeout_s") from None
+            raise invalid("must be a number of seconds", "timeout_s") from None
         return self._call(self._control.Drain, request).num_running
 
     def health(self, service: str = "") -> str:
-        """SERVING or NOT_SERVING; of the whole server, or of a service such as
-        "octavo.v1.Inference". Needs no key."""
+        """Return SERVING or NOT_SERVING. Needs no API key.
+
+        `service`: empty for the whole server, or a service such as "octavo.v1.Inference".
+        """
         request = health_pb2.HealthCheckRequest(service=service)
         status = self._call(self._health.Check, request).status
         return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
 
     def wait_ready(self, timeout: float) -> None:
-        """Waits until the server can be reached. Raises `ClientError` after `timeout` seconds."""
+        """Wait until the server is reachable. Raises `ClientError` after `timeout` seconds."""
         self._check_owner()
         try:
             with call_in_flight():
                 grpc.channel_ready_future(self._channel).result(timeout)
         except grpc.FutureTimeoutError:
-            raise ClientError("UNAVAILABLE", f"no server at {self.address}") from None
+            raise ClientError("UNAVAILABLE", f"cannot reach a server at {self.address}") from None
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
         try:
@@ -103,14 +111,14 @@ class UnaryClient:
             raise error_of(error) from None
 
     def _start(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
-        """A call on its way, or the answer of one that has one. Raises `grpc.RpcError` too."""
+        """Start a streaming call, or return a unary call's reply. May raise `grpc.RpcError`."""
         self._check_owner()
         if timeout is not None and not isinstance(timeout, int | float):
-            raise invalid(f"timeout={timeout!r}: must be seconds")
+            raise invalid(f"timeout={timeout!r}: must be a number of seconds")
         try:
             return method(request, timeout=timeout, metadata=self._metadata)
         except ValueError:
-            raise ClientError("UNAVAILABLE", "this client was closed") from None
+            raise ClientError("UNAVAILABLE", "this client is closed; create a new one") from None
 
     def _check_owner(self) -> None:
         if self._disowned:

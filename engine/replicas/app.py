@@ -1,4 +1,4 @@
-"""The application that Ray Serve runs: an ingress, and replicas that it routes to."""
+"""The Ray Serve application: an ingress that routes to replicas."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from .router import PrefixRouter
 from .settings import ReplicaSettings, read_settings
 
 HEALTH_PERIOD = 2.0  # seconds
-REPORT_PERIOD = 1.0  # seconds between two reports of what a replica holds
-GRACE = 30.0  # seconds that running requests get when a replica is stopped
-INGRESS_REQUESTS = 1000  # that one ingress has at once; it only passes them on
+REPORT_PERIOD = 1.0  # seconds between two cache reports of a replica
+GRACE = 30.0  # seconds for running requests when a replica is stopped
+INGRESS_REQUESTS = 1000  # concurrent requests per ingress, which only forwards them
 
 
 def app(args: dict[str, Any]) -> Application:
-    """`args`: the fields of `ReplicaSettings` and of `octavo.AsyncLLM`. Raises `ConfigError`."""
+    """Build the application. Raises `ConfigError`.
+
+    `args`: fields of `ReplicaSettings` and settings of `octavo.AsyncLLM`.
+    """
     settings = read_settings(args)
     replicas = serve.deployment(EngineReplica, **_options(settings)).bind(
         settings.engine, settings.cpus_per_rank, settings.api_key_file
@@ -36,10 +39,10 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def _options(settings: ReplicaSettings) -> dict[str, Any]:
-    """A replica's place, number and router.
+    """Return a replica's placement, scaling and router options.
 
-    All its ranks' devices are in one bundle of its placement group: ranks of a group share a host,
-    and Ray tells a replica by CUDA_VISIBLE_DEVICES, which its workers inherit, which GPUs are its.
+    The devices of all ranks are in one bundle of its placement group, because ranks share a host.
+    Ray assigns GPUs with CUDA_VISIBLE_DEVICES, which the workers inherit.
     """
     cpus, gpus = settings.cpus_per_rank * settings.num_ranks, settings.num_gpus
     bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}

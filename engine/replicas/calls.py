@@ -1,5 +1,7 @@
-"""What goes from the ingress to a replica and back: bytes as clients and the doors wrote them, so
-that neither side needs the other's libraries."""
+"""Messages between the ingress and replicas.
+
+They contain the encoded requests and responses, so that neither side needs the other's libraries.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 @dataclass(frozen=True)
 class Call:
-    """A request of a client's. One of the two kinds below."""
+    """A client's request: an `HttpCall` or a `GrpcCall`."""
 
     request_id: str
     prefix: Prefix
@@ -25,21 +27,21 @@ class HttpCall(Call):
     query: bytes
     headers: Headers
     body: bytes
-    server: tuple[str, int | None] | None  # the address that the client reached, as ASGI has it
+    server: tuple[str, int | None] | None  # the server's address, as in an ASGI scope
 
 
 @dataclass(frozen=True)
 class GrpcCall(Call):
     service: str  # "Inference" or "Control"
     method: str
-    message: bytes  # as protobuf
+    message: bytes  # encoded protobuf
     metadata: tuple[tuple[str, str | bytes], ...]
     peer: str
 
 
 @dataclass(frozen=True)
 class HttpStart:
-    """The first answer to an `HttpCall`; the body's pieces follow, as bytes."""
+    """First message of the response to an `HttpCall`; parts of the body follow, as bytes."""
 
     status: int
     headers: Headers
@@ -47,7 +49,7 @@ class HttpStart:
 
 @dataclass(frozen=True)
 class GrpcEnd:
-    """The last answer to a `GrpcCall` that failed; messages come before it, as bytes."""
+    """Last message of the response to a failed `GrpcCall`, after response messages as bytes."""
 
     code: str  # of grpc.StatusCode
     text: str

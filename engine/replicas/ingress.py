@@ -1,6 +1,8 @@
-"""Where requests come in: Serve's HTTP and gRPC proxies hand them to this, which looks at their
-keys, says by what they are to be routed and passes them on. It holds no model; several may share
-the load. What is long is read in a thread, since all other requests pass by the loop."""
+"""Ingress: receives requests from Serve's HTTP and gRPC proxies and forwards them to replicas.
+
+It checks API keys and computes routing prefixes. It has no model; several processes may share the
+load. Large requests are parsed in a thread, to keep the event loop responsive.
+"""
 
 from __future__ import annotations
 
@@ -41,60 +43,63 @@ from .run_grpc import check_key, end_of
 
 log = logging.getLogger("octavo.server")
 
-TRIES = 3  # replicas that are asked until one has begun to answer
-LOST = ErrorInfo("UNAVAILABLE", "the replica that answered was lost; try again")
-ONE_SERVER = "is about one server; there are several here. "
-REFUSED = {
+TRIES = 3  # replicas to try before one has started to respond
+LOST = ErrorInfo("UNAVAILABLE", "the replica was lost; retry")
+ONE_SERVER = "is not supported with replicas. "
+UNSUPPORTED = {
     "Abort": ErrorInfo("UNIMPLEMENTED", f"Abort {ONE_SERVER}Cancel the call instead"),
-    "GetLoad": ErrorInfo(
-        "UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Ray's dashboard and metrics have it"
+    "GetLoad": ErrorInfo("UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Use Ray's dashboard and metrics"),
+    "Drain": ErrorInfo(
+        "UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains replicas that it stops"
     ),
-    "Drain": ErrorInfo("UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains what it stops"),
 }
 
 
 @serve.ingress()
 class Ingress:
-    """Serve's gRPC proxy calls the methods that are named as those of `octavo.v1`."""
+    """The ingress deployment. Serve's gRPC proxy calls the methods named as in `octavo.v1`."""
 
     def __init__(self, replicas: DeploymentHandle, api_key_file: Path | None) -> None:
-        """Raises `ConfigError`."""
+        """Create the ingress. Raises `ConfigError` for an invalid key file."""
         self._replicas = replicas.options(stream=True)
         self._keys, self._rejections = read_keys(api_key_file), RejectionLog(None)
-        self._guard = AuthMiddleware(self._http, CallTracker(), self._keys, self._rejections)
+        self._middleware = AuthMiddleware(self._http, CallTracker(), self._keys, self._rejections)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return Starlette(routes=[Mount("/", app=self._guarded)])
+        return Starlette(routes=[Mount("/", app=self._check_and_forward)])
 
-    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What a replica would refuse unread is not sent to one."""
+    async def _check_and_forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reject requests that need no replica, and forward the others."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        await self._guard({**scope, "path": path, "root_path": ""}, receive, send)
+        await self._middleware({**scope, "path": path, "root_path": ""}, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
+        has_started = False
         try:
             call = await _http_call(scope, receive)
-            if call is None:  # the client went away
+            if call is None:  # the client has disconnected
                 return
             async with contextlib.aclosing(self._answers("http", call)) as answers:
                 async for message in answers:
-                    has_begun = True
+                    has_started = True
                     await send(_asgi(message))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (ApiError, RequestRejected) as error:
-            told = error_of(error)
-            if not has_begun:
-                await told.response()(scope, receive, send)
+            failure = error_of(error)
+            if not has_started:
+                await failure.response()(scope, receive, send)
                 return
-            event = b"data: " + told.body.encode() + b"\n\n"  # as the door ends a stream that fails
+            event = b"data: " + failure.body.encode() + b"\n\n"  # as in openai_stream
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateDelta]:
-        """A status travels to Serve's proxy beside a message alone: a request that is refused gets
-        one delta, with its `failure`."""
+        """Stream a request's deltas.
+
+        Serve's proxy needs a message to send a status, so a rejected request gets one delta with
+        its `failure`.
+        """
         name = request.request_id
         try:
             call = await self._grpc_call("Inference", "Generate", request, grpc_context)
@@ -103,7 +108,7 @@ class Ingress:
             async with contextlib.aclosing(self._answers("grpc", call)) as answers:
                 async for message in answers:
                     if isinstance(message, GrpcEnd):
-                        if delta.HasField("failure"):  # the last delta has said so
+                        if delta.HasField("failure"):  # the last delta has the error already
                             return
                         _set(grpc_context, message)
                         delta = pb.GenerateDelta(request_id=name)
@@ -146,31 +151,31 @@ class Ingress:
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, grpc_context: RayServegRPCContext
     ) -> pb.ServerInfo:
-        """Of the replica that answers."""
+        """Return the information of one replica."""
         return await self._once("Control", "GetServerInfo", request, grpc_context, pb.ServerInfo)
 
     async def Abort(
         self, request: pb.AbortRequest, grpc_context: RayServegRPCContext
     ) -> pb.AbortReply:
-        _set(grpc_context, end_of(REFUSED["Abort"]))
+        _set(grpc_context, end_of(UNSUPPORTED["Abort"]))
         return pb.AbortReply()
 
     async def GetLoad(
         self, request: pb.GetLoadRequest, grpc_context: RayServegRPCContext
     ) -> pb.Load:
-        _set(grpc_context, end_of(REFUSED["GetLoad"]))
+        _set(grpc_context, end_of(UNSUPPORTED["GetLoad"]))
         return pb.Load()
 
     async def Drain(
         self, request: pb.DrainRequest, grpc_context: RayServegRPCContext
     ) -> pb.DrainReply:
-        _set(grpc_context, end_of(REFUSED["Drain"]))
+        _set(grpc_context, end_of(UNSUPPORTED["Drain"]))
         return pb.DrainReply()
 
     async def _once(
         self, service: str, method: str, request: Message, context: RayServegRPCContext, reply: Any
     ) -> Any:
-        """The one message; an empty one beside a status that is not OK."""
+        """Return the reply; an empty one with a status that is not OK."""
         found = reply()
         try:
             call = await self._grpc_call(service, method, request, context)
@@ -187,8 +192,10 @@ class Ingress:
     async def _grpc_call(
         self, service: str, method: str, request: Message, context: RayServegRPCContext
     ) -> GrpcCall:
-        """Raise `RequestRejected` without a valid API key, before the request is parsed, and for a
-        request above the limit of `octavo serve`: Ray's own limit is 2 GiB."""
+        """Check the API key and the size of a request, and build the call.
+
+        The limit is that of `octavo serve`, because Ray's own is 2 GiB. Raises `RequestRejected`.
+        """
         metadata = dict(context.invocation_metadata())
         try:
             check_key(metadata, self._keys)
@@ -202,36 +209,39 @@ class Ingress:
         return await in_thread(make, size > AT_ONCE)
 
     async def _answers(self, method: str, call: Call) -> AsyncGenerator[Any, None]:
-        """A replica's. Where one is lost, or cannot serve, before it has begun to answer, another
-        is asked, by its load alone. Raises `RequestRejected`."""
+        """Yield a replica's response messages. Raises `RequestRejected`.
+
+        If a replica is lost or unavailable before it has started to respond, try another one,
+        chosen by load only.
+        """
         for left in reversed(range(TRIES)):
             stream = getattr(self._replicas, method).remote(call)
-            has_begun = False
+            has_started = False
             try:
                 async for message in stream:
-                    if not has_begun and left and _cannot_serve(message):
+                    if not has_started and left and _is_unavailable(message):
                         break
-                    has_begun = True
+                    has_started = True
                     yield message
                 else:
                     return
             except (RayError, RayServeException) as error:
-                log.warning("request %r: its replica was lost: %s", call.request_id, type(error))
-                if has_begun or not left:
+                log.warning("request %r: lost its replica: %s", call.request_id, type(error))
+                if has_started or not left:
                     raise RequestRejected(LOST.code, LOST.text) from None
             finally:
                 stream.cancel()
             call = replace(call, prefix=Prefix())
 
 
-def _cannot_serve(message: Any) -> bool:
+def _is_unavailable(message: Any) -> bool:
     if isinstance(message, HttpStart):
         return message.status == 503
     return isinstance(message, GrpcEnd) and message.code == "UNAVAILABLE"
 
 
 async def _http_call(scope: Scope, receive: Receive) -> HttpCall | None:
-    """Raises `ApiError`."""
+    """Read the body and build the call; None if the client disconnects. Raises `ApiError`."""
     body = await read_body(receive)
     if body is None:
         return None

@@ -1,11 +1,9 @@
-"""What a prompt begins with, in hashes that are made before anything of it is read.
+"""Prefix hashes of prompts for routing, computed without tokenizing or decoding.
 
-Whoever routes a request has neither its tokens (that takes the checkpoint's tokenizer) nor its
-pixels (that takes decoding). So the prompt as it came is cut into pieces - a message's role, a text
-or 256 characters of it, an image's or a video's source - and each piece's hash chains the one
-before it, as the hashes of KV blocks do (`scheduler/block_hash.py`). A replica knows which block of
-its KV cache each of these links stands for (`held.py`), so that what it says it holds is the block
-manager's word.
+The ingress has neither the checkpoint's tokenizer nor decoded pixels. So it splits the raw prompt
+into pieces (a message's role, up to 256 characters of text, or a media source) and chains their
+hashes, like those of KV blocks (`scheduler/block_hash.py`). A replica maps each of these links to a
+block of its KV cache (`held.py`), so its reports reflect what the block manager really has.
 """
 
 from __future__ import annotations
@@ -16,28 +14,28 @@ from hashlib import sha256
 from typing import Any
 
 PIECE = 256  # characters of text
-MAX_LINKS = 1024  # of a prompt: more of it tells replicas apart no better
-HASH_BYTES = 8  # of a link that are kept: a collision costs a detour
+MAX_LINKS = 1024  # per prompt; longer prefixes do not improve routing
+HASH_BYTES = 8  # per link; a collision only costs a suboptimal route
 KINDS = ("image", "video")
-Atom = tuple[str, Any]  # ("role" | "text" | "image" | "video", what it is)
+Atom = tuple[str, Any]  # ("role" | "text" | "image" | "video", value)
 
 
 @dataclass(frozen=True)
 class Link:
-    """The prompt up to the end of one piece."""
+    """A prefix of the prompt that ends with one piece."""
 
     hash: bytes
-    text_end: int  # characters of text up to there
-    media_end: int  # images and videos up to there
+    text_end: int  # characters of text in the prefix
+    media_end: int  # images and videos in the prefix
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a request is routed by."""
+    """The routing key of a request."""
 
     links: tuple[Link, ...] = ()
-    media: tuple[bytes, ...] = ()  # the digest of each image's or video's source and options
-    num_characters: int = 0  # of all its text
+    media: tuple[bytes, ...] = ()  # digests of media sources with their options
+    num_characters: int = 0  # of all text
 
 
 @dataclass
@@ -51,18 +49,18 @@ class _Chain:
         if len(self.links) == MAX_LINKS:
             return
         self.last = sha256(self.last + _framed(kind.encode(), piece)).digest()
-        if kind != "role":  # a role alone all requests share
+        if kind != "role":  # all requests share a bare role
             link = Link(self.last[:HASH_BYTES], self.num_characters, len(self.media))
             self.links.append(link)
 
 
 def prefix_of(prompt: Mapping[str, Any], cache_salt: str = "") -> Prefix:
-    """Of a prompt as `AsyncLLM.generate` takes it. Requests of other salts share nothing."""
+    """Return the prefix of a prompt for `AsyncLLM.generate`. Different salts share no hashes."""
     root = _framed(b"octavo.route.v1", cache_salt.encode("utf-8", "surrogatepass"))
     chain = _Chain(sha256(root).digest())
     for kind, what in _atoms(prompt):
         if kind in KINDS:
-            digest = sha256(root + b"".join(_fed(what))).digest()[:HASH_BYTES]
+            digest = sha256(root + b"".join(_hash_input(what))).digest()[:HASH_BYTES]
             chain.media.append(digest)
             chain.add(kind, digest)
         elif kind == "role":
@@ -76,7 +74,7 @@ def prefix_of(prompt: Mapping[str, Any], cache_salt: str = "") -> Prefix:
 
 
 def _atoms(prompt: Mapping[str, Any]) -> Iterator[Atom]:
-    """In prompt order, but for media that are given apart from the text: those come first."""
+    """Yield the parts in prompt order, after media that are passed separately."""
     for kind in KINDS:
         for source in prompt.get(f"{kind}s") or ():
             yield kind, source
@@ -101,8 +99,8 @@ def _parts(content: Any) -> Iterator[Atom]:
             yield (kind, part) if kind in KINDS else ("text", str(part.get("text", "")))
 
 
-def _fed(value: Any) -> Iterator[bytes]:
-    """A source's bytes, each kind of value told apart; of arrays the shape and the numbers."""
+def _hash_input(value: Any) -> Iterator[bytes]:
+    """Yield the bytes of a source to hash, with a type tag for each value."""
     if isinstance(value, bytes | bytearray | memoryview):
         yield _framed(b"b", bytes(value))
     elif isinstance(value, str):
@@ -110,11 +108,11 @@ def _fed(value: Any) -> Iterator[bytes]:
     elif isinstance(value, Mapping):
         for name in sorted(value, key=str):
             yield _framed(b"k", str(name).encode("utf-8", "surrogatepass"))
-            yield from _fed(value[name])
+            yield from _hash_input(value[name])
         yield b"}"
     elif isinstance(value, Sequence):
         for each in value:
-            yield from _fed(each)
+            yield from _hash_input(each)
         yield b"]"
     elif hasattr(value, "tobytes") and hasattr(value, "shape"):
         yield _framed(b"a", str(value.shape).encode()) + _framed(b"b", value.tobytes())

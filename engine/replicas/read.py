@@ -1,4 +1,7 @@
-"""The prefix of a request as it came. What cannot be read has none: a replica will say why."""
+"""Compute the routing prefix of a request.
+
+Invalid requests get an empty prefix; the replica reports their errors.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ async def http_prefix(path: str, body: bytes) -> Prefix:
 
 
 def _http_prefix(path: str, body: bytes) -> Prefix:
-    """Of several prompts the first one's."""
+    """Return the prefix of the first prompt."""
     try:
         found = read_json(body)
         asked = READERS[path](found, (found.get("model"),))

@@ -1,4 +1,4 @@
-"""One replica: an engine with its worker group, and its doors without sockets."""
+"""One replica: an engine with its workers, and its API servers without sockets."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ from .run_http import run_http
 
 
 class EngineReplica:
-    """Ray Serve's deployment: it calls `http` and `grpc` for requests, `check_health` and
-    `record_routing_stats` by itself, and `__del__` once those that run have ended."""
+    """The Ray Serve deployment.
+
+    The ingress calls `http` and `grpc`. Ray Serve calls `check_health` and `record_routing_stats`
+    periodically, and `__del__` once all requests have finished.
+    """
 
     def __init__(
         self, engine: dict[str, Any], threads_per_rank: int, api_key_file: Path | None
     ) -> None:
-        """`engine`: the settings of `octavo.AsyncLLM`. Takes as long as loading the weights."""
+        """Load the engine. `engine`: settings of `octavo.AsyncLLM`."""
         set_up_logs("text")
-        # Ray gives a process the threads of its CPUs; here each rank is a process.
+        # Ray sets this to the replica's CPUs, but each rank is a process of its own.
         os.environ["OMP_NUM_THREADS"] = str(threads_per_rank)
         self._keys = read_keys(api_key_file)
         self._engine = AsyncLLM(**engine, isolate_media=True)
@@ -45,7 +48,7 @@ class EngineReplica:
         rejections = RejectionLog(self._engine.engine.stats)
         view = LiveView(self._engine, self._keys is not None)
         self._app = make_app(routes, self._work, self._keys, rejections, view)
-        control = ControlServicer(self._engine, self._work, _nothing, self._keys is not None)
+        control = ControlServicer(self._engine, self._work, _no_op, self._keys is not None)
         self._servicers = {
             "Inference": InferenceServicer(self._engine, self._work),
             "Control": control,
@@ -54,19 +57,19 @@ class EngineReplica:
 
     async def http(self, call: HttpCall) -> AsyncGenerator[HttpStart | bytes, None]:
         async with contextlib.aclosing(run_http(self._app, call)) as answer:
-            async for message in self._followed(call, answer):
+            async for message in self._track_caches(call, answer):
                 yield message
 
     async def grpc(self, call: GrpcCall) -> AsyncGenerator[bytes | GrpcEnd, None]:
         servicer = self._servicers[call.service]
         async with contextlib.aclosing(run_grpc(servicer, call, self._keys)) as answer:
-            async for message in self._followed(call, answer):
+            async for message in self._track_caches(call, answer):
                 yield message
 
-    async def _followed(
+    async def _track_caches(
         self, call: HttpCall | GrpcCall, answer: AsyncGenerator[Any, None]
     ) -> AsyncGenerator[Any, None]:
-        """The answer; what the request's prompt leaves in the caches is kept in mind."""
+        """Yield the response, and record what the request's prompt leaves in the caches."""
         expected = self._held.expect(call.request_id, call.prefix) if call.prefix.links else None
         try:
             async for message in answer:
@@ -78,8 +81,10 @@ class EngineReplica:
                 self._held.forget(expected)
 
     async def check_health(self) -> None:
-        """Raises what Serve then replaces this replica for. The first call is before any request:
-        a step runs before anybody waits for one."""
+        """Raise RuntimeError if the engine has failed; Serve then replaces this replica.
+
+        The first call, before any request, runs a warm-up step.
+        """
         if self._engine.failed:
             raise RuntimeError(f"the engine stopped: {self._engine.failed}")
         if not self._is_warm:
@@ -87,7 +92,7 @@ class EngineReplica:
             await warm_up(self._engine)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What this replica holds, for `PrefixRouter`."""
+        """Return what this replica has cached, for `PrefixRouter`."""
         return self._held.report()
 
     def __del__(self) -> None:
@@ -96,5 +101,5 @@ class EngineReplica:
             engine.close()
 
 
-async def _nothing() -> None:
-    """Serve itself tells who is healthy."""
+async def _no_op() -> None:
+    """Do nothing: Serve tracks health itself."""

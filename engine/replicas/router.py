@@ -1,5 +1,8 @@
-"""Which replica a request goes to: the one that holds most of its prefix and media, unless it has
-too much to do. Ray Serve asks this class in every process that has a handle of the deployment."""
+"""Prefix-aware routing: send a request to the replica that has cached most of its prompt.
+
+A replica with too many requests is skipped. Ray Serve creates a router in every process that has a
+handle of the deployment.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,42 @@ from .calls import Call
 from .held import links_in
 from .prefix import Prefix
 
-MAX_SENT = 1 << 16  # links and digests whose way is remembered
-ROUTE_TTL = 10.0  # seconds in which what was sent counts as held, whatever the replica reports: its
-# prompt may wait, and reports are that old
-MEDIA_TOKENS = 256  # taken for an image or video that no replica has told the size of
-CHARACTERS = 4  # of text for a token
-LEAST = 16  # tokens held that are worth going there for: a block
+MAX_SENT = 1 << 16  # remembered hashes of routed requests
+# Seconds in which a routed prefix counts as cached, whatever the replica reports: the request may
+# be waiting, and reports may be that old.
+ROUTE_TTL = 10.0
+MEDIA_TOKENS = 256  # assumed for an image or video of unknown size
+CHARACTERS = 4  # assumed per token of text
+MIN_CACHED = 16  # cached tokens worth routing for: one block
 
 
 class PrefixRouter(RequestRouter):
-    """`max_imbalance`: requests that a replica which holds a whole prompt may have beyond the
-    idlest one; one that holds half of it, half as many."""
+    """Request router that prefers replicas with cached prefixes.
+
+    `max_imbalance`: how many more requests than the least loaded replica one may have if it has
+    cached the whole prompt; proportionally fewer if it has cached a part.
+    """
 
     def initialize_state(self, max_imbalance: int = 8) -> None:
         self.max_imbalance = max_imbalance
-        self._sent: OrderedDict[bytes, dict[ReplicaID, float]] = OrderedDict()  # when, to whom
-        self._reports: dict[ReplicaID, tuple[bytes, frozenset[bytes]]] = {}  # as they came, read
+        self._sent: OrderedDict[bytes, dict[ReplicaID, float]] = (
+            OrderedDict()
+        )  # hash -> replica -> time of routing
+        self._reports: dict[
+            ReplicaID, tuple[bytes, frozenset[bytes]]
+        ] = {}  # last report, as bytes and parsed
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The best, then two of the others at random: Serve takes the idler one of a list, and goes
-        on to the next list where none has room."""
+        """Return the best replica, then two random ones.
+
+        Serve picks the least loaded replica of a list, and tries the next list if all are full.
+        """
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # every replica was on offer
+            pending_request.routing_context.should_backoff = True  # all replicas were candidates
         others = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         best = self._best(candidate_replicas, _prefix(pending_request))
         return [others] if best is None else [[best], others]
@@ -60,8 +73,10 @@ class PrefixRouter(RequestRouter):
         self._reports.pop(replica_id, None)
 
     def _best(self, candidates: list[RunningReplica], prefix: Prefix) -> RunningReplica | None:
-        """The one that holds most; of equals the idler one. None where that is less than a block,
-        or has more requests than what it holds is worth waiting for."""
+        """Return the replica with most cached tokens, or None; the less loaded one if equal.
+
+        None if less than a block is cached, or if its load exceeds `max_imbalance`.
+        """
         if not prefix.links or not candidates:
             return None
         scores = [(self._score(prefix, each), -self._queue_len(each)) for each in candidates]
@@ -70,11 +85,13 @@ class PrefixRouter(RequestRouter):
         idlest = -max(negative for _, negative in scores)
         share = min(1.0, score / _num_tokens(prefix))
         is_busy = queue_len - idlest > self.max_imbalance * share
-        return None if score < LEAST or is_busy else candidates[at]
+        return None if score < MIN_CACHED or is_busy else candidates[at]
 
     def _score(self, prefix: Prefix, replica: RunningReplica) -> int:
-        """Tokens that need no computing there, roughly: of the prefix, and of the images and videos
-        behind it whose embeddings are there."""
+        """Estimate the cached tokens of a prompt on a replica.
+
+        Counts the prefix, and media after it whose embeddings are cached.
+        """
         report = replica.routing_stats
         links, media = self._links(replica, report.get("links", b"")), report.get("media", {})
         held = [link for link in prefix.links if self._has(replica, link.hash, links)]
@@ -93,14 +110,14 @@ class PrefixRouter(RequestRouter):
         return sent is not None and time.monotonic() - sent < ROUTE_TTL
 
     def _links(self, replica: RunningReplica, report: bytes) -> frozenset[bytes]:
-        """Of a report; each is read once."""
+        """Return the hashes of a report, parsing each report once."""
         known = self._reports.get(replica.replica_id)
         if known is None or known[0] != report:
             known = self._reports[replica.replica_id] = report, links_in(report)
         return known[1]
 
     def _queue_len(self, replica: RunningReplica) -> int:
-        """As this process knows it; Serve asks the replica itself where nothing is known."""
+        """Return the cached queue length, or 0. If unknown, Serve asks the replica itself."""
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 
@@ -112,5 +129,5 @@ def _prefix(pending_request: PendingRequest | None) -> Prefix:
 
 
 def _num_tokens(prefix: Prefix) -> int:
-    """Of the prompt, roughly; never 0."""
-    return max(LEAST, prefix.num_characters // CHARACTERS + MEDIA_TOKENS * len(prefix.media))
+    """Estimate the tokens of a prompt; at least `MIN_CACHED`."""
+    return max(MIN_CACHED, prefix.num_characters // CHARACTERS + MEDIA_TOKENS * len(prefix.media))

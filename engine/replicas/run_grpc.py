@@ -1,4 +1,4 @@
-"""A replica's gRPC door without a socket: a servicer's method is run on one call."""
+"""Run a gRPC servicer's method for one call, without a socket."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .calls import GrpcCall, GrpcEnd
 
 log = logging.getLogger("octavo.server")
 
-# Of each method what it takes. The rest of octavo.v1 is about one server, and not about many.
+# Request types by method. Other methods of octavo.v1 make sense only for a single server.
 METHODS: dict[str, Any] = {
     "Generate": pb.GenerateRequest,
     "GenerateOnce": pb.GenerateRequest,
@@ -32,12 +32,12 @@ METHODS: dict[str, Any] = {
 
 
 class _Aborted(Exception):
-    """The servicer ended its call."""
+    """The servicer has aborted its call."""
 
 
 @dataclass
 class _Context:
-    """As much of grpc.aio.ServicerContext as our servicers use."""
+    """The part of grpc.aio.ServicerContext that the servicers use."""
 
     call: GrpcCall
     end: GrpcEnd | None = field(default=None)
@@ -46,7 +46,7 @@ class _Context:
         return self.call.metadata
 
     def time_remaining(self) -> float | None:
-        """A call whose deadline passes is cancelled by the proxy."""
+        """Return None: the proxy cancels calls whose deadline has passed."""
         return None
 
     async def abort(
@@ -59,7 +59,7 @@ class _Context:
 async def run_grpc(
     servicer: Any, call: GrpcCall, keys: ApiKeys | None
 ) -> AsyncGenerator[bytes | GrpcEnd, None]:
-    """The answer's messages, and how it ended where it failed. Closing it cancels the call."""
+    """Yield the response messages, and a `GrpcEnd` after an error. Closing it cancels the call."""
     context = _Context(call)
     try:
         check_key(dict(call.metadata), keys)
@@ -89,7 +89,7 @@ def end_of(fault: ErrorInfo) -> GrpcEnd:
 
 
 def check_key(metadata: Mapping[str, str | bytes], keys: ApiKeys | None) -> None:
-    """Raises `RequestRejected`."""
+    """Raise `RequestRejected` for a missing or invalid API key."""
     given = metadata.get("authorization")
     if keys is not None and not keys.accept(given):
         fault = keys.fault(given)
@@ -100,5 +100,5 @@ def _parsed(call: GrpcCall) -> Any:
     try:
         return METHODS[call.method].FromString(call.message)
     except DecodeError:
-        text = f"the message's {len(call.message)} bytes are not the protobuf that it takes"
+        text = f"the message ({len(call.message)} bytes) is not valid protobuf for this method"
         raise RequestRejected("INVALID_ARGUMENT", text) from None

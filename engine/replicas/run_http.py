@@ -1,4 +1,4 @@
-"""A replica's HTTP door without a socket: an ASGI application is run on one call."""
+"""Run an ASGI application for one call, without a socket."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from starlette.types import ASGIApp, Message
 
 from .calls import HttpCall, HttpStart
 
-AHEAD = 8  # messages of an answer that wait to be read; then the application waits
+AHEAD = 8  # unread response messages before the application has to wait
 
 
 async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | bytes, None]:
-    """The answer's head, then its body as it comes. Closing it cancels the application, as a client
-    that goes away does."""
+    """Yield the response's head, then parts of its body. Closing it cancels the application."""
     queue: asyncio.Queue[Message | None] = asyncio.Queue()
-    room = asyncio.Semaphore(AHEAD)  # and no bound of the queue: the end must always find a place
+    capacity = asyncio.Semaphore(
+        AHEAD
+    )  # the queue itself is unbounded, so that the end marker always fits
     messages: list[Message] = [{"type": "http.request", "body": call.body, "more_body": False}]
 
     async def receive() -> Message:
         if not messages:
-            await asyncio.Event().wait()  # who goes away cancels instead
+            await asyncio.Event().wait()  # never ends: disconnects cancel the task
         return messages.pop()
 
     async def send(message: Message) -> None:
-        await room.acquire()
+        await capacity.acquire()
         queue.put_nowait(message)
 
     async def run() -> None:
@@ -36,7 +37,7 @@ async def run_http(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpStart | b
     task.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (message := await queue.get()) is not None:
-            room.release()
+            capacity.release()
             if message["type"] == "http.response.start":
                 yield HttpStart(message["status"], tuple(message["headers"]))
             elif message.get("body"):

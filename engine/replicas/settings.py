@@ -1,4 +1,4 @@
-"""What `serve run octavo.engine.replicas:app NAME=VALUE ...` and a Serve config's `args` say."""
+"""Settings of `serve run octavo.engine.replicas:app NAME=VALUE ...` and of a Serve config."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """How many replicas, and what each is given. All other names are the engine's."""
+    """Settings of the replicas. All other names are engine settings."""
 
     min_replicas: int = 1
-    max_replicas: int = 1  # more than `min_replicas`: by the load
-    target_ongoing_requests: float | None = None  # of a replica, running and waiting: what scaling
-    # aims at; None: three quarters of max_num_seqs
-    cpus_per_rank: int = 1  # each rank's cores, and its threads
-    max_imbalance: int = 8  # requests beyond the idlest replica's that one may have for what it
-    # holds of their prompts
-    num_ingress: int = 1  # processes that take requests in
-    api_key_file: Path | None = None  # as `octavo serve --api-key-file`, on every node
+    max_replicas: int = 1  # above `min_replicas`: autoscaling by load
+    # Autoscaling target: running and waiting requests per replica. None: 0.75 * max_num_seqs.
+    target_ongoing_requests: float | None = None
+    cpus_per_rank: int = 1  # cores and threads of each rank
+    # How many more requests than the least loaded replica one may get for its cached prefixes.
+    max_imbalance: int = 8
+    num_ingress: int = 1  # ingress processes
+    api_key_file: Path | None = None  # as `octavo serve --api-key-file`; must exist on every node
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -33,7 +33,7 @@ class ReplicaSettings:
 
     @property
     def num_gpus(self) -> int:
-        """Of a replica: one a rank, on CUDA."""
+        """GPUs per replica: one per rank on CUDA."""
         return self.num_ranks if self.engine["device"] == "cuda" else 0
 
     @property
@@ -48,31 +48,31 @@ class ReplicaSettings:
 OWN = {each.name for each in fields(ReplicaSettings)} - {"engine"}
 ENGINE = {each.name for each in fields(EngineConfig)} | {"hub"}
 NOT_HERE = {
-    "isolate_media": "always on: callers are from outside",
-    "trace_file": "one file for many replicas would be nobody's",
-    "workers": "a replica's ranks share a host; a group of several machines is an `octavo serve`'s",
-    "worker_tls": "there are no workers of other machines here",
+    "isolate_media": "is always on: clients are not trusted",
+    "trace_file": "is not supported: replicas cannot share one file",
+    "workers": "are not supported: ranks of a replica share a host; use `octavo serve` instead",
+    "worker_tls": "is not supported: there are no remote workers",
 }
 
 
 def read_settings(args: Mapping[str, Any]) -> ReplicaSettings:
-    """Values may be texts, as the command line has them. Raises `ConfigError`."""
+    """Read settings. Values may be strings from a command line. Raises `ConfigError`."""
     own: dict[str, Any] = {}
-    # On a device of its own: a replica that asks Ray for no GPU must not take one.
+    # Default to the CPU: a replica that requests no GPU from Ray must not use one.
     engine: dict[str, Any] = {"device": "cpu", "allowed_media_paths": ()}
     for name, given in args.items():
         value = _value(given) if name != "model" else given
         if name in NOT_HERE:
-            raise ConfigError(f"{name}: {NOT_HERE[name]}; leave it out")
+            raise ConfigError(f"{name}: {NOT_HERE[name]}; remove it")
         if name in OWN:
             own[name] = Path(value) if name == "api_key_file" else value
         elif name in ENGINE:
             engine[name] = tuple(value) if isinstance(value, list) else value
         else:
             known = ", ".join(sorted((OWN | ENGINE) - NOT_HERE.keys()))
-            raise ConfigError(f"{name}: unknown; settings are {known}")
+            raise ConfigError(f"{name}: unknown setting; allowed are {known}")
     if engine["device"] not in ("cpu", "cuda"):
-        raise ConfigError(f"device={engine['device']!r}: say cpu or cuda; Ray is asked for as many")
+        raise ConfigError(f"device={engine['device']!r}: must be cpu or cuda, to reserve it in Ray")
     settings = ReplicaSettings(**own, engine=engine)
     _check(settings)
     EngineConfig(**{name: value for name, value in engine.items() if name not in ("hub", "model")})
@@ -82,19 +82,19 @@ def read_settings(args: Mapping[str, Any]) -> ReplicaSettings:
 def _check(settings: ReplicaSettings) -> None:
     for name in ("min_replicas", "max_replicas", "cpus_per_rank", "num_ingress", "max_imbalance"):
         value = getattr(settings, name)
-        least = 0 if name == "max_imbalance" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name}={value!r}: must be a whole number from {least} on")
+        minimum = 0 if name == "max_imbalance" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{name}={value!r}: must be an integer >= {minimum}")
     if settings.max_replicas < settings.min_replicas:
         text = f"must be at least min_replicas={settings.min_replicas}"
         raise ConfigError(f"max_replicas={settings.max_replicas}: {text}")
     target = settings.target_ongoing_requests
     if target is not None and (isinstance(target, str) or not 0 < target < float("inf")):
-        raise ConfigError(f"target_ongoing_requests={target!r}: must be a number over 0")
+        raise ConfigError(f"target_ongoing_requests={target!r}: must be a number > 0")
 
 
 def _value(given: Any) -> Any:
-    """`4`, `0.5`, `true` and `["a.com"]` of a command line as what they are."""
+    """Parse command line values such as `4`, `0.5`, `true` and `["a.com"]` as JSON."""
     if not isinstance(given, str):
         return given
     try:

@@ -1,1 +1,1 @@
-"""The doors: gRPC in this release."""
+"""API servers: gRPC, OpenAI-compatible HTTP and Prometheus metrics."""

@@ -1,4 +1,4 @@
-"""JSON written in pieces: a large response is never held whole, nor made in one go."""
+"""Incremental JSON encoding: a large response is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u
 
 
 class LazyList:
-    """A list of JSON values that are made when they are written. `make`: called each time."""
+    """A list of JSON values that are created while they are written, by calling `make`."""
 
     def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
         self._make = make
@@ -23,12 +23,12 @@ class LazyList:
 
 
 def dump(value: Any) -> bytes:
-    """Write a small value in one go."""
+    """Encode a small value."""
     return _text(value).encode()
 
 
 def json_pieces(value: Any) -> Iterator[bytes]:
-    """Yield the same bytes as `dump`, in pieces of about `PIECE_BYTES`."""
+    """Yield the bytes of `dump` in chunks of about `PIECE_BYTES`."""
     held: list[str] = []
     size = 0
     for text in _parts(value):
@@ -41,7 +41,7 @@ def json_pieces(value: Any) -> Iterator[bytes]:
 
 
 def _parts(value: Any) -> Iterator[str]:
-    """Yield a value's JSON: containers by their items, the items of lazy lists whole."""
+    """Yield a value's JSON, item by item for containers. Items of lazy lists are not split."""
     if isinstance(value, dict):
         start = "{"
         for name, each in value.items():
@@ -61,11 +61,13 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """Return JSON on one line, also for clients that split lines at Unicode's line separators, as
-    Python's `splitlines` does."""
+    """Return JSON without line separators.
+
+    Some clients split lines at Unicode's line separators too, as Python's `splitlines` does.
+    """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_as_list)
     for character, escaped in LINE_SEPARATORS:
-        text = text.replace(character, escaped)  # it can only be inside a string
+        text = text.replace(character, escaped)  # occurs only inside strings
     return text
 
 
@@ -76,13 +78,13 @@ def _as_list(value: Any) -> list[Any]:
 
 
 class Turns:
-    """Lets one large response make a piece at a time, and everything else run in between."""
+    """Serializes the encoding of large responses, one chunk at a time, so the loop stays free."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
     async def paced(self, pieces: Iterator[Any]) -> AsyncIterator[Any]:
-        """Yield the pieces; the next is made once the last was taken and it is this one's turn."""
+        """Yield the chunks; each is created on demand, while no other response creates one."""
         end = object()
         while True:
             async with self._lock:

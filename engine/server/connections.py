@@ -1,9 +1,9 @@
-"""Accepts a server's TCP connections, within limits on their number and the time they may wait.
+"""Accept a server's TCP connections, with limits on their number and waiting time.
 
-asyncio's own accept loop has no limits, and without free descriptors it logs thousands of lines a
-second. A connection *waits* while no complete request is on it: TLS handshake, head or body not
-here yet, or idle between two requests. Where there are too many connections, those that have waited
-longest are closed; a connection whose request is answered never is.
+asyncio's own accept loop has no limits, and without free descriptors it logs thousands of lines per
+second. A connection *waits* while it has no complete request: during the TLS handshake, while the
+head or body is incomplete, or when idle between two requests. When there are too many connections,
+those that have waited longest are closed. Connections with a complete request are never closed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ log = logging.getLogger("octavo.server")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 MAX_CONNECTIONS = 8192
-PER_PEER_SHARE = 4  # one peer's waiting connections may be so large a part: a quarter
-MIN_WAIT = 1.0  # seconds; a connection that is newer is not closed to accept another
+PER_PEER_SHARE = 4  # a peer may have 1/4 of all connections waiting
+MIN_WAIT = 1.0  # seconds; newer connections are not closed to accept others
 HANDSHAKE_TIMEOUT = 20.0  # seconds for the TLS handshake
-CHECK_INTERVAL = 1.0  # seconds between two looks at all connections' timeouts
-ACCEPT_RETRY_DELAY = 0.05  # seconds until accepting is tried again where it is not possible
+CHECK_INTERVAL = 1.0  # seconds between two checks of all timeouts
+ACCEPT_RETRY_DELAY = 0.05  # seconds until the next attempt after a failed accept
 ACCEPTS_PER_WAKE = 64
 
 MIN_DESCRIPTORS = 32  # kept free for files, workers and media decoders
@@ -46,7 +46,7 @@ MIN_CONNECTIONS = 8
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Of one server."""
+    """Connection limits of one server."""
 
     total: int = MAX_CONNECTIONS
 
@@ -56,10 +56,10 @@ class ConnectionLimits:
 
 
 class LimitedConnection(Protocol):
-    """What an `Acceptor` needs of its connections' protocol."""
+    """Interface that an `Acceptor` needs of its connections' protocol."""
 
     def check(self, now: float) -> None:
-        """Close the connection if one of its timeouts has passed. Called about every second."""
+        """Close the connection if one of its timeouts has passed. Called every `CHECK_INTERVAL`."""
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -74,12 +74,14 @@ class Slot:
         self.opening: asyncio.Task[None] | None = None
 
     def set_waiting(self, is_waiting: bool) -> None:
-        """Tell whether a complete request is being answered. Waiting starts again with each call:
-        also after some progress of an upload."""
+        """Set whether the connection waits. Each call restarts the waiting time.
+
+        Also called after progress of an upload.
+        """
         self._acceptor.set_waiting(self, is_waiting)
 
     def free(self) -> None:
-        """The connection is closed."""
+        """Remove the connection, which is closed, from the tables."""
         self._acceptor.remove(self)
 
     def abort(self) -> None:
@@ -90,7 +92,7 @@ class Slot:
 
 
 class Acceptor:
-    """Accepts connections from one listening socket, which it owns. Of one event loop."""
+    """Accepts connections from one listening socket, which it owns. Not thread-safe."""
 
     def __init__(
         self,
@@ -100,11 +102,11 @@ class Acceptor:
         rejections: RejectionLog,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`connect`: return the asyncio protocol of a new connection, a `LimitedConnection`."""
+        """Start accepting. `connect` returns a new connection's protocol, a `LimitedConnection`."""
         self._listener, self._connect = listener, connect
         self._limits, self._rejections, self._tls = limits, rejections, tls
         self._slots: set[Slot] = set()
-        self._waiting: dict[Slot, None] = {}  # longest first, as in each peer's
+        self._waiting: dict[Slot, None] = {}  # longest waiting first, also per peer
         self._waiting_of: dict[str, dict[Slot, None]] = {}
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
@@ -117,7 +119,7 @@ class Acceptor:
         return len(self._slots)
 
     def close(self) -> None:
-        """Accept no more connections; those that are open stay open."""
+        """Accept no more connections. Open connections stay open."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -127,7 +129,7 @@ class Acceptor:
         self._listener.close()
 
     async def close_all(self, grace: float) -> None:
-        """Close, and end the connections that are still open after `grace` seconds."""
+        """Close the listener, then abort connections still open after `grace` seconds."""
         self.close()
         end = self._loop.time() + grace
         while self._slots and self._loop.time() < end:
@@ -168,7 +170,7 @@ class Acceptor:
                 connection, address = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionError:  # the client has gone already
+            except ConnectionError:  # the client has disconnected already
                 continue
             except OSError as error:
                 if error.errno not in EXHAUSTED:  # of one connection, such as a firewall's EPERM
@@ -185,7 +187,7 @@ class Acceptor:
         return self._close_longest(self._waiting)
 
     def _close_longest(self, waiting: dict[Slot, None]) -> bool:
-        """Close the connection that has waited longest, if it has for `MIN_WAIT`."""
+        """Close the connection that has waited longest, if for at least `MIN_WAIT`."""
         slot = next(iter(waiting), None)
         if slot is None or self._loop.time() - slot.waiting_since < MIN_WAIT:
             return False
@@ -195,7 +197,7 @@ class Acceptor:
         return True
 
     def _pause(self) -> None:
-        """Clients wait in the listener's backlog meanwhile."""
+        """Stop accepting for a short time. Clients wait in the listener's backlog meanwhile."""
         self._loop.remove_reader(self._listener)
         self._retry = self._loop.call_later(ACCEPT_RETRY_DELAY, self._resume)
 
@@ -249,7 +251,7 @@ class Acceptor:
 
 
 def peer_of(address: tuple[Any, ...]) -> str:
-    """Return whose connections are counted together: an IPv4 address, or an IPv6 /64 network."""
+    """Return the peer for per-peer limits: an IPv4 address or an IPv6 /64 network."""
     try:
         ip = ip_address(str(address[0]).partition("%")[0])
     except (ValueError, IndexError):
@@ -262,8 +264,7 @@ def peer_of(address: tuple[Any, ...]) -> str:
 
 
 def connections_that_fit() -> int:
-    """Return how many connections each of two servers may have, by the descriptors that the
-    process may still open."""
+    """Return the maximum connections of each of two servers, from the free file descriptors."""
     try:
         import resource
 
@@ -278,7 +279,7 @@ def connections_that_fit() -> int:
 
 
 def raise_descriptor_limit(wanted: int = 4 * MAX_CONNECTIONS) -> None:
-    """Raise the soft limit on open files as far as the hard one allows."""
+    """Raise the soft limit on open files to `wanted`, or to the hard limit if that is lower."""
     try:
         import resource
 
@@ -286,5 +287,5 @@ def raise_descriptor_limit(wanted: int = 4 * MAX_CONNECTIONS) -> None:
         limit = wanted if hard < 0 else min(wanted, hard)
         if 0 <= soft < limit:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    except (ImportError, OSError, ValueError):  # not every system lets a process do it
+    except (ImportError, OSError, ValueError):  # some systems do not allow it
         return

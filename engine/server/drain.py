@@ -1,4 +1,4 @@
-"""Calls that run, and whether new ones are taken."""
+"""In-flight calls and draining."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from collections.abc import Awaitable, Iterator
 
 from .errors import RequestRejected
 
-SEND_TIMEOUT = 60.0  # seconds that a client may read nothing of its response
-SEND_TIMEOUT_STOPPING = 3.0  # the same while the server stops
+SEND_TIMEOUT = 60.0  # seconds that a client may take to read the next message
+SEND_TIMEOUT_STOPPING = 3.0  # the same during shutdown
 
 
 class CallTracker:
-    """Tracks calls in flight, of one event loop and all API servers in it. A request counts once it
-    has been received completely: one that is still being sent does not delay `drain`."""
+    """Tracks in-flight calls of all API servers of one event loop.
+
+    A request counts once it has been received completely, so slow uploads do not delay `drain`.
+    """
 
     def __init__(self) -> None:
         self.send_timeout = SEND_TIMEOUT
         self._sends: set[asyncio.Timeout] = set()
         self.num_running = 0
         self.is_draining = False
-        self.idle = asyncio.Event()  # no call runs
+        self.idle = asyncio.Event()  # set while no call is in flight
         self.idle.set()
 
     def check_not_draining(self) -> None:
-        """Raise `RequestRejected` where new calls are not taken any more."""
+        """Raise `RequestRejected` if the server is draining."""
         if self.is_draining:
             raise RequestRejected(
-                "UNAVAILABLE", "the server is being drained; ask another, or later"
+                "UNAVAILABLE", "the server is draining; retry later or on another server"
             )
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """While a call runs. Raises `RequestRejected` where none is taken any more."""
+        """Count a call as in flight. Raises `RequestRejected` if the server is draining."""
         self.check_not_draining()
         self.num_running += 1
         self.idle.clear()
@@ -45,7 +47,7 @@ class CallTracker:
                 self.idle.set()
 
     def hurry(self) -> None:
-        """The server stops: do not wait long for clients that do not read."""
+        """Reject new calls and shorten the timeouts of clients that do not read, for shutdown."""
         self.is_draining = True
         self.send_timeout = SEND_TIMEOUT_STOPPING
         latest = asyncio.get_running_loop().time() + self.send_timeout
@@ -54,7 +56,7 @@ class CallTracker:
                 timeout.reschedule(min(timeout.when() or latest, latest))
 
     async def send(self, sending: Awaitable[None]) -> None:
-        """Wait until the client has taken a message. Raises TimeoutError after `send_timeout`."""
+        """Wait until the client has read a message. Raises TimeoutError after `send_timeout`."""
         async with asyncio.timeout(self.send_timeout) as timeout:
             self._sends.add(timeout)
             try:
@@ -63,7 +65,7 @@ class CallTracker:
                 self._sends.discard(timeout)
 
     async def drain(self, timeout_s: float | None) -> int:
-        """Takes no more calls, and waits for those that run: how many are left."""
+        """Reject new calls, wait for those in flight, and return how many are left."""
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.idle.wait(), timeout_s)

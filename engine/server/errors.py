@@ -1,6 +1,6 @@
-"""What went wrong, as callers are told it; the codes are `engine/errors.py`'s.
+"""Errors as reported to clients, with the codes of `engine/errors.py`.
 
-Only texts of our own reach a caller. Whatever else is raised is INTERNAL, and goes to the log.
+Clients see only Octavo's own error texts. Any other exception is INTERNAL and goes to the log.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from ..errors import (
     split_code,
 )
 
-STOPPED = "the engine has stopped; the server's log says why"  # it may name hosts and libraries
-CLOSED = "the server is shutting down; ask another, or again later"
-OURS = "internal error; the server's log has it"
+# The cause may name hosts and libraries, so it is only logged.
+STOPPED = "the engine has stopped; see the server's log for the cause"
+CLOSED = "the server is shutting down; retry later or on another server"
+OURS = "internal error; see the server's log for details"
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z][a-z0-9_]*)*)(?:=|: )")
 
 
 @dataclass(frozen=True)
 class ErrorInfo:
-    """A request's end by an error. `field`: whose, where one is to blame; `too_long`: its prompt
-    leaves no room for output."""
+    """The error that ended a request."""
 
     code: str
     text: str
-    field: str = ""
-    too_long: bool = False
+    field: str = ""  # the offending field, if any
+    too_long: bool = False  # the prompt leaves no tokens for output
 
     @property
     def retryable(self) -> bool:
@@ -42,7 +42,7 @@ class ErrorInfo:
 
 
 class RequestRejected(Exception):
-    """What a door refuses by itself. The text names the field, the value and the way out."""
+    """Rejected by the server before admission. Messages name the field, the value and the fix."""
 
     def __init__(self, code: str, text: str, field: str = "") -> None:
         super().__init__(text)
@@ -50,7 +50,7 @@ class RequestRejected(Exception):
 
 
 def error_info(error: Exception) -> ErrorInfo:
-    """Of what was raised. INTERNAL is for the log as well: its text says nothing."""
+    """Return the error to report for an exception. An INTERNAL one must be logged as well."""
     if isinstance(error, RequestRejected):
         return error.fault
     code, text = code_of(error), str(error)
@@ -67,12 +67,12 @@ def error_info(error: Exception) -> ErrorInfo:
 
 
 def parse_error_info(error: str) -> ErrorInfo:
-    """Of a delta's error, of a request that failed after admission: it may begin with a code."""
+    """Parse the error of a delta, which may start with a code."""
     code, text = split_code(error)
     return ErrorInfo(code, text, field_in(text) if code == "INVALID_ARGUMENT" else "")
 
 
 def field_in(text: str) -> str:
-    """The field that an error's text begins with; empty where it begins otherwise."""
+    """Return the field that an error text starts with, or "" if there is none."""
     found = _FIELD.match(text)
     return found[1] if found else ""

@@ -1,4 +1,4 @@
-"""What callers say of a call beside its message: HTTP/2 headers, gRPC's metadata."""
+"""Call metadata: HTTP headers and gRPC metadata."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ log = logging.getLogger("octavo.server")
 
 MAX_REQUEST_ID = 256  # characters
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{12}-0$")
-# W3C Trace Context: version, trace id, parent id, flags; later versions may have more behind.
+# W3C Trace Context: version, trace id, parent id, flags; later versions may append fields.
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 
 
 @dataclass(frozen=True)
 class CallMetadata:
-    """What is absent is None or empty."""
+    """Metadata of a call; absent values are None or empty."""
 
     request_id: str = ""
     priority: int | None = None
-    traceparent: str = ""  # a valid one
+    traceparent: str = ""  # valid if present
 
 
 def read_metadata(pairs: Iterable[tuple[str, str | bytes]]) -> CallMetadata:
-    """Raises `InputError` for an x-request-id or x-priority that cannot be."""
+    """Read a call's metadata. Raises `InputError` for an invalid x-request-id or x-priority."""
     given = {name: value for name, value in pairs if isinstance(value, str)}
     return CallMetadata(
         request_id=checked_request_id(given.get("x-request-id", ""), "x-request-id"),
@@ -39,9 +39,11 @@ def read_metadata(pairs: Iterable[tuple[str, str | bytes]]) -> CallMetadata:
 
 
 def request_name(header: str, is_running: Callable[[str], bool], num_prompts: int = 1) -> str:
-    """Return a request's unique name by its header x-request-id, which may be a mesh's trace id
-    that several requests share: the header's value where no request has that name, else the value
-    and a random suffix. To be used before the event loop goes on."""
+    """Return a unique request id: the header x-request-id, with a random suffix if it is in use.
+
+    Several requests may share the header, for example a service mesh's trace id. The caller must
+    start the request before it yields to the event loop.
+    """
     random = uuid.uuid4().hex
     if not header:
         return random
@@ -51,20 +53,23 @@ def request_name(header: str, is_running: Callable[[str], bool], num_prompts: in
 
 
 def header_in(name: str) -> str:
-    """Return the header's value in a name that `request_name` made for several prompts; the name
-    of the first prompt's request ends in -0."""
+    """Return the header's value in a name that `request_name` created for several prompts.
+
+    `name` is the request id of the first prompt, which ends in -0.
+    """
     return _RANDOM_SUFFIX.sub("", name)
 
 
-def log_trace(name: str, beside: CallMetadata) -> None:
-    """So that the log's lines of a request are found by its caller's trace."""
-    if beside.traceparent:
-        log.info("request %r: traceparent %s", name, beside.traceparent)
+def log_trace(name: str, metadata: CallMetadata) -> None:
+    """Log a request's traceparent, so that its log lines can be found by the caller's trace."""
+    if metadata.traceparent:
+        log.info("request %r: traceparent %s", name, metadata.traceparent)
 
 
 def checked_request_id(name: str, field: str) -> str:
+    """Return `name`. Raises `InputError` if it is too long."""
     if len(name) > MAX_REQUEST_ID:
-        raise InputError(field, f"over {MAX_REQUEST_ID} characters")
+        raise InputError(field, f"is over {MAX_REQUEST_ID} characters long")
     return name
 
 
@@ -79,7 +84,7 @@ def _priority(given: Mapping[str, str]) -> int | None:
 
 
 def _traceparent(text: str) -> str:
-    """The text, if it is one that W3C's Trace Context calls valid; else empty."""
+    """Return the text if it is a valid W3C Trace Context header, else an empty string."""
     found = _TRACEPARENT.fullmatch(text)
     if found is None or found[1] == "ff" or not int(found[2], 16) or not int(found[3], 16):
         return ""

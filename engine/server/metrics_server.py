@@ -1,7 +1,7 @@
-"""Serves Prometheus metrics at a port of their own, with one thread for all connections.
+"""Serve Prometheus metrics on a separate port, with one thread for all connections.
 
-It needs no HTTP library: the extra octavo[http] may not be installed. Each connection serves one
-request.
+Uses no HTTP library, because the extra octavo[http] may not be installed. Each connection serves
+one request.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError:
-        text = "the address is in use or not this machine's"
+        text = "the address is in use or does not belong to this machine"
         raise OSError(f"--metrics-port {port}: {host}:{port}: {text}") from None
 
 
 class MetricsServer:
-    """A thread with an event loop, from the start until the context ends."""
+    """Metrics server: a thread with an event loop that runs until the context exits."""
 
     def __init__(
         self, stats: EngineStats, registry: CollectorRegistry, host: str, port: int
     ) -> None:
-        """Raises OSError when the address is taken."""
+        """Start the thread. Raises OSError if the address is in use."""
         self._listener = _listen(host, port)
         port = self._listener.getsockname()[1]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -78,7 +78,7 @@ class MetricsServer:
 
 
 class _MetricsConnection(asyncio.Protocol):
-    """A `LimitedConnection`."""
+    """A metrics connection; implements `LimitedConnection`."""
 
     def __init__(self, slot: Slot, app: WSGIApplication, rejections: RejectionLog) -> None:
         self._slot, self._app, self._rejections = slot, app, rejections
@@ -140,7 +140,7 @@ class _MetricsConnection(asyncio.Protocol):
 def call_app(
     app: WSGIApplication, method: str, target: str, lines: list[str]
 ) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Return the WSGI application's status, headers and body. `lines`: of the request's headers."""
+    """Call a WSGI application and return status, headers and body. `lines`: header lines."""
     path, _, query = target.partition("?")
     environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
     for line in lines:
@@ -159,8 +159,11 @@ def call_app(
 
 @contextmanager
 def serving_metrics(stats: EngineStats, host: str, port: int | None) -> Iterator[str]:
-    """Answer every GET at `port` with the metrics, on a thread, and yield HOST:PORT. Port 0 takes a
-    free one; None serves nothing. Raises OSError when the address is taken."""
+    """Serve the metrics at `port` on a thread, and yield HOST:PORT.
+
+    Port 0 selects a free port; None disables the server and yields "". Raises OSError if the
+    address is in use.
+    """
     if port is None:
         yield ""
         return

@@ -1,4 +1,4 @@
-"""What a door refuses by itself, before the engine knows of it: counted and logged all the same."""
+"""Count and log requests rejected before they reach the engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _code_of(error: Exception) -> str:
 def counted(
     request_id: str, stats: EngineStats, code_of: Callable[[Exception], str] = _code_of
 ) -> Iterator[None]:
-    """What is raised within is a request's end. `request_id`: as its client has it, if at all."""
+    """Record an exception raised inside as a rejection. `request_id`: the client's, or ""."""
     try:
         yield
     except Exception as error:

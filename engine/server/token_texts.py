@@ -1,4 +1,4 @@
-"""Token ids as bytes and as text, without loss: a byte-level token may be part of a character."""
+"""Lossless bytes and text of single tokens; a byte-level token may be part of a character."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 
 class TokenTexts:
-    """What each token of a tokenizer adds to the text. Caches every token that is asked for."""
+    """Bytes and text of a tokenizer's tokens, cached per token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -19,23 +19,25 @@ class TokenTexts:
         self._bytes: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the bytes of a token, special or not; none for an id that has no token."""
+        """Return the bytes of a token, special or not; empty for an unknown id."""
         found = self._bytes.get(token)
         if found is None:
             found = self._bytes[token] = self._read(token)
         return found
 
     def text_of(self, token: int) -> str:
-        """Return a token's text; a part of a character is written as `\\xe2\\x80`."""
+        """Return a token's text; an incomplete character is escaped as `\\xe2\\x80`."""
         return _text(self.bytes_of(token), "")
 
     def key_of(self, token: int) -> str:
-        """Return a name for a token as OpenAI's completions have it: `bytes:\\xe2\\x80` where it
-        is a part of a character, else its text."""
+        """Return a token's name in OpenAI's completions.
+
+        That is its text, or `bytes:\\xe2\\x80` for an incomplete character.
+        """
         return _text(self.bytes_of(token), "bytes:")
 
     def offsets(self, skip_special_tokens: bool) -> TextOffsets:
-        """Return a counter of offsets for one answer's tokens."""
+        """Return an offset counter for the tokens of one output."""
         return TextOffsets(self, self._special if skip_special_tokens else frozenset())
 
     def _read(self, token: int) -> bytes:
@@ -46,12 +48,12 @@ class TokenTexts:
             return str(self._tokenizer.decode([token], skip_special_tokens=False)).encode()
         try:
             return bytes(_BYTE_OF[character] for character in spelled)
-        except KeyError:  # an added token, in plain characters
+        except KeyError:  # an added token, stored as plain text
             return str(spelled).encode()
 
 
 class TextOffsets:
-    """Characters of an answer's text before each of its tokens, in order."""
+    """Computes each output token's character offset, in order."""
 
     def __init__(self, texts: TokenTexts, skipped: frozenset[int]) -> None:
         self._texts, self._skipped = texts, skipped
@@ -59,7 +61,7 @@ class TextOffsets:
         self._next = 0
 
     def of(self, token_ids: Iterable[int]) -> Iterator[int]:
-        """Yield the offset of each token; one inside a character has that character's."""
+        """Yield each token's offset. A token that continues a character has that character's."""
         for token in token_ids:
             data = b"" if token in self._skipped else self._texts.bytes_of(token)
             start = self._next
@@ -67,7 +69,7 @@ class TextOffsets:
                 start += len(self._decoder.decode(data[:1]))
                 is_open = bool(self._decoder.getstate()[0])
                 self._next = start + len(self._decoder.decode(data[1:]))
-                start -= not is_open  # the first byte's character was counted
+                start -= not is_open  # the first byte completed a character
             yield start
 
 

@@ -1,7 +1,7 @@
-"""Fields of OpenAI-format requests: the one table of what is accepted, and to what effect.
+"""Fields of OpenAI-format requests: which are accepted, and their effects.
 
-The readers of requests take the names that they ignore from here; docs/openai.md is generated from
-it. A field that is not in its table is rejected by name.
+Request parsers take the names of ignored fields from these tables; docs/openai.md is generated from
+them. Fields that are not in a table are rejected with an error that names them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a request, and what a server does with it."""
+    """A request field and its effect."""
 
     name: str
     type: str
     effect: str = ""  # "" and no `neutral` values: accepted without effect
-    neutral: tuple[Any, ...] | None = None  # JSON values accepted without effect, besides null
+    neutral: tuple[Any, ...] | None = (
+        None  # JSON values accepted without effect, in addition to null
+    )
 
     @property
     def is_supported(self) -> bool:
@@ -35,41 +37,43 @@ def _labels(*names: str, type: str = "any") -> tuple[Field, ...]:
 
 
 REQUEST = (
-    Field("model", "string", "one of the served names; empty or absent: the model that is served"),
+    Field("model", "string", "one of the served model names; empty or absent: the served model"),
     Field("messages", "list of objects", "the conversation (chat)"),
     Field("prompt", "string, token ids, or a list of either", "the prompts, 1 to 64 (completions)"),
     Field("stream", "boolean", "server-sent events"),
-    Field("stream_options", "object", "see its fields below"),
-    Field("max_tokens", "integer", "tokens of an answer; default: up to the model's length"),
-    Field("max_completion_tokens", "integer", "another name of max_tokens (chat)"),
+    Field("stream_options", "object", "see below"),
+    Field("max_tokens", "integer", "maximum output tokens; default: up to the model's length"),
+    Field("max_completion_tokens", "integer", "alias of max_tokens (chat)"),
     Field("temperature", "number", "0 is greedy"),
     Field("top_p", "number", "nucleus sampling"),
     Field("top_k", "integer", "0 or -1: off"),
-    Field("min_p", "number", "least probability, relative to the most probable token's"),
-    Field("repetition_penalty", "number", "over prompt and output"),
+    Field("min_p", "number", "minimum probability, relative to that of the most likely token"),
+    Field("repetition_penalty", "number", "applies to prompt and output tokens"),
     Field("presence_penalty", "number", "-2 to 2", (0,)),
     Field("frequency_penalty", "number", "-2 to 2", (0,)),
     Field("logit_bias", "object of token id to number", "-100 to 100 each", ({},)),
-    Field("seed", "integer", "the same seed gives the same answer"),
-    Field("n", "integer", "answers to each prompt"),
-    Field("stop", "string or list of strings", "ends the answer; not shown"),
-    Field("stop_token_ids", "list of token ids", "end the answer"),
-    Field("include_stop_str", "boolean", "show the stop string that was found"),
-    Field("ignore_eos", "boolean", "continue past end tokens"),
-    Field("min_tokens", "integer", "least tokens before an end"),
-    Field("bad_words", "list of strings", "never written"),
-    Field("skip_special_tokens", "boolean", "false shows special tokens"),
-    Field("logprobs", "boolean (chat) or integer", "log probabilities of tokens", (False,)),
-    Field("top_logprobs", "integer", "alternatives of each token, with logprobs (chat)", (0,)),
-    Field("prompt_logprobs", "integer", "log probabilities of the prompt's tokens"),
+    Field("seed", "integer", "the same seed gives the same output"),
+    Field("n", "integer", "number of outputs per prompt"),
+    Field("stop", "string or list of strings", "ends the output; not included in it"),
+    Field("stop_token_ids", "list of token ids", "end the output"),
+    Field("include_stop_str", "boolean", "include the matched stop string in the output"),
+    Field("ignore_eos", "boolean", "continue after EOS tokens"),
+    Field("min_tokens", "integer", "minimum output tokens"),
+    Field("bad_words", "list of strings", "never generated"),
+    Field("skip_special_tokens", "boolean", "false includes special tokens in the text"),
+    Field("logprobs", "boolean (chat) or integer", "log probabilities of output tokens", (False,)),
+    Field("top_logprobs", "integer", "alternatives per token, requires logprobs (chat)", (0,)),
+    Field("prompt_logprobs", "integer", "log probabilities of prompt tokens"),
     Field("response_format", "object", "text, json_object or json_schema"),
     Field("structured_outputs", "object", "json, regex, choice or grammar"),
     Field("tools", "list of objects", "functions that the model may call (chat)", ([],)),
     Field("tool_choice", "string or object", "auto, none, required, a function", ("none", "auto")),
     Field("parallel_tool_calls", "boolean", "false: at most one call", (True, False)),
-    Field("priority", "integer", "0, the most urgent, to 9"),
-    Field("timeout_s", "number", "seconds until the request ends"),
-    Field("cache_salt", "string", "shares cached prefixes under the same salt only"),
+    Field("priority", "integer", "0 (highest) to 9 (lowest)"),
+    Field("timeout_s", "number", "timeout of the request in seconds"),
+    Field(
+        "cache_salt", "string", "shares cached prefixes only between requests with the same salt"
+    ),
     *_labels("user", "safety_identifier", "prompt_cache_key", type="string"),
     *_labels("prompt_cache_retention", type="string"),
     *_labels("metadata", "prompt_cache_options", type="object"),
@@ -97,11 +101,11 @@ REQUEST = (
 )
 
 STREAM_OPTIONS = (
-    Field("include_usage", "boolean", "a last chunk without choices has the usage"),
+    Field("include_usage", "boolean", "add a last chunk with the usage and no choices"),
     Field(
         "continuous_usage_stats",
         "boolean",
-        "each chunk has the usage so far, over all prompts and choices",
+        "add the usage so far to each chunk, over all prompts and choices",
     ),
     Field("include_obfuscation", "boolean"),
 )
@@ -109,12 +113,12 @@ STREAM_OPTIONS = (
 MESSAGE = (
     Field("role", "string", "system, developer, user, assistant or tool"),
     Field("content", "string or list of parts", "text, images and videos"),
-    Field("tool_calls", "list of objects", "calls of an assistant's answer", ([],)),
-    Field("tool_call_id", "string", "the call that a tool's message answers"),
+    Field("tool_calls", "list of objects", "calls of an assistant message", ([],)),
+    Field("tool_call_id", "string", "the call that a tool message responds to"),
     Field("name", "string"),
     Field("audio", "object", "", ()),
     Field("function_call", "object", "", ()),
-    # What clients send back of an answer, or mark for other providers.
+    # Fields that clients copy from responses, or set for other providers.
     *_labels("id", "refusal", "reasoning", "reasoning_content", type="string"),
     *_labels("annotations", "reasoning_details", "thinking_blocks", type="list"),
     *_labels("cache_control", "provider_specific_fields", type="object"),
@@ -123,18 +127,22 @@ MESSAGE = (
 
 PART = (
     Field("type", "string", "text, image_url, video_url, image or video"),
-    Field("text", "string", "of a text part"),
+    Field("text", "string", "the text of a text part"),
     Field("image_url", "string or object", "a URL or data URI, with options"),
     Field("video_url", "string or object", "a URL, a data URI or a list of frames, with options"),
-    Field("image", "string or object", "another name of image_url"),
-    Field("video", "string or object", "another name of video_url"),
+    Field("image", "string or object", "alias of image_url"),
+    Field("video", "string or object", "alias of video_url"),
     *_labels("cache_control", "prompt_cache_breakpoint", type="object"),
     *_labels("uuid", type="string"),
 )
 
 TOOL = (
     Field("type", "string", "function"),
-    Field("function", "object", "name, description, parameters; others are shown to the model"),
+    Field(
+        "function",
+        "object",
+        "name, description, parameters; other fields are passed to the chat template",
+    ),
     *_labels("cache_control", type="object"),
 )
 
@@ -160,7 +168,7 @@ def without(given: Mapping[Any, Any], names: frozenset[str]) -> Mapping[Any, Any
 
 
 def without_ignored(message: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Return a message without fields that change no answer, such as those of an echoed answer."""
+    """Return a message without fields that have no effect, such as those of echoed responses."""
     if message.keys() <= {"role", "content"}:
         return message
     return {

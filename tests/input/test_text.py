@@ -414,7 +414,7 @@ def _field(number: int, data: bytes) -> bytes:
         (_field(2, b"\x0a\x00" * 80_000), "over 30000 fields"),
         (_field(6, b"\x42\x00" * 80_000), "over 30000 fields"),
         (b"\x2a\x00" * 80_000, "over 30000 fields"),
-        (_field(4, _field(1, b"\x01" * (5 << 20))), "bytes of numbers"),
+        (_field(4, _field(1, b"\x01" * (5 << 20))), "bytes of packed numbers"),
         (_field(3, b"a" * (33 << 20)), "bytes of text"),
     ],
 )

@@ -341,14 +341,17 @@ def embeddings(data: bytes, dtype: str, shape: Any, grid: Any) -> pb.MediaItem:
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        (raw(b"", ()), "pixels.shape: []: must be height, width, channels"),
+        (raw(b"", ()), "pixels.shape: []: must be (height, width, channels)"),
         (raw(bytes(48), (4, 4)), "pixels.shape"),
         (raw(bytes(48), (1, 4, 4, 3)), "pixels.shape"),
         (raw(b"", (0, 4, 3)), "pixels.shape"),
-        (raw(bytes(47), (4, 4, 3)), "pixels.data: 47 bytes, and the shape [4, 4, 3] has 48"),
+        (raw(bytes(47), (4, 4, 3)), "pixels.data: has 47 bytes; shape [4, 4, 3] needs 48"),
         (raw(bytes(49), (4, 4, 3)), "pixels.data"),
         (raw(bytes(48), (2**32 - 1, 2**32 - 1, 2**32 - 1)), "pixels.data"),
-        (raw(bytes(48), (4, 4, 3), pb.MEDIA_KIND_VIDEO), "must be frames, height, width, channels"),
+        (
+            raw(bytes(48), (4, 4, 3), pb.MEDIA_KIND_VIDEO),
+            "must be (frames, height, width, channels)",
+        ),
         (raw(bytes(80), (4, 4, 5)), "channels"),
         (embeddings(bytes(8), "float64", (1, 1), (1, 2, 2)), "embeddings.dtype: 'float64'"),
         (embeddings(bytes(8), "", (1, 1), (1, 2, 2)), "embeddings.dtype"),
@@ -356,7 +359,7 @@ def embeddings(data: bytes, dtype: str, shape: Any, grid: Any) -> pb.MediaItem:
         (embeddings(bytes(256), "float32", (1, 64), (1, 2)), "embeddings.grid_thw"),
         (embeddings(bytes(256), "float32", (1, 64), (0, 2, 2)), "embeddings.grid_thw"),
         (embeddings(bytes(256), "float32", (64,), (1, 2, 2)), "embeddings.shape"),
-        (embeddings(bytes(256), "float16", (1, 64), (1, 2, 2)), "embeddings.data: 256 bytes"),
+        (embeddings(bytes(256), "float16", (1, 64), (1, 2, 2)), "embeddings.data: has 256 bytes"),
         (embeddings(bytes(255), "float32", (1, 64), (1, 2, 2)), "embeddings.data"),
     ],
 )
@@ -583,7 +586,7 @@ def test_the_command_line(llm: octavo.LLM, served: Served, checkpoint: Path, fil
         (["--image-option", "max_pixels", "?"], "--image-option max_pixels: must be NAME=VALUE"),
         (["--video-option", "fps=fast", "?"], "--video-option fps=fast"),
         (["--video-option", "fps=1", "--video-option", "fps=2", "?"], "given twice"),
-        (["--image-option", "image=1", "?"], "no option"),
+        (["--image-option", "image=1", "?"], "are not options"),
     ],
 )
 def test_options_on_the_command_line_are_checked(arguments: list[str], words: str) -> None:
@@ -612,10 +615,10 @@ def test_what_is_too_large_for_a_message(
     [
         (image(np.zeros((4, 4, 3))), "an array of float64: must be uint8"),
         (image(torch.zeros((3, 4, 4))), "an array of float32: must be uint8"),
-        (image(octavo.ServerFile("a.png")), "must begin with /"),
-        (image(7), "int is no path"),
+        (image(octavo.ServerFile("a.png")), "must be an absolute path"),
+        (image(7), "unsupported type int; pass a path"),
         (image("a\0b"), "null"),
-        (image(MediaEmbeds([1.0], (1, 2, 2))), "no numpy or torch array"),
+        (image(MediaEmbeds([1.0], (1, 2, 2))), "must be a numpy or torch array"),
         (image(MediaEmbeds(np.zeros((1, 64)), (1, "2", 2))), "grid_thw"),
     ],
 )

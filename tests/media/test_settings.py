@@ -235,7 +235,7 @@ def test_a_port_in_use_is_found_before_a_model_is_looked_for() -> None:
 
 def test_a_host_for_http_alone_is_told() -> None:
     done = serve("serve", "--http-host", "127.0.0.1", "--model", "/no/such")
-    assert done.returncode == 2 and "without --http-port" in done.stderr
+    assert done.returncode == 2 and "requires --http-port" in done.stderr
 
 
 def test_a_limit_is_told_as_flag_and_as_setting() -> None:

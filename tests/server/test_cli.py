@@ -57,8 +57,11 @@ def test_a_model_without_its_option(checkpoint: str) -> None:
     first, second = (text.partition("  free now")[0] for text in texts)  # other programs run too
     assert first == second != ""
     done = octavo("info", checkpoint, "--model", "/no/such")
-    assert done.returncode == 2 and "give one of them" in done.stderr
-    for wrong, words in ((["/no/such"], "/no/such: no such folder"), (["--workers", ""], "none")):
+    assert done.returncode == 2 and "pass only one" in done.stderr
+    for wrong, words in (
+        (["/no/such"], "/no/such: no such folder"),
+        (["--workers", ""], "is empty"),
+    ):
         command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", *wrong]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and words in done.stderr
@@ -136,7 +139,7 @@ def test_bench_overhead() -> None:
         (["bench", "scheduler", "--num-requests", "0"], "--num-requests 0"),
         (["chat", "--model", "/no/such", "hi"], "/no/such: no such folder"),
         (["chat", "--server", "127.0.0.1:1", "hi"], "UNAVAILABLE"),
-        (["chat", "--server", "x:1", "--model", "y", "hi"], "give one"),
+        (["chat", "--server", "x:1", "--model", "y", "hi"], "cannot be combined"),
         (["chat", "--image", "/no/such.png", "hi"], "No such file"),
         (["chat", "--image", "http://x.org/a.png", "hi"], "http"),
         (["chat", "--temperature", "-3", "hi"], "temperature=-3.0"),

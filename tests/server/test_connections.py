@@ -175,7 +175,7 @@ def test_L38_idle_connections_slow_bodies_end_with_408(make_site: Callable[..., 
         answer = read_all(slow)
     assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
-    assert "send it again" in error["message"] and error["code"] == "request_timeout"
+    assert "retry" in error["message"] and error["code"] == "request_timeout"
     assert site.work.num_running == 0
 
 

@@ -1103,10 +1103,10 @@ def test_the_client_drains(served: Served, caplog: pytest.LogCaptureFixture) -> 
     with served.another() as address, octavo.Client(address) as client:
         assert [client.drain(5.0), client.drain()] == [0, 0]
         assert [line for line in caplog.messages if "Control.Drain" in line] == [
-            "draining, as Control.Drain asks: no new requests are taken, 0 run"
+            "Control.Drain: rejecting new requests; 0 in flight"
         ]
         assert client.health() == "NOT_SERVING" and client.load().is_draining
-        with pytest.raises(ClientError, match="UNAVAILABLE: the server is being drained"):
+        with pytest.raises(ClientError, match="UNAVAILABLE: the server is draining"):
             client.generate_once("What is it?", **GREEDY)
 
 
@@ -1132,7 +1132,7 @@ def test_the_clients_errors_keep_the_place(served: Served) -> None:
             found = field_of([{"role": "user", "content": [text, text, part]}])
             assert found == f"messages[0]{field}", part  # whoever found it
         assert field_of([{"role": "user", "content": "x"}, {"rôle": "user"}]) == "messages[1]"
-        with pytest.raises(ClientError, match="the image itself goes under 'image'"):
+        with pytest.raises(ClientError, match="put the image itself under 'image'"):
             client.generate_once([{"role": "user", "content": [{"type": "image", "path": "a"}]}])
         assert field_of("x", images=["/no/such.png"]) == "images[0]"
         assert field_of("x", temperature=-1) == "temperature"

@@ -235,7 +235,7 @@ def test_what_cannot_be_sent_is_said_and_what_is_attached_can_be_removed(
     drop(page, ("torn.png", "image/png", b"no image at all"))
     ask(page, "What is it?")
     problem = page.locator(".turn.answer .problem")
-    expect(problem).to_contain_text("The server refused this: ")
+    expect(problem).to_contain_text("The server rejected the request: ")
     expect(problem).to_contain_text("messages[0].content[0]")
     ask(page, "Who are you?")  # what was refused is not asked again
     expect(answer(page)).to_contain_text("Octavo")
@@ -298,9 +298,9 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, doors: Doors) -> None
     page.goto(doors.locked_url)
     expect(page.locator("#keys")).to_be_visible()
     expect(page.locator("#key")).to_be_focused()
-    expect(page.locator("#state")).to_have_text("The live view needs the API key.")
+    expect(page.locator("#state")).to_have_text("The live view requires the API key.")
     page.keyboard.press("Escape")
-    expect(page.locator("#model")).to_have_text("This server asks for an API key.")
+    expect(page.locator("#model")).to_have_text("This server requires an API key.")
     page.clock.fast_forward(60_000)
     page.wait_for_timeout(300)
     expect(page.locator("#keys")).to_be_hidden()  # the live view opens none
@@ -310,7 +310,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, doors: Doors) -> None
     expect(page.locator("#keys")).to_be_visible()
     page.keyboard.type("not-a-key-of-it")
     page.keyboard.press("Enter")
-    expect(page.locator("#key-wrong")).to_have_text("The server does not know that key.")
+    expect(page.locator("#key-wrong")).to_have_text("Invalid API key.")
     page.keyboard.type(KEY)
     page.keyboard.press("Enter")
     expect(page.locator("#keys")).to_be_hidden()
@@ -340,9 +340,10 @@ def test_the_live_view_shows_who_runs_and_who_has_which_block(page: Any, doors: 
     expect(rows.first).to_contain_text("decode")
     expect(page.locator("#running")).to_have_text("2")
     expect(page.locator("#state")).to_have_text("Working.")
-    label = re.compile(r"blocks of 16 tokens are in use, \d+ shared, .* second alone has \d+")
+    label = re.compile(r"blocks of 16 tokens are in use, \d+ shared, .* second uses \d+ alone")
     expect(page.locator("#blocks")).to_have_attribute("aria-label", label)
-    expect(page.locator("#steps")).to_have_attribute("aria-label", re.compile("of prefill, [1-9]"))
+    label = re.compile("prefill tokens, [1-9]")
+    expect(page.locator("#steps")).to_have_attribute("aria-label", label)
     expect(page.locator("#told")).to_have_text(re.compile(r"\d running, \d waiting\."))
     colors = [each.evaluate("e => getComputedStyle(e).backgroundColor") for each in
               rows.locator(".swatch").all()]  # fmt: skip

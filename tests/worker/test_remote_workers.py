@@ -328,7 +328,7 @@ def test_the_number_of_ranks_is_that_of_workers() -> None:
         (["--listen", "0.0.0.0:0", "--rank", "0"], "is open to other machines, so it takes mutual"),
         (
             ["--listen", "127.0.0.1:0"],
-            "--rank: give it, or the variable RANK as torchrun does",
+            "--rank is required, or set the environment variable RANK",
         ),
         (["--listen", "127.0.0.1", "--rank", "0"], "must be HOST:PORT"),
         (["--listen", "192.0.2.1:7000", "--rank", "0", "--tls", "/nowhere"], "cannot be read"),

@@ -1,4 +1,4 @@
-"""`octavo.v1.Control`: for whoever runs the server."""
+"""The gRPC service `octavo.v1.Control`, for operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..errors import RequestRejected
 
 log = logging.getLogger("octavo.server")
 
-# Settings that name places on the server's machine, or on its network.
+# Settings that reveal paths or addresses of the server.
 PRIVATE = (
     "model",
     "trace_file",
@@ -43,7 +43,7 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
         stop_serving: Callable[[], Awaitable[None]],
         has_api_keys: bool,
     ) -> None:
-        """`stop_serving`: makes the server's health NOT_SERVING."""
+        """Serve `engine`. `stop_serving` sets the server's health to NOT_SERVING."""
         self._engine, self._work = engine, work
         self._stop_serving = stop_serving
         self._has_api_keys = has_api_keys
@@ -114,22 +114,21 @@ class ControlServicer(octavo_pb2_grpc.ControlServicer):
             raise InputError("timeout_s", text)
         if not self._work.is_draining:
             running = self._work.num_running
-            log.info("draining, as Control.Drain asks: no new requests are taken, %d run", running)
-        self._work.is_draining = True  # first: from now on nothing makes health SERVING again
+            log.info("Control.Drain: rejecting new requests; %d in flight", running)
+        self._work.is_draining = True  # set first, so that health cannot become SERVING again
         await self._stop_serving()
         return pb.DrainReply(num_running=await self._work.drain(timeout))
 
 
 def check_may_drain(peer: str, is_known: bool) -> None:
-    """Whoever has a key or a certificate may, and else whoever is on this machine. Raises
-    `RequestRejected`."""
+    """Raise `RequestRejected` unless the client is authenticated or on this machine."""
     if not is_known and not peer.startswith(HERE):
-        text = "a server without API keys is drained from its own machine alone; or give it keys"
+        text = "only allowed from localhost unless API keys are configured; set --api-key-file"
         raise RequestRejected("PERMISSION_DENIED", f"Drain: {text}")
 
 
 def public_settings(config: EngineConfig) -> dict[str, str]:
-    """By name, as JSON."""
+    """Return the settings that clients may see: name to JSON value."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return {name: _as_json(value) for name, value in values.items() if name not in PRIVATE}
 

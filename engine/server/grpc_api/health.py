@@ -1,5 +1,8 @@
-"""gRPC's health service. Clients need no key for it, so each call is small and none waits for
-another: the library's servicer holds a lock while a client reads."""
+"""gRPC's health service.
+
+Clients need no key, so calls are limited in size and number and do not block each other. The
+library's own servicer holds a lock while a client reads.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from ....scheduler.params import truncated_repr
 from ..errors import RequestRejected
 
 MAX_NAME = 256  # characters of a service's name
-MAX_WATCHES = 1024  # at a time
+MAX_WATCHES = 1024  # concurrent calls
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Used by one event loop."""
+    """Health statuses by service name. Not thread-safe: used by one event loop."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
@@ -50,10 +53,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     ) -> AsyncIterator[pb.HealthCheckResponse]:
         if len(request.service) > MAX_NAME:
             raise RequestRejected(
-                "INVALID_ARGUMENT", f"service: over {MAX_NAME} characters", "service"
+                "INVALID_ARGUMENT", f"service: is over {MAX_NAME} characters long", "service"
             )
         if self._num_watches >= MAX_WATCHES:
-            text = f"{MAX_WATCHES} calls of Watch are running already; use Check"
+            text = f"{MAX_WATCHES} Watch calls are running already, the maximum; use Check"
             raise RequestRejected("RESOURCE_EXHAUSTED", text)
         self._num_watches += 1
         try:

@@ -1,4 +1,4 @@
-"""`octavo.v1.Inference`: prompts in, deltas out."""
+"""The gRPC service `octavo.v1.Inference`."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from .messages import (
 )
 from .status import abort, failure_of
 
-MAX_DELTAS = 64  # of an answer that is gathered, before they are joined
+MAX_DELTAS = 64  # deltas of an output to collect before joining them
 
 
 @dataclass
 class _Call:
-    """A request and how far it has come."""
+    """State of a Generate call."""
 
     request_id: str
     stream: AsyncGenerator[OutputDelta, None]
-    fault: ErrorInfo | None = None  # it failed after admission
+    fault: ErrorInfo | None = None  # set if it failed after admission
     turns: Turns = field(default_factory=Turns)
     charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
 
 class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
-    """What its methods raise, `ApiInterceptor` makes a status of."""
+    """Implementation of the service. `ApiInterceptor` converts its exceptions to statuses."""
 
     def __init__(self, engine: AsyncLLM, work: CallTracker | None = None) -> None:
         self._engine = engine
@@ -62,10 +62,13 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateDelta]:
-        """gRPC cancels this coroutine when its client goes away, which closes the stream, which
-        aborts the request."""
+        """Stream a request's deltas.
+
+        gRPC cancels this coroutine when the client disconnects; that closes the stream and aborts
+        the request.
+        """
         with self._work.call():
-            call = await self._begin(request, context)
+            call = await self._start(request, context)
             async with contextlib.aclosing(call.stream):
                 with call.charge:
                     async for message in _messages(call):
@@ -77,7 +80,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateReply:
         with self._work.call():
-            call = await self._begin(request, context)
+            call = await self._start(request, context)
             with call.charge:
                 whole = await _gather(call.stream)
                 errors = [answer.error for answer in whole if answer.error]
@@ -88,38 +91,37 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
                     reply = piece
             return reply
 
-    async def _begin(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
-        """Raises what a request is rejected for, as far as that is seen before it is
-        preprocessed."""
+    async def _start(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
+        """Parse and start a request. Raises for requests invalid before preprocessing."""
         with counted(request.request_id, self._engine.engine.stats):
-            beside = read_metadata(context.invocation_metadata() or ())
-            reading = functools.partial(self._read, request, beside, context.time_remaining())
+            metadata = read_metadata(context.invocation_metadata() or ())
+            reading = functools.partial(self._read, request, metadata, context.time_remaining())
             prompt, params, options = await read(reading, is_large(request))
             name = checked_request_id(request.request_id, "request_id")
-            name = name or request_name(beside.request_id, self._engine.is_running)
-        log_trace(name, beside)
+            name = name or request_name(metadata.request_id, self._engine.is_running)
+        log_trace(name, metadata)
         budget, max_model_len = self._engine.logprob_budget, self._engine.config.max_model_len
         charge = budget.call(params, max_model_len or 0)
         stream = self._engine.generate(
             prompt,
             params,
             request_id=name,
-            traceparent=beside.traceparent,
+            traceparent=metadata.traceparent,
             on_ready=charge.add,
             **options,
         )
         return _Call(name, stream, turns=self._turns, charge=charge)
 
     def _read(
-        self, request: pb.GenerateRequest, beside: CallMetadata, time_remaining: float | None
+        self, request: pb.GenerateRequest, metadata: CallMetadata, time_remaining: float | None
     ) -> tuple[Prompt, SamplingParams, OptionFields]:
-        """Check and convert a request, in a thread where it is large."""
+        """Check and convert a request. Large ones are read in a thread."""
         refuse_unknown(request)
         names = self._engine.engine.served_model_names
         if request.model not in ("", *names):
-            text = f"model={truncated_repr(request.model)}: this server has {', '.join(names)}"
+            text = f"model={truncated_repr(request.model)}: unknown; use one of {', '.join(names)}"
             raise RequestRejected("NOT_FOUND", text, "model")
-        options = read_options(request, time_remaining, beside.priority)
+        options = read_options(request, time_remaining, metadata.priority)
         limits = self._engine.engine.processor.limits
         return read_prompt(request, limits), read_sampling(request.sampling), options
 
@@ -143,25 +145,25 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
 
 
 async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
-    """The deltas; the last of all says what failed, and so does `call` then."""
-    has_begun = False
+    """Yield the deltas. After a failure, the last one and `call.fault` have the error."""
+    has_started = False
     try:
         async for delta in call.stream:
-            has_begun = True
+            has_started = True
             async for message in _written(delta, call.turns):
-                if delta.error and message.HasField("usage"):  # all answers have ended
+                if delta.error and message.HasField("usage"):  # all outputs have finished
                     call.fault = parse_error_info(delta.error)
                     message.failure.CopyFrom(failure_of(call.fault))
                 yield message
     except EngineDead as error:
-        if not has_begun:
+        if not has_started:
             raise
         call.fault = error_info(error)
         yield pb.GenerateDelta(request_id=call.request_id, failure=failure_of(call.fault))
 
 
 async def _written(delta: OutputDelta, turns: Turns) -> AsyncIterator[pb.GenerateDelta]:
-    """Yield a delta's messages: several where its log probabilities are many."""
+    """Yield a delta's messages: several if it has many log probabilities."""
     if not (delta.logprobs or delta.prompt_logprobs):
         yield write_delta(delta)
         return
@@ -170,7 +172,7 @@ async def _written(delta: OutputDelta, turns: Turns) -> AsyncIterator[pb.Generat
 
 
 async def _gather(stream: AsyncGenerator[OutputDelta, None]) -> list[OutputDelta]:
-    """Return whole answers, by index; their log probabilities are joined as they come."""
+    """Return complete outputs by index, joining deltas regularly to limit their number."""
     answers: dict[int, list[OutputDelta]] = {}
     async with contextlib.aclosing(stream):
         async for delta in stream:

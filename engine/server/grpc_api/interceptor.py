@@ -1,4 +1,4 @@
-"""What every call passes, whatever its service: its key, its bytes, its errors."""
+"""gRPC interceptor: authentication, request parsing, timeouts and error mapping."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from .wire_check import TooManyFields, check_wire
 
 log = logging.getLogger("octavo.server")
 
-OPEN = "/grpc.health.v1.Health/"  # for load balancers, which have no key
-MESSAGE_TIMEOUT = 1800.0  # seconds for a call's one message of up to 256 MiB to arrive
-OPEN_MESSAGE_TIMEOUT = 5.0  # the same where no key is needed
-_ends: set[asyncio.Future[Any]] = set()  # the event loop itself keeps no task alive
+OPEN = "/grpc.health.v1.Health/"  # no key required: used by load balancers
+MESSAGE_TIMEOUT = 1800.0  # seconds to receive a request message of up to 256 MiB
+OPEN_MESSAGE_TIMEOUT = 5.0  # the same for services without authentication
+_ends: set[asyncio.Future[Any]] = set()  # keeps references: the event loop holds only weak ones
 
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]
 
 
 class ApiInterceptor(grpc.aio.ServerInterceptor):
-    """One interceptor over every service. It reads and writes the messages itself, which bounds
-    the time of both."""
+    """Interceptor of all services.
+
+    It reads and writes the messages itself, so that both have a timeout.
+    """
 
     def __init__(self, keys: ApiKeys | None, rejections: RejectionLog, work: CallTracker) -> None:
         self._keys, self._rejections, self._work = keys, rejections, work
@@ -44,30 +46,32 @@ class ApiInterceptor(grpc.aio.ServerInterceptor):
         if self._keys is not None and not is_open:
             given = dict(details.invocation_metadata).get("authorization")
             if not self._keys.accept(given):
-                return _refusal(self._keys.fault(given), self._rejections)
+                return _rejecting_handler(self._keys.fault(given), self._rejections)
         handler = await continuation(details)
-        if handler is None:  # gRPC says so
+        if handler is None:  # unknown method; gRPC reports it
             return None
         timeout = OPEN_MESSAGE_TIMEOUT if is_open else MESSAGE_TIMEOUT
         return _bounded(handler, self._work, timeout)
 
 
-def _refusal(fault: ErrorInfo, rejections: RejectionLog) -> grpc.RpcMethodHandler:
-    """Of a call whose messages nobody reads."""
+def _rejecting_handler(fault: ErrorInfo, rejections: RejectionLog) -> grpc.RpcMethodHandler:
+    """Return a handler that rejects the call without reading its messages."""
 
-    async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def reject(messages: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         rejections.add(API_KEY, context.peer())
         await abort(context, fault)
         yield b""
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(reject)
 
 
 def _bounded(
     handler: grpc.RpcMethodHandler, work: CallTracker, timeout: float
 ) -> grpc.RpcMethodHandler:
-    """Return `handler` for streams of messages on both sides, whatever its own kind is: on the
-    wire a single message is the same."""
+    """Wrap any handler as a stream-stream handler with timeouts.
+
+    On the wire, a single message and a stream of one message are the same.
+    """
 
     async def answer(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         async with told(context):
@@ -87,7 +91,7 @@ async def _responses(
     context: grpc.aio.ServicerContext,
     timeout: float,
 ) -> AsyncGenerator[Any, None]:
-    if handler.request_streaming:  # only reflection takes a stream
+    if handler.request_streaming:  # only the reflection service
         requests = (await _parsed(handler, each) async for each in messages)
         async for response in handler.stream_stream(requests, context):
             yield response
@@ -102,7 +106,7 @@ async def _responses(
 
 
 async def _receive(messages: AsyncIterator[bytes], timeout: float) -> bytes:
-    """Return the one message of a call. Raises `RequestRejected`."""
+    """Return the request message of a call. Raises `RequestRejected`."""
     try:
         async with asyncio.timeout(timeout):
             return await anext(messages)
@@ -110,33 +114,37 @@ async def _receive(messages: AsyncIterator[bytes], timeout: float) -> bytes:
         text = f"the message was not received within {timeout:g} s; send smaller media, or URLs"
         raise RequestRejected("DEADLINE_EXCEEDED", text) from None
     except StopAsyncIteration:
-        raise RequestRejected("INVALID_ARGUMENT", "the call has no message; send one") from None
+        raise RequestRejected(
+            "INVALID_ARGUMENT", "the call has no request message; send one"
+        ) from None
 
 
 async def _send(context: grpc.aio.ServicerContext, work: CallTracker, response: Any) -> None:
-    """Raises CancelledError where the client does not read, or has gone."""
+    """Send a response. Raises CancelledError if the client does not read or has disconnected."""
     try:
         await work.send(context.write(response))
     except TimeoutError:
         text = f"the response was not read for {work.send_timeout:g} s"
-        # Sent when the client reads again; nothing waits for that.
+        # The status is sent when the client reads again; do not wait for that.
         end = asyncio.ensure_future(abort(context, ErrorInfo("DEADLINE_EXCEEDED", text)))
         _ends.add(end)
         end.add_done_callback(_forget)
         raise asyncio.CancelledError from None
-    except grpc.aio.InternalError:  # it could not be sent
+    except grpc.aio.InternalError:  # the client has disconnected
         raise asyncio.CancelledError from None
 
 
 def _forget(end: asyncio.Future[Any]) -> None:
     _ends.discard(end)
     if not end.cancelled():
-        end.exception()  # AbortError, always
+        end.exception()  # always AbortError; marks it as retrieved
 
 
 async def _parsed(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
-    """Return the request's message. Raises `RequestRejected`, where gRPC itself would return the
-    text of protobuf's exception."""
+    """Parse a request message. Raises `RequestRejected`.
+
+    gRPC's own parsing would send the text of protobuf's exception to the client.
+    """
     return await read(functools.partial(_parse, handler, data), len(data) > AT_ONCE)
 
 
@@ -149,18 +157,18 @@ def _parse(handler: grpc.RpcMethodHandler, data: bytes) -> Any:
     except TooManyFields as error:
         raise RequestRejected("INVALID_ARGUMENT", str(error)) from None
     except DecodeError:
-        text = f"the message's {len(data)} bytes are not the protobuf that the method takes"
+        text = f"the message ({len(data)} bytes) is not valid protobuf for this method"
         raise RequestRejected("INVALID_ARGUMENT", text) from None
 
 
 @contextlib.asynccontextmanager
 async def told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """Ends the call with the status of what is raised within."""
+    """Convert exceptions to a gRPC status."""
     try:
         yield
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
-    except NotImplementedError:  # a method that a library's service declares only
+    except NotImplementedError:  # declared by a library's service but not implemented
         await abort(context, ErrorInfo("UNIMPLEMENTED", "the method is not implemented"))
     except Exception as error:
         fault = error_info(error)

@@ -1,7 +1,6 @@
-"""The sources of the public protocol's media, as the engine takes them.
+"""Convert protobuf media sources to the engine's inputs.
 
-Numbers come as raw bytes with their type and shape, all of which is checked here before numpy sees
-them.
+Arrays arrive as raw bytes with dtype and shape, which are checked before numpy reads them.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from ...errors import InputError
 from ...media.embeds import MediaEmbeds
 
 PIXEL_AXES = {"image": "height, width, channels", "video": "frames, height, width, channels"}
-MAX_NUMBERS = 8  # of a shape, that are looked at: it has fewer
+MAX_NUMBERS = 8  # read at most this many dimensions; valid shapes have fewer
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 def read_source(item: pb.MediaItem, field: str) -> Any:
-    """What a message's part may have as its source. Raises `InputError`."""
+    """Return a media item's source for a content part. Raises `InputError`."""
     form = item.WhichOneof("source")
     if form == "frames":
         return _read_frames(item.frames, field)
@@ -38,7 +37,9 @@ def read_source(item: pb.MediaItem, field: str) -> Any:
 
 def _read_frames(frames: pb.Frames, field: str) -> list[Any]:
     if frames.data and frames.frames:
-        raise InputError(f"{field}.frames", "has data and frames: give all frames in one of them")
+        raise InputError(
+            f"{field}.frames", "has both data and frames; put all frames into one of them"
+        )
     return list(frames.data) or [
         _read_frame(frame, f"{field}[{index}]") for index, frame in enumerate(frames.frames)
     ]
@@ -47,28 +48,28 @@ def _read_frames(frames: pb.Frames, field: str) -> list[Any]:
 def _read_frame(frame: pb.Frame, field: str) -> Any:
     form = frame.WhichOneof("source")
     if form is None:
-        raise InputError(field, "has no source: give data, url or pixels")
+        raise InputError(field, "has no source; set data, url or pixels")
     if form == "pixels":
         return _read_pixels(frame.pixels, "image", f"{field}.pixels")
     return frame.data if form == "data" else frame.url
 
 
 def _read_pixels(pixels: pb.Pixels, kind: str, field: str) -> npt.NDArray[np.uint8]:
-    """A view of the bytes."""
+    """Return the pixels as a view of the bytes."""
     axes = PIXEL_AXES[kind]
     return _read_array(pixels.data, np.dtype(np.uint8), pixels.shape, axes, field)
 
 
 def _read_embeddings(embeddings: pb.Embeddings, field: str) -> MediaEmbeds:
-    """Whether they are the model's, and the grid theirs, the engine says."""
+    """Read embeddings. The engine checks later that they fit the model and the grid."""
     dtype = embeddings.dtype
     if dtype not in DTYPES:
         names = ", ".join(DTYPES)
         raise InputError(f"{field}.dtype", f"{truncated_repr(dtype)}: must be one of {names}")
     grid = tuple(embeddings.grid_thw[:MAX_NUMBERS])
     if len(grid) != 3 or min(grid) < 1:
-        text = f"{truncated_repr(list(grid))}: must be three integers >= 1: patches in time"
-        raise InputError(f"{field}.grid_thw", f"{text}, height, width")
+        text = f"{truncated_repr(list(grid))}: must be three integers >= 1"
+        raise InputError(f"{field}.grid_thw", f"{text}: patches in time, height and width")
     axes = "tokens, hidden size"
     values = _read_array(embeddings.data, np.dtype(DTYPES[dtype]), embeddings.shape, axes, field)
     if dtype == "bfloat16":  # the upper half of a float32
@@ -79,13 +80,16 @@ def _read_embeddings(embeddings: pb.Embeddings, field: str) -> MediaEmbeds:
 def _read_array(
     data: bytes, dtype: np.dtype[Any], shape: Sequence[int], axes: str, field: str
 ) -> npt.NDArray[Any]:
-    """A view of the bytes, if they are what the shape says. `axes` names its numbers."""
+    """Return an array view of the bytes. Raises `InputError` if shape or size do not match.
+
+    `axes`: names of the expected dimensions, for errors.
+    """
     sizes = tuple(shape[:MAX_NUMBERS])
     if len(sizes) != len(axes.split(", ")) or min(sizes) < 1:
-        text = f"{truncated_repr(list(sizes))}: must be {axes}, each from 1 on"
+        text = f"{truncated_repr(list(sizes))}: must be ({axes}), each >= 1"
         raise InputError(f"{field}.shape", text)
     wanted = math.prod(sizes) * dtype.itemsize
     if len(data) != wanted:
-        text = f"{len(data)} bytes, and the shape {list(sizes)} has {wanted}"
+        text = f"has {len(data)} bytes; shape {list(sizes)} needs {wanted}"
         raise InputError(f"{field}.data", text)
     return np.frombuffer(data, dtype).reshape(sizes)

@@ -1,4 +1,4 @@
-"""The public protocol's messages to prompts and sampling settings, and deltas back."""
+"""Convert between protobuf messages and the engine's prompts, sampling parameters and deltas."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .media import read_source
 from .tools import check_calls, read_message_calls, read_tools, write_calls
 
 KINDS = {pb.MEDIA_KIND_IMAGE: "image", pb.MEDIA_KIND_VIDEO: "video"}
-PIECE_TOKENS = 128  # tokens whose log probabilities are in one message of a stream
+PIECE_TOKENS = 128  # maximum tokens with logprobs per message of a stream
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     "abort": pb.FINISH_REASON_ABORT,
-    "error": pb.FINISH_REASON_UNSPECIFIED,  # the call's status says it
+    "error": pb.FINISH_REASON_UNSPECIFIED,  # reported by the call's status
 }
 
 
 def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, Any]:
-    """A prompt as `AsyncLLM.generate` takes it. Raises `InputError` or `RequestRejected`."""
+    """Return the prompt for `AsyncLLM.generate`. Raises `InputError` or `RequestRejected`."""
     _check_counts(request, limits)
     media: dict[str, list[Any]] = {"image": [], "video": []}
     for index, item in enumerate(request.media):
@@ -43,21 +43,21 @@ def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, A
         media[part.pop("type")].append(part)
     given = {f"{kind}s": items for kind, items in media.items() if items} | read_tools(request)
     for index, tool in enumerate(request.tools):
-        _refuse_unknown_of(tool, f"tools[{index}]")
-        _refuse_unknown_of(tool.function, f"tools[{index}].function")
+        _reject_unknown_of(tool, f"tools[{index}]")
+        _reject_unknown_of(tool.function, f"tools[{index}].function")
     form = request.WhichOneof("prompt")
     if form == "conversation":
         return {"messages": _read_messages(request.conversation), **given}
     if form == "text":
         return {"prompt": request.text, **given}
     if form == "token_ids":
-        _refuse_unknown_of(request.token_ids, form)
+        _reject_unknown_of(request.token_ids, form)
         return {"prompt_token_ids": request.token_ids.ids, **given}
-    raise InputError("prompt", "give one of conversation, text and token_ids")
+    raise InputError("prompt", "is missing; set conversation, text or token_ids")
 
 
 def is_large(request: pb.GenerateRequest | pb.TokenizeRequest) -> bool:
-    """Return whether a request is read in a thread. `check_wire` bounds the messages."""
+    """Return whether to read a request in a thread. `check_wire` bounds its size before that."""
     messages = request.conversation.messages
     count = len(messages) + len(getattr(request, "tools", ()))
     count += sum(len(each.content) + len(each.tool_calls) for each in messages[:MAX_AT_ONCE])
@@ -65,8 +65,10 @@ def is_large(request: pb.GenerateRequest | pb.TokenizeRequest) -> bool:
 
 
 def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
-    """Refuses a message of many small things before it is gone through, which the loop that
-    serves all requests would wait for."""
+    """Reject requests with too many small items before iterating over them.
+
+    Raises `InputError`. Iterating would block the event loop.
+    """
     messages = request.conversation.messages
     check_parts(len(messages), (len(each.content) for each in messages))
     check_calls(messages)
@@ -80,12 +82,12 @@ def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
 
 
 def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
-    _refuse_unknown_of(conversation, "conversation")
+    _reject_unknown_of(conversation, "conversation")
     for m, message in enumerate(conversation.messages):
-        _refuse_unknown_of(message, f"messages[{m}]")
+        _reject_unknown_of(message, f"messages[{m}]")
         for c, call in enumerate(message.tool_calls):
-            _refuse_unknown_of(call, f"messages[{m}].tool_calls[{c}]")
-            _refuse_unknown_of(call.function, f"messages[{m}].tool_calls[{c}].function")
+            _reject_unknown_of(call, f"messages[{m}].tool_calls[{c}]")
+            _reject_unknown_of(call.function, f"messages[{m}].tool_calls[{c}].function")
     return [
         {
             "role": message.role,
@@ -100,32 +102,32 @@ def _read_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
 
 
 def _read_part(part: pb.ContentPart, field: str) -> dict[str, Any]:
-    _refuse_unknown_of(part, field)
+    _reject_unknown_of(part, field)
     form = part.WhichOneof("part")
     if form == "text":
         return {"type": "text", "text": part.text}
     if form == "media":
         return _read_media(part.media, field)
-    raise InputError(field, "is neither text nor media")
+    raise InputError(field, "is empty; set text or media")
 
 
 def _read_media(item: pb.MediaItem, field: str) -> dict[str, Any]:
-    """A message's part; without a source where it is a placeholder."""
-    _refuse_unknown_of(item, field)
+    """Return a media item as a content part. A placeholder has no source."""
+    _reject_unknown_of(item, field)
     kind = KINDS.get(item.kind)
     if kind is None:
         raise InputError(f"{field}.kind", f"{item.kind}: must be image or video")
     part: dict[str, Any] = {"type": kind}
     if item.WhichOneof("source") is not None:
-        _refuse_unknown_in_source(item, field)
+        _reject_unknown_in_source(item, field)
         part[kind] = read_source(item, f"{field}.{kind}")
     options = item.options
-    _refuse_unknown_of(options, f"{field}.options")
+    _reject_unknown_of(options, f"{field}.options")
     return part | {d.name: getattr(options, d.name) for d, _ in options.ListFields()}
 
 
 def read_sampling(message: pb.SamplingParams) -> SamplingParams:
-    """An absent field is the checkpoint's default; zero is zero. Raises `InputError`."""
+    """Read sampling parameters. Absent fields get the checkpoint's default. Raises `InputError`."""
     given = {d.name: getattr(message, d.name) for d, _ in message.ListFields()}
     for name in ("stop", "stop_token_ids", "bad_words"):
         if name in given:
@@ -141,7 +143,7 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
 
 
 def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
-    """Raises ValueError."""
+    """Read a structured output constraint. Raises ValueError."""
     if message.WhichOneof("form") == "choice":
         return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
     return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
@@ -150,8 +152,11 @@ def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
 def read_options(
     request: pb.GenerateRequest, time_remaining: float | None, priority: int | None = None
 ) -> OptionFields:
-    """How to treat a request. `time_remaining`: what the call's own deadline leaves; `priority`:
-    the call's, where the request says none. Raises `InputError`."""
+    """Read a request's options.
+
+    `time_remaining`: seconds until the gRPC deadline, if any. `priority`: from the call's metadata,
+    used if the request sets none. Raises `InputError`.
+    """
     options = OptionFields(cache_salt=request.cache_salt)
     if request.HasField("priority"):
         options["priority"] = request.priority
@@ -169,54 +174,56 @@ def read_options(
 
 
 def refuse_unknown(request: pb.GenerateRequest) -> None:
-    """Raise `RequestRejected` for fields of a newer protocol: ignoring one could change the answer.
-    `read_prompt` checks those within messages, media and tools, after it has checked sizes."""
+    """Raise `RequestRejected` for unknown fields, since ignoring one could change the output.
+
+    `read_prompt` checks messages, media and tools, after it has checked their counts.
+    """
     sampling = request.sampling
     messages = {"": request, "sampling": sampling, "sampling.structured": sampling.structured}
     for path, message in messages.items():
-        _refuse_unknown_of(message, path)
+        _reject_unknown_of(message, path)
 
 
-def _refuse_unknown_in_source(item: pb.MediaItem, field: str) -> None:
+def _reject_unknown_in_source(item: pb.MediaItem, field: str) -> None:
     name = item.WhichOneof("source")
     if name in ("frames", "pixels", "embeddings"):
-        _refuse_unknown_of(getattr(item, name), f"{field}.{name}")
+        _reject_unknown_of(getattr(item, name), f"{field}.{name}")
     if name == "frames":
         for index, frame in enumerate(item.frames.frames):
-            _refuse_unknown_of(frame, f"{field}.frames[{index}]")
-            _refuse_unknown_of(frame.pixels, f"{field}.frames[{index}].pixels")
+            _reject_unknown_of(frame, f"{field}.frames[{index}]")
+            _reject_unknown_of(frame.pixels, f"{field}.frames[{index}].pixels")
 
 
-def _refuse_unknown_of(message: Message, path: str) -> None:
+def _reject_unknown_of(message: Message, path: str) -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown):
-        text = f"field number {unknown[0].field_number} is not known to this server"
+        text = f"unknown field number {unknown[0].field_number}; upgrade the server or remove it"
         raise RequestRejected("UNIMPLEMENTED", f"{path or message.DESCRIPTOR.name}: {text}", path)
 
 
 def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:
-    """A text, or messages whose images and videos are placeholders. Raises `InputError`."""
-    _refuse_unknown_of(request, "")
+    """Return a text, or messages with placeholders for media. Raises `InputError`."""
+    _reject_unknown_of(request, "")
     form = request.WhichOneof("prompt")
     if form == "text":
         return request.text
     if form is None:
-        raise InputError("prompt", "give one of conversation and text")
+        raise InputError("prompt", "is missing; set conversation or text")
     given = request.conversation.messages
     check_parts(len(given), (len(each.content) for each in given))
     check_calls(given)
     messages = _read_messages(request.conversation)
     for part in (part for message in messages for part in message["content"]):
         if part["type"] in KINDS.values():
-            part[part["type"]] = b""  # nobody opens it
+            part[part["type"]] = b""  # never decoded
     return messages
 
 
 def split_delta(delta: OutputDelta) -> Iterator[OutputDelta]:
-    """Cut a delta's log probabilities into pieces of about a millisecond's work.
+    """Split a delta with many log probabilities into deltas that each take about 1 ms to encode.
 
-    Those of the prompt come first, then those of tokens with their ids. Media are in the first
-    piece; all else is in the last.
+    Prompt logprobs come first, then output logprobs with their token ids. The first delta has the
+    media, the last one everything else.
     """
     of_prompt, of_tokens = len(delta.prompt_logprobs), len(delta.logprobs)
     if of_prompt + of_tokens <= PIECE_TOKENS:
@@ -261,12 +268,12 @@ def write_delta(delta: OutputDelta) -> pb.GenerateDelta:
 
 
 def _write_logprobs(entry: TokenLogprobs | None) -> pb.TokenLogprobs:
-    """Empty for a token that has none."""
+    """Convert an entry; a token without logprobs gives an empty message."""
     return pb.TokenLogprobs() if entry is None else pb.TokenLogprobs(**entry._asdict())
 
 
 def reply_pieces(answers: Sequence[OutputDelta]) -> Iterator[pb.GenerateReply]:
-    """Yield the reply of whole answers, in order, each time with a piece more."""
+    """Build the reply of complete outputs step by step; yield it after each step."""
     reply = _reply_head(answers)
     for answer in answers:
         message = reply.answers.add()
@@ -276,7 +283,7 @@ def reply_pieces(answers: Sequence[OutputDelta]) -> Iterator[pb.GenerateReply]:
 
 
 def _reply_head(answers: Sequence[OutputDelta]) -> pb.GenerateReply:
-    """Return a reply without its answers."""
+    """Return a reply without outputs."""
     usage, times = (
         next((found for a in answers if (found := getattr(a, name)) is not None), None)
         for name in ("usage", "media_times")

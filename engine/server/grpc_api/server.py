@@ -1,4 +1,4 @@
-"""The public gRPC server: its services, its address, its begin and its end."""
+"""The public gRPC server: services, listening address, startup and shutdown."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 MAX_MESSAGE_BYTES = 256 << 20
-NO_ADDRESS = "the address is in use or not this machine's"
+NO_ADDRESS = "the address is in use or does not belong to this machine"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-GRACE = 10.0  # seconds that running requests get when the server is asked to stop
-SHUTDOWN_GRACE = 4.0  # seconds then for them to be ended, and told so
-HEALTH_CHECK = 1.0  # seconds between two looks at whether the workers are there
+GRACE = 10.0  # seconds for running requests to finish after a stop signal
+SHUTDOWN_GRACE = 4.0  # seconds after that to abort them and send their statuses
+HEALTH_CHECK = 1.0  # seconds between checks of whether the workers are running
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -52,20 +52,20 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Clients may ping as often as this; gRPC's default of five minutes cuts long prefills off.
+    # Minimum ping interval of clients; gRPC's default of five minutes disconnects long prefills.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
-    # Connections that send nothing, or make no calls; clients connect again by themselves.
+    # Close connections that send nothing or make no calls; clients reconnect automatically.
     ("grpc.server_handshake_timeout_ms", 20_000),  # TLS, then HTTP/2's settings
     ("grpc.max_connection_idle_ms", 300_000),
-    ("grpc.max_concurrent_streams", 4096),  # of one connection
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not half of the clients lost
+    ("grpc.max_concurrent_streams", 4096),  # per connection
+    ("grpc.so_reuseport", 0),  # else a second server on the port takes half of the clients
 ]
 
 
 @dataclass
 class GrpcServer:
-    """All services of one engine, before anybody listens."""
+    """The gRPC server of one engine, not listening yet."""
 
     server: grpc.aio.Server
     health: HealthServicer
@@ -77,11 +77,11 @@ class GrpcServer:
 
 
 def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
-    """To be called in the event loop that serves."""
+    """Create the server. Call it in the event loop that serves."""
     work = CallTracker()
-    door = ApiInterceptor(keys, RejectionLog(engine.engine.stats), work)
+    interceptor = ApiInterceptor(keys, RejectionLog(engine.engine.stats), work)
     limit = ("grpc.max_allowed_incoming_connections", connections_that_fit())
-    server = grpc.aio.server(options=[*OPTIONS, limit], interceptors=[door])
+    server = grpc.aio.server(options=[*OPTIONS, limit], interceptors=[interceptor])
     made = GrpcServer(server, HealthServicer(), work)
     control = ControlServicer(
         engine, work, lambda: made.set_health(NOT_SERVING), has_api_keys=keys is not None
@@ -95,8 +95,10 @@ def make_server(engine: AsyncLLM, keys: ApiKeys | None = None) -> GrpcServer:
 
 
 def check_address(host: str, port: int, flag: str) -> None:
-    """Raises OSError, which names the flag that `port` came by, when nothing could listen there:
-    asked before a model is loaded."""
+    """Raise OSError if the address cannot be bound, to fail before the model is loaded.
+
+    `flag`: the command line option of `port`, for the error.
+    """
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -117,36 +119,39 @@ async def serve(
     tls: TlsFiles | None = None,
     http: HttpServer | None = None,
 ) -> int:
-    """Serves until SIGTERM, SIGINT or SIGHUP (returns 0), or until the worker group dies (returns
-    1). A second signal ends without waiting for running requests.
+    """Serve until a stop signal (return 0) or until the engine fails (return 1).
 
-    `http`: the other door, if it is wanted. `on_ready` is called once with the HOST:PORT of gRPC
-    and of HTTP ("" without), after a first step has run. Raises OSError when an address cannot be
-    taken.
+    Stop signals are SIGTERM, SIGINT and SIGHUP. A second one stops without waiting for running
+    requests.
+
+    `http`: an HTTP server to run as well. `on_ready` is called once, after a warm-up step, with the
+    HOST:PORT of gRPC and of HTTP ("" without). Raises OSError if an address cannot be bound.
     """
     made = make_server(engine, keys)
     address = f"[{host}]" if ":" in host else host
     port = listen(made.server, f"{address}:{port}", tls)
-    asked_to_stop, asked_again = _signals()
-    if not await _warmed_up(engine, asked_to_stop):
+    stop_signal, second_signal = _signals()
+    if not await _warmed_up(engine, stop_signal):
         return 0
-    _spare_collector()
+    _freeze_garbage_collector()
     await made.set_health(SERVING)
     watching = asyncio.create_task(_tell_health(made, engine))
     await made.server.start()
     on_ready(f"{address}:{port}", await http.start(engine, made.work) if http else "")
-    died = await _wait(engine, asked_to_stop)
+    died = await _wait(engine, stop_signal)
     watching.cancel()
     await made.set_health(NOT_SERVING)
     if died:
         log.error("the engine stopped: %s", died)
-    await _stop(made, http, engine, 1.0 if died else GRACE, asked_again)
+    await _stop(made, http, engine, 1.0 if died else GRACE, second_signal)
     return 1 if died else 0
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Return the events of the first and the second signal to stop. SIGHUP (a terminal that is
-    closed) is one of them, but not under `nohup`."""
+    """Return the events of the first and the second stop signal.
+
+    SIGHUP (the terminal was closed) counts, except under `nohup`.
+    """
     first, second = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
@@ -159,7 +164,7 @@ def _signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 
 def listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
-    """The port; TLS where `tls` says so. Raises OSError when the address cannot be taken."""
+    """Bind the server and return the port. Raises OSError if the address cannot be bound."""
     try:
         if tls is None:
             return server.add_insecure_port(address)
@@ -173,63 +178,73 @@ async def _stop(
     http: HttpServer | None,
     engine: AsyncLLM,
     grace: float,
-    asked_again: asyncio.Event,
+    second_signal: asyncio.Event,
 ) -> None:
-    """Give running requests `grace` seconds, or until a second signal; then let the engine end the
-    rest, so that each client gets a status. Do not wait for open health watches, nor for clients
-    that do not read their responses."""
+    """Stop the server: wait for running requests, then abort the rest.
+
+    Running requests get `grace` seconds, or until a second signal. The engine ends the rest, so
+    that each client gets a status. Open health watches and clients that do not read are not waited
+    for.
+    """
     made.work.hurry()
     stopping = asyncio.create_task(made.server.stop(grace + SHUTDOWN_GRACE))
-    if await _drained(made.work, grace, asked_again):
+    if await _drained(made.work, grace, second_signal):
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
         await asyncio.wait({closing}, timeout=SHUTDOWN_GRACE / 2)
         await made.work.drain(SHUTDOWN_GRACE / 2)
-    await asyncio.sleep(0.1)  # the last request's status is still to be sent
+    await asyncio.sleep(0.1)  # time to send the last request's status
     await asyncio.gather(made.server.stop(None), *([http.drain(0.0)] if http else []))
     await stopping
 
 
-async def _drained(work: CallTracker, grace: float, asked_again: asyncio.Event) -> int:
-    """Return how many requests are left when the time or the operator's patience is over."""
+async def _drained(work: CallTracker, grace: float, second_signal: asyncio.Event) -> int:
+    """Return how many requests are left after `grace` seconds or a second signal."""
     drained = asyncio.create_task(work.drain(grace))
-    again = asyncio.create_task(asked_again.wait())
+    again = asyncio.create_task(second_signal.wait())
     await asyncio.wait({drained, again}, return_when=asyncio.FIRST_COMPLETED)
     if again.done():
-        log.info("stopping at once: a second signal came")
+        log.info("received a second signal; stopping immediately")
     for task in (drained, again):
         task.cancel()
     await asyncio.wait({drained, again})
     return work.num_running
 
 
-def _spare_collector() -> None:
-    """What is there before the first request stays for good. The garbage collector is not to go
-    through it again and again while streams run, which would stop them for tenths of seconds."""
+def _freeze_garbage_collector() -> None:
+    """Exclude all current objects from garbage collection.
+
+    They live as long as the server, and each full collection would pause streams for tenths of
+    seconds.
+    """
     gc.collect()
     gc.freeze()
     gc.collect()  # resets the size that a full collection has to exceed a quarter of
 
 
 async def warm_up(engine: AsyncLLM) -> None:
-    """One step before anybody waits for one; the metrics do not count it."""
+    """Run one step before the first request. Metrics do not count it."""
     params = SamplingParams(temperature=0, max_tokens=1)
-    await asyncio.to_thread(engine.engine.grammars.warm)  # else the first form holds everyone up
-    with contextlib.suppress(ValueError):  # a max_model_len of one token
+    await asyncio.to_thread(
+        engine.engine.grammars.warm
+    )  # else the first structured request delays all others
+    with contextlib.suppress(ValueError):  # max_model_len is one token
         async for _ in engine.generate({"prompt_token_ids": [0]}, params):
             pass
-    while engine.engine.has_steps and not engine.failed:  # of a token that nobody reads
+    while (
+        engine.engine.has_steps and not engine.failed
+    ):  # a step may be in flight for a token that is not needed
         await asyncio.sleep(0.001)
     engine.engine.stats.start_over()
 
 
-async def _warmed_up(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> bool:
-    """False where the server is to stop before it has."""
+async def _warmed_up(engine: AsyncLLM, stop_signal: asyncio.Event) -> bool:
+    """Warm up. Return False if a stop signal came first."""
     warming = asyncio.create_task(warm_up(engine))
-    signalled = asyncio.create_task(asked_to_stop.wait())
+    signalled = asyncio.create_task(stop_signal.wait())
     await asyncio.wait({warming, signalled}, return_when=asyncio.FIRST_COMPLETED)
     signalled.cancel()
     if warming.done():
-        warming.result()  # or what it raised
+        warming.result()  # raises if it failed
         return True
     warming.cancel()
     await asyncio.wait({warming})
@@ -237,7 +252,7 @@ async def _warmed_up(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> bool:
 
 
 async def _tell_health(made: GrpcServer, engine: AsyncLLM) -> None:
-    """NOT_SERVING while the workers are away for long: requests wait for them."""
+    """Report NOT_SERVING while a worker restart takes long; requests wait meanwhile."""
     was_away = False
     while not made.work.is_draining:
         is_away = engine.engine.restarts.is_long
@@ -247,22 +262,23 @@ async def _tell_health(made: GrpcServer, engine: AsyncLLM) -> None:
         await asyncio.sleep(HEALTH_CHECK)
 
 
-async def _wait(engine: AsyncLLM, asked_to_stop: asyncio.Event) -> str:
-    """Until a signal (gives "") or the engine's death (gives the cause)."""
+async def _wait(engine: AsyncLLM, stop_signal: asyncio.Event) -> str:
+    """Wait for a stop signal (return "") or the engine's failure (return the cause)."""
     death = asyncio.create_task(engine.wait_failed())
-    signalled = asyncio.create_task(asked_to_stop.wait())
+    signalled = asyncio.create_task(stop_signal.wait())
     await asyncio.wait({death, signalled}, return_when=asyncio.FIRST_COMPLETED)
     signalled.cancel()
     if death.done():
         return death.result()
     death.cancel()
-    engine.engine.group.give_up()  # they are told to stop too, perhaps
-    log.info("stopping; running requests get %.0f s", GRACE)
+    # The workers may have received the signal too; do not restart them.
+    engine.engine.group.give_up()
+    log.info("stopping; waiting up to %.0f s for running requests", GRACE)
     return ""
 
 
 def ready_line(engine: AsyncLLM, address: str, http_address: str = "") -> str:
-    """The one line on stdout; worker_pids in rank order."""
+    """Return the only line printed to stdout. worker_pids are in rank order."""
     pids = ",".join(map(str, engine.worker_pids))
     http = f" http={http_address}" if http_address else ""
     return f"ready grpc={address}{http} pid={os.getpid()} worker_pids={pids}"

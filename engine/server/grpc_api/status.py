@@ -1,4 +1,4 @@
-"""gRPC statuses with their details, as `octavo.proto` says."""
+"""gRPC statuses with the details that `octavo.proto` describes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ....proto import octavo_pb2 as pb
 from ..errors import ErrorInfo
 
 DETAILS = "grpc-status-details-bin"
-MAX_TEXT = 2000  # bytes as they travel; gRPC drops a status whose metadata is over some 8,000
+# Encoded bytes. gRPC drops a status with more than about 8,000 bytes of metadata.
+MAX_TEXT = 2000
 _SAMPLING = pb.SamplingParams.DESCRIPTOR.fields_by_name
 _PATHS = {"messages": "conversation.messages", "prompt_token_ids": "token_ids.ids"}
 
 
 async def abort(context: grpc.aio.ServicerContext, fault: ErrorInfo) -> NoReturn:
-    """Ends a call. Raises what `context.abort` does; CancelledError where the caller has gone."""
+    """End a call with a status. Raises AbortError, or CancelledError if the client is gone."""
     code, text = grpc.StatusCode[fault.code], short(fault.text)
     details = ((DETAILS, details_of(fault, text).SerializeToString()),)
     try:
         await context.abort(code, text, details)
-    except grpc.aio.InternalError:  # it could not be sent: who had read enough has left
+    except grpc.aio.InternalError:  # it could not be sent: the client has disconnected
         raise asyncio.CancelledError from None
-    raise AssertionError("context.abort came back")
+    raise AssertionError("context.abort returned")
 
 
 def details_of(fault: ErrorInfo, text: str) -> status_pb2.Status:
@@ -41,14 +42,14 @@ def details_of(fault: ErrorInfo, text: str) -> status_pb2.Status:
 
 
 def failure_of(fault: ErrorInfo) -> pb.Failure:
-    """The event at a stream's end."""
+    """Return the failure event that ends a stream."""
     field = path_of(fault.field) if fault.field else ""
     text = short(fault.text)
     return pb.Failure(code=fault.code, text=text, retryable=fault.retryable, field=field)
 
 
 def path_of(field: str) -> str:
-    """A field by its path in the request's message."""
+    """Return a field's path in the request message."""
     first = field.split("[")[0].split(".")[0]
     if first in _SAMPLING:
         return f"sampling.{field}"
@@ -56,12 +57,15 @@ def path_of(field: str) -> str:
 
 
 def short(text: str) -> str:
-    """As much as a status can carry: gRPC writes all but plain characters as three a byte."""
-    room = MAX_TEXT
+    """Truncate a text to `MAX_TEXT` encoded bytes.
+
+    gRPC percent-encodes all but printable ASCII: three bytes for each UTF-8 byte.
+    """
+    remaining = MAX_TEXT
     for at, character in enumerate(text):
         is_plain = " " <= character <= "~" and character != "%"
-        room -= 1 if is_plain else 3 * len(character.encode("utf-8", "replace"))
-        if room < 0:
+        remaining -= 1 if is_plain else 3 * len(character.encode("utf-8", "replace"))
+        if remaining < 0:
             return text[:at] + "…"
     return text
 

@@ -1,7 +1,8 @@
-"""Bound the work of parsing a protobuf message before it is parsed.
+"""Limit the cost of parsing a protobuf message, before parsing it.
 
 Parsing holds the GIL, and an empty submessage takes two bytes on the wire and 64 in memory: 16 MB
-of them take 0.7 s and 0.5 GB. So fields are counted first, without looking into texts and bytes.
+of them take 0.7 s and 0.5 GB. So the fields are counted first, skipping the contents of strings and
+bytes.
 """
 
 from __future__ import annotations
@@ -11,23 +12,23 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-SMALL = 1 << 17  # bytes that are parsed in a few milliseconds, whatever they are
+SMALL = 1 << 17  # bytes; any such message is parsed within a few milliseconds
 MAX_FIELDS = 300_000
-MAX_PACKED = 4 << 20  # bytes of lists of numbers
-MAX_TEXT = 32 << 20  # bytes of texts; a `url` may be a data URI, and is not counted
+MAX_PACKED = 4 << 20  # bytes of packed numbers
+MAX_TEXT = 32 << 20  # bytes of strings, except `url`, which may be a data URI
 
-_LENGTH = 2  # wire type of texts, bytes, messages and packed numbers
-_FIXED = {1: 8, 5: 4}
+_LENGTH = 2  # wire type of strings, bytes, messages and packed numbers
+_FIXED = {1: 8, 5: 4}  # wire type -> bytes
 
 
 class TooManyFields(ValueError):
-    """The message has more fields than are parsed."""
+    """The message exceeds a limit of `check_wire`."""
 
 
 def check_wire(data: bytes, descriptor: Descriptor) -> None:
-    """Raise `TooManyFields` for a message of over `MAX_FIELDS`, `MAX_PACKED` or `MAX_TEXT`.
+    """Raise `TooManyFields` if a message exceeds `MAX_FIELDS`, `MAX_PACKED` or `MAX_TEXT`.
 
-    What is not a message is left to the parser, which stops there too.
+    Malformed data ends the check; the parser reports it.
     """
     if len(data) <= SMALL:
         return
@@ -35,16 +36,15 @@ def check_wire(data: bytes, descriptor: Descriptor) -> None:
     for count, (packed, text) in enumerate(_fields(data, descriptor), 1):
         num_packed, num_text = num_packed + packed, num_text + text
         if count > MAX_FIELDS:
-            raise TooManyFields(f"the message has over {MAX_FIELDS} fields")
+            raise TooManyFields(f"the message has over {MAX_FIELDS} fields, the maximum")
         if num_packed > MAX_PACKED:
-            raise TooManyFields(f"the message has over {MAX_PACKED} bytes of numbers in lists")
+            raise TooManyFields(f"the message has over {MAX_PACKED} bytes of packed numbers")
         if num_text > MAX_TEXT:
             raise TooManyFields(f"the message has over {MAX_TEXT} bytes of text")
 
 
 def _fields(data: bytes, descriptor: Descriptor) -> Iterator[tuple[int, int]]:
-    """Yield for each field of the message, and of those in it, its bytes of packed numbers and of
-    text."""
+    """Yield (bytes of packed numbers, bytes of text) of each field, including nested messages."""
     parts: list[tuple[int, int, Mapping[int, Any]]] = [(0, len(data), _by_number(descriptor))]
     while parts:
         at, end, fields = parts.pop()
@@ -66,7 +66,7 @@ def _fields(data: bytes, descriptor: Descriptor) -> Iterator[tuple[int, int]]:
                 _, at = _varint(data, at)
             elif kind in _FIXED:
                 at += _FIXED[kind]
-            elif kind not in (3, 4):  # groups, of which only the ends count
+            elif kind not in (3, 4):  # start or end of a group, which has no length
                 return
             yield packed, text
 
@@ -76,7 +76,7 @@ def _by_number(descriptor: Descriptor) -> Mapping[int, Any]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number and the position after it; past the end where it is cut off."""
+    """Return a varint and the offset after it. A truncated one gives the end of the data."""
     number = shift = 0
     while at < len(data) and shift < 70:
         byte = data[at]

@@ -1,4 +1,4 @@
-"""HTTP responses that are sent in pieces: server-sent events, and large JSON."""
+"""Chunked HTTP responses: server-sent events and large JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..chunked_json import Turns, json_pieces
 
 
 class PiecesResponse(Response):
-    """Sends pieces as the client takes them. Closes what they come from however it ends."""
+    """Sends chunks as the client reads them. Closes `on_end` in any case."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ def event_stream(
 def json_response(
     value: Any, on_end: contextlib.AsyncExitStack, headers: Mapping[str, str], turns: Turns
 ) -> Response:
-    """Return JSON: whole with its length where it is small, else chunked."""
+    """Return a JSON response: small ones with a content length, large ones chunked."""
     pieces = json_pieces(value)
     head = list(itertools.islice(pieces, 2))
     if len(head) == 1:

@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection: uvicorn's h11 protocol with receive and send timeouts.
+"""HTTP/1.1 connection: uvicorn's h11 protocol with receive and send timeouts.
 
-h11 bounds a request's head, chunk headers and trailers; httptools, which uvicorn would prefer where
-it is installed, does not.
+h11 limits the sizes of a request's head, chunk headers and trailers. httptools, which uvicorn
+prefers if it is installed, does not.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ..connections import Slot
 from ..drain import CallTracker
 from .middleware import BODY_TIMEOUT, PROGRESS_BYTES
 
-MAX_HEAD_BYTES = 32 << 10  # of the request line and all headers; of one chunk's header, of trailers
-KEEP_ALIVE = 60  # seconds that a connection may rest between two requests
+MAX_HEAD_BYTES = 32 << 10  # request line and headers; a chunk header; trailers
+KEEP_ALIVE = 60  # seconds that a connection may be idle between two requests
 HEAD_TIMEOUT = 20.0  # seconds from a request's first byte to the end of its head
-MAX_UNREAD_BYTES = 1 << 20  # of a request's body after its response, before the connection ends
-BODY_GRACE = 5.0  # seconds that `http_guard` gets to answer a late body
+MAX_UNREAD_BYTES = 1 << 20  # body bytes after the response, before the connection is closed
+BODY_GRACE = 5.0  # seconds for the middleware to respond to a late body first
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds that a request's head and each part of its body may take."""
+    """Timeouts in seconds: for a request's head, and for each `PROGRESS_BYTES` of its body."""
 
     head: float = HEAD_TIMEOUT
     body: float = BODY_TIMEOUT
@@ -41,13 +41,13 @@ class Timeouts:
 
 class Phase(Enum):
     HEAD = "head"  # the request's head is not complete
-    BODY = "body"  # its body is not
+    BODY = "body"  # the body is not complete
     ANSWER = "answer"  # the request is complete, its response is not
-    IDLE = "idle"  # between two requests; uvicorn ends that after `KEEP_ALIVE`
+    IDLE = "idle"  # between two requests; uvicorn closes the connection after `KEEP_ALIVE`
 
 
 class HttpConnection(H11Protocol):
-    """A `LimitedConnection`."""
+    """An HTTP connection with timeouts; implements `LimitedConnection`."""
 
     def __init__(
         self,
@@ -62,9 +62,11 @@ class HttpConnection(H11Protocol):
         self._slot, self._timeouts = slot, timeouts
         self._work, self._rejections = work, rejections
         self._phase, self._since = Phase.HEAD, self.loop.time()
-        self._num_received = 0  # bytes since `_since`; of a body, since its latest progress
-        self._num_unread = 0  # bytes of a body since its response was complete
-        self._unsent: tuple[float, int] | None = None  # when a client did not read: time, bytes
+        self._num_received = 0  # bytes since `_since`, which is the last progress for bodies
+        self._num_unread = 0  # body bytes since the response was complete
+        self._unsent: tuple[float, int] | None = (
+            None  # since when the client has not read: time, unsent bytes
+        )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -88,7 +90,7 @@ class HttpConnection(H11Protocol):
             self._enter(Phase.HEAD)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()  # may begin the next request, which was here already
+        super().on_response_complete()  # may start the next, pipelined request
         self._num_unread = 0
         if self.conn.their_state is h11.SEND_BODY:
             self._enter(Phase.BODY)
@@ -98,7 +100,7 @@ class HttpConnection(H11Protocol):
             self._enter(Phase.HEAD if self.conn.trailing_data[0] else Phase.IDLE)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP, unless a response has begun already."""
+        """Respond to invalid HTTP, unless a response has been started."""
         self._rejections.add(INVALID_HTTP, self._slot.peer)
         try:
             super().send_400_response(msg)
@@ -117,8 +119,10 @@ class HttpConnection(H11Protocol):
             self.transport.close()
 
     def end(self) -> None:
-        """Close the connection once the response that is being sent is complete, if there is one:
-        the server stops. A request whose body is not here yet gets none."""
+        """Close the connection for shutdown, after the response in progress if there is one.
+
+        A request with an incomplete body gets no response.
+        """
         if self._phase is Phase.ANSWER:
             self.cycle.keep_alive = False
         else:
@@ -139,29 +143,29 @@ class HttpConnection(H11Protocol):
             self._slot.set_waiting(phase is not Phase.ANSWER)
 
     def _receive_body(self, size: int) -> None:
-        """A part of a body has come."""
+        """Track the arrival of `size` bytes of a body."""
         if self._phase is not Phase.BODY:
             self._enter(Phase.BODY)
         elif self._num_received >= PROGRESS_BYTES:
             self._since, self._num_received = self.loop.time(), 0
             self._slot.set_waiting(True)
-        if not self._is_answering:  # rejected before its body was here
+        if not self._is_answering:  # rejected before its body was complete
             self._num_unread += size
             if self._num_unread > MAX_UNREAD_BYTES:
                 self.transport.close()
 
     def _is_late(self, now: float) -> bool:
-        """Whether the head, or the next part of the body, did not come in time."""
+        """Return whether the head or the next part of the body is overdue."""
         if self._phase is Phase.HEAD:
             return now - self._since > self._timeouts.head
         if self._phase is not Phase.BODY:
             return False
-        if self.flow.read_paused:  # the server does not read
+        if self.flow.read_paused:  # the server has paused reading
             self._since, self._num_received = now, 0
         return now - self._since > self._timeouts.body + BODY_GRACE
 
     def _is_unread(self, now: float) -> bool:
-        """Whether the client did not read enough of what waits to be sent."""
+        """Return whether the client reads its response too slowly."""
         num_bytes = self.transport.get_write_buffer_size()
         num_bytes += num_bytes and unsent_in_kernel(self.transport)
         if num_bytes == 0 or not (self.flow.write_paused or self.transport.is_closing()):
@@ -174,19 +178,22 @@ class HttpConnection(H11Protocol):
         return now - since > self._work.send_timeout
 
     def _disconnect(self) -> None:
-        """Let the application see that the client is gone: nothing more can be sent."""
+        """Report to the application that the client has disconnected."""
         if self._is_answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             self.flow.resume_writing()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Not logged: any client can cause it. The request is answered as HTTP/1.1."""
+        """Log nothing, because any client can cause it. The request is served as HTTP/1.1."""
 
 
 def unsent_in_kernel(transport: asyncio.Transport) -> int:
-    """Return the bytes of a socket's send buffer that the client has not acknowledged. The buffer
-    takes new bytes only after megabytes were read, which a slow client needs minutes for."""
+    """Return how many bytes of a socket's send buffer the client has not acknowledged.
+
+    asyncio's buffer alone does not show progress: the kernel accepts new bytes only after the
+    client has read megabytes, which takes a slow client minutes.
+    """
     try:
         file = transport.get_extra_info("socket").fileno()
         return int.from_bytes(fcntl.ioctl(file, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
@@ -195,7 +202,7 @@ def unsent_in_kernel(transport: asyncio.Transport) -> int:
 
 
 def http_config(app: Any) -> uvicorn.Config:
-    """Return uvicorn's settings. Below errors it logs nothing: any client can cause that."""
+    """Return uvicorn's settings. Only errors are logged: clients can cause all other messages."""
     config = uvicorn.Config(
         app,
         http=H11Protocol,

@@ -1,4 +1,4 @@
-"""Errors of the HTTP door, in OpenAI's form."""
+"""Errors of the HTTP server, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ....scheduler.params import truncated_repr
 from ..errors import ErrorInfo, error_info
 
 MAX_ERROR_TEXT = 2000  # characters
-RETRY_AFTER = "1"  # seconds, of 429 and 503
-OF_CODE: dict[str, tuple[int, str, str | None]] = {  # status, and OpenAI's type and code
+RETRY_AFTER = "1"  # seconds, for 429 and 503
+OF_CODE: dict[str, tuple[int, str, str | None]] = {  # HTTP status, OpenAI's type and code
     "INVALID_ARGUMENT": (400, "invalid_request_error", None),
     "UNAUTHENTICATED": (401, "authentication_error", "invalid_api_key"),
     "PERMISSION_DENIED": (403, "permission_error", None),
@@ -29,7 +29,7 @@ OF_CODE: dict[str, tuple[int, str, str | None]] = {  # status, and OpenAI's type
 
 
 class ApiError(Exception):
-    """An answer that is an error; its arguments are the fields of OpenAI's error and its status."""
+    """An error response: an HTTP status and the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> str:
-        """JSON in ASCII: what a caller wrote may not be Unicode text."""
+        """The JSON body, in ASCII: quoted input may contain invalid Unicode."""
         error = {"message": self.text, "type": self.kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error})
 
@@ -53,9 +53,9 @@ class ApiError(Exception):
         headers = {}
         if self.status in (429, 503):
             headers["retry-after"] = RETRY_AFTER
-        if self.status in (500, 501, 504):  # else OpenAI's clients send all 5xx again
+        if self.status in (500, 501, 504):  # OpenAI's clients retry any 5xx by default
             headers["x-should-retry"] = "false"
-        if self.status == 408:  # the rest of the body may still come
+        if self.status == 408:  # the rest of the body may still arrive
             headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -70,29 +70,31 @@ def api_error(fault: ErrorInfo) -> ApiError:
 
 
 def fault_code(error: Exception) -> str:
-    """The engine's, for its log and metrics."""
+    """Return the engine's error code, for its log and metrics."""
     return "INVALID_ARGUMENT" if isinstance(error, ApiError) else error_info(error).code
 
 
 def error_of(error: Exception) -> ApiError:
-    """What the caller is told. No text of a fault of ours goes out; the caller of this logs it."""
+    """Return the response for an exception. Internal errors are masked; log them separately."""
     if isinstance(error, ApiError):
         return error
     return api_error(error_info(error))
 
 
 def misrouted(error: HTTPException, method: str, path: str, paths: Sequence[str]) -> ApiError:
-    """The router's own error. `paths`: all that there are."""
+    """Return the response for a routing error. `paths`: all existing paths."""
     if error.status_code == 404:
         near = [each for each in paths if each in (f"/v1{path}", path.removeprefix("/v1"))]
         near = [each for each in near if each != "/"]
         some = [each for each in paths if each.startswith("/v1/") and "{" not in each]
-        text = f"there is no such path; there are {', '.join(some)}"
+        text = f"unknown path; use one of {', '.join(some)}"
         if near:
-            text = f"there is no such path, but {near[0]}"
-            text += "; base_url of OpenAI's clients ends with /v1" if path in near[0][1:] else ""
+            text = f"unknown path; use {near[0]}"
+            text += (
+                "; base_url of OpenAI's clients must end with /v1" if path in near[0][1:] else ""
+            )
         return ApiError(404, f"{truncated_repr(path)}: {text}", "not_found_error")
     takes = (error.headers or {}).get("Allow", "")
     return ApiError(
-        error.status_code, f"{truncated_repr(path)} takes {takes}, not {truncated_repr(method)}"
+        error.status_code, f"{truncated_repr(path)}: use {takes}, not {truncated_repr(method)}"
     )

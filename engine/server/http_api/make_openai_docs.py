@@ -1,4 +1,4 @@
-"""Write docs/openai.md.
+"""Generate docs/openai.md.
 
 python -m octavo.engine.server.http_api.make_openai_docs > docs/openai.md
 """
@@ -15,23 +15,24 @@ HEAD = """\
 
 <!-- Generated from engine/utils/openai_fields.py by engine/server/http_api/make_openai_docs.py. -->
 
-Fields of requests to `/v1/chat/completions` and `/v1/completions`. Null is the same as absent.
-"Accepted without effect": the field changes no answer here, and any value passes unless values are
-named; other values are rejected by name, as is every field that is not in these tables.
+Request fields of `/v1/chat/completions` and `/v1/completions`. Null is the same as absent.
+"Accepted without effect" means that the field is ignored. If the table lists values, only those are
+accepted. Other values, and fields that are not in these tables, are rejected with an error that
+names the field.
 
-Responses: `usage` is over all prompts and choices of a request. In `logprobs`, `bytes` are the
-exact bytes of a token; a part of a character is written as `\\xe2\\x80` in chats and
-`bytes:\\xe2\\x80` in completions. `top_logprobs` of completions have the sampled token first; a
-name that two tokens share is `token_id:ID` for the second. `text_offset` counts characters.
+Responses: `usage` is the total over all prompts and choices of a request. In `logprobs`, `bytes`
+are the exact bytes of a token; an incomplete character is written as `\\xe2\\x80` in chats and
+`bytes:\\xe2\\x80` in completions. `top_logprobs` of completions list the sampled token first; if
+two tokens have the same name, the second is named `token_id:ID`. `text_offset` counts characters.
 
-A request may ask for at most 2,097,152 log probabilities over all of its prompts and answers:
-tokens of its prompts x (`prompt_logprobs` + 1) + `n` x `max_tokens` x (`logprobs` + 1). An answer
-without `max_tokens` counts as long as the model allows. Responses over 32 KiB are sent in pieces.
+A request may have at most 2,097,152 log probabilities over all of its prompts and outputs:
+prompt tokens x (`prompt_logprobs` + 1) + `n` x `max_tokens` x (`logprobs` + 1). Without
+`max_tokens`, the maximum output length of the model counts. Responses over 32 KiB are chunked.
 """
 
 
 def openai_page() -> str:
-    """Return the page, as Markdown."""
+    """Return the page as Markdown."""
     return HEAD + "\n" + "\n".join(line for table in TABLES.items() for line in _table(*table))
 
 

@@ -1,5 +1,4 @@
-"""What every HTTP request passes before it is looked at: keys, draining, the body's size; and what
-ends one whose client has gone."""
+"""HTTP middleware: authentication, draining, body limits, cancellation when clients disconnect."""
 
 from __future__ import annotations
 
@@ -21,29 +20,33 @@ from ..metadata import MAX_REQUEST_ID
 from .errors import ApiError, api_error, error_of
 from .page_route import PATHS
 
-MAX_BODY_BYTES = 256 << 20  # as gRPC's messages
-MAX_BODIES_BYTES = 4 << 30  # of all calls together
-PROGRESS_BYTES = 64 << 10  # so much of a body, or all of what is left, has to come in ..
-BODY_TIMEOUT = 30.0  # .. so many seconds
-OPEN_PATHS = ("/health", "/ready", *PATHS)  # without a key: for who watches, and the page's files
+MAX_BODY_BYTES = 256 << 20  # the same as for gRPC messages
+MAX_BODIES_BYTES = 4 << 30  # of all calls in flight together
+# Each PROGRESS_BYTES of a body, or the rest, must arrive within BODY_TIMEOUT seconds.
+PROGRESS_BYTES = 64 << 10
+BODY_TIMEOUT = 30.0
+OPEN_PATHS = ("/health", "/ready", *PATHS)  # need no key: probes and the page's files
 
 
 class RequestBodyBudget:
-    """Bytes that the calls which run have sent by now. Of one event loop."""
+    """Limits the total body bytes of calls in flight. Not thread-safe."""
 
     def __init__(self, most: int = MAX_BODIES_BYTES) -> None:
         self.num_bytes, self._most = 0, most
 
     @contextlib.contextmanager
     def call(self) -> Iterator[Callable[[int], None]]:
-        """While a call runs. Gives what is told of bytes that came; it raises `ApiError` where
-        there are too many. One call's alone may be more."""
+        """Count a call's bytes until it ends.
+
+        Yields a callback that takes the size of each received part and raises `ApiError` above the
+        limit. A single call may exceed it.
+        """
         held = 0
 
         def take(size: int) -> None:
             nonlocal held
             if held < self.num_bytes and self.num_bytes + size > self._most:
-                text = f"bodies of {self.num_bytes} bytes are here already; try again later"
+                text = f"request bodies in flight have {self.num_bytes} bytes already; retry later"
                 raise api_error(ErrorInfo("RESOURCE_EXHAUSTED", text))
             held, self.num_bytes = held + size, self.num_bytes + size
 
@@ -54,9 +57,11 @@ class RequestBodyBudget:
 
 
 class AuthMiddleware:
-    """The one middleware. What it lets through has its whole body, and is cancelled when its
-    client goes away, as gRPC does it. Draining does not wait for a body that is being sent: its
-    request is rejected when it is complete."""
+    """Checks requests and reads their bodies before the application runs.
+
+    The application is cancelled when the client disconnects, as in gRPC. Draining does not wait for
+    incomplete bodies; their requests are rejected when complete.
+    """
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class AuthMiddleware:
         max_bytes: int = MAX_BODIES_BYTES,
         body_timeout: float = BODY_TIMEOUT,
     ) -> None:
-        """`max_bytes`: of the bodies of all calls that run."""
+        """Wrap `app`. `max_bytes`: limit on the bodies of all calls in flight."""
         self._app, self._work, self._keys, self._rejections = app, work, keys, rejections
         self._bodies, self._body_timeout = RequestBodyBudget(max_bytes), body_timeout
 
@@ -85,9 +90,9 @@ class AuthMiddleware:
                 self._work.check_not_draining()
                 with self._bodies.call() as take:
                     body = await read_body(receive, take, self._body_timeout)
-                    if body is not None:  # else the client went away
+                    if body is not None:  # else the client has disconnected
                         with self._work.call():
-                            await _run_while_wanted(self._app, body, scope, receive, send)
+                            await _run_until_disconnect(self._app, body, scope, receive, send)
                 return
         except (ApiError, RequestRejected) as error:
             await error_of(error).response()(scope, receive, send)
@@ -95,15 +100,18 @@ class AuthMiddleware:
         await self._app(scope, receive, send)
 
     def _check_key(self, headers: Headers, scope: Scope) -> None:
-        """Raises `ApiError`."""
+        """Raise `ApiError` for a missing or invalid API key."""
         given = headers.get("authorization")
         if self._keys is not None and not self._keys.accept(given):
             self._rejections.add(API_KEY, "{}:{}".format(*scope.get("client") or ("?", "?")))
             raise api_error(self._keys.fault(given))
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:
-        """On loopback without keys a browser of this machine is trusted, but not for any site's
-        page: one whose name was made to lead here sends that name. Raises `ApiError`."""
+        """Raise `ApiError` for a foreign Host header on loopback without keys (DNS rebinding).
+
+        Local browsers are trusted then, but pages of other sites are not. A site whose name
+        resolves to this machine sends that name.
+        """
         server = (scope.get("server") or ("",))[0]
         host = headers.get("host", "")
         if self._keys is None and _is_loopback(server) and not _is_of_this_machine(host):
@@ -114,11 +122,11 @@ class AuthMiddleware:
             )
 
     def _check(self, headers: Headers, posts: bool) -> None:
-        """Raises `ApiError`."""
+        """Raise `ApiError` for the wrong content type or a body that is too large."""
         if not posts:
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # others a browser sends for any page, unasked
+        if kind != "application/json":  # browsers send others cross-site without CORS
             raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
@@ -133,7 +141,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _is_of_this_machine(host: str) -> bool:
-    """A header `Host` with a name that cannot be another site's."""
+    """Return whether a Host header cannot be the name of another site."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -146,7 +154,7 @@ def _is_of_this_machine(host: str) -> bool:
 
 
 def _echoing(headers: Headers, send: Send) -> Send:
-    """Answers have their request's x-request-id, errors too."""
+    """Add the request's x-request-id to the response, also to errors."""
     name = headers.get("x-request-id", "")
     if not name or len(name) > MAX_REQUEST_ID:
         return send
@@ -169,9 +177,11 @@ async def read_body(
     take: Callable[[int], None] = lambda size: None,
     progress_timeout: float = BODY_TIMEOUT,
 ) -> bytes | None:
-    """Return a request's body, or None when the client went away. Raises `ApiError` for one that
-    is too large, or slower than `PROGRESS_BYTES` in `progress_timeout` seconds. `take`: called with
-    the size of each part."""
+    """Return a request's body, or None if the client disconnects.
+
+    Raises `ApiError` for a body that is too large or slower than `PROGRESS_BYTES` in
+    `progress_timeout` seconds. `take`: called with the size of each part.
+    """
     body = bytearray()  # not a list: parts can be single bytes
     progress, more = 0, True
     loop = asyncio.get_running_loop()
@@ -196,21 +206,21 @@ async def read_body(
 
 
 def _too_slow(size: int, seconds: float) -> ApiError:
-    text = f"the body did not arrive in time: {size} bytes came, and then less than "
-    text += f"{PROGRESS_BYTES} in {seconds:g} s; send it again over a faster connection"
+    text = f"the body did not arrive in time: after {size} bytes, less than {PROGRESS_BYTES} more "
+    text += f"in {seconds:g} s; retry over a faster connection"
     return ApiError(408, text, "timeout_error", code="request_timeout")
 
 
-async def _run_while_wanted(
+async def _run_until_disconnect(
     app: ASGIApp, body: bytes, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Runs `app` in a task of its own, which is cancelled when the client goes away first."""
+    """Run `app` in a task that is cancelled if the client disconnects first."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     is_answered = False
 
     async def receive_body() -> Message:
         if not messages:
-            await asyncio.Event().wait()  # nothing else comes: that the client goes is seen here
+            await asyncio.Event().wait()  # never ends: `wait_gone` handles disconnects
         return messages.pop()
 
     async def send_on(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens in OpenAI's two formats, and those of prompts in vLLM's."""
+"""Format output log probabilities as in OpenAI's APIs, and those of prompts as in vLLM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ....scheduler.logprobs import TokenLogprobs
 from ..chunked_json import LazyList
 from ..token_texts import TextOffsets, TokenTexts
 
-LEAST = -9999.0  # JSON has no -Infinity; OpenAI writes this
+MIN_LOGPROB = -9999.0  # OpenAI's value for -Infinity, which JSON lacks
 
 Entries = Sequence[TokenLogprobs]
 
 
 def write_chat_logprobs(entries: Entries, texts: TokenTexts) -> dict[str, Any] | None:
-    """Return `logprobs` of a chat's choice; None where they were not asked for."""
+    """Return `logprobs` of a chat choice, or None if not requested."""
     if not entries:
         return None
     return {"content": LazyList(lambda: (_chat_entry(each, texts) for each in entries))}
@@ -24,9 +24,9 @@ def write_chat_logprobs(entries: Entries, texts: TokenTexts) -> dict[str, Any] |
 def write_completion_logprobs(
     entries: Entries, texts: TokenTexts, offsets: TextOffsets
 ) -> dict[str, Any] | None:
-    """Return `logprobs` of a completion's choice; None where they were not asked for.
+    """Return `logprobs` of a completions choice, or None if not requested.
 
-    `offsets`: the choice's; the result is to be written once.
+    `offsets`: the choice's offset counter. Encode the result only once, because that advances it.
     """
     if not entries:
         return None
@@ -39,10 +39,10 @@ def write_completion_logprobs(
 
 
 def write_prompt_logprobs(entries: Sequence[TokenLogprobs | None], texts: TokenTexts) -> LazyList:
-    """Return a prompt's log probabilities in vLLM's format: by token id, the token's own first.
+    """Return a prompt's log probabilities in vLLM's format: by token id, the prompt token first.
 
-    `rank` counts from 1, and is null for a token that is not among the alternatives. None where
-    an entry is None.
+    `rank` starts at 1; it is null for a token that is not among the alternatives. Entries that are
+    None stay None.
     """
     return LazyList(lambda: (each and _by_token(each, texts) for each in entries))
 
@@ -61,7 +61,7 @@ def _by_token(entry: TokenLogprobs, texts: TokenTexts) -> dict[str, dict[str, An
 
 
 def _by_key(entry: TokenLogprobs, texts: TokenTexts) -> dict[str, float]:
-    """The sampled token first. A name that is taken already is replaced by the token's id."""
+    """Map names to logprobs, the sampled token first. A duplicate name becomes the token id."""
     found = {texts.key_of(entry.token_id): _finite(entry.logprob)}
     for token, logprob in _others(entry):
         key = texts.key_of(token)
@@ -86,4 +86,4 @@ def _token(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return max(logprob, MIN_LOGPROB)

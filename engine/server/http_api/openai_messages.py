@@ -1,5 +1,7 @@
-"""OpenAI's messages as the engine takes them: `image_url` and `video_url` become images and
-videos. What the engine checks anyway is left to it."""
+"""Convert OpenAI's messages to the engine's: `image_url` and `video_url` become images and videos.
+
+Checks that the engine makes anyway are not repeated here.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from ...input.openai_parts import KIND_OF, read_media, with_type
 from ...input.prompt import PLACEHOLDER
 from ...utils.openai_fields import IGNORED_OF_PART, without, without_ignored
 
-_MEDIA = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\]\.(?:image|video)")  # the engine's name
+_MEDIA = re.compile(
+    r"messages\[(\d+)\]\.content\[(\d+)\]\.(?:image|video)"
+)  # the engine's field name
 
 
 def read_messages(messages: Any) -> list[Any]:
-    """A conversation for the engine. Raises `InputError`."""
+    """Return a conversation for the engine. Raises `InputError`."""
     if not isinstance(messages, list):
         raise InputError("messages", "must be a list")
     contents = (each.get("content") for each in messages if isinstance(each, dict))
@@ -28,17 +32,17 @@ def read_messages(messages: Any) -> list[Any]:
 
 
 def _read_message(message: Any, field: str) -> Any:
-    """Return the message without fields that change no answer."""
+    """Return the message without fields that have no effect."""
     if not isinstance(message, dict):
         raise InputError(field, f"must be an object, not {type(message).__name__}")
     if not isinstance(message.get("name"), str | None):
-        raise InputError(f"{field}.name", "must be a text")
+        raise InputError(f"{field}.name", "must be a string")
     found = {name: value for name, value in message.items() if value not in (None, [])}
     found = dict(without_ignored(found))
     if found.get("role") == "developer":
         found["role"] = "system"
     if "function_call" in found:
-        raise InputError(f"{field}.function_call", "is tool_calls by now: use that")
+        raise InputError(f"{field}.function_call", "is not supported; use tool_calls")
     content = message.get("content")
     if content is None and found.get("role") == "assistant":
         content = ""
@@ -55,14 +59,14 @@ def _read_part(part: Any, field: str) -> Any:
     if name == "text":
         return part
     if not isinstance(name, str) or name not in KIND_OF:
-        text = f"{truncated_repr(name)}; must be text, image_url or video_url"
+        text = f"{truncated_repr(name)}: must be text, image_url or video_url"
         raise InputError(f"{field}.type", text)
     return read_media(part, name, f"{field}.{name}")
 
 
 @contextmanager
 def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
-    """Errors of a request that was taken name its fields as its caller wrote them."""
+    """Map field names in errors of a parsed request back to those in its `body`."""
     try:
         yield
     except InputError as error:
@@ -70,9 +74,9 @@ def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
 
 
 def as_written(error: InputError, body: Mapping[str, Any]) -> InputError:
-    """The error with its field's name in `body`, a request that was taken."""
+    """Return the error with the field name of `body`, a request that was parsed."""
     if error.field.startswith(PLACEHOLDER):
-        text = f"has {PLACEHOLDER} for an image or a video: /v1/chat/completions takes them"
+        text = f"has {PLACEHOLDER}, a media placeholder; use /v1/chat/completions for media"
         return InputError("prompt", text)
     field = _as_written(error.field, body)
     if field == error.field:

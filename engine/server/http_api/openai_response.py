@@ -1,4 +1,4 @@
-"""Deltas as OpenAI's answers: one object, or chunks of a stream."""
+"""Convert deltas to OpenAI's responses: one object, or chunks of a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PromptLogprobs = Sequence[TokenLogprobs | None]
 
 @dataclass(eq=False)
 class ChoiceState:
-    """How far a choice's stream has come."""
+    """Progress of a choice's stream."""
 
     offsets: TextOffsets
     is_first: bool = True
@@ -33,7 +33,7 @@ class ChoiceState:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """How one request's answers are written. `choice` counts over all of its prompts."""
+    """Formats one request's responses. `choice` indices count over all of its prompts."""
 
     request_id: str
     model: str
@@ -48,8 +48,10 @@ class AnswerForm:
         delta: OutputDelta,
         state: ChoiceState,
     ) -> dict[str, Any]:
-        """Return a stream's chunk. A prompt's log probabilities are in the first chunk of its
-        first choice."""
+        """Return a stream's chunk.
+
+        A prompt's log probabilities are in the first chunk of its first choice.
+        """
         is_first, num_calls = state.is_first, state.num_calls
         state.is_first, state.num_calls = False, num_calls + len(delta.tool_calls)
         new: dict[str, Any] = {"text": delta.text}
@@ -59,13 +61,13 @@ class AnswerForm:
             if delta.tool_calls:
                 calls = enumerate(write_calls(delta.tool_calls), num_calls)
                 new["delta"]["tool_calls"] = [{"index": i, **call} for i, call in calls]
-        told = self._logprobs(delta.logprobs, state.offsets)
+        logprobs = self._logprobs(delta.logprobs, state.offsets)
         has_calls = bool(num_calls or delta.tool_calls)
-        reason = {"logprobs": told, "finish_reason": _reason(delta.finish_reason, has_calls)}
+        reason = {"logprobs": logprobs, "finish_reason": _reason(delta.finish_reason, has_calls)}
         chunk = self._head("chat.completion.chunk", [{"index": choice, **new, **reason}])
         if delta.prompt_logprobs:
-            told_of_prompt = write_prompt_logprobs(delta.prompt_logprobs, self.texts)
-            (chunk if self.is_chat else chunk["choices"][0])["prompt_logprobs"] = told_of_prompt
+            prompt_logprobs = write_prompt_logprobs(delta.prompt_logprobs, self.texts)
+            (chunk if self.is_chat else chunk["choices"][0])["prompt_logprobs"] = prompt_logprobs
         if delta.media:
             chunk["media"] = write_media(delta.media)
         return chunk
@@ -80,8 +82,11 @@ class AnswerForm:
         media: Sequence[MediaInfo],
         prompt_logprobs: Sequence[PromptLogprobs] = (),
     ) -> dict[str, Any]:
-        """`outputs` in the order of their choices; `prompt_logprobs` one a prompt, where they were
-        asked for: as vLLM has it in each choice of completions, and in a chat beside them."""
+        """Return a complete response.
+
+        `outputs`: in the order of choices. `prompt_logprobs`: one entry per prompt, if requested.
+        As in vLLM, they are in each choice of completions, and at the top level of chats.
+        """
         prompts = [write_prompt_logprobs(each, self.texts) for each in prompt_logprobs]
         choices = []
         for choice, output in enumerate(outputs):
@@ -91,9 +96,9 @@ class AnswerForm:
                 if output.tool_calls:
                     calls = {"tool_calls": write_calls(output.tool_calls)}
                     new["message"] |= {"content": output.text or None} | calls
-            told = self._logprobs(cast(Entries, output.logprobs), self.new_choice().offsets)
+            logprobs = self._logprobs(cast(Entries, output.logprobs), self.new_choice().offsets)
             ended = _reason(output.finish_reason, bool(output.tool_calls))
-            reason = {"logprobs": told, "finish_reason": ended}
+            reason = {"logprobs": logprobs, "finish_reason": ended}
             if prompts and not self.is_chat:
                 new["prompt_logprobs"] = prompts[choice * len(prompts) // len(outputs)]
             choices.append({"index": choice, **new, **reason})
@@ -132,12 +137,12 @@ def write_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
 
 
 def _reason(reason: str | None, has_calls: bool) -> str | None:
-    """An answer that was cut off says so, calls or not."""
+    """Return OpenAI's finish reason. A truncated output is "length" even with tool calls."""
     return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 def write_usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """Over all prompts of a request."""
+    """Return the total usage of a request's prompts."""
     prompt = sum(usage.prompt_tokens for usage in usages)
     output = sum(usage.output_tokens for usage in usages)
     cached = sum(usage.cached_tokens for usage in usages)
@@ -150,5 +155,5 @@ def write_usage(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 def write_media(media: Sequence[MediaInfo]) -> list[dict[str, Any]]:
-    """What was made of each item: an extension, as the public protocol's ResolvedMedia."""
+    """Return how each item was preprocessed: an extension, like gRPC's ResolvedMedia."""
     return [asdict(info) for info in media]

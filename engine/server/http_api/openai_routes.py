@@ -1,4 +1,4 @@
-"""The paths of the HTTP door."""
+"""Routes of the OpenAI-compatible HTTP server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Routes:
     """The endpoints of one engine."""
 
     engine: AsyncLLM
-    names: tuple[str, ...]  # of its model; responses have the first
+    names: tuple[str, ...]  # served model names; responses have the first
     work: CallTracker
     created: int  # seconds since 1970
     texts: TokenTexts
@@ -85,42 +85,42 @@ class Routes:
         is_chat: bool,
     ) -> Response:
         body = await request.body()
-        told, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
-        with counted(told, stats, fault_code):
-            beside = read_metadata(request.headers.items())
+        header, stats = request.headers.get("x-request-id", ""), self.engine.engine.stats
+        with counted(header, stats, fault_code):
+            metadata = read_metadata(request.headers.items())
             reading = functools.partial(read_request, body, self.names, read)
-            asked = await in_thread(reading, len(body) > AT_ONCE)
-        name = request_name(beside.request_id, self.engine.is_running, len(asked.prompts))
-        if beside.priority is not None:
-            asked.options.setdefault("priority", beside.priority)
-        log_trace(name, beside)
-        return await self._respond(asked, name, beside, is_chat)
+            parsed = await in_thread(reading, len(body) > AT_ONCE)
+        name = request_name(metadata.request_id, self.engine.is_running, len(parsed.prompts))
+        if metadata.priority is not None:
+            parsed.options.setdefault("priority", metadata.priority)
+        log_trace(name, metadata)
+        return await self._respond(parsed, name, metadata, is_chat)
 
     async def _respond(
-        self, asked: ParsedRequest, name: str, beside: CallMetadata, is_chat: bool
+        self, parsed: ParsedRequest, name: str, metadata: CallMetadata, is_chat: bool
     ) -> Response:
-        shows_special = not asked.params.skip_special_tokens
+        shows_special = not parsed.params.skip_special_tokens
         form = AnswerForm(name, self.names[0], is_chat, self.texts, not shows_special)
-        headers, usage = {"x-request-id": beside.request_id or name}, RunningUsage()
+        headers, usage = {"x-request-id": metadata.request_id or name}, RunningUsage()
         async with contextlib.AsyncExitStack() as stack:
             budget, max_model_len = self.engine.logprob_budget, self.engine.config.max_model_len
-            charge = stack.enter_context(budget.call(asked.params, max_model_len or 0))
+            charge = stack.enter_context(budget.call(parsed.params, max_model_len or 0))
 
             def on_ready(num_prompt_tokens: int) -> None:
                 charge.add(num_prompt_tokens)
                 usage.prompt_tokens += num_prompt_tokens
 
-            answers = answers_of(self.engine, asked, name, beside.traceparent, on_ready)
+            answers = answers_of(self.engine, parsed, name, metadata.traceparent, on_ready)
             stack.push_async_callback(answers.aclose)
-            with named_as_written(asked.body):
-                if not asked.stream:
-                    whole = await gather(answers, asked, form)
+            with named_as_written(parsed.body):
+                if not parsed.stream:
+                    whole = await gather(answers, parsed, form)
                     return json_response(whole, stack.pop_all(), headers, self.turns)
-                # What is rejected gets a status: nothing is sent before the first delta.
+                # Wait for the first delta before sending headers, so that rejections get a status.
                 first = await anext(answers)
             if first[1].error:
-                raise failed(first[1].error, asked)
-            events = chunks(first, answers, asked, form, usage, self.turns)
+                raise failed(first[1].error, parsed)
+            events = chunks(first, answers, parsed, form, usage, self.turns)
             return event_stream(events, stack.pop_all(), headers)
 
     async def models(self, request: Request) -> Response:
@@ -145,14 +145,16 @@ class Routes:
         return await in_thread(functools.partial(read_json, data), len(data) > AT_ONCE)
 
     async def tokenize(self, request: Request) -> Response:
-        """Of {"prompt": ...} or {"messages": ...}: one placeholder token for each item, which is
-        neither fetched nor looked at."""
+        """Tokenize {"prompt": ...} or {"messages": ...}.
+
+        Each image or video gives one placeholder token; it is neither fetched nor decoded.
+        """
         body = await self._body(request)
         check_model(body, self.names)
         _only(body, "model", "prompt", "messages")
         prompt, messages = body.get("prompt"), body.get("messages")
         if (prompt is None) == (messages is None) or not isinstance(prompt, str | None):
-            raise InputError("prompt", "give a text there, or a conversation as messages")
+            raise InputError("prompt", "set either prompt (a string) or messages")
         tokens = await self.engine.tokenize(
             prompt if prompt is not None else read_messages(messages)
         )
@@ -170,22 +172,24 @@ class Routes:
             return _json({"prompt": await self.engine.detokenize(tokens)})
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus, in its text form."""
+        """Return the metrics in Prometheus' text format."""
         text = metrics_text(self.engine.engine.stats)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def health(self, request: Request) -> Response:
-        """The process lives."""
+        """Return 200 while the process is alive."""
         return _json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Requests are taken."""
+        """Return 200 while requests are accepted, else 503."""
         if self.work.is_draining:
-            raise RequestRejected("UNAVAILABLE", "the server is being drained")
+            raise RequestRejected("UNAVAILABLE", "the server is draining")
         if self.engine.failed:
             raise RequestRejected("UNAVAILABLE", "the engine has stopped")
         if self.engine.engine.restarts.is_long:
-            raise RequestRejected("UNAVAILABLE", "the workers are away; requests wait for them")
+            raise RequestRejected(
+                "UNAVAILABLE", "the workers are restarting; requests wait for them"
+            )
         return _json({"status": "ready"})
 
 
@@ -196,4 +200,4 @@ def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:
 def _only(body: Mapping[str, Any], *known: str) -> None:
     for name in body:
         if name not in known:
-            raise InputError(name, f"unknown; this takes {', '.join(known)}")
+            raise InputError(name, f"unknown field; allowed are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""The engine's deltas as HTTP responses: gathered into one object, or as server-sent events."""
+"""Build HTTP responses from deltas: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .openai_structured import renamed
 log = logging.getLogger("octavo.server")
 
 DONE = b"data: [DONE]\n\n"
-MAX_INLINE_LOGPROBS = 16  # log probabilities' tokens that are written in one go
+MAX_INLINE_LOGPROBS = 16  # tokens with logprobs to encode without chunking
 
 # JSON escapes all other line separators by itself: they are control characters below U+0020.
 _LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
@@ -36,11 +36,11 @@ Answers = AsyncGenerator[tuple[int, OutputDelta], None]
 
 @dataclass(eq=False)
 class RunningUsage:
-    """A request's token counts so far, over all of its prompts and choices."""
+    """A request's token counts so far, over all prompts and choices."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0
-    final: list[Usage] = field(default_factory=list)  # of the prompts that are done
+    final: list[Usage] = field(default_factory=list)  # of finished prompts
 
     def add(self, delta: OutputDelta) -> None:
         self.output_tokens += len(delta.token_ids)
@@ -48,7 +48,7 @@ class RunningUsage:
             self.final.append(delta.usage)
 
     def write(self) -> dict[str, Any]:
-        """Return the counts so far; cached tokens are known at the end alone."""
+        """Return the counts so far, without cached tokens, which are known only at the end."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.output_tokens,
@@ -56,26 +56,26 @@ class RunningUsage:
         }
 
 
-def failed(error: str, asked: ParsedRequest) -> ApiError:
+def failed(error: str, request: ParsedRequest) -> ApiError:
     """Return the response for a delta's error."""
     fault = parse_error_info(error)
-    told = renamed(InputError(fault.field, fault.text), asked.form_of)
-    told = as_written(told, asked.body)
-    return api_error(replace(fault, text=str(told), field=told.field))
+    mapped = renamed(InputError(fault.field, fault.text), request.form_of)
+    mapped = as_written(mapped, request.body)
+    return api_error(replace(fault, text=str(mapped), field=mapped.field))
 
 
-async def gather(answers: Answers, asked: ParsedRequest, form: AnswerForm) -> dict[str, Any]:
-    """Wait for all deltas and return the response, whose log probabilities are lazy lists."""
-    n = asked.params.n
-    outputs = [Output(i, logprobs=LogprobTable()) for i in range(n * len(asked.prompts))]
+async def gather(answers: Answers, request: ParsedRequest, form: AnswerForm) -> dict[str, Any]:
+    """Wait for all deltas and return the response, with log probabilities as lazy lists."""
+    n = request.params.n
+    outputs = [Output(i, logprobs=LogprobTable()) for i in range(n * len(request.prompts))]
     texts: list[list[str]] = [[] for _ in outputs]
     usages: list[Usage] = []
     media: list[MediaInfo] = []
-    prompts: list[PromptLogprobs] = [()] * len(asked.prompts)
+    prompts: list[PromptLogprobs] = [()] * len(request.prompts)
     async with contextlib.aclosing(answers):
         async for prompt, delta in answers:
             if delta.error:
-                raise failed(delta.error, asked)
+                raise failed(delta.error, request)
             output = outputs[prompt * n + delta.index]
             texts[prompt * n + delta.index].append(delta.text)
             output.logprobs.extend(delta.logprobs)
@@ -86,34 +86,34 @@ async def gather(answers: Answers, asked: ParsedRequest, form: AnswerForm) -> di
             usages.extend([delta.usage] if delta.usage else [])
     for output, text in zip(outputs, texts, strict=True):
         output.text = "".join(text)
-    told = prompts if asked.params.prompt_logprobs is not None else ()
-    return form.whole(outputs, usages, media, told)
+    prompt_logprobs = prompts if request.params.prompt_logprobs is not None else ()
+    return form.whole(outputs, usages, media, prompt_logprobs)
 
 
 async def chunks(
     first: tuple[int, OutputDelta],
     rest: Answers,
-    asked: ParsedRequest,
+    request: ParsedRequest,
     form: AnswerForm,
     usage: RunningUsage,
     turns: Turns,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield a stream's events, large ones in pieces; an error ends it."""
+    """Yield a stream's events, large ones in several parts. An error event ends the stream."""
     states: defaultdict[int, ChoiceState] = defaultdict(form.new_choice)
     try:
         event: tuple[int, OutputDelta] | None = first
         while event is not None:
             prompt, delta = event
             if delta.error:
-                raise failed(delta.error, asked)
+                raise failed(delta.error, request)
             usage.add(delta)
-            state = states[prompt * asked.params.n + delta.index]
-            is_told = bool(delta.text or delta.logprobs or delta.tool_calls or delta.media)
-            if is_told or delta.finish_reason or state.is_first:
-                chunk = form.chunk(prompt * asked.params.n + delta.index, delta, state)
-                if asked.continuous_usage:
+            state = states[prompt * request.params.n + delta.index]
+            has_content = bool(delta.text or delta.logprobs or delta.tool_calls or delta.media)
+            if has_content or delta.finish_reason or state.is_first:
+                chunk = form.chunk(prompt * request.params.n + delta.index, delta, state)
+                if request.continuous_usage:
                     chunk["usage"] = usage.write()
-                elif asked.include_usage:
+                elif request.include_usage:
                     chunk["usage"] = None
                 if delta.prompt_logprobs or len(delta.logprobs) > MAX_INLINE_LOGPROBS:
                     async for piece in turns.paced(_event_pieces(chunk)):
@@ -121,14 +121,14 @@ async def chunks(
                 else:
                     yield _event(chunk)
             event = await anext(rest, None)
-        if asked.include_usage:
+        if request.include_usage:
             yield _event(form.usage_chunk(usage.final))
         yield DONE
     except Exception as error:
-        told = error_of(error)
-        if told.status == 500:
+        response = error_of(error)
+        if response.status == 500:
             log.error("request %r failed", form.request_id, exc_info=error)
-        yield b"data: " + told.body.encode() + b"\n\n"
+        yield b"data: " + response.body.encode() + b"\n\n"
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
@@ -145,47 +145,47 @@ OnReady = Callable[[int], None]
 
 
 async def answers_of(
-    engine: AsyncLLM, asked: ParsedRequest, name: str, traceparent: str, on_ready: OnReady
+    engine: AsyncLLM, request: ParsedRequest, name: str, traceparent: str, on_ready: OnReady
 ) -> Answers:
-    """Yield (index of the prompt, delta) of all prompts, as they come; closing it aborts them all.
+    """Yield (prompt index, delta) of all prompts as they arrive. Closing it aborts all.
 
-    `on_ready`: of each prompt, as of `AsyncLLM.generate`.
+    `on_ready`: called for each prompt, as in `AsyncLLM.generate`.
     """
-    merged = _merged(engine, asked, name, traceparent, on_ready)
+    merged = _merged(engine, request, name, traceparent, on_ready)
     async with contextlib.aclosing(merged):
         try:
             async for event in merged:
                 yield event
         except InputError as error:
-            raise renamed(error, asked.form_of) from None
+            raise renamed(error, request.form_of) from None
 
 
 async def _merged(
-    engine: AsyncLLM, asked: ParsedRequest, name: str, traceparent: str, on_ready: OnReady
+    engine: AsyncLLM, request: ParsedRequest, name: str, traceparent: str, on_ready: OnReady
 ) -> Answers:
-    def begin(prompt: int, request_id: str) -> AsyncGenerator[OutputDelta, None]:
+    def start(prompt: int, request_id: str) -> AsyncGenerator[OutputDelta, None]:
         return engine.generate(
-            asked.prompts[prompt],
-            asked.params,
+            request.prompts[prompt],
+            request.params,
             request_id=request_id,
             traceparent=traceparent,
             on_ready=on_ready,
-            **asked.options,
+            **request.options,
         )
 
-    if len(asked.prompts) == 1:
-        stream = begin(0, name)
+    if len(request.prompts) == 1:
+        stream = start(0, name)
         async with contextlib.aclosing(stream):
             async for delta in stream:
                 yield 0, delta
         return
-    # A slow reader's deltas gather in the streams, as those of one prompt do.
+    # Deltas for a slow client accumulate in the streams, as with a single prompt.
     queue: asyncio.Queue[tuple[int, OutputDelta | Exception | None]] = asyncio.Queue(1)
 
     async def feed(index: int) -> None:
         end: Exception | None = None
         try:
-            stream = begin(index, f"{name}-{index}")
+            stream = start(index, f"{name}-{index}")
             async with contextlib.aclosing(stream):
                 async for delta in stream:
                     await queue.put((index, delta))
@@ -193,7 +193,7 @@ async def _merged(
             end = error
         await queue.put((index, end))
 
-    tasks = [asyncio.create_task(feed(index)) for index in range(len(asked.prompts))]
+    tasks = [asyncio.create_task(feed(index)) for index in range(len(request.prompts))]
     try:
         num_left = len(tasks)
         while num_left:

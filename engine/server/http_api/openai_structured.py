@@ -1,5 +1,4 @@
-"""The form of an answer as OpenAI's requests state it: `response_format`, and vLLM's
-`structured_outputs` for what that cannot say."""
+"""Read structured output options: OpenAI's `response_format`, vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
@@ -16,15 +15,19 @@ FORMS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar":
 
 
 def read_structured(given: dict[str, Any]) -> tuple[StructuredOutput | None, str]:
-    """Takes both fields out of `given`. The form, and the field that has it. Raises
-    `InputError`."""
+    """Remove both fields from `given` and return the constraint and the name of its field.
+
+    Raises `InputError`.
+    """
     response_format = given.pop("response_format", None)
     outputs = given.pop("structured_outputs", None)
     form, field = _read_format(response_format)
     if outputs is None:
         return form, field
     if form is not None:
-        raise InputError("structured_outputs", "response_format says a form too: give one of them")
+        raise InputError(
+            "structured_outputs", "cannot be combined with response_format; set only one"
+        )
     return _read_outputs(outputs)
 
 
@@ -58,10 +61,10 @@ def _read_outputs(given: Any) -> tuple[StructuredOutput, str]:
     _only(field, _mapping(field, given), tuple(FORMS))
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) != 1:
-        raise InputError(field, f"give exactly one of {', '.join(FORMS)}")
+        raise InputError(field, f"set exactly one of {', '.join(FORMS)}")
     ((name, value),) = found.items()
     if value in ("", []):
-        raise InputError(f"{field}.{name}", "is empty")
+        raise InputError(f"{field}.{name}", "must not be empty")
     return _made(f"{field}.{name}", **{FORMS[name]: value}), f"{field}.{name}"
 
 
@@ -73,7 +76,7 @@ def _made(field: str, **form: Any) -> StructuredOutput:
 
 
 def renamed(error: InputError, field: str) -> InputError:
-    """An error about the form, under the name that it has here."""
+    """Return an error about `structured` with `field` as its field name. Others are unchanged."""
     text = str(error)
     if not text.startswith("structured"):
         return error
@@ -91,5 +94,5 @@ def _only(field: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
             raise InputError(
-                field, f"{truncated_repr(name)} is unknown; it takes {', '.join(known)}"
+                field, f"{truncated_repr(name)} is unknown; allowed are {', '.join(known)}"
             )

@@ -1,5 +1,7 @@
-"""The page at `/`: a few files of our own, as they lie in `page/`. They hold nothing of the engine,
-so that they need no key; what they show they ask of the API, as anybody does."""
+"""Serve the web page at `/`: static files from `page/`.
+
+They contain no engine data, so they need no key. The page gets its data from the API.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ NAMES = (
 )
 PATHS = {"/" if name == "index.html" else f"/page/{name}": name for name in NAMES}
 
-# Scripts, styles and connections: this server's alone. What a user drops in is shown from memory.
+# Scripts, styles and connections of this server only. Attached media are shown from blob URLs.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; media-src blob:; base-uri 'none'; form-action 'none'; "
@@ -38,7 +40,7 @@ HEADERS = {
 
 
 def page_routes() -> list[Route]:
-    """Of all its files, which are read now."""
+    """Return the routes of all files, which are read once."""
     return [_route(path, FOLDER / name) for path, name in PATHS.items()]
 
 

@@ -1,5 +1,4 @@
-"""The OpenAI-compatible HTTP server: Starlette's application under uvicorn, in the event loop that
-gRPC is served in."""
+"""OpenAI-compatible HTTP server: a Starlette application on uvicorn, in gRPC's event loop."""
 
 from __future__ import annotations
 
@@ -35,11 +34,11 @@ from .page_route import page_routes
 from .snapshot_route import LiveView
 from .tls import server_context
 
-CLOSE_GRACE = 1.0  # seconds for connections to send what is left of their responses
+CLOSE_GRACE = 1.0  # seconds for connections to send the rest of their responses
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the program, and accepts connections within limits."""
+    """A uvicorn server that does not handle signals and limits connections."""
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class _Uvicorn(uvicorn.Server):
         self.listens.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End connections without a response in progress, then, after `CLOSE_GRACE`, all."""
+        """Close connections without a response in progress; after `CLOSE_GRACE`, close all."""
         self._acceptor.close()
         for connection in list(self.server_state.connections):
             cast(HttpConnection, connection).end()
@@ -73,7 +72,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """The door of one engine: `start`, then `drain`."""
+    """HTTP server of one engine. Call `start`, then `drain`."""
 
     def __init__(
         self,
@@ -84,17 +83,19 @@ class HttpServer:
         timeouts: Timeouts | None = None,
         max_connections: int | None = None,
     ) -> None:
-        """`port`: 0 takes a free one. `keys`: of which every request must bring one."""
+        """Configure the server. `port`: 0 selects a free port. `keys`: None disables API keys."""
         self._host, self._port, self._keys, self._tls = host, port, keys, tls
         self._timeouts, self._max_connections = timeouts or Timeouts(), max_connections
         self._work = CallTracker()
 
     async def start(self, engine: AsyncLLM, work: CallTracker) -> str:
-        """Listens; gives HOST:PORT. Raises OSError when the address cannot be taken. `work`: of
-        all doors."""
+        """Start listening and return HOST:PORT. Raises OSError if the address cannot be bound.
+
+        `work`: the call tracker that all API servers share.
+        """
         self._work, host = work, self._host
-        asks_who = self._keys is not None or bool(self._tls and self._tls.client_ca)
-        view = LiveView(engine, asks_who)
+        is_known = self._keys is not None or bool(self._tls and self._tls.client_ca)
+        view = LiveView(engine, is_known)
         self._rejections = RejectionLog(engine.engine.stats)
         app = make_app(
             Routes.of(engine, work), work, self._keys, self._rejections, view, self._timeouts.body
@@ -122,7 +123,7 @@ class HttpServer:
         )
 
     async def drain(self, grace: float) -> None:
-        """Takes no more requests, gives the running ones `grace` seconds, and ends."""
+        """Reject new requests, wait `grace` seconds for running ones, and stop."""
         await self._work.drain(grace)
         self._server.should_exit = True
         await self._serving
@@ -136,16 +137,16 @@ def make_app(
     view: LiveView,
     body_timeout: float = BODY_TIMEOUT,
 ) -> ASGIApp:
-    """The guard stands before all paths."""
+    """Build the application: all routes behind `AuthMiddleware`."""
     kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
-    handlers = dict.fromkeys((*kinds, RequestRejected, Exception), _tell)
+    handlers = dict.fromkeys((*kinds, RequestRejected, Exception), _handle_error)
     paths = [*routes.all, *page_routes(), *view.routes]
     app = Starlette(routes=paths, exception_handlers=handlers)
     max_bytes = routes.engine.config.max_queue_bytes
     return AuthMiddleware(app, work, keys, rejections, max_bytes, body_timeout)
 
 
-async def _tell(request: Request, error: Exception) -> Response:
+async def _handle_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return error_of(error).response()
     paths = [route.path for route in request.app.routes]

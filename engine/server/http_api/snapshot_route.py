@@ -1,7 +1,7 @@
-"""What the engine is at, for the page's live view: `GET /engine/snapshot`.
+"""`GET /engine/snapshot`: the engine's state, for the page's live view.
 
-The page asks again and again, rather than being sent a stream: who does not look costs nothing, a
-slow step or reader makes the questions fewer, and draining waits for no open connection.
+The page polls instead of holding a stream open: hidden pages cost nothing, slow steps or clients
+lower the polling rate, and draining need not wait for open connections.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ...observability.snapshot import RequestRow, Snapshot
 from ...observability.stats import StepRecord
 from ..errors import RequestRejected
 
-MIN_AGE = 0.2  # seconds that a snapshot serves for all who ask
-SNAPSHOT_TIMEOUT = 3.0  # seconds for the step thread to come by
-MAX_DIGITS = 18  # of a step's number
+MIN_AGE = 0.2  # seconds; newer snapshots are reused for all clients
+SNAPSHOT_TIMEOUT = 3.0  # seconds to wait for the step thread
+MAX_DIGITS = 18  # of a step number
 
 
 class LiveView:
-    """Of one engine."""
+    """Live view of one engine."""
 
     def __init__(self, engine: AsyncLLM, is_known: bool) -> None:
-        """`is_known`: everybody who comes has shown a key or a certificate."""
+        """Serve `engine`. `is_known`: all clients are authenticated, by key or certificate."""
         self._engine, self._is_known = engine, is_known
-        self._lock = asyncio.Lock()  # who asks meanwhile gets the same
+        self._lock = asyncio.Lock()  # concurrent requests share one snapshot
         self._made_at = -MIN_AGE
         self._snapshot: Snapshot | None = None
         self._runs: list[int] = []
@@ -45,14 +45,15 @@ class LiveView:
         return [Route("/engine/snapshot", self.snapshot)]
 
     async def snapshot(self, request: Request) -> Response:
-        """`?after=STEP`: tells of later steps alone.
+        """Return the snapshot as JSON. `?after=STEP` returns only later steps.
 
-        By a request's name anybody can abort it. So names are for whoever may drain the server
-        (`Control.Drain`): who has a key or a certificate, and on a server that asks for neither who
-        is on this machine. Others see numbers."""
+        Request names are hidden from clients that may not drain the server (`Control.Drain`),
+        because a name is enough to abort its request. With API keys or client certificates, all
+        clients see names; without, only clients on this machine.
+        """
         after = _read_step(request.query_params.get("after", "0"))
         snapshot, runs = await self._latest()
-        with_names = self._is_known or _is_here(request)
+        with_names = self._is_known or _is_local(request)
         body = {
             "names_are_shown": with_names,
             "block_size": snapshot.block_size,
@@ -66,13 +67,15 @@ class LiveView:
         return Response(text, 200, headers, "application/json")
 
     async def _latest(self) -> tuple[Snapshot, list[int]]:
-        """At most one is made in `MIN_AGE` seconds, however many look."""
+        """Return the latest snapshot and its block runs; take a new one if older than `MIN_AGE`."""
         async with self._lock:
             if self._snapshot is None or time.monotonic() - self._made_at >= MIN_AGE:
                 try:
                     made = await asyncio.wait_for(self._engine.snapshot(), SNAPSHOT_TIMEOUT)
                 except TimeoutError:
-                    text = "the engine is in a long step, or its workers are away"
+                    text = (
+                        "the engine is in a long step, or its workers are restarting; retry later"
+                    )
                     raise RequestRejected("UNAVAILABLE", text) from None
                 self._runs = await asyncio.to_thread(made.runs)
                 self._snapshot, self._made_at = made, time.monotonic()
@@ -81,12 +84,12 @@ class LiveView:
 
 def _read_step(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > MAX_DIGITS:
-        raise InputError("after", f"{truncated_repr(text)}: must be the number of a step")
+        raise InputError("after", f"{truncated_repr(text)}: must be a step number")
     return int(text)
 
 
-def _is_here(request: Request) -> bool:
-    """Whether it comes from this machine."""
+def _is_local(request: Request) -> bool:
+    """Return whether the request comes from this machine."""
     host = request.client.host if request.client else ""
     try:
         address = ip_address(host)
@@ -97,7 +100,7 @@ def _is_here(request: Request) -> bool:
 
 
 def _write_row(row: RequestRow, with_names: bool) -> dict[str, Any]:
-    """The engine's name is NAME#NUMBER or NAME#NUMBER[INDEX]."""
+    """Convert a row. The engine's request id is NAME#NUMBER or NAME#NUMBER[INDEX]."""
     name, _, rest = row.request_id.rpartition("#")
     number, _, answer = rest.partition("[")
     fields = {each: value for each, value in asdict(row).items() if each != "request_id"}
@@ -110,5 +113,5 @@ def _write_row(row: RequestRow, with_names: bool) -> dict[str, Any]:
 
 
 def _write_step(step: StepRecord) -> list[float]:
-    """[step, milliseconds, tokens encoded, of prompts, of outputs]"""
+    """Return [step, milliseconds, encoder tokens, prefill tokens, decode tokens]."""
     return [step.step_id, round(step.seconds * 1e3, 3), *step[3:]]

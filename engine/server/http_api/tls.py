@@ -1,4 +1,4 @@
-"""TLS of the HTTP door, by the files that gRPC's takes."""
+"""TLS of the HTTP server, with the same files as gRPC."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ log = logging.getLogger("octavo.server")
 
 
 def server_context(files: TlsFiles) -> ssl.SSLContext:
-    """A context whose handshakes are made with the files' latest state; what cannot be read
-    changes nothing. Raises `ConfigError` or OSError."""
+    """Return a TLS context that reloads the files when they change.
+
+    If a reload fails, the previous certificates stay in use. Raises `ConfigError` or OSError.
+    """
     outer, latest, stamps = _context(files), _context(files), files.stamps()
 
     def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        """Asked by OpenSSL at each handshake."""
+        """Reload changed files. OpenSSL calls this in each handshake."""
         nonlocal latest, stamps
         try:
             found = files.stamps()
             if found != stamps:
                 latest, stamps = _context(files), found
         except (OSError, ConfigError):
-            log.warning("the TLS files have changed and cannot be used; the former ones stay")
+            log.warning("cannot reload the changed TLS files; the previous ones stay in use")
         connection.context = latest
 
     outer.sni_callback = renew

@@ -1,13 +1,13 @@
-// How the page asks this server: with the key, where there is one, and with errors in plain words.
+// Requests to this server: authentication, and error messages for users.
 
-const KEY = "octavo-key"; // in sessionStorage: this tab's, and gone with it
+const KEY = "octavo-key"; // in sessionStorage: per tab, deleted when the tab is closed
 
 const dialog = document.getElementById("keys");
 const input = document.getElementById("key");
 const wrong = document.getElementById("key-wrong");
-let asking = null; // the promise of a key, while the dialog is open
+let asking = null; // resolves when the key dialog is closed; null if it is not open
 
-/** What the server said, in words for whoever reads the page. */
+/** An API error with a message for the user. */
 export class ApiError extends Error {
   constructor(status, text, mayRetry) {
     super(text);
@@ -16,8 +16,8 @@ export class ApiError extends Error {
   }
 }
 
-/** A response that is no error. Asks for a key where the server does, and then tries again; with
- *  `isPatient` it throws instead, for who would ask at any time. */
+/** Fetch `path` and return the response; throw ApiError on failure. On status 401, ask the user for
+ *  a key and retry. With `isPatient`, throw instead, for callers that poll. */
 export async function ask(path, { isPatient = false, ...options } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
@@ -42,26 +42,26 @@ async function errorOf(response) {
   let error = {};
   try {
     error = (await response.json()).error ?? {};
-  } catch { /* not ours: a proxy's page, say */ }
+  } catch { /* not JSON, for example a proxy's error page */ }
   return said(response.status, error);
 }
 
-/** OpenAI's error object as an `ApiError`; status 0 of one that came inside a stream. */
+/** Convert OpenAI's error object to an `ApiError`. The status is 0 for errors inside a stream. */
 export function said(status, error) {
-  const text = error.message ?? `The server answered with status ${status}.`;
-  if (status === 413) return new ApiError(status, "This is more than the server takes at once (256 MiB). Remove something, or use smaller files.", false);
-  if (status === 429 || error.code === "rate_limit_exceeded") return new ApiError(status, "The server is busy: all its places are taken. Try again in a moment.", true);
-  if (status === 503 || error.code === "unavailable") return new ApiError(status, `The server takes no requests now: ${text}`, true);
-  if (error.type === "invalid_request_error") return new ApiError(status, `The server refused this: ${text}`, false);
+  const text = error.message ?? `The server returned status ${status}.`;
+  if (status === 413) return new ApiError(status, "The message is larger than 256 MiB, the server’s limit. Remove some files, or use smaller ones.", false);
+  if (status === 429 || error.code === "rate_limit_exceeded") return new ApiError(status, "The server is busy: its queue is full. Try again in a moment.", true);
+  if (status === 503 || error.code === "unavailable") return new ApiError(status, `The server is unavailable: ${text}`, true);
+  if (error.type === "invalid_request_error") return new ApiError(status, `The server rejected the request: ${text}`, false);
   return new ApiError(status, text, true);
 }
 
-/** Resolves once there is another key than `refused`. One dialog serves all who wait. */
-async function newKey(refused, signal) {
+/** Wait until the user has entered a key other than `rejected`. All callers share one dialog. */
+async function newKey(rejected, signal) {
   const now = sessionStorage.getItem(KEY);
-  if (now !== null && now !== refused) return;
+  if (now !== null && now !== rejected) return;
   asking ??= new Promise((done) => {
-    wrong.textContent = refused === null ? "" : "The server does not know that key.";
+    wrong.textContent = rejected === null ? "" : "Invalid API key.";
     sessionStorage.removeItem(KEY);
     input.value = "";
     dialog.showModal();
@@ -69,18 +69,18 @@ async function newKey(refused, signal) {
   });
   await asking;
   if (signal?.aborted) throw new DOMException("stopped", "AbortError");
-  if (sessionStorage.getItem(KEY) === null) throw new ApiError(401, "This server asks for an API key.", true);
+  if (sessionStorage.getItem(KEY) === null) throw new ApiError(401, "This server requires an API key.", true);
 }
 
 document.getElementById("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = input.value.trim();
-  // A header takes no other characters, and no key has any.
+  // Keys are printable ASCII without spaces, as HTTP headers require.
   if (!/^[\x21-\x7e]+$/.test(key)) {
-    wrong.textContent = "A key has plain letters, digits and signs, and no spaces.";
+    wrong.textContent = "A key consists of ASCII letters, digits and symbols, without spaces.";
     return;
   }
   sessionStorage.setItem(KEY, key);
-  dispatchEvent(new Event("octavo-key")); // for who was refused and has asked no more
+  dispatchEvent(new Event("octavo-key")); // resumes polling that stopped on status 401
   dialog.close();
 });

@@ -1,4 +1,4 @@
-// The chat: a conversation of this tab, answered as a stream.
+// The chat: one conversation per tab, with streamed answers.
 
 import { ask, said, ApiError } from "/page/api.js";
 import { hasFiles, preview, takeFiles, tell } from "/page/files.js";
@@ -7,10 +7,10 @@ import { Speaker } from "/page/speak.js";
 const $ = (id) => document.getElementById(id);
 const form = $("ask"), box = $("message"), turns = $("turns"), scroll = $("scroll");
 const speaker = new Speaker($("spoken"));
-let talk = []; // what was asked and answered, as the API takes it
+let talk = []; // the conversation, in the API's format
 let model = null;
-let running = null; // the AbortController of the answer that is being made
-let follows = true; // the end of the conversation stays in sight as it grows: it was, when last moved
+let running = null; // AbortController of the answer in progress
+let follows = true; // keep the end in view; false after the user has scrolled up
 
 async function loadModel() {
   try {
@@ -21,13 +21,13 @@ async function loadModel() {
   }
 }
 
-// Asking
+// Sending
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   const text = box.value.trim();
   if (running || (text === "" && !hasFiles())) return;
-  running = new AbortController(); // before anything is waited for: nothing is sent twice
+  running = new AbortController(); // set before the first await, so that nothing is sent twice
   showRunning();
   tell("");
   const files = await takeFiles();
@@ -38,7 +38,7 @@ form.addEventListener("submit", async (event) => {
   await answer({ role: "user", content: contentOf(text, files) });
 });
 
-/** Media first, as the model was taught. */
+/** Put media first, as in the model's training. */
 function contentOf(text, files) {
   const parts = files.map((file) => {
     const type = `${file.kind}_url`;
@@ -47,7 +47,7 @@ function contentOf(text, files) {
   return [...parts, { type: "text", text }];
 }
 
-/** Asks with all that was said, and writes the answer as it comes. */
+/** Send the conversation with a new question, and show the answer as it arrives. */
 async function answer(question) {
   const conversation = talk;
   const turn = addTurn("answer", "Octavo", "", []);
@@ -55,7 +55,7 @@ async function answer(question) {
   running ??= new AbortController();
   showRunning();
   const made = { text: "", tokens: 0, firstAt: 0, reason: "" };
-  if (model === null) loadModel(); // there was no key, or no server
+  if (model === null) loadModel(); // loading it failed before
   try {
     const response = await ask("/v1/chat/completions", {
       method: "POST",
@@ -64,7 +64,7 @@ async function answer(question) {
       signal: running.signal,
     });
     for await (const event of events(response.body)) take(event, made, turn);
-    finish(made, turn, made.reason === "length" ? "Cut off at the most tokens." : "");
+    finish(made, turn, made.reason === "length" ? "Truncated: reached the maximum number of tokens." : "");
   } catch (error) {
     if (error.name === "AbortError") finish(made, turn, "Stopped.");
     else fail(error, turn, question, made);
@@ -85,19 +85,19 @@ function bodyOf(messages) {
   return body;
 }
 
-/** What the engine's view calls the request, and the log. */
+/** Create a request id, which the engine view and the log show. */
 function newName() {
   const bytes = crypto.getRandomValues(new Uint8Array(6));
   return `page-${[...bytes].map((each) => each.toString(16).padStart(2, "0")).join("")}`;
 }
 
-/** The objects of a stream of server-sent events. */
+/** Yield the JSON objects of a stream of server-sent events. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read().catch(lost);
-    if (done) throw new ApiError(0, "The connection ended before the answer did.", true);
+    if (done) throw new ApiError(0, "The connection was closed before the answer was complete.", true);
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
@@ -122,7 +122,7 @@ function take(event, made, turn) {
   const text = choice.delta.content ?? "";
   if (text === "") return;
   made.text += text;
-  turn.text.append(text); // a text node: whatever the model writes is never markup
+  turn.text.append(text); // a text node: output is never interpreted as markup
   speaker.push(text);
 }
 
@@ -130,7 +130,7 @@ function finish(made, turn, word) {
   const parts = word ? [word] : [];
   if (made.tokens > 0) {
     const seconds = (performance.now() - made.firstAt) / 1000;
-    const rate = made.tokens > 9 ? `, ${((made.tokens - 1) / seconds).toFixed(0)} a second` : ""; // few say nothing
+    const rate = made.tokens > 9 ? `, ${((made.tokens - 1) / seconds).toFixed(0)} per second` : ""; // too imprecise for few tokens
     parts.push(`${made.tokens} tokens${rate}`);
   }
   turn.after.textContent = parts.join(" ");
@@ -140,7 +140,7 @@ function finish(made, turn, word) {
 function fail(error, turn, question, made) {
   const problem = document.createElement("p");
   problem.className = "problem";
-  problem.textContent = error instanceof ApiError ? error.message : "The page could not read the answer.";
+  problem.textContent = error instanceof ApiError ? error.message : "Could not read the answer.";
   turn.root.insertBefore(problem, turn.after);
   speaker.end(problem.textContent);
   if (!(error instanceof ApiError) || !error.mayRetry || made.text !== "") return;
@@ -157,7 +157,7 @@ function fail(error, turn, question, made) {
   turn.after.append(again);
 }
 
-// Showing
+// Display
 
 function addTurn(kind, who, text, files) {
   const root = document.createElement("li");

@@ -1,6 +1,6 @@
-// Images and videos of the next message: dropped, pasted or picked, shown, and removed again.
+// Attachments of the next message: images and videos that are dropped, pasted or picked.
 
-const MOST_BYTES = 180 << 20; // of a message's files: as base64 within the server's 256 MiB
+const MAX_BYTES = 180 << 20; // total file size per message; as base64 within the server's 256 MiB
 const IMAGES = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
 const VIDEOS = ["mp4", "m4v", "mov", "mkv", "webm"];
 const IMAGE_TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff"];
@@ -9,12 +9,12 @@ const list = document.getElementById("files");
 const notice = document.getElementById("notice");
 const picker = document.getElementById("pick");
 const chat = document.getElementById("chat");
-let items = []; // {kind, name, size, uri, url}: its data URI to send, its blob URL to show
-let arrival = Promise.resolve(); // files are read one after the other, in the order they came
+let items = []; // {kind, name, size, uri, url}: uri is the data URI to send, url the blob URL to show
+let arrival = Promise.resolve(); // files are read one at a time, in order
 
 picker.accept = [...IMAGES, ...VIDEOS].map((each) => `.${each}`).join(",");
 
-/** What is attached now; the list is empty from then on. */
+/** Return the attachments and clear the list. */
 export async function takeFiles() {
   await arrival;
   const taken = items;
@@ -27,7 +27,7 @@ export function hasFiles() {
   return items.length > 0;
 }
 
-/** An `img` or `video` of an item. */
+/** Create an `img` or `video` element for an item. */
 export function preview(item, withControls) {
   const made = document.createElement(item.kind === "image" ? "img" : "video");
   made.src = item.url;
@@ -46,16 +46,16 @@ function add(files) {
 }
 
 async function read(files) {
-  const refused = [];
+  const rejected = [];
   for (const file of files) {
     const kind = kindOf(file);
     const size = items.reduce((sum, each) => sum + each.size, file.size);
-    if (kind === null) refused.push(`${file.name}: only images (${IMAGES.join(", ")}) and videos (${VIDEOS.join(", ")}) can be sent.`);
-    else if (file.size === 0) refused.push(`${file.name} is empty.`);
-    else if (size > MOST_BYTES) refused.push(`${file.name}: too large; all files of a message may have ${MOST_BYTES >> 20} MiB.`);
+    if (kind === null) rejected.push(`${file.name}: only images (${IMAGES.join(", ")}) and videos (${VIDEOS.join(", ")}) are supported.`);
+    else if (file.size === 0) rejected.push(`${file.name} is empty.`);
+    else if (size > MAX_BYTES) rejected.push(`${file.name}: too large; the limit is ${MAX_BYTES >> 20} MiB for all files of a message.`);
     else items.push({ kind, name: file.name, size: file.size, uri: await dataUri(file), url: URL.createObjectURL(file) });
   }
-  tell(refused.join(" "));
+  tell(rejected.join(" "));
   show();
 }
 
@@ -101,7 +101,7 @@ export function tell(text) {
 document.getElementById("attach").addEventListener("click", () => picker.click());
 picker.addEventListener("change", async () => {
   await add(picker.files);
-  picker.value = ""; // the same file may be picked again
+  picker.value = ""; // allow picking the same file again
 });
 document.addEventListener("paste", (event) => {
   if (event.clipboardData.files.length === 0) return;
@@ -109,7 +109,7 @@ document.addEventListener("paste", (event) => {
   add(event.clipboardData.files);
 });
 
-// Anywhere on the page: a file that misses the chat must not open in its place.
+// Handle drops on the whole page: otherwise the browser would open a file dropped outside the chat.
 const bringsFiles = (event) => event.dataTransfer?.types.includes("Files");
 document.addEventListener("dragover", (event) => {
   if (!bringsFiles(event)) return;

@@ -1,29 +1,29 @@
-// Reads an answer to whoever listens: whole sentences, not every token, and never in a hurry.
+// Announces a streamed answer to screen readers, in whole sentences and at a limited rate.
 
-const PAUSE = 2000; // milliseconds at least between two announcements
+const INTERVAL = 2000; // minimum milliseconds between two announcements
 
-/** Of one live region. */
+/** Announcer for one live region. */
 export class Speaker {
   constructor(region) {
     this.region = region;
-    this.text = ""; // not yet said
+    this.text = ""; // not announced yet
     this.timer = 0;
   }
 
-  /** More of the answer. */
+  /** Append text of the answer. */
   push(text) {
     this.text += text;
-    if (this.timer === 0) this.timer = setTimeout(() => this.#sayWhole(), PAUSE);
+    if (this.timer === 0) this.timer = setTimeout(() => this.#saySentences(), INTERVAL);
   }
 
-  #sayWhole() {
+  #saySentences() {
     this.timer = 0;
     const end = Math.max(...[". ", "! ", "? ", "\n", "。"].map((mark) => this.text.lastIndexOf(mark) + 1));
     if (end > 0) this.#say(end);
     if (this.text) this.push("");
   }
 
-  /** The answer is over: the rest is said, then `last`. */
+  /** Announce the rest of a finished answer, then `last`. */
   end(last = "") {
     clearTimeout(this.timer);
     this.timer = 0;

@@ -1,9 +1,9 @@
-// The table of requests. Rows stay where they are while they change: whoever reads one keeps it.
+// The table of requests. Rows are updated in place, so that focus and selection are kept.
 
 const body = document.getElementById("requests");
-const rows = new Map(); // by name
+const rows = new Map(); // by request number and answer index
 
-/** As the caller named it, or a number where names are not for us. */
+/** Return a request's name, or its number if names are hidden. */
 export function nameOf(request) {
   const name = request.name ?? `request ${request.number}`;
   return request.answer ? `${name} [${request.answer}]` : name;
@@ -58,6 +58,6 @@ function fill(row, request) {
 
 function stateOf(request) {
   if (request.status !== "running") return request.status;
-  if (request.awaits_media) return "awaits media";
+  if (request.awaits_media) return "waiting for media";
   return request.num_computed_tokens < request.num_prompt_tokens ? "prefill" : "decode";
 }
