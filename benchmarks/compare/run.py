@@ -55,8 +55,8 @@ class EngineSpec:
     settings: dict[str, Any]
 
     @classmethod
+    def parse(cls, text: str) -> EngineSpec:
         """Parse a command-line argument. Raises ValueError if it is malformed."""
-        """Raises ValueError."""
         name, _, rest = text.partition(":")
         if name not in engines.ENGINES:
             raise ValueError(f"{text}: unknown engine; choose from {', '.join(engines.ENGINES)}")
