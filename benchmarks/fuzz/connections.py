@@ -156,9 +156,8 @@ def main(
     if not is_healthy(addresses[0]):
         typer.echo("the server does not answer", err=True)
         raise typer.Exit(1)
-    typer.echo(
-        f"{int(end) - int(first)} connections to each of {len(addresses)} ports: the server still answers"
-    )
+    count = f"{int(end) - int(first)} connections to each of {len(addresses)} ports"
+    typer.echo(f"{count}: the server still answers")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def gpu_row(case: Case, peaks: Peaks, timer: Timer) -> GpuRow:
 
 
 def as_table(rows: list[GpuRow], title: str) -> Table:
-    names = ("kernel", "shape", "case", "error", "ms", "torch ms", "speedup vs torch", "of bandwidth",
+    names = ("kernel", "shape", "case", "error", "ms", "torch ms", "speedup", "of bandwidth",
              "of matrix peak")  # fmt: skip
     made = Table(*names, title=title)
     for row in rows:
