@@ -1,4 +1,6 @@
-"""Fuzz structured output: python -m octavo.benchmarks.fuzz.grammar --count 50000
+"""Fuzz structured output: compile random grammars and generate random outputs.
+
+    python -m octavo.benchmarks.fuzz.grammar --count 50000
 
 Each random grammar is compiled as in the engine, on a thread with a 2 MB stack, and random outputs
 are generated from it token by token. Reports crashes (the run ends), outliers in CPU time and

@@ -76,7 +76,7 @@ def vision_work(seqlens: tuple[int, ...], heads: int, head_dim: int, item: int) 
 
 
 def sampling_work(rows: int, vocab_size: int, item: int) -> Work:
-    """Sampling, which reads and compares each logit once."""
+    """Return the work of reading and comparing each logit once."""
     return Work(rows * vocab_size * item, rows * vocab_size)
 
 
