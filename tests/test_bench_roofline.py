@@ -15,7 +15,7 @@ from octavo.benchmarks.roofline.report import REST, Roofline, tables
 from octavo.benchmarks.roofline.run import RooflineWorkload, run
 from octavo.benchmarks.roofline.stages import (
     STAGES,
-    CallTracker,
+    Work,
     linear_work,
     paged_work,
     vision_work,
@@ -45,12 +45,12 @@ def test_stages_add_up_to_the_run(found: Roofline) -> None:
 
 def test_work_by_hand() -> None:
     # 2 rows of 3 numbers in, 5 out, of 4 bytes, beside a weight of 60
-    assert linear_work(2, 3, 5, 4, 60) == CallTracker(60 + 2 * 8 * 4, 2 * 2 * 3 * 5)
+    assert linear_work(2, 3, 5, 4, 60) == Work(60 + 2 * 8 * 4, 2 * 2 * 3 * 5)
     # a chunk of 2 whose tokens see 3 and 4, a row that decodes and sees 6; 4 heads of 8, 2 for KV
-    assert paged_work((2, 1), (4, 6), 4, 2, 8, 2) == CallTracker(
+    assert paged_work((2, 1), (4, 6), 4, 2, 8, 2) == Work(
         2 * (2 * 10 * 2 * 8 + 2 * 3 * 4 * 8), 4 * 4 * 8 * (3 + 4 + 6)
     )
-    assert vision_work((2, 3), 4, 8, 2) == CallTracker(2 * 4 * 5 * 4 * 8, 4 * 4 * 8 * (4 + 9))
+    assert vision_work((2, 3), 4, 8, 2) == Work(2 * 4 * 5 * 4 * 8, 4 * 4 * 8 * (4 + 9))
 
 
 def test_work_of_the_run(found: Roofline) -> None:

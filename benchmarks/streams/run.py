@@ -73,7 +73,7 @@ def measure(
     """
     if num_streams < 1:
         raise ValueError(f"--streams {num_streams}: must be at least 1")
-    server = _python("streams_server", str(num_streams), str(sleep_ms))
+    server = _python("streams.server", str(num_streams), str(sleep_ms))
     try:
         assert server.stdout is not None
         ready = READY.fullmatch(server.stdout.readline())
@@ -102,7 +102,7 @@ def _read(
     """Read all streams. Raises ValueError if a reader fails."""
     bounds = [num_streams * i // num_readers for i in range(num_readers + 1)]
     readers = [
-        _python("streams_client", kind, address, str(low), str(high - low))
+        _python("streams.client", kind, address, str(low), str(high - low))
         for low, high in pairwise(bounds)
         if low < high
     ]
