@@ -35,7 +35,7 @@ class LatencyReport:
         return {"schedule_ms": _stats(self.schedule_ms), "update_ms": _stats(self.update_ms)}
 
     def as_text(self) -> str:
-        lines = [f"{self.num_requests} decoding requests, prompts of {self.prompt_len} tokens"]
+        lines = [f"{self.num_requests} requests decode after prompts of {self.prompt_len} tokens"]
         for name, stats in self.as_dict().items():
             median, p99 = stats["median"], stats["p99"]
             lines.append(f"  {name[:-3]:<9} median {median:7.3f} ms   p99 {p99:7.3f} ms")

@@ -53,7 +53,7 @@ class Case:
 def attention_case(
     shape: Shape, rows: int, tokens: int, context: int, device: torch.device, dtype: torch.dtype
 ) -> Case:
-    """Attention of `rows` with the last `tokens` of `context`; torch gets contiguous K and V."""
+    """Return attention of `rows` with the last `tokens` of `context`; `peer` has contiguous KV."""
     blocks = -(-context // BLOCK_SIZE)
     tables = torch.randperm(rows * blocks).view(rows, blocks)
     lists = ([tokens] * rows, [context] * rows, tables.tolist(), BLOCK_SIZE, device)

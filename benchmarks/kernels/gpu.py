@@ -111,7 +111,7 @@ def as_table(rows: list[GpuRow], title: str) -> Table:
 def run(models: list[str], json_file: Path | None) -> bool:
     """Print the table; return False if a kernel is wrong. Does nothing without a GPU."""
     if not torch.cuda.is_available():
-        print("no GPU found; octavo bench kernels --paper works without one")
+        print("no GPU here; octavo bench kernels --paper works without one")
         return True
     device, console = torch.device("cuda"), Console()
     peaks = measure_peaks(device, milliseconds)

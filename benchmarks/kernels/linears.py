@@ -142,7 +142,7 @@ def _join(layer: Layer, n: int, splits: int, pointer: str) -> LinearLaunch:
 
 
 def _quantize(layer: Layer, n: int, dtype: torch.dtype) -> LinearLaunch:
-    """Quantize rows of a layer's inputs to e4m3: absmax, scale, quotient and clamping."""
+    """Return the launch that quantizes rows to e4m3: absmax, scale, quotient and clamping."""
     numbers = n * layer.in_size
     chosen: Constants = {**fp8_linear.quantize_settings(layer.in_size), "STATIC": False}
     work = Work(f"{layer.name}, {n} rows", 3 * numbers + 4 * n, 5 * numbers, n)
@@ -160,7 +160,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _order(kernel: str) -> tuple[str, int]:
-    """Sort key: kernel family, then tile size from small to large."""
+    """Return a sort key: kernel family, then tile size from small to large."""
     family, _, size = kernel.partition("_")
     return family, LINEAR_SIZES.index(size) if size in LINEAR_SIZES else 0
 

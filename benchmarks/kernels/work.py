@@ -37,7 +37,7 @@ class Work:
 
 
 def chunk_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
-    """Work of the last `tokens` of `context` under causal attention."""
+    """Return the work of the last `tokens` of `context` under causal attention."""
     pairs = tokens * (context - tokens) + tokens * (tokens + 1) // 2
     group = shape.heads // shape.kv_heads
     splits = chunk_splits(tokens, context, group, shape.kv_heads)
@@ -54,7 +54,7 @@ def chunk_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
 
 
 def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
-    """Work of joining the parts of a chunk whose keys are split."""
+    """Return the work of joining the parts of a chunk whose keys are split."""
     group = shape.heads // shape.kv_heads
     splits = chunk_splits(tokens, context, group, shape.kv_heads)
     rows = tokens * shape.heads
@@ -64,7 +64,7 @@ def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> W
 
 
 def decode_work(shape: Shape, rows: int, context: int, fp8: bool = False) -> Work:
-    """Work of a decode step, whose splits write float32 sums and results for the join.
+    """Return the work of a decode step, whose splits write float32 sums and results for the join.
 
     `fp8`: keys and values take a byte per number and a float32 scale each.
     """
@@ -93,7 +93,7 @@ def used_splits(context: int) -> int:
 
 
 def vision_work(patches: int, block_m: int) -> Work:
-    """Work of one image with full attention."""
+    """Return the work of one image with full attention."""
     numbers = 4 * patches * VISION_HEADS * VISION_HEAD_DIM
     operations = 4 * VISION_HEAD_DIM * VISION_HEADS * patches**2
     grid = count_tiles((patches,), block_m) * VISION_HEADS
@@ -101,7 +101,7 @@ def vision_work(patches: int, block_m: int) -> Work:
 
 
 def norm_work(size: int, tokens: int, residual: bool) -> Work:
-    """Work of RMSNorm; with a residual, it is read and the sum is written as well."""
+    """Return the work of RMSNorm; with a residual, it is read and the sum is written as well."""
     numbers = tokens * size * (4 if residual else 2) + size
     return Work(f"{tokens} tokens", 2 * numbers, (5 if residual else 4) * tokens * size, tokens)
 
@@ -112,7 +112,7 @@ def swiglu_work(inner: int, tokens: int) -> Work:
 
 
 def mrope_work(shape: Shape, tokens: int) -> Work:
-    """Work of M-RoPE on all heads; each token has float32 cosines and sines, and a slot."""
+    """Return the work of M-RoPE on all heads; tokens have float32 cosines and sines, and a slot."""
     heads = shape.heads + 2 * shape.kv_heads
     token = 2 * 2 * heads * HEAD_DIM + 4 * HEAD_DIM + 8
     operations = 3 * (shape.heads + shape.kv_heads) * HEAD_DIM * tokens
@@ -120,7 +120,7 @@ def mrope_work(shape: Shape, tokens: int) -> Work:
 
 
 def patches_work(side: int) -> Work:
-    """Work of cutting a square uint8 image, which is duplicated into two temporal frames."""
+    """Return the work of cutting a square uint8 image, duplicated into two temporal frames."""
     count, size = (side // 14) ** 2, 3 * 2 * 14 * 14
     written = 2 * count * size
     return Work(f"{side}×{side} pixels", 3 * side**2 + written, 2 * count * size, count)

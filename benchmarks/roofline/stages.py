@@ -51,7 +51,10 @@ Key = tuple[str, str]  # phase and stage
 
 
 def linear_work(rows: int, size: int, out: int, item: int, weight_bytes: int) -> Work:
-    """x [rows, size] × weight [out, size]; `weight_bytes` is 0 if the weight was read before."""
+    """Return the work of x [rows, size] × weight [out, size].
+
+    `weight_bytes` is 0 if the weight was read before in this step.
+    """
     return Work(weight_bytes + rows * (size + out) * item, 2 * rows * out * size)
 
 
@@ -59,7 +62,7 @@ def paged_work(
     counts: tuple[int, ...], contexts: tuple[int, ...], heads: int, kv_heads: int, head_dim: int,
     item: int,
 ) -> Work:  # fmt: skip
-    """Causal attention of row i's last counts[i] of contexts[i] tokens."""
+    """Return the work of causal attention over row i's last counts[i] of contexts[i] tokens."""
     pairs = sum(
         count * (context - count) + count * (count + 1) // 2
         for count, context in zip(counts, contexts, strict=True)
@@ -69,7 +72,7 @@ def paged_work(
 
 
 def vision_work(seqlens: tuple[int, ...], heads: int, head_dim: int, item: int) -> Work:
-    """Full attention within each frame."""
+    """Return the work of full attention within each frame."""
     numbers = 4 * sum(seqlens) * heads * head_dim
     operations = 4 * heads * head_dim * sum(length**2 for length in seqlens)
     return Work(numbers * item, operations)

@@ -71,7 +71,7 @@ class Trace:
         kept = [step for step in steps if step["step"] >= first and (not end or step["step"] < end)]
         if not kept:
             asked = f"{first}:{end or ''}"
-            raise TraceError(f"{path}: none of its {len(steps)} steps are in {asked}")
+            raise TraceError(f"{path}: has {len(steps)} steps, none of them in {asked}")
         before = [step for step in steps if step["step"] < first]
         return cls(limits, kept, frozenset(name for step in before for name in step["preempted"]))
 
