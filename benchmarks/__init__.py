@@ -1,1 +1,1 @@
-"""Benchmarks, the demo, and the training of the embedded model."""
+"""Benchmarks, the demo, and training of the embedded model."""

@@ -1,5 +1,7 @@
-"""Headless Chromium for the tests of the page, and for its picture: it reaches nothing but the
-server of a test."""
+"""Headless Chromium, used by the dashboard tests and by the screenshot in the docs.
+
+Background networking is off, so the browser contacts only the server under test.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--no-sandbox",  # the gate runs as root
+    "--no-sandbox",  # CI runs as root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -25,13 +27,13 @@ FLAGS = (
 
 
 def find_chromium() -> str | None:
-    """Its path; None where it is not installed."""
+    """Return the path of a Chromium executable, or None if none is installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 @contextmanager
 def chromium(**options: object) -> Iterator[BrowserContext]:
-    """A browser with a profile of its own, which is gone afterwards. `options` are Playwright's."""
+    """Launch a browser with a temporary profile; `options` are passed to Playwright."""
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory(prefix="octavo-chromium-") as profile, sync_playwright() as p:

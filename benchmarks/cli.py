@@ -1,6 +1,6 @@
-"""`octavo bench`: what it measures and how its results are shown.
+"""The `octavo bench` commands.
 
-The commands import what they need when they run: `octavo --help` is to be quick.
+Commands import their dependencies lazily, to keep `octavo --help` fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .options import (
 from .roofline.cli import roofline
 from .streams.cli import streams
 
-bench_app = typer.Typer(help="Measures the engine.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_markup_mode=None)
 bench_app.command()(roofline)
 bench_app.command()(media)
 bench_app.command()(streams)
@@ -37,11 +37,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @bench_app.command()
 def scheduler(
-    num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 256,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1024,
+    num_requests: Annotated[int, typer.Option(help="Decoding requests in the step.")] = 256,
+    prompt_len: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1024,
     as_json: AsJson = False,
 ) -> None:
-    """Time the scheduler alone: schedule() and update() of a step in which all requests decode."""
+    """Time only the scheduler: schedule() and update() of a step in which all requests decode."""
     from .scheduler_latency import run
 
     with user_errors():
@@ -51,17 +51,21 @@ def scheduler(
 
 @bench_app.command()
 def overhead(
-    ranks: Annotated[list[int] | None, typer.Option(help="Default: 1, 2 and 4.")] = None,
-    num_requests: Annotated[int, typer.Option(help="Requests, all decoding.")] = 16,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    ranks: Annotated[
+        list[int] | None, typer.Option(help="Number of workers; may be repeated. Default: 1, 2, 4.")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="Decoding requests in each step.")] = 16,
+    prompt_len: Annotated[int, typer.Option(help="Tokens per prompt.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 400,
     sleep_ms: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that a worker's step takes.")
+        float, typer.Option(min=0, help="Duration of a worker's step, in ms.")
     ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Time what the engine and gRPC add to a step: real processes, workers that only sleep; with
-    steps overlapped and in turn."""
+    """Time the overhead that the engine and gRPC add to a step, with and without overlapped steps.
+
+    Uses real worker processes whose steps only sleep.
+    """
     from .step_overhead import run
 
     with user_errors():
@@ -81,14 +85,14 @@ def throughput(
         str,
         typer.Option(
             metavar="N[,N...]",
-            help="Requests (conversations), all there from the start; several numbers measure one "
-            "after another.",
+            help="Requests (conversations), all submitted at the start. A list measures each "
+            "batch size in turn.",
         ),
     ] = "16",
 ) -> None:
-    """Run prompts through the engine: requests and tokens a second, TTFT, TPOT.
+    """Run a batch of prompts: requests/s, tokens/s, TTFT and TPOT.
 
-    With --num-prompts 1,2,4,8,16,32 a table and a plot of throughput against batch size.
+    With --num-prompts 1,2,4,8,16,32: a table and a plot of throughput by batch size.
     """
     from . import plots
     from .report import Report, latency_table, publish, sweep_table
@@ -102,7 +106,7 @@ def throughput(
         tables = [latency_table(reports[sizes[0]], "throughput")]
         if len(sizes) > 1:
             named = {str(size): report for size, report in reports.items()}
-            tables = [sweep_table(named, "requests at once")]
+            tables = [sweep_table(named, "concurrent requests")]
         runs_found = [{"num_prompts": size, **each.as_dict()} for size, each in reports.items()]
         settings = asdict(workload) | asdict(engine)
         publish(tables, {"runs": runs_found}, settings, output.json_file)
@@ -118,9 +122,9 @@ def latency(
     workload: WorkloadOptions,
     engine: EngineOptions,
     output: OutputOptions,
-    num_prompts: Annotated[int, typer.Option(help="Requests, one after another.")] = 8,
+    num_prompts: Annotated[int, typer.Option(help="Requests, sent one at a time.")] = 8,
 ) -> None:
-    """Run one request at a time: time to first token, time per token, between tokens."""
+    """Run one request at a time: TTFT, TPOT and inter-token latency (ITL)."""
     from . import plots
     from .report import Report, latency_table, publish
     from .throughput import measure
@@ -147,33 +151,33 @@ def serve(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="A running `octavo serve` (--model is then whose tokens the prompts are of). "
-            "Default: one is started with the options above.",
+            help="Address of a running `octavo serve`; --model then selects the tokenizer. "
+            "Default: start one with the options above.",
         ),
     ] = None,
     request_rate: Annotated[
         str,
         typer.Option(
             metavar="RATE[,RATE...]",
-            help="Requests that arrive in a second, as a Poisson process; inf: all at once. "
-            "Several rates measure one after another.",
+            help="Requests per second, as a Poisson process; inf sends all at once. A list "
+            "measures each rate in turn.",
         ),
     ] = "1",
     num_prompts: Annotated[int, typer.Option(help="Requests (conversations).")] = 32,
     max_concurrency: Annotated[
         int | None,
-        typer.Option(min=1, help="Requests on their way at once; others wait, and that counts."),
+        typer.Option(min=1, help="Maximum requests in flight; waiting counts as latency."),
     ] = None,
     goodput_ttft_ms: Annotated[
-        float | None, typer.Option(min=0, help="A good answer's most time to its first token.")
+        float | None, typer.Option(min=0, help="Maximum TTFT of a request that counts as goodput.")
     ] = None,
     goodput_tpot_ms: Annotated[
-        float | None, typer.Option(min=0, help="A good answer's most time per token after it.")
+        float | None, typer.Option(min=0, help="Maximum TPOT of a request that counts as goodput.")
     ] = None,
 ) -> None:
-    """Load a server over gRPC: arrivals wait for no answer, latencies count from when each was due.
+    """Load a server over gRPC with open-loop arrivals; latencies count from the scheduled arrival.
 
-    With --request-rate 0.5,1,2,4 a table and a plot of TTFT and TPOT against the rate.
+    With --request-rate 0.5,1,2,4: a table and a plot of TTFT and TPOT by rate.
     """
     from . import plots
     from .report import publish
@@ -206,9 +210,9 @@ def serve(
 def startup(
     engine: EngineOptions,
     output: OutputOptions,
-    rounds: Annotated[int, typer.Option(help="Starts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Number of starts.")] = 3,
 ) -> None:
-    """Time `octavo serve` from the start of its process to its ready line, and where that goes."""
+    """Time `octavo serve` from process start to its ready line, by startup phase."""
     from . import plots
     from .report import publish
     from .startup import measure, table
@@ -226,7 +230,7 @@ def _model(engine: EngineOptions) -> str:
 
 
 def _title(workload: WorkloadOptions, engine: EngineOptions) -> str:
-    """What was run, for a plot."""
+    """Describe the run in a plot's title."""
     parts: list[Any] = [f"{workload.input_len} tokens in, {workload.output_len} out"]
     if workload.requests is not None:
         parts = [workload.requests.name]
@@ -240,7 +244,7 @@ def _title(workload: WorkloadOptions, engine: EngineOptions) -> str:
 @bench_app.command()
 def kernels(
     paper: Annotated[
-        bool, typer.Option("--paper", help="From shapes and compiled code alone; needs no GPU.")
+        bool, typer.Option("--paper", help="Estimate from shapes and compiled code, without a GPU.")
     ] = False,
     model: Annotated[
         list[str] | None, typer.Option(help="2B, 7B or 72B; may be repeated. Default: all.")
@@ -249,13 +253,18 @@ def kernels(
         list[str] | None,
         typer.Option(help="With --paper: H100, H200, A100 or B200; may be repeated. Default: all."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all rows to this file.")
+    ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="With --paper: a table of all rows.")
+        Path | None, typer.Option(help="With --paper: write a Markdown table of all rows.")
     ] = None,
 ) -> None:
-    """Run the Triton kernels on the GPU of this machine: against their oracles, torch's own, and
-    the device's rates. Or, on paper, tell what each launch has to do and what its code proves."""
+    """Check the Triton kernels on this machine's GPU against their reference implementations.
+
+    Also compares their speed with torch's kernels and with the device's peak rates. With --paper,
+    print each launch's required work and what its compiled code shows.
+    """
     from .kernels.bench import run
 
     with user_errors():

@@ -1,8 +1,8 @@
-"""`make demo`: serves the embedded model and asks it about pictures and a video.
+"""`make demo`: serve the embedded model and ask it about pictures and a video.
 
-Starts `octavo serve` as a process of its own, sends several requests at once through the Python
-gRPC client, prints the questions and the answers as they stream in, then how fast it was. Ends with
-status 1 when an answer is wrong or anything fails.
+Starts `octavo serve` as a subprocess, sends several requests concurrently through the Python gRPC
+client, prints the questions and the streamed answers, then latency and throughput. Exits with
+status 1 if an answer is wrong or anything fails.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ START_TIMEOUT = 120.0  # seconds until the server must be ready
 
 @dataclass
 class Question:
-    """One request of the demo, its answer as it should be, and what came."""
+    """One request of the demo: its content, a check of the answer, and the streamed output."""
 
-    shown: str  # what is sent, in words
+    shown: str  # the question as printed
     content: list[dict[str, Any]]
     right: Callable[[str], bool]
     deltas: queue.SimpleQueue[ClientDelta | Exception] = field(default_factory=queue.SimpleQueue)
@@ -51,7 +51,7 @@ class Question:
 
 
 def make_questions(folder: Path) -> list[Question]:
-    """Draws the pictures and the video into `folder`."""
+    """Draw the pictures and the video into `folder` and return the questions about them."""
     rng = np.random.default_rng(SEED)
     pictures = {
         "star.png": draw_shape(rng, CANVAS, "purple", "star"),
@@ -70,8 +70,8 @@ def make_questions(folder: Path) -> list[Question]:
         content = [*parts, {"type": "text", "text": question}]
         return Question(shown, content, lambda text: text.strip() == right)
 
-    who = ask("Who are you?", "")
-    who.right = lambda text: "octavo" in text.lower()
+    identity = ask("Who are you?", "")
+    identity.right = lambda text: "octavo" in text.lower()
     return [
         ask("What color is the shape?", "purple", "star.png"),
         ask("What shape is it?", "star", "star.png"),
@@ -79,7 +79,7 @@ def make_questions(folder: Path) -> list[Question]:
         ask("Which way does the shape move?", "left", "moving.mp4"),
         ask("How many shapes are there?", "four", "shapes.png"),
         ask("What number is written?", "407", "number.png"),
-        who,
+        identity,
     ]
 
 
@@ -90,7 +90,7 @@ def _part(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """A running `octavo serve` on a free port; gives its address."""
+    """Run `octavo serve` on a free port; yield its address."""
     command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -101,7 +101,7 @@ def server() -> Iterator[str]:
             status = process.wait(30)
         if status != 0:
             log.seek(0)
-            raise RuntimeError(f"the server ended with status {status}:\n{log.read()}")
+            raise RuntimeError(f"the server exited with status {status}:\n{log.read()}")
 
 
 def _address(process: subprocess.Popen[str], log: Any) -> str:
@@ -118,7 +118,7 @@ def _address(process: subprocess.Popen[str], log: Any) -> str:
 
 
 def send(client: Client, question: Question) -> None:
-    """Sends one request; its deltas go to the question's queue, then None's stand-in: an end."""
+    """Send one request and put its deltas, or its error, into the question's queue."""
     question.sent = time.perf_counter()
     try:
         for delta in client.chat(question.messages, temperature=0, max_tokens=64):
@@ -131,7 +131,7 @@ def send(client: Client, question: Question) -> None:
 
 
 def show(question: Question, console: Console) -> bool:
-    """Prints a question and its answer as it comes; True when it is right."""
+    """Print a question and stream its answer; return True if the answer is right."""
     console.print("\n[bold]Q[/bold] ", end="")
     console.print(question.shown, markup=False)
     console.print("[bold]A[/bold] ", end="")
@@ -146,7 +146,7 @@ def show(question: Question, console: Console) -> bool:
         if delta.finish_reason is not None:
             break
     right = question.right(question.text)
-    console.print("" if right else "   [red]wrong[/red]")
+    console.print("" if right else "   [red]wrong answer[/red]")
     return right
 
 
@@ -157,13 +157,13 @@ def summary(questions: list[Question]) -> str:
     seconds = max(q.last for q in questions) - min(q.sent for q in questions)
     middle = len(questions) // 2
     return (
-        f"{len(questions)} requests at once: TTFT {ttft[middle] * 1e3:.0f} ms, "
+        f"{len(questions)} concurrent requests: TTFT {ttft[middle] * 1e3:.0f} ms, "
         f"TPOT {tpot[middle] * 1e3:.1f} ms (medians), {tokens / seconds:.0f} tok/s"
     )
 
 
 def ask_all(address: str, questions: list[Question], console: Console) -> bool:
-    """Sends all questions at once; True when every answer is right."""
+    """Send all questions concurrently; return True if every answer is right."""
     with Client(address) as client:
         threads = [threading.Thread(target=send, args=(client, q)) for q in questions]
         for thread in threads:
@@ -180,13 +180,13 @@ def main() -> int:
         questions = make_questions(Path(folder))
         console.print("starting octavo serve with the embedded model ...")
         with server() as address:
-            console.print(f"it listens at {address}; {len(questions)} requests go out at once")
+            console.print(f"listening on {address}; sending {len(questions)} concurrent requests")
             right = ask_all(address, questions, console)
     if not right:
-        console.print("\n[red]not every answer is right[/red]")
+        console.print("\n[red]some answers are wrong[/red]")
         return 1
     console.print(f"\n{summary(questions)}")
-    console.print("every answer is right; the server has stopped")
+    console.print("all answers are right; the server has stopped")
     return 0
 
 

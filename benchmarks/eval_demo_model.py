@@ -1,9 +1,9 @@
-"""How often the embedded model is right, over freshly drawn questions, through `octavo.LLM`.
+"""Measure the embedded model's accuracy on freshly generated questions, through `octavo.LLM`.
 
     python -m octavo.benchmarks.eval_demo_model --num 1000 --seed 7
 
-Kinds: color, shape, which, motion, count, number. `--backend transformers` asks the same questions
-of the same folder through transformers, for comparison.
+Kinds: color, shape, which, motion, count, number. `--backend transformers` sends the same questions
+to the same checkpoint through transformers, for comparison.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Question:
 
 
 def _ask(text: str, answer: str, *media: Any) -> Question:
-    """A list is a video, anything else an image."""
+    """Build a question about `media`: a list is a video, anything else an image."""
     parts: list[Message] = [
         {"type": "video", "video": item} if isinstance(item, list) else
         {"type": "image", "image": item}
@@ -79,7 +79,7 @@ def ask_shape(rng: np.random.Generator) -> Question:
 
 
 def ask_which(rng: np.random.Generator) -> Question:
-    """The other image shares the color, or the shape, or nothing."""
+    """Ask which of two images shows a shape; the other shares its color, its shape, or neither."""
     color, shape, image = _one_shape(rng)
     while True:
         other = _pick(rng, COLORS), _pick(rng, SHAPES)
@@ -124,7 +124,7 @@ KINDS: dict[str, Callable[[np.random.Generator], Question]] = {
 
 
 def questions(kind: str, seed: int) -> Iterator[Question]:
-    """Endless questions of a kind, the same for a seed; training draws from other seeds."""
+    """Yield questions of a kind without end, determined by the seed; training uses other seeds."""
     rng = np.random.default_rng([seed, *kind.encode(), 77])
     while True:
         yield KINDS[kind](rng)
@@ -146,7 +146,7 @@ def answer_with_octavo(
 
 
 def answer_with_transformers(model: Path) -> Callable[[list[Question]], list[str]]:
-    """Pixels and token ids are ours, the model is transformers'."""
+    """Use our preprocessing and tokenization with the model of transformers."""
     from .compare.transformers_model import TransformersModel
 
     reference = TransformersModel(model)
@@ -156,7 +156,7 @@ def answer_with_transformers(model: Path) -> Callable[[list[Question]], list[str
 def measure(
     answer: Callable[[list[Question]], list[str]], kind: str, num: int, seed: int
 ) -> dict[str, Any]:
-    """Share of exact answers, and some that were wrong."""
+    """Return the share of exact answers, with up to five wrong ones."""
     stream, right = questions(kind, seed), 0
     wrong: list[str] = []
     started = time.perf_counter()
@@ -176,12 +176,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
-    parser.add_argument("--num", type=int, default=1000, help="questions of each kind")
+    parser.add_argument("--num", type=int, default=1000, help="questions per kind")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--backend", choices=["octavo", "transformers"], default="octavo")
-    parser.add_argument("--quantization", choices=["int8"], help="of octavo's weights")
-    parser.add_argument("--json", action="store_true", help="a JSON object a kind")
+    parser.add_argument(
+        "--quantization", choices=["int8"], help="weight quantization (octavo backend)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per kind")
     args = parser.parse_args()
     if args.backend == "octavo":
         answer = answer_with_octavo(args.model, args.quantization)
@@ -192,7 +194,7 @@ def main() -> None:
         if args.json:
             print(json.dumps(found), flush=True)
             continue
-        mark = "" if found["right"] >= TARGETS[kind] else f"  under {TARGETS[kind]:.0%}"
+        mark = "" if found["right"] >= TARGETS[kind] else f"  below target {TARGETS[kind]:.0%}"
         print(
             f"{kind:8} {found['right']:7.1%} of {args.num}, {found['seconds']:.0f} s{mark}"
             f"   {'; '.join(found['wrong'][:3])}",

@@ -1,8 +1,9 @@
-"""Writes a random checkpoint in the shape of a real Qwen2-VL, to measure speed and memory with.
+"""Write a random checkpoint with the shape of a real Qwen2-VL, to measure speed and memory.
 
     python -m octavo.benchmarks.make_checkpoint --config 2b DIR
 
-The answers mean nothing. The tokenizer is the tiny checkpoint's: bytes and Qwen's special tokens.
+The outputs are meaningless. The tokenizer is the tiny checkpoint's: bytes and Qwen's special
+tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DECODERS = {
 
 
 def real_config(name: str) -> dict[str, Any]:
-    """config.json of a real shape but for its token ids, which are the tiny tokenizer's."""
+    """Return config.json with a real model's shape and the tiny tokenizer's token ids."""
     layers, heads, kv_heads, inner, vocab_size, tied = DECODERS[name]
     config = tiny_config(
         layers=layers,
@@ -51,7 +52,7 @@ def real_config(name: str) -> dict[str, Any]:
 
 
 def shards(config: dict[str, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Names and shapes of the tensors, in files of at most SHARD_BYTES."""
+    """Group the tensors' names and shapes into files of at most SHARD_BYTES."""
     files: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
     for name, shape in checkpoint_shapes(config):
@@ -65,7 +66,7 @@ def shards(config: dict[str, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
 
 
 def _tensors(shapes: list[tuple[str, tuple[int, ...]]], pool: torch.Tensor) -> Iterator[Any]:
-    """Numbers are taken round and round from one pool: drawing billions takes minutes."""
+    """Yield random tensors that repeat one pool of numbers: sampling billions takes minutes."""
     for name, shape in shapes:
         count = math.prod(shape)
         numbers = pool.repeat(-(-count // len(pool)))[:count].view(shape)
@@ -74,7 +75,7 @@ def _tensors(shapes: list[tuple[str, tuple[int, ...]]], pool: torch.Tensor) -> I
 
 
 def make_checkpoint(folder: Path, name: str) -> Path:
-    """Writes the folder of shape `name` ("2b", "7b", "72b"; 4.4, 16.6 and 147 GB)."""
+    """Write a checkpoint of shape `name` ("2b", "7b", "72b"; 4.4, 16.6 and 147 GB)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = real_config(name)
     pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -95,8 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--config", choices=list(DECODERS), default="2b", help="whose shape")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument("--config", choices=list(DECODERS), default="2b", help="model size")
     args = parser.parse_args()
     make_checkpoint(args.folder, args.config)
     print(json.dumps({"folder": str(args.folder), "config": args.config}))

@@ -1,6 +1,6 @@
-"""Options that benchmarks share, each defined once: frozen dataclasses whose fields are options.
+"""Command-line options shared by the benchmarks, as frozen dataclasses with one field per option.
 
-`@with_options` lays their fields out in a command's signature, where typer finds them, and hands
+`@with_options` expands the fields into a command's signature, where typer reads them, and passes
 the command the dataclasses.
 """
 
@@ -39,13 +39,13 @@ from .workload import BenchRequest, Media, Vocabulary, Workload
 Command = Callable[..., Any]
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the results as JSON; - is stdout."),
+    typer.Option("--json", metavar="FILE", help="Write the results as JSON; - for stdout."),
 ]
 IMAGE, VIDEO = "WIDTHxHEIGHT", "FRAMESxWIDTHxHEIGHT"
 
 
 def with_options(command: Command) -> Command:
-    """Turns each parameter of a command that is one of the dataclasses below into its options."""
+    """Expand each parameter whose type is in `GROUPS` into the options of that dataclass."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[type, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -82,42 +82,42 @@ def with_options(command: Command) -> Command:
 
 @dataclass(frozen=True)
 class WorkloadOptions:
-    """What is asked: the fields of `workload.Workload`, or a file of requests."""
+    """The workload: the fields of `workload.Workload`, or a file of requests."""
 
-    input_len: Annotated[int, typer.Option(help="Text tokens of each prompt.")] = 128
-    output_len: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64
+    input_len: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 128
+    output_len: Annotated[int, typer.Option(help="Tokens per output.")] = 64
     image_size: Annotated[
         list[str] | None,
-        typer.Option(metavar=IMAGE, help="A random image in each prompt; repeat it for more."),
+        typer.Option(metavar=IMAGE, help="Add a random image to each prompt; may be repeated."),
     ] = None
     video_size: Annotated[
         str | None,
-        typer.Option(metavar=VIDEO, help="A random video in each prompt."),
+        typer.Option(metavar=VIDEO, help="Add a random video to each prompt."),
     ] = None
     share_media: Annotated[
-        bool, typer.Option("--share-media", help="All prompts are about the same pictures.")
+        bool, typer.Option("--share-media", help="Use the same media in all prompts.")
     ] = False
     shared_prefix_len: Annotated[
-        int, typer.Option(help="Text tokens that all prompts begin with.")
+        int, typer.Option(help="Text tokens of a prefix common to all prompts.")
     ] = 0
     turns: Annotated[
         int,
         typer.Option(
-            help="Turns of each conversation: a prompt is the one before it, an answer of "
-            "--output-len random tokens, and --input-len new ones."
+            help="Turns per conversation: each prompt is the previous one, an answer of "
+            "--output-len random tokens, and --input-len new tokens."
         ),
     ] = 1
     requests: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines of requests instead: prompt, messages or prompt_token_ids, and maybe "
-            "images, videos (lists of frames), max_tokens, after."
+            help="JSON Lines file of requests, used instead: prompt, messages or "
+            "prompt_token_ids; optionally images, videos (lists of frames), max_tokens, after."
         ),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same prompts.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random prompts.")] = 0
 
     def workload(self, num_prompts: int) -> Workload:
-        """Raises ValueError naming the option."""
+        """Return the workload. Raises ValueError naming the invalid option."""
         for name in ("input_len", "output_len", "turns"):
             at_least_one(getattr(self, name), name.replace("_", "-"))
         if self.shared_prefix_len < 0:
@@ -136,8 +136,10 @@ class WorkloadOptions:
         )
 
     def make(self, model_dir: Path, num_prompts: int, number: int = 0) -> list[BenchRequest]:
-        """The requests; other ones of the same kind for each `number`, unless a file has them.
-        Raises ValueError."""
+        """Make the requests; each `number` gives different ones, unless they come from a file.
+
+        Raises ValueError for an invalid option or file.
+        """
         workload = self.workload(num_prompts)
         if self.requests is not None:
             return read_requests(self.requests, model_dir, self.output_len)
@@ -146,7 +148,7 @@ class WorkloadOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The engine's settings, as `octavo serve` names them."""
+    """The engine's settings, named as in `octavo serve`."""
 
     model: Model = None
     device: Device = "auto"
@@ -166,12 +168,12 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where results go beside the table."""
+    """Outputs in addition to the table."""
 
     json_file: JsonFile = None
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw the results; also .svg and .pdf."),
+        typer.Option(metavar="FILE.png", help="Plot the results (.png, .svg or .pdf)."),
     ] = None
 
 
@@ -179,22 +181,22 @@ GROUPS = (WorkloadOptions, EngineOptions, OutputOptions)
 
 
 def counts(text: str, option: str) -> list[int]:
-    """ "1,2,4" as numbers from 1 on. Raises ValueError naming the option."""
+    """Parse "1,2,4" into integers >= 1. Raises ValueError naming the option."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--{option} {text}: must be a number, or several as 1,2,4") from None
+        raise ValueError(f"--{option} {text}: must be an integer or a list such as 1,2,4") from None
     return [at_least_one(number, option) for number in found]
 
 
 def rates(text: str, option: str) -> list[float]:
-    """ "0.5,1,inf" as numbers over 0. Raises ValueError naming the option."""
+    """Parse "0.5,1,inf" into numbers > 0. Raises ValueError naming the option."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = [0.0]
     if not all(rate > 0 for rate in found):
-        raise ValueError(f"--{option} {text}: must be a number over 0, or several as 0.5,1,inf")
+        raise ValueError(f"--{option} {text}: must be a number > 0 or a list such as 0.5,1,inf")
     return found
 
 
@@ -204,12 +206,12 @@ def at_least_one(value: int, option: str) -> int:
     return value
 
 
-def size(text: str, option: str, form: str, example: str) -> tuple[int, ...]:
-    """ "448x448" as numbers; `form` is what the option's help calls it. Raises ValueError."""
-    parts = form.count("x") + 1
+def size(text: str, option: str, pattern: str, example: str) -> tuple[int, ...]:
+    """Parse "448x448" into integers; `pattern` is the option's metavar. Raises ValueError."""
+    parts = pattern.count("x") + 1
     match = re.fullmatch("x".join([r"([1-9]\d{0,4})"] * parts), text)
     if match is None:
-        raise ValueError(f"--{option} {text}: must be {form}, such as {example}")
+        raise ValueError(f"--{option} {text}: must be {pattern}, such as {example}")
     return tuple(map(int, match.groups()))
 
 

@@ -1,4 +1,4 @@
-"""`docs/page.png`: the page at `/`, of a server of the embedded model that has something to do.
+"""Take the screenshot `docs/page.png`: the dashboard of a busy server with the embedded model.
 
 python -P -m octavo.benchmarks.page_picture docs/page.png
 """
@@ -28,17 +28,17 @@ from .fakes.tiny_server import Served
 
 SIZE = {"width": 1180, "height": 1180}
 NUM_RUNNING, NUM_OTHERS = 8, 10
-COLORS = 256  # of the file
+COLORS = 256  # palette size of the saved PNG
 
 
-class _Door(Served):
+class _PageServer(Served):
     async def _start(self) -> None:
         await super()._start()
         self.http = HttpServer("127.0.0.1", 0)
         self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
 
     def begin(self, number: int) -> None:
-        """One of the other requests: some words that all begin with, some of its own."""
+        """Submit a background request: a prefix common to all of them, then its own words."""
 
         async def read() -> None:
             prompt = {
@@ -53,13 +53,13 @@ class _Door(Served):
 
 
 @contextlib.contextmanager
-def _door() -> Iterator[_Door]:
+def _page_server() -> Iterator[_PageServer]:
     settings: dict[str, Any] = {"max_model_len": 2048, "kv_cache_memory_bytes": 24 << 20}
-    # In float32, whose steps are slow enough to be seen.
-    door = _Door(EMBEDDED_MODEL, dtype="float32", max_num_seqs=NUM_RUNNING, **settings)
-    yield door
-    door.run(door.http.drain(0.1))
-    door.close()
+    # Steps in float32 are slow enough to be visible in the screenshot.
+    server = _PageServer(EMBEDDED_MODEL, dtype="float32", max_num_seqs=NUM_RUNNING, **settings)
+    yield server
+    server.run(server.http.drain(0.1))
+    server.close()
 
 
 def _ask(page: Any, question: str, picture: Path) -> None:
@@ -71,25 +71,29 @@ def _ask(page: Any, question: str, picture: Path) -> None:
 
 
 def take_picture(path: Path) -> None:
-    """In light colours, with questions asked and answered, and others' requests running."""
-    with _door() as door, TemporaryDirectory() as folder, chromium(viewport=SIZE) as browser:
+    """Save a screenshot with answered questions and other requests running."""
+    with (
+        _page_server() as server,
+        TemporaryDirectory() as folder,
+        chromium(viewport=SIZE) as browser,
+    ):
         star, circle = Path(folder) / "star.png", Path(folder) / "circle.png"
         rng = np.random.default_rng(20)
         draw_shape(rng, (320, 240), "purple", "star").image.save(star)
         draw_shape(rng, (320, 240), "blue", "circle").image.save(circle)
         page = browser.pages[0]
-        page.goto(door.url)
+        page.goto(server.url)
         _ask(page, "What color is the shape?", star)
         for number in range(NUM_RUNNING - 1):
-            door.begin(number)
+            server.begin(number)
             page.wait_for_timeout(250)
         _ask(page, "What shape is it?", circle)
         for number in range(NUM_RUNNING - 1, NUM_OTHERS):
-            door.begin(number)
+            server.begin(number)
         page.locator("#waiting").filter(has_text="2").wait_for()
         data = page.screenshot()
         for number in range(NUM_OTHERS):
-            door.run(door.engine.abort(f"report-{number}"))
+            server.run(server.engine.abort(f"report-{number}"))
     image = Image.open(io.BytesIO(data)).convert("RGB")
     image.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
 

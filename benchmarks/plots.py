@@ -1,4 +1,4 @@
-"""Plots of benchmarks' results, for a README: light, labelled, few colors."""
+"""Plots of benchmark results, styled for a README."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .serve_load import LoadPoint
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6fb5", "#e08a1e", "#3f9c57", "#9aa0a6", "#2b2f33"
-SHADES = {"p99": 0.3, "p90": 0.6, "p50": 1.0}  # the darkest last, on top
-STYLE: Any = {  # matplotlib has a type of 300 names for it
+SHADES = {"p99": 0.3, "p90": 0.6, "p50": 1.0}  # drawn in this order: the darkest on top
+STYLE: Any = {  # matplotlib's own type is a literal of 300 keys
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -43,7 +43,7 @@ STYLE: Any = {  # matplotlib has a type of 300 names for it
 
 
 def check(path: Path | None) -> None:
-    """Before minutes are spent measuring. Raises ValueError where `path` could not be drawn."""
+    """Raise ValueError, before measuring, if `path` cannot be plotted to."""
     if path is None:
         return
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -57,7 +57,7 @@ def check(path: Path | None) -> None:
 
 
 def _panels(count: int, draw: Callable[[Sequence[Axes]], None], title: str, path: Path) -> None:
-    """A row of panels under one title."""
+    """Draw a row of panels under one title."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,7 +74,7 @@ def _panels(count: int, draw: Callable[[Sequence[Axes]], None], title: str, path
 
 
 def draw_batches(reports: Mapping[int, Report], title: str, path: Path) -> None:
-    """Throughput and time per token against the number of requests at once."""
+    """Plot throughput and time per token by number of concurrent requests."""
 
     def draw(axes: Sequence[Axes]) -> None:
         sizes = list(reports)
@@ -82,20 +82,20 @@ def draw_batches(reports: Mapping[int, Report], title: str, path: Path) -> None:
         _line(axes[0], sizes, rate, BLUE, "output tok/s")
         for x, y in zip(sizes, rate, strict=True):
             axes[0].annotate(_short(y), (x, y), (-3, 8), textcoords="offset points", ha="center")
-        axes[0].set_title("Output throughput, tokens a second")
+        axes[0].set_title("Output throughput, tokens/s")
         axes[0].set_ylim(0, max(rate) * 1.18)
         _percentiles(axes[1], sizes, [report.tpot for report in reports.values()], ORANGE)
         axes[1].set_title("Time per output token, ms")
         for each in axes:
             each.set_xscale("log", base=2)
             _ticks(each, sizes)
-            each.set_xlabel("requests at once")
+            each.set_xlabel("concurrent requests")
 
     _panels(2, draw, title, path)
 
 
 def draw_rates(points: Sequence[LoadPoint], title: str, path: Path) -> None:
-    """TTFT and TPOT against the request rate, with the bounds of a good answer."""
+    """Plot TTFT and TPOT by request rate, with the goodput bounds."""
 
     def draw(axes: Sequence[Axes]) -> None:
         finite = [point for point in points if np.isfinite(point.request_rate)]
@@ -113,22 +113,22 @@ def draw_rates(points: Sequence[LoadPoint], title: str, path: Path) -> None:
                 each.axhline(bound, label="bound", **style)
                 handles, labels = each.get_legend_handles_labels()
                 each.legend([*handles[2::-1], handles[3]], [*labels[2::-1], labels[3]])
-            each.set_xlabel("requests a second, Poisson")
+            each.set_xlabel("requests/s (Poisson)")
             each.set_xlim(0, max(rates) * 1.05)
 
     if not any(np.isfinite(point.request_rate) for point in points):
-        raise ValueError("--plot: needs a --request-rate other than inf")
+        raise ValueError("--plot: requires a finite --request-rate")
     _panels(2, draw, title, path)
 
 
 def draw_latencies(seen: Sequence[RequestTimes], title: str, path: Path) -> None:
-    """How latencies are spread over a run's requests."""
+    """Plot the distributions of TTFT, TPOT and ITL over a run's requests."""
 
     def draw(axes: Sequence[Axes]) -> None:
         done = [each for each in seen if not each.error]
         _shares(axes[0], [ttft(each) for each in done], BLUE, "Time to first token")
         _shares(axes[1], [tpot(each) for each in done], ORANGE, "Time per output token")
-        _shares(axes[2], [gap for each in done for gap in itl(each)], GREEN, "Between tokens")
+        _shares(axes[2], [gap for each in done for gap in itl(each)], GREEN, "Inter-token latency")
         axes[0].set_ylabel("share of requests")
         axes[2].set_ylabel("share of tokens")
 
@@ -136,7 +136,7 @@ def draw_latencies(seen: Sequence[RequestTimes], title: str, path: Path) -> None
 
 
 def draw_starts(starts: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Where the time of each start goes."""
+    """Plot the phases of each start."""
     colors = (BLUE, "#7fb0e3", ORANGE, GREEN)
 
     def draw(axes: Sequence[Axes]) -> None:
@@ -166,7 +166,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], color: str, label:
 def _percentiles(
     axes: Axes, x: Sequence[float], latencies: Sequence[Latency], color: str, unit: float = 1e3
 ) -> None:
-    """p50, p90 and p99 in shades of one color, each named at its end."""
+    """Plot p50, p90 and p99 in shades of one color."""
     for name, shade in SHADES.items():
         y = [getattr(latency, name) * unit for latency in latencies]
         axes.plot(x, y, "-o", color=_lighter(color, shade), markeredgecolor="white", label=name)
@@ -175,14 +175,14 @@ def _percentiles(
 
 
 def _lighter(color: str, shade: float) -> tuple[float, ...]:
-    """The color mixed with white, so that lines that cross stay apart."""
+    """Mix the color with white, so that crossing lines stay distinguishable."""
     from matplotlib.colors import to_rgb
 
     return tuple(1 - shade * (1 - part) for part in to_rgb(color))
 
 
 def _shares(axes: Axes, seconds: Sequence[float], color: str, title: str) -> None:
-    """The share of values up to each, in milliseconds."""
+    """Plot the cumulative distribution of `seconds`, in milliseconds."""
     values = np.sort(np.array(seconds)) * 1e3
     axes.set_title(title)
     axes.set_xlabel("ms")

@@ -1,4 +1,4 @@
-"""What a process and all that it started have of memory and processor time, from /proc."""
+"""Memory and CPU time of a process and its descendants, from /proc."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
 
 
 def tree(pid: int) -> list[int]:
-    """The process and its descendants."""
+    """Return the pids of the process and its descendants."""
     found = [pid]
-    for parent in found:  # grows as it goes
+    for parent in found:  # the list grows during iteration
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").iterdir():
                 found += map(int, (task / "children").read_text().split())
@@ -23,17 +23,20 @@ def tree(pid: int) -> list[int]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Of the whole tree, from counters that cost nothing to read."""
+    """Return the anonymous memory of the whole tree; cheap to read."""
     return sum(_bytes(f"/proc/{each}/status", "RssAnon:") for each in tree(pid))
 
 
 def shared_bytes(pid: int) -> int:
-    """Shared memory of the whole tree, each page once. Walks page tables: not while measuring."""
+    """Return the shared memory of the whole tree, counting each page once.
+
+    Walks page tables, so do not call it while measuring.
+    """
     return sum(_bytes(f"/proc/{each}/smaps_rollup", "Pss_Shmem:") for each in tree(pid))
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that the tree has used."""
+    """Return the CPU time used by the tree."""
     total = 0.0
     for each in tree(pid):
         with contextlib.suppress(OSError):
@@ -43,7 +46,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def _bytes(path: str, name: str) -> int:
-    """The value of a line such as "RssAnon:  123 kB"; 0 when the process is gone."""
+    """Return the value of a line such as "RssAnon:  123 kB"; 0 if the process is gone."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text().splitlines():
             if line.startswith(name):
@@ -52,14 +55,14 @@ def _bytes(path: str, name: str) -> int:
 
 
 class Peak:
-    """The most that was seen, filled in while `watch` runs."""
+    """Peak memory in bytes, updated while `watch` runs."""
 
     anonymous = 0
 
 
 @contextlib.contextmanager
 def watch(pid: int, every: float = 0.2) -> Iterator[Peak]:
-    """Watches the tree's anonymous memory."""
+    """Sample the tree's anonymous memory every `every` seconds."""
     peak, over = Peak(), threading.Event()
 
     def look() -> None:
@@ -77,8 +80,10 @@ def watch(pid: int, every: float = 0.2) -> Iterator[Peak]:
 
 
 def wait_quiet(pid: int, longest: float = 10.0, share: float = 0.02, window: float = 0.3) -> float:
-    """Waits until the tree uses less than `share` of a core, or `longest` seconds; its last share.
-    (vLLM's worker polls for a second after a step.)"""
+    """Wait until the tree uses less than `share` of a core, for at most `longest` seconds.
+
+    Returns its last share. Needed since vLLM's worker polls for a second after a step.
+    """
     deadline = time.monotonic() + longest
     while True:
         before = cpu_seconds(pid)

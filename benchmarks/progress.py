@@ -1,4 +1,4 @@
-"""A bar on stderr while a benchmark runs: requests answered, tokens a second."""
+"""A progress bar on stderr: finished requests and tokens per second."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-WINDOW = 5.0  # seconds that the shown rate is of
+WINDOW = 5.0  # seconds over which the displayed rate is averaged
 
 
 @contextlib.contextmanager
 def request_bar(title: str, num_requests: int) -> Iterator[Callable[[int, int], None]]:
-    """Gives `on_tokens(new_tokens, ended_requests)`, for any thread; silent without a terminal."""
+    """Yield a thread-safe `on_tokens(new_tokens, ended_requests)`; a no-op without a terminal."""
     if not sys.stderr.isatty():
         yield lambda tokens, ended: None
         return

@@ -1,10 +1,9 @@
-"""How often weights and activations of eight bits choose the same next token as bfloat16.
+"""Measure how often int8 weights and activations choose the same next token as bfloat16.
 
     python -m octavo.benchmarks.quantization_agreement --model DIR --num-prompts 200
 
-Random prompts, the token that follows each. Where the two differ, the figures tell how near the
-call was: how likely bfloat16 is to differ from itself, computed in another order, is told by its
-agreement with float32.
+Compares the token that follows each of a set of random prompts. The agreement of bfloat16 with
+float32 is printed as well: it shows how often rounding alone changes the choice.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .workload import Vocabulary, Workload
 
 
 def next_tokens(model: Path, workload: Workload, settings: dict[str, Any]) -> list[int]:
-    """The most likely token after each prompt."""
+    """Return the most likely token after each prompt."""
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     prompts = [request.prompt for request in workload.requests(Vocabulary.of(model))]
     with LLM(model, kv_cache_memory_bytes=1 << 28, max_model_len=2048, **settings) as llm:

@@ -1,5 +1,7 @@
-"""How long a stream stands still when a worker is killed or hangs: `python -m
-octavo.benchmarks.recovery [--model DIR]`."""
+"""Measure how long a stream stalls when a worker is killed or hangs.
+
+python -m octavo.benchmarks.recovery [--model DIR]
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from octavo.scheduler.params import SamplingParams
 
 
 def longest_gap(engine: Engine, fault: int | None, prompt_len: int) -> float:
-    """Seconds of the longest time between two tokens of a stream of 24; after the 8th, rank 0 gets
-    the signal `fault`."""
+    """Return the longest time in seconds between two tokens of a stream of 24.
+
+    After the 8th token, rank 0 receives the signal `fault`.
+    """
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     prompt = {"prompt_token_ids": [number % 200 for number in range(prompt_len)]}
     request_id = engine.add_request(None, prompt, params)
@@ -35,11 +39,13 @@ def longest_gap(engine: Engine, fault: int | None, prompt_len: int) -> float:
 
 def main(
     model: Annotated[Path | None, typer.Option(help="Default: the embedded model.")] = None,
-    prompt_len: Annotated[int, typer.Option(help="Tokens that are computed anew.")] = 256,
+    prompt_len: Annotated[
+        int, typer.Option(help="Prompt tokens, recomputed after the restart.")
+    ] = 256,
 ) -> None:
-    """Print the longest time between two tokens: without a fault, with a kill, with a hang."""
+    """Print the longest time between two tokens: without a failure, after a kill, after a hang."""
     with Engine(model, max_model_len=1024, max_restarts=9) as engine:
-        longest_gap(engine, None, prompt_len)  # warm
+        longest_gap(engine, None, prompt_len)  # warm up
         for name, fault in (
             ("none", None),
             ("SIGKILL", signal.SIGKILL),

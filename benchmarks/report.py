@@ -1,4 +1,4 @@
-"""What a run comes to: rates, percentiles of latencies, and how they are shown and written."""
+"""Summary of a run: rates and latency percentiles, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ PERCENTILES = (50, 90, 99)
 
 
 def ttft(seen: RequestTimes) -> float:
-    """Seconds from when the request was due to its first token."""
+    """Return the seconds from the request's scheduled arrival to its first token."""
     return seen.times[0] - seen.due
 
 
 def tpot(seen: RequestTimes) -> float:
-    """Mean seconds of a token after the first."""
+    """Return the mean seconds per token after the first."""
     return (seen.times[-1] - seen.times[0]) / max(1, seen.output_tokens - 1)
 
 
 def itl(seen: RequestTimes) -> list[float]:
-    """Seconds from each batch of new tokens to the next."""
+    """Return the seconds from each batch of new tokens to the next."""
     return np.diff(seen.times).tolist()
 
 
 @dataclass(frozen=True)
 class Latency:
-    """A latency's spread in seconds."""
+    """Mean and percentiles of a latency, in seconds."""
 
     mean: float
     p50: float
@@ -47,7 +47,7 @@ class Latency:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Latency:
-        """NaN throughout where there are no values."""
+        """Summarize `values`; NaN if there are none."""
         if not values:
             return cls(*[float("nan")] * 4)
         return cls(float(np.mean(values)), *map(float, np.percentile(values, PERCENTILES)))
@@ -55,13 +55,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class Report:
-    """A run's figures. Latencies count from when a request was due."""
+    """Figures of a run. Latencies count from a request's scheduled arrival."""
 
-    num_requests: int  # that were answered
+    num_requests: int  # successful requests
     failed: int
     prompt_tokens: int
     output_tokens: int
-    seconds: float  # from the first request's being due to the last token
+    seconds: float  # from the first scheduled arrival to the last token
     prefill_seconds: float  # to the last request's first token
     ttft: Latency
     tpot: Latency
@@ -70,10 +70,10 @@ class Report:
 
     @classmethod
     def of(cls, seen: Sequence[RequestTimes]) -> Report:
-        """Raises ValueError, with the first error, where none was answered."""
+        """Summarize a run. Raises ValueError with the first error if every request failed."""
         done = [each for each in seen if not each.error]
         if not done:
-            raise ValueError(f"no request was answered: {seen[0].error}")
+            raise ValueError(f"all requests failed: {seen[0].error}")
         return cls(
             num_requests=len(done),
             failed=len(seen) - len(done),
@@ -101,7 +101,7 @@ class Report:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """All prompts' tokens until the last request's first token."""
+        """All prompt tokens, over the time to the last request's first token."""
         return self.prompt_tokens / self.prefill_seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What figures are worth nothing without."""
+    """Return the hardware, versions and command, needed to interpret the figures."""
     names = ("torch", "triton", "transformers")
     return {
         "processor": _processor(),
@@ -138,7 +138,7 @@ def _version(name: str) -> str | None:
 
 
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
-    """To a file, or where it is - to stdout. NaN, which JSON has not, becomes null."""
+    """Write JSON to a file, or to stdout if the path is "-". Replaces NaN with null."""
     text = json.dumps(_finite(found), indent=1)
     if str(path) == "-":
         print(text)
@@ -155,16 +155,16 @@ def _finite(value: Any) -> Any:
 
 
 def latency_table(report: Report, title: str) -> Table:
-    """A row a latency, in milliseconds."""
+    """Return a table with one row per latency, in milliseconds."""
     table = Table(title=title, title_justify="left", caption=rates_line(report))
     table.add_column("milliseconds")
     for column in ("mean", *(f"p{number}" for number in PERCENTILES)):
         table.add_column(column, justify="right")
     rows = {
         "time to first token (TTFT)": report.ttft,
-        "per token after it (TPOT)": report.tpot,
-        "between tokens (ITL)": report.itl,
-        "to the last token": report.e2e,
+        "time per output token (TPOT)": report.tpot,
+        "inter-token latency (ITL)": report.itl,
+        "end-to-end latency": report.e2e,
     }
     for name, latency in rows.items():
         values = (latency.mean, latency.p50, latency.p90, latency.p99)
@@ -178,12 +178,12 @@ def rates_line(report: Report) -> str:
         f"{report.num_requests} requests{failed}, {report.prompt_tokens:,} tokens in, "
         f"{report.output_tokens:,} out, {report.seconds:.2f} s: "
         f"{report.requests_per_second:.2f} req/s, {report.output_tokens_per_second:.1f} tok/s out, "
-        f"{report.total_tokens_per_second:.1f} in all"
+        f"{report.total_tokens_per_second:.1f} total"
     )
 
 
 def sweep_table(reports: Mapping[str, Report], heading: str, **more: Sequence[str]) -> Table:
-    """A row a run; `more` columns after the common ones."""
+    """Return a table with one row per run; `more` columns follow the common ones."""
     table = Table(title="TTFT and TPOT in milliseconds", title_justify="left")
     columns = ["req/s", "tok/s out", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"]
     for column in (heading, *columns, *more):
@@ -210,7 +210,7 @@ def publish(
     settings: Mapping[str, Any],
     path: Path | None,
 ) -> None:
-    """Prints the tables, to stderr where stdout is JSON's, and writes the JSON."""
+    """Print the tables (to stderr if the JSON goes to stdout) and write the JSON."""
     console = Console(stderr=str(path) == "-")
     for table in tables:
         console.print(table)

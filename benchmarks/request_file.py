@@ -1,14 +1,13 @@
-"""Requests as JSON lines: a workload from a file, and how requests reach another process.
+"""Requests as JSON Lines: workload files, and the format that passes requests between processes.
 
-A line is a prompt as `LLM.generate` takes it, and maybe what a benchmark needs beside it:
+A line is a prompt as accepted by `LLM.generate`, with optional benchmark fields:
 
     {"prompt": "Describe this.", "max_tokens": 32}
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, ...]}]}
     {"prompt_token_ids": [1, 2, 3], "images": ["a.png"], "videos": [["0.png", "1.png"]], "after": 0}
 
-Images are paths (relative ones start at the file's folder) or data URIs; a video is the list of its
-frames. `after` is the number of an earlier line, counted from 0, that must have been answered
-before.
+Images are paths (relative to the file's folder) or data URIs; a video is a list of frames. `after`
+is the 0-based index of an earlier line whose request must have finished first.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ FIELDS = ("prompt", "messages", "prompt_token_ids", "images", "videos", "max_tok
 
 
 def to_line(request: BenchRequest) -> str:
-    """The request as a line, its pictures as data URIs of PNGs."""
+    """Return the request as a line, with its images as PNG data URIs."""
     return json.dumps(
         {
             "prompt_token_ids": request.prompt_token_ids,
@@ -49,7 +48,7 @@ def to_line(request: BenchRequest) -> str:
 
 
 def png(image: Image.Image) -> bytes:
-    """Quickly packed: random pixels cannot be packed well."""
+    """Encode as PNG with fast compression: random pixels do not compress anyway."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -60,21 +59,21 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def read_requests(path: Path, model_dir: Path, max_tokens: int) -> list[BenchRequest]:
-    """The requests of a file, for the checkpoint whose tokens they are to be.
+    """Read the requests of a file, with prompts tokenized for the given checkpoint.
 
-    `max_tokens` is for lines that have none. Raises ValueError naming the line.
+    `max_tokens` applies to lines without one. Raises ValueError naming the line.
     """
     reader = _Reader(path.parent, model_dir, max_tokens)
     found: list[BenchRequest] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
-            raise ValueError(f"{path}:{number}: is empty")
+            raise ValueError(f"{path}:{number}: empty line")
         try:
             found.append(reader.read(json.loads(line), len(found)))
-        except ValueError as error:  # InputError and JSONDecodeError are such
+        except ValueError as error:  # includes InputError and JSONDecodeError
             raise ValueError(f"{path}:{number}: {error}") from None
     if not found:
-        raise ValueError(f"{path}: has no requests")
+        raise ValueError(f"{path}: no requests in the file")
     return found
 
 
@@ -85,21 +84,21 @@ class _Reader:
         self._template = ChatTemplate(model_dir, self._tokenizer)
 
     def read(self, line: Any, index: int) -> BenchRequest:
-        """The request of the line of number `index`. Raises ValueError."""
+        """Parse line `index`. Raises ValueError naming the field."""
         if not isinstance(line, dict):
             raise ValueError(f"must be an object, not {type(line).__name__}")
         for name in line:
             if name not in FIELDS:
-                raise ValueError(f"{name}: unknown; a line has {', '.join(FIELDS)}")
+                raise ValueError(f"{name}: unknown field; allowed: {', '.join(FIELDS)}")
         token_ids, images, videos = self._prompt(line)
         images = [*images, *_list(line, "images")]
         videos = [*videos, *_list(line, "videos")]
         max_tokens = line.get("max_tokens", self._max_tokens)
         if type(max_tokens) is not int or max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens!r}: must be a whole number from 1 on")
+            raise ValueError(f"max_tokens={max_tokens!r}: must be an integer >= 1")
         after = line.get("after")
         if after is not None and (type(after) is not int or not 0 <= after < index):
-            raise ValueError(f"after={after!r}: must be the number of an earlier line, from 0 on")
+            raise ValueError(f"after={after!r}: must be the 0-based index of an earlier line")
         return BenchRequest(
             tuple(token_ids),
             tuple(self._image(source, f"images[{i}]") for i, source in enumerate(images)),
@@ -109,26 +108,26 @@ class _Reader:
         )
 
     def _prompt(self, line: dict[str, Any]) -> tuple[Sequence[int], list[Any], list[Any]]:
-        """Token ids, and the images and videos that its messages bring."""
+        """Return the token ids, and the images and videos from messages."""
         kinds = [name for name in FIELDS[:3] if name in line]
         if len(kinds) != 1:
-            raise ValueError("give one of prompt, messages and prompt_token_ids")
+            raise ValueError("pass exactly one of prompt, messages and prompt_token_ids")
         if kinds == ["prompt_token_ids"]:
             token_ids = line["prompt_token_ids"]
             if not isinstance(token_ids, list) or not all(
                 type(token) is int for token in token_ids
             ):
-                raise ValueError("prompt_token_ids: must be a list of whole numbers")
+                raise ValueError("prompt_token_ids: must be a list of integers")
             return token_ids, [], []
         if kinds == ["prompt"]:
             if not isinstance(line["prompt"], str):
-                raise ValueError("prompt: must be a text")
+                raise ValueError("prompt: must be a string")
             return self._tokenizer.encode_marked(line["prompt"]), [], []
         conversation = read_messages(line["messages"])
         media: dict[str, list[Any]] = {"image": [], "video": []}
         for part in conversation.media:
             if part.source is None or len(part.part) != 2:
-                raise ValueError(f"{part.field}: must have {part.kind} and nothing beside it")
+                raise ValueError(f"{part.field}: must contain only {part.kind}; remove the rest")
             media[part.kind].append(part.source)
         return self._template.encode(conversation), media["image"], media["video"]
 
@@ -142,7 +141,7 @@ class _Reader:
 
     def _frames(self, source: Any, field: str) -> Frames:
         if not isinstance(source, list) or not source:
-            raise ValueError(f"{field}: must be the list of its frames; a file is not read here")
+            raise ValueError(f"{field}: must be a list of images; video files are not supported")
         return tuple(self._image(frame, f"{field}[{i}]") for i, frame in enumerate(source))
 
 

@@ -1,12 +1,12 @@
-"""Random faults under load: what every client saw is held against a run without faults.
+"""Random failures under load, checked against a run without failures.
 
     python -m octavo.benchmarks.robustness --seeds 0:20
     python -m octavo.benchmarks.robustness --seed 17
 
-A seed draws ranks, requests (texts, images, several answers, at random moments) and faults: a
-worker is killed, hangs, gives up, raises or runs out of memory at some boundary of some step.
-Every request must end once, with each token that it has without faults, none lost and none twice;
-and nothing may be left. After the manner of etcd's robustness tests.
+A seed determines ranks, requests (texts, images, several samples, random arrival times) and
+failures: a worker is killed, hangs, closes its connection, raises or runs out of memory at some
+point of some step. Every request must finish exactly once, with the same tokens as without
+failures, none lost or repeated; and no state may leak. Modeled on etcd's robustness tests.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ QUARANTINED = "INTERNAL: the request's step crashed the workers twice"
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: what it asks, and when."""
+    """A request and its arrival time."""
 
     text: str
     image_seed: int | None
     num_tokens: int
     num_answers: int
-    after: float  # seconds from the round's beginning
+    after: float  # seconds from the start of the round
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ class Ask:
 class Round:
     num_ranks: int
     asks: tuple[Ask, ...]
-    faults: tuple[str, ...]  # failpoint rules, but for the file that makes each happen once
+    faults: tuple[str, ...]  # failpoint rules; `_faults` adds a file that makes each fire once
 
     @classmethod
     def draw(cls, seed: int) -> Round:
@@ -104,35 +104,38 @@ class Round:
 
 @dataclass
 class History:
-    """What one client saw, in order."""
+    """Deltas that one client received, in order."""
 
     ask: Ask
     deltas: list[OutputDelta] = field(default_factory=list)
 
     def check(self, expected: list[int], num_faults: int) -> None:
-        """Raises AssertionError for what must not be."""
+        """Raise AssertionError if the deltas violate an invariant."""
         last = self.deltas[-1]
         assert [delta.usage is not None for delta in self.deltas].index(True) == (
             len(self.deltas) - 1
-        ), "a delta after the last, or no last one"
+        ), "exactly the last delta must carry usage"
         if last.error:
             assert last.error == QUARANTINED and num_faults >= 2, last.error
         for index in range(self.ask.num_answers):
             mine = [delta for delta in self.deltas if delta.index == index]
             tokens = [token for delta in mine for token in delta.token_ids]
             ends = [delta.finish_reason for delta in mine if delta.finish_reason]
-            assert ends == (["error"] if last.error else ["length"]), f"ended with {ends}"
+            assert ends == (["error"] if last.error else ["length"]), f"finish reasons are {ends}"
             wanted = expected[: len(tokens)] if last.error else expected
-            assert tokens == wanted, f"answer {index}: {tokens} and not {wanted}"
+            assert tokens == wanted, f"output {index}: {tokens}, expected {wanted}"
 
 
 def play(round_: Round, model: Path, expected: dict[Ask, list[int]]) -> tuple[int, float]:
-    """Runs a round; the number of faults that happened, and its seconds. Raises AssertionError."""
+    """Run a round; return the number of failures that fired and the duration in seconds.
+
+    Raises AssertionError if an invariant is violated.
+    """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, _faults(round_, Path(folder)):
         histories, restarts = asyncio.run(_serve(round_, model))
         num_faults = len(list(Path(folder).iterdir()))
-    assert restarts == 0 or num_faults > 0, "workers were started anew for no fault"
+    assert restarts == 0 or num_faults > 0, "workers were restarted without a failure"
     for history in histories:
         history.check(expected[history.ask][: history.ask.num_tokens], num_faults)
     return num_faults, time.monotonic() - start
@@ -166,7 +169,7 @@ async def _serve(round_: Round, model: Path) -> tuple[list[History], int]:
 
 
 def fault_free(rounds: list[Round], model: Path) -> dict[Ask, list[int]]:
-    """The tokens that each request has in an engine without faults."""
+    """Return the tokens of each request in an engine without failures."""
     asks = sorted({ask for round_ in rounds for ask in round_.asks}, key=repr)
 
     async def answer(engine: AsyncLLM, ask: Ask) -> list[int]:
@@ -181,8 +184,7 @@ def fault_free(rounds: list[Round], model: Path) -> dict[Ask, list[int]]:
 
 
 def at_steps(llm: LLM, numbers: set[int], do: Callable[[], None]) -> None:
-    """Does something each time that the engine has just sent one of these steps, counted from
-    now on."""
+    """Call `do` each time the engine has sent one of these steps, counting from this call."""
     send, counter = llm.engine.group.send, itertools.count(1)
 
     def sent(batch: InputBatch, step_id: int) -> None:
@@ -198,10 +200,10 @@ def reproduction(seed: int) -> str:
 
 
 def main(
-    seeds: Annotated[str, typer.Option(help="FIRST:END of the rounds to play.")] = "0:20",
-    seed: Annotated[int | None, typer.Option(help="Play this one alone.")] = None,
+    seeds: Annotated[str, typer.Option(help="Range of seeds to run, as FIRST:END.")] = "0:20",
+    seed: Annotated[int | None, typer.Option(help="Run only this seed.")] = None,
 ) -> None:
-    """Play rounds of random faults; print each that fails as the line that repeats it."""
+    """Run rounds of random failures; print each failed round as a command that reproduces it."""
     first, _, end = seeds.partition(":")
     numbers = [seed] if seed is not None else list(range(int(first), int(end)))
     rounds = {number: Round.draw(number) for number in numbers}

@@ -1,4 +1,4 @@
-"""What the scheduler alone costs a step: no worker, no model, all requests decoding."""
+"""Scheduler latency per step, without a worker or model: all requests decode."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import StepPlan, StepResult
 
 BLOCK_SIZE = 16
-WARM_UP = 64  # steps; four blocks of each request
+WARM_UP = 64  # steps; four blocks per request
 STEPS = 512
-TOKEN = 7  # what every row samples
+TOKEN = 7  # sampled by every row
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _stats(values: tuple[float, ...]) -> dict[str, float]:
 
 
 def run(num_requests: int, prompt_len: int) -> LatencyReport:
-    """Raises ValueError naming the option."""
+    """Measure `STEPS` decoding steps. Raises ValueError naming the invalid option."""
     for name, value in (("num-requests", num_requests), ("prompt-len", prompt_len)):
         if value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
@@ -64,7 +64,7 @@ def run(num_requests: int, prompt_len: int) -> LatencyReport:
 
 
 def filled(num_requests: int, prompt_len: int) -> Scheduler:
-    """All requests wait; no two share a prefix."""
+    """Return a scheduler with all requests waiting; no two share a prefix."""
     length = prompt_len + WARM_UP + STEPS + 64
     params: dict[str, Any] = {"max_tokens": length, "temperature": 0.0}
     scheduler = Scheduler(
@@ -87,7 +87,7 @@ def filled(num_requests: int, prompt_len: int) -> Scheduler:
 
 
 def step(scheduler: Scheduler) -> tuple[StepPlan, tuple[float, float]]:
-    """One step, and what `schedule` and `update` took of it in milliseconds."""
+    """Run one step; return its plan and the milliseconds of `schedule` and `update`."""
     plan, schedule_ms = _timed(scheduler.schedule)
     assert plan is not None
     result = StepResult(plan.step_id, (TOKEN,) * sum(plan.samples))

@@ -1,10 +1,9 @@
-"""Load on a server: requests arrive when they are due, whether it keeps up or not.
+"""Open-loop load on a server: requests arrive on schedule, whether or not it keeps up.
 
-Arrivals are a Poisson process: the gaps between them are drawn from an exponential distribution
-whose mean is 1 / rate. They do not wait for answers, and every latency counts from when a request
-was due. So a server that stalls is charged for all who came meanwhile (leaving that out is known as
-coordinated omission). Only a conversation's later turn waits: it is due when the one before it has
-been answered.
+Arrivals are a Poisson process: gaps are sampled from an exponential distribution of mean 1 / rate.
+Arrivals do not wait for answers, and latency counts from the scheduled arrival, so a stalled server
+is charged for all requests that arrive meanwhile (this avoids coordinated omission). Only later
+turns of a conversation wait: each is scheduled when the previous turn has been answered.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from .startup import ServerProcess, serve_arguments
 from .throughput import WARM_UP
 from .workload import BenchRequest
 
-# What a request's answer is to the load: (new tokens, tokens of the prompt or None) as it comes.
+# Stream of one request: (number of new tokens, prompt tokens or None) per delta.
 Answer = Iterator[tuple[int, int | None]]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a good answer keeps, in milliseconds; None is no bound."""
+    """Goodput bounds in milliseconds; None means unbounded."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -57,12 +56,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class LoadPoint:
-    """What one request rate came to."""
+    """Results of one request rate."""
 
-    request_rate: float  # requests a second asked for; inf: all at once
-    offered_rate: float  # that really came due: the arrivals are drawn, and few may come otherwise
+    request_rate: float  # requested, in requests/s; inf: all at once
+    offered_rate: float  # rate of the sampled arrivals, in requests/s
     bounds: Bounds
-    goodput: float | None  # requests a second that kept the bounds; None without bounds
+    goodput: float | None  # requests/s within the bounds; None without bounds
     good_share: float | None
     report: Report
 
@@ -84,19 +83,19 @@ class LoadPoint:
 
 
 def offered_rate(due: Sequence[float]) -> float:
-    """Requests a second, from the first that came due to the last; inf: all at once."""
+    """Return the requests per second between the first and last arrival; inf: all at once."""
     span = max(due) - min(due)
     return (len(due) - 1) / span if span else float("inf")
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """When each request is due, in seconds; the first at once. An infinite rate is all at once."""
+    """Sample arrival times in seconds; the first is 0. An infinite rate sends all at once."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, max(0, count - 1))
     return [0.0, *np.cumsum(gaps).tolist()][:count]
 
 
 class Load:
-    """Requests on their way to one server."""
+    """Requests in flight to one server."""
 
     def __init__(
         self,
@@ -105,7 +104,7 @@ class Load:
         max_concurrency: int | None,
         on_tokens: Callable[[int, int], None] = lambda tokens, ended: None,
     ) -> None:
-        """`send` asks for one request's answer and may raise ClientError."""
+        """Create a load; `send` streams one request's answer and may raise ClientError."""
         self._send, self._requests, self._on_tokens = send, requests, on_tokens
         self._seen = [RequestTimes(len(request.prompt_token_ids)) for request in requests]
         self._pool = ThreadPoolExecutor(max_concurrency or max(1, len(requests)))
@@ -113,8 +112,11 @@ class Load:
         self._faults: list[BaseException] = []
 
     def run(self, due: Sequence[float]) -> list[RequestTimes]:
-        """Sends each request that comes after no other when it is due, the others in their turn;
-        `due` is for the former, in order. Waits for all."""
+        """Send all requests and wait for them.
+
+        `due` has the arrival times of the requests without `after`, in order; the others are sent
+        when the request they follow has finished.
+        """
         self._began = time.perf_counter()
         first = [i for i, request in enumerate(self._requests) if request.after is None]
         with self._pool:
@@ -135,7 +137,7 @@ class Load:
         self._pool.submit(self._ask, index)
 
     def _ask(self, index: int) -> None:
-        """On a thread of its own: one request, to its end."""
+        """Run one request to its end, on a pool thread."""
         seen = self._seen[index]
         try:
             for count, prompt_tokens in self._send(self._requests[index]):
@@ -145,7 +147,7 @@ class Load:
                     self._on_tokens(count, 0)
                 seen.prompt_tokens = prompt_tokens or seen.prompt_tokens
             if not seen.times:
-                seen.error = "no token came"
+                seen.error = "no token was received"
         except ClientError as error:
             seen.error = str(error)
         except BaseException as error:
@@ -159,7 +161,7 @@ class Load:
 
 
 def sender(client: Client) -> Callable[[BenchRequest], Answer]:
-    """Sends over gRPC. Pictures are packed as PNG once, before anything is measured, by `pack`."""
+    """Return a function that sends over gRPC. `pack` encodes media beforehand."""
 
     def send(request: BenchRequest) -> Answer:
         deltas = client.generate(
@@ -177,8 +179,7 @@ def sender(client: Client) -> Callable[[BenchRequest], Answer]:
 
 
 def pack(requests: Sequence[BenchRequest]) -> list[BenchRequest]:
-    """The requests with pictures as the PNG bytes that travel; one that several have is packed
-    once."""
+    """Encode the requests' images as PNG before measuring; a shared image is encoded once."""
     packed: dict[int, Any] = {}
     for request in requests:
         for image in (*request.images, *(frame for video in request.videos for frame in video)):
@@ -203,10 +204,12 @@ def measure(
     max_concurrency: int | None,
     bounds: Bounds,
 ) -> list[tuple[LoadPoint, list[RequestTimes]]]:
-    """A run for each rate, on the server at `server` or one that is started. Raises ValueError,
-    ClientError."""
+    """Run each rate on the server at `server`, or on one started for the purpose.
+
+    Raises ValueError for invalid options and ClientError if the warm-up fails.
+    """
     model_dir = resolve_model(settings["model"], settings["hub"])
-    # Before a server is started: what is wrong with an option, or with a line of a file, is told.
+    # Make a request before starting a server, to report invalid options and files at once.
     warm_up = replace(options.make(model_dir, 1, WARM_UP)[0], max_tokens=2)
     found = []
     with contextlib.ExitStack() as stack:
@@ -218,7 +221,7 @@ def measure(
         for number, rate in enumerate(rates):
             requests = pack(options.make(model_dir, num_prompts, number))
             due = arrivals(rate, sum(each.after is None for each in requests), options.seed)
-            title = f"{rate:g} requests a second"
+            title = f"{rate:g} requests/s"
             with request_bar(title, len(requests)) as on_tokens:
                 seen = Load(sender(client), requests, max_concurrency, on_tokens).run(due)
             found.append((LoadPoint.of(rate, bounds, seen), seen))
@@ -226,7 +229,7 @@ def measure(
 
 
 def load_tables(points: Sequence[LoadPoint]) -> list[Table]:
-    """Tables of the rates; for one alone also of its latencies."""
+    """Return tables of the rates; for a single rate, also of its latencies."""
     more: dict[str, list[str]] = {}
     if points[0].bounds:
         more["good req/s"] = [f"{point.goodput:.2f}" for point in points]
@@ -234,13 +237,13 @@ def load_tables(points: Sequence[LoadPoint]) -> list[Table]:
     named = {f"{point.request_rate:g}": point.report for point in points}
     tables = [_rate_table(points), sweep_table(named, "rate", **more)]
     if len(points) == 1:
-        tables.insert(0, latency_table(points[0].report, "from when each request was due"))
+        tables.insert(0, latency_table(points[0].report, "latency from the scheduled arrival"))
     return tables
 
 
 def _rate_table(points: Sequence[LoadPoint]) -> Table:
-    table = Table(title="Requests a second", title_justify="left")
-    for column in ("asked for", "really offered", "answered"):
+    table = Table(title="Requests per second", title_justify="left")
+    for column in ("requested", "offered", "completed"):
         table.add_column(column, justify="right")
     for point in points:
         rates = (point.offered_rate, point.report.requests_per_second)

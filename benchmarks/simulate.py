@@ -1,14 +1,13 @@
-"""Random runs of the scheduler against the simulated worker; a failing one is cut down.
+"""Random runs of the scheduler against a simulated worker; failing runs are minimized.
 
     python -m octavo.benchmarks.simulate --seeds 0:5000
-    python -m octavo.benchmarks.simulate --seed 17 --keep 3,8,12      # one failure again
+    python -m octavo.benchmarks.simulate --seed 17 --keep 3,8,12      # reproduce one failure
 
-A seed draws the limits (mostly tight ones) and a list of events: requests with shared beginnings,
-images, forks, priorities, deadlines and salts; videos whose later frames come while it runs;
-aborts; rows that fail; embeddings that are lost; workers that end. Most runs plan a step while the
-one before it is on its way.
-Whatever happens, each admitted request must end exactly once, with the tokens that it would get
-alone, and leave nothing behind.
+A seed determines the limits (mostly tight ones) and a list of events: requests with shared
+prefixes, images, forks, priorities, deadlines and salts; videos whose later frames arrive during
+the run; aborts; failing rows; lost embeddings; worker crashes. Most runs plan a step while the
+previous one is in flight. In every case, each admitted request must finish exactly once, with the
+tokens it would get when run alone, and leak no state.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from .fakes.simulated_requests import Unmade, draw_requests, withhold
 from .fakes.simulated_worker import Simulation, make_config, naive_output
 
 KINDS = ["add", "abort", "fail", "forget", "kill"]
-NUM_STEPS = 60  # over which events are spread
+NUM_STEPS = 60  # steps over which events are spread
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happens before a step. Requests are named by the event that brings them."""
+    """Something that happens before a step; `target` refers to requests by their "add" event."""
 
     step: int
     kind: str  # "add" | "abort" | "fail" | "forget" | "kill"
-    seed: int  # of what an "add" brings
-    target: int = 0  # the event whose request an "abort" or a "fail" means
+    seed: int  # of the request that an "add" submits
+    target: int = 0  # the "add" event whose request is aborted or fails
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,12 @@ class Scenario:
         return replace(self, events=tuple(e for e in self.events if e[0] in set(numbers)))
 
     def run(self) -> None:
-        """Raises AssertionError, or whatever broke."""
+        """Run the scenario. Raises AssertionError, or the exception that broke it."""
         _Run(self).run()
 
 
 class _Run:
-    """One scenario under way."""
+    """A scenario being run."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.simulation = Simulation(
@@ -108,7 +107,7 @@ class _Run:
                 self._check_plan(plan)
         self._supply(1.0)
         self.simulation.run()
-        assert self.simulation.ended.keys() == self.admitted.keys(), "not all have ended"
+        assert self.simulation.ended.keys() == self.admitted.keys(), "unfinished requests"
         for request in self.admitted.values():
             self._check_end(request)
 
@@ -137,7 +136,7 @@ class _Run:
             self.simulation.reset_after_worker_restart()
 
     def _supply(self, chance: float) -> None:
-        """Of each video the next units are made, or not yet."""
+        """Supply the next units of each video, each with probability `chance`."""
         for unmade in self.unmade:
             while unmade.media_hashes and unmade.rng.random() < chance:
                 media_hash = unmade.media_hashes.pop(0)
@@ -152,17 +151,16 @@ class _Run:
         return replace(result, errors=dict.fromkeys(failing, "its row failed"))
 
     def _check_plan(self, plan: StepPlan) -> None:
-        """Something runs; victims are less urgent than all that does; nothing runs past its
-        deadline."""
+        """Check that requests run, that victims have lower priority, and that deadlines hold."""
         if not any(self.unmade):
-            assert plan.request_ids, "a step in which nothing runs"
+            assert plan.request_ids, "the step is empty"
         rows = [self.admitted[name] for name in plan.request_ids]
         for name in plan.preempted:
             assert all(row.urgency < self.admitted[name].urgency for row in rows), "wrong victim"
         planned_at = self.simulation.planned_at
-        assert all(row.deadline > planned_at for row in rows), "ran past its deadline"
+        assert all(row.deadline > planned_at for row in rows), "a request ran past its deadline"
         awaiting = [row for row, at in zip(rows, plan.awaits, strict=False) if at >= 0]
-        assert not any(row.is_guided for row in awaiting), "guided by a token that is not known"
+        assert not any(row.is_guided for row in awaiting), "a guided row awaits a token"
 
     def _check_end(self, request: Request) -> None:
         update = self.simulation.ended[request.request_id]
@@ -171,9 +169,9 @@ class _Run:
         expected = naive_output(request, request.max_tokens)
         stops = [i for i, token in enumerate(expected) if token in request.stop_token_ids]
         whole = expected[: stops[0] + 1] if stops else expected
-        assert output == whole[: len(output)], f"{request.request_id}: other tokens than alone"
+        assert output == whole[: len(output)], f"{request.request_id}: differs from a run alone"
         by_itself = (RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_STOPPED)
-        assert (update.status in by_itself) == (len(output) == len(whole)), "ended elsewhere"
+        assert (update.status in by_itself) == (len(output) == len(whole)), "wrong length"
         if update.status in by_itself:
             stopped = output[-1] in request.stop_token_ids
             assert stopped == (update.status is RequestStatus.FINISHED_STOPPED)
@@ -186,7 +184,7 @@ class _Run:
 
 
 def shrink(scenario: Scenario) -> Scenario:
-    """The fewest events found that still fail: drops ever smaller runs of them."""
+    """Minimize a failing scenario by removing ever smaller runs of events."""
     numbers = [number for number, _ in scenario.events]
     size = len(numbers)
     while size:
@@ -202,7 +200,7 @@ def shrink(scenario: Scenario) -> Scenario:
 
 
 def fails(scenario: Scenario) -> str:
-    """What went wrong; empty when nothing did."""
+    """Return the error of a scenario; empty if it passes."""
     try:
         scenario.run()
     except Exception as error:
@@ -211,13 +209,13 @@ def fails(scenario: Scenario) -> str:
 
 
 def reproduction(seed: int, scenario: Scenario) -> str:
-    """The line that runs a scenario again."""
+    """Return the command that reproduces a scenario."""
     kept = ",".join(str(number) for number, _ in scenario.events)
     return f"python -m octavo.benchmarks.simulate --seed {seed} --keep {kept}"
 
 
 def find_failure(seed: int) -> str:
-    """Runs a seed; a failure cut down, with its cause and the line that repeats it, or nothing."""
+    """Run a seed; return the minimized failure with its command and cause, or ""."""
     scenario = Scenario.draw(seed)
     if not fails(scenario):
         return ""
@@ -226,11 +224,11 @@ def find_failure(seed: int) -> str:
 
 
 def main(
-    seeds: Annotated[str, typer.Option(help="FIRST:END of the seeds to run.")] = "0:1000",
-    seed: Annotated[int | None, typer.Option(help="Run this one alone.")] = None,
-    keep: Annotated[str, typer.Option(help="The events of --seed to keep; default: all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Range of seeds to run, as FIRST:END.")] = "0:1000",
+    seed: Annotated[int | None, typer.Option(help="Run only this seed.")] = None,
+    keep: Annotated[str, typer.Option(help="Events of --seed to keep. Default: all.")] = "",
 ) -> None:
-    """Run random scenarios of the scheduler; print each failure as the line that repeats it."""
+    """Run random scheduler scenarios; print each failure as a command that reproduces it."""
     if seed is not None:
         scenario = Scenario.draw(seed)
         if keep:

@@ -1,4 +1,4 @@
-"""What a snapshot for the page's live view costs, with all blocks in use or holding a prefix.
+"""Cost of a snapshot for the dashboard's live view, with all blocks in use or cached.
 
 python -P -m octavo.benchmarks.snapshot_cost
 """
@@ -18,12 +18,12 @@ from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import StepResult
 
-NUM_REQUESTS, NUM_BLOCKS, PROMPT = 64, 20_000, 3_200  # the last in tokens
+NUM_REQUESTS, NUM_BLOCKS, PROMPT = 64, 20_000, 3_200  # PROMPT in tokens
 REPEATS = 300
 
 
 def _fill(scheduler: Scheduler, first: int, count: int) -> None:
-    """Requests with prompts of their own, computed in one step."""
+    """Add requests with distinct prompts and compute them in one step."""
     for number in range(first, first + count):
         tokens = array("i", range(number * 10_000, number * 10_000 + PROMPT))
         params = SamplingParams(max_tokens=100, temperature=0)
@@ -54,11 +54,11 @@ def main() -> None:
     _fill(scheduler, NUM_REQUESTS, NUM_REQUESTS // 2)
     stats.latest_steps.extend([StepRecord(1, 0.0, 0.01, 0, 0, 64)] * MAX_STEPS)
     print(
-        f"{len(scheduler.running)} requests run, {NUM_BLOCKS} blocks, "
-        f"{scheduler.blocks.num_evictable} of them free and holding a prefix"
+        f"{len(scheduler.running)} running requests, {NUM_BLOCKS} blocks, "
+        f"{scheduler.blocks.num_evictable} of them free with a cached prefix"
     )
-    _time("made, on the step thread", lambda: take_snapshot(scheduler, stats))
-    _time("coded, on the reader's", take_snapshot(scheduler, stats).runs)
+    _time("create, on the step thread", lambda: take_snapshot(scheduler, stats))
+    _time("encode, on the reader's thread", take_snapshot(scheduler, stats).runs)
 
 
 if __name__ == "__main__":

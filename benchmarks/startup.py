@@ -1,10 +1,10 @@
-"""`octavo serve` as a process of its own: how long it takes to be ready, and where the time goes.
+"""Startup time of `octavo serve` as a subprocess, by phase.
 
-The phases are seen from outside, so that nothing is measured but what a user starts:
+The phases are observed from outside, so the measurement matches what a user starts:
 
-    imports         until the engine's process has started a worker
+    imports         until the engine process has started a worker
     worker starts   until the first worker listens
-    load            until the engine logs what memory it has: the worker has imported torch, read
+    load            until the engine logs its KV cache size: the worker has imported torch, read
                     the weights and allocated the KV cache
     ready           until the ready line: a first step, and the server's port
 """
@@ -26,16 +26,18 @@ from .process_memory import anonymous_bytes, shared_bytes, tree
 
 PHASES = ("imports", "worker starts", "load", "ready")
 READY = re.compile(r"ready grpc=(\S+) .*pid=\d+")
-CAPACITY = "KV blocks of"  # of the engine's log line once its memory is allocated
-POLL_INTERVAL = 0.01  # seconds between two looks at its processes
+CAPACITY = "KV blocks of"  # in the log line that the engine writes after allocating the KV cache
+POLL_INTERVAL = 0.01  # seconds between two polls of the server's processes
 
 
 class ServerProcess:
-    """A server that is ready. A context manager."""
+    """A server that is ready, as a context manager."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        """Starts it on a free port; `arguments` are those of `octavo serve`. Raises ValueError with
-        its last words when it ends instead."""
+        """Start a server on a free port; `arguments` are those of `octavo serve`.
+
+        Raises ValueError with its last log line if it exits before it is ready.
+        """
         command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--port", "0"]
         self._began = time.perf_counter()
         self._marks: dict[str, float] = {}
@@ -64,12 +66,12 @@ class ServerProcess:
 
     @property
     def memory_bytes(self) -> int:
-        """Anonymous and shared memory of all its processes."""
+        """Anonymous and shared memory of all the server's processes."""
         return anonymous_bytes(self.pid) + shared_bytes(self.pid)
 
     @property
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase whose end was seen; one that was not is in the next."""
+        """Seconds of each observed phase; an unobserved one is counted in the next."""
         found, before = {}, 0.0
         for name in PHASES:
             if name in self._marks:
@@ -92,7 +94,7 @@ class ServerProcess:
             self._log.append(line.strip())
 
     def _look(self) -> None:
-        """Until a worker listens."""
+        """Poll until a worker listens."""
         socket: Path | None = None
         while "ready" not in self._marks:
             if socket is None:
@@ -120,7 +122,7 @@ class ServerProcess:
 
 
 def _worker_socket(pid: int) -> Path | None:
-    """Where the server's first worker is going to listen; None before it is started."""
+    """Return the socket path of the server's first worker; None before it has started."""
     for child in tree(pid)[1:]:
         try:
             words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
@@ -132,7 +134,7 @@ def _worker_socket(pid: int) -> Path | None:
 
 
 def serve_arguments(settings: dict[str, Any]) -> list[str]:
-    """An engine's settings as arguments of `octavo serve`; None is left out."""
+    """Convert engine settings to arguments of `octavo serve`; None is omitted."""
     words: list[str] = []
     for name, value in settings.items():
         option = f"--{name.replace('_', '-')}"
@@ -146,7 +148,7 @@ def serve_arguments(settings: dict[str, Any]) -> list[str]:
 
 
 def measure(settings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """Starts the server so many times. Seconds of each start and of its phases, and bytes."""
+    """Start the server `rounds` times; return seconds, phases and memory of each start."""
     found = []
     for _ in range(rounds):
         with ServerProcess(serve_arguments(settings)) as server:
@@ -161,10 +163,10 @@ def measure(settings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
 
 
 def table(starts: Sequence[dict[str, Any]]) -> Table:
-    """A row a start."""
-    found = Table(title="seconds from the process's start to its ready line")
+    """Return a table with one row per start."""
+    found = Table(title="seconds from process start to the ready line")
     names = [name for name in PHASES if any(name in start["phases"] for start in starts)]
-    for column in ("start", *names, "in all", "GB"):
+    for column in ("start", *names, "total", "GB"):
         found.add_column(column, justify="right")
     for number, start in enumerate(starts, 1):
         phases = [f"{start['phases'].get(name, 0.0):.2f}" for name in names]

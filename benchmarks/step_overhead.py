@@ -1,4 +1,4 @@
-"""What the engine and gRPC add to a step: real processes, real engine, workers that only sleep."""
+"""Overhead of the engine and gRPC per step: real engine and processes, workers that only sleep."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ WARM_UP = 10  # tokens of each request
 
 @dataclass(frozen=True)
 class OverheadReport:
-    """Milliseconds a step, over steps in which all requests decode."""
+    """Milliseconds per step, over steps in which all requests decode."""
 
     num_ranks: int
     num_requests: int
     overlap: bool
-    sleep_ms: float  # what a worker is asked to take
+    sleep_ms: float  # duration of a worker's sleep
     step_ms: tuple[float, ...]  # from one result to the next
 
     @property
     def between_ms(self) -> float:
-        """What a step takes beyond the sleep asked for, in the mean: also its lateness."""
+        """Mean step time minus the requested sleep; includes oversleeping."""
         return float(np.mean(self.step_ms)) - self.sleep_ms
 
     def as_dict(self) -> dict[str, float]:
@@ -47,10 +47,10 @@ class OverheadReport:
         }
 
     def as_text(self) -> str:
-        how = "overlapped" if self.overlap else "in turn   "
+        how = "overlapped" if self.overlap else "sequential"
         return (
             f"{self.num_ranks} ranks, {self.num_requests} requests, {how}: "
-            f"step {np.mean(self.step_ms):.2f} ms, {self.between_ms:.2f} ms of it between steps"
+            f"step {np.mean(self.step_ms):.2f} ms, of which overhead {self.between_ms:.2f} ms"
         )
 
 
@@ -62,7 +62,7 @@ def run(
     sleep_ms: float = 5.0,
     steps: int = 400,
 ) -> OverheadReport:
-    """Raises ValueError naming the option."""
+    """Measure one configuration. Raises ValueError naming the invalid option."""
     given = {"ranks": num_ranks, "num-requests": num_requests, "steps": steps}
     for name, value in {**given, "prompt-len": prompt_len}.items():
         if value < 1:
@@ -71,7 +71,7 @@ def run(
         "tensor_parallel_size": num_ranks,
         "max_num_seqs": num_requests,
         "max_num_batched_tokens": 64 * num_requests + 16384,
-        "kv_cache_memory_bytes": 1 << 36,  # of which a worker that sleeps takes none
+        "kv_cache_memory_bytes": 1 << 36,  # not allocated: the workers only sleep
         "overlap_steps": overlap,
     }
     with sleeping(sleep_ms), Engine(**settings) as engine:
@@ -82,7 +82,7 @@ def run(
 
 @contextmanager
 def sleeping(sleep_ms: float) -> Iterator[None]:
-    """Workers that are started meanwhile only sleep."""
+    """Make workers started within the context only sleep."""
     module, process.WORKER_MODULE = process.WORKER_MODULE, "octavo.benchmarks.fakes.sleeping_worker"
     os.environ[VARIABLE] = str(sleep_ms)
     try:
@@ -93,7 +93,7 @@ def sleeping(sleep_ms: float) -> Iterator[None]:
 
 
 def _measure(engine: Engine, num_requests: int, prompt_len: int, steps: int) -> list[float]:
-    """When each step's result was there, in seconds."""
+    """Return the time in seconds at which each step's result was received."""
     params = SamplingParams(temperature=0, max_tokens=1 << 14, ignore_eos=True)
     for index in range(num_requests):
         engine.add_request(None, {"prompt_token_ids": [index % 200] * prompt_len}, params)

@@ -1,4 +1,4 @@
-"""Throughput: so many requests, all there from the start, through the engine in this process."""
+"""Throughput of the engine in this process, with all requests submitted at the start."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .compare.engines import OctavoEngine, RequestTimes, run
 from .options import WorkloadOptions
 from .progress import request_bar
 
-WARM_UP = 1_000_000  # added to the seed: requests that no measured run has
+WARM_UP = 1_000_000  # seed offset, so that the warm-up request occurs in no measured run
 
 
 def start_engine(options: WorkloadOptions, settings: dict[str, Any]) -> OctavoEngine:
-    """An engine that has answered one request, which is not of the workload."""
-    # Before the model is loaded: what is wrong with an option, or with a line of a file, is told.
+    """Start an engine and warm it up with a request that is not part of the workload."""
+    # Make a request before loading the model, to report invalid options and files at once.
     first = options.make(resolve_model(settings["model"], settings["hub"]), 1, WARM_UP)[0]
     with loading_bar() as on_progress:
         engine = OctavoEngine(on_progress=on_progress, **settings)
@@ -36,7 +36,7 @@ def measure(
     sizes: Sequence[int],
     at_once: int | None = None,
 ) -> list[list[RequestTimes]]:
-    """A run for each number of requests, `at_once` of them at a time. Raises ValueError."""
+    """Run each number of requests, `at_once` of them concurrently. Raises ValueError."""
     engine = start_engine(options, settings)
     try:
         runs = []

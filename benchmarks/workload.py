@@ -1,4 +1,4 @@
-"""Workloads: seeded random requests, in one form for every engine."""
+"""Workloads: seeded random requests in an engine-independent format."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ Frames = tuple[Image.Image, ...]
 
 @dataclass(frozen=True, eq=False)
 class BenchRequest:
-    """A request as every engine can take it: token ids in which one placeholder token stands for
-    each image or video, and these in prompt order."""
+    """A request in a format that every engine accepts.
+
+    In the token ids, one placeholder token stands for each image or video, in prompt order.
+    """
 
     prompt_token_ids: tuple[int, ...]
     images: tuple[Image.Image, ...] = ()
     videos: tuple[Frames, ...] = ()
     max_tokens: int = 64
-    after: int | None = None  # index of the request that must have ended before: an earlier turn
+    after: int | None = None  # index of the request that must finish first (the previous turn)
 
     @property
     def prompt(self) -> dict[str, Any]:
-        """As `LLM.generate` and `Engine.add_request` take it."""
+        """The prompt as accepted by `LLM.generate` and `Engine.add_request`."""
         media = {"images": list(self.images), "videos": [list(video) for video in self.videos]}
         given = {kind: items for kind, items in media.items() if items}
         return {"prompt_token_ids": list(self.prompt_token_ids), **given}
@@ -39,17 +41,17 @@ class BenchRequest:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The tokens that prompts are made of."""
+    """Tokens used in random prompts."""
 
     plain: npt.NDArray[np.int64]  # ids of tokens that are not special
     vision_start: int
     vision_end: int
-    image: int  # the placeholders
+    image: int  # placeholder tokens
     video: int
 
     @classmethod
     def of(cls, model_dir: Path) -> Vocabulary:
-        """A checkpoint's. Raises `ConfigError`."""
+        """Read a checkpoint's vocabulary. Raises `ConfigError` if its config is invalid."""
         config = ModelConfig.from_dir(model_dir)
         special = {*config.vision_token_ids, *TextTokenizer(model_dir).added.values()}
         return cls(
@@ -64,19 +66,19 @@ class Vocabulary:
         return rng.choice(self.plain, length).tolist()
 
     def item(self, placeholder: int) -> list[int]:
-        """An image's or a video's place in a prompt."""
+        """Return the tokens of one image or video in a prompt."""
         return [self.vision_start, placeholder, self.vision_end]
 
 
 @dataclass(frozen=True)
 class Media:
-    """The pictures of one prompt."""
+    """Sizes of the media of one prompt, in pixels."""
 
     images: tuple[Size, ...] = ()
     video: tuple[int, int, int] | None = None  # frames, width, height
 
     def draw(self, rng: np.random.Generator) -> tuple[tuple[Image.Image, ...], tuple[Frames, ...]]:
-        """Random images and videos of these sizes."""
+        """Return random images and videos of these sizes."""
         images = tuple(_picture(rng, *size) for size in self.images)
         if self.video is None:
             return images, ()
@@ -95,24 +97,24 @@ def _picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Workload:
-    """Random conversations of `turns` requests each. The same seed draws the same ones.
+    """Random conversations of `turns` requests each, determined by the seed.
 
-    A first prompt is `shared_prefix_len` tokens that all have, the media, and `input_len` tokens of
-    its own. A later turn's prompt is the one before it, a made-up answer of `output_len` tokens,
-    and `input_len` new tokens.
+    A first prompt is `shared_prefix_len` tokens common to all conversations, the media, and
+    `input_len` tokens of its own. A later turn's prompt is the previous prompt, a random answer of
+    `output_len` tokens, and `input_len` new tokens.
     """
 
     input_len: int = 128  # text tokens
     output_len: int = 64
     num_prompts: int = 16  # conversations
     media: Media = Media()
-    share_media: bool = False  # all conversations are about the same pictures
+    share_media: bool = False  # all conversations use the same media
     shared_prefix_len: int = 0  # text tokens
     turns: int = 1
     seed: int = 0
 
     def requests(self, vocabulary: Vocabulary) -> list[BenchRequest]:
-        """All requests, the turns of a conversation one after another."""
+        """Return all requests; the turns of a conversation are adjacent."""
         rng = np.random.default_rng(self.seed)
         prefix = vocabulary.text(rng, self.shared_prefix_len)
         shared = self.media.draw(rng) if self.share_media else None
@@ -129,12 +131,12 @@ class Workload:
     def _prompts(
         self, vocabulary: Vocabulary, rng: np.random.Generator, prompt: list[int]
     ) -> Iterator[list[int]]:
-        """The prompt of each turn of a conversation that begins with `prompt`."""
+        """Yield the prompts of the turns of a conversation that starts with `prompt`."""
         for turn in range(self.turns):
             answer = vocabulary.text(rng, self.output_len) if turn else []
             prompt = [*prompt, *answer, *vocabulary.text(rng, self.input_len)]
             yield prompt
 
     def reseeded(self, number: int) -> Workload:
-        """The like with other tokens and pictures, so that no cache knows them."""
+        """Return an equivalent workload with different tokens and pixels, to avoid cache hits."""
         return replace(self, seed=self.seed + number)

@@ -1,1 +1,1 @@
-"""Compare the throughput of engines."""
+"""Comparison of the throughput of several engines."""

@@ -1,15 +1,15 @@
-"""Engines that take the same requests: Octavo, transformers, vLLM, an adapter of a few lines each.
+"""Adapters that run the same requests on Octavo, transformers and vLLM.
 
-`benchmarks/compare/run.py` starts this file as a program, by its path, in each engine's own
-Python. So nothing of Octavo is imported at its top: vLLM's environment has none of it.
+`benchmarks/compare/run.py` executes this file by path in each engine's own Python environment, so
+it imports nothing of Octavo at module level: vLLM's environment does not have it.
 
     python engines.py NAME '{"model": "/tmp/2b", ...}'
 
-loads the engine and then speaks JSON lines: {"ready": VERSION} on stdout, then what `run` measured
-of the requests on stdin (as `request_file.to_line` writes them) at each empty line that follows
-them. It ends when stdin does.
+loads the engine and then speaks JSON Lines: it prints {"ready": VERSION}, then reads requests (as
+written by `request_file.to_line`) from stdin. An empty line runs the requests read so far and
+prints the result of `run`. The process exits at the end of stdin.
 
-How vLLM gets there says `docs/performance.md`.
+`docs/performance.md` says how to install vLLM.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
-Event = tuple[str, int, bool]  # name of the request, new tokens, whether it has ended
+Event = tuple[str, int, bool]  # request name, number of new tokens, finished
 
 
 @dataclass
 class RequestTimes:
-    """One request as it was seen from outside; seconds since the run began."""
+    """Times of one request as seen by the client, in seconds since the start of the run."""
 
     prompt_tokens: int
-    due: float = 0.0  # when it should have been sent
-    times: list[float] = field(default_factory=list)  # when new tokens came
+    due: float = 0.0  # scheduled arrival
+    times: list[float] = field(default_factory=list)  # arrival of each batch of new tokens
     output_tokens: int = 0
     error: str = ""
 
@@ -49,9 +49,9 @@ def run(
     at_once: int | None = None,
     on_tokens: Callable[[int, int], None] = lambda tokens, ended: None,
 ) -> list[RequestTimes]:
-    """Runs requests, at most `at_once` at a time, each when the one it comes after has ended.
+    """Run requests, at most `at_once` concurrently; one with `after` starts when that one ended.
 
-    `on_tokens` gets the number of new tokens and of requests that ended.
+    `on_tokens` is called with the number of new tokens and of finished requests.
     """
     began = time.perf_counter()
     seen = [RequestTimes(len(request.prompt_token_ids)) for request in requests]
@@ -80,7 +80,7 @@ def run(
 
 
 class OctavoEngine:
-    """octavo.Engine, whose settings these are."""
+    """Adapter for octavo.Engine; `settings` are its arguments."""
 
     def __init__(self, **settings: Any) -> None:
         import octavo
@@ -91,7 +91,7 @@ class OctavoEngine:
         self._ready: deque[tuple[str, Any, Any]] = deque()
 
     def add(self, name: str, request: Any) -> int:
-        """The prompt's tokens, once its placeholders are expanded."""
+        """Queue a request; return its prompt's length with placeholders expanded."""
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
         if request.images:
             prompt["images"] = list(request.images)
@@ -122,7 +122,10 @@ class OctavoEngine:
 
 
 class VllmEngine:
-    """vLLM's LLM, whose arguments these are, with what `shared/PERFORMANCE.md` measured it with."""
+    """Adapter for vLLM's LLM; `settings` are its arguments.
+
+    The defaults are those used for the measurements in `shared/PERFORMANCE.md`.
+    """
 
     def __init__(self, **settings: Any) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
@@ -156,7 +159,7 @@ class VllmEngine:
 
     def step(self) -> list[Event]:
         outputs = self._llm.llm_engine.step()
-        # It gives requests names of its own: "0-1f2e3d4c" for what was added as "0".
+        # vLLM appends a suffix to request ids: "0" becomes "0-1f2e3d4c".
         return [
             (out.request_id.partition("-")[0], len(out.outputs[0].token_ids), out.finished)
             for out in outputs
@@ -173,7 +176,7 @@ def _stack(video: Sequence[Any]) -> Any:
 
 
 class TransformersEngine:
-    """transformers' `generate` in static batches: what was added is one batch."""
+    """Adapter for transformers' `generate`; all requests added since the last step form a batch."""
 
     def __init__(self, model: str, dtype: str = "bfloat16") -> None:
         import torch
@@ -189,7 +192,7 @@ class TransformersEngine:
 
     def add(self, name: str, request: Any) -> int:
         if request.videos:
-            raise ValueError("transformers reads videos with torchvision alone")
+            raise ValueError("videos are not supported: transformers needs torchvision for them")
         self._batch.append((name, request))
         return len(request.prompt_token_ids)
 
@@ -209,7 +212,7 @@ class TransformersEngine:
             self._events.put(error)
 
     def _generate(self, batch: list[tuple[str, Any]]) -> None:
-        """Puts each step's events on the queue."""
+        """Generate a batch; put each step's events into the queue."""
         left = {name: request.max_tokens for name, request in batch}
 
         def on_step(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -227,7 +230,7 @@ class TransformersEngine:
             )
 
     def _inputs(self, requests: Sequence[Any]) -> dict[str, Any]:
-        """The batch, padded on the left, each placeholder as many as its image has tokens."""
+        """Return the model inputs: left-padded, with placeholders repeated per image token."""
         images = [image for request in requests for image in request.images]
         inputs = dict(self._images(images, return_tensors="pt")) if images else {}
         sizes = iter(inputs["image_grid_thw"].prod(-1).tolist() if images else [])
@@ -250,7 +253,7 @@ ENGINES = {"octavo": OctavoEngine, "transformers": TransformersEngine, "vllm": V
 
 
 def read_line(line: str) -> SimpleNamespace:
-    """A request as `run` takes it, with its pictures opened."""
+    """Parse a request for `run`, with its images decoded."""
     request = SimpleNamespace(**json.loads(line))
     request.images = [_image(uri) for uri in request.images]
     request.videos = [[_image(uri) for uri in video] for video in request.videos]
@@ -268,7 +271,7 @@ def _image(uri: str) -> Any:
 def main() -> None:
     name, settings = sys.argv[1], json.loads(sys.argv[2])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep library output out of the JSON channel
     engine = ENGINES[name](**settings)
     print(json.dumps({"ready": engine.version}), file=channel)
     requests: list[Any] = []
@@ -276,7 +279,7 @@ def main() -> None:
         if line.strip():
             requests.append(read_line(line))
             continue
-        try:  # an empty line: run what was read
+        try:  # empty line: run the requests read so far
             answer: dict[str, Any] = {"times": [asdict(seen) for seen in run(engine, requests)]}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -1,4 +1,4 @@
-"""What a comparison of engines found: figures of each round, ratios of each pair, their spread."""
+"""Results of an engine comparison: figures per round, ratios per pair, and their spread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .engines import RequestTimes
 
 @dataclass(frozen=True)
 class Round:
-    """One engine's run of the workload."""
+    """Figures of one engine's run of the workload."""
 
     num_requests: int
     output_tokens: int
-    seconds: float  # from handing the requests over to the last token
+    seconds: float  # from submission to the last token
     prefill_seconds: float  # to the last request's first token
     tpot_seconds: float  # median over requests
-    memory_bytes: int  # most of anonymous, and shared memory, over all the engine's processes
+    memory_bytes: int  # peak anonymous plus shared memory of the engine's processes
 
     @classmethod
     def of(cls, times: Sequence[RequestTimes], memory_bytes: int) -> Round:
@@ -54,18 +54,18 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
-    def as_text(self, form: str) -> str:
-        least, most = form.format(self.least), form.format(self.most)
-        return form.format(self.median) + ("" if least == most else f" ({least}–{most})")
+    def as_text(self, template: str) -> str:
+        least, most = template.format(self.least), template.format(self.most)
+        return template.format(self.median) + ("" if least == most else f" ({least}–{most})")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a round. Ratios are such that more is better."""
+    """A figure of a round. Ratios are defined so that higher is better."""
 
     title: str
     of: Callable[[Round], float]
-    form: str  # how it is written
+    template: str  # number format
     lower_is_better: bool = False
 
     def ratio(self, mine: Round, other: Round) -> float:
@@ -90,13 +90,13 @@ class EngineResult:
     version: str
     start_seconds: float
     rounds: list[Round] = field(default_factory=list)
-    others_busy: list[float] = field(default_factory=list)  # cores that idle engines used meanwhile
+    others_busy: list[float] = field(default_factory=list)  # cores used by idle engines
 
 
 @dataclass
 class Comparison:
     engines: dict[str, EngineResult] = field(default_factory=dict)  # by label, in order
-    skipped: dict[str, str] = field(default_factory=dict)  # label: why
+    skipped: dict[str, str] = field(default_factory=dict)  # reason by label
 
     def add_engine(self, label: str, version: str, start_seconds: float) -> None:
         self.engines[label] = EngineResult(version, start_seconds)
@@ -107,29 +107,29 @@ class Comparison:
 
     @property
     def reference(self) -> str | None:
-        """The engine that ratios are to: the last that has run; None where it would be alone."""
+        """The engine that ratios refer to: the last that ran; None if it is the only one."""
         ran = [label for label, engine in self.engines.items() if engine.rounds]
         return ran[-1] if len(ran) > 1 else None
 
     def ratios(self, label: str, measure: Measure) -> Spread:
-        """Of the engine to the reference, round by round; over 1 is better than it."""
+        """Return the spread of per-round ratios to the reference; above 1 is better."""
         assert self.reference is not None
         pairs = zip(self.engines[label].rounds, self.engines[self.reference].rounds, strict=False)
         return Spread.of([measure.ratio(mine, other) for mine, other in pairs])
 
     def table(self) -> Table:
-        """A row a measure; a column an engine, then a column a ratio."""
+        """Return a table with a row per measure, a column per engine and a column per ratio."""
         ran = {label: engine for label, engine in self.engines.items() if engine.rounds}
         rated = [label for label in ran if self.reference and label != self.reference]
-        table = Table(title="median of the rounds (least–most); ratios over 1 are better")
+        table = Table(title="median of the rounds (min–max); ratios above 1 are better")
         table.add_column("")
         for label, engine in ran.items():
             table.add_column(f"{label} {engine.version}", justify="right")
         for label in rated:
-            table.add_column(f"{label} to {self.reference}", justify="right", style="bold")
+            table.add_column(f"{label} / {self.reference}", justify="right", style="bold")
         for measure in MEASURES:
             figures = [measure.spread(engine.rounds) for engine in ran.values()]
-            row = [found.as_text(measure.form) for found in figures]
+            row = [found.as_text(measure.template) for found in figures]
             row += [self.ratios(label, measure).as_text("{:.2f}") for label in rated]
             table.add_row(measure.title, *row)
         table.add_row("start s", *(f"{engine.start_seconds:.1f}" for engine in ran.values()))
@@ -149,7 +149,7 @@ class Comparison:
 
     def write(self, console: Console, json_file: Path | None) -> None:
         for label, reason in self.skipped.items():
-            console.print(f"{label} was skipped: {reason}", markup=False)
+            console.print(f"{label} skipped: {reason}", markup=False)
         console.print(self.table())
         if json_file is not None:
             write_json(json_file, self.as_dict())

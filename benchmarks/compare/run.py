@@ -1,15 +1,15 @@
-"""One workload on several engines in turn, A B A B ..., and how they compare.
+"""Compare engines on one workload, run in alternation (A B A B ...).
 
     python -m octavo.benchmarks.compare octavo vllm --model DIR --vllm-python /tmp/vllm/bin/python
     python -m octavo.benchmarks.compare octavo octavo:quantization=int8 vllm --model DIR --rounds 5
 
-Each engine is a process that loads the model once and then runs when told (`engines.py`; vLLM is
-installed as that file says). The ratios are to the engine named last, of the same round. A round's
-prompts are the same for all engines and new in each round (those of a file are the same).
+Each engine is a process that loads the model once and then runs each round (`engines.py`). Ratios
+are relative to the last engine on the command line, in the same round. All engines get the same
+prompts in a round; each round has new prompts, unless they come from a file.
 
-Give sizes that no engine resizes, else they do not have the same tokens to compute: images of at
-most 1,003,520 pixels (vLLM's limit here), video frames of at least 100,352 (qwen-vl-utils' limit,
-which Octavo keeps and vLLM does not), sides in multiples of 28.
+Choose media sizes that no engine resizes, or the numbers of tokens differ: images of at most
+1,003,520 pixels (vLLM's limit here), video frames of at least 100,352 pixels (qwen-vl-utils' limit,
+which Octavo applies and vLLM does not), side lengths in multiples of 28.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from .engines import RequestTimes
 from .report import Comparison, Round
 
 PROGRAM = Path(engines.__file__)
-WARM_UP = 1_000_000  # added to the seed: requests that no round has
+WARM_UP = 1_000_000  # seed offset, so that the warm-up request occurs in no round
 
 
 class NotThere(Exception):
-    """An engine that is not installed or does not start; the text says why."""
+    """The engine is not installed or did not start; the text says why."""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine as the command line names it: "octavo:quantization=int8,max_num_seqs=32"."""
+    """An engine and its settings, as in "octavo:quantization=int8,max_num_seqs=32"."""
 
     label: str
     name: str
@@ -56,28 +56,28 @@ class EngineSpec:
 
     @classmethod
     def parse(cls, text: str) -> EngineSpec:
-        """Raises ValueError."""
+        """Parse a command-line argument. Raises ValueError if it is malformed."""
         name, _, rest = text.partition(":")
         if name not in engines.ENGINES:
-            raise ValueError(f"{text}: no such engine; there are {', '.join(engines.ENGINES)}")
+            raise ValueError(f"{text}: unknown engine; choose from {', '.join(engines.ENGINES)}")
         settings: dict[str, Any] = {}
         for setting in filter(None, rest.split(",")):
             key, equals, value = setting.partition("=")
             if not equals:
-                raise ValueError(f"{text}: {setting} must be a setting and its value, as a=b")
+                raise ValueError(f"{text}: {setting} must have the form name=value")
             settings[key] = _value(value)
         return cls(text, name, settings)
 
 
 def _value(text: str) -> Any:
-    """A number, true, false or null as JSON has it; else the text."""
+    """Parse a number, true, false or null as JSON; return other text unchanged."""
     with contextlib.suppress(ValueError):
         return json.loads(text)
     return text
 
 
 class EngineProcess:
-    """An engine in a process of its own. Raises `NotThere` when it does not come up."""
+    """An engine in its own process. Raises `NotThere` if it does not start."""
 
     def __init__(self, spec: EngineSpec, python: str, model: Path) -> None:
         self.spec = spec
@@ -104,7 +104,7 @@ class EngineProcess:
         return self._process.pid
 
     def run(self, requests: Sequence[BenchRequest]) -> Round:
-        """Raises ValueError with the engine's own words when it cannot."""
+        """Run the requests. Raises ValueError with the engine's error if it fails."""
         lines = "".join(f"{to_line(request)}\n" for request in requests)
         self._send(lines)
         with process_memory.watch(self.pid) as peak:
@@ -118,7 +118,7 @@ class EngineProcess:
 
     def _send(self, text: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `_answer` says what happened
+        with contextlib.suppress(BrokenPipeError):  # `_answer` reports why the process exited
             self._process.stdin.write(text)
             self._process.stdin.flush()
 
@@ -130,10 +130,10 @@ class EngineProcess:
         self._process.wait()
         self._log.seek(0)
         last = [text for text in self._log.read().splitlines() if text.strip()][-1:]
-        raise NotThere(last[0] if last else f"ended with status {self._process.returncode}")
+        raise NotThere(last[0] if last else f"exited with status {self._process.returncode}")
 
     def close(self) -> None:
-        """Ends it, by force if it does not end by itself."""
+        """Close the engine's stdin and wait for it to exit; kill it after a timeout."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -154,7 +154,7 @@ def compare(
     rounds: int,
     console: Console,
 ) -> Comparison:
-    """Loads the engines one after another, then has them run in turn."""
+    """Load the engines one after another, then run them in alternation."""
     found = Comparison()
     warm_up = [replace(options.make(model_dir, 1, WARM_UP)[0], max_tokens=2, after=None)]
     with contextlib.ExitStack() as stack:
@@ -167,9 +167,9 @@ def compare(
                 engine.run(warm_up)
             except (NotThere, ValueError) as error:
                 found.skipped[spec.label] = str(error)
-                console.print(f"{spec.label} is skipped: {error}", style="yellow", markup=False)
+                console.print(f"{spec.label} skipped: {error}", style="yellow", markup=False)
                 continue
-            console.print(f"{spec.label} was ready after {engine.start_seconds:.1f} s", style="dim")
+            console.print(f"{spec.label} ready after {engine.start_seconds:.1f} s", style="dim")
             there.append(engine)
             found.add_engine(spec.label, engine.version, engine.start_seconds)
         for number in range(rounds):
@@ -191,7 +191,7 @@ def _run(
     requests: Sequence[BenchRequest],
     found: Comparison,
 ) -> Round:
-    """One engine's part of a round, and how busy the others were meanwhile."""
+    """Run one engine's part of a round; record the CPU use of the idle engines."""
     others = [each.pid for each in there if each is not engine]
     before = sum(map(process_memory.cpu_seconds, others))
     result = engine.run(requests)
@@ -210,20 +210,20 @@ def main(
         list[str],
         typer.Argument(
             metavar="ENGINE...",
-            help="octavo, transformers or vllm, maybe with settings: octavo:quantization=int8. "
-            "Ratios are to the last one.",
+            help="octavo, transformers or vllm, optionally with settings: "
+            "octavo:quantization=int8. Ratios are relative to the last one.",
         ),
     ],
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub id.")],
     workload: WorkloadOptions,
     json_file: JsonFile = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Times that each engine runs.")] = 3,
+    num_prompts: Annotated[int, typer.Option(help="Requests, all submitted at the start.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 3,
     vllm_python: Annotated[
-        str, typer.Option(help="The Python of vLLM's environment.")
+        str, typer.Option(help="Python executable of vLLM's environment.")
     ] = "/tmp/vllm/bin/python",
 ) -> None:
-    """Run one workload on several engines in turn and print how they compare."""
+    """Compare engines on one workload, run in alternation."""
     console = Console(stderr=True)
     try:
         specs = [EngineSpec.parse(name) for name in names]

@@ -1,4 +1,4 @@
-"""transformers' Qwen2-VL as a second opinion: our pixels and positions, its model."""
+"""Reference implementation: transformers' Qwen2-VL with Octavo's pixels and positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octavo.kernels.patches import cut_patches_ref
 
 
 class TransformersModel:
-    """Greedy answers of `Qwen2VLForConditionalGeneration` in float32, without a cache."""
+    """`Qwen2VLForConditionalGeneration` with greedy decoding in float32, without a KV cache."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import Qwen2VLForConditionalGeneration
@@ -35,7 +35,7 @@ class TransformersModel:
 
     @torch.inference_mode()
     def generate(self, ready: ProcessedInput, max_tokens: int) -> list[int]:
-        """Greedy token ids, up to the end token, vision tokens never among them."""
+        """Return greedy token ids up to and including <|im_end|>; vision tokens are masked."""
         ids = list(ready.prompt_token_ids)
         positions = torch.tensor([list(axis) for axis in ready.mrope_positions])
         end = self.processor.tokenizer.added["<|im_end|>"]
@@ -87,7 +87,7 @@ class TransformersModel:
 
 
 def _pixels(ready: ProcessedInput) -> Iterator[tuple[MediaItem, npt.NDArray[np.uint8]]]:
-    """Each item with its pixels, of all its units."""
+    """Yield each media item with the concatenated pixels of its units."""
     units = iter(ready.units)
     for item in ready.media:
         parts = [next(units)]

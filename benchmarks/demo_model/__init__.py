@@ -1,1 +1,1 @@
-"""Draws, trains and exports the embedded demo model."""
+"""Data generation, training and export of the embedded demo model."""

@@ -1,4 +1,4 @@
-"""Shapes of training batches: pictures, what lies on each patch, conversations of one layout."""
+"""Training batches: pictures, patch labels and conversations of one layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FACTOR, PATCH = 28, 14
 
 
 def smart_resize(height: int, width: int, low: int, high: int) -> tuple[int, int]:
-    """qwen-vl-utils' rule: multiples of 28 with an area between low and high."""
+    """Return multiples of 28 with an area between low and high (qwen-vl-utils' rule)."""
     h, w = max(FACTOR, round(height / FACTOR) * FACTOR), max(FACTOR, round(width / FACTOR) * FACTOR)
     if h * w > high:
         beta = math.sqrt(height * width / high)
@@ -30,14 +30,16 @@ def smart_resize(height: int, width: int, low: int, high: int) -> tuple[int, int
 
 @dataclass
 class Item:
-    """One image or video place of a batch: uint8 [b * frames, H, W, 3] and labels of patches, for
-    b pictures."""
+    """One image or video position of a batch: pixels and patch labels of b pictures.
+
+    Pixels are uint8 [b * frames, H, W, 3].
+    """
 
     pixels: torch.Tensor
     temporal: int  # temporal patches
     offset: int = 0
     labels: dict[str, torch.Tensor] = field(default_factory=dict)  # [b * temporal, patches]
-    rows: torch.Tensor | None = None  # which picture each conversation has; None: one each
+    rows: torch.Tensor | None = None  # picture index of each conversation; None: one each
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -58,10 +60,10 @@ class Item:
 class Batch:
     kind: str
     token_ids: torch.Tensor  # [b, n]
-    labels: torch.Tensor  # [b, n], -100 where no answer is
+    labels: torch.Tensor  # [b, n], -100 outside the answers
     positions: torch.Tensor  # [3, n]
     items: list[Item]
-    shown_in: torch.Tensor  # [b, n]: a word is shown in 0 the first, 1 the second, 2 both; -100
+    shown_in: torch.Tensor  # [b, n]: word shown in image 0, 1 or both (2); else -100
     questions: list[str]
     answers: list[str]
 
@@ -75,10 +77,11 @@ def merge_order(grid: np.ndarray) -> np.ndarray:
 def patch_labels(
     marks: tuple[Mark, ...], canvas: tuple[int, int], h: int, w: int, direction: str = ""
 ) -> dict[str, np.ndarray]:
-    """What lies on each of the h x w patches of the resized picture; 0 is nothing.
+    """Label each of the h x w patches of the resized picture; 0 means empty.
 
-    Digits and the marks' order from the left have a label for each half of a patch, since two small
-    digits fit one patch."""
+    Digits and the left-to-right order of marks have a label for each half of a patch, since a
+    patch may contain two small digits.
+    """
     color, shape, centre, motion = (np.zeros((h, w), np.int64) for _ in range(4))
     digit, order = (np.zeros((h, w, 2), np.int64) for _ in range(2))
     sx, sy = w / canvas[0], h / canvas[1]
@@ -107,5 +110,5 @@ def patch_labels(
 
 
 def between(first: Mark, second: Mark) -> Mark:
-    """Where a moving shape is in the middle of two frames."""
+    """Return the mark of a moving shape halfway between two frames."""
     return replace(first, x=(first.x + second.x) / 2, y=(first.y + second.y) / 2)

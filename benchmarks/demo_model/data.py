@@ -1,4 +1,4 @@
-"""Training batches: each holds conversations of one kind and one layout."""
+"""Builder of training batches: each has conversations of one kind and one layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .draw import (
 from .paint import COLORS, SHAPES, finish, new_canvas
 from .tokenizer import QUESTIONS, SYSTEM, WHO
 
-Thing = tuple[str, str] | None  # color and shape of what is in a picture
+Thing = tuple[str, str] | None  # color and shape shown in a picture
 
 
 def draw_thing(rng: np.random.Generator, canvas: tuple[int, int], thing: Thing) -> Picture:
@@ -44,7 +44,7 @@ def draw_thing(rng: np.random.Generator, canvas: tuple[int, int], thing: Thing) 
 
 
 class Maker:
-    """Makes batches from one generator."""
+    """Builds batches from one random generator."""
 
     def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator, small: float) -> None:
         self.tokenizer = tokenizer
@@ -63,7 +63,7 @@ class Maker:
     def canvases(
         self, count: int, limits: tuple[int, int]
     ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        """Canvases that are resized to one grid."""
+        """Return random canvases that are resized to a common grid, and its size."""
         base = choose_canvas(self.rng)
         goal = smart_resize(base[1], base[0], *limits)
         found = [base]
@@ -91,7 +91,7 @@ class Maker:
         return Item(torch.from_numpy(pixels), 1, labels=join(labels, "motion"))
 
     def make(self, kind: str, budget: int) -> Batch:
-        """A batch of about `budget` patches."""
+        """Make a batch of about `budget` patches."""
         return getattr(self, f"make_{kind}")(budget)
 
     def _count(self, budget: int, goal: tuple[int, int], items: int = 1) -> int:
@@ -140,7 +140,7 @@ class Maker:
         return self.batch("number", [self.item(pictures, goal)], talks, self.rng.random() < 0.1)
 
     def make_digits(self, budget: int) -> Batch:
-        """Pictures full of digits, without a question: only the training heads learn from them."""
+        """Make pictures full of digits without a question; they train only the auxiliary heads."""
         canvases, goal = self.canvases(64, self.limits())
         n = self._count(budget, goal)
         area = goal[0] * goal[1]
@@ -149,12 +149,15 @@ class Maker:
             for c in canvases[:n]
         ]
         item = self.item(pictures, goal)
-        del item.labels["order"]  # they are not in a row
+        del item.labels["order"]  # the digits have no left-to-right order
         return self.batch("digits", [item], [[(QUESTIONS["number"], "")]] * n, False)
 
     def make_which(self, budget: int) -> Batch:
-        """Each picture is asked about in several pairs, and some pictures are empty: so that the
-        place of what is there is learned first, and then to look for what is asked."""
+        """Make questions about pairs of images; each picture is in several pairs.
+
+        Some pictures are empty, so that the model first learns where shapes are, and then to look
+        for the shape in the question.
+        """
         rng = self.rng
         limits = self.limits()
         if rng.random() < 0.5:  # few tokens
@@ -162,7 +165,7 @@ class Maker:
             limits = side * side, side * side
         sides = [self.canvases(64, limits), self.canvases(64, limits)]
         n = int(max(3, min(64, budget // (sum(h * w for _, (h, w) in sides) // PATCH**2))))
-        # few colors and shapes, so that the two of a pair often share one
+        # Use few colors and shapes, so that the images of a pair often share one.
         colors, shapes = rng.choice(COLORS, 3, replace=False), rng.choice(SHAPES, 3, replace=False)
         things: list[list[Thing]] = [[], []]
         items: list[Item] = []
@@ -200,8 +203,7 @@ class Maker:
         return self.asked_for(wanted, other), ("the first", "the second")[answer]
 
     def asked_for(self, wanted: tuple[str, str], other: Thing) -> str:
-        """Mostly color and shape; sometimes just what tells the two apart, which is easier to
-        learn from."""
+        """Ask mostly for color and shape, sometimes only for what differs, which is easier."""
         question, (color, shape) = QUESTIONS["which"], wanted
         if other and self.rng.random() < 0.4:
             if color != other[0]:

@@ -1,7 +1,7 @@
-"""Draws the pictures that the embedded model is asked about, and says what the right answer is.
+"""Draw the pictures that the embedded model is asked about, with their correct answers.
 
-Everything follows from a `numpy.random.Generator`, so a seed names a picture. Fonts are what the
-system has, Pillow's default always among them.
+Everything is determined by a `numpy.random.Generator`, so a seed reproduces a picture. Fonts are
+the system's and Pillow's default.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MIN_SIDE, MAX_SIDE, MAX_RATIO = 56, 448, 4.0
 class Mark:
     """A shape or a digit in a picture, in pixels of its canvas."""
 
-    x: float  # centre
+    x: float  # center
     y: float
-    width: float  # of its box
+    width: float  # of the bounding box
     height: float
     color: str = ""
     shape: str = ""
@@ -41,7 +41,7 @@ class Picture:
 
 
 def choose_canvas(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height: sides of 56 to 448, ratio up to 4."""
+    """Return a width and height of 56 to 448 pixels with an aspect ratio of at most 4."""
     while True:
         width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, 2))
         if max(width, height) <= MAX_RATIO * min(width, height):
@@ -57,7 +57,7 @@ def _place(rng: np.random.Generator, canvas: tuple[int, int], size: float) -> tu
 def draw_shape(
     rng: np.random.Generator, canvas: tuple[int, int], color: str, shape: str
 ) -> Picture:
-    """One shape of 25 to 80 % of the shorter side."""
+    """Draw one shape of 25 to 80 % of the shorter side."""
     image = new_canvas(rng, canvas)
     size = min(canvas) * rng.uniform(0.25, 0.8)
     x, y = _place(rng, canvas, size)
@@ -66,7 +66,7 @@ def draw_shape(
 
 
 def draw_count(rng: np.random.Generator, canvas: tuple[int, int], count: int) -> Picture:
-    """`count` shapes apart from each other, each 15 to 30 % of the shorter side."""
+    """Draw `count` separate shapes, each 15 to 30 % of the shorter side."""
     image = new_canvas(rng, canvas)
     marks: list[Mark] = []
     same = rng.random() < 0.25
@@ -91,7 +91,7 @@ def draw_count(rng: np.random.Generator, canvas: tuple[int, int], count: int) ->
 
 @functools.cache
 def font_files() -> tuple[str, ...]:
-    """Upright text fonts of the system with Latin digits; empty for Pillow's default."""
+    """Return the system's upright text fonts with Latin digits; empty if none are installed."""
     wanted = (
         "dejavu",
         "liberation",
@@ -152,7 +152,7 @@ def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageF
 def draw_number(
     rng: np.random.Generator, canvas: tuple[int, int], text: str, smallest: int = 18
 ) -> Picture:
-    """Digits, upright, dark on light, of font size `smallest` or more."""
+    """Draw upright, dark digits on a light background, at font size `smallest` or larger."""
     image = new_canvas(rng, canvas)
     files = font_files()
     path = "" if rng.random() < 0.25 or not files else files[rng.integers(len(files))]
@@ -189,7 +189,7 @@ def draw_number(
 
 
 def draw_digits(rng: np.random.Generator, canvas: tuple[int, int], smallest: int) -> Picture:
-    """Digits strewn over the canvas, of all sizes and fonts: to learn from, never asked about."""
+    """Draw scattered digits of all sizes and fonts; used for training only."""
     image = new_canvas(rng, canvas)
     draw = ImageDraw.Draw(image)
     files = ("", *font_files())
@@ -217,7 +217,7 @@ def draw_digits(rng: np.random.Generator, canvas: tuple[int, int], smallest: int
 
 
 def choose_number(rng: np.random.Generator, canvas: tuple[int, int], size: int = 18) -> str:
-    """One to five digits that fit the canvas at a font size."""
+    """Return one to five random digits that fit the canvas at a font size."""
     most = max(1, min(5, int(canvas[0] * 0.9 // (size * 0.66))))
     return "".join(str(rng.integers(10)) for _ in range(rng.integers(1, most + 1)))
 
@@ -225,14 +225,14 @@ def choose_number(rng: np.random.Generator, canvas: tuple[int, int], size: int =
 def draw_motion(
     rng: np.random.Generator, canvas: tuple[int, int], direction: str, num_frames: int
 ) -> list[Picture]:
-    """A shape that moves straight, evenly or nearly, over a part of the canvas."""
+    """Draw a shape that moves in a (nearly) straight line over part of the canvas."""
     axis = 0 if direction in ("left", "right") else 1
     sign = 1 if direction in ("right", "down") else -1
     size = min(canvas) * rng.uniform(0.15, 0.5)
-    room = canvas[axis] - size
-    way = room * rng.uniform(0.3, 1.0)
+    span = canvas[axis] - size
+    way = span * rng.uniform(0.3, 1.0)
     start = [float(rng.uniform(size / 2, side - size / 2)) for side in canvas]
-    low = size / 2 + rng.uniform(0, room - way)
+    low = size / 2 + rng.uniform(0, span - way)
     start[axis] = low if sign > 0 else low + way
     drift = rng.uniform(-0.04, 0.04) * canvas[1 - axis] if rng.random() < 0.3 else 0.0
     color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
@@ -242,21 +242,21 @@ def draw_motion(
     frames = []
     for i in range(num_frames):
         part = i / (num_frames - 1)
-        place = list(start)
-        place[axis] += sign * way * part
-        place[1 - axis] += drift * part
+        center = list(start)
+        center[axis] += sign * way * part
+        center[1 - axis] += drift * part
         frame = base.copy()
-        paint(frame, place[0], place[1], size, shade, style)
+        paint(frame, center[0], center[1], size, shade, style)
         if quality:
             buffer = io.BytesIO()
             frame.save(buffer, "JPEG", quality=quality)
             frame = Image.open(buffer).convert("RGB")
-        frames.append(Picture(frame, (Mark(place[0], place[1], size, size, color, shape),)))
+        frames.append(Picture(frame, (Mark(center[0], center[1], size, size, color, shape),)))
     return frames
 
 
 def save_mp4(path: Path, frames: list[Image.Image], rate: int = 4) -> None:
-    """Writes frames as an MPEG-4 file. Sides are cut to even numbers, as the codec wants."""
+    """Write frames as an MPEG-4 file, with sides cropped to even numbers for the codec."""
     import av
 
     with av.open(str(path), "w") as file:

@@ -1,4 +1,4 @@
-"""Writes the embedded checkpoint, a Hugging Face Qwen2-VL folder, from the training state."""
+"""Write the embedded checkpoint (a Hugging Face Qwen2-VL folder) from the training state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .model import Shape
 
 
 def config_of(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json, in the flat form of the real checkpoints."""
+    """Return config.json in the flat layout of the real checkpoints."""
     ids = {
         name: tokenizer.token_to_id(f"<|{name}|>")
         for name in (
@@ -76,7 +76,7 @@ def config_of(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def settings_of(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """The other JSON files of the folder, by name."""
+    """Return the other JSON files of the folder by name."""
     ends = [tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>")]
     picture = {
         "patch_size": 14,
@@ -121,7 +121,7 @@ def settings_of(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
 
 
 def export(state_file: Path, tokenizer_file: Path, folder: Path) -> None:
-    """Weights are the average over the last steps, in float16; training heads are left out."""
+    """Export the averaged weights in float16, without the training heads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     weights = torch.load(state_file, weights_only=True)["ema"]
@@ -143,9 +143,9 @@ def main() -> None:
         "--dir",
         type=Path,
         default=Path("/root/octavo-train"),
-        help="where train.py keeps state.pt and tokenizer.json",
+        help="train.py's folder with state.pt and tokenizer.json",
     )
-    parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder to write")
+    parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="output folder")
     args = parser.parse_args()
     export(args.dir / "state.pt", args.dir / "tokenizer.json", args.out)
     print(f"wrote {args.out}")

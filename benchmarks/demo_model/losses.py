@@ -1,4 +1,4 @@
-"""What a batch's answers and the training heads' guesses cost."""
+"""Losses of a batch's answers and of the training heads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .paint import COLORS, SHAPES
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-SHARPNESS = 12.0  # of a softmax over cosines
+SHARPNESS = 12.0  # inverse temperature of a softmax over cosine similarities
 
 
 def cut(item: Item) -> torch.Tensor:
-    """Normalised patches [b * t, h*w, 1176] in merge-group order."""
+    """Return normalized patches [b * t, h*w, 1176] in merge-group order."""
     t, h, w = item.grid
     b = item.num_pictures
     x = (item.pixels.float() / 255 - MEAN) / STD
@@ -29,10 +29,10 @@ def cut(item: Item) -> torch.Tensor:
 
 
 def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answer loss, auxiliary loss, and which conversations had their first answer all right."""
+    """Return the answer loss, the auxiliary loss, and which first answers are entirely correct."""
     b = len(batch.token_ids)
     media = [(cut(item), *item.grid[1:], item.offset, item.rows) for item in batch.items]
-    if batch.kind == "digits":  # nothing is asked
+    if batch.kind == "digits":  # no question
         guesses = [model.look(*one[:3])[1] for one in media]
         return torch.zeros(()), item_loss(guesses, batch), torch.zeros(b)
     hidden, guesses = model(batch.token_ids, batch.positions, media)
@@ -51,8 +51,7 @@ def losses(model: TrainModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def item_loss(seen: list[Seen], batch: Batch) -> torch.Tensor:
-    """The training heads' loss: a mean over items and over both places where the heads sit, and
-    the loss of the words."""
+    """Return the training heads' loss: the mean over items and head positions, plus `word_loss`."""
     loss = torch.zeros(())
     for item, (guesses, likeness) in zip(batch.items, seen, strict=True):
         for guess in guesses:
@@ -62,8 +61,11 @@ def item_loss(seen: list[Seen], batch: Batch) -> torch.Tensor:
 
 
 def word_loss(likeness: torch.Tensor, item: Item) -> torch.Tensor:
-    """An embedding that shows something red lies near the word red. Matching a question's words
-    with one of two images is then a match of like with like; else it is hardly ever found."""
+    """Pull the embedding of a red shape toward the word "red", and so on.
+
+    Matching a question's words with one of two images then only requires comparing similar
+    vectors; without this loss the model rarely learns it.
+    """
     loss = torch.zeros(())
     guesses = likeness.split((len(COLORS), len(SHAPES)), dim=-1)
     for name, guess in zip(("color", "shape"), guesses, strict=True):
@@ -75,12 +77,12 @@ def word_loss(likeness: torch.Tensor, item: Item) -> torch.Tensor:
 
 
 def aux_loss(out: torch.Tensor, item: Item) -> torch.Tensor:
-    """What lies on each patch and where the patch is; most patches are empty and count less."""
+    """Return the loss of patch labels and patch positions; the many empty patches weigh less."""
     color, shape, centre, digit, order, motion, row, column = out.split(AUX_SIZES, dim=-1)
-    places = patch_positions(*item.grid[1:], 2).expand(len(out), -1, -1)
+    positions = patch_positions(*item.grid[1:], 2).expand(len(out), -1, -1)
     loss = torch.zeros(())
     for guess, axis, size in ((row, 0, item.grid[1]), (column, 1, item.grid[2])):
-        label = places[..., axis] * 8 // size
+        label = positions[..., axis] * 8 // size
         loss = loss + 0.3 * F.cross_entropy(guess.flatten(0, 1), label.flatten())
     guesses = {"color": color, "shape": shape, "centre": centre, "motion": motion}
     guesses["digit"] = digit.unflatten(-1, (2, 11))
@@ -89,7 +91,7 @@ def aux_loss(out: torch.Tensor, item: Item) -> torch.Tensor:
         guess = guesses[name].flatten(0, -2)
         each = F.cross_entropy(guess, label.flatten(), reduction="none")
         there = label.flatten() > 0
-        if name == "centre":  # to be counted: a patch too many is as wrong as one that lacks
+        if name == "centre":  # used for counting: extra and missing patches are equally wrong
             loss = loss + each.sum() / there.sum().clamp(min=1) * 0.3
             continue
         for chosen in (there, ~there):

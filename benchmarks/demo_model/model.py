@@ -1,7 +1,7 @@
-"""A compact Qwen2-VL for training on dense batches: same tensors and names as the checkpoint.
+"""A compact Qwen2-VL for training on dense batches, with the checkpoint's tensors and names.
 
-Every batch holds conversations of one layout (same grids at the same places), so attention needs no
-padding and no segments. What transformers' `Qwen2VLForConditionalGeneration` computes, this does.
+Each batch has conversations of one layout (same grids at the same positions), so attention needs no
+padding or segments. Equivalent to transformers' `Qwen2VLForConditionalGeneration`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# classes of the training heads: color, shape, centre or not, digit and order from the left for each
-# half of a patch, direction of motion, row, column
+# Classes of the training heads: color, shape, center or not, digit and left-to-right order for each
+# half of a patch, direction of motion, row, column.
 AUX_SIZES = (9, 7, 2, 22, 14, 5, 8, 8)
 
 
@@ -33,8 +33,8 @@ class Shape:
     v_heads: int = 4
 
 
-# of one item: the training heads' guesses from the tower and from the embeddings, and how like the
-# embeddings are to words; see `TrainModel.look`
+# Per item: the training heads' outputs from the tower and from the embeddings, and the similarity
+# of the embeddings to words; see `TrainModel.look`.
 Seen = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -44,7 +44,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
-    """Attention written out: at a few hundred tokens twice as fast to train on a CPU as SDPA."""
+    """Compute attention explicitly: for short sequences on a CPU, training is 2x faster."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         n = q.shape[-2]
@@ -131,7 +131,7 @@ class Vision(nn.Module):
         self.merger = Merger(s.v_dim, s.hidden)
 
     def rotary(self, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [h*w, head_dim] in merge-group order."""
+        """Return cos and sin [h*w, head_dim] in merge-group order."""
         inv = 1.0 / 10000 ** (torch.arange(0, self.head_dim // 2, 2) / (self.head_dim // 2))
         rows = torch.arange(h)[:, None].expand(h, w)
         cols = torch.arange(w)[None].expand(h, w)
@@ -141,7 +141,10 @@ class Vision(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, patches: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """patches [frames, h*w, 1176] -> embeddings [frames, h*w/4, hidden], patch features."""
+        """Encode patches [frames, h*w, 1176].
+
+        Returns embeddings [frames, h*w/4, hidden] and patch features.
+        """
         cos, sin = self.rotary(h, w)
         x = self.patch_embed(patches)
         for block in self.blocks:
@@ -205,10 +208,10 @@ class Decoder(nn.Module):
 
 
 class TrainModel(nn.Module):
-    """The model, and heads that are dropped on export: what is where, patch by patch."""
+    """The model with auxiliary heads, dropped on export, that predict the contents of patches."""
 
     def __init__(self, s: Shape, words: list[int]) -> None:
-        """`words`: token ids of the color and shape words."""
+        """Initialize the weights; `words` are the token ids of the color and shape words."""
         super().__init__()
         self.s = s
         self.words = torch.tensor(words)
@@ -218,7 +221,7 @@ class TrainModel(nn.Module):
             (
                 nn.Linear(s.v_dim, sum(AUX_SIZES)),
                 nn.Linear(s.hidden, 4 * sum(AUX_SIZES)),
-                nn.Linear(s.hidden, 3),  # at a word of a question: which images show it
+                nn.Linear(s.hidden, 3),  # at a question's word: which images show it
             )
         )
         for name, p in self.named_parameters():
@@ -228,7 +231,7 @@ class TrainModel(nn.Module):
                 nn.init.zeros_(p)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [3, n] -> cos and sin [n, head_dim]."""
+        """Return cos and sin [n, head_dim] of positions [3, n]."""
         s = self.s
         inv = 1.0 / s.theta ** (torch.arange(0, s.head_dim, 2) / s.head_dim)
         axis = torch.repeat_interleave(torch.arange(3), torch.tensor(s.section))
@@ -237,8 +240,11 @@ class TrainModel(nn.Module):
         return angles.cos(), angles.sin()
 
     def look(self, patches: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, Seen]:
-        """Embeddings [frames, h*w/4, hidden], guesses [2, frames, h*w, classes], and how like each
-        word an embedding is [frames, h*w/4, words]."""
+        """Encode patches and apply the training heads.
+
+        Returns embeddings [frames, h*w/4, hidden], head outputs [2, frames, h*w, classes] and
+        similarities to words [frames, h*w/4, words].
+        """
         embedded, feature = self.visual(patches, h, w)
         late = self.aux[1](embedded).view(*feature.shape[:2], -1)
         words = F.normalize(self.model.embed_tokens.weight[self.words], dim=-1)
@@ -251,10 +257,11 @@ class TrainModel(nn.Module):
         positions: torch.Tensor,
         media: list[tuple[torch.Tensor, int, int, int, torch.Tensor | None]],
     ) -> tuple[torch.Tensor, list[Seen]]:
-        """token_ids [b, n], positions [3, n]; media: (patches [p*t, h*w, 1176], h, w, offset, and
-        which of the p pictures each of the b has, or None).
+        """Run the model on token_ids [b, n] with positions [3, n].
 
-        Returns hidden states [b, n, hidden] and what was seen of each item."""
+        `media` has, per item, (patches [p*t, h*w, 1176], h, w, offset, and the picture index of
+        each of the b rows, or None). Returns hidden states [b, n, hidden] and `Seen` per item.
+        """
         x = self.model.embed_tokens(token_ids)
         guesses = []
         for patches, h, w, offset, rows in media:

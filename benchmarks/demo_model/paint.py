@@ -1,4 +1,4 @@
-"""Colors, canvases and single shapes, for `draw.py`."""
+"""Colors, canvases and single shapes for `draw.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "gray")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
-# hue in degrees, saturation and value: where each color word holds
+# Ranges of hue in degrees, saturation and value of each color word.
 _HSV = {
     "red": ((-8, 8), (0.75, 1.0), (0.6, 1.0)),
     "green": ((95, 150), (0.6, 1.0), (0.38, 1.0)),
@@ -37,7 +37,7 @@ Color = tuple[int, int, int]
 
 
 def color_of(rng: np.random.Generator, name: str) -> Color:
-    """A shade that the word holds for."""
+    """Return a random shade of the named color."""
     if rng.random() < 0.35:
         named = _NAMED[name]
         return named[rng.integers(len(named))]
@@ -62,7 +62,7 @@ def background(rng: np.random.Generator) -> Color:
 
 def new_canvas(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     image = Image.new("RGB", size, background(rng))
-    if rng.random() < 0.1:  # a soft light from one side
+    if rng.random() < 0.1:  # soft light from one side
         ramp = np.linspace(-12, 0, size[0] if rng.random() < 0.5 else size[1])
         shade = ramp[None, :, None] if len(ramp) == size[0] else ramp[:, None, None]
         image = Image.fromarray((np.asarray(image) + shade).clip(0, 255).astype(np.uint8))
@@ -70,7 +70,7 @@ def new_canvas(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 def finish(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Some pictures come as JPEGs or with a little noise."""
+    """Apply JPEG compression or noise to some pictures."""
     chance = rng.random()
     if chance < 0.12:
         buffer = io.BytesIO()
@@ -84,12 +84,12 @@ def finish(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Style:
-    """How a shape is drawn, but for color, place and size."""
+    """Attributes of a drawn shape other than color, position and size."""
 
     shape: str
     angle: float  # radians
-    ratio: float  # of a star's inner radius, a cross's arm or a ring's hole
-    smooth: int  # 1 draws hard edges, 3 or 4 smooth ones
+    ratio: float  # relative size of a star's inner radius, a cross's arm or a ring's hole
+    smooth: int  # 1: hard edges; 3 or 4: smooth edges (supersampling)
     outline: bool
 
 
@@ -107,7 +107,7 @@ def choose_style(rng: np.random.Generator, shape: str) -> Style:
 
 
 def _outline(style: Style) -> list[tuple[float, float]]:
-    """Corners in a box of [-1, 1]."""
+    """Return a polygon's corners in a [-1, 1] box."""
     if style.shape == "square":
         return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
     if style.shape == "triangle":
@@ -126,7 +126,7 @@ def _outline(style: Style) -> list[tuple[float, float]]:
 
 
 def paint(image: Image.Image, x: float, y: float, size: float, color: Color, style: Style) -> None:
-    """Draws a shape whose box has `size` pixels a side and its centre at (x, y)."""
+    """Draw a shape with a bounding box of `size` pixels per side, centered at (x, y)."""
     scale = style.smooth
     left, top = math.floor(x - size / 2 * 1.45), math.floor(y - size / 2 * 1.45)
     side = math.ceil(size * 1.45) + 2

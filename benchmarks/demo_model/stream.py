@@ -1,4 +1,4 @@
-"""The endless stream of training batches."""
+"""Infinite stream of training batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .data import Maker
 
 
 class Batches(IterableDataset):
-    """Lists of batches, one list an optimizer step; seeded by (seed, step).
+    """Lists of batches, one list per optimizer step, seeded by (seed, step).
 
-    Each list comes twice, some hundred steps apart: drawing costs a third of a step."""
+    Each list is used twice, a hundred or more steps apart, as drawing takes a third of a step.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Makes the embedded model's tokenizer: a small byte-level BPE in Qwen2's form."""
+"""The embedded model's tokenizer: a small byte-level BPE in Qwen2's format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECIALS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Qwen2's way of splitting text: digits alone, letters with one leading mark or space.
+# Qwen2's pre-tokenization: single digits, letters with one leading punctuation mark or space.
 PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,7 +40,7 @@ PRETOKENIZE = (
 
 
 def make_tokenizer(words: list[str]) -> Tokenizer:
-    """Trains on the questions, the answers and `words`; every byte can be encoded."""
+    """Train on the questions, the answers and `words`; every byte is encodable."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,8 +1,8 @@
-"""Trains the embedded model. Resumes from its state; `touch DIR/decay` starts the final decay.
+"""Train the embedded model. Resumes from its state; `touch DIR/decay` starts the final decay.
 
-Each step takes two batches of different kinds. Beside the answers, heads that the export leaves out
-learn what lies on each patch and where the patch is: from answers alone, a tower of this size
-hardly learns to read.
+Each step uses two batches of different kinds. In addition to the answers, auxiliary heads (dropped
+on export) learn each patch's contents and position: a tower of this size barely learns to read from
+answers alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every layout of a batch has matrix products of its own shapes; making one anew takes oneDNN longer
-# than running it, and its cache of 1,024 forgets them before they come again.
+# Each batch layout has matmuls of its own shapes. Creating a oneDNN primitive takes longer than
+# running it, and the default cache of 1,024 evicts primitives before they are reused.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "30000")
 
 import numpy as np
@@ -50,7 +50,7 @@ def evaluate(
 
 
 def rate_at(step: int, decay_from: int, decay_steps: int, peak: float) -> float:
-    """Warms up, stays, then falls to zero over `decay_steps`."""
+    """Return the learning rate: warm-up, constant, then linear decay to 0 over `decay_steps`."""
     warm = min(1.0, (step + 1) / 200)
     if decay_from < 0 or step < decay_from:
         return peak * warm
@@ -59,7 +59,7 @@ def rate_at(step: int, decay_from: int, decay_steps: int, peak: float) -> float:
 
 @dataclass(eq=False)
 class Trainer:
-    """The model, its optimizer and its running average; resumes from DIR/state.pt."""
+    """The model, its optimizers and its weight average; resumes from DIR/state.pt."""
 
     folder: Path
     seed: int
@@ -69,7 +69,7 @@ class Trainer:
     stop_at: float  # unix time; 0: never
     decay_seconds: float
     step: int = 0
-    spent: float = 0.0  # seconds of earlier runs
+    spent: float = 0.0  # training time of earlier runs, in seconds
     decay_from: int = -1
     decay_steps: int = 1
 
@@ -115,7 +115,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Of training, earlier runs included."""
+        """Training time in seconds, including earlier runs."""
         return self.spent + time.time() - self.started
 
     def train_step(self, batches: list[Batch]) -> None:
@@ -140,7 +140,7 @@ class Trainer:
                 self.average[name].lerp_(value, 1 - keep)
 
     def start_decay_if_due(self) -> None:
-        """The last minutes before `stop_at`, or `touch DIR/decay`, let the rate fall to zero."""
+        """Start the decay in the last minutes before `stop_at`, or after `touch DIR/decay`."""
         due = self.stop_at and time.time() > self.stop_at - self.decay_seconds
         if self.decay_from < 0 and (due or (self.folder / "decay").exists()):
             per_step = (time.time() - self.started) / max(1, self.step - self.first)
@@ -154,7 +154,7 @@ class Trainer:
         return over or bool(self.stop_at and time.time() > self.stop_at + 120)
 
     def report(self) -> None:
-        """One line: for each kind the answer's loss, the training heads' loss, the share right."""
+        """Print a line with each kind's answer loss, auxiliary loss and share of right answers."""
         kinds = (
             f"{kind} " + "/".join(f"{np.mean(column):.3f}" for column in zip(*rows, strict=True))
             for kind, rows in sorted(self.log.items())
@@ -166,7 +166,11 @@ class Trainer:
         raw = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(self.average)
         found = evaluate(self.model, self.tokenizer, 10_000)
-        print("average's share right:", {k: round(v, 3) for k, v in found.items()}, flush=True)
+        print(
+            "accuracy of the averaged weights:",
+            {k: round(v, 3) for k, v in found.items()},
+            flush=True,
+        )
         self.model.load_state_dict(raw)
 
     def run(self, data: Batches) -> None:
@@ -187,7 +191,7 @@ class Trainer:
 
 
 def make_optimizers(model: TrainModel) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
-    """Muon for the matrices inside, AdamW for the rest; `share` scales a group's learning rate."""
+    """Use Muon for inner matrices, AdamW for the rest; `share` scales a group's learning rate."""
     groups: dict[str, list[torch.Tensor]] = {"inside": [], "patches": [], "rest": []}
     for name, parameter in model.named_parameters():
         if "patch_embed" in name:
@@ -208,8 +212,9 @@ def make_optimizers(model: TrainModel) -> tuple[torch.optim.Muon, torch.optim.Ad
 
 @torch.no_grad()
 def whiten(model: TrainModel, tokenizer: Tokenizer, seed: int) -> None:
-    """Starts the patch embedding as a whitened projection on the principal components of drawn
-    patches. From random weights it sees little but the mean color for its first thousands of steps.
+    """Initialize the patch embedding as a whitened projection on the patches' main components.
+
+    From random weights it perceives little but the mean color for the first thousands of steps.
     """
     maker = Maker(tokenizer, np.random.default_rng([seed, 888]), 0.5)
     batches = [maker.make(kind, 8000) for kind in KINDS for _ in range(3)]
@@ -224,28 +229,32 @@ def whiten(model: TrainModel, tokenizer: Tokenizer, seed: int) -> None:
 
 
 def compile_blocks(model: TrainModel) -> None:
-    """A third faster; takes a C++ compiler and a minute at the start."""
+    """Compile the blocks: a third faster, but needs a C++ compiler and a minute at the start."""
     for block in (*model.visual.blocks, *model.model.layers):
         block.compile(dynamic=True)
 
 
 def yield_cores(_: int) -> None:
-    """Drawing takes only what training leaves: a thread held up holds up all the others."""
+    """Give the data loader low priority: a delayed training thread delays all the others."""
     os.nice(19)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--dir", type=Path, default=Path("/root/octavo-train"), help="where the state is kept")
+    add("--dir", type=Path, default=Path("/root/octavo-train"), help="folder of the training state")
     add("--seed", type=int, default=1)
     add("--lr", type=float, default=2e-3, help="learning rate between warm-up and decay")
-    add("--budget", type=int, default=2500, help="patches of a batch")
-    add("--compile", action="store_true", help="a third faster, with a C++ compiler")
+    add("--budget", type=int, default=2500, help="patches per batch")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the model: a third faster, needs a C++ compiler",
+    )
     add("--small", type=float, default=0.55, help="share of batches at a low resolution")
     add("--aux", type=float, default=0.4, help="weight of the training heads' loss")
     add("--decay-minutes", type=float, default=45)
-    add("--stop-at", type=float, default=0, help="unix time at which the decay must be over")
+    add("--stop-at", type=float, default=0, help="Unix time at which the decay must be finished")
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)

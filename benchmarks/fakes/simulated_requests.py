@@ -1,5 +1,7 @@
-"""What random runs of the scheduler ask for: requests with shared beginnings, images, forks, and
-videos whose later frames are still being made."""
+"""Random requests for scheduler simulations.
+
+They share prefixes and have images, forks, and videos whose later frames are not decoded yet.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ IMAGES = [(bytes([i]) * 32, 1 + 3 * i) for i in range(5)]  # media_hash, tokens
 
 @dataclass(frozen=True, eq=False)
 class Unmade:
-    """Requests with one prompt, whose later units are still being made."""
+    """Requests with a common prompt, some of whose later units are not decoded yet."""
 
     requests: Sequence[Request]
-    media_hashes: list[bytes]  # of those units
+    media_hashes: list[bytes]  # of the missing units
     rng: random.Random
 
     def __bool__(self) -> bool:
@@ -31,7 +33,7 @@ class Unmade:
 
 
 def withhold(requests: Sequence[Request], media_hashes: list[bytes], rng: random.Random) -> Unmade:
-    """Takes the content of later units away, as it is before they are made."""
+    """Remove the media hashes of later units, as before they are decoded."""
     count = rng.randint(0, len(media_hashes))
     for request in requests:
         later = (replace(unit, media_hash=b"") for unit in request.units[count:])
@@ -41,8 +43,10 @@ def withhold(requests: Sequence[Request], media_hashes: list[bytes], rng: random
 
 
 def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Request], list[bytes]]:
-    """A request and its forks, and what each of their units is made of. Prompts are drawn from a
-    small tree, so that many begin alike."""
+    """Return a random request with its forks, and the media hashes of their units.
+
+    Prompts are sampled from a small tree, so that many share a prefix.
+    """
     prompt: list[int] = []
     spans: list[Span] = []
     depth = rng.randint(1, 8)
@@ -54,7 +58,7 @@ def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Reque
             media_hash, count = part.choice(IMAGES)
             looks = rng.choice([media_hash, media_hash, media_hash[::-1][1:] + b"."])
             frames = part.choice([1, 1, 2, 3])
-            spans.append((len(prompt), count * frames, looks, frames))  # perhaps another's pixels
+            spans.append((len(prompt), count * frames, looks, frames))  # sometimes different pixels
             prompt += [PLACEHOLDER] * (count * frames)
         else:
             prompt += [part.randrange(PLACEHOLDER) for _ in range(part.randint(1, 9))]
@@ -65,7 +69,7 @@ def draw_requests(name: str, rng: random.Random, now: float) -> tuple[list[Reque
         "priority": rng.choice([5, 5, 0, 9, rng.randrange(10)]),
         "deadline": now + timeout,
         "stop_token_ids": frozenset(rng.sample(range(PLACEHOLDER), 2)),
-        "is_guided": zlib.crc32(name.encode()) % 4 == 0,  # some wait for each of their tokens
+        "is_guided": zlib.crc32(name.encode()) % 4 == 0,  # guided: waits for each token
     }
     num_forks = rng.choice([0, 0, 0, 0, 1, 3])
     names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]

@@ -1,10 +1,9 @@
-"""A worker of whom only the bookkeeping is real: it checks that each plan could be computed.
+"""A simulated worker that computes nothing, but checks that each plan is executable.
 
-It keeps what the plans made it write: what is in each slot of each block, and which units are
-embedded. A slot holds the digest of all that its keys and values depend on: the salt, every token
-up to its place and the media under them. A row may read a slot only where that digest is its own;
-so a wrong block, order, position, image or tenant is an error at the step that read it. The token
-that a row samples is a function of its digest.
+It tracks the contents of each KV slot and the encoded units. A slot holds a digest of everything
+that its keys and values depend on: the salt, all tokens up to its position and the media among
+them. A row may only read slots whose digests match its own, so a wrong block, order, position,
+image or tenant fails in the step that reads it. A row's sampled token is a function of its digest.
 """
 
 from __future__ import annotations
@@ -61,8 +60,11 @@ def make_request(
     is_guided: bool = False,
     **more: object,
 ) -> Request:
-    """A request with images of `n` tokens at `offset`: (offset, n, media_hash), or videos with
-    their number of frames behind, each a unit. `prompt`: its tokens, or how many made-up ones."""
+    """Return a request whose prompt contains images or videos.
+
+    A span is (offset, number of tokens, media_hash) for an image, or has the number of frames as a
+    fourth item for a video, with one unit per frame. `prompt` has the tokens, or their number.
+    """
     if isinstance(prompt, int):
         names = (f"{request_id} {i}".encode() for i in range(prompt))
         prompt = [zlib.crc32(name) % VOCABULARY for name in names]
@@ -78,8 +80,10 @@ def make_request(
 
 
 def extend_digests(digests: list[int], request: Request, tokens: Sequence[int]) -> list[int]:
-    """What each token of a request stands for, itself and all before it, as numbers that are the
-    same in every process. `digests` has those before `tokens`, which are added."""
+    """Append the digests of `tokens` to `digests`, which has those of all tokens before them.
+
+    A digest stands for a token and everything before it; it is the same in every process.
+    """
     start = len(digests)
     last = digests[-1] if digests else zlib.crc32(request.cache_salt)
     under: dict[int, tuple[int, int, int]] = {}
@@ -93,7 +97,7 @@ def extend_digests(digests: list[int], request: Request, tokens: Sequence[int]) 
 
 
 def naive_output(request: Request, count: int) -> list[int]:
-    """What the request's first `count` tokens must be, whatever else ran: a run alone."""
+    """Return the first `count` tokens that the request has when run alone."""
     alone = Request(
         "alone", request.prompt_token_ids, request.params, request.units, request.cache_salt
     )
@@ -112,15 +116,15 @@ def next_token(digest: int, request: Request) -> int:
 class SimulatedWorker:
     config: SchedulerConfig
     slots: dict[int, int] = field(default_factory=dict)  # slot: digest
-    embeddings: dict[UnitKey, int] = field(default_factory=dict)  # tokens of each
-    encoded: int = 0  # tokens encoded in all
-    computed: int = 0  # tokens computed in all
-    plans: list[StepPlan] = field(default_factory=list)  # that it ran
-    _digests: dict[str, list[int]] = field(default_factory=dict)  # by request
-    _sampled: tuple[int, ...] = ()  # by the latest step: what rows of the next may await
-    _lacking: dict[str, int] = field(
-        default_factory=dict
-    )  # rows in it that computed nothing: start
+    embeddings: dict[UnitKey, int] = field(default_factory=dict)  # number of tokens by unit
+    encoded: int = 0  # total encoded tokens
+    computed: int = 0  # total computed tokens
+    plans: list[StepPlan] = field(default_factory=list)  # executed plans
+    _digests: dict[str, list[int]] = field(default_factory=dict)  # by request id
+    # Tokens sampled by the latest step; rows of the next step may await them.
+    _sampled: tuple[int, ...] = ()
+    # First token of each row of the latest step that computed nothing, by request id.
+    _lacking: dict[str, int] = field(default_factory=dict)
 
     def step(self, plan: StepPlan, requests: dict[str, Request]) -> StepResult:
         config = self.config
@@ -146,7 +150,7 @@ class SimulatedWorker:
 
     def _copy(self, plan: StepPlan) -> None:
         size = self.config.block_size
-        assert len({new for _, new in plan.copies}) == len(plan.copies), "one block, two copies"
+        assert len({new for _, new in plan.copies}) == len(plan.copies), "two copies into a block"
         read = [[self.slots.get(old * size + i) for i in range(size)] for old, _ in plan.copies]
         for (_, new), digests in zip(plan.copies, read, strict=True):
             for i, digest in enumerate(digests):
@@ -162,13 +166,15 @@ class SimulatedWorker:
         self.encoded += cost
         for each in plan.encode:
             assert each.unit in requests[each.request_id].units, "pixels of another request"
-            assert each.unit.key not in self.embeddings, "encoded though it is there"
+            assert each.unit.key not in self.embeddings, "encoded twice"
             self.embeddings[each.unit.key] = each.unit.num_tokens
         assert sum(self.embeddings.values()) <= self.config.encoder_cache_tokens
 
     def _spoilt_row(self, plan: StepPlan, row: int) -> int:
-        """It was planned before the row of the step before was known to have computed nothing: what
-        it writes and draws is of no use."""
+        """Clear the slots of a row that follows a row that computed nothing.
+
+        It was planned before that was known, so its results are discarded.
+        """
         start, size = plan.num_computed_tokens[row], self.config.block_size
         for at in range(start, start + plan.num_scheduled_tokens[row]):
             self.slots.pop(plan.block_tables[row][at // size] * size + at % size, None)
@@ -187,17 +193,17 @@ class SimulatedWorker:
             tokens = list(request.token_ids[start : start + count])
         elif (token := self._sampled[plan.awaits[row]]) >= 0:
             tokens = [token]
-        else:  # it computed nothing, so this cannot either
+        else:  # the awaited row computed nothing, so this one cannot either
             return -1, []
-        assert len(tokens) == count, f"{request.request_id}: tokens that nobody knows"
+        assert len(tokens) == count, f"{request.request_id}: unknown tokens"
         assert plan.samples[row] == (start + count >= request.num_tokens)
         digests = self._digests.setdefault(request.request_id, [])
-        del digests[start:]  # of an earlier run, which got further
+        del digests[start:]  # left from a run before preemption
         extend_digests(digests, request, [*request.token_ids[len(digests) : start], *tokens])
         slots = [table[at // size] * size + at % size for at in range(start + count)]
         for at in range(start):
             assert self.slots.get(slots[at]) == digests[at], (
-                f"{request.request_id} reads at {at} what is not its own"
+                f"{request.request_id} reads foreign contents at position {at}"
             )
         for at in range(start, start + count):
             self.slots[slots[at]] = digests[at]
@@ -206,15 +212,15 @@ class SimulatedWorker:
 
 @dataclass
 class Simulation:
-    """A scheduler over the simulated worker, with a clock of its own; outputs by request."""
+    """A scheduler with a simulated worker and clock; collects the outputs of each request."""
 
     config: SchedulerConfig
     spoil: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result
-    overlap: bool = False  # a step is planned while the one before it is on its way
+    overlap: bool = False  # plan a step while the previous one is in flight
     step_seconds: Callable[[StepPlan], float] = lambda plan: 0.01
 
     def __post_init__(self) -> None:
-        self.now = self.planned_at = 0.0  # planned_at: when the latest step was
+        self.now = self.planned_at = 0.0  # planned_at: time of the latest plan
         self.scheduler = Scheduler(self.config, clock=lambda: self.now)
         self.worker = SimulatedWorker(self.config)
         self.outputs: dict[str, list[int]] = {}
@@ -223,8 +229,10 @@ class Simulation:
         self.in_flight: list[tuple[StepPlan, StepResult]] = []
 
     def step(self) -> StepPlan | None:
-        """Plans a step, and takes in the result of the one before it; without `overlap`, its own.
-        None when there was nothing to plan."""
+        """Plan a step and process the result of the previous one (without `overlap`, its own).
+
+        Returns None if there was nothing to plan.
+        """
         self.planned_at = self.now
         self._take(self.scheduler.expire())
         plan = self.scheduler.schedule()
@@ -237,26 +245,26 @@ class Simulation:
         return plan
 
     def receive(self) -> None:
-        """The oldest step on its way is done."""
+        """Complete the oldest step in flight."""
         plan, result = self.in_flight.pop(0)
         self.now += self.step_seconds(plan)
         self._take(self.scheduler.update(self.spoil(plan, result)))
 
     def reset_after_worker_restart(self) -> None:
-        """The worker ends, with the steps on their way, and a new one takes its place."""
+        """Replace the worker, dropping its contents and the steps in flight."""
         self.in_flight.clear()
         self.worker = SimulatedWorker(self.config)
         self._take(self.scheduler.reset_after_worker_restart())
 
     def _take(self, updates: Sequence[RequestUpdate]) -> None:
         for update in updates:
-            assert update.request_id not in self.ended, "told of after its end"
+            assert update.request_id not in self.ended, "update for a finished request"
             self.outputs.setdefault(update.request_id, []).extend(update.new_token_ids)
             if update.status.is_finished:
                 self.ended[update.request_id] = update
 
     def run(self, most: int = 5000) -> None:
-        """Steps until nothing is left."""
+        """Run steps until no request is left."""
         for _ in range(most):
             if self.step() is None and not self.scheduler.requests:
                 break

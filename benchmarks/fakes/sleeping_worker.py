@@ -1,5 +1,7 @@
-"""A worker whose steps take a set time and compute nothing: what is left of a step's time is the
-engine and gRPC. `python -P -m octavo.benchmarks.fakes.sleeping_worker --socket PATH`."""
+"""A worker whose steps sleep for a set time, to measure the overhead of the engine and gRPC.
+
+python -P -m octavo.benchmarks.fakes.sleeping_worker --socket PATH
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,18 @@ from octavo.engine.worker.worker import WorkerServicer, main
 from octavo.proto import worker_pb2 as pb
 
 VARIABLE = "OCTAVO_SLEEP_MS"
-TOKENS = "OCTAVO_SLEEP_TOKENS"  # ids with commas between: what the rows of each step draw, in turn
-TOKEN = 7  # what every row draws without
+TOKENS = "OCTAVO_SLEEP_TOKENS"  # comma-separated ids; step i samples the i-th, cyclically
+TOKEN = 7  # sampled by every row by default
 
 
 class SleepingRunner:
-    """Stands in for a `ModelRunner`."""
+    """Replacement for `ModelRunner` that sleeps."""
 
     def __init__(self, seconds: float, tokens: Sequence[int] = (TOKEN,)) -> None:
         self._seconds, self._tokens = seconds, itertools.cycle(tokens)
 
     def allocate(self, num_blocks: int) -> None:
-        """There is no cache."""
+        """Do nothing: there is no KV cache."""
 
     def launch(self, batch: InputBatch) -> SleepingResult:
         time.sleep(self._seconds)

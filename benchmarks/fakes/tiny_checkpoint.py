@@ -1,8 +1,8 @@
-"""Writes a random Qwen2-VL checkpoint folder of a few hundred kilobytes, for tests and benchmarks.
+"""Write a random Qwen2-VL checkpoint of a few hundred kilobytes, for tests and benchmarks.
 
-The folder holds what a real one holds: config, weights, tokenizer, chat template, generation and
-preprocessing settings; transformers loads it too. Its answers mean nothing, but they are spread:
-the weights are scaled so that greedy decoding does not fall into one token.
+The folder has all the files of a real checkpoint (config, weights, tokenizer, chat template,
+generation and preprocessing settings), and transformers loads it too. Outputs are meaningless but
+varied: the weights are scaled so that greedy decoding does not repeat a single token.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def write_tiny_checkpoint(
     vocab_size: int = 288,
     max_position_embeddings: int = 4096,
 ) -> Path:
-    """Writes the folder (made if missing) and returns its path.
+    """Write the folder (created if missing) and return its path.
 
-    `nested_names` and `nested_config` choose the newer forms of tensor names and of config.json;
-    `shards` > 1 writes that many safetensors files and their index. `vocab_size` may exceed the
-    tokenizer's 270 tokens, as in the real models. `head_dim` must be a multiple of 8.
+    `nested_names` and `nested_config` select the newer layouts of tensor names and of config.json;
+    `shards` > 1 writes that many safetensors files and an index. `vocab_size` may exceed the
+    tokenizer's 270 tokens, as in real checkpoints. `head_dim` must be a multiple of 8.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def tiny_config(
     vocab_size: int,
     max_position_embeddings: int,
 ) -> dict[str, Any]:
-    """A config.json in the older, flat form, as the 2B, 7B and 72B checkpoints have it."""
+    """Return a config.json in the older, flat layout of the 2B, 7B and 72B checkpoints."""
     side = 3 * head_dim // 16  # 24 of 64 in the real models
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -147,7 +147,7 @@ def tiny_config(
 
 
 def nest_config(flat: dict[str, Any]) -> dict[str, Any]:
-    """The newer form of a flat config: text fields under `text_config`, `rope_parameters`."""
+    """Convert a flat config to the newer layout: `text_config` and `rope_parameters`."""
     stays = {"architectures", "model_type", "vision_config", "torch_dtype", "tie_word_embeddings"}
     stays |= {name for name in flat if name.endswith("token_id") and name[0] in "vi"}
     moved = {name: value for name, value in flat.items() if name not in stays}
@@ -164,14 +164,14 @@ def nest_config(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested_name(name: str) -> str:
-    """The newer tensor name of an older one."""
+    """Convert an older tensor name to the newer one."""
     if name.startswith("visual."):
         return f"model.{name}"
     return name.replace("model.", "model.language_model.", 1)
 
 
 def checkpoint_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names (older form) and shapes of every tensor that a flat config's checkpoint holds."""
+    """Yield the names (older layout) and shapes of all tensors of a flat config's checkpoint."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield "model.embed_tokens.weight", (vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
@@ -227,7 +227,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     if len(shape) == 1:  # a norm's weight
         return 1 + noise * 0.1
     if "embed_tokens" in name or "lm_head" in name:
-        return noise * 0.25  # small beside what the layers add, or a tied head repeats its input
+        return noise * 0.25  # small, or a tied head repeats its input
     return noise * 1.5 / math.prod(shape[1:]) ** 0.5
 
 

@@ -1,6 +1,6 @@
-"""The scheduler and a ModelRunner in one process: what an engine does, without its workers.
+"""A scheduler and a ModelRunner in one process: an engine without workers.
 
-For tests that look into every step of the real model.
+For tests that inspect every step of the real model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .tiny_requests import TinyRequest
 
 @dataclass(eq=False)
 class TinyEngine:
-    """Call `add`, then `step` or `run`. The runner's cache has `config.num_blocks` blocks."""
+    """Call `add`, then `step` or `run`. The runner's cache must have `config.num_blocks` blocks."""
 
     runner: ModelRunner
     config: SchedulerConfig
-    overlap: bool = True  # a step is planned, and runs, before the one before it is taken in
+    overlap: bool = True  # run a step before the previous step's result is processed
     requests: dict[str, Request] = field(default_factory=dict)
     pixels: dict[str, dict[UnitKey, UnitContent]] = field(default_factory=dict)
     num_encoded: int = 0
-    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of what was drawn
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of the sampled tokens
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -52,8 +52,10 @@ class TinyEngine:
         grammar: Grammar | None = None,
         **more: Any,
     ) -> None:
-        """A request, and forks of it that draw with the seeds after its own. `more`: fields of
-        `Request`."""
+        """Add a request and forks of it, whose seeds follow its own.
+
+        `more` has fields of `Request`.
+        """
         names = [name, *(f"{name}[{i}]" for i in range(1, num_forks + 1))]
         added = [
             _request(each, tiny, max_tokens, i, priority, more) for i, each in enumerate(names)
@@ -65,7 +67,7 @@ class TinyEngine:
         self.pixels |= dict.fromkeys(names, _pixels(tiny, self.runner))
 
     def step(self) -> StepPlan | None:
-        """None when there was nothing to plan."""
+        """Run a step; return its plan, or None if there was nothing to plan."""
         plan = self.scheduler.schedule()
         if plan is not None:
             self.num_encoded += len(plan.encode)
@@ -79,7 +81,7 @@ class TinyEngine:
         return plan
 
     def receive(self) -> None:
-        """Takes in the oldest step on its way, if there is one."""
+        """Process the result of the oldest step in flight, if any."""
         if self._on_way:
             updates = self.scheduler.update(self._on_way.pop(0))
             for update in self._matchers.read(updates, self.scheduler):
@@ -128,5 +130,5 @@ def _pixels(tiny: TinyRequest, runner: ModelRunner) -> dict[UnitKey, UnitContent
 
 
 def _once(tiny: TinyRequest) -> Sequence:
-    """Its units, an item that comes twice taken once."""
+    """Return the request's units; an item used twice is counted once."""
     return list({unit.key: unit for unit in tiny.units}.values())

@@ -1,7 +1,7 @@
-"""Drives a ModelRunner by hand: requests with random pictures, block tables, chunked steps.
+"""Drive a ModelRunner directly: requests with random media, block tables and chunked steps.
 
-What scheduler and step input do for an engine, in the plainest way, for tests and microbenchmarks
-of the runner alone.
+A minimal replacement of the scheduler and batch builder, for tests and microbenchmarks of the
+runner.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TinyMedia:
 
     @classmethod
     def random(cls, seed: int, height: int, width: int, frames: int = 0) -> TinyMedia:
-        """An image, or with `frames` a video, of `height` × `width` pixels."""
+        """Return a random image, or a video if `frames` > 0, of `height` × `width` pixels."""
         shape = (frames or 1, height, width, 3)
         pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
         return cls(pixels, is_video=frames > 0)
@@ -52,7 +52,7 @@ class TinyMedia:
         return -(-frames // vision.temporal_patch_size), height // patch, width // patch
 
 
-Part = Sequence[int] | TinyMedia  # token ids, or media that makes placeholders
+Part = Sequence[int] | TinyMedia  # token ids, or media that becomes placeholder tokens
 START, END = SPECIAL_IDS["<|vision_start|>"], SPECIAL_IDS["<|vision_end|>"]
 
 
@@ -70,7 +70,7 @@ def video(seed: int, frames: int, height: int, width: int) -> list[list[int] | T
 
 @dataclass(eq=False)
 class TinyRequest:
-    """A prompt, and what was made of it so far."""
+    """A prompt and the state of its generation."""
 
     token_ids: list[int]
     positions: npt.NDArray[np.int32]  # [3, prompt]
@@ -91,7 +91,7 @@ class TinyRequest:
         return self.token_ids[self.num_prompt_tokens :]
 
     def positions_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """M-RoPE positions [3, stop - start] of tokens [start, stop), output included."""
+        """Return M-RoPE positions [3, stop - start] of tokens [start, stop), output included."""
         after = np.arange(self.num_prompt_tokens, max(stop, self.num_prompt_tokens)) + self.delta
         whole = np.concatenate([self.positions, np.tile(after, (3, 1)).astype(np.int32)], axis=1)
         return whole[:, start:stop]
@@ -103,7 +103,7 @@ def tiny_request(
     params: SamplingParams = GREEDY,
     max_unit_temporal_patches: int = 4,
 ) -> TinyRequest:
-    """A request of text (token ids) and media in the given order."""
+    """Build a request of text (token ids) and media in the given order."""
     token_ids: list[int] = []
     positions: list[npt.NDArray[np.int32]] = []
     units: list[EncodeUnit] = []
@@ -135,7 +135,7 @@ def tiny_request(
 
 @dataclass(eq=False)
 class TinyDriver:
-    """Steps a runner whose cache is allocated; every request gets blocks of its own."""
+    """Runs steps on a runner with an allocated cache; requests share no blocks."""
 
     runner: ModelRunner
     num_blocks: int
@@ -148,7 +148,10 @@ class TinyDriver:
     def generate(
         self, requests: Sequence[TinyRequest], max_tokens: int, chunk: int | None = None
     ) -> list[list[int]]:
-        """Output token ids of each request, all in one batch, at most `chunk` tokens a step."""
+        """Generate all requests in one batch with at most `chunk` tokens of each per step.
+
+        Returns the output token ids of each request.
+        """
         while True:
             rows = [r for r in requests if len(r.output_token_ids) < max_tokens and not r.errors]
             if not rows:
@@ -160,7 +163,7 @@ class TinyDriver:
             self.step(rows, counts)
 
     def step(self, rows: Sequence[TinyRequest], counts: Sequence[int]) -> BatchResult:
-        """Computes `counts` more tokens of each row and appends what is sampled."""
+        """Compute `counts` more tokens of each row and append the sampled tokens."""
         batch = self.build(rows, counts)
         result = self.runner.step(batch)
         for index, text in result.errors:

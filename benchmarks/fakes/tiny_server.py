@@ -1,4 +1,4 @@
-"""Servers for tests: `octavo serve` as a process of its own, and one in the test's process."""
+"""Servers for tests: `octavo serve` as a subprocess, and a gRPC server in the test's process."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Server:
     worker_pids: list[int]
     log: Any
     http_address: str | None = None
-    metrics: str = ""  # HOST:PORT, where asked for
+    metrics: str = ""  # HOST:PORT, if enabled
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Its exit status after a signal."""
+        """Send a signal and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(30)
 
     def text(self) -> str:
-        """Its log so far."""
+        """Return the log so far."""
         self.log.seek(0)
         return self.log.read()
 
 
 def start(model: Path, *options: str) -> Server:
-    """A server of `model` that is ready, on a free port."""
+    """Start a server of `model` on a free port and wait until it is ready."""
     command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--model", str(model)]
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
@@ -71,7 +71,7 @@ def start(model: Path, *options: str) -> Server:
 
 
 class Served:
-    """An AsyncLLM behind its gRPC services, in this process, so that tests see both."""
+    """An AsyncLLM with its gRPC services in this process, so that tests can access both."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         self.engine = AsyncLLM(checkpoint, **settings)
@@ -93,7 +93,7 @@ class Served:
 
     @contextlib.contextmanager
     def another(self, keys: ApiKeys | None = None, tls: TlsFiles | None = None) -> Iterator[str]:
-        """The address of another server of the same engine."""
+        """Yield the address of a second server of the same engine."""
         server, address = self.run(self._listen(keys, tls))
         yield address
         self.run(server.stop(None))
@@ -104,7 +104,7 @@ class Served:
     def wait_empty(self) -> None:
         deadline = time.monotonic() + 10
         while self.engine.engine.has_requests or self.engine._streams:
-            assert time.monotonic() < deadline, "a request is left"
+            assert time.monotonic() < deadline, "a request is still active"
             time.sleep(0.01)
         self.engine.engine.scheduler.check_integrity()
 
@@ -115,7 +115,7 @@ class Served:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but was not waited for does not."""
+    """Return whether a process is running (zombies are not)."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
@@ -124,8 +124,8 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Raises AssertionError when it does not come true in time."""
+    """Wait until `condition` holds. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.01)

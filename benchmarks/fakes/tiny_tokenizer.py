@@ -1,4 +1,4 @@
-"""What lies beside a tiny checkpoint's weights: tokenizer, chat template, settings."""
+"""Files of a tiny checkpoint other than weights and config: tokenizer, template, settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# In the order of the real vocabulary, where <|endoftext|> is 151643.
+# Same order as in the real vocabulary, where <|endoftext|> is 151643.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -31,7 +31,7 @@ PRETOKENIZE = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Qwen2-VL's own template, as every checkpoint of it holds.
+# The chat template of the Qwen2-VL checkpoints.
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges, with Qwen's special tokens, and Qwen2-VL's template."""
+    """Write Qwen2-VL's template and a byte-level BPE with Qwen's special tokens and no merges."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -94,7 +94,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_settings(folder: Path) -> None:
-    """generation_config.json and preprocessor_config.json, as the real checkpoints have them."""
+    """Write generation_config.json and preprocessor_config.json like those of real checkpoints."""
     ends = [SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]]
     write_json(
         folder / "generation_config.json",

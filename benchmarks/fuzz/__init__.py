@@ -1,1 +1,1 @@
-"""Fuzzing of grammars, texts and connections."""
+"""Fuzzers for grammars, text and connections."""

@@ -1,11 +1,11 @@
-"""Random bytes and stalls against a running server's ports, without an API key.
+"""Send random bytes to a running server's ports, and stall connections, without an API key.
 
     python -m octavo.benchmarks.fuzz.connections --http 127.0.0.1:8000 --seeds 0:2000
 
-A seed draws one connection: what it sends (valid and invalid HTTP/1.1, HTTP/2, TLS, noise), in
-which pieces, and how it ends: politely, by a reset, or by staying open without another byte. The
-server has to answer afterwards. `tests/server/test_connections.py` also bounds its descriptors,
-threads and log.
+A seed determines one connection: its data (valid and invalid HTTP/1.1, HTTP/2, TLS, noise), how the
+data is split, and how the connection ends: a clean close, a reset, or staying open and silent. The
+server must still answer afterwards. `tests/server/test_connections.py` also bounds its
+descriptors, threads and log.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 @dataclass(frozen=True)
 class Attempt:
-    """One connection: the pieces that it sends, and how it ends ("close", "reset" or "stall")."""
+    """One connection: the chunks sent, and how it ends ("close", "reset" or "stall")."""
 
     pieces: tuple[bytes, ...]
     end: str
@@ -97,7 +97,7 @@ def _request(rng: random.Random) -> bytes:
 
 
 def play(attempt: Attempt, address: tuple[str, int]) -> socket.socket | None:
-    """Open a connection and send the attempt. Return its socket where it stays open."""
+    """Open a connection and send the attempt; return the socket if it stays open."""
     connection = socket.create_connection(address, timeout=10)
     with contextlib.suppress(OSError):  # the server may have closed it already
         for piece in attempt.pieces:
@@ -115,7 +115,7 @@ def play(attempt: Attempt, address: tuple[str, int]) -> socket.socket | None:
 
 
 def play_all(seeds: range, addresses: list[tuple[str, int]], max_stalled: int = 200) -> None:
-    """Play each seed against each address; of the stalled connections the latest stay open."""
+    """Play each seed on each address; keep the latest `max_stalled` stalled connections open."""
     stalled: list[socket.socket] = []
     try:
         for seed in seeds:
@@ -144,7 +144,8 @@ def parse_address(text: str) -> tuple[str, int]:
 def main(
     http: Annotated[str, typer.Option(help="HOST:PORT of the server's HTTP API.")],
     other: Annotated[
-        list[str] | None, typer.Option(help="HOST:PORT of gRPC or of the metrics.")
+        list[str] | None,
+        typer.Option(help="HOST:PORT of the gRPC or metrics server; may be repeated."),
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="FIRST:END")] = "0:1000",
 ) -> None:
@@ -155,7 +156,8 @@ def main(
     if not is_healthy(addresses[0]):
         typer.echo("the server does not answer", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{int(end) - int(first)} connections to each of {len(addresses)} ports: it answers")
+    count = f"{int(end) - int(first)} connections to each of {len(addresses)} ports"
+    typer.echo(f"{count}: the server still answers")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Fuzzes structured output: python -m octavo.benchmarks.fuzz.grammar --count 50000
+"""Fuzz structured output: compile random grammars and generate random outputs.
 
-Each random grammar is compiled as the engine does it, in threads whose stack has 2 MB, and random
-answers are written in it token by token. Reported are crashes (the run ends), outliers in CPU time
-and memory, and complete answers that their JSON schema does not allow (checked with jsonschema).
+    python -m octavo.benchmarks.fuzz.grammar --count 50000
+
+Each random grammar is compiled as in the engine, on a thread with a 2 MB stack, and random outputs
+are generated from it token by token. Reports crashes (the run ends), outliers in CPU time and
+memory, and complete outputs that violate their JSON schema (checked with jsonschema).
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ from ...engine.structured_output.trials import MAX_GRAMMAR_BYTES
 from .grammar_cases import Case, random_case
 
 STACK_BYTES = 2 << 20
-MAX_COMPILE_SECONDS = 2.0  # CPU time in the engine; a trial had one second
-MAX_STEP_SECONDS = 0.5  # CPU time for the mask of one token and for taking it in
-MAX_GROWTH = 64 << 20  # bytes, while one answer is written
-NUM_TOP = 5  # cases that the report names
+MAX_COMPILE_SECONDS = 2.0  # CPU time in the engine; trial compilation is limited to one second
+MAX_STEP_SECONDS = 0.5  # CPU time to compute the mask of one token and to consume it
+MAX_GROWTH = 64 << 20  # bytes, while one output is generated
+NUM_TOP = 5  # worst cases listed in the report
 
 
 @dataclass
 class Report:
-    """What a run has found."""
+    """Results of a run."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    num_checked: int = 0  # complete answers, compared with jsonschema
+    num_checked: int = 0  # complete outputs validated with jsonschema
     failures: list[str] = field(default_factory=list)
     _top: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
@@ -54,14 +56,14 @@ class Report:
         if len(top) > NUM_TOP:
             heapq.heappop(top)
         if value > most:
-            self.failures.append(f"seed {seed}: {name} {value:.3g} is over {most:.3g}")
+            self.failures.append(f"seed {seed}: {name} {value:.3g} exceeds {most:.3g}")
 
     def lines(self) -> Iterator[str]:
         yield ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
-        yield f"{self.num_checked} complete answers compared with jsonschema"
+        yield f"{self.num_checked} complete outputs validated with jsonschema"
         for name, top in self._top.items():
             worst = ", ".join(f"{value:.3g} (seed {seed})" for value, seed in sorted(top)[::-1])
-            yield f"most {name}: {worst}"
+            yield f"worst {name}: {worst}"
         yield f"{len(self.failures)} failures"
         yield from self.failures[:50]
 
@@ -77,7 +79,7 @@ class Fuzzer:
         self.report = Report()
 
     def run(self, seeds: Sequence[int], is_verbose: bool = False) -> None:
-        """Try the seeds on a thread with a small stack."""
+        """Run the seeds on a thread with a small stack."""
         before = compiler.STACK_BYTES, threading.stack_size(STACK_BYTES)
         compiler.STACK_BYTES = STACK_BYTES
         try:
@@ -93,14 +95,14 @@ class Fuzzer:
 
     def _run(self, seeds: Sequence[int], is_verbose: bool) -> None:
         self._grammars.warm()
-        begun = time.monotonic()
+        start = time.monotonic()
         for count, seed in enumerate(seeds, 1):
             try:
                 self._try(seed)
             except Exception as error:
                 self.report.failures.append(f"seed {seed}: {type(error).__name__}: {error}"[:300])
             if is_verbose and count % 100 == 0:
-                left = (len(seeds) - count) * (time.monotonic() - begun) / count
+                left = (len(seeds) - count) * (time.monotonic() - start) / count
                 failed = len(self.report.failures)
                 text = f"{count}/{len(seeds)}, {failed} failures, {left / 60:.0f} min left"
                 print("\n".join([text, *self.report.failures[-3:]]), file=sys.stderr, flush=True)
@@ -110,13 +112,13 @@ class Fuzzer:
         if case is None:
             self.report.outcomes["no structured output"] += 1
             return
-        heap, begun = heap_bytes(), time.process_time()
+        heap, start = heap_bytes(), time.process_time()
         try:
-            grammar = self._grammars.compile(case.form)
+            grammar = self._grammars.compile(case.spec)
         except InputError:
             self.report.outcomes[f"{case.kind} rejected"] += 1
             grammar = None
-        seconds = time.process_time() - begun
+        seconds = time.process_time() - start
         self.report.measure("compile seconds", seconds, seed, MAX_COMPILE_SECONDS)
         if grammar is None:
             return
@@ -129,13 +131,13 @@ class Fuzzer:
         self._grammars.forget(grammar)
 
     def _write(self, case: Case, grammar: Grammar, seed: int, rng: Random) -> None:
-        """Write one random answer, and compare it with its schema once it is complete."""
+        """Generate one random output; validate it against its schema once it is complete."""
         state = grammar.template.deep_copy()
         rows = self._grammars.new_rows(1)
         answer: list[int] = []
         worst, is_complete = 0.0, False
         while len(answer) < self._max_tokens and not is_complete:
-            begun = time.thread_time()
+            start = time.thread_time()
             state.unsafe_compute_mask_ptr(rows.ctypes.data, rows.nbytes)
             if state.is_error():
                 break
@@ -145,9 +147,9 @@ class Fuzzer:
                 break
             answer.append(token)
             state.consume_tokens([token])
-            worst = max(worst, time.thread_time() - begun)
+            worst = max(worst, time.thread_time() - start)
             if worst > MAX_MATCHER_SECONDS:  # the engine fails the request
-                self.report.outcomes["too slow a step"] += 1
+                self.report.outcomes["step too slow"] += 1
                 break
             is_complete = bool(state.is_stopped()) and not state.is_error()
         self.report.measure("step seconds", worst, seed, MAX_STEP_SECONDS)
@@ -156,7 +158,7 @@ class Fuzzer:
             self._check(case.schema, text, seed)
 
     def _draw(self, row: Any, rng: Random) -> int:
-        """Draw a token; more often one that closes something, so that answers come to an end."""
+        """Sample a token, preferring tokens that close something so that outputs terminate."""
         allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
         closing = np.intersect1d(allowed, np.append(self._closing, self._end))
         return int(rng.choice(closing if len(closing) and rng.random() < 0.35 else allowed))
@@ -180,7 +182,7 @@ def load_tokenizer(path: Path | None) -> tuple[Tokenizer, int]:
     tokenizer = Tokenizer.from_file(str(path or EMBEDDED_MODEL / "tokenizer.json"))
     end = tokenizer.token_to_id("<|im_end|>")
     if end is None:
-        raise SystemExit(f"{path}: has no <|im_end|>")
+        raise SystemExit(f"{path}: no <|im_end|> token in the vocabulary")
     return tokenizer, end
 
 
@@ -188,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json; default: the embedded")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json; default: embedded model")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     fuzzer = Fuzzer(*load_tokenizer(given.tokenizer))

@@ -1,6 +1,6 @@
 """Random structured outputs for `grammar.py`: schemas, regexes, Lark grammars and tools.
 
-Most are ordinary; some are made to overflow a stack, or to take time and memory.
+Most are ordinary; some are designed to overflow the stack or to use excessive time and memory.
 """
 
 from __future__ import annotations
@@ -71,26 +71,26 @@ LARGE = (2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 10**25, 1e300, -(2**60) 
 @dataclass(frozen=True)
 class Case:
     kind: str
-    form: StructuredOutput
-    schema: dict[str, Any] | None = None  # that complete answers are to satisfy
+    spec: StructuredOutput
+    schema: dict[str, Any] | None = None  # schema of complete outputs
 
 
 def random_case(seed: int) -> Case | None:
-    """Return the case of a seed; None where what was drawn is no structured output."""
+    """Return the case of a seed; None if the generated spec is invalid."""
     rng = Random(seed)
     kinds = {"schema": 40, "regex": 15, "lark": 15, "tools": 8, "chain": 8, "nest": 6, "bomb": 2}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     try:
-        form = HOSTILE[kind](rng) if kind in HOSTILE else None
-        if form is not None:
-            return Case(kind, form)
+        spec = HOSTILE[kind](rng) if kind in HOSTILE else None
+        if spec is not None:
+            return Case(kind, spec)
         return {
             "schema": _schema_case,
             "regex": lambda rng: Case("regex", StructuredOutput(regex=regex(rng, 3) or "a")),
             "lark": lambda rng: Case("lark", StructuredOutput(lark=lark(rng))),
             "tools": _tools_case,
         }[kind](rng)
-    except ValueError:  # over a size, or no valid tool
+    except ValueError:  # over a size limit, or an invalid tool
         return None
 
 

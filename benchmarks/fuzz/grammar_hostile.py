@@ -1,4 +1,4 @@
-"""Grammars made to overflow a stack, or to take time and memory. See `grammar_cases.py`."""
+"""Grammars designed to overflow the stack or to use excessive time and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIMPLE_PATTERNS = (
 
 
 def _chain_case(rng: Random) -> StructuredOutput:
-    """References, of which each leads to the next."""
+    """Return a chain of references, each to the next."""
     length = rng.choice((2, 10, 30, 60, 100, 300, 1000, 2000))
     if rng.random() < 0.5:
         if rng.random() < 0.5:
@@ -64,7 +64,7 @@ def _nest_case(rng: Random) -> StructuredOutput:
 
 
 def _bomb_case(rng: Random) -> StructuredOutput:
-    """What takes time or memory."""
+    """Return a grammar that is expensive to compile or to match."""
     count = int(10 ** rng.uniform(1, 4.3))
     size = min(count, 1500)
     numbers = (9, 101, 1009, 10007, 20011, 100003, 999983, 10**7 + 19, 99999989, 4 * 10**9)

@@ -1,10 +1,10 @@
-"""Texts that are hard to tokenize, and the longest time for which a call holds the GIL.
+"""Fuzz tokenization with difficult texts, and measure the longest time a call holds the GIL.
 
     python -m octavo.benchmarks.fuzz.text [--tokenizer FOLDER] [--seed 0] [--seconds 60]
 
-Random texts of all Unicode categories, runs without a place to split at and characters that grow
-under NFC go through tokenization as a server does it. Ids are compared with those of the whole
-text; the longest GIL hold, the longest stop of an event loop and the memory are reported.
+Random texts of all Unicode categories, runs without split points and characters that expand under
+NFC are tokenized as in a server. Token ids are compared with those of the unsplit text; reports the
+longest GIL hold and CPU time of each kind of text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...engine.input import pieces
 from ...engine.input.tokenizer import TextBudget, TextTokenizer
 from ..fakes.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
 
-TICK = 0.001  # seconds between two looks of a watcher
+TICK = 0.001  # polling interval of a watcher, in seconds
 WORDS = (
     "the quick brown fox ",
     "def f(x): return x\n",
@@ -38,12 +38,12 @@ WORDS = (
     "中文。你好，",
 )
 
-# Texts of one kind that were slow, large or without a cut.
+# Repeated texts that were slow, large or had no split point.
 RUNS = {
     "digits": "1",
     "one letter": "a",
-    "grows under NFC": "\ufb2c",
-    "musical, 3 bytes a byte under NFC": "\U0001d160",
+    "expands under NFC": "\ufb2c",
+    "musical, expands 3x under NFC": "\U0001d160",
     "marks": "\u0301\u0323\u0327",
     "jamo": "\u1100\u1161\u11a8",
     "ideographs": "中",
@@ -63,7 +63,7 @@ RUNS = {
 
 @cache
 def alphabets() -> tuple[str, ...]:
-    """Return characters to draw from: what is near a rule of the pre-tokenizer or NFC, and all."""
+    """Return alphabets to sample from: characters relevant to the pre-tokenizer or NFC, and all."""
     every = "".join(map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1))))
     assigned = "".join(c for c in every if unicodedata.category(c) not in ("Cn", "Co"))
     return (
@@ -85,7 +85,7 @@ def alphabets() -> tuple[str, ...]:
 
 
 def random_text(rng: random.Random, size: int) -> str:
-    """Return about `size` characters in runs of a few alphabets."""
+    """Return about `size` characters, in runs from a few alphabets."""
     chosen = [rng.choice(alphabets()) for _ in range(rng.randint(1, 5))]
     runs: list[str] = []
     while sum(map(len, runs)) < size:
@@ -96,7 +96,7 @@ def random_text(rng: random.Random, size: int) -> str:
 
 
 def write_large_tokenizer(folder: Path, size: int = 8_000) -> None:
-    """Write a `tokenizer.json` with Qwen's rules and merges of this package's own texts."""
+    """Write a `tokenizer.json` with Qwen's rules, trained on this package's sources and docs."""
     from tokenizers import AddedToken, Tokenizer, trainers
 
     write_tokenizer(folder)
@@ -116,10 +116,10 @@ def write_large_tokenizer(folder: Path, size: int = 8_000) -> None:
 
 
 class Watcher:
-    """Measures the longest time for which another thread held the GIL, in seconds.
+    """Measures the longest time that another thread holds the GIL, in seconds.
 
-    Of a gap between two ticks it leaves out what this thread waited for a core, and what is over
-    the CPU time of the process: on a busy machine a gap alone says little.
+    From each gap between two ticks it subtracts the time this thread waited for a core, and it caps
+    the gap at the CPU time of the process: on a busy machine, a gap alone means little.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Watcher:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds of the clock, of CPU of the process, and that this thread waited for a core."""
+        """Return wall time, process CPU time and this thread's wait for a core, in seconds."""
         waited = 0.0
         with contextlib.suppress(OSError):
             schedule = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text()
@@ -157,8 +157,10 @@ class Watcher:
 
 
 async def longest_block(call: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what a coroutine function returns, and the CPU seconds of its thread for which it kept
-    the event loop from running another task."""
+    """Await `call()` and measure the longest time it blocks the event loop.
+
+    Returns its result and the CPU seconds of the longest block.
+    """
     longest, done = 0.0, False
 
     async def tick() -> None:
@@ -183,8 +185,7 @@ async def longest_block(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def differing(tokenizer: TextTokenizer, seed: int) -> Iterator[str]:
-    """Yield random texts whose ids in pieces are not those of the whole, endlessly many tries;
-    "" for one that agrees."""
+    """Yield without end, for random texts: "" if split and unsplit ids agree, else the text."""
     rng = random.Random(seed)
     while True:
         text = random_text(rng, rng.choice((8, 40, 200)))
@@ -195,7 +196,7 @@ def differing(tokenizer: TextTokenizer, seed: int) -> Iterator[str]:
 
 
 def whole_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """Return the ids of a text that is encoded at once."""
+    """Return the ids of a text encoded as a whole."""
     return list(tokenizer._plain.encode(text, add_special_tokens=False).ids)
 
 
@@ -212,8 +213,10 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", type=Path, help="folder with a tokenizer.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of comparing ids")
-    parser.add_argument("--context", type=int, default=32768, help="tokens of the longest text")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="duration of the comparison of ids"
+    )
+    parser.add_argument("--context", type=int, default=32768, help="maximum tokens of a text")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = args.tokenizer or Path(name)
@@ -229,7 +232,7 @@ def report(tokenizer: TextTokenizer, seed: int, seconds: float, context: int) ->
         hold = longest_hold(tokenizer, text, context)
         spent = time.process_time() - started
         print(f"{name:34} GIL hold {1000 * hold:5.1f} ms, {spent:5.2f} s of CPU", flush=True)
-    pieces.PIECE = 2  # cut wherever it can be
+    pieces.PIECE = 2  # split wherever possible
     end, count, wrong = time.monotonic() + seconds, 0, 0
     for text in differing(tokenizer, seed):
         count, wrong = count + 1, wrong + bool(text)
@@ -237,7 +240,7 @@ def report(tokenizer: TextTokenizer, seed: int, seconds: float, context: int) ->
             print(f"differs: {text[:200]!r}")
         if time.monotonic() > end:
             break
-    print(f"{count} random texts, {wrong} with other ids than the whole text")
+    print(f"{count} random texts, {wrong} with ids that differ from the unsplit text's")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `octavo bench kernels` is asked for, checked and passed on."""
+"""Entry point of `octavo bench kernels`: checks the options and runs the benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(
     json_file: Path | None,
     markdown_file: Path | None,
 ) -> bool:
-    """False where a kernel is wrong. Raises ValueError for what it does not know."""
+    """Run the benchmark; return False if a kernel is wrong. Raises ValueError naming the option."""
     chosen = checked("--model", models, MODELS)
     if paper:
         from . import paper as kernel_paper
@@ -25,14 +25,14 @@ def run(
         return True
     for option, value in (("--gpu", gpus), ("--markdown", markdown_file)):
         if value:
-            raise ValueError(f"{option}: only with --paper; a run takes the GPU that is here")
+            raise ValueError(f"{option}: requires --paper; without it, the local GPU is used")
     from . import gpu as kernel_gpu
 
     return kernel_gpu.run(chosen, json_file)
 
 
 def checked(option: str, values: list[str] | None, known: Collection[str]) -> list[str]:
-    """All that is known where nothing is asked for."""
+    """Validate `values` against `known`; return all known values if there are none."""
     for value in values or ():
         if value not in known:
             raise ValueError(f"{option} {value!r}: must be one of {', '.join(known)}")

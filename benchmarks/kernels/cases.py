@@ -1,4 +1,4 @@
-"""Kernels at real shapes with random inputs: how to run each, its oracle, torch's equivalent."""
+"""Kernels at real shapes with random inputs, with their reference and torch's equivalent."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape. `peer` is torch's way to the same numbers."""
+    """One kernel at one shape. `peer` is torch's equivalent."""
 
     kernel: str
     shape: str
     work: Work
-    multiplies: bool  # on matrix units
+    multiplies: bool  # uses matrix units
     run: Call
     oracle: Call
     peer: Call | None
@@ -53,7 +53,7 @@ class Case:
 def attention_case(
     shape: Shape, rows: int, tokens: int, context: int, device: torch.device, dtype: torch.dtype
 ) -> Case:
-    """`rows` that compute the last `tokens` of `context` each; torch gets K and V side by side."""
+    """Return attention of `rows` with the last `tokens` of `context`; `peer` has contiguous KV."""
     blocks = -(-context // BLOCK_SIZE)
     tables = torch.randperm(rows * blocks).view(rows, blocks)
     lists = ([tokens] * rows, [context] * rows, tables.tolist(), BLOCK_SIZE, device)
@@ -151,7 +151,7 @@ def mrope_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dty
     args = (q, k, v, cos, sin, *caches, slots)
 
     def with_cache(turn: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Queries, and what lies in the caches."""
+        """Return the queries and the cache contents."""
         turned = turn(*args)
         return torch.cat([turned.flatten(), *(cache.flatten() for cache in caches)])
 
@@ -180,8 +180,10 @@ def patches_case(side: int, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def cases(shape: Shape, device: torch.device, dtype: torch.dtype, scale: int = 1) -> Iterator[Case]:
-    """Every kernel at the sizes of a shape, divided by `scale`. Sizes are such that an oracle ends
-    in seconds on a GPU."""
+    """Yield every kernel at the sizes of a shape, divided by `scale`.
+
+    The sizes are chosen so that a reference implementation takes seconds on a GPU.
+    """
     for rows, tokens, context in ((1, 512, 512), (1, 2048, 2048), (2, 512, 4096), (1, 512, 16_384)):
         yield attention_case(shape, rows, tokens // scale, context // scale, device, dtype)
     for rows, context in ((1, 4096), (16, 4096), (64, 4096), (1, 32_768), (16, 32_768)):

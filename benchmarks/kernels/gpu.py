@@ -1,7 +1,7 @@
-"""`octavo bench kernels` on a GPU: each kernel right, and how near to what the device can do.
+"""`octavo bench kernels` on a GPU: correctness of each kernel, and its share of peak performance.
 
-Fractions are of rates measured in the same run with torch's own copy and cuBLAS's product. Not yet
-run on hardware.
+Shares are relative to rates measured in the same run with torch's copy and cuBLAS's matmul. Not
+yet run on hardware.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ Timer = Callable[[Callable[[], Any]], float]
 
 @dataclass(frozen=True)
 class Peaks:
-    """Rates of a device as measured."""
+    """Measured rates of a device."""
 
-    bytes_per_s: float  # read and written, of a large copy
-    operations_per_s: float  # of a large bfloat16 product
+    bytes_per_s: float  # read plus written, in a large copy
+    operations_per_s: float  # in a large bfloat16 matmul
 
 
 @dataclass(frozen=True)
 class GpuRow:
-    """One kernel at one shape, as run."""
+    """Results of one kernel at one shape."""
 
     kernel: str
     shape: str
     case: str
-    error: float  # largest difference from the oracle
-    right: bool  # all differences within the precision's tolerance
+    error: float  # largest absolute difference from the reference
+    right: bool  # all differences are within the dtype's tolerance
     ms: float
     peer_ms: float | None  # torch's equivalent
-    of_bandwidth: float  # the least bytes over the time, over the device's rate
-    of_peak: float | None  # operations likewise; None for kernels without matrix products
+    of_bandwidth: float  # minimum bytes / time / the device's measured rate
+    of_peak: float | None  # the same for operations; None for kernels without matmuls
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """The median of repeated runs, caches flushed between them."""
+    """Return the median time of repeated runs, flushing caches between them."""
     return float(triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median"))
 
 
 def measure_peaks(device: torch.device, timer: Timer, size: int = 8192) -> Peaks:
-    """A copy of 16 × size² bytes, and a product of size³."""
+    """Measure a copy of 16 × size² bytes and a matmul of size³."""
     source = torch.zeros(16 * size**2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_ms = timer(lambda: target.copy_(source))
@@ -64,7 +64,7 @@ def measure_peaks(device: torch.device, timer: Timer, size: int = 8192) -> Peaks
 
 
 def check(case: Case) -> tuple[float, bool]:
-    """The largest difference from the oracle, and whether all are within tolerance."""
+    """Return the largest difference from the reference, and whether all are within tolerance."""
     found, expected = case.run(), case.oracle()
     tolerance = TOLERANCE[found.dtype]
     right = torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
@@ -89,7 +89,7 @@ def gpu_row(case: Case, peaks: Peaks, timer: Timer) -> GpuRow:
 
 
 def as_table(rows: list[GpuRow], title: str) -> Table:
-    names = ("kernel", "shape", "case", "error", "ms", "torch ms", "times torch", "of bandwidth",
+    names = ("kernel", "shape", "case", "error", "ms", "torch ms", "speedup", "of bandwidth",
              "of matrix peak")  # fmt: skip
     made = Table(*names, title=title)
     for row in rows:
@@ -109,9 +109,9 @@ def as_table(rows: list[GpuRow], title: str) -> Table:
 
 
 def run(models: list[str], json_file: Path | None) -> bool:
-    """Prints the table; False where a kernel is wrong. Without a GPU says so and does nothing."""
+    """Print the table; return False if a kernel is wrong. Does nothing without a GPU."""
     if not torch.cuda.is_available():
-        print("no GPU here: nothing to run (octavo bench kernels --paper needs none)")
+        print("no GPU here; octavo bench kernels --paper works without one")
         return True
     device, console = torch.device("cuda"), Console()
     peaks = measure_peaks(device, milliseconds)
@@ -121,7 +121,7 @@ def run(models: list[str], json_file: Path | None) -> bool:
         for case in cases(SHAPES[model], device, torch.bfloat16)
     ]
     title = f"{torch.cuda.get_device_name()}: copy {peaks.bytes_per_s / 1e12:.2f} TB/s, "
-    console.print(as_table(made, title + f"product {peaks.operations_per_s / 1e12:.0f} TF/s"))
+    console.print(as_table(made, title + f"matmul {peaks.operations_per_s / 1e12:.0f} TF/s"))
     if json_file is not None:
         report = {"peaks": asdict(peaks), "rows": [asdict(row) for row in made]}
         json_file.write_text(json.dumps(report, indent=1) + "\n")

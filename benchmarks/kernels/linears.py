@@ -1,7 +1,7 @@
-"""Products with quantised weights at the decoder's layers: what is compiled, what a launch does.
+"""Matmuls with quantized weights at the decoder's layers: compiled kernels and work per launch.
 
 Run as `python -m octavo.benchmarks.kernels.linears [--target sm_90] [--shape 7B]`, without a GPU:
-it compiles them all and prints, as rows of a page's table, what each uses over the shapes.
+compiles all kernels and prints their resource usage over the shapes as rows of a Markdown table.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from octavo.kernels.launch import LINEAR_SIZES
 from .resources import HEAD_DIM, SHAPES, TARGETS, Compiled, Constants, Shape, examine
 from .work import Work
 
-ROWS = (1, 16, 32, 64, 512, 2048, 8192)  # of a step that decodes, or has a chunk of a prompt
-GROUP = 128  # inputs of a scale in four bits
-PADDED_INNER = {"72B": 29_696}  # Qwen pads the 72B's to whole groups
+ROWS = (1, 16, 32, 64, 512, 2048, 8192)  # tokens of decode steps and of prefill chunks
+GROUP = 128  # inputs per scale of int4 weights
+PADDED_INNER = {"72B": 29_696}  # Qwen pads the 72B model to whole groups
 FP8_TARGETS = ("sm_90", "sm_100")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One rank's part of a linear layer, merged with those of the same inputs."""
+    """One rank's shard of a linear layer, merged with other layers of the same input."""
 
     name: str
     in_size: int
@@ -40,7 +40,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LinearLaunch:
-    kernel: str  # and tiles, as "int4_few"
+    kernel: str  # kernel and tile size, e.g. "int4_few"
     work: Work
     code: tuple[Any, list[str], Constants]  # kernel, argument types, compile-time settings
 
@@ -56,7 +56,7 @@ def layers(shape: Shape, inner: int) -> list[Layer]:
 
 
 def int4_layers(shape: Shape) -> list[Layer]:
-    """None where ranks would cut through a group."""
+    """Return the int4 layers; empty if the ranks would split a group."""
     whole = PADDED_INNER.get(shape.model, shape.inner * shape.ranks)
     return layers(shape, whole // shape.ranks) if whole % (GROUP * shape.ranks) == 0 else []
 
@@ -68,7 +68,7 @@ def launches(
     rows: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[LinearLaunch]:
-    """Every launch of the quantised layers, in the order in which a step runs them."""
+    """Yield every launch of the quantized layers, in the order of a step."""
     for n in rows or ROWS:
         for layer in int4_layers(shape):
             yield from _int4(layer, n, processors, target, dtype)
@@ -86,7 +86,7 @@ def _int4(
     fixed |= {"PLACE": int4_linear.SIXTEEN[dtype][1], "HAS_BIAS": layer.has_bias and splits == 1}
     b = _pointer(dtype)
     types = [b, "*i32", "*fp16", "*u8", b, b if splits == 1 else "*fp32", "i32", "i32", "i32"]
-    of_group = 3 * BLOCK // GROUP  # bytes of scales and zeros that a block has for an output
+    of_group = 3 * BLOCK // GROUP  # bytes of scales and zeros per block and output
     stored = blocks * layer.out_size * (4 * WORDS + of_group) + 2 * n * layer.in_size
     code = (int4_linear._int4_linear_kernel, types, {**fixed, **chosen})
     yield _product("int4", layer, n, splits, stored, processors, target, code)
@@ -104,7 +104,7 @@ def _fp8(
     fixed |= {"HAS_BIAS": layer.has_bias and splits == 1}
     e4m3, b = "*fp8e4nv", _pointer(dtype)
     types = [e4m3, e4m3, "*fp32", "*fp32", b, b if splits == 1 else "*fp32", "i32"]
-    stored = (layer.out_size + n) * (layer.in_size + 4)  # and a scale each
+    stored = (layer.out_size + n) * (layer.in_size + 4)  # with a scale per row
     code = (fp8_linear._fp8_linear_kernel, types, {**fixed, **chosen})
     yield _product("fp8", layer, n, splits, stored, processors, target, code)
     if splits > 1:
@@ -121,7 +121,7 @@ def _product(
     target: str,
     code: tuple[Any, list[str], Constants],
 ) -> LinearLaunch:
-    """`stored`: bytes of weights and activations, to which comes what is written."""
+    """Return a matmul's launch; `stored` is bytes of weights and activations, without outputs."""
     size = split_linear.linear_size(kernel, target, n, layer.out_size, processors)
     tiles = split_linear.count_tiles(split_linear.LINEARS[kernel][target][size], n, layer.out_size)
     written = n * layer.out_size * (4 * splits if splits > 1 else 2)
@@ -142,7 +142,7 @@ def _join(layer: Layer, n: int, splits: int, pointer: str) -> LinearLaunch:
 
 
 def _quantize(layer: Layer, n: int, dtype: torch.dtype) -> LinearLaunch:
-    """Rows of a layer's inputs in e4m3, each with a scale: largest, quotient, two limits."""
+    """Return the launch that quantizes rows to e4m3: absmax, scale, quotient and clamping."""
     numbers = n * layer.in_size
     chosen: Constants = {**fp8_linear.quantize_settings(layer.in_size), "STATIC": False}
     work = Work(f"{layer.name}, {n} rows", 3 * numbers + 4 * n, 5 * numbers, n)
@@ -160,13 +160,13 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _order(kernel: str) -> tuple[str, int]:
-    """Of a product's tiles the small ones first."""
+    """Return a sort key: kernel family, then tile size from small to large."""
     family, _, size = kernel.partition("_")
     return family, LINEAR_SIZES.index(size) if size in LINEAR_SIZES else 0
 
 
 def table_row(kernel: str, target: str, made: Sequence[Compiled]) -> str:
-    """Of a page's table: what a kernel uses over the shapes."""
+    """Return a Markdown table row with a kernel's resource usage over the shapes."""
     cells = [
         kernel,
         target,

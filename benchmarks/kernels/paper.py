@@ -1,8 +1,8 @@
-"""`octavo bench kernels --paper`: the kernels on GPUs that are not here, from shapes and compiler.
+"""`octavo bench kernels --paper`: estimates for GPUs, from shapes and compiled code.
 
-For each kernel and real shape: bytes, operations, programs; the time under which no launch can be,
-by the device's bandwidth and matrix peak; how many blocks a multiprocessor holds; and what the
-machine code proves. Nothing of it is a measurement.
+For each kernel and real shape: bytes, operations, programs; a lower bound of the time from the
+device's bandwidth and matrix peak; resident blocks per multiprocessor; and properties of the
+machine code. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .work import (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device by its data sheet; peaks of dense bfloat16."""
+    """A device's data sheet; the peak is for dense bfloat16."""
 
     name: str
     target: str
     multiprocessors: int
     bytes_per_s: float
     operations_per_s: float
-    shared: int  # bytes of a multiprocessor that blocks share
+    shared: int  # shared memory per multiprocessor, bytes
     registers: int = 65_536
     threads: int = 2048
     blocks: int = 32
@@ -55,8 +55,8 @@ GPUS = (
     Gpu("A100", "sm_80", 108, 2.0e12, 312e12, 164 << 10),
     Gpu("B200", "sm_100", 148, 8.0e12, 2250e12, 228 << 10),
 )
-RESERVED_SHARED = 1024  # bytes that CUDA takes of each block
-E4M3_UNITS = ("QGMMA", "UTCQMMA")  # twice as fast as those of bfloat16
+RESERVED_SHARED = 1024  # bytes reserved by CUDA per block
+E4M3_UNITS = ("QGMMA", "UTCQMMA")  # twice the bfloat16 rate
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,24 @@ class PaperRow:
     target: str
     bytes: int
     operations: int
-    intensity: float  # operations a byte
-    bound_us: float  # no launch can take less
+    intensity: float  # operations per byte
+    bound_us: float  # lower bound of the time
     bound_by: str  # "memory" or "matrix"
     grid: int
     blocks_per_multiprocessor: int
-    occupancy: float  # threads of the most that a multiprocessor holds
+    occupancy: float  # resident threads / maximum threads
     waves: float
     registers: int
     spills: int
     shared: int
     tensor: str
-    widest_load: int  # bytes a thread
+    widest_load: int  # bytes per thread
     async_copy: str
     local: int
 
 
 def blocks_per_multiprocessor(gpu: Gpu, made: Compiled) -> int:
-    """How many blocks a multiprocessor holds: registers go to warps in portions of 256."""
+    """Return the resident blocks per multiprocessor; registers are allocated in units of 256."""
     warps = made.threads // 32
     of_warp = -(-made.registers * 32 // 256) * 256
     limits = [
@@ -100,7 +100,7 @@ def blocks_per_multiprocessor(gpu: Gpu, made: Compiled) -> int:
 
 
 def bound(gpu: Gpu, work: Work, unit: str) -> tuple[float, str]:
-    """Seconds, and what sets them. Without a matrix instruction ("-") only bytes are counted."""
+    """Return the lower bound in seconds and its cause; operations count only on matrix units."""
     memory = work.bytes / gpu.bytes_per_s
     peak = gpu.operations_per_s * (2 if unit in E4M3_UNITS else 1)
     matrix = work.operations / peak if unit != "-" else 0.0
@@ -136,7 +136,7 @@ def paper_row(gpu: Gpu, shape: Shape, kernel: str, work: Work, made: Compiled) -
 
 
 def works(shape: Shape, target: str) -> Iterator[tuple[str, Work]]:
-    """(kernel, work) of every case of a shape."""
+    """Yield (kernel, work) of every case of a shape."""
     yield from token_works(shape)
     settings = {name: constants for name, (_, _, constants) in kernels(shape, target).items()}
     for tokens, context in chunk_cases():
@@ -154,9 +154,9 @@ def works(shape: Shape, target: str) -> Iterator[tuple[str, Work]]:
 
 
 def paper(models: list[str], devices: list[str], console: Console) -> list[PaperRow]:
-    """Every launch of these models, at each of their rank counts, on these devices."""
+    """Return the rows of every launch of these models, at each rank count, on these devices."""
     if triton.knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+        raise ValueError("TRITON_INTERPRET is set: kernels cannot be compiled; unset it")
     gpus = [gpu for gpu in GPUS if gpu.name in devices]
     shapes = [shape for shape in SHAPES.values() if shape.model in models]
     pairs = [(shape, gpu) for shape in shapes for gpu in gpus]
@@ -199,10 +199,10 @@ COLUMNS = {
 
 
 def summary(rows: list[PaperRow]) -> Table:
-    """What the code of each kernel uses and proves, on each device; the worst of the shapes."""
+    """Return a table of each kernel's resources and code on each device; worst over the shapes."""
     names = ["kernel", "device", "blocks/SM", "occupancy", "registers", "spills", "shared KB"]
     names += ["matrix", "load", "async", "local"]
-    made = Table(*names, title="What the compiler makes (largest over the shapes)")
+    made = Table(*names, title="Compiled code (worst over the shapes)")
     groups: dict[tuple[str, str], list[PaperRow]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.device), []).append(row)
@@ -213,9 +213,9 @@ def summary(rows: list[PaperRow]) -> Table:
 
 
 def launches(rows: list[PaperRow], shape: str, device: str) -> Table:
-    """Every case of one shape on one device."""
+    """Return a table of every case of one shape on one device."""
     names = ["kernel", "case", "MB", "GFLOP", "FLOP/B", "bound µs", "by", "grid", "waves"]
-    made = Table(*names, title=f"{shape} on one {device}: what no launch can beat")
+    made = Table(*names, title=f"{shape} on one {device}: lower bounds")
     for row in rows:
         if (row.shape, row.device) == (shape, device):
             made.add_row(*(COLUMNS[name](row) for name in names))
@@ -223,7 +223,7 @@ def launches(rows: list[PaperRow], shape: str, device: str) -> Table:
 
 
 def markdown(rows: list[PaperRow]) -> str:
-    """All rows, as a table for a page."""
+    """Format all rows as a Markdown table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -232,8 +232,10 @@ def markdown(rows: list[PaperRow]) -> str:
 def run(
     models: list[str], devices: list[str], json_file: Path | None, markdown_file: Path | None
 ) -> None:
-    """Prints what the code of all kernels proves, and the launches of the first model on the first
-    device; writes all rows to the files."""
+    """Print a summary of all kernels, and the first model's launches on the first device.
+
+    Writes all rows to the files.
+    """
     console = Console()
     rows = paper(models, devices, Console(stderr=True))
     console.print(summary(rows))

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and tells what each one uses.
+"""Compile every Triton kernel ahead of time, without a GPU, and report its resource usage.
 
 Run as `python -m octavo.benchmarks.kernels.resources [--json] [--target sm_90]`. Shapes are those
-of Qwen2-VL 2B, 7B and 72B on each number of ranks, in bfloat16. The interpreter must be off.
+of Qwen2-VL 2B, 7B and 72B on each number of ranks, in bfloat16. TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ HEAD_DIM, BLOCK_SIZE = 128, 16
 VISION_HEADS, VISION_HEAD_DIM = 16, 80
 OPTIONS = ("num_warps", "num_stages")
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-MANY_TOKENS, FEW_TOKENS = (1 << 20,), (32,)  # chunks that take the large and the small tiles
+MANY_TOKENS, FEW_TOKENS = (1 << 20,), (32,)  # chunk sizes that select the large and the small tiles
 
 Constants = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one rank computes."""
+    """Layer sizes of one rank."""
 
     model: str
     ranks: int
@@ -69,7 +69,7 @@ RANKS = {"2B": (1, 2, 4), "7B": (1, 2, 4), "72B": (1, 2, 4, 8)}
 
 
 def shape_of(model: str, ranks: int) -> Shape:
-    """A rank's part: KV heads that are fewer than the ranks are held by several."""
+    """Return a rank's sizes; KV heads are replicated if there are fewer than ranks."""
     hidden, inner, heads, kv_heads = MODELS[model]
     return Shape(model, ranks, hidden, inner // ranks, heads // ranks, max(1, kv_heads // ranks))
 
@@ -79,7 +79,7 @@ SHAPES = {shape.name: shape for m in MODELS for n in RANKS[m] for shape in [shap
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses: a thread's registers and spilled bytes, a block's memory."""
+    """Resources of a compiled kernel: registers and spilled bytes per thread, memory per block."""
 
     kernel: str
     shape: str
@@ -92,7 +92,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel with its settings, on one target."""
+    """A kernel compiled with its settings for one target."""
 
     registers: int
     spills: int
@@ -104,7 +104,7 @@ class Compiled:
 def kernels(
     shape: Shape, target: str, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, tuple[Any, list[str], Constants]]:
-    """Name -> (kernel, argument types in order, compile-time settings)."""
+    """Return (kernel, argument types in order, compile-time settings) by name."""
     heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE)
     rms = {"SIZE": shape.hidden, **norm.settings(shape.hidden, dtype)}
     i, f, long = "*i32", "*fp32", "*i64"
@@ -166,7 +166,7 @@ def kernels(
 def fp8_kernels(
     shape: Shape, target: str, dtype: torch.dtype
 ) -> dict[str, tuple[Any, list[str], Constants]]:
-    """Those that write and read a cache in e4m3."""
+    """Return the kernels that write and read an e4m3 KV cache, as `kernels` does."""
     heads_of = (shape.heads, shape.kv_heads, HEAD_DIM, BLOCK_SIZE)
     b = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     i, f = "*i32", "*fp32"
@@ -185,15 +185,19 @@ def fp8_kernels(
             paged_decode.decode_settings(*heads_of, dtype, target, fp8=True),
         ),
     }
-    forms = {"": (MANY_TOKENS, False), "_small": (FEW_TOKENS, False), "_split": (FEW_TOKENS, True)}
-    for name, (tokens, split) in forms.items():
+    variants = {
+        "": (MANY_TOKENS, False),
+        "_small": (FEW_TOKENS, False),
+        "_split": (FEW_TOKENS, True),
+    }
+    for name, (tokens, split) in variants.items():
         chosen = paged_chunk.chunk_settings(*heads_of, dtype, target, tokens, split, fp8=True)
         made[f"paged_chunk{name}_fp8"] = (*chunk, chosen)
     return made
 
 
 def compile_kernel(kernel: Any, types: list[str], constants: Constants, target: str) -> Any:
-    """The compiled kernel. Pointers and strides are multiples of 16, as torch's are."""
+    """Compile a kernel. Pointers and strides are declared multiples of 16, as torch's are."""
     options = {name: constants[name] for name in OPTIONS if name in constants}
     fixed = {name: value for name, value in constants.items() if name not in OPTIONS}
     names = kernel.arg_names
@@ -208,7 +212,7 @@ def compile_kernel(kernel: Any, types: list[str], constants: Constants, target: 
 
 
 def examine(kernel: Any, types: list[str], constants: Constants, target: str) -> Compiled:
-    """Compiles a kernel, each distinct one once, and reads its machine code."""
+    """Compile a kernel (cached) and analyze its machine code."""
     return _examine(kernel, tuple(types), tuple(sorted(constants.items())), target)
 
 
@@ -224,7 +228,7 @@ def _examine(
 
 
 def _nvidia_usage(asm: dict[str, Any]) -> tuple[int, int]:
-    """Registers and local bytes of a thread, from the wheel's own cuobjdump."""
+    """Return a thread's registers and local bytes, from the cuobjdump of the triton wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -245,7 +249,7 @@ def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
 def table(
     targets: list[str], shapes: list[str], dtype: torch.dtype
 ) -> Iterator[tuple[Resources, Evidence]]:
-    """What each kernel uses, and what its code proves."""
+    """Yield the resources and the code analysis of each kernel."""
     for target in targets:
         for shape in shapes:
             for name, (kernel, types, constants) in kernels(SHAPES[shape], target, dtype).items():
@@ -259,10 +263,10 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=sorted(TARGETS))
     parser.add_argument("--shape", action="append", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
-        sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
+        sys.exit("TRITON_INTERPRET is set: kernels cannot be compiled; unset it")
     if not args.json:
         print(f"{'kernel':20}{'shape':7}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9}")
     targets, shapes = args.target or list(TARGETS), args.shape or list(SHAPES)

@@ -1,6 +1,6 @@
-"""What a compiled kernel's machine code proves: which units multiply, how wide it loads.
+"""Analysis of a compiled kernel's machine code: matrix instructions, load widths, async copies.
 
-NVIDIA code is read with the wheel's own `nvdisasm`; AMD code comes as text.
+NVIDIA code is disassembled with the triton wheel's `nvdisasm`; AMD code is already text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 GCN_OPCODE = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)", re.MULTILINE)
-# wgmma, mma.sync (bf16, int8, fp8), tcgen05, and AMD's
+# wgmma, mma.sync (bf16, int8, fp8), tcgen05, and AMD's MFMA
 TENSOR = re.compile(r"(HGMMA|QGMMA|IGMMA|HMMA|QMMA|IMMA|UTC[A-Z]*MMA|v_mfma)")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 GCN_WIDTHS = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8}
@@ -26,17 +26,17 @@ GCN_WIDTHS = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "dword": 4, "dwor
 
 @dataclass(frozen=True)
 class Evidence:
-    """Instructions of a kernel, counted where they stand (a loop's body once)."""
+    """Static instruction counts of a kernel (a loop's body counts once)."""
 
-    tensor: dict[str, int]  # matrix instructions by name, as HGMMA
-    load_bytes: dict[int, int]  # bytes a thread -> loads from global memory to registers
-    async_bytes: dict[int, int]  # bytes a thread -> asynchronous copies to shared memory
-    bulk_copies: int  # tiles that the copy engine brings (TMA)
+    tensor: dict[str, int]  # matrix instructions by name, e.g. HGMMA
+    load_bytes: dict[int, int]  # bytes per thread -> loads from global memory to registers
+    async_bytes: dict[int, int]  # bytes per thread -> asynchronous copies to shared memory
+    bulk_copies: int  # tile copies by the copy engine (TMA)
     local: int  # loads and stores of local memory
 
     @property
     def unit(self) -> str:
-        """The matrix instruction, or "-" for a kernel that has none."""
+        """The matrix instruction, or "-" if there is none."""
         return "+".join(self.tensor) or "-"
 
     @property
@@ -45,7 +45,7 @@ class Evidence:
 
     @property
     def async_copy(self) -> str:
-        """How tiles get to shared memory without waiting, as "LDGSTS 16 B"."""
+        """The kind of asynchronous copies to shared memory, e.g. "LDGSTS 16 B"."""
         found = [f"LDGSTS {max(self.async_bytes)} B"] if self.async_bytes else []
         return "+".join(found + ["TMA"] * bool(self.bulk_copies)) or "-"
 
@@ -59,7 +59,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def evidence(asm: dict[str, Any]) -> Evidence:
-    """Of what `triton.compile` made."""
+    """Analyze the output of `triton.compile`."""
     if "amdgcn" in asm:
         return read_gcn(asm["amdgcn"])
     return read_sass(disassemble(asm["cubin"]))

@@ -1,7 +1,7 @@
-"""What a launch of each kernel has to do: bytes to and from memory, operations, programs.
+"""Work of each kernel's launches: bytes to and from memory, operations, programs.
 
-Bytes are the least there can be: what several programs read is counted once. A multiply and an add
-are two operations; numbers are bfloat16 unless the kernel keeps them wider.
+Bytes are a lower bound: data read by several programs counts once. A multiply and an add are two
+operations. Numbers are bfloat16 unless the kernel stores wider ones.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from octavo.kernels.tiles import chunk_splits, count_tiles
 
 from .resources import BLOCK_SIZE, HEAD_DIM, VISION_HEAD_DIM, VISION_HEADS, Shape
 
-TOKENS = (64, 512, 2048, 8192)  # of a step, for the kernels that go token by token
+TOKENS = (64, 512, 2048, 8192)  # tokens per step, for the token-wise kernels
 CHUNKS = (512, 2048, 8192)
 CONTEXTS = (32_768, 131_072)
 DECODES = [(rows, context) for context in (4096, *CONTEXTS) for rows in (1, 16, 64)]
-IMAGES = (448, 896, 1792)  # pixels a side
+IMAGES = (448, 896, 1792)  # pixels per side
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Work:
     grid: int  # programs
 
     def times(self, rows: int) -> Work:
-        """The same for so many rows."""
+        """Return the work of this many rows."""
         return Work(
             f"{rows} × {self.case}", rows * self.bytes, rows * self.operations, rows * self.grid
         )
 
 
 def chunk_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
-    """The last `tokens` of `context`: each sees itself and what is before it."""
+    """Return the work of the last `tokens` of `context` under causal attention."""
     pairs = tokens * (context - tokens) + tokens * (tokens + 1) // 2
     group = shape.heads // shape.kv_heads
     splits = chunk_splits(tokens, context, group, shape.kv_heads)
     keys = 2 * context * shape.kv_heads * HEAD_DIM
-    rows = tokens * shape.heads  # a query head of a token
+    rows = tokens * shape.heads  # one per token and query head
     written = rows * (4 * splits * (HEAD_DIM + 1) if splits > 1 else 2 * HEAD_DIM)
     table = 4 * -(-context // BLOCK_SIZE)
     return Work(
@@ -54,7 +54,7 @@ def chunk_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
 
 
 def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> Work:
-    """Of a chunk whose keys are split."""
+    """Return the work of joining the parts of a chunk whose keys are split."""
     group = shape.heads // shape.kv_heads
     splits = chunk_splits(tokens, context, group, shape.kv_heads)
     rows = tokens * shape.heads
@@ -64,8 +64,10 @@ def join_chunks_work(shape: Shape, tokens: int, context: int, block_m: int) -> W
 
 
 def decode_work(shape: Shape, rows: int, context: int, fp8: bool = False) -> Work:
-    """The splits' sums and results, float32, are written for the join to read. `fp8`: keys and
-    values take a byte, and each one a scale, float32."""
+    """Return the work of a decode step, whose splits write float32 sums and results for the join.
+
+    `fp8`: keys and values take a byte per number and a float32 scale each.
+    """
     splits = used_splits(context)
     keys = 2 * rows * context * shape.kv_heads
     numbers = rows * shape.heads * HEAD_DIM * 2 + keys * (HEAD_DIM + 4 if fp8 else 2 * HEAD_DIM)
@@ -85,13 +87,13 @@ def join_work(shape: Shape, rows: int, context: int) -> Work:
 
 
 def used_splits(context: int) -> int:
-    """Of a row: as `paged_decode.split_size` cuts it."""
+    """Return a row's number of splits, as computed by `paged_decode.split_size`."""
     size = SPLIT_SIZE * max(1, -(-context // (SPLIT_SIZE * MAX_SPLITS)))
     return -(-context // size)
 
 
 def vision_work(patches: int, block_m: int) -> Work:
-    """One image, in which every patch sees every patch."""
+    """Return the work of one image with full attention."""
     numbers = 4 * patches * VISION_HEADS * VISION_HEAD_DIM
     operations = 4 * VISION_HEAD_DIM * VISION_HEADS * patches**2
     grid = count_tiles((patches,), block_m) * VISION_HEADS
@@ -99,7 +101,7 @@ def vision_work(patches: int, block_m: int) -> Work:
 
 
 def norm_work(size: int, tokens: int, residual: bool) -> Work:
-    """With the residual, one more is read and the sum is written."""
+    """Return the work of RMSNorm; with a residual, it is read and the sum is written as well."""
     numbers = tokens * size * (4 if residual else 2) + size
     return Work(f"{tokens} tokens", 2 * numbers, (5 if residual else 4) * tokens * size, tokens)
 
@@ -110,7 +112,7 @@ def swiglu_work(inner: int, tokens: int) -> Work:
 
 
 def mrope_work(shape: Shape, tokens: int) -> Work:
-    """All heads are read and written; a token has cosines and sines, float32, and a slot."""
+    """Return the work of M-RoPE on all heads; tokens have float32 cosines and sines, and a slot."""
     heads = shape.heads + 2 * shape.kv_heads
     token = 2 * 2 * heads * HEAD_DIM + 4 * HEAD_DIM + 8
     operations = 3 * (shape.heads + shape.kv_heads) * HEAD_DIM * tokens
@@ -118,14 +120,14 @@ def mrope_work(shape: Shape, tokens: int) -> Work:
 
 
 def patches_work(side: int) -> Work:
-    """A square image as uint8; it is seen twice, as a temporal patch has two frames."""
+    """Return the work of cutting a square uint8 image, duplicated into two temporal frames."""
     count, size = (side // 14) ** 2, 3 * 2 * 14 * 14
     written = 2 * count * size
     return Work(f"{side}×{side} pixels", 3 * side**2 + written, 2 * count * size, count)
 
 
 def token_works(shape: Shape) -> Iterator[tuple[str, Work]]:
-    """(kernel, work) of the kernels whose work does not depend on their tiles."""
+    """Yield (kernel, work) of the kernels whose work does not depend on their tiles."""
     for tokens in TOKENS:
         yield "rms_norm", norm_work(shape.hidden, tokens, residual=False)
         yield "add_rms_norm", norm_work(shape.hidden, tokens, residual=True)
@@ -140,6 +142,6 @@ def token_works(shape: Shape) -> Iterator[tuple[str, Work]]:
 
 
 def chunk_cases() -> Iterator[tuple[int, int]]:
-    """(tokens, context): whole prompts, and chunks at the end of long ones."""
+    """Yield (tokens, context) of whole prompts and of chunks at the end of long ones."""
     for tokens in CHUNKS:
         yield from ((tokens, context) for context in (tokens, *CONTEXTS))

@@ -1,4 +1,4 @@
-"""Made-up images and videos, and how tests load them: whole, without an engine."""
+"""Synthetic images and videos, and a loader without an engine, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from octavo.engine.media.source import MediaAccess
 from octavo.engine.media.task import MediaTask
 from octavo.engine.media.token_budget import MediaTokenBudget
 
-SHAPE = PatchShape(14, 2, 2, 4, 1536)  # the 2B's
+SHAPE = PatchShape(14, 2, 2, 4, 1536)  # Qwen2-VL 2B
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -34,7 +34,7 @@ def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Soft shapes with a grain, which compress about as photographs do."""
+    """Return smooth shapes with grain, which compress about as well as photographs."""
     rng = np.random.default_rng(seed)
     shapes = rng.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
     smooth = Image.fromarray(shapes).resize((width, height), Image.Resampling.BICUBIC)
@@ -43,7 +43,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> bytes:
-    """A clip whose frame i has level 8 * i, from 0 again after 255."""
+    """Return an MP4 clip whose frame i has the gray level 8 * i % 256."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("mpeg4", rate=rate)
@@ -56,8 +56,8 @@ def mp4(num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> by
 
 
 def without_late_frames(video: bytes) -> bytes:
-    """An MP4 file whose header and first frames can be read, and whose later frames cannot."""
-    end = video.index(b"moov") - 4  # of the frames: the index follows them
+    """Corrupt an MP4 file so that its header and first frames are readable and the rest is not."""
+    end = video.index(b"moov") - 4  # end of the frames: the index follows them
     return video[: end // 2] + bytes(end - end // 2) + video[end:]
 
 
@@ -70,14 +70,14 @@ def load(
     limits: MediaLimits | None = None,
     max_model_len: int = 128_000,
 ) -> tuple[MediaItem, Pixels]:
-    """An item, and its pixels [frames, height, width, 3] of all its units."""
+    """Load an item; return it with the pixels [frames, height, width, 3] of all its units."""
     loader = MediaLoader(
         preprocess or PreprocessConfig(), SHAPE, access or MediaAccess(), limits or MediaLimits()
     )
-    room = MediaTokenBudget(max_model_len, 0, 1, SHAPE.factor)
+    budget = MediaTokenBudget(max_model_len, 0, 1, SHAPE.factor)
     task = MediaTask(limits or MediaLimits())
     try:
-        opened = loader.open(kind, source, options or MediaOptions(), room, kind, task)
+        opened = loader.open(kind, source, options or MediaOptions(), budget, kind, task)
     except BaseException:
         task.close()
         raise

@@ -1,4 +1,4 @@
-"""`octavo bench media`, the command."""
+"""The `octavo bench media` command."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..options import JsonFile
 
 
 def media(
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Pairs of runs of each row: ours, bare, ours, bare, ...")
-    ] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of alternating runs per row.")] = 9,
     json_file: JsonFile = None,
 ) -> None:
-    """Time images and videos from their bytes to hashed units against bare Pillow and PyAV, which
-    decode and resize the same frames to the same size and check and hash nothing; decoding in a
-    process of its own, as `octavo serve` does, against decoding in this one; and a pool of threads
-    against one."""
+    """Time image and video preprocessing, from bytes to hashed units.
+
+    Compares it with bare Pillow and PyAV, which decode and resize the same frames to the same size
+    without checks and hashes; decoding in a separate process (as `octavo serve` does) with
+    decoding in this one; and a thread pool with a single thread.
+    """
     from ..report import publish
     from . import speed as bench
 

@@ -1,6 +1,6 @@
-"""Image files of exact samples, written by hand: what no encoder at hand writes.
+"""Hand-written image files with exact samples, in variants that no available encoder writes.
 
-Samples are whole numbers of the file's own depth, so that tests know each pixel by arithmetic.
+Samples are integers of the file's own bit depth, so that tests can compute each expected pixel.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 Samples = npt.NDArray[Any]  # [height, width] or [height, width, channels]
-GRAY, RGB, PALETTE, GRAY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # PNG's colour types
+GRAY, RGB, PALETTE, GRAY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # PNG color types
 PNG_CHANNELS = {GRAY: 1, RGB: 3, PALETTE: 1, GRAY_ALPHA: 2, RGB_ALPHA: 4}
-# First row and column, steps of rows and columns.
+# Per pass: first row, first column, row step, column step.
 ADAM7 = (
     (0, 0, 8, 8),
     (0, 4, 8, 8),
@@ -36,7 +36,7 @@ def png(
     palette: bytes = b"",
     interlaced: bool = False,
 ) -> bytes:
-    """`transparent`: the samples of the colour that is, or the alphas of a palette."""
+    """Encode a PNG; `transparent` has the transparent color's samples, or a palette's alphas."""
     height, width = samples.shape[:2]
     head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
     chunks = [(b"IHDR", head)]
@@ -63,7 +63,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def packed(row: Samples, depth: int, order: str = "<") -> bytes:
-    """A row's samples one after another, from the highest bit on, up to a whole byte."""
+    """Pack a row's samples from the highest bit on, padded to a whole byte."""
     flat = row.reshape(-1)
     if depth in (8, 16, 32, 64):
         kind = flat.dtype.kind if flat.dtype.kind in "if" else "u"
@@ -89,8 +89,11 @@ def tiff(
     fill_order: int = 1,
     deflate: bool = False,
 ) -> bytes:
-    """One strip. `photometric`: 0 white is zero, 1 black is zero, 2 RGB, 3 palette, 5 CMYK;
-    `sample_format`: 1 unsigned, 2 signed, 3 float; `extra`: 1 multiplied alpha, 2 alpha."""
+    """Encode a TIFF with one strip per plane.
+
+    `photometric`: 0 white is zero, 1 black is zero, 2 RGB, 3 palette, 5 CMYK; `sample_format`:
+    1 unsigned, 2 signed, 3 float; `extra`: 1 premultiplied alpha, 2 straight alpha.
+    """
     height, width = samples.shape[:2]
     channels = samples.shape[2] if samples.ndim == 3 else 1
     whole = samples.reshape(height, width, channels)
@@ -123,13 +126,13 @@ def tiff(
 
 
 def _directory(body: bytes, entries: Sequence[tuple[int, str, Sequence[int]]], order: str) -> bytes:
-    """The file: header, pixels, the values that are too long for an entry, and the entries."""
+    """Assemble the file: header, pixels, values too long for an entry, and the entries."""
     at, values, lines = 8 + len(body), b"", b""
     for tag, kind, numbers in entries:
         data = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
         if len(data) > 4:
-            place, values = at + len(values), values + data + b"\0" * (len(data) % 2)
-            data = struct.pack(f"{order}I", place)
+            offset, values = at + len(values), values + data + b"\0" * (len(data) % 2)
+            data = struct.pack(f"{order}I", offset)
         code = {"H": 3, "I": 4}[kind]
         lines += struct.pack(f"{order}HHI", tag, code, len(numbers)) + data.ljust(4, b"\0")
     start = at + len(values)
@@ -144,7 +147,7 @@ def bmp(
     header_bytes: int = 40,
     rows_down: bool = False,
 ) -> bytes:
-    """`pixels`: numbers of `bits` each, which the masks of red, green, blue and alpha divide."""
+    """Encode a BMP; `pixels` are `bits` wide, split by the masks of red, green, blue and alpha."""
     height, width = pixels.shape
     rows = pixels if rows_down else pixels[::-1]
     data = b""

@@ -1,4 +1,4 @@
-"""Files that are not what they say: whole ones of every format, cut and damaged by a seed."""
+"""Corrupted media files: valid files of every format, truncated and damaged by a seed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def whole_file(form: str) -> bytes:
 def broken_files(
     seed: int, count: int, forms: Sequence[str] = tuple(FORMS)
 ) -> Iterator[tuple[str, bytes]]:
-    """`count` damaged files, each with its form, of all forms in turn; the same for a seed."""
+    """Yield `count` damaged files with their formats, cycling through `forms`."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         form = forms[i % len(forms)]
@@ -105,36 +105,36 @@ def _cut(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _flip(data: bytes, rng: np.random.Generator) -> bytes:
-    """A few bits anywhere."""
+    """Flip a few bits anywhere."""
     return _flipped(data, rng, len(data))
 
 
 def _flip_head(data: bytes, rng: np.random.Generator) -> bytes:
-    """A few bits of what says how the rest is to be read."""
+    """Flip a few bits of the header."""
     return _flipped(data, rng, min(len(data), 200))
 
 
 def _flip_tail(data: bytes, rng: np.random.Generator) -> bytes:
-    """A few bits of the end, where some formats have their index."""
+    """Flip a few bits of the end, where some formats store their index."""
     return _flipped(data[::-1], rng, min(len(data), 600))[::-1]
 
 
 def _flipped(data: bytes, rng: np.random.Generator, size: int) -> bytes:
     damaged = np.frombuffer(data, np.uint8).copy()
-    places = rng.integers(size, size=rng.integers(1, 12))
-    damaged[places] ^= (1 << rng.integers(8, size=len(places))).astype(np.uint8)
+    positions = rng.integers(size, size=rng.integers(1, 12))
+    damaged[positions] ^= (1 << rng.integers(8, size=len(positions))).astype(np.uint8)
     return damaged.tobytes()
 
 
 def _overwrite(data: bytes, rng: np.random.Generator) -> bytes:
-    """A run of zeros, of ones, or of noise."""
+    """Overwrite a run of bytes with zeros, ones or noise."""
     at, size = int(rng.integers(len(data))), int(rng.integers(1, 64))
     fill = [bytes(size), b"\xff" * size, rng.bytes(size)][rng.integers(3)]
     return data[:at] + fill + data[at + size :]
 
 
 def _move(data: bytes, rng: np.random.Generator) -> bytes:
-    """A piece left out, or there twice."""
+    """Remove or duplicate a range of bytes."""
     first, last = sorted(rng.integers(len(data), size=2))
     return data[:first] + data[last:] if rng.integers(2) else data[:last] + data[first:]
 

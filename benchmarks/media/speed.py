@@ -1,4 +1,4 @@
-"""How fast items are made ready, against the bare library that decodes them."""
+"""Speed of media preprocessing, compared with the bare decoding library."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from .video_cases import X264, clip
 SIZES = ((640, 480), (1920, 1080), (4000, 3000))
 VIDEO_SIZES = ((854, 480), (1920, 1080))
 VIDEO_FRAMES = 150  # five seconds
-SMALL = 448 * 336  # pixels; a JPEG of the largest size is decoded at half of it for this
-AT_LEAST = 0.04  # seconds of a run, by repeating it
+SMALL = 448 * 336  # pixels; a JPEG of the largest size is then decoded at half resolution
+AT_LEAST = 0.04  # minimum seconds per run, reached by repetition
 THREADS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """Ways to the same pixels; what they return is thrown away."""
+    """Two ways to compute the same pixels; results are discarded."""
 
     name: str
     ours: Callable[[OpenReader], object]
@@ -50,15 +50,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Speed:
-    """Items a second on one thread, and ratios: medians over pairs of runs, one after the other."""
+    """Items per second on one thread, and ratios (medians over pairs of consecutive runs)."""
 
     name: str
     ours: float
     bare: float
-    times_bare: float  # our time as a multiple of the bare one
-    times_here: float  # our time in a decoder process, as a multiple of that in this one
+    times_bare: float  # our time / bare time
+    times_here: float  # our time in a decoder process / in this process
     num_threads: int
-    pool: float  # what that many threads make in the time in which one makes 1
+    pool: float  # throughput of `num_threads` threads / of one thread
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,12 +67,12 @@ class Speed:
 def prepare(
     kind: str, data: bytes, options: MediaOptions, open_reader: OpenReader = open_here
 ) -> MediaInfo:
-    """Our whole way: bytes, reader, size, pixels, hashes of units."""
+    """Run our complete preprocessing: bytes, reader, size, pixels, unit hashes."""
     access, limits = MediaAccess(roots=()), MediaLimits()
     loader = MediaLoader(PreprocessConfig(), SHAPE, access, limits)
-    room = MediaTokenBudget(128_000, 0, 1, SHAPE.factor)
+    budget = MediaTokenBudget(128_000, 0, 1, SHAPE.factor)
     task = MediaTask(limits, open_reader)
-    opened = loader.open(kind, data, options, room, kind, task)
+    opened = loader.open(kind, data, options, budget, kind, task)
     for _ in loader.units([opened], task):
         pass
     return opened.item.info
@@ -94,7 +94,7 @@ def image_case(name: str, data: bytes, max_pixels: int | None = None) -> Case:
 
 
 def bare_video(data: bytes, indices: Collection[int], height: int, width: int) -> None:
-    """Decoded as far as needed; the chosen frames made RGB and resized by Pillow."""
+    """Decode as far as needed; convert the chosen frames to RGB and resize them with Pillow."""
     container: Any = av.open(io.BytesIO(data))
     with container:
         stream = container.streams.video[0]
@@ -131,7 +131,7 @@ def cases() -> Iterator[Case]:
 
 
 def measure(case: Case, rounds: int) -> Speed:
-    """Ours and bare in turn; here and in a decoder process; one thread and `THREADS` of them."""
+    """Time ours and bare alternately, here and in a decoder process, on one and many threads."""
 
     def ours() -> object:
         return case.ours(open_here)
@@ -142,7 +142,7 @@ def measure(case: Case, rounds: int) -> Speed:
         pool = stack.enter_context(closing(DecoderPool(MediaLimits(), 1)))
         lease = stack.enter_context(pool.lease())
         case.ours(lease)  # starts the process
-        apart = [
+        separate = [
             (seconds(ours, repeats), seconds(lambda: case.ours(lease), repeats))
             for _ in range(rounds)
         ]
@@ -156,7 +156,7 @@ def measure(case: Case, rounds: int) -> Speed:
         ours=repeats / statistics.median(ours for ours, _ in pairs),
         bare=repeats / statistics.median(bare for _, bare in pairs),
         times_bare=statistics.median(ours / bare for ours, bare in pairs),
-        times_here=statistics.median(there / here for here, there in apart),
+        times_here=statistics.median(there / here for here, there in separate),
         num_threads=THREADS,
         pool=statistics.median(one / many for one, many in both),
     )
@@ -170,7 +170,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def _pooled(pool: ThreadPoolExecutor, work: Callable[[], object], repeats: int) -> float:
-    """Seconds in which each of `THREADS` threads does the work `repeats` times."""
+    """Return the seconds in which each of `THREADS` threads does the work `repeats` times."""
     begin = time.perf_counter()
     for done in [pool.submit(work) for _ in range(repeats * THREADS)]:
         done.result()
@@ -179,7 +179,7 @@ def _pooled(pool: ThreadPoolExecutor, work: Callable[[], object], repeats: int) 
 
 def table(found: list[Speed]) -> Table:
     found_threads = found[0].num_threads if found else THREADS
-    title = f"Items a second, on one thread; {found_threads} threads against one"
+    title = f"Items per second on one thread; speedup of {found_threads} threads"
     shown = Table(title=title, title_justify="left")
     shown.add_column("item")
     columns = ("ours", "bare", "our time / bare", "process / here", f"{found_threads} threads")

@@ -1,9 +1,9 @@
-"""Long videos: our path beside bare PyAV, and what a video of some length costs.
+"""Long videos: our decoding compared with bare PyAV, and cost by length.
 
     python -m octavo.benchmarks.media.video            # ours / bare, in one run
     python -m octavo.benchmarks.media.video --table    # the README's table
 
-The files are a clip of ten seconds, remuxed many times.
+The files are a ten-second clip, remuxed repeatedly.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from octavo.engine.media.token_budget import MediaTokenBudget
 from .cases import SHAPE
 from .video_cases import X264, clip, repeated
 
-MAX_MODEL_LEN = 32_768  # the models'
-SECONDS = 10  # of the clip
+MAX_MODEL_LEN = 32_768  # of the Qwen2-VL models
+SECONDS = 10  # length of the clip
 RATE = 30
 GOP = 60
 SIZES = {"480p": (854, 480), "1080p": (1920, 1080)}
@@ -47,10 +47,10 @@ TABLE_FPS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Load:
-    """What it took to choose, decode, resize and hash a video, measured in a process of its own."""
+    """Cost of choosing, decoding, resizing and hashing a video, measured in a new process."""
 
     seconds: float
-    extra_mb: float  # memory beyond the frames kept, at its highest
+    extra_mb: float  # peak memory in addition to the frames
     frames: int
     height: int
     width: int
@@ -66,17 +66,17 @@ class Row:
 
 
 def load_kept(path: str, options: MediaOptions) -> tuple[MediaInfo, int]:
-    """Loads a video as a server does and keeps all its frames; how many bytes those are."""
+    """Load a video as a server does; return its info and the size of all frames in bytes."""
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
-    room = MediaTokenBudget(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
+    budget = MediaTokenBudget(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
     task = MediaTask(MediaLimits())
-    opened = loader.open("video", path, options, room, "video", task)
+    opened = loader.open("video", path, options, budget, "video", task)
     kept = list(loader.units([opened], task))
     return opened.item.info, sum(unit.pixels.nbytes for unit in kept if unit.pixels is not None)
 
 
 def measure_here(path: str, fps: float | None) -> Load:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, after the imports
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak after the imports
     before, start = _memory_mb("VmRSS"), time.perf_counter()
     info, kept = load_kept(path, MediaOptions(fps=fps))
     seconds, extra = time.perf_counter() - start, _memory_mb("VmHWM") - before - kept / 1e6
@@ -90,7 +90,7 @@ def _memory_mb(name: str) -> float:
 
 
 def measure(path: Path, fps: float | None) -> Load:
-    """The same in a new process."""
+    """Run `measure_here` in a new process."""
     command = [sys.executable, "-P", "-m", "octavo.benchmarks.media.video", "--load", str(path)]
     if fps is not None:
         command += ["--fps", str(fps)]
@@ -99,7 +99,7 @@ def measure(path: Path, fps: float | None) -> Load:
 
 
 def bare_groups(path: Path, fps: float | None) -> float:
-    """Seconds that bare PyAV takes to decode the groups of pictures that hold the chosen frames."""
+    """Return the seconds in which bare PyAV decodes the GOPs that contain the chosen frames."""
     with VideoFile(path.open("rb"), MediaLimits(), "video") as video:
         wanted = _chosen(path, fps)
         index = video._index
@@ -117,9 +117,9 @@ def bare_groups(path: Path, fps: float | None) -> float:
 
 def _chosen(path: Path, fps: float | None) -> list[int]:
     loader = MediaLoader(PreprocessConfig(), SHAPE, MediaAccess(), MediaLimits())
-    room = MediaTokenBudget(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
+    budget = MediaTokenBudget(MAX_MODEL_LEN, 0, 1, SHAPE.factor)
     with closing(MediaTask(MediaLimits())) as task:
-        opened = loader.open("video", str(path), MediaOptions(fps=fps), room, "video", task)
+        opened = loader.open("video", str(path), MediaOptions(fps=fps), budget, "video", task)
         return list(dict.fromkeys(opened.item.info.frame_indices))
 
 
@@ -131,7 +131,7 @@ def _decode_frames(container: Any, stream: Any, count: int) -> None:
 
 
 def long_file(folder: Path, name: str, minutes: float, gop: int = GOP) -> Path:
-    """A file of `minutes`, made of a clip that is encoded once."""
+    """Write a file of `minutes` from a clip that is encoded once, unless it exists."""
     path = folder / f"{name}-{gop}-{minutes}.mp4"
     source = folder / f"{name}-{gop}.clip"
     if not source.exists():
@@ -142,7 +142,7 @@ def long_file(folder: Path, name: str, minutes: float, gop: int = GOP) -> Path:
 
 
 def video_rows(folder: Path) -> Iterator[Row]:
-    """Ours beside bare PyAV, each pair one after the other."""
+    """Yield comparisons with bare PyAV; the runs of each pair are consecutive."""
     for name, minutes, gop, fps in (
         ("1080p", 30, 250, 0.1),
         ("1080p", 30, 60, 0.1),
@@ -150,13 +150,13 @@ def video_rows(folder: Path) -> Iterator[Row]:
     ):
         path = long_file(folder, name, minutes, gop)
         load, bare = measure(path, fps), bare_groups(path, fps)
-        label = f"{minutes} min {name}, groups of {gop}, fps={fps or 2.0}: bare decodes the groups"
+        label = f"{minutes} min {name}, GOP {gop}, fps={fps or 2.0}: bare decodes the GOPs"
         yield Row(label, load.seconds, bare, load.extra_mb)
 
 
 def table(folder: Path) -> Iterator[str]:
-    """The README's table, a line as soon as it is measured."""
-    yield "| length | resolution | fps | frames | of pixels | tokens | memory beside them | time |"
+    """Yield the README's table, line by line as it is measured."""
+    yield "| length | resolution | fps | frames | frame size | tokens | extra memory | time |"
     yield "|---|---|---|---|---|---|---|---|"
     for name in SIZES:
         for minutes in MINUTES:
@@ -172,7 +172,7 @@ def table(folder: Path) -> Iterator[str]:
 
 
 def _alike(minutes: int) -> list[list[float]]:
-    """The table's rates; together those that are all cut to the most frames that are taken."""
+    """Return the table's rates, grouping those that are all capped at the maximum of frames."""
     most = PreprocessConfig().max_frames
     full = [fps for fps in TABLE_FPS if minutes * 60 * fps >= most]
     return [[fps] for fps in TABLE_FPS if fps not in full] + ([full] if full else [])
@@ -181,7 +181,7 @@ def _alike(minutes: int) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--table", action="store_true", help="print the README's table")
-    parser.add_argument("--load", metavar="FILE", help="load one file and print what it took")
+    parser.add_argument("--load", metavar="FILE", help="load one file and print its cost")
     parser.add_argument("--fps", type=float)
     args = parser.parse_args()
     if args.load:
@@ -196,7 +196,7 @@ def main() -> None:
             ratio = row.ours_s / row.bare_s
             print(
                 f"{row.name}: ours {row.ours_s:.2f} s, bare {row.bare_s:.2f} s, "
-                f"{ratio:.2f} × bare, {row.extra_mb:.0f} MB beyond the frames kept",
+                f"{ratio:.2f} × bare, {row.extra_mb:.0f} MB in addition to the frames",
                 flush=True,
             )
 

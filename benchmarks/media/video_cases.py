@@ -1,4 +1,4 @@
-"""Made-up videos: a moving picture in any codec and container that PyAV can write."""
+"""Synthetic videos: a moving image in any codec and container that PyAV can write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X264 = {"preset": "veryfast"}
 
 
 def moving(num_frames: int, size: tuple[int, int], seed: int = 0) -> Iterator[Pixels]:
-    """Frames of a window that slides over a grainy texture with hard edges; no two are alike."""
+    """Yield frames of a window that slides over a grainy texture with hard edges; all differ."""
     width, height = size
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 16 + 8, width // 16 + 8, 3), np.uint8)
@@ -38,8 +38,11 @@ def moving(num_frames: int, size: tuple[int, int], seed: int = 0) -> Iterator[Pi
 
 @contextlib.contextmanager
 def normal_scheduling() -> Iterator[None]:
-    """Restore the calling thread's scheduling policy afterwards. As root, SVT-AV1 makes the thread
-    that encodes, and what it starts later, preempt all other processes (SCHED_FIFO 99)."""
+    """Restore the calling thread's scheduling policy afterwards.
+
+    When run as root, SVT-AV1 makes the encoding thread, and threads it starts later, preempt all
+    other processes (SCHED_FIFO 99).
+    """
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
@@ -61,8 +64,11 @@ def clip(
     flip: bool = False,
     steps: Mapping[int, int] | None = None,
 ) -> bytes:
-    """A video file. `turn`: degrees against the clock that its matrix says, `flip`: then mirrored;
-    `steps`: frames that last that many frames' time instead of one."""
+    """Encode a video file.
+
+    `turn` is the counterclockwise rotation of the display matrix in degrees, `flip` mirrors
+    horizontally after it, and `steps` maps frame indices to durations in frame times.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form, options=dict(container_options or {})) as file:
         given = {**QUIET.get(codec, {}), **(options or {})}
@@ -83,7 +89,7 @@ def clip(
 
 
 def repeated(data: bytes, times: int, path: Path, form: str = "mp4") -> None:
-    """A file that shows a clip many times over: its packets again, later each time."""
+    """Write a file that plays a clip `times` times, by remuxing its packets."""
     with av.open(str(path), "w", format=form) as target:
         stream: Any = None
         shift = 0

@@ -1,1 +1,1 @@
-"""Measure steps against the machine's limits."""
+"""Measurement of steps against the machine's limits."""

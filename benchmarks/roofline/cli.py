@@ -1,4 +1,4 @@
-"""`octavo bench roofline`, the command."""
+"""The `octavo bench roofline` command."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ if TYPE_CHECKING:
 def roofline(
     model: Model = None,
     hub: Hub = "huggingface",
-    batch: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 16,
-    input_len: Annotated[int, typer.Option(min=1, help="Text tokens of each prompt.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 16,
+    input_len: Annotated[int, typer.Option(min=1, help="Text tokens per prompt.")] = 128,
     context: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Tokens that each request's cache holds already, random ones: for attention over "
-            "long contexts without the time to prefill them.",
+            help="Tokens already in each request's KV cache (random values), to measure attention "
+            "over long contexts without prefilling them.",
         ),
     ] = 0,
     image_size: Annotated[
         str | None,
         typer.Option(
-            metavar=IMAGE, help="A random image in each prompt; its sides are multiples of 28."
+            metavar=IMAGE, help="Add a random image to each prompt; sides are multiples of 28."
         ),
     ] = None,
     quantization: Quantization = None,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Time each stage of a run on this CPU against its limit: bytes at the read bandwidth,
-    operations at the matrix peak, both measured first. Takes about 3 GB beside the model."""
+    """Time each stage of a run on this CPU against its limit.
+
+    The limits are bytes at the read bandwidth and operations at the matrix peak, both measured
+    first. Needs about 3 GB of memory in addition to the model.
+    """
     from ..report import publish
     from . import run as bench
     from .report import tables
@@ -62,7 +65,7 @@ def roofline(
 
 def _roofline_title(model: str | None, quantization: str | None, work: RooflineWorkload) -> str:
     parts = [f"{work.batch} requests", f"{work.input_len} tokens in"]
-    parts += [f"{work.context} before them"] if work.context else []
+    parts += [f"{work.context} cached"] if work.context else []
     parts += ["image {}x{}".format(*work.image_size)] if work.image_size else []
     how = f", {quantization}" if quantization else ""
     return f"{model or 'the embedded model'}{how}: {', '.join(parts)}"

@@ -1,7 +1,7 @@
-"""What this machine can do: bytes read from memory a second, and operations of matrix products.
+"""This machine's limits: memory read bandwidth and matrix multiplication rates.
 
-A multiply and an add are two operations. All threads of torch take part; each figure is the best
-of several repeats, since a limit is what nothing gets past.
+A multiply and an add are two operations. All torch threads are used; each figure is the best of
+several repeats, as it is used as an upper bound.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INT8 = "int8"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on. The buffer must be far larger than the last cache."""
+    """Sizes of the measurements. The buffer must be far larger than the last-level cache."""
 
     buffer_bytes: int = 2_200_000_000
     rows: int = 512
@@ -41,19 +41,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Machine:
-    """The limits measured."""
+    """The measured limits."""
 
-    bandwidth: float  # bytes a second, read
-    peaks: dict[str, float]  # operations a second, by the numbers multiplied: bfloat16, int8, ...
+    bandwidth: float  # bytes read per second
+    peaks: dict[str, float]  # operations per second by number format: bfloat16, int8, ...
 
     def seconds(self, nbytes: int, operations: int, numbers: str) -> float:
-        """The least that work of so many bytes and operations takes."""
+        """Return the lower bound of the time of this work, in seconds."""
         return max(nbytes / self.bandwidth, operations / self.peaks[numbers])
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What the processors had done by then, in seconds of one of them."""
+    """CPU time used by the machine and by this process up to a point in time, in seconds."""
 
     busy: float
     ours: float
@@ -62,12 +62,12 @@ class Moment:
     @classmethod
     def now(cls) -> Moment:
         times = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        busy = sum(times) - sum(times[3:5])  # but for idling and waiting for disks
+        busy = sum(times) - sum(times[3:5])  # excluding idle and iowait
         ours = sum(os.times()[:2])
         return cls(busy / os.sysconf("SC_CLK_TCK"), ours, time.perf_counter())
 
     def others_share(self) -> float:
-        """Of the machine's processors, what other processes have taken since."""
+        """Return the share of the machine's CPU time used by other processes since then."""
         now = Moment.now()
         others = now.busy - self.busy - (now.ours - self.ours)
         return max(0.0, others / (now.at - self.at) / (os.cpu_count() or 1))
@@ -78,7 +78,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def measure_machine(dtype: torch.dtype, sizes: Sizes) -> Machine:
-    """The peaks of bfloat16 and int8, and of `dtype` where it is neither."""
+    """Measure the bandwidth and the peaks of bfloat16, int8 and `dtype`."""
     kinds = {dtype, torch.bfloat16}
     peaks = {name_of(kind): matrix_peak(kind, None, sizes) for kind in kinds}
     return Machine(
@@ -88,7 +88,7 @@ def measure_machine(dtype: torch.dtype, sizes: Sizes) -> Machine:
 
 
 def read_bandwidth(nbytes: int, repeats: int) -> float:
-    """Bytes a second that a reduction reads: a sum, or a maximum where adding takes longer."""
+    """Return the bytes per second read by a reduction: the faster of sum and max."""
     buffer = torch.ones(nbytes // 4)
     fastest = min(best_seconds(buffer.sum, repeats), best_seconds(buffer.max, repeats))
     return buffer.nbytes / fastest
@@ -96,7 +96,7 @@ def read_bandwidth(nbytes: int, repeats: int) -> float:
 
 @torch.inference_mode()
 def matrix_peak(dtype: torch.dtype, quantization: str | None, sizes: Sizes) -> float:
-    """Operations a second of the fastest product, over forms of the weight and shapes."""
+    """Return the operations per second of the fastest matmul over weight layouts and shapes."""
     best = 0.0
     for out, size in sizes.shapes:
         x = torch.randn(sizes.rows, size).to(dtype)
@@ -108,7 +108,7 @@ def matrix_peak(dtype: torch.dtype, quantization: str | None, sizes: Sizes) -> f
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor, quantization: str | None) -> Iterator[Product]:
-    """Every form of the product that this machine has; one at a time, as each holds a weight."""
+    """Yield every available matmul implementation, one at a time as each holds a weight."""
     panels = native.serves(weight)
     if quantization == INT8:
         yield _onednn_int8(x, weight)
@@ -126,7 +126,7 @@ def _products(x: torch.Tensor, weight: torch.Tensor, quantization: str | None) -
 
 
 def _onednn_int8(x: torch.Tensor, weight: torch.Tensor) -> Product:
-    """oneDNN's product of numbers that are quantised already: the multiplications alone."""
+    """Return oneDNN's int8 matmul on quantized inputs, without the quantization."""
     numbers, scale = quantize_rows(weight)
     packed = torch.ops.onednn.qlinear_prepack(numbers, list(x.shape))
     zeros = torch.zeros(len(scale), dtype=torch.int32)
@@ -137,7 +137,7 @@ def _onednn_int8(x: torch.Tensor, weight: torch.Tensor) -> Product:
 
 
 def best_seconds(work: Callable[[], object], repeats: int) -> float:
-    """The fastest of `repeats` calls, after one that is not counted."""
+    """Return the time of the fastest of `repeats` calls, after one warm-up call."""
     work()
     best = float("inf")
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What a roofline run comes to: limits, fractions of them, tables."""
+"""Results of a roofline run: limits, fractions of them, tables."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's time and work. Its limit is the longer of moving the bytes and multiplying; what
-    has no limit of its own has 0."""
+    """Time and work of a stage.
+
+    Its limit is the longer of moving the bytes and multiplying; 0 if it has none.
+    """
 
     name: str
     seconds: float
@@ -36,13 +38,13 @@ class Stage:
 
     @property
     def fraction(self) -> float:
-        """Of the limit, that was reached; NaN where there is none."""
+        """Fraction of the limit that was reached; NaN without a limit."""
         return self.limit_seconds / self.seconds if self.limit_seconds else NAN
 
 
 @dataclass(frozen=True)
 class Alone:
-    """The decoder's packed linears and head, and nothing between them."""
+    """The decoder's packed linears and head alone, without the other operations."""
 
     rows: int
     seconds: float
@@ -52,19 +54,19 @@ class Alone:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What was found; seconds throughout."""
+    """Results of a run; times are in seconds."""
 
     machine: Machine
     alone: list[Alone]
-    stages: list[Stage]  # they add up to `seconds`
-    rest: dict[str, float]  # of everything else: in the vision tower, in prefill, in decode
+    stages: list[Stage]  # sum up to `seconds`
+    rest: dict[str, float]  # time outside the stages: vision tower, prefill, decode
     seconds: float
     tower_seconds: float
     prefill_seconds: float  # without the tower
     prefill_tokens: int
     decode_steps: list[float]
     batch: int
-    others_share: float  # of the processors' time, what other processes took meanwhile
+    others_share: float  # share of CPU time used by other processes
 
     @classmethod
     def of(
@@ -77,7 +79,7 @@ class Roofline:
         numbers: str,
         others_share: float,
     ) -> Roofline:
-        """`numbers`: what the linears multiply."""
+        """Build the results; `numbers` is the number format of the linears."""
         kinds = {name: name_of(clock.runner.dtype) for name in STAGES}
         kinds |= {name: numbers for name in STAGES if LINEARS in name or name == HEAD}
         stages = [Stage.of(name, clock, machine, kinds[name]) for name in STAGES]
@@ -106,12 +108,12 @@ class Roofline:
 
     @property
     def linears_alone(self) -> float:
-        """At the run's own batch."""
+        """Time of the linears alone at the run's batch size."""
         return next(each.seconds for each in self.alone if each.rows == self.batch)
 
     @property
     def decode_fraction(self) -> float:
-        """The linears alone against a whole step."""
+        """Time of the linears alone over that of a whole step."""
         return self.linears_alone / statistics.median(self.decode_steps)
 
     def limit(self, *names: str) -> float:
@@ -119,13 +121,13 @@ class Roofline:
 
     @property
     def prefill_fraction(self) -> float:
-        """Prefill's products at the matrix peak, against all of its time but the tower's."""
+        """Prefill's matmuls at the matrix peak, over its time without the vision tower."""
         operations = self.limit(f"{PREFILL} linears", f"{PREFILL} {ATTENTION}")
         return operations / self.prefill_seconds
 
     @property
     def vision_fraction(self) -> float:
-        """NaN where there was no image."""
+        """Vision matmuls at the matrix peak, over the tower's time; NaN without images."""
         least = self.limit(f"{VISION} linears", f"{VISION} {ATTENTION}")
         return least / self.tower_seconds if self.tower_seconds else NAN
 
@@ -133,13 +135,13 @@ class Roofline:
         names = ("decode_fraction", "prefill_fraction", "vision_fraction")
         found: dict[str, Any] = asdict(self) | {name: getattr(self, name) for name in names}
         stages = [asdict(stage) | {"fraction": stage.fraction} for stage in self.stages]
-        found["limits"] = found.pop("machine")  # which is whose they are, in a report
+        found["limits"] = found.pop("machine")  # "machine" names the hardware in a report
         per_second = self.prefill_tokens / self.prefill_seconds
         return found | {"stages": stages, "prefill_tokens_per_second": per_second}
 
 
 def _timed(clock: StageClock, chosen: Callable[[str, str], bool]) -> float:
-    """Seconds of the stages that `chosen`, given their phase and name, picks."""
+    """Return the seconds of the stages for which `chosen(phase, name)` is true."""
     return sum(seconds for key, seconds in clock.seconds.items() if chosen(*key))
 
 
@@ -148,13 +150,13 @@ def tables(found: Roofline, title: str) -> list[Table]:
 
 
 def machine_table(found: Roofline) -> Table:
-    others = f"other processes took {found.others_share:.0%} of the machine meanwhile"
-    table = _table("this machine, and the packed linears alone", others)
+    others = f"other processes used {found.others_share:.0%} of the machine's CPU time"
+    table = _table("This machine, and the packed linears alone", others)
     for column in ("ms", "GB/s", "GOP/s", "rows/s"):
         table.add_column(column, justify="right")
-    table.add_row("memory, read", "", f"{found.machine.bandwidth / 1e9:.1f}", "", "")
+    table.add_row("memory read", "", f"{found.machine.bandwidth / 1e9:.1f}", "", "")
     for name, peak in found.machine.peaks.items():
-        table.add_row(f"products of {name}", "", "", f"{peak / 1e9:,.0f}", "")
+        table.add_row(f"{name} matmuls", "", "", f"{peak / 1e9:,.0f}", "")
     for each in found.alone:
         table.add_row(
             f"linears alone, {each.rows} rows",
@@ -167,7 +169,7 @@ def machine_table(found: Roofline) -> Table:
 
 
 def stage_table(found: Roofline, title: str) -> Table:
-    """A row a stage; stages that the run did not have are left out."""
+    """Return a table with a row per stage; stages that did not run are omitted."""
     table = _table(title, _rest_line(found))
     for column in ("ms", "share", "GB", "GOP", "limit ms", "of the limit"):
         table.add_column(column, justify="right")
@@ -175,7 +177,7 @@ def stage_table(found: Roofline, title: str) -> Table:
         if stage.seconds:
             table.add_row(*_cells(stage, found.seconds))
     whole = [sum(getattr(stage, name) for stage in found.stages) for name in SUMMED]
-    table.add_row(*_cells(Stage("all", found.seconds, *whole), found.seconds))
+    table.add_row(*_cells(Stage("total", found.seconds, *whole), found.seconds))
     return table
 
 
@@ -201,10 +203,10 @@ def _rest_line(found: Roofline) -> str:
 
 
 def whole_table(found: Roofline) -> Table:
-    """Prefill, decode and the tower, each as a whole against its best."""
+    """Return a table of prefill, decode and the vision tower against their limits."""
     step = statistics.median(found.decode_steps)
-    table = _table("as a whole", "prefill and tower: products and attention at their limits")
-    for column in ("reached", "against", "fraction"):
+    table = _table("Overall", "prefill and tower: matmuls and attention at their limits")
+    for column in ("measured", "limit", "fraction"):
         table.add_column(column, justify="right")
     table.add_row(
         f"decode step of {found.batch}",

@@ -1,6 +1,6 @@
-"""`octavo bench roofline`: each stage of a run against what this machine can do.
+"""`octavo bench roofline`: each stage of a run against the machine's limits.
 
-One process, one rank, no engine around it: the limits are those of the model's own step.
+Uses one process and one rank without an engine, to measure only the model's steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from .report import Alone, Roofline
 from .stages import DECODE, StageClock
 
 CPU = torch.device("cpu")
-BLOCK_SIZE, STEP_TOKENS = 16, 2048  # the engine's own defaults
+BLOCK_SIZE, STEP_TOKENS = 16, 2048  # the engine's defaults
 DECODE_STEPS, ALONE_ROWS, REPEATS = 8, (1, 16, 128), 3
 Shapes = dict[DenseWeight, tuple[int, int]]  # [out, in] of each layer
 
 
 @dataclass(frozen=True)
 class RooflineWorkload:
-    """`batch` requests alike. Random numbers stand for `context` tokens that were computed
-    before."""
+    """`batch` identical requests; random values stand in for `context` cached tokens."""
 
     batch: int = 16
     input_len: int = 128
@@ -50,7 +49,7 @@ def run_model(
     dtype: str,
     quantization: str | None,
 ) -> Roofline:
-    """`run` of a checkpoint by its folder or hub id, saying on stderr what it is at."""
+    """Call `run` with a checkpoint's folder or hub id; show the progress on stderr."""
     model = resolve_model(name, hub)
     with Console(stderr=True).status("starting") as status:
         return run(model, workload, dtype, quantization, say=status.update)
@@ -64,8 +63,10 @@ def run(
     sizes: Sizes | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Roofline:
-    """Measures the machine, then the workload. Raises ConfigError, and ValueError for an image
-    size that is not whole squares of patches."""
+    """Measure the machine, then the workload.
+
+    Raises ConfigError, or ValueError if the image size is not a multiple of the patch unit.
+    """
     config = ModelConfig.from_dir(model)
     check_image(config, workload.image_size)
     kind = resolve_dtype(dtype, CPU, config.dtype)
@@ -81,7 +82,7 @@ def run(
         resolve_quantization(quantization or "", CPU),
     )
     shapes = {m: _shape(m) for m in runner.model.decoder.modules() if isinstance(m, DenseWeight)}
-    runner.load()  # packed weights have no shape
+    runner.load()  # packs the weights, so shapes are read before
     say("measuring the machine")
     start = Moment.now()
     machine = measure_machine(kind, sizes or Sizes())
@@ -109,8 +110,7 @@ def check_image(config: ModelConfig, image_size: tuple[int, int] | None) -> None
 
 
 def measure_run(runner: ModelRunner, workload: RooflineWorkload) -> tuple[StageClock, int]:
-    """Prefill in steps of STEP_TOKENS, then decoding, all rows at once; and the tokens
-    prefilled."""
+    """Run prefill in steps of STEP_TOKENS, then batched decoding; count the prefilled tokens."""
     requests = [make_request(runner.config, workload, seed) for seed in range(workload.batch + 1)]
     longest = len(requests[0].token_ids) + workload.decode_steps + 2
     num_blocks = len(requests) * -(-longest // BLOCK_SIZE)
@@ -119,7 +119,7 @@ def measure_run(runner: ModelRunner, workload: RooflineWorkload) -> tuple[StageC
         fill_cache(runner)
     driver = TinyDriver(runner, num_blocks)
     *rows, first = requests
-    prefill(driver, [first])  # what is slow the first time: pages of weights, threads
+    prefill(driver, [first])  # warm up page cache and threads
     driver.step([first], [1])
     clock = StageClock(runner)
     with clock.watching():
@@ -141,16 +141,16 @@ def make_request(config: ModelConfig, workload: RooflineWorkload, seed: int) -> 
 
 
 def fill_cache(runner: ModelRunner) -> None:
-    """Random keys and values, the same in each layer."""
+    """Fill the KV cache with random values, the same in each layer."""
     numbers = torch.randn(runner.caches[0][0].shape, dtype=runner.dtype)
     for pair in runner.caches:
         for cache in pair:
-            assert isinstance(cache, torch.Tensor)  # e4m3 is for GPUs
+            assert isinstance(cache, torch.Tensor)  # e4m3 caches require a GPU
             cache.copy_(numbers)
 
 
 def prefill(driver: TinyDriver, requests: Sequence[TinyRequest]) -> int:
-    """Computes the prompts, first come first; returns how many tokens that was."""
+    """Compute the prompts in order; return the number of computed tokens."""
     done = 0
     while True:
         rows: list[TinyRequest] = []
@@ -169,7 +169,7 @@ def prefill(driver: TinyDriver, requests: Sequence[TinyRequest]) -> int:
 
 @torch.inference_mode()
 def linears_alone(shapes: Shapes, dtype: torch.dtype, rows: int) -> Alone:
-    """Each of the decoder's layers and the head once, over `rows` rows."""
+    """Run each of the decoder's linears and the head once on `rows` rows."""
     inputs = {size: torch.randn(rows, size).to(dtype) for _, size in shapes.values()}
 
     def work() -> None:

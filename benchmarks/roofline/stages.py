@@ -1,10 +1,10 @@
-"""Where a run's time goes, stage by stage, and how much work each stage is.
+"""Time and work of a run by stage.
 
-The stages are timed from outside: for the run alone, functions of the model stand behind timed
-ones. On a CPU they return when they are done, so the time is theirs.
+Stages are timed from outside by replacing functions of the model with timed wrappers during the
+run. On a CPU the functions return after computing, so the times are exact.
 
-Bytes are the least there can be: a weight is read once a step, a block's keys and values once for
-its row, and what a stage takes in and gives out once.
+Bytes are a lower bound: each weight is read once per step, each block's keys and values once per
+row, and a stage's inputs and outputs once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be moved and multiplied; a multiply and an add are two operations."""
+    """Bytes moved and operations; a multiply and an add are two operations."""
 
     bytes: int
     operations: int
@@ -51,7 +51,10 @@ Key = tuple[str, str]  # phase and stage
 
 
 def linear_work(rows: int, size: int, out: int, item: int, weight_bytes: int) -> Work:
-    """x [rows, size] × weight [out, size]; `weight_bytes` is 0 where the weight was read before."""
+    """Return the work of x [rows, size] × weight [out, size].
+
+    `weight_bytes` is 0 if the weight was read before in this step.
+    """
     return Work(weight_bytes + rows * (size + out) * item, 2 * rows * out * size)
 
 
@@ -59,7 +62,7 @@ def paged_work(
     counts: tuple[int, ...], contexts: tuple[int, ...], heads: int, kv_heads: int, head_dim: int,
     item: int,
 ) -> Work:  # fmt: skip
-    """Row i's last counts[i] of contexts[i] tokens: each sees itself and what is before it."""
+    """Return the work of causal attention over row i's last counts[i] of contexts[i] tokens."""
     pairs = sum(
         count * (context - count) + count * (count + 1) // 2
         for count, context in zip(counts, contexts, strict=True)
@@ -69,20 +72,20 @@ def paged_work(
 
 
 def vision_work(seqlens: tuple[int, ...], heads: int, head_dim: int, item: int) -> Work:
-    """Every patch of a frame sees every patch of it."""
+    """Return the work of full attention within each frame."""
     numbers = 4 * sum(seqlens) * heads * head_dim
     operations = 4 * heads * head_dim * sum(length**2 for length in seqlens)
     return Work(numbers * item, operations)
 
 
 def sampling_work(rows: int, vocab_size: int, item: int) -> Work:
-    """Each logit is read once and compared once."""
+    """Return the work of reading and comparing each logit once."""
     return Work(rows * vocab_size * item, rows * vocab_size)
 
 
 @dataclass(eq=False)
 class StageClock:
-    """Adds up a run's stages. `phase` says what the steps from now on are."""
+    """Accumulates the time and work of each stage; `phase` is that of the current step."""
 
     runner: ModelRunner
     phase: str = PREFILL
@@ -90,7 +93,7 @@ class StageClock:
     work: dict[Key, Work] = field(default_factory=lambda: defaultdict(lambda: NOTHING))
     steps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     tower_seconds: float = 0.0  # of the vision tower as a whole
-    read: set[int] = field(default_factory=set)  # weights that this step has read
+    read: set[int] = field(default_factory=set)  # weights read in this step
 
     def __post_init__(self) -> None:
         model = self.runner.model
@@ -99,7 +102,7 @@ class StageClock:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The model's parts behind timed ones, and back again at the end."""
+        """Replace the model's functions by timed wrappers within the context."""
         with ExitStack() as stack:
             for owner, name, wrap in (
                 (ModelRunner, "step", self._step),
@@ -115,11 +118,11 @@ class StageClock:
             yield
 
     def seconds_of(self, phase: str) -> float:
-        """Of the phase's steps, whole."""
+        """Return the total time of the phase's steps."""
         return sum(self.steps[phase])
 
     def work_of(self, stage: str) -> Work:
-        """Of a stage in all phases."""
+        """Return the work of a stage over all phases."""
         return sum((work for (_, name), work in self.work.items() if name == stage), NOTHING)
 
     def _timed(self, stage: str, call: Callable[[], Any]) -> Any:

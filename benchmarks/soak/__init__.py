@@ -1,1 +1,1 @@
-"""A long run of mixed good, bad and disconnecting clients against `octavo serve`."""
+"""A long run of mixed valid, invalid and disconnecting clients against `octavo serve`."""

@@ -1,4 +1,4 @@
-"""`python -P -m octavo.benchmarks.soak --minutes 60`: exit status 1 when something is wrong."""
+"""`python -P -m octavo.benchmarks.soak --minutes 60`: exits with status 1 if problems are found."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from .run import Soak, SoakOptions
 
 
 def main(
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long the clients run.")] = 60.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Duration of the load.")] = 60.0,
     warm_up: Annotated[
-        float | None, typer.Option(help="Minutes that the slope leaves out. Default: a third.")
+        float | None, typer.Option(help="Minutes excluded from the slope. Default: a third.")
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.1, help="Cases a second.")] = 8.0,
-    processes: Annotated[int, typer.Option(min=1, help="Processes of clients.")] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each.")] = 6,
+    rate: Annotated[float, typer.Option(min=0.1, help="Cases per second.")] = 8.0,
+    processes: Annotated[int, typer.Option(min=1, help="Number of client processes.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per process.")] = 6,
     case: Annotated[list[str] | None, typer.Option(help="Only these cases. Default: all.")] = None,
     serve: Annotated[
         list[str] | None, typer.Option(help="An argument of `octavo serve`. May be repeated.")
     ] = None,
     census_interval: Annotated[
-        float, typer.Option(help="Minutes between samples of the idle server; 0: two in all.")
+        float, typer.Option(help="Minutes between samples of the idle server; 0: only two.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
-    report: Annotated[Path | None, typer.Option("--json", help="Write all samples here.")] = None,
-    log_file: Annotated[Path | None, typer.Option(help="The server's log goes here.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option("--json", help="Write all samples to this file.")
+    ] = None,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Write the server's log to this file.")
+    ] = None,
 ) -> None:
-    """Run mixed good, bad and disconnecting clients against `octavo serve` and judge its growth."""
+    """Run valid, invalid and disconnecting clients against `octavo serve`; check its growth."""
     options = SoakOptions(
         minutes=minutes,
         warm_up=minutes / 3 if warm_up is None else warm_up,

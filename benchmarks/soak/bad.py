@@ -1,4 +1,4 @@
-"""Requests that must be rejected, and clients that go away."""
+"""Requests that must be rejected, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def bad_bodies(caller: Caller, rng: random.Random) -> None:
 
 
 def bad_http(caller: Caller, rng: random.Random) -> None:
-    """Bytes that are not HTTP."""
+    """Send bytes that are not HTTP."""
     with caller.open_socket() as opened:
         opened.sendall(rng.choice([b"GET / HTTP/9\r\n\r\n", rng.randbytes(300) + b"\r\n\r\n"]))
         opened.settimeout(2)
@@ -102,7 +102,7 @@ def bad_keys(caller: Caller, rng: random.Random) -> None:
     except grpc.RpcError as error:
         assert error.code() == grpc.StatusCode.UNAUTHENTICATED, error
     else:
-        raise AssertionError("a wrong key was accepted")
+        raise AssertionError("an invalid key was accepted")
 
 
 def bad_grpc(caller: Caller, rng: random.Random) -> None:
@@ -128,11 +128,11 @@ def bad_grpc(caller: Caller, rng: random.Random) -> None:
     except grpc.RpcError as error:
         assert error.code() not in LOST, error
     else:
-        raise AssertionError("a bad request was answered")
+        raise AssertionError("an invalid request was answered")
 
 
 def leave_upload(caller: Caller, rng: random.Random) -> None:
-    """The connection closes amid the body or the headers."""
+    """Close the connection in the middle of the body or the headers."""
     body = json.dumps({"messages": ask("Hello " * 2000)}).encode()
     if rng.random() < 0.5:
         opened = caller.raw_post(CHAT, body[: rng.randint(0, len(body) - 1)], len(body))
@@ -144,7 +144,7 @@ def leave_upload(caller: Caller, rng: random.Random) -> None:
 
 
 def leave_stream(caller: Caller, rng: random.Random) -> None:
-    """The client reads a part of a long answer."""
+    """Read part of a long answer and disconnect."""
     body = {"messages": ask("Who are you?"), **LONG}
     if rng.random() < 0.3:
         body["stream"] = False
@@ -158,7 +158,7 @@ def leave_stream(caller: Caller, rng: random.Random) -> None:
 
 
 def leave_media(caller: Caller, rng: random.Random) -> None:
-    """The client goes away while its video or image is decoded."""
+    """Disconnect while the video or image is decoded."""
     if rng.random() < 0.5:
         url = rng.choice(caller.media.videos).data_uri
         part: dict[str, Any] = {"type": "video_url", "video_url": {"url": url}}
@@ -171,7 +171,7 @@ def leave_media(caller: Caller, rng: random.Random) -> None:
 
 
 def leave_in_time(caller: Caller, rng: random.Random) -> None:
-    """The request's own time is too short."""
+    """Send a request with a timeout that is too short."""
     seconds = rng.choice([0.001, 0.01, 0.05, 0.2])
     body = {**LONG, "messages": ask("Who are you?"), "timeout_s": seconds, "stream": False}
     status, data = caller.request("POST", CHAT, body)
@@ -179,7 +179,7 @@ def leave_in_time(caller: Caller, rng: random.Random) -> None:
 
 
 def leave_grpc(caller: Caller, rng: random.Random) -> None:
-    """Calls that are cancelled, run out of time, or are aborted by their id."""
+    """Cancel a call, let it time out, or abort it by its id."""
     sampling = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
     asked = pb.GenerateRequest(conversation=conversation("Who are you?"), sampling=sampling)
     asked.request_id = f"soak-{rng.getrandbits(60)}"

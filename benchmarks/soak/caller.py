@@ -1,4 +1,4 @@
-"""One client thread's connections to both servers, and the first answer of every request."""
+"""Connections of one client thread to both servers, and the first answer to each request."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from octavo.proto import octavo_pb2_grpc
 
 from .media import MediaSet
 
-TIMEOUT = 120.0  # seconds until a call that has no answer counts as failed
-MAX_ANSWERS = 2000  # first answers that are kept for comparison
+TIMEOUT = 120.0  # seconds until a call without an answer counts as failed
+MAX_ANSWERS = 2000  # number of first answers kept for comparison
 
 
 class FirstAnswers:
-    """Thread-safe memory of what each request was answered first."""
+    """Thread-safe store of the first answer to each request."""
 
     def __init__(self) -> None:
         self._answers: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, request: str, answer: Any) -> None:
-        """Raise AssertionError when the same request was answered differently before."""
+        """Raise AssertionError if the same request was answered differently before."""
         with self._lock:
             first = self._answers.setdefault(request, answer)
             while len(self._answers) > MAX_ANSWERS:
                 self._answers.popitem(last=False)
-        assert answer == first, f"{answer!r}, and the first answer was {first!r}"
+        assert answer == first, f"{answer!r} differs from the first answer {first!r}"
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Caller:
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
-        """Send one HTTP request, mostly over a connection that was used before."""
+        """Send one HTTP request, usually over an existing connection."""
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         sent = self.headers if headers is None else headers
         if self._connection is None or self.rng.random() < 0.3:
@@ -108,8 +108,7 @@ class Caller:
         return socket.create_connection((host, int(port)), timeout=TIMEOUT)
 
     def raw_post(self, path: str, body: bytes, length: int | None = None) -> socket.socket:
-        """Send a POST request by hand and return the open socket. `length`: the announced length
-        of the body."""
+        """Send a POST request over a new socket and return it; `length` is the content-length."""
         head = f"POST {path} HTTP/1.1\r\nhost: {self.http_address}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
         head += f"content-length: {len(body) if length is None else length}\r\n\r\n"
@@ -119,12 +118,12 @@ class Caller:
 
     @property
     def channel(self) -> grpc.Channel:
-        """A gRPC channel, now and then a new one."""
+        """A gRPC channel, occasionally replaced by a new one."""
         if self._channel is not None and self.rng.random() < 0.05:
             self._channel.close()
             self._channel = None
         if self._channel is None:
-            # Without a pool of its own a channel shares the connection of all others.
+            # Without a local pool, the channel would share a connection with all others.
             options = [("grpc.use_local_subchannel_pool", 1)]
             options += [("grpc.max_receive_message_length", 256 << 20)]
             self._channel = grpc.insecure_channel(self.grpc_address, options)
@@ -158,7 +157,7 @@ class Caller:
 
 
 def read_some(opened: socket.socket, num_bytes: int) -> Iterator[bytes]:
-    """Yield what comes until there are `num_bytes` bytes or the server closes; then close."""
+    """Yield received data up to `num_bytes` or until the server closes; then close."""
     with closing(opened):
         while num_bytes > 0 and (data := opened.recv(4096)):
             num_bytes -= len(data)

@@ -1,7 +1,7 @@
-"""A process of the soak's clients: `python -P -m octavo.benchmarks.soak.clients SETTINGS`.
+"""A client process of the soak: `python -P -m octavo.benchmarks.soak.clients SETTINGS`.
 
-Threads send requests that a seeded generator chooses, at a fixed rate. Lines on standard input
-pause and resume them; every few seconds a line of JSON on standard output counts what happened.
+Threads send requests chosen by a seeded generator at a fixed rate. Lines on stdin pause and resume
+them; every few seconds a line of JSON on stdout reports counts and failures.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .caller import Caller, FirstAnswers
 from .media import make_media
 
 REPORT_INTERVAL = 5.0  # seconds
-MAX_FAILURES = 50  # texts that are kept
+MAX_FAILURES = 50  # number of failure texts kept
 
 
 @dataclass(frozen=True)
 class Case:
-    """A class of requests."""
+    """A kind of request, chosen with probability proportional to `weight`."""
 
     kind: str  # "good", "bad" or "leaving"
     run: Callable[[Caller, random.Random], None]
@@ -74,15 +74,15 @@ class Settings:
     grpc_address: str
     http_address: str
     api_key: str
-    folder: str  # of media files
+    folder: str  # folder of the media files
     seed: int
-    rate: float  # cases a second
+    rate: float  # cases per second
     num_threads: int
     cases: tuple[str, ...] = ()  # by name; empty: all
 
 
 class Clients:
-    """The threads of one process."""
+    """The client threads of this process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -97,7 +97,7 @@ class Clients:
         self.failures: list[str] = []
 
     def run(self) -> None:
-        """Send requests until standard input closes."""
+        """Send requests until stdin closes."""
         numbers = range(self._settings.num_threads)
         threads = [threading.Thread(target=self._work, args=(number,)) for number in numbers]
         threads += [threading.Thread(target=self._report, daemon=True)]

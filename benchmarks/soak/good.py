@@ -1,4 +1,4 @@
-"""Requests that must succeed, with answers that must stay the same."""
+"""Requests that must succeed, with deterministic answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image_part(url: str) -> dict[str, Any]:
 
 
 def chat(caller: Caller, messages: Any, **more: Any) -> None:
-    """Ask unary or as a stream; the answers of both must be the same."""
+    """Send a chat, unary or streaming; both must give the same answer."""
     body = {"messages": messages, "temperature": 0, "max_tokens": 12, **more}
     request = json.dumps(body)
     if caller.rng.random() < 0.5:
@@ -80,7 +80,7 @@ def chat_image(caller: Caller, rng: random.Random) -> None:
 
 
 def chat_new_image(caller: Caller, rng: random.Random) -> None:
-    """An image that was never sent before, twice: encoded, and found in the cache."""
+    """Send a new image twice: once to encode it, once for a cache hit."""
     url = draw_image(rng, rng.choice(SIZES)).data_uri
     for _ in range(2):
         chat(caller, ask("Which shape is it?", image_part(url)))
@@ -99,7 +99,7 @@ def chat_video(caller: Caller, rng: random.Random) -> None:
 
 
 def chat_options(caller: Caller, rng: random.Random) -> None:
-    """Several answers, log probabilities, penalties, stop strings."""
+    """Use several samples, log probabilities, penalties, stop strings."""
     more: dict[str, Any] = rng.choice(
         [
             {"n": 3},
@@ -114,7 +114,7 @@ def chat_options(caller: Caller, rng: random.Random) -> None:
 
 
 def chat_schema(caller: Caller, rng: random.Random) -> None:
-    """A schema that was used before, or a new one."""
+    """Use a schema that was used before, or a new one."""
     number = rng.randrange(4) if rng.random() < 0.5 else rng.getrandbits(40)
     name = f"key_{number}"
     colors = ["red", "green", "blue", f"shade {number % 1000}"]
@@ -146,7 +146,7 @@ def chat_tools(caller: Caller, rng: random.Random) -> None:
 
 
 def chat_turns(caller: Caller, rng: random.Random) -> None:
-    """A conversation whose turns share their prefix."""
+    """Run a conversation whose turns share a prefix."""
     messages = ask(f"Hello number {rng.getrandbits(30)}.")
     for turn in range(3):
         chat(caller, messages, max_tokens=6)
@@ -175,7 +175,7 @@ def tokens(caller: Caller, rng: random.Random) -> None:
 
 
 def watching(caller: Caller, rng: random.Random) -> None:
-    """What monitoring asks."""
+    """Call the monitoring endpoints."""
     for path in ("/health", "/ready", "/metrics", "/v1/models", "/"):
         status, data = caller.request("GET", path)
         assert status == 200, f"{path}: {status} {data[:100]!r}"
@@ -193,7 +193,7 @@ def conversation(text: str, *items: pb.MediaItem) -> pb.Conversation:
 
 
 def generate(caller: Caller, message: pb.GenerateRequest) -> None:
-    """Ask over gRPC, unary or as a stream."""
+    """Generate over gRPC, unary or streaming."""
     if caller.rng.random() < 0.5:
         answers = caller.call(caller.inference.GenerateOnce, message).answers
         texts = {each.index: each.text for each in answers}

@@ -1,4 +1,4 @@
-"""Images and videos that the clients of the soak send: valid and broken ones."""
+"""Valid and broken images and videos sent by the soak's clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = ((56, 56), (160, 120), (200, 330), (448, 224), (640, 480))
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file's bytes and how requests name it."""
+    """A file's bytes and its name in requests."""
 
     name: str
     mime: str
@@ -34,7 +34,7 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class MediaSet:
-    """The files of one client process; `folder` holds each under its name."""
+    """The files of one client process; `folder` contains each under its name."""
 
     images: tuple[MediaFile, ...]
     videos: tuple[MediaFile, ...]
@@ -42,7 +42,7 @@ class MediaSet:
 
 
 def make_media(folder: Path) -> MediaSet:
-    """Write the same files on every call."""
+    """Write the media files; they are the same on every call."""
     rng = random.Random(1)
     images = [draw_image(rng, size, form) for size in SIZES for form in FORMATS]
     videos = [
@@ -57,7 +57,7 @@ def make_media(folder: Path) -> MediaSet:
 
 
 def draw_image(rng: random.Random, size: tuple[int, int], form: str = "PNG") -> MediaFile:
-    """Draw one shape; no two calls give the same pixels."""
+    """Draw one shape; the pixels are different in each call."""
     seed = rng.getrandbits(60)
     color, shape = rng.choice(COLORS), rng.choice(SHAPES)
     image = draw_shape(np.random.default_rng(seed), size, color, shape).image
@@ -68,7 +68,7 @@ def draw_image(rng: random.Random, size: tuple[int, int], form: str = "PNG") -> 
 
 
 def broken_image(rng: random.Random, files: MediaSet) -> bytes:
-    """Return bytes that no decoder can read as a whole image."""
+    """Return bytes that do not decode to a valid image."""
     data = rng.choice(files.images).data
     kind = rng.randrange(4)
     if kind == 0:
@@ -77,7 +77,7 @@ def broken_image(rng: random.Random, files: MediaSet) -> bytes:
         return rng.randbytes(rng.randint(1, 5000))
     if kind == 2:
         return data[:8] + rng.randbytes(200)
-    return encoded(Image.new("RGB", (1, 400)))  # an aspect ratio over 200
+    return encoded(Image.new("RGB", (1, 400)))  # aspect ratio above 200
 
 
 def broken_video(rng: random.Random, files: MediaSet) -> bytes:

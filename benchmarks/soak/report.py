@@ -1,4 +1,4 @@
-"""What a soak found, and whether that is good enough."""
+"""Results of a soak and the checks that they must pass."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from typing import Any
 
 from .samples import Sample, growth
 
-MAX_GROWTH = 0.3  # MB a minute
-MAX_SHOWN = 20  # failures
-# What an idle server may have more of than once settled: pools start threads and helpers when they
-# are first needed. What is lost with each request is far more after an hour.
+MAX_GROWTH = 0.3  # MB per minute
+MAX_SHOWN = 20  # failures printed
+# Allowed increase of an idle server since it settled: pools start threads and helpers on first use.
+# A leak per request is far larger after an hour.
 SLACK = {"processes": 1, "descriptors": 8, "threads": 4}
 
 
 @dataclass(frozen=True)
 class SoakReport:
     samples: tuple[Sample, ...]  # under load
-    censuses: tuple[Sample, ...]  # of the idle server: once settled, ..., at the end
+    censuses: tuple[Sample, ...]  # of the idle server, from once settled to the end
     counts: Counter[str]  # cases by name, and "failed KIND"
     failures: list[str]
-    judged: tuple[float, float]  # seconds of the window whose slope counts
-    exit_code: int | None  # of a server that ended by itself
+    judged: tuple[float, float]  # window in which growth is measured, in seconds
+    exit_code: int | None  # set if the server exited by itself
 
     @property
     def growth(self) -> float:
-        """MB a minute of `Sample.steady`, under load, after the warm-up."""
+        """Growth of `Sample.steady` under load after the warm-up, in MB per minute."""
         return growth(self.samples, lambda sample: sample.steady, self.judged[0])
 
     def problems(self) -> list[str]:
-        """What must not be; empty for a good run."""
+        """Return the failed checks; empty for a good run."""
         found = list(self._lost())
         if self.growth >= MAX_GROWTH:
             found.append(f"resident memory grows by {self.growth:.2f} MB/min")
         if self.exit_code is not None:
-            found.append(f"the server ended with status {self.exit_code}")
+            found.append(f"the server exited with status {self.exit_code}")
         for kind in ("good", "bad", "leaving"):
             if number := self.counts[f"failed {kind}"]:
                 found.append(f"{number} cases of kind {kind!r} failed")
         return found
 
     def _lost(self) -> Iterator[str]:
-        """Compare the idle server once settled with the idle server at the end."""
+        """Compare the idle server at the end with the idle server once settled."""
         first, last = self.censuses[0], self.censuses[-1]
         for role in sorted({*first.roles, *last.roles}):
             pairs = {
@@ -53,7 +53,7 @@ class SoakReport:
             }
             for name, (before, after) in pairs.items():
                 if after > before + SLACK[name]:
-                    yield f"{role}: {after} {name}, and {before} once settled"
+                    yield f"{role}: {after} {name}, up from {before} once settled"
         for name in (
             'octavo_kv_cache_blocks{state="used"}',
             'octavo_encoder_cache_tokens{state="held"}',

@@ -1,4 +1,4 @@
-"""The soak: a server, processes of clients, and samples of what the server holds."""
+"""The soak: a server, client processes, and samples of the server's resources."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from .samples import Sample, read_metrics, take_sample
 
 API_KEY = "a-key-of-the-soak"
 READY = re.compile(r"ready grpc=(\S+) http=(\S+) pid=(\d+) ")
-SERVER_TIMEOUT = 60.0  # seconds until a server that was asked to stop is killed
-SETTLE_TIMEOUT = 60.0  # seconds until requests in flight must have ended
-SETTLE_TIME = 3.0  # seconds of rest before a census
-# Small enough that all of the KV cache is in use before the window that is judged.
+SERVER_TIMEOUT = 60.0  # seconds from SIGTERM until the server is killed
+SETTLE_TIMEOUT = 60.0  # seconds to wait for requests in flight
+SETTLE_TIME = 3.0  # idle seconds before a census
+# Small enough that the whole KV cache is in use before the measured window.
 KV_CACHE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class SoakOptions:
     minutes: float = 60.0
-    warm_up: float = 20.0  # minutes that the slope leaves out
-    settled: float = 10.0  # minute of the first census
-    rate: float = 8.0  # cases a second, of all processes
+    warm_up: float = 20.0  # minutes excluded from the slope
+    settled: float = 10.0  # time of the first census, in minutes
+    rate: float = 8.0  # cases per second, over all processes
     num_processes: int = 2
-    num_threads: int = 6  # of each process
+    num_threads: int = 6  # threads per process
     sample_interval: float = 5.0  # seconds
     census_interval: float = 0.0  # minutes between further censuses; 0: none
-    num_first_images: int = 180  # sent first: they fill the encoder cache, which is bounded
+    num_first_images: int = 180  # sent first, to fill the bounded encoder cache
     seed: int = 0
     cases: tuple[str, ...] = ()  # by name; empty: all
     serve_arguments: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class SoakOptions:
 
 @dataclass
 class ClientProcess:
-    """A process of clients and the last line that it printed."""
+    """A client process and the last line it printed."""
 
     process: subprocess.Popen[str]
     last: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class ClientProcess:
 
 @dataclass
 class ServerUnderTest:
-    """`octavo serve` with both APIs."""
+    """An `octavo serve` process with both APIs."""
 
     process: subprocess.Popen[str]
     grpc_address: str
@@ -103,7 +103,7 @@ class ServerUnderTest:
 
 @contextlib.contextmanager
 def serving(arguments: tuple[str, ...], folder: Path, log: IO[str]) -> Iterator[ServerUnderTest]:
-    """Start the server; on leaving, it must stop on SIGTERM."""
+    """Start the server; on exit, stop it with SIGTERM."""
     command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve"]
     command += ["--port", "0", "--http-port", "0", "--allow-media-path", str(folder)]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *arguments]
@@ -127,7 +127,7 @@ def serving(arguments: tuple[str, ...], folder: Path, log: IO[str]) -> Iterator[
 
 
 class Soak:
-    """One run."""
+    """One soak run."""
 
     def __init__(self, options: SoakOptions, on_minute: Callable[[str], None]) -> None:
         self._options, self._on_minute = options, on_minute
@@ -135,7 +135,7 @@ class Soak:
         self._censuses: list[Sample] = []
 
     def run(self) -> SoakReport:
-        """Run to the end. Raises RuntimeError when the server does not start or dies."""
+        """Run the soak. Raises RuntimeError if the server does not start or exits."""
         options = self._options
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
@@ -161,7 +161,7 @@ class Soak:
         )
 
     def _fill_encoder_cache(self, folder: Path) -> None:
-        """Send large new images, so that the cache does not grow in the window that is judged."""
+        """Send large new images, so that the cache does not grow in the measured window."""
         server, rng = self._server, random.Random(self._options.seed)
         addresses = (server.grpc_address, server.http_address, API_KEY)
         caller = Caller(*addresses, MediaSet((), (), folder), FirstAnswers(), rng)
@@ -185,7 +185,7 @@ class Soak:
         return ClientProcess.start(settings)
 
     def _watch(self) -> None:
-        """Sample until the time is over, with a census once settled and at the end."""
+        """Sample until the end, with a census once settled and at the end."""
         options = self._options
         end = 60 * options.minutes
         censuses = self._census_times()
@@ -213,7 +213,7 @@ class Soak:
     def _sample(self) -> Sample:
         process = self._server.process
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}")
+            raise RuntimeError(f"the server exited with status {process.returncode}")
         try:
             metrics = read_metrics(self._server.http_address, API_KEY)
         except OSError:

@@ -1,4 +1,4 @@
-"""What each process of a server holds, from /proc and /metrics, and how that grows."""
+"""Resources of each process of a server, from /proc and /metrics, and their growth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from octavo.benchmarks.process_memory import tree
 
 MODULES = (("engine.media.sandbox.child", "decoder"), ("engine.worker.worker", "worker"))
-LASTING = ("server", "worker")  # roles of processes that stay
+LASTING = ("server", "worker")  # roles of long-lived processes
 METRIC = re.compile(r"^(octavo_[a-z_]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 KEPT = (
     "octavo_kv_cache_blocks",
@@ -26,7 +26,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class ProcessSample:
-    """One process; bytes."""
+    """Resources of one process; memory in bytes."""
 
     pid: int
     role: str  # server, worker, decoder, or the name of another helper's module
@@ -38,21 +38,23 @@ class ProcessSample:
 
 @dataclass(frozen=True)
 class Sample:
-    """All processes of a server at one moment."""
+    """Resources of all processes of a server at one time."""
 
     at: float  # seconds since the start
     processes: tuple[ProcessSample, ...]
     metrics: dict[str, float]
-    num_cases: int = 0  # that the clients ran until then, of a census
+    num_cases: int = 0  # in a census: cases run until then
 
     def resident(self, role: str = "") -> int:
-        """Resident bytes of a role; of all where it is empty."""
+        """Return the resident bytes of a role, or of all processes if it is empty."""
         return sum(each.resident for each in self.processes if role in ("", each.role))
 
     @property
     def steady(self) -> float:
-        """Resident bytes of the server and its workers, and of one helper of each kind: how many
-        helpers there are changes with the load, as they are started and replaced."""
+        """Resident bytes of the server, its workers and one helper process of each kind.
+
+        The number of helpers varies with the load, as they are started and replaced.
+        """
         helpers = [role for role in self.roles if role not in LASTING]
         means = (self.resident(role) / self.count(role) for role in helpers)
         return sum(map(self.resident, LASTING)) + sum(means)
@@ -75,14 +77,14 @@ class Sample:
 
 
 def take_sample(pid: int, began: float, metrics: dict[str, float]) -> Sample:
-    """Sample the process and its descendants. `began`: on the monotonic clock."""
+    """Sample the process and its descendants; `began` is a time of the monotonic clock."""
     found = [sample_process(each, each == pid) for each in tree(pid)]
     there = tuple(each for each in found if each is not None)
     return Sample(time.monotonic() - began, there, metrics)
 
 
 def sample_process(pid: int, is_root: bool) -> ProcessSample | None:
-    """Return None when the process has ended."""
+    """Sample one process; return None if it has exited."""
     folder = Path(f"/proc/{pid}")
     try:
         status = (folder / "status").read_text()
@@ -103,7 +105,7 @@ def _field(status: str, name: str) -> str:
 
 
 def _role(command: str) -> str:
-    """Return what a child of the server is, by the module that it runs."""
+    """Return the role of a child of the server, by the module it runs."""
     for module, role in MODULES:
         if module in command:
             return role
@@ -112,7 +114,7 @@ def _role(command: str) -> str:
 
 
 def read_metrics(http_address: str, api_key: str) -> dict[str, float]:
-    """Return the kept metrics by name and labels."""
+    """Return the metrics in `KEPT`, by name and labels."""
     asked = urllib.request.Request(
         f"http://{http_address}/metrics", headers={"authorization": f"Bearer {api_key}"}
     )
@@ -132,5 +134,5 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def growth(samples: Sequence[Sample], size: Callable[[Sample], float], since: float = 0.0) -> float:
-    """Return how fast `size`, in bytes, grows: in MB (1e6 bytes) a minute."""
+    """Return the growth of `size` (in bytes) over time, in MB (1e6 bytes) per minute."""
     return slope([(each.at / 60, size(each) / 1e6) for each in samples if each.at >= since])

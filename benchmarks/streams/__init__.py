@@ -1,1 +1,1 @@
-"""Server overhead per stream."""
+"""Measurement of server overhead per stream."""

@@ -1,4 +1,4 @@
-"""`octavo bench streams`, the command."""
+"""The `octavo bench streams` command."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from ..options import JsonFile
 
 def streams(
     num_streams: Annotated[
-        list[int] | None, typer.Option("--streams", help="At once. Default: 64 and 500.")
+        list[int] | None,
+        typer.Option("--streams", help="Concurrent streams; may be repeated. Default: 64 and 500."),
     ] = None,
     sleep_ms: Annotated[
         list[float] | None,
-        typer.Option(min=0.1, help="Milliseconds that a worker's step takes. Default: 20."),
+        typer.Option(min=0.1, help="Duration of a worker's step, in ms. Default: 20."),
     ] = None,
     door: Annotated[
-        list[str] | None, typer.Option(help="grpc or http. Default: both, one after the other.")
+        list[str] | None, typer.Option(help="API server: grpc or http. Default: both.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0, help="To count, from when all streams have begun.")
+        float, typer.Option(min=0, help="Measured time, from when all streams have started.")
     ] = 8.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Time what the doors add to a step and to a token: many streams at once, read by processes of
-    their own, from a server whose worker only sleeps."""
+    """Time the overhead that the API servers add to each step and each token.
+
+    Many concurrent streams are read by separate processes from a server whose worker only sleeps.
+    """
     from ..report import publish
     from . import run as bench
 

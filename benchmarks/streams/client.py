@@ -1,9 +1,9 @@
-"""The readers of `octavo bench streams`: many streams of one server, in a process of their own.
+"""A client process of `octavo bench streams` that reads many streams of one server.
 
-`python -P -m octavo.benchmarks.streams.client KIND ADDRESS FIRST COUNT` opens them all, prints a
-line when each has begun, reads until a line comes, and prints for each stream, as JSON, [moment,
-text] of everything that came. What comes is stamped and kept as it is, and looked into at the end:
-a reader is to cost little.
+`python -P -m octavo.benchmarks.streams.client KIND ADDRESS FIRST COUNT` opens the streams, prints a
+line once all have started, reads until a line arrives on stdin, and prints as JSON, for each
+stream, the [time, text] pairs it received. Received data is only timestamped and stored, and parsed
+at the end, to keep the overhead of the reader low.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import grpc
 from octavo.proto import octavo_pb2 as pb
 
 PROMPT = 64  # tokens
-MOST = 8000  # tokens of an answer: more than are waited for
+MOST = 8000  # output tokens per stream; more than are read
 PATH = "/octavo.v1.Inference/Generate"
 
 Pieces = list[tuple[float, bytes]]
@@ -29,7 +29,7 @@ Texts = list[tuple[float, str]]
 
 @dataclass(eq=False)
 class Stream:
-    """What has come of it."""
+    """Received data of one stream."""
 
     index: int
     pieces: Pieces = field(default_factory=list)
@@ -41,7 +41,7 @@ class Stream:
 
     def add(self, data: bytes) -> None:
         self.pieces.append((time.monotonic(), data))
-        if len(self.pieces) == 3:  # HTTP's head is one
+        if len(self.pieces) == 3:  # the HTTP header counts as one
             self.begun.set()
 
 
@@ -57,7 +57,7 @@ def _texts_of_grpc(pieces: Pieces) -> Texts:
 
 
 class _HttpReader(asyncio.Protocol):
-    """Asks once and keeps what comes until the other side closes."""
+    """Sends a request and stores received data until the server closes."""
 
     def __init__(self, request: bytes, stream: Stream) -> None:
         self._request, self._stream = request, stream
@@ -90,22 +90,24 @@ async def _read_http(address: str, stream: Stream) -> None:
 
 
 def _texts_of_http(pieces: Pieces) -> Texts:
-    """Of each event, the moment at which its last byte was there. Raises ValueError for an answer
-    that is no stream of events."""
+    """Return the texts of events, with the time at which each event was complete.
+
+    Raises ValueError if the response is not an event stream.
+    """
     texts: Texts = []
     rest = b""
     for at, data in pieces:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
-                raise ValueError(f"the server said {line.decode()}")
+                raise ValueError(f"the server answered {line.decode()}")
             if line.startswith(b"data: {"):
                 texts += [(at, each["text"]) for each in json.loads(line[6:])["choices"]]
     return texts
 
 
 async def _read_all(kind: str, address: str, first: int, count: int) -> list[Texts]:
-    """Raises what ended a stream before its time."""
+    """Read all streams until a line arrives on stdin. Raises RuntimeError if one ends first."""
     streams = [Stream(index) for index in range(first, first + count)]
     async with contextlib.AsyncExitStack() as stack:
         if kind == "http":
@@ -114,10 +116,10 @@ async def _read_all(kind: str, address: str, first: int, count: int) -> list[Tex
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
             coroutines = [_read_grpc(channel, stream) for stream in streams]
         readers = [asyncio.create_task(each) for each in coroutines]
-        watching = asyncio.create_task(_until_told(streams))
+        watching = asyncio.create_task(_until_stopped(streams))
         await asyncio.wait([watching, *readers], return_when=asyncio.FIRST_COMPLETED)
         if not watching.done():
-            raise RuntimeError("a stream ended before it was told to")
+            raise RuntimeError("a stream ended before it was stopped")
         for reader in readers:
             reader.cancel()
         await asyncio.wait(readers)
@@ -125,7 +127,7 @@ async def _read_all(kind: str, address: str, first: int, count: int) -> list[Tex
     return [texts_of(stream.pieces) for stream in streams]
 
 
-async def _until_told(streams: list[Stream]) -> None:
+async def _until_stopped(streams: list[Stream]) -> None:
     for stream in streams:
         await stream.begun.wait()
     print("begun", flush=True)

@@ -1,9 +1,9 @@
-"""What the doors add: many streams at once from a server whose worker only sleeps.
+"""Overhead of the API servers: many concurrent streams from a server whose worker only sleeps.
 
-The engine, gRPC, HTTP and the readers are real processes; the worker takes a set time a step and
-computes nothing. Each step draws a character of its own, so a reader's text says which step a piece
-of it is of; server and readers share the machine's monotonic clock. Only steps in which all
-requests decode are counted, without the first and last few.
+The engine, the gRPC and HTTP servers and the readers are real processes; the worker's steps take a
+set time and compute nothing. Each step samples a different character, so a reader's text identifies
+the step of each token; server and readers share the machine's monotonic clock. Only steps in which
+all requests decode are counted, without the first and last few.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .client import Texts
 from .server import LETTERS
 
 KINDS = ("grpc", "http")
-EDGE = 10  # steps at each end that are not counted
+EDGE = 10  # steps excluded at each end
 
 
 @dataclass(frozen=True)
 class StreamsReport:
-    """Milliseconds, where nothing else is said. CPU times are per step, of one thread each."""
+    """Results of a run. CPU times are per step, of one thread each."""
 
     kind: str
     num_streams: int
-    steps: int  # that were counted
-    begun_s: float  # seconds until all streams had their first token, readers' start included
-    sleep_ms: float  # what a worker's step is asked to take
-    step_ms: float  # what it took, from one result to the next
-    delay_p50_ms: float  # of each token, from its step's result in the engine to its reader
+    steps: int  # counted steps
+    begun_s: float  # seconds until every stream has a token, with the start of readers
+    sleep_ms: float  # requested duration of a worker's step
+    step_ms: float  # measured step time, from one result to the next
+    delay_p50_ms: float  # per token, from the step's result in the engine to the reader
     delay_p99_ms: float
-    tokens_per_piece: float  # that came together
-    step_cpu_ms: float  # the thread that steps: all it does
-    making_ms: float  # of this: tokens made text and deltas
-    handing_ms: float  # of this: handed to the thread that serves
-    serving_ms: float  # the thread that serves
+    tokens_per_piece: float  # tokens received together
+    step_cpu_ms: float  # CPU time of the step thread
+    making_ms: float  # of this: building deltas and text
+    handing_ms: float  # of this: delivering them to the server thread
+    serving_ms: float  # CPU time of the server thread
 
     @property
     def tokens_per_s(self) -> float:
@@ -51,12 +51,12 @@ class StreamsReport:
 
     @property
     def of_worker(self) -> float:
-        """Of the tokens that the worker alone would give."""
+        """Throughput as a fraction of the worker's own rate."""
         return self.sleep_ms / self.step_ms
 
     @property
     def output_share(self) -> float:
-        """Of a step's time, what the thread that steps spends on the streams' output."""
+        """Fraction of a step that the step thread spends on the streams' output."""
         return (self.making_ms + self.handing_ms) / self.step_ms
 
     def as_dict(self) -> dict[str, float | str]:
@@ -67,16 +67,18 @@ class StreamsReport:
 def measure(
     kind: str, num_streams: int, sleep_ms: float, seconds: float, num_readers: int = 2
 ) -> StreamsReport:
-    """For so many seconds from when all streams have begun. `num_readers`: processes that share
-    the streams. Raises ValueError."""
+    """Measure for `seconds` from when all streams have started, read by `num_readers` processes.
+
+    Raises ValueError for invalid options or if a process fails.
+    """
     if num_streams < 1:
         raise ValueError(f"--streams {num_streams}: must be at least 1")
-    server = _python("streams_server", str(num_streams), str(sleep_ms))
+    server = _python("streams.server", str(num_streams), str(sleep_ms))
     try:
         assert server.stdout is not None
         ready = READY.fullmatch(server.stdout.readline())
         if ready is None:
-            raise ValueError("the server did not start; its last words are above")
+            raise ValueError("the server did not start; see its output above")
         began = time.monotonic()
         address = ready[1] if kind == "grpc" else str(ready[2])
         texts = _read(kind, address, num_streams, seconds, num_readers)
@@ -97,17 +99,17 @@ def _python(module: str, *arguments: str) -> subprocess.Popen[str]:
 def _read(
     kind: str, address: str, num_streams: int, seconds: float, num_readers: int
 ) -> list[Texts]:
-    """Raises ValueError when a reader fails."""
+    """Read all streams. Raises ValueError if a reader fails."""
     bounds = [num_streams * i // num_readers for i in range(num_readers + 1)]
     readers = [
-        _python("streams_client", kind, address, str(low), str(high - low))
+        _python("streams.client", kind, address, str(low), str(high - low))
         for low, high in pairwise(bounds)
         if low < high
     ]
     try:
         begun = [reader.stdout.readline() for reader in readers if reader.stdout]
         if not all(begun):
-            raise ValueError("a reader failed; its last words are above")
+            raise ValueError("a reader failed; see its output above")
         time.sleep(seconds)
         for reader in readers:
             assert reader.stdin is not None
@@ -128,7 +130,7 @@ def _report(
     first = max(steps[0] for steps, _ in placed) + EDGE
     last = min(steps[-1] for steps, _ in placed) - EDGE
     if last <= first:
-        raise ValueError("--seconds: too few; no step was one of all streams")
+        raise ValueError("--seconds: too short; no step had all streams; pass a larger value")
     moments, making, handing = rows[:, 0], rows[:, 2], rows[:, 3]
     delays, pieces = [], 0
     for steps, came in placed:
@@ -158,43 +160,45 @@ def _report(
 
 
 def place(texts: Texts, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token of a stream: the number of its step, and when it came. A stream has a token of
-    every step from its first on; that is the latest that its first character allows and before
-    which nothing came. Raises ValueError where this cannot be."""
+    """Return the step number and the arrival time of each token of a stream.
+
+    A stream has a token of every step from its first step on. The first step is the latest one
+    that matches the first character and precedes all arrivals. Raises ValueError if none does.
+    """
     text = "".join(piece for _, piece in texts)
     came = np.repeat([at for at, _ in texts], [len(piece) for _, piece in texts])
     letters = np.array([LETTERS.index(letter) for letter in text])
     steps = np.arange(len(text)) + letters[:1]
     if not len(text) or (letters != steps % len(LETTERS)).any():
-        raise ValueError("a stream's text is not one character a step")
+        raise ValueError("a stream's text is not one character per step")
     while steps[-1] + len(LETTERS) < len(moments):
         if (moments[steps + len(LETTERS)] > came).any():
             break
         steps = steps + len(LETTERS)
     if (moments[steps] > came).any():
-        raise ValueError("a stream's text came before its steps")
+        raise ValueError("a stream's text arrived before its steps")
     return steps, came
 
 
 def table(reports: Sequence[StreamsReport]) -> Table:
-    shown = Table(title="a worker that sleeps; CPU is a thread's, a step")
+    shown = Table(title="Sleeping worker; CPU times are per thread and step")
     shown.add_column("")
     for r in reports:
         shown.add_column(f"{r.kind}, {r.num_streams} streams, {r.sleep_ms:g} ms", justify="right")
     rows: dict[str, Callable[[StreamsReport], str]] = {
-        "all had begun after, s": lambda r: f"{r.begun_s:.1f}",
+        "all streams started after, s": lambda r: f"{r.begun_s:.1f}",
         "step, ms": lambda r: f"{r.step_ms:.2f}",
-        "tokens a second": lambda r: f"{r.tokens_per_s:,.0f}",
-        "of the worker's alone": lambda r: f"{r.of_worker:.1%}",
+        "tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
+        "of the worker's rate": lambda r: f"{r.of_worker:.1%}",
         "delay p50, ms": lambda r: f"{r.delay_p50_ms:.1f}",
         "delay p99, ms": lambda r: f"{r.delay_p99_ms:.1f}",
-        "tokens that came at once": lambda r: f"{r.tokens_per_piece:.2f}",
-        "CPU of stepping, ms": lambda r: f"{r.step_cpu_ms:.2f}",
-        "of it making deltas, ms": lambda r: f"{r.making_ms:.3f}",
-        "of it handing them over, ms": lambda r: f"{r.handing_ms:.3f}",
-        "these two, of a step": lambda r: f"{r.output_share:.1%}",
-        "CPU of serving, ms": lambda r: f"{r.serving_ms:.2f}",
+        "tokens per received piece": lambda r: f"{r.tokens_per_piece:.2f}",
+        "CPU of step thread, ms": lambda r: f"{r.step_cpu_ms:.2f}",
+        "of this, building deltas, ms": lambda r: f"{r.making_ms:.3f}",
+        "of this, delivering, ms": lambda r: f"{r.handing_ms:.3f}",
+        "these two / step time": lambda r: f"{r.output_share:.1%}",
+        "CPU of server thread, ms": lambda r: f"{r.serving_ms:.2f}",
     }
-    for name, tell in rows.items():
-        shown.add_row(name, *(tell(r) for r in reports))
+    for name, text_of in rows.items():
+        shown.add_row(name, *(text_of(r) for r in reports))
     return shown

@@ -1,7 +1,7 @@
-"""The server of `octavo bench streams`: the real engine and doors over a worker that only sleeps.
+"""Server of `octavo bench streams`: the real engine and API servers with a worker that sleeps.
 
 `python -P -m octavo.benchmarks.streams.server REQUESTS SLEEP_MS` prints the ready line, serves
-until SIGTERM, and then prints what it saw of each step, as JSON.
+until SIGTERM, and then prints its record of each step as JSON.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from octavo.engine.server.http_api.server import HttpServer
 from ..fakes.sleeping_worker import TOKENS
 from ..step_overhead import sleeping
 
-# What the steps draw, in turn: one token and one character each, so that a text tells its steps.
+# Characters sampled by consecutive steps, one token each, so that a text identifies its steps.
 LETTERS = string.ascii_letters + string.digits + string.punctuation
-KEEP = 1 << 36  # bytes of KV cache, of which a worker that sleeps takes none
+KEEP = 1 << 36  # bytes of KV cache; a sleeping worker does not allocate it
 
 
 class StepLog:
-    """A row for each step, made when its result is there: [moment, CPU seconds of the step thread,
-    of these in making deltas, of these in handing them over, CPU seconds of the thread that
-    serves]. All but the moment are sums since the start."""
+    """Records a row when each step's result arrives.
+
+    A row is [time, CPU seconds of the step thread, of these for building deltas, of these for
+    delivering them, CPU seconds of the server thread]; all but the time are cumulative.
+    """
 
     def __init__(self, engine: AsyncLLM) -> None:
         self.rows: list[tuple[float, ...]] = []

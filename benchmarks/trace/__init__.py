@@ -1,1 +1,1 @@
-"""Step traces."""
+"""Recorded step traces."""

@@ -1,5 +1,7 @@
-"""A small run that shows all the scheduler does, recorded: no model and no pixels, so it is done at
-once. The steps' times are those of a 2B model on two CPU cores, as measured."""
+"""Record a small run that shows all the scheduler's features, without a model or pixels.
+
+Step times are modeled on measurements of a 2B model on two CPU cores.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +16,24 @@ from octavo.scheduler.trace import TraceWriter
 from ..fakes.simulated_worker import SimulatedWorker, Span, make_config, make_request
 
 CAT, DOG, CLIP = (name * 8 for name in (b"cat!", b"dog!", b"clip"))
-SYSTEM = list(range(16))  # what every chat's prompt begins with
+SYSTEM = list(range(16))  # common prefix of all chats
 
 
 def seconds_of(plan: StepPlan) -> float:
-    """Of a step at the 2B shape: reading the weights once, each token's share of the matrix
-    products, and encoding."""
+    """Return a step's duration: reading weights, a share per computed token, and encoding."""
     encoded = sum(each.unit.num_tokens for each in plan.encode)
     return 0.115 + 0.0015 * plan.num_tokens + 0.0035 * encoded
 
 
 def chat(name: str, question: int, *spans: Span, **more: object) -> Request:
-    """A prompt that begins as all others do; images of a span follow, then the question."""
+    """Return a request: the common prefix, then the images of `spans`, then the question."""
     tokens = [*SYSTEM, *(49 for span in spans for _ in range(span[1]))]
     tokens += [(question * 7 + i) % 48 for i in range(6)]
     return make_request(name, tokens, *spans, **more)  # type: ignore[arg-type]
 
 
 def arrivals() -> dict[int, list[list[Request]]]:
-    """Requests by the step before which they come; those of one list are forks."""
+    """Return requests by the step before which they arrive; those in one list are forks."""
     cat, dog = (16, 24, CAT), (16, 24, DOG)
     clip = tuple((16 + 12 * i, 12, CLIP[:-1] + bytes([i])) for i in range(6))
     forks = chat("3 answers", 5, max_tokens=9)
@@ -41,16 +42,19 @@ def arrivals() -> dict[int, list[list[Request]]]:
         3: [[chat("long clip", 3, *clip, max_tokens=8)], [chat("dog?", 4, dog, max_tokens=8)]],
         6: [[forks, *[chat(f"3 answers[{i}]", 5, seed=i, max_tokens=9) for i in (1, 2)]]],
         9: [[chat("cat again", 6, cat, max_tokens=8)]],
-        13: [[chat("urgent", 7, max_tokens=6, priority=0)], [chat("lesser", 8, priority=9)]],
+        13: [
+            [chat("high priority", 7, max_tokens=6, priority=0)],
+            [chat("low priority", 8, priority=9)],
+        ],
         16: [
-            [chat("given up", 9, max_tokens=20)],
+            [chat("aborted", 9, max_tokens=20)],
             [chat("3.5 s", 10, max_tokens=30, deadline=3.5)],
         ],
     }
 
 
 def record(path: Path) -> int:
-    """Runs it and writes the trace; gives the number of steps. Raises OSError."""
+    """Run the requests, write the trace and return the number of steps. Raises OSError."""
     now = 0.0
     config = make_config(
         num_blocks=60,
@@ -65,7 +69,7 @@ def record(path: Path) -> int:
     worker, trace, due = SimulatedWorker(config), TraceWriter(path, scheduler), arrivals()
     number = 0
 
-    def tell(updates: Iterable[RequestUpdate | None]) -> None:
+    def trace_ends(updates: Iterable[RequestUpdate | None]) -> None:
         for update in updates:
             if update is not None and update.status.is_finished:
                 trace.end(update.request_id, update.status.value)
@@ -74,14 +78,14 @@ def record(path: Path) -> int:
         for requests in due.pop(number, ()):
             scheduler.add(*requests)
         if number == 22:
-            tell([scheduler.finish("given up", RequestStatus.FINISHED_ABORTED)])
-        tell(scheduler.expire())
+            trace_ends([scheduler.finish("aborted", RequestStatus.FINISHED_ABORTED)])
+        trace_ends(scheduler.expire())
         plan = scheduler.schedule()
         number += 1
         if plan is not None:
             before, now = now, now + seconds_of(plan)
             trace.plan(plan, before, before)
-            tell(scheduler.update(worker.step(plan, scheduler.requests)))
+            trace_ends(scheduler.update(worker.step(plan, scheduler.requests)))
             trace.done(now, 0.0)
     trace.close()
     return number

@@ -1,4 +1,4 @@
-"""Draws a recorded run: requests as rows, steps as columns, and under them what the steps used."""
+"""Plot a recorded run: requests as rows, steps as columns, and below them resource usage."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ LABELS = {
     ENCODE: "encode an image, prefill",
     PREFILL: "prefill (tokens)",
     DECODE: "decode",
-    PREEMPTED: "preempted: waits to go on",
+    PREEMPTED: "preempted: waiting to resume",
 }
-MARKS = {  # how a request ends: symbol, color, words
+MARKS = {  # symbol, color and label by finish reason
     "stop": ("o", "#222222", "done"),
     "length": ("o", "#222222", "done"),
     "abort": ("X", "#7b3fa0", "aborted"),
     "error": ("X", "#c00000", "error or deadline"),
 }
-MAX_ROWS, MAX_NUMBERED = 400, 1500  # requests that are drawn; cells that carry numbers
+MAX_ROWS, MAX_NUMBERED = 400, 1500  # maximum of plotted requests; of cells with numbers
 
 
 class TraceError(ValueError):
-    """A file that is no trace, or steps that are not in it."""
+    """The file is not a trace, or does not contain the requested steps."""
 
 
 @dataclass
 class Trace:
-    """A trace file's lines, and each request's state at each step."""
+    """The steps of a trace file, and each request's state at each step."""
 
     limits: dict[str, Any]
     steps: list[dict[str, Any]]
-    has_run: frozenset[str] = frozenset()  # requests that were preempted before these steps
+    has_run: frozenset[str] = frozenset()  # requests preempted before these steps
     names: list[str] = field(default_factory=list)  # in order of appearance
 
     def __post_init__(self) -> None:
@@ -59,15 +59,15 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path, first: int = 0, end: int | None = None) -> Trace:
-        """Steps [first, end) of a file, by their numbers. Raises `TraceError`, OSError."""
+        """Read steps [first, end) of a file. Raises `TraceError` or OSError."""
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # the program was killed while it wrote
+            lines.pop()  # the program was killed while writing
         try:
             limits, *steps = (json.loads(line) for line in lines)
             limits["octavo_trace"]
         except (ValueError, IndexError, KeyError, TypeError):
-            raise TraceError(f"{path}: not a trace that octavo recorded") from None
+            raise TraceError(f"{path}: not an Octavo trace") from None
         kept = [step for step in steps if step["step"] >= first and (not end or step["step"] < end)]
         if not kept:
             asked = f"{first}:{end or ''}"
@@ -76,7 +76,7 @@ class Trace:
         return cls(limits, kept, frozenset(name for step in before for name in step["preempted"]))
 
     def states(self) -> npt.NDArray[np.int8]:
-        """[requests, steps] of NOT_THERE, WAITING, ..."""
+        """Return the state (NOT_THERE, WAITING, ...) as an array [requests, steps]."""
         row_of = {name: row for row, name in enumerate(self.names)}
         grid = np.full((len(self.names), len(self.steps)), NOT_THERE, np.int8)
         has_run = set(self.has_run)
@@ -93,7 +93,7 @@ class Trace:
         return grid
 
     def cells(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """(row, column, record) of each row that ran."""
+        """Yield (row, column, record) for each row of each step."""
         row_of = {name: row for row, name in enumerate(self.names)}
         for column, step in enumerate(self.steps):
             for record in step["rows"]:
@@ -111,7 +111,7 @@ def _state_of(row: dict[str, Any], encoding: set[str]) -> int:
 
 
 def draw(trace: Trace, path: Path) -> None:
-    """Writes a picture in the form that the path's suffix names (png, svg, pdf)."""
+    """Write a plot in the format given by the path's suffix (png, svg, pdf)."""
     width = min(40.0, max(11.0, 0.34 * len(trace.steps) + 3))
     height = min(60.0, max(2.0, 0.27 * len(trace.names)))
     figure = Figure(figsize=(width, height + 6.2), layout="constrained")
@@ -153,7 +153,7 @@ def _draw_requests(axes: Axes, trace: Trace) -> None:
     _mark_events(axes, trace)
     handles: list[Any] = [Patch(color=COLORS[state], label=text) for state, text in LABELS.items()]
     handles += [
-        _mark("D", "#0b7a75", "starts after a prefix found in the cache"),
+        _mark("D", "#0b7a75", "starts with a cached prefix"),
         _mark("v", "#7a1512", "preempted here"),
         *(_mark(*MARKS[status]) for status in ("stop", "abort", "error")),
     ]
@@ -164,7 +164,7 @@ def _draw_requests(axes: Axes, trace: Trace) -> None:
 
 def _mark_events(axes: Axes, trace: Trace) -> None:
     row_of = {name: row for row, name in enumerate(trace.names)}
-    places: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    positions: dict[tuple[str, str], list[tuple[float, float]]] = {}
     drawn = trace.states() != NOT_THERE
     for column, step in enumerate(trace.steps):
         hits = [each["request"] for each in step["started"] if each["cached"]]
@@ -174,9 +174,9 @@ def _mark_events(axes: Axes, trace: Trace) -> None:
         for name, shift, symbol, color in events:
             if name in row_of:
                 row = row_of[name]
-                there = column if drawn[row, column] else column - 1  # it ended before this step
-                places.setdefault((symbol, color), []).append((there + shift, row))
-    for (symbol, color), at in places.items():
+                there = column if drawn[row, column] else column - 1  # it finished before this step
+                positions.setdefault((symbol, color), []).append((there + shift, row))
+    for (symbol, color), at in positions.items():
         x, y = zip(*at, strict=True)
         size = {"X": 8.0, "o": 5.5}.get(symbol, 4.5)
         axes.plot(x, y, symbol, color=color, markersize=size, markeredgecolor="white")
@@ -187,7 +187,7 @@ def _mark(symbol: str, color: str, label: str) -> Line2D:
 
 
 def _draw_tokens(axes: Axes, trace: Trace) -> None:
-    """Tokens of each step by what they are for, and the budget."""
+    """Plot the tokens of each step by purpose, and the token budget."""
     kinds = np.zeros((2, len(trace.steps)))
     for column, step in enumerate(trace.steps):
         for row in step["rows"]:
@@ -206,19 +206,21 @@ def _draw_tokens(axes: Axes, trace: Trace) -> None:
 
 
 def _draw_blocks(axes: Axes, trace: Trace) -> None:
-    """Blocks in use, and of the free ones those in which a prefix may still be found."""
+    """Plot blocks in use, free blocks with a cached prefix, and empty blocks."""
     total = trace.limits["num_blocks"]
     free, cached = trace.series("free_blocks"), trace.series("cached_blocks")
     labels = ("in use", "free, cached", "free, empty")
     colors = (COLORS[PREFILL], "#b9d3ee", "#f4f4f4")
     _stack(axes, (total - free, cached, free - cached), colors, labels)
     share = trace.series("encoder_tokens") / max(1, trace.limits["encoder_cache_tokens"])
-    share *= 0.98  # so that a full one is seen below the edge
-    label = "encoder cache, share of its room"
+    share *= 0.98  # keeps a full cache visible below the edge
+    label = "encoder cache usage"
     columns = np.arange(len(trace.steps))
     axes.plot(columns, share * total, color=COLORS[ENCODE], drawstyle="steps-mid", label=label)
     most = float((total - free + cached).max())
-    axes.set_ylim(0, total if most * 4 > total else most * 1.3)  # a large cache hardly used
+    axes.set_ylim(
+        0, total if most * 4 > total else most * 1.3
+    )  # zoom in if a large cache is mostly unused
     _finish(axes, "KV blocks")
 
 
@@ -234,7 +236,7 @@ def _stack(
     colors: tuple[str, ...],
     labels: tuple[str, ...],
 ) -> None:
-    """A column for each step, made of the layers."""
+    """Plot the layers stacked, with one bar per step."""
     edges = np.arange(len(layers[0]) + 1) - 0.5
     base = np.zeros(len(layers[0]))
     for layer, color, label in zip(layers, colors, labels, strict=True):
@@ -251,12 +253,12 @@ def _finish(axes: Axes, label: str) -> None:
 
 
 def _short(name: str, most: int = 24) -> str:
-    """Without its middle: the ends tell requests, and a request's answers, apart."""
+    """Shorten a name in the middle; both ends distinguish requests and their samples."""
     return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
 
 
 def parse_steps(text: str | None) -> tuple[int, int | None]:
-    """FIRST:END, either of which may be left out. Raises `TraceError`."""
+    """Parse FIRST:END, either of which may be omitted. Raises `TraceError` if it is malformed."""
     first, colon, end = (text or ":").partition(":")
     try:
         bounds = (int(first or 0), int(end) if end else None)

@@ -140,13 +140,13 @@ def test_a_file_of_words_and_paths(tmp_path: Path, engine: OctavoEngine) -> None
         ("{", "Expecting"),
         ("[]", "must be an object"),
         ("", "is empty"),
-        ('{"prompt": "a", "messages": []}', "give one of"),
+        ('{"prompt": "a", "messages": []}', "pass exactly one of"),
         ('{"text": "a"}', "text: unknown"),
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens=0"),
         ('{"prompt": "a", "after": 1}', "after=1"),
-        ('{"prompt_token_ids": ["a"]}', "whole numbers"),
+        ('{"prompt_token_ids": ["a"]}', "list of integers"),
         ('{"prompt": "a", "images": ["no.png"]}', "no.png"),
-        ('{"prompt": "a", "videos": ["a.mp4"]}', "list of its frames"),
+        ('{"prompt": "a", "videos": ["a.mp4"]}', "list of images"),
     ],
 )
 def test_a_file_s_errors_name_the_line(line: str, words: str, tmp_path: Path) -> None:

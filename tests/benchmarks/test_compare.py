@@ -51,9 +51,9 @@ def test_figures_of_a_round() -> None:
 def test_an_engine_s_name_and_settings() -> None:
     spec = compare.EngineSpec.parse("octavo:quantization=int8,max_num_seqs=8,overlap_steps=false")
     assert spec.settings == {"quantization": "int8", "max_num_seqs": 8, "overlap_steps": False}
-    with pytest.raises(ValueError, match="no such engine"):
+    with pytest.raises(ValueError, match="unknown engine"):
         compare.EngineSpec.parse("llama")
-    with pytest.raises(ValueError, match="a=b"):
+    with pytest.raises(ValueError, match="name=value"):
         compare.EngineSpec.parse("octavo:int8")
 
 
@@ -72,7 +72,7 @@ def test_engines_in_their_processes_and_who_is_not_there(tmp_path: Path) -> None
     assert list(found["skipped"]) == [names[1], names[2]]
     assert "nonsense: unknown" in found["skipped"][names[1]]
     assert "/no/such/python" in found["skipped"]["vllm"]
-    assert "vllm was skipped" in done.output
+    assert "vllm skipped" in done.output
     assert found["reference"] == names[3]
     for engine in found["engines"].values():
         assert [each["output_tokens"] for each in engine["rounds"]] == [12, 12]
@@ -124,7 +124,7 @@ def test_rounds_have_prompts_of_their_own() -> None:
 
 def test_wrong_options_end_with_one_line() -> None:
     done = CliRunner().invoke(compare.app, ["octavo", "llama", "--model", str(EMBEDDED_MODEL)])
-    assert done.exit_code == 2 and "llama: no such engine" in done.output
+    assert done.exit_code == 2 and "llama: unknown engine" in done.output
     help_text = CliRunner().invoke(compare.app, ["--help"]).output
     for name in ("--rounds", "--vllm-python", "--image-size", "--json"):
         assert name in help_text

@@ -157,7 +157,7 @@ def test_the_rate_that_was_offered_is_told() -> None:
     assert point.offered_rate == 1.0 == point.as_dict()["offered_rate"]
     assert LoadPoint.of(5.0, Bounds(), seen[:1]).offered_rate == float("inf")
     asked, offered, _ = next(t for t in load_tables([point]) if len(t.columns) == 3).columns
-    assert (*asked.cells, *offered.cells) == ("5", "1.00") and offered.header == "really offered"
+    assert (*asked.cells, *offered.cells) == ("5", "1.00") and offered.header == "offered"
 
 
 def test_rates_are_drawn(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"regex": "a(?=b)"}}, "structured_outputs.regex", LOOK_AROUND),
     ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex", "65536 bytes"),
-    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is empty"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "must not be empty"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "is not"),
     ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar", "not defined"),
     ({"structured_outputs": {"lark": "start: x"}}, "structured_outputs", "'lark' is unknown"),
