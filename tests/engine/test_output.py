@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from octavo.engine import outputs
+from octavo.engine.core import detokenizer
 from octavo.engine.core.detokenizer import TextStream
 
 
@@ -97,8 +97,8 @@ def test_stop_strings_cost_a_token_little_however_long_they_are(
         tried.append(most)
         return real(text, stop, most)
 
-    real = outputs._overlap
-    monkeypatch.setattr(outputs, "_overlap", overlap)
+    real = detokenizer._overlap
+    monkeypatch.setattr(detokenizer, "_overlap", overlap)
     stream = TextStream(tokenizer, ["a" * 200 + "!", *("b" * 200 + str(n) for n in range(9))])
     for token in tokenizer.encode("a" * 150).ids:
         assert stream.push([token]) == ""
