@@ -193,7 +193,7 @@ def test_a_name_that_is_used_again_and_a_step_that_nobody_sees(
     with octavo.LLM(checkpoint, **settings) as llm:
         text = llm.generate("Hi there", PARAMS)[0].outputs[0].text
         llm.generate("Hi there", replace(PARAMS, stop=(text[2],)))  # leaves a step on its way
-        time.sleep(0.3)
+        time.sleep(3)  # longer than any step, so that a step that includes it is seen
         for _ in range(2):
             llm.engine.add_request("same", "Another", PARAMS)
             while llm.engine.has_requests:
@@ -208,7 +208,7 @@ def test_a_name_that_is_used_again_and_a_step_that_nobody_sees(
     for number, line in enumerate(lines):
         for row in line["rows"]:
             assert number <= ended[row["request"]]
-    assert max(line["run_ms"] for line in lines) < 290
+    assert max(line["run_ms"] for line in lines) < 2900
 
 
 def test_a_trace_holds_no_prompt(real: tuple[Path, Any]) -> None:
