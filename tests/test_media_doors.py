@@ -583,7 +583,7 @@ def test_the_command_line(llm: octavo.LLM, served: Served, checkpoint: Path, fil
         (["--image-option", "max_pixels", "?"], "--image-option max_pixels: must be NAME=VALUE"),
         (["--video-option", "fps=fast", "?"], "--video-option fps=fast"),
         (["--video-option", "fps=1", "--video-option", "fps=2", "?"], "given twice"),
-        (["--image-option", "image=1", "?"], "no option"),
+        (["--image-option", "image=1", "?"], "not an option"),
     ],
 )
 def test_options_on_the_command_line_are_checked(arguments: list[str], words: str) -> None:
