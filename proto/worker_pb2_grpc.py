@@ -6,7 +6,8 @@ from octavo.proto import worker_pb2 as octavo_dot_proto_dot_worker__pb2
 
 
 class WorkerStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Runs a model's shard on one rank.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -37,33 +38,34 @@ class WorkerStub(object):
 
 
 class WorkerServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Runs a model's shard on one rank.
+    """
 
     def Load(self, request, context):
-        """Reads the weights and says how much memory is left. Streams progress; the last item is the
-        report.
+        """Load the weights. Streams progress; the last item is the memory report.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Allocate(self, request, context):
-        """Makes the KV cache.
+        """Allocate the KV cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """Encodes, decodes and samples once, after the step `previous_step_id`, whichever comes first. A
-        step that comes again is answered again, not run again. ABORTED: the one before it was missed.
+        """Encode, decode and sample once, after the step `previous_step_id`, even if the messages arrive
+        in another order. A repeated step gets the same reply and is not run again. ABORTED: the
+        previous step did not arrive.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Ping(self, request, context):
-        """Says that the process lives, also while a step runs.
+        """Check that the process is alive; answered while a step runs, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,7 +102,8 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker(object):
-    """Missing associated documentation comment in .proto file."""
+    """Runs a model's shard on one rank.
+    """
 
     @staticmethod
     def Load(request,
@@ -172,7 +175,7 @@ class Worker(object):
 
 
 class MembershipStub(object):
-    """Of a worker that was started apart (`octavo worker`): whose it is, and for how long.
+    """Ownership of a remote worker (`octavo worker`).
     """
 
     def __init__(self, channel):
@@ -199,27 +202,28 @@ class MembershipStub(object):
 
 
 class MembershipServicer(object):
-    """Of a worker that was started apart (`octavo worker`): whose it is, and for how long.
+    """Ownership of a remote worker (`octavo worker`).
     """
 
     def Join(self, request, context):
-        """Takes the worker for an engine, until the engine ends it or is gone. FAILED_PRECONDITION: it is
-        not what the engine needs. UNAVAILABLE: it is another's, or about to start anew; ask again.
+        """Claim the worker for an engine, until the engine ends it or disappears. FAILED_PRECONDITION:
+        the worker's version or rank does not match. UNAVAILABLE: it belongs to another engine or is
+        restarting; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Meet(self, request_iterator, context):
-        """Open as long as the engine lives; a worker whose engine is gone starts anew. The ranks meet
-        over it for their collectives: each asks for what others have stored, the engine answers.
+        """Stream that the engine keeps open; a worker whose engine disappears restarts. The worker sends
+        requests to the engine's key-value store, through which the ranks set up their collectives.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def End(self, request, context):
-        """The worker ends; what started it starts it anew.
+        """End the worker process; its supervisor starts a new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -251,7 +255,7 @@ def add_MembershipServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Membership(object):
-    """Of a worker that was started apart (`octavo worker`): whose it is, and for how long.
+    """Ownership of a remote worker (`octavo worker`).
     """
 
     @staticmethod

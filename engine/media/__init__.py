@@ -1,1 +1,1 @@
-"""Images and videos: where they come from, what they may be, how they become pixels."""
+"""Image and video input: sources, limits and options, decoding to pixels."""

@@ -1,4 +1,4 @@
-"""Decodes items that were chosen: encode units, one after another."""
+"""Decode opened media items into encode units, as a stream."""
 
 from __future__ import annotations
 
@@ -27,63 +27,66 @@ log = logging.getLogger("octavo.engine")
 
 
 class UnitStream:
-    """Units that come from `source`; `run` or `finish` goes through it, once."""
+    """Stream of the units that `source` yields.
+
+    Call either `run` (in a worker thread, with `take` in another) or `finish`, once.
+    """
 
     def __init__(self, source: Generator[UnitContent, None, None]) -> None:
         self._source = source
         self._ready: deque[UnitContent] = deque()
         self._is_cancelled = False
-        self.is_done = False  # no more units come than `take` gives
-        self.error: InputError | None = None  # set before the stream is done
-        self.on_arrival: Callable[[], None] = lambda: None  # called by the thread that makes them
+        self.is_done = False  # `run` has ended; only the units not yet taken remain
+        self.error: InputError | None = None  # set before `is_done`
+        self.on_arrival: Callable[[], None] = lambda: None  # called in the thread of `run`
 
     def finish(self) -> tuple[UnitContent, ...]:
-        """Makes all that are left and gives them, in the caller's thread. Raises `InputError`."""
+        """Return all units, decoded in the caller's thread. Raises `InputError`."""
         return tuple(self._source)
 
     def run(self) -> None:
-        """Makes all that are left, in the caller's thread. An error is kept for who takes them."""
+        """Decode all units in the caller's thread; store an error in `error`."""
         try:
             while not self._is_cancelled and (unit := next(self._source, None)) is not None:
                 self._ready.append(unit)
                 self.on_arrival()
         except InputError as error:
             self.error = error
-        except Exception:  # a fault of ours: the request's alone all the same
-            log.exception("a video's frames could not be made ready")
-            self.error = InputError("prompt", "its video could not be made ready")
+        except Exception:  # an internal error, which must fail only this request
+            log.exception("preprocessing a video's frames failed")
+            self.error = InputError("prompt", "its video could not be preprocessed")
         finally:
-            self._source.close()  # and with it the files
+            self._source.close()  # also closes the files
             self.is_done = True
             self.on_arrival()
 
     def take(self) -> list[UnitContent]:
-        """What has come since the last call."""
+        """Return the units decoded since the last call."""
         return [self._ready.popleft() for _ in range(len(self._ready))]
 
     def cancel(self) -> None:
-        """Nobody wants the rest: `run` stops after the unit in hand."""
+        """Make `run` stop after the current unit."""
         self._is_cancelled = True
 
 
-MAX_LACKING = 0.1  # share of the chosen frames that a file may lack and still count as whole
+MAX_LACKING = 0.1  # share of the chosen frames that may be missing from a file
 
 
 @dataclass(frozen=True, eq=False)
 class OpenItem:
-    """An item that was chosen and not yet decoded."""
+    """An item whose size and frames are chosen, and that is not decoded yet."""
 
     item: MediaItem
-    reader: MediaReader | Embeds  # what its units are made of
+    reader: MediaReader | Embeds  # source of its units
     field: str
 
 
 def decode_units(
     opened: Sequence[OpenItem], shape: PatchShape, task: MediaTask
 ) -> Generator[UnitContent, None, None]:
-    """All units of the items, in order, decoded as they are asked for; then closes `task`.
+    """Yield all units of the items, in order and decoded on demand, then close `task`.
 
-    Raises `InputError`.
+    Raises `InputError` if an item cannot be decoded or the task's time is up.
     """
     try:
         for each in opened:
@@ -112,7 +115,7 @@ def _decode(
 
 
 def _cut_embeds(info: MediaInfo, embeds: Embeds, shape: PatchShape) -> Iterator[UnitContent]:
-    """Cut as pixels are: frame by frame, so many temporal patches each."""
+    """Yield units of at most `max_unit_temporal_patches` temporal patches, as for pixels."""
     depth, height, width = info.grid_thw
     tokens, size = len(embeds) // depth, shape.max_unit_temporal_patches
     for first in range(0, depth, size):
@@ -122,29 +125,32 @@ def _cut_embeds(info: MediaInfo, embeds: Embeds, shape: PatchShape) -> Iterator[
 
 
 def _all_frames(opened: OpenItem, reader: MediaReader, task: MediaTask) -> Iterator[Pixels]:
-    """As many frames as were chosen, of which some may be the same. For one that the file lacks
-    the one before it comes again. Raises `InputError` for a file that lacks many."""
+    """Yield one frame for each chosen index; indices may repeat.
+
+    A frame that is missing from the file is replaced by the previous one (by the next one at the
+    start). Raises `InputError` if too many frames are missing.
+    """
     info = opened.item.info
     repeats = Counter(info.frame_indices or (0,))
     wanted = list(repeats)
-    lacking, came, last = 0, 0, None
+    lacking, num_done, last = 0, 0, None
     for frame in reader.frames(wanted, info.height, info.width):
         task.seconds_left(opened.field)
-        place = wanted.index(frame.index, came)
-        lacking += place - came
+        position = wanted.index(frame.index, num_done)
+        lacking += position - num_done
         _check_lacking(lacking, len(wanted), opened)
         last = frame.pixels if last is None else last
-        for index in wanted[came:place]:
+        for index in wanted[num_done:position]:
             yield from repeat(last, repeats[index])
-        last, came = frame.pixels, place + 1
+        last, num_done = frame.pixels, position + 1
         yield from repeat(last, repeats[frame.index])
-    _check_lacking(lacking + len(wanted) - came, len(wanted), opened)
-    for index in wanted[came:]:
+    _check_lacking(lacking + len(wanted) - num_done, len(wanted), opened)
+    for index in wanted[num_done:]:
         yield from repeat(last, repeats[index])
 
 
 def _check_lacking(lacking: int, count: int, opened: OpenItem) -> None:
     if lacking == count or lacking > count * MAX_LACKING:
         kind = opened.item.info.kind
-        text = f"{lacking} or more of the {count} frames wanted of it cannot be decoded"
-        raise InputError(opened.field, f"the {kind} is broken: {text}")
+        text = f"at least {lacking} of the {count} selected frames cannot be decoded"
+        raise InputError(opened.field, f"the {kind} is corrupt: {text}")

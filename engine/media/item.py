@@ -1,4 +1,4 @@
-"""An image or a video as the engine has it: what was chosen, and units of pixels as they come."""
+"""Data types of preprocessed media: items, encode units and their content hashes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Embeds = npt.NDArray[np.float32]  # [num_tokens, hidden_size]
 
 @dataclass(frozen=True)
 class PatchShape:
-    """How pixels are cut: into patches, encode units and tokens; and what a token becomes."""
+    """Sizes of the vision tower's patches, tokens and encode units."""
 
-    patch_size: int  # pixels of a patch's side
-    temporal_patch_size: int  # frames of a patch
-    merge_size: int  # patches of a token's side
-    max_unit_temporal_patches: int  # temporal patches of an encode unit, at most
-    hidden_size: int  # numbers of a token's embedding
+    patch_size: int  # side of a patch, pixels
+    temporal_patch_size: int  # frames per patch
+    merge_size: int  # side of a token, patches
+    max_unit_temporal_patches: int  # maximum temporal patches per encode unit
+    hidden_size: int  # size of a token's embedding
 
     @property
     def factor(self) -> int:
-        """Pixels of a token's side."""
+        """Side of a token, pixels."""
         return self.patch_size * self.merge_size
 
     @property
     def unit_frames(self) -> int:
-        """Frames of a video's unit, but for its last one."""
+        """Frames per unit of a video; the last unit may have fewer."""
         return self.max_unit_temporal_patches * self.temporal_patch_size
 
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
@@ -42,7 +42,7 @@ class PatchShape:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What was made of an item, as echoed to the caller."""
+    """Result of preprocessing an item, as returned to the caller."""
 
     kind: str  # "image" | "video"
     height: int  # pixels after resizing
@@ -50,15 +50,15 @@ class MediaInfo:
     num_frames: int
     num_tokens: int
     grid_thw: Grid
-    frame_indices: tuple[int, ...] = ()  # of the file's frames
+    frame_indices: tuple[int, ...] = ()  # sampled frames of the file
     sample_fps: float | None = None
     frame_times: tuple[float, ...] = ()  # seconds from the video's first frame
-    raw_fps: float | None = None  # as the caller said of a list of frames
+    raw_fps: float | None = None  # passed by the caller with a list of frames
 
 
 @dataclass(frozen=True, eq=False)
 class MediaItem:
-    """What was chosen of an image or a video. Its pixels come apart, unit by unit."""
+    """An image or video without its pixels, which are decoded separately, unit by unit."""
 
     info: MediaInfo
 
@@ -77,12 +77,12 @@ class MediaItem:
 
 @dataclass(frozen=True, eq=False)
 class UnitContent:
-    """What an encode unit's embedding is made of: pixels, or itself as a caller brought it."""
+    """Content of an encode unit: either pixels or embeddings."""
 
     media_hash: bytes
     grid_thw: Grid
     pixels: Pixels | None  # uint8 [frames, height, width, 3]; an image has one frame
-    embeds: Embeds | None = None  # where there are no pixels
+    embeds: Embeds | None = None  # set if `pixels` is None
 
 
 def make_item(
@@ -115,26 +115,29 @@ def make_item(
 
 
 def make_unit(kind: str, pixels: Pixels, shape: PatchShape) -> UnitContent:
-    """A unit of resized pixels [frames, height, width, 3]."""
+    """Return a unit of resized pixels [frames, height, width, 3]."""
     return UnitContent(media_hash(kind, pixels), shape.grid(*pixels.shape[:3]), pixels)
 
 
 def make_embeds_unit(kind: str, embeds: Embeds, grid: Grid) -> UnitContent:
-    """A unit of embeddings [num_tokens, hidden_size] over a grid of patches."""
+    """Return a unit of embeddings [num_tokens, hidden_size] over a grid of patches."""
     return UnitContent(embeds_hash(kind, embeds, grid), grid, None, embeds)
 
 
 def media_hash(kind: str, pixels: Pixels) -> bytes:
-    """SHA-256 of a unit's canonical pixels, tagged and with every part's length.
+    """Return the SHA-256 of a unit's kind, shape and resized pixels, each with its length.
 
-    The resized pixels carry all that options did; so equal units of different options are one.
+    Options are not hashed: they act only through the resized pixels, so equal units share a hash.
     """
     return _hash(b"octavo.media.v1", (kind, repr(pixels.shape)), pixels)
 
 
 def embeds_hash(kind: str, embeds: Embeds, grid: Grid) -> bytes:
-    """The same of embeddings as little-endian float32: never the hash of any pixels, since nobody
-    knows whether they are what the tower makes of those."""
+    """Return the SHA-256 of embeddings as little-endian float32.
+
+    The tag differs from that of pixels: embeddings from a caller may differ from the vision
+    tower's output, so they must never share a cache entry with pixels.
+    """
     numbers = embeds.astype("<f4", copy=False)
     return _hash(b"octavo.embeds.v1", (kind, repr(embeds.shape), repr(grid)), numbers)
 

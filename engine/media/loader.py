@@ -1,4 +1,7 @@
-"""A request's images and videos: opened and chosen at once, decoded unit by unit."""
+"""Open a request's images and videos; choose their size and frames before decoding.
+
+Opening validates an item and fixes its token count; pixels are decoded later, unit by unit.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,8 @@ from .token_budget import MediaTokenBudget
 
 @dataclass(frozen=True)
 class MediaLoader:
+    """Opens media items under the engine's settings."""
+
     preprocess: PreprocessConfig
     shape: PatchShape
     access: MediaAccess
@@ -45,37 +50,41 @@ class MediaLoader:
         kind: str,
         source: Any,
         options: MediaOptions,
-        room: MediaTokenBudget,
+        budget: MediaTokenBudget,
         field: str,
         task: MediaTask,
     ) -> OpenItem:
-        """Chooses size and frames. What it opens is closed with `task`. Raises `InputError`."""
+        """Open an item and choose its size and frames. `task` closes the opened files.
+
+        Raises `InputError` if the item is invalid or exceeds a limit, and its subclass `TooLong`
+        if the item exceeds `budget`.
+        """
         task.seconds_left(field)
         if isinstance(source, MediaEmbeds):
-            return self._open_embeds(kind, source, options, room, field)
+            return self._open_embeds(kind, source, options, budget, field)
         if kind == "image":
-            return self._open_image(source, options, room, field, task)
-        return self._open_video(source, options, room, field, task)
+            return self._open_image(source, options, budget, field, task)
+        return self._open_video(source, options, budget, field, task)
 
     def _open_image(
         self,
         source: Any,
         options: MediaOptions,
-        room: MediaTokenBudget,
+        budget: MediaTokenBudget,
         field: str,
         task: MediaTask,
     ) -> OpenItem:
         reader = task.files.enter_context(self._reader("image", source, field, task))
         header, factor = reader.header, self.shape.factor
         size = image_size(header.height, header.width, options, self.preprocess, factor, field)
-        room.take_image(*size, options, field)
+        budget.take_image(*size, options, field)
         return OpenItem(make_item("image", 1, *size, self.shape), reader, field)
 
     def _open_video(
         self,
         source: Any,
         options: MediaOptions,
-        room: MediaTokenBudget,
+        budget: MediaTokenBudget,
         field: str,
         task: MediaTask,
     ) -> OpenItem:
@@ -85,7 +94,7 @@ class MediaLoader:
             rate = reader.header.fps
         else:
             reader = task.files.enter_context(self._reader("video", source, field, task))
-            indices, rate = self._choose(reader, options, room, field)
+            indices, rate = self._choose(reader, options, budget, field)
         header, count = reader.header, len(indices)
         size = frame_size(
             header.height,
@@ -93,11 +102,11 @@ class MediaLoader:
             count,
             options,
             self.preprocess,
-            room.max_model_len,
+            budget.max_model_len,
             self.shape.factor,
             field,
         )
-        room.take_video(*size, count, options, field)
+        budget.take_video(*size, count, options, field)
         times = tuple(reader.times(indices))
         raw = options.raw_fps
         item = make_item("video", count, *size, self.shape, indices, times, rate, raw)
@@ -108,34 +117,36 @@ class MediaLoader:
         kind: str,
         source: MediaEmbeds,
         options: MediaOptions,
-        room: MediaTokenBudget,
+        budget: MediaTokenBudget,
         field: str,
     ) -> OpenItem:
-        """Embeddings are copied here, so that what is wrong with them is told at once."""
+        # Values are copied now, not on demand, so that invalid ones are reported at once.
         shape, patch = self.shape, self.shape.patch_size
         check_options(options, field)
         grid = read_grid(source, kind, shape, self.limits, field)
         check_values(source, grid, shape, self.limits, field)
         count = 1 if kind == "image" else grid[0] * shape.temporal_patch_size
         item = make_item(kind, count, grid[1] * patch, grid[2] * patch, shape)
-        room.take_embeds(item.num_tokens, field)
+        budget.take_embeds(item.num_tokens, field)
         return OpenItem(item, read_values(source, field), field)
 
     def _choose(
-        self, reader: MediaReader, options: MediaOptions, room: MediaTokenBudget, field: str
+        self, reader: MediaReader, options: MediaOptions, budget: MediaTokenBudget, field: str
     ) -> tuple[tuple[int, ...], float]:
-        """The frames that are taken of a file, and how many of them make a second. A single frame
-        is repeated."""
+        """Return the indices of the frames to decode from a file, and their frames per second.
+
+        A single frame is repeated.
+        """
         for name in OF_LISTS:
             if getattr(options, name) is not None:
-                text = "is for lists of frames, which were sampled already; for a file, give fps"
+                text = "applies only to lists of frames; for a video file, pass fps"
                 raise InputError(f"{field}.{name}", text)
         header = reader.header
         first, last = frame_range(options, header.num_frames, header.fps, field)
         total = last - first + 1
         if total == 1 and (options.nframes or 1) <= FRAME_FACTOR:
             return pad([first], FRAME_FACTOR), header.fps
-        most = int(VIDEO_SHARE * room.share) * self.shape.factor**2
+        most = int(VIDEO_SHARE * budget.share) * self.shape.factor**2
         preprocess = with_room(self.preprocess, options, most)
         count = smart_nframes(options, total, header.fps, preprocess, self.limits, field)
         return tuple(frame_indices(count, first, last)), count / total * header.fps
@@ -143,17 +154,17 @@ class MediaLoader:
     def _listed(
         self, sources: Any, options: MediaOptions, field: str, task: MediaTask
     ) -> MediaReader:
-        """A video whose frames are all there: a list of images, or an array."""
+        """Return a reader of a video that is given as a list of images or as an array."""
         for name in ("nframes", "min_frames", "max_frames", "video_start", "video_end"):
             if getattr(options, name) is not None:
                 raise InputError(
-                    field, f"{name} is for video files; frames of a list are taken as they are"
+                    field, f"{name} applies only to video files; all frames of a list are used"
                 )
         fps = options.sample_fps or options.fps or LISTED_FPS
         if is_array(sources):
             return ArrayFile(sources, "video", self.limits, field, fps)
         if not sources:
-            raise InputError(field, "0 frames; a list has at least one")
+            raise InputError(field, "0 frames; pass a list of at least one")
         self.limits.check_frames(len(sources), field)
 
         def open_image(source: Any, field: str) -> MediaReader:
@@ -175,5 +186,5 @@ class MediaLoader:
     def units(
         self, opened: Sequence[OpenItem], task: MediaTask
     ) -> Generator[UnitContent, None, None]:
-        """What `decode_units` makes of them."""
+        """Decode opened items; see `decode_units`."""
         return decode_units(opened, self.shape, task)

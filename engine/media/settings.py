@@ -1,4 +1,4 @@
-"""What the engine's settings say of images and videos, checked before anything is loaded."""
+"""Validate the engine's media settings before the model is loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from .source import MediaAccess, media_access
 
 @dataclass(frozen=True)
 class MediaSettings:
+    """Validated media settings of an engine."""
+
     access: MediaAccess
     limits: MediaLimits
-    preprocess: PreprocessConfig  # the checkpoint's, with the settings' limits of an image
-    defaults: Mapping[str, MediaOptions]  # by kind: for items whose caller says nothing
+    preprocess: PreprocessConfig  # the checkpoint's, with the engine's min_pixels and max_pixels
+    defaults: Mapping[str, MediaOptions]  # by kind ("image", "video")
 
 
 def media_settings(config: EngineConfig, model: ModelConfig) -> MediaSettings:
-    """Raises `ConfigError` for what contradicts itself, or could be no image's or video's."""
+    """Build the media settings. Raises `ConfigError` if they are invalid or contradictory."""
     limits = MediaLimits(**{each.name: getattr(config, each.name) for each in fields(MediaLimits)})
     images, videos = _read_options(config, "image"), _read_options(config, "video")
     _check_pixels(config, images)
@@ -38,7 +40,7 @@ def media_settings(config: EngineConfig, model: ModelConfig) -> MediaSettings:
     }
     for name, pixels in named.items():
         if pixels is not None and pixels < token:
-            text = f"must be at least {token}, which is one token"
+            text = f"must be at least {token} (one token)"
             raise ConfigError(f"{name}={pixels}: {text}")
     defaults = {"image": images, "video": videos}
     return MediaSettings(_read_access(config), limits, preprocess, defaults)
@@ -49,9 +51,9 @@ def _read_options(config: EngineConfig, kind: str) -> MediaOptions:
     given: Any = getattr(config, name)
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name}: must be a dict, not {type(given).__name__}")
-    for taken in ("type", kind):  # of a message's part
-        if taken in given:
-            raise ConfigError(f"{name}: {taken!r} is no option")
+    for reserved in ("type", kind):  # keys of a message part, which `from_part` skips
+        if reserved in given:
+            raise ConfigError(f"{name}: {reserved!r} is not an option; remove it")
     try:
         return MediaOptions.from_part(given, kind, name)
     except InputError as error:
@@ -59,12 +61,12 @@ def _read_options(config: EngineConfig, kind: str) -> MediaOptions:
 
 
 def _check_pixels(config: EngineConfig, images: MediaOptions) -> None:
-    """`min_pixels` and `max_pixels` are image options too, and may be given once."""
+    """Check `min_pixels` and `max_pixels`, which may be set directly or in `image_options`."""
     pixels = {name: getattr(config, name) for name in ("min_pixels", "max_pixels")}
     own = {name: value for name, value in pixels.items() if value is not None}
     for name, value in own.items():
         if name in images.given:
-            raise ConfigError(f"{name}={value}: stands in image_options too; give it once")
+            raise ConfigError(f"{name}={value}: is also set in image_options; set it only once")
     try:
         MediaOptions.from_part(images.given | own, "image", "image_options")
     except InputError as error:
@@ -72,7 +74,7 @@ def _check_pixels(config: EngineConfig, images: MediaOptions) -> None:
 
 
 def _read_access(config: EngineConfig) -> MediaAccess:
-    """A single path or domain may stand for a list of one."""
+    """Read the allow-lists; a string is accepted as a list of one."""
     paths: Any = config.allowed_media_paths
     domains: Any = config.allowed_media_domains
     paths = (paths,) if isinstance(paths, str | Path) else paths

@@ -1,6 +1,6 @@
-"""How large an image or a frame becomes, and which frames of a video are taken: arithmetic alone.
+"""Compute target sizes of images and frames, and which frames of a video to sample.
 
-Rules: `smart_resize`, `smart_nframes` and `fetch_video` of qwen-vl-utils.
+Follows `smart_resize`, `smart_nframes` and `fetch_video` of qwen-vl-utils.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from .options import MediaOptions
 MAX_RATIO = 200
 FRAME_FACTOR = 2
 NO_LIMIT = 1 << 62
-VIDEO_SHARE = 0.9  # of max_model_len that a video takes at most, where its caller says nothing
-MIN_SLACK = 1.05  # what a frame may have at least of pixels, as a multiple of min_pixels
+VIDEO_SHARE = 0.9  # maximum share of max_model_len for a video without total_pixels
+MIN_SLACK = 1.05  # a frame's max_pixels is at least this multiple of its min_pixels
 
 
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int, field: str
 ) -> tuple[int, int]:
-    """Height and width as multiples of `factor`, with an area between the two limits.
+    """Return height and width as multiples of `factor`, with an area between the two limits.
 
-    Source: `smart_resize` of qwen-vl-utils. Raises `InputError` for a ratio over 200, and where
-    that rule would leave a side of no pixels.
+    Source: `smart_resize` of qwen-vl-utils. Raises `InputError` for an aspect ratio over 200, and
+    if a side would be rounded down to 0 pixels.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise InputError(
-            field, f"{width}×{height} pixels: one side is over {MAX_RATIO} times the other; crop it"
+            field,
+            f"{width}×{height} pixels: one side is over {MAX_RATIO} times the other; crop it",
         )
     new = [max(factor, round(side / factor) * factor) for side in (height, width)]
     if new[0] * new[1] > max_pixels:
@@ -46,7 +47,7 @@ def smart_resize(
         raise InputError(
             field,
             f"{width}×{height} pixels: max_pixels={max_pixels} leaves less than one token "
-            f"({factor} pixels) of the shorter side; pass at least {least}, or crop",
+            f"({factor} pixels) on the shorter side; pass at least {least}, or crop the image",
         )
     return new[0], new[1]
 
@@ -59,7 +60,7 @@ def image_size(
     factor: int,
     field: str,
 ) -> tuple[int, int]:
-    """The size that an image is resized to. Limits of the item go before the server's."""
+    """Return the (height, width) to resize an image to; its own options override the server's."""
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
     low = options.min_pixels or min(preprocess.min_pixels, options.max_pixels or NO_LIMIT)
@@ -68,35 +69,35 @@ def image_size(
 
 
 def exact_size(height: int, width: int, factor: int, field: str) -> tuple[int, int]:
-    """The size that a caller asked for, to the next multiples; only the widest limits hold."""
+    """Round a requested size to multiples of `factor`; only the default pixel limits apply."""
     widest = PreprocessConfig()
     return smart_resize(height, width, factor, widest.min_pixels, widest.max_pixels, field)
 
 
 def frame_range(options: MediaOptions, num_frames: int, fps: float, field: str) -> tuple[int, int]:
-    """First and last frame between `video_start` and `video_end`, both of them taken in.
+    """Return the first and last frame index between `video_start` and `video_end`, inclusive.
 
-    Source: `calculate_video_frame_range` of qwen-vl-utils. Raises `InputError`.
+    Source: `calculate_video_frame_range` of qwen-vl-utils. Raises `InputError` if no frame is left.
     """
     if options.video_start is None and options.video_end is None:
         return 0, num_frames - 1
-    lasts = num_frames / fps
+    duration = num_frames / fps
     first, last = 0, num_frames - 1
-    if options.video_start is not None and options.video_start >= lasts:
+    if options.video_start is not None and options.video_start >= duration:
         raise InputError(
             f"{field}.video_start",
-            f"{options.video_start} is behind the end of a video of {lasts:.3f} seconds",
+            f"{options.video_start} is after the end of the video ({duration:.3f} seconds)",
         )
     if options.video_start is not None:
-        first = math.ceil(min(options.video_start, lasts) * fps)
+        first = math.ceil(min(options.video_start, duration) * fps)
     if options.video_end is not None:
-        last = min(math.floor(min(options.video_end, lasts) * fps), num_frames - 1)
+        last = min(math.floor(min(options.video_end, duration) * fps), num_frames - 1)
     if first > last:
         name = "video_start" if options.video_end is None else "video_end"
         raise InputError(
             f"{field}.{name}",
-            f"video_start={options.video_start} and video_end={options.video_end} leave no "
-            f"frame of a video of {lasts:.3f} seconds",
+            f"video_start={options.video_start} and video_end={options.video_end} select no "
+            f"frame of a video of {duration:.3f} seconds",
         )
     return first, last
 
@@ -104,10 +105,12 @@ def frame_range(options: MediaOptions, num_frames: int, fps: float, field: str) 
 def with_room(
     preprocess: PreprocessConfig, options: MediaOptions, num_pixels: int
 ) -> PreprocessConfig:
-    """The settings, with a `max_frames` for which `num_pixels` are enough at the least size that a
-    frame may have: a long video fits by itself. What a caller says of frames stands."""
-    asked = (options.nframes, options.min_frames, options.max_frames, options.resized_height)
-    if any(value is not None for value in asked):
+    """Lower `max_frames` so that a long video fits into `num_pixels` at the minimum frame size.
+
+    Options about the number or size of frames disable this.
+    """
+    given = (options.nframes, options.min_frames, options.max_frames, options.resized_height)
+    if any(value is not None for value in given):
         return preprocess
     low = options.min_pixels or preprocess.video_min_pixels
     least = min(int(low * MIN_SLACK), options.max_pixels or NO_LIMIT)
@@ -123,7 +126,10 @@ def smart_nframes(
     limits: MediaLimits,
     field: str,
 ) -> int:
-    """How many frames are taken: even, at most `total_frames`. Raises `InputError`."""
+    """Return the number of frames to sample: even, at most `total_frames`.
+
+    Raises `InputError` if the options ask for fewer than 2 frames or more than the video has.
+    """
     if options.nframes is not None:
         count = round(options.nframes / FRAME_FACTOR) * FRAME_FACTOR
     else:
@@ -136,16 +142,16 @@ def smart_nframes(
     if not FRAME_FACTOR <= count <= total_frames:
         raise InputError(
             _frames_field(options, total_frames, field),
-            f"{count} frames asked of a video of {total_frames} (numbers of frames are rounded to "
-            f"even ones); must be {FRAME_FACTOR} to {max(FRAME_FACTOR, total_frames)}: change "
-            "nframes, fps, min_frames or max_frames",
+            f"{count} frames requested (rounded to an even number) from a video of {total_frames}; "
+            f"must be {FRAME_FACTOR} to {max(FRAME_FACTOR, total_frames)}: change nframes, fps, "
+            "min_frames or max_frames",
         )
     limits.check_frames(count, field)
     return count
 
 
 def _frames_field(options: MediaOptions, total_frames: int, field: str) -> str:
-    """The option that asks for more or fewer frames than a video can give, or the video itself."""
+    """Return the name of the option that causes the invalid number of frames, or of the video."""
     if options.nframes is not None:
         return f"{field}.nframes"
     if options.max_frames is not None and total_frames >= FRAME_FACTOR:
@@ -154,12 +160,12 @@ def _frames_field(options: MediaOptions, total_frames: int, field: str) -> str:
 
 
 def frame_indices(count: int, first: int, last: int) -> list[int]:
-    """`count` frames evenly from first to last, rounded as torch.linspace rounds: to float32."""
+    """Return `count` evenly spaced indices, with the float32 rounding of `torch.linspace`."""
     step = float(np.float32(last - first) / np.float32(count - 1))
     rising = np.arange(count, dtype=np.float64) * step
     half = np.arange(count) < count // 2
-    places = np.where(half, first + rising, last - rising[::-1]).astype(np.float32)
-    return places.round().astype(int).tolist()
+    positions = np.where(half, first + rising, last - rising[::-1]).astype(np.float32)
+    return positions.round().astype(int).tolist()
 
 
 def frame_size(
@@ -172,7 +178,7 @@ def frame_size(
     factor: int,
     field: str,
 ) -> tuple[int, int]:
-    """The size that every frame is resized to."""
+    """Return the (height, width) to resize all frames to."""
     if options.resized_height and options.resized_width:
         return exact_size(options.resized_height, options.resized_width, factor, field)
     low = options.min_pixels or preprocess.video_min_pixels

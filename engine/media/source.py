@@ -1,4 +1,4 @@
-"""Where an item's bytes come from: a path, `file://`, a URL, a data URI, bytes."""
+"""Open the source of a media item: a path, `file://` or web URL, data URI, or bytes."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ from .fetch.urls import is_address, read_host
 from .source_text import BARE_BASE64, is_data_uri, looks_like_base64
 from .task import MediaTask
 
-BYTES = str | bytes | bytearray | memoryview  # sequences that are no lists of frames
+BYTES = str | bytes | bytearray | memoryview  # sequences that are not lists of frames
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 
 
 @dataclass(frozen=True)
 class MediaAccess:
-    """Which places a source may name, as who runs the engine has it."""
+    """The operator's allow-lists of local folders and web domains."""
 
-    roots: tuple[Path, ...] | None = None  # folders of files that may be read, without links in
-    # their paths; None: all files
-    domains: tuple[str, ...] = ()  # of URLs that may be fetched, as `is_allowed` reads them
+    roots: tuple[Path, ...] | None = None  # readable folders, symlinks resolved; None: all files
+    domains: tuple[str, ...] = ()  # domains of URLs that may be fetched; see `is_allowed`
 
 
 def media_access(paths: Sequence[str | Path], domains: Sequence[str], local: bool) -> MediaAccess:
-    """Of --allow-media-path and --allow-media-domains. Raises `ConfigError`.
+    """Parse --allow-media-path and --allow-media-domains.
 
-    `local`: callers are who runs the engine and may read all files, unless `paths` says less.
+    `local`: the callers are the operator's own code and may read all files unless `paths` is given.
+    Raises `ConfigError` if a path is not a folder or a domain is invalid.
     """
     for path in paths:
         if not Path(path).is_dir():
-            raise ConfigError(f"--allow-media-path {truncated_repr(str(path))}: is no folder")
+            raise ConfigError(
+                f"--allow-media-path {truncated_repr(str(path))}: is not a folder; create it or "
+                "correct the path"
+            )
     roots = None if local and not paths else tuple(Path(os.path.realpath(path)) for path in paths)
     return MediaAccess(roots, tuple(_read_domain(domain) for domain in domains))
 
@@ -57,8 +60,8 @@ def _read_domain(domain: str) -> str:
     read = read_host(bare)
     if read is None or (below and is_address(read)):
         raise ConfigError(
-            f"--allow-media-domains {truncated_repr(domain)}: give a host (example.com), "
-            "*.example.com for all below it, or * for all; no https://, port or path"
+            f"--allow-media-domains {truncated_repr(domain)}: must be a host (example.com), "
+            "*.example.com for all its subdomains, or * for all; without https://, port or path"
         )
     return "*." * below + read
 
@@ -66,9 +69,9 @@ def _read_domain(domain: str) -> str:
 def open_source(
     source: Any, access: MediaAccess, field: str, task: MediaTask
 ) -> BinaryIO | Image.Image:
-    """The file behind a source, to be closed by the caller; a PIL image as it is.
+    """Open a source and return its file, which the caller closes; return a PIL image unchanged.
 
-    Raises `InputError` for what is no source, may not be read, or is too large.
+    Raises `InputError` if the source has the wrong type, must not be read, or is too large.
     """
     limits = task.limits
     if isinstance(source, Image.Image):
@@ -78,8 +81,8 @@ def open_source(
     if isinstance(source, os.PathLike):
         return _open_file(os.fsdecode(source), access, limits, field)
     if not isinstance(source, str):
-        text = "is no path, data URI, bytes, PIL image or array"
-        raise InputError(field, f"{type(source).__name__} {text}")
+        text = "must be a path, URL, data URI, bytes, PIL image or array"
+        raise InputError(field, f"{type(source).__name__}: {text}")
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
         return _fetched(fetch(source, access.domains, field, task), field, task)
@@ -89,7 +92,10 @@ def open_source(
 
 
 def _path_of(source: str, field: str) -> str:
-    """Raises `InputError` for what is surely no path."""
+    """Return the path of a `file://` URL or a plain path.
+
+    Raises `InputError` for a URL of another scheme and for base64 without a `data:` prefix.
+    """
     if source[:7].lower() == "file://":
         rest = source[7:]
         return unquote(rest[9:] if rest.lower().startswith("localhost/") else rest)
@@ -98,7 +104,7 @@ def _path_of(source: str, field: str) -> str:
             raise InputError(
                 field, f"{truncated_repr(source[:64])}: remove the space before the URL"
             )
-        text = "of URLs, only http://, https://, file:// and data: are read"
+        text = "unsupported URL scheme; only http://, https://, file:// and data: are supported"
         raise InputError(field, f"{truncated_repr(source.partition(':')[0])}: {text}")
     if looks_like_base64(source):
         raise InputError(field, BARE_BASE64)
@@ -122,23 +128,26 @@ def _fetched(file: BinaryIO, field: str, task: MediaTask) -> BinaryIO:
 
 
 def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) -> BinaryIO:
-    """A regular file that the caller may read."""
+    """Open a regular file inside the allowed folders."""
     if access.roots == ():
         raise InputError(
             field,
-            "this server reads no files of its own (--allow-media-path names folders it may read, "
+            "reading files on the server is disabled (enable it with --allow-media-path, "
             "allowed_media_paths= of LLM); "
             "send the bytes (octavo.Client does)",
         )
     try:
-        # A first look, so that what is elsewhere is neither opened nor told of.
-        _check_place(path, path, access, field)
-        # Nothing waits for a FIFO's other end, or becomes the process' terminal.
+        # Check before opening, so that a forbidden path is not opened and errors do not reveal
+        # whether it exists.
+        _check_location(path, path, access, field)
+        # O_NONBLOCK: opening a FIFO must not wait for its other end. O_NOCTTY: opening a terminal
+        # must not make it this process's controlling terminal.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "is no path"  # a ValueError: a null character
+        # A null character in the path raises a ValueError.
+        reason = getattr(error, "strerror", None) or "is not a valid path"
         raise InputError(field, f"{truncated_repr(path)}: {reason}") from None
     try:
         _check_file(number, path, access, limits, field)
@@ -151,25 +160,28 @@ def _open_file(path: str, access: MediaAccess, limits: MediaLimits, field: str) 
 def _check_file(
     number: int, path: str, access: MediaAccess, limits: MediaLimits, field: str
 ) -> None:
-    """An open file: what it is, and where, whatever the path leads to by now."""
+    """Check an open file's type, location and size: its path may have been replaced meanwhile."""
     state = os.fstat(number)
     if not stat.S_ISREG(state.st_mode):
-        kind = "a directory" if stat.S_ISDIR(state.st_mode) else "no regular file"
+        kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a regular file"
         raise InputError(
-            field, f"{truncated_repr(path)}: is {kind}; give an image's or a video's file"
+            field, f"{truncated_repr(path)}: is {kind}; pass the path of an image or video file"
         )
-    _check_place(f"/proc/self/fd/{number}", path, access, field)
+    _check_location(f"/proc/self/fd/{number}", path, access, field)
     limits.check_bytes(state.st_size, f"{field}: {truncated_repr(path)}")
 
 
-def _check_place(place: str, path: str, access: MediaAccess, field: str) -> None:
-    """Refuses what is under no root once links are followed. (Without /proc, that is all.)"""
+def _check_location(location: str, path: str, access: MediaAccess, field: str) -> None:
+    """Raise `InputError` if `location`, with symlinks resolved, is outside all allowed folders.
+
+    `path` is shown in the error. If /proc is not mounted, the check of an open file rejects it.
+    """
     if access.roots is None:
         return
-    real = Path(os.path.realpath(place))
+    real = Path(os.path.realpath(location))
     if not any(real.is_relative_to(root) for root in access.roots):
         raise InputError(
             field,
-            f"{truncated_repr(path)}: is not in a folder that this server may read; send "
-            "the bytes (octavo.Client does), or allow it (--allow-media-path, allowed_media_paths)",
+            f"{truncated_repr(path)}: is not in a folder that the server may read; send the bytes "
+            "(octavo.Client does), or allow the folder (--allow-media-path, allowed_media_paths)",
         )

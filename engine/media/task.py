@@ -1,4 +1,4 @@
-"""Making one request's media ready, as a task that ends: in time, or because nobody waits."""
+"""Deadline, byte budget and cancellation for preprocessing one request's media."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ Stop = Callable[[], None]
 
 
 class MediaTask:
-    """What the items of one request share: their time, their bytes, what they have open.
+    """State shared by the items of one request: deadline, byte budget, open files.
 
-    One thread works on it; `cancel` may be called by any.
+    Used by one thread, except `cancel`, which any thread may call.
     """
 
     def __init__(self, limits: MediaLimits, open_reader: OpenReader = open_here) -> None:
-        """Its time begins now."""
+        """Start the clock of `media_timeout_s`."""
         self.limits, self.open_reader = limits, open_reader
-        self.files = ExitStack()  # closed with it
-        self._begun = time.monotonic()
+        self.files = ExitStack()  # closed by `close`
+        self._start_time = time.monotonic()
         self._num_bytes = 0
         self._is_cancelled = False
         self._stops: list[Stop] = []
         self._lock = Lock()
 
     def seconds_left(self, field: str) -> float:
-        """To be asked before each piece of work. Raises `InputError` when there are none, or
-        nobody waits any more."""
+        """Return the remaining time; call it before each piece of work.
+
+        Raises `InputError` if the time is up or the task was cancelled.
+        """
         if self._is_cancelled:
-            raise InputError(field, "the request is over")
-        spent = time.monotonic() - self._begun
+            raise InputError(field, "the request was cancelled")
+        spent = time.monotonic() - self._start_time
         if spent >= self.limits.media_timeout_s:
             found = f"the request's images and videos are not ready after {spent:.0f} seconds"
             self.limits.refuse("media_timeout_s", field, found)
         return self.limits.media_timeout_s - spent
 
     def check(self) -> None:
-        """Raise `InputError` once the request has ended: its result is not used."""
+        """Raise `InputError` if the task was cancelled."""
         if self._is_cancelled:
-            raise InputError("prompt", "the request is over")
+            raise InputError("prompt", "the request was cancelled")
 
     def charge(self, num_bytes: int, field: str) -> None:
-        """A file takes memory from now on. Raises `InputError` when all of them take too much."""
+        """Count the bytes of a file. Raises `InputError` if the total exceeds `max_media_bytes`."""
         self._num_bytes += num_bytes
         if self._num_bytes > self.limits.max_media_bytes:
             found = f"{self._num_bytes} bytes of files in one request"
@@ -55,7 +57,7 @@ class MediaTask:
 
     @contextmanager
     def watched(self, stop: Stop) -> Iterator[None]:
-        """While in it, `cancel` calls `stop`, which is to end what the working thread waits for."""
+        """Have `cancel` call `stop` inside this context, to interrupt the working thread."""
         with self._lock:
             self._stops.append(stop)
             is_cancelled = self._is_cancelled
@@ -64,16 +66,16 @@ class MediaTask:
                 stop()
             yield
         finally:
-            with self._lock:  # so that `stop` is never called later
+            with self._lock:  # `cancel` must not call `stop` after this
                 self._stops.remove(stop)
 
     def cancel(self) -> None:
-        """Nobody waits: what is under way is to end soon."""
+        """Make the work in progress end soon."""
         with self._lock:
             self._is_cancelled = True
             for stop in self._stops:
                 stop()
 
     def close(self) -> None:
-        """Closes what is open. By the working thread."""
+        """Close all open files. Called by the working thread."""
         self.files.close()

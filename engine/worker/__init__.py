@@ -1,1 +1,1 @@
-"""The worker group: one process a rank, driven by gRPC."""
+"""The worker group: one process per rank, controlled over gRPC."""

@@ -1,4 +1,4 @@
-"""How a group's workers load their shares of the weights, all at once."""
+"""Load the weights on all workers of a group in parallel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from .link import WorkerLink
 
 @dataclass(frozen=True)
 class GroupMemory:
-    """What loading measured; bytes are of the rank with the least room."""
+    """Memory of a group after loading; bytes are those of the rank with the least free memory.
+
+    `weight_bytes` is the total of all ranks.
+    """
 
     weight_bytes: int
     total_bytes: int
@@ -30,12 +33,12 @@ class GroupMemory:
 
     @classmethod
     def of(cls, reports: Sequence[pb.MemoryReport]) -> GroupMemory:
-        """What the ranks' reports come to. Raises `ConfigError` where they do not fit together."""
+        """Combine the ranks' reports. Raises `ConfigError` if dtypes or device types differ."""
         kinds = sorted({f"{each.dtype} on {each.device.partition(':')[0]}" for each in reports})
         if len(kinds) > 1:
             raise ConfigError(
-                f"the workers differ: {' and '.join(kinds)}; name dtype and device, so that all "
-                "take the same"
+                f"the workers use different dtypes or devices: {' and '.join(kinds)}; set dtype "
+                "and device"
             )
         least = min(reports, key=lambda report: report.free_bytes)
         return cls(
@@ -54,10 +57,11 @@ def start_loading(
     rendezvous: Path | None,
     sharing: Sequence[int],
 ) -> queue.SimpleQueue[tuple[int, pb.LoadProgress | Exception]]:
-    """Has all ranks load. (rank, item) as they come: progress, at last the memory; or an error.
+    """Start loading on all ranks; return a queue of (rank, progress, memory report or error).
 
-    They meet at the file `rendezvous`, or, without one, over their engine's streams. `sharing`: how
-    many share each one's cores, of workers that were started apart."""
+    The ranks connect through the file `rendezvous`, or over the engine's streams if it is None.
+    `sharing`: for remote workers, the number of workers that share each one's cores.
+    """
     items: queue.SimpleQueue[tuple[int, pb.LoadProgress | Exception]] = queue.SimpleQueue()
 
     def read(rank: int, call: Iterable[pb.LoadProgress]) -> None:

@@ -1,4 +1,4 @@
-"""End a worker with its parent, whose end closes the worker's standard input."""
+"""End a worker when its parent exits, which closes the worker's standard input."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 
 def end_with_parent(clean_up: Callable[[], None] = lambda: None) -> None:
-    """End this process when its standard input closes: a pipe that the parent never writes to.
+    """Exit when standard input closes; it is a pipe that the parent never writes to.
 
-    The kernel then sends SIGCONT, so that a process which is stopped (SIGSTOP) ends too.
+    The kernel sends SIGCONT at that moment, so that a stopped process (SIGSTOP) exits too.
     """
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGCONT)

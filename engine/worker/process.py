@@ -1,4 +1,4 @@
-"""Workers that the group starts itself: processes on this machine, reached by a Unix socket."""
+"""Start and control local workers: child processes that listen on Unix sockets."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ from ..utils.lifetime import start_tied
 from .link import UNLIMITED, WorkerGroupError, WorkerLink
 
 WORKER_MODULE = "octavo.engine.worker.worker"
-# How long a thread looks out for the next part of a step before it sleeps: some 30 microseconds.
-# A step has hundreds of parts; to be woken for each made it 1.14 times as long (2B, two cores).
+# OpenMP threads spin for about 30 microseconds before they sleep. A step has hundreds of parallel
+# regions; waking sleeping threads for each made a step 1.14 times as long (2B model, two cores).
 SPIN_COUNT = "10000"
-# Compiled code that oneDNN and torch's layer over it keep, 0.3 to 0.6 MB an entry. Their default of
-# 1,024 each let a worker grow by hundreds of MB; a model's products take some 150 entries
+# Maximum entries in the caches of compiled kernels in oneDNN and in torch's layer over it, 0.3 to
+# 0.6 MB each. With their default of 1,024, a worker grew by hundreds of MB; a model needs about 150
 # (`kernels.linear.in_few_shapes`).
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 
 def start_worker(rank: int, socket: Path, num_ranks: int, epoch: int, shared: int) -> WorkerLink:
-    """Starts a worker on the Unix socket `socket`; it listens a while later. `shared`: see
-    `shared_memory`."""
+    """Start a worker on a Unix socket, without waiting until it listens.
+
+    `shared`: file descriptor of `shared_memory`.
+    """
     process = ChildProcess(_start(socket, num_ranks, shared))
     return WorkerLink(rank, epoch, connect(socket), process)
 
 
 @contextlib.contextmanager
 def shared_memory() -> Iterator[int]:
-    """An open file for the memory of ranks on one machine. It has no name, and is gone when all
-    that have it open are."""
+    """Yield the descriptor of an unnamed file for memory that the ranks of one machine share.
+
+    The memory is freed when the last process that has it open exits.
+    """
     file = os.memfd_create("octavo-ranks")
     try:
         yield file
@@ -47,7 +51,7 @@ def shared_memory() -> Iterator[int]:
 
 
 class ChildProcess:
-    """It ends when its standard input closes. See `Life`."""
+    """`Life` of a local worker, which exits when its standard input closes."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -69,7 +73,7 @@ class ChildProcess:
         self._process.kill()
 
     def ask_to_end(self) -> None:
-        """Closes the pipe whose end it waits for."""
+        """Close the worker's standard input."""
         if self._process.stdin and not self._process.stdin.closed:
             self._process.stdin.close()
 
@@ -85,19 +89,20 @@ class ChildProcess:
 
 
 def connect(socket: Path) -> grpc.Channel:
-    # A local socket is there in milliseconds; the default back-off of a second would be most of
-    # the start.
+    """Return a channel to a worker on a Unix socket."""
+    # The default back-off of a second would dominate the start time, since a local connection
+    # takes milliseconds.
     backoff = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
     return grpc.insecure_channel(f"unix:{socket}", options=[*UNLIMITED, *backoff])
 
 
 def _start(socket: Path, num_ranks: int, shared: int) -> subprocess.Popen[bytes]:
-    """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
+    """Start the process. `-P` keeps our folders (`kernels`, `proto`) from shadowing packages."""
     threads = max(1, num_cores() // num_ranks)
-    ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, **KERNEL_CACHES}
-    env = {**ours, **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    defaults = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT, **KERNEL_CACHES}
+    env = {**defaults, **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-P", "-m", WORKER_MODULE, "--socket", str(socket)]
     command += ["--shared", str(shared)]
-    # Its own session: Ctrl-C in a terminal reaches the engine alone, which closes the group.
+    # With its own session, Ctrl-C in a terminal reaches only the engine, which closes the group.
     more: dict[str, Any] = {"env": env, "start_new_session": True, "pass_fds": [shared]}
-    return start_tied(command, signal.SIGCONT, **more)  # it reads the end of its standard input
+    return start_tied(command, signal.SIGCONT, **more)  # see `end_with_parent`

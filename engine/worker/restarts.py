@@ -1,4 +1,4 @@
-"""Starts a group's workers anew when they end, but not for ever."""
+"""Restart a group's workers after a failure, up to a maximum rate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .group import WorkerGroup, WorkerGroupError
 
 log = logging.getLogger("octavo.group")
 
-AGAIN_PAUSE = 1.0  # seconds, times the restarts so far, after one that failed
-LONG = 5.0  # seconds; most restarts are over by then
-RESTART_WINDOW = 600.0  # seconds in which restarts are counted
+RETRY_PAUSE = 1.0  # seconds after a failed restart, multiplied by the number of restarts
+LONG_RESTART = 5.0  # seconds; most restarts take less
+RESTART_WINDOW = 600.0  # seconds over which restarts are counted
 
 
 class Restarts:
@@ -20,19 +20,21 @@ class Restarts:
 
     def __init__(self, group: WorkerGroup, max_restarts: int) -> None:
         self._group, self._max = group, max_restarts
-        self.times: list[float] = []  # of the restarts that count
-        self.total = 0  # of all
-        self._away_since: float | None = None  # the workers; on the monotonic clock
+        self.times: list[float] = []  # start times of the restarts within the window
+        self.total = 0  # restarts since the engine started
+        self._away_since: float | None = None  # start of the current restart, time.monotonic()
 
     @property
     def is_long(self) -> bool:
-        """Whether the workers have been away for long. Any thread."""
+        """Whether the current restart takes longer than usual. Readable by any thread."""
         since = self._away_since
-        return since is not None and time.monotonic() - since > LONG
+        return since is not None and time.monotonic() - since > LONG_RESTART
 
     def restart(self, error: WorkerGroupError) -> None:
-        """Brings the group back after `error`. Raises the latest `WorkerGroupError` when it has
-        ended too often, or is to close."""
+        """Restart the group after `error`.
+
+        Raises the last `WorkerGroupError` if there were too many restarts or the group is closing.
+        """
         self._away_since = time.monotonic()
         try:
             self._restart(error)
@@ -47,12 +49,12 @@ class Restarts:
                 raise error
             self.times.append(now)
             self.total += 1
-            log.warning("%s; the workers are started anew", error)
+            log.warning("%s; restarting the workers", error)
             try:
                 self._group.restart()
-            except (WorkerGroupError, ConfigError, OSError) as again:
-                error = WorkerGroupError(str(again))
-                self._group.given_up.wait(AGAIN_PAUSE * len(self.times))
+            except (WorkerGroupError, ConfigError, OSError) as latest:
+                error = WorkerGroupError(str(latest))
+                self._group.given_up.wait(RETRY_PAUSE * len(self.times))
                 continue
-            log.warning("the workers are back after %.1f s", time.monotonic() - now)
+            log.warning("the workers were restarted in %.1f s", time.monotonic() - now)
             return

@@ -1,4 +1,4 @@
-"""Waiting for workers without missing that one of them has ended."""
+"""Wait for workers' replies and detect dead, hung and slow workers meanwhile."""
 
 from __future__ import annotations
 
@@ -15,47 +15,51 @@ from ..errors import ConfigError
 from ..runner.batch import InputBatch
 from .link import WorkerGroupError, WorkerLink
 
-MIN_BOUND, BOUND_FACTOR = 30.0, 20.0  # seconds, and times what a step should take
+MIN_BOUND, BOUND_FACTOR = 30.0, 20.0  # seconds; multiple of a step's expected time
 
 
 class StepBound:
-    """How long a step may take, from its work and from what steps have taken.
+    """Maximum time of a step, estimated from its work and the time of recent steps.
 
-    Far more than it should: a first step compiles, pages weights in, or encodes for seconds.
+    The bound is generous, because a first step may compile kernels or page weights in.
     """
 
     def __init__(self) -> None:
-        self._rate = 0.05  # seconds for a unit of work, of the slowest steps lately
+        self._rate = 0.05  # seconds per unit of work in the slowest recent steps
 
     def seconds(self, work: float) -> float:
+        """Return the maximum time of a step."""
         return MIN_BOUND + BOUND_FACTOR * self._rate * work
 
     def learn(self, work: float, seconds: float) -> None:
+        """Update the estimate with a measured step."""
         self._rate = max(0.9 * self._rate, seconds / work)
 
 
 def work_of(batch: InputBatch) -> float:
-    """Tokens computed, patches encoded, and tokens read."""
+    """Estimate the work of a step from its computed tokens, encoded patches and context tokens."""
     patches = sum(math.prod(task.grid_thw) for task in batch.encode if task.embeds is None)
     return 1 + batch.token_ids.size + patches + int(batch.context_lens.sum()) / 64
 
 
-ALIVE_CHECK = 0.5  # seconds between two looks at the workers while waiting for an answer
-CLOSING = "the engine closes"
-TOO_LONG = "a step took far longer than its work should"
+ALIVE_CHECK = 0.5  # seconds between two checks of the workers while waiting
+CLOSING = "the engine is closing"
+TOO_LONG = "a step took far longer than expected for its work"
 
 
 class Watch:
-    """Over a group's workers, in one of its lives."""
+    """Watches a group's workers during one epoch."""
 
     def __init__(self, workers: Sequence[WorkerLink], given_up: threading.Event) -> None:
-        """`workers`: may still grow. `given_up`: see `WorkerGroup.give_up`."""
+        """Watch `workers`, which may still grow. `given_up`: see `WorkerGroup.give_up`."""
         self._workers, self._given_up = workers, given_up
-        self.is_loaded = False  # they answer pings, and have work that is worth finishing
+        self.is_loaded = False  # workers answer pings, and steps complete even after `given_up`
 
     def check_alive(self) -> None:
-        """Raises `WorkerGroupError` when a worker has ended, or has not answered for long; and, as
-        long as they load, when nobody wants them any more."""
+        """Raise `WorkerGroupError` if a worker has exited or, once loaded, does not answer pings.
+
+        While the workers load, it is also raised if the group is closing.
+        """
         for worker in self._workers:
             worker.check_ended()
         if self.is_loaded:
@@ -67,8 +71,11 @@ class Watch:
     def next_of(
         self, source: queue.SimpleQueue[Any], deadline: float = math.inf, late: str = TOO_LONG
     ) -> Any:
-        """The next of a queue. Raises `WorkerGroupError` as `check_alive` does, and with the text
-        `late` after the deadline, on the monotonic clock."""
+        """Wait for the next item of a queue and return it.
+
+        Raises `WorkerGroupError` like `check_alive`, and with the text `late` if `deadline`
+        (time.monotonic()) has passed.
+        """
         while True:
             try:
                 return source.get(timeout=ALIVE_CHECK)
@@ -77,14 +84,14 @@ class Watch:
             if time.monotonic() > deadline:
                 raise WorkerGroupError(late)
 
-    def fault(self, error: Exception, is_mendable: bool = False) -> Exception:
-        """What a failed call means: the user's to mend, a dead worker, or a fault in a step."""
+    def fault(self, error: Exception, may_be_config_error: bool = False) -> Exception:
+        """Return the cause of a failed call: invalid configuration, a dead worker or its error."""
         if not isinstance(error, grpc.RpcError):
             return WorkerGroupError(f"a worker failed: {error}")
-        if is_mendable and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+        if may_be_config_error and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             return ConfigError(error.details())
-        # A rank that died is the cause, also where another's broken connection told of it first;
-        # its socket closes a moment before the process can be waited for.
+        # If a rank died, it is the cause, even if another rank's broken connection was reported
+        # first. A socket closes slightly before its process can be waited for, so keep checking.
         deadline = time.monotonic() + ALIVE_CHECK
         while time.monotonic() < deadline:
             try:

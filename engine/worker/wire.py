@@ -1,8 +1,7 @@
-"""The format of a step between engine and workers: `InputBatch` and `BatchResult` as protobuf.
+"""Convert `InputBatch` and `BatchResult` to and from protobuf messages.
 
-Arrays travel as little-endian bytes. The engine and its workers trust each other (both run as one
-user over a Unix socket); still every length is checked, so that versions that do not match fail
-with a text and not with nonsense.
+Arrays are sent as little-endian bytes. The engine and its workers trust each other, but all lengths
+are checked, so that mismatched versions fail with an error instead of wrong results.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from ..runner.batch import (
     UInt8,
 )
 
-# Fields of `SamplingBatch` that are None where no row needs them.
+# Optional fields of `SamplingBatch`: None if no row needs them.
 MAYBE_ARRAYS = ("presence_penalty", "frequency_penalty", "logprob_places")
 MAYBE_TABLES = ("edits", "prompt_targets", "masks")
 
@@ -38,13 +37,13 @@ INT32, FLOAT32, UINT64 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
 
 
 class WireError(ValueError):
-    """A message whose arrays do not fit together."""
+    """A message contains arrays of inconsistent lengths."""
 
 
 def pack_steps(
     batch: InputBatch, epoch: int, step_id: int, previous_step_id: int, num_ranks: int
 ) -> tuple[pb.StepRequest, ...]:
-    """One request a rank; pixels go to the rank that encodes them alone."""
+    """Return one request per rank; only the rank that encodes a unit gets its pixels."""
     common = _pack_common(batch)
     common.epoch, common.step_id, common.previous_step_id = epoch, step_id, previous_step_id
     if not batch.encode:
@@ -123,13 +122,15 @@ def _pack_key(key: UnitKey) -> pb.Unit:
 
 
 def unpack_step(request: pb.StepRequest) -> InputBatch:
-    """The batch of a request. Raises `WireError` when lengths do not fit together."""
+    """Return the batch of a request. Raises `WireError` if lengths are inconsistent."""
     token_ids = _array(request.token_ids, INT32)
     num_tokens = len(token_ids)
     scheduled = _array(request.num_scheduled_tokens, INT32)
     num_rows = len(scheduled)
     if int(scheduled.sum()) != num_tokens:
-        raise WireError(f"num_scheduled_tokens: sums to {scheduled.sum()}, tokens: {num_tokens}")
+        raise WireError(
+            f"num_scheduled_tokens: the sum is {scheduled.sum()}, but there are {num_tokens} tokens"
+        )
     return InputBatch(
         token_ids=token_ids,
         positions=_array(request.positions, INT32, 3, num_tokens),
@@ -151,7 +152,9 @@ def unpack_step(request: pb.StepRequest) -> InputBatch:
 def _unpack_sampling(sampling: pb.Sampling) -> SamplingBatch:
     rows = _array(sampling.rows, INT32)
     if len(sampling.seen_token_ids) != len(rows):
-        raise WireError(f"seen_token_ids: {len(sampling.seen_token_ids)}, rows: {len(rows)}")
+        raise WireError(
+            f"seen_token_ids: {len(sampling.seen_token_ids)} entries for {len(rows)} rows"
+        )
     return SamplingBatch(
         rows=rows,
         temperature=_array(sampling.temperature, FLOAT32, len(rows)),
@@ -163,11 +166,11 @@ def _unpack_sampling(sampling: pb.Sampling) -> SamplingBatch:
         output_index=_array(sampling.output_index, INT32, len(rows)),
         slots=_array(sampling.slots, INT32, len(rows)),
         seen_token_ids=tuple(_array(seen, INT32) for seen in sampling.seen_token_ids),
-        **_unpack_asked_for(sampling, len(rows)),
+        **_unpack_optional(sampling, len(rows)),
     )
 
 
-def _unpack_asked_for(sampling: pb.Sampling, num_rows: int) -> dict[str, Any]:
+def _unpack_optional(sampling: pb.Sampling, num_rows: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(sampling, name):
@@ -213,6 +216,7 @@ def _unpack_keys(units: Iterable[pb.Unit]) -> tuple[UnitKey, ...]:
 def pack_result(
     result: BatchResult, epoch: int, step_id: int, seconds: float = 0.0
 ) -> pb.StepReply:
+    """Return the reply to a step; `seconds` is the step's time on this rank."""
     reply = pb.StepReply(
         epoch=epoch,
         step_id=step_id,
@@ -230,7 +234,10 @@ def pack_result(
 
 
 def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
-    """What a group's ranks say of a step, rank 0 first: it sampled. What one lacks, all lack."""
+    """Combine the replies of all ranks, in rank order.
+
+    Rank 0 samples; an embedding that one rank lacks counts as missing on all.
+    """
     first = replies[0]
     missing = [key for reply in replies for key in _unpack_keys(reply.missing)]
     return BatchResult(
@@ -257,7 +264,7 @@ def _unpack_logprobs(reply: pb.StepReply, name: str) -> Logprobs | None:
 
 
 def _array(data: bytes, dtype: np.dtype, *shape: int) -> npt.NDArray:
-    """A read-only view of `data`. One dimension may be -1, unless there are no rows."""
+    """Return a read-only view of `data`; one dimension may be -1 (0 if there are no rows)."""
     flat = np.frombuffer(data, dtype)
     if not shape:
         return flat
@@ -270,6 +277,7 @@ def _array(data: bytes, dtype: np.dtype, *shape: int) -> npt.NDArray:
 
 
 def empty_sampling() -> SamplingBatch:
+    """Return the `SamplingBatch` of a step without sampling rows."""
     none_i, none_f = np.empty(0, INT32), np.empty(0, FLOAT32)
     return SamplingBatch(
         none_i, none_f, none_i, none_f, none_f, none_f, np.empty(0, UINT64), none_i, none_i, ()

@@ -1,7 +1,7 @@
-"""A worker: one rank's process. `python -P -m octavo.engine.worker.worker --socket PATH`.
+"""Worker process of one rank: `python -P -m octavo.engine.worker.worker --socket PATH`.
 
-It serves `octavo.worker.v1.Worker` on a Unix socket and ends when its standard input closes, which
-happens when its parent ends for whatever reason.
+It serves `octavo.worker.v1.Worker` on a Unix socket and exits when its standard input closes, that
+is, when its parent exits for any reason.
 """
 
 from __future__ import annotations
@@ -45,34 +45,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("octavo.worker")
 
-RENDEZVOUS = "rendezvous"  # a file in a group's folder
+RENDEZVOUS = "rendezvous"  # file name in a group's folder
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
-    """Holds one `ModelRunner`. Steps run one after the other; pings are answered beside them."""
+    """Serves one `ModelRunner`. Steps run one after another; pings are answered meanwhile."""
 
     def __init__(
         self,
-        place: WorkerSpec | None = None,
-        is_taken_in: Callable[[int], bool] | None = None,
+        spec: WorkerSpec | None = None,
+        is_claimed_for: Callable[[int], bool] | None = None,
         shared: int | None = None,
     ) -> None:
-        """A worker that was started apart has a `place` of its own, and loads for the epoch alone
-        that an engine has taken it in. `shared`: the open file of memory that the ranks share."""
-        self._place, self._is_taken_in, self._shared = place, is_taken_in, shared
+        """Create the servicer; the model is loaded by `Load`.
+
+        `spec` and `is_claimed_for` are set for remote workers, which load only in the epoch of the
+        engine that claimed them. `shared`: file descriptor of the memory that local ranks share.
+        """
+        self._spec, self._is_claimed_for, self._shared = spec, is_claimed_for, shared
         self.epoch = 0
         self.rank = 0
         self.runner: ModelRunner | None = None
         self._steps: StepSequence[tuple[PendingResult, float]] = StepSequence()
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator:
-        """Loads on a thread of its own, so that progress can stream."""
+        """Load in a separate thread, so that progress can be streamed."""
         items: queue.SimpleQueue[pb.LoadProgress | BaseException] = queue.SimpleQueue()
 
         def report(done: int, total: int) -> None:
             items.put(pb.LoadProgress(done_bytes=done, total_bytes=total))
 
-        if self._is_taken_in is not None and self._is_taken_in(request.epoch):
+        if self._is_claimed_for is not None and self._is_claimed_for(request.epoch):
             use_interface(context.peer())
 
         def load() -> None:
@@ -85,7 +88,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         while True:
             item = items.get()
             if isinstance(item, BaseException):
-                _refuse(context, item)
+                _abort(context, item)
                 return
             yield item
             if item.HasField("memory"):
@@ -101,13 +104,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         )
         from ..runner.model_runner import ModelRunner
 
-        place = self._place
-        if self._is_taken_in is not None and not self._is_taken_in(request.epoch):
-            raise RuntimeError("the worker is not taken by this engine")
-        model_dir = Path(request.model) if place is None else place.model
+        spec = self._spec
+        if self._is_claimed_for is not None and not self._is_claimed_for(request.epoch):
+            raise RuntimeError("the worker is not claimed by this engine")
+        model_dir = Path(request.model) if spec is None else spec.model
         config = ModelConfig.from_dir(model_dir)
         check_tensor_parallel_size(config, request.tensor_parallel_size)
-        device = resolve_device(request.device, request.rank if place is None else place.local_rank)
+        device = resolve_device(request.device, request.rank if spec is None else spec.local_rank)
         dtype = resolve_dtype(request.dtype, device, config.dtype)
         kv_cache_dtype = resolve_kv_cache_dtype(request.kv_cache_dtype, device, dtype)
         check_weight_format(config, device, dtype)
@@ -141,33 +144,33 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         from .remote.torch_store import RendezvousStore
 
         rank, size = request.rank, request.tensor_parallel_size
-        if self._place is None:
+        if self._spec is None:
             return connect(rank, size, device, request.rendezvous, self._shared)
-        return connect(rank, size, device, RendezvousStore(self._place.meeting))
+        return connect(rank, size, device, RendezvousStore(self._spec.rendezvous))
 
     def Allocate(
         self, request: pb.AllocateRequest, context: grpc.ServicerContext
     ) -> pb.AllocateReply:
         try:
-            self._live(request.epoch).allocate(request.num_blocks)
+            self._runner_of(request.epoch).allocate(request.num_blocks)
         except Exception as error:
-            _refuse(context, error)
+            _abort(context, error)
         return pb.AllocateReply()
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepReply:
         try:
             failpoint("worker.received", self.rank)
             return self._step(request)
-        except (MissedStep, CutOff) as error:  # it is to be sent again
+        except (MissedStep, CutOff) as error:  # the group sends the step again
             missed = isinstance(error, MissedStep)
             code = grpc.StatusCode.ABORTED if missed else grpc.StatusCode.UNAVAILABLE
             context.abort(code, f"rank {self.rank}: {error}")
         except Exception as error:
-            _refuse(context, error)
-        raise AssertionError  # both have raised
+            _abort(context, error)
+        raise AssertionError  # unreachable: `abort` raises
 
     def _step(self, request: pb.StepRequest) -> pb.StepReply:
-        runner, batch = self._live(request.epoch), unpack_step(request)
+        runner, batch = self._runner_of(request.epoch), unpack_step(request)
         failpoint("worker.unpacked", self.rank)
         step_id = request.step_id
         launched = self._steps.submit(
@@ -187,18 +190,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return pending, start
 
     def Ping(self, request: pb.PingRequest, context: grpc.ServicerContext) -> pb.PingReply:
-        # Whoever does not know the epoch is not told: it is the group's secret too.
+        # The epoch is also the group's secret, so return it only to callers that know it.
         epoch = self.epoch if request.epoch == self.epoch else 0
         return pb.PingReply(epoch=epoch, step_id=self._steps.latest)
 
-    def _live(self, epoch: int) -> ModelRunner:
+    def _runner_of(self, epoch: int) -> ModelRunner:
         if self.runner is None or epoch != self.epoch:
-            raise RuntimeError(f"epoch {epoch} is not the live one")
+            raise RuntimeError(f"epoch {epoch} is not the current one")
         return self.runner
 
 
 def _share_cores(num_sharing: int) -> None:
-    """Before any thread has computed. 0: whoever started the worker has seen to it."""
+    """Set the number of threads, before any of them computes; 0: it is set in the environment."""
     import torch
 
     if num_sharing and "OMP_NUM_THREADS" not in os.environ:
@@ -206,8 +209,10 @@ def _share_cores(num_sharing: int) -> None:
 
 
 def resolve_device(name: str, rank: int) -> torch.device:
-    """ "auto" is CUDA where there is one. A rank takes the device of its number
-    on its machine."""
+    """Return the device of a local rank; "auto" is CUDA if available, else the CPU.
+
+    Raises `ConfigError` if the name is invalid or the rank has no GPU.
+    """
     import torch
 
     if name not in ("auto", "cpu", "cuda"):
@@ -216,42 +221,49 @@ def resolve_device(name: str, rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if rank >= count:
-        raise ConfigError(f"device={name!r}: rank {rank} has no GPU; there are {count}")
+        raise ConfigError(
+            f"device={name!r}: rank {rank} has no GPU, this machine has {count}; use fewer ranks "
+            "per machine"
+        )
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
 
 
-def _refuse(context: grpc.ServicerContext, error: BaseException) -> None:
-    """Ends the call: FAILED_PRECONDITION for what the user can mend, INTERNAL for a fault."""
-    if isinstance(error, ValueError):  # ConfigError and its kind: the text is for the user
+def _abort(context: grpc.ServicerContext, error: BaseException) -> None:
+    """Abort the call with FAILED_PRECONDITION for configuration errors, else with INTERNAL."""
+    if isinstance(error, ValueError):  # ConfigError and similar errors, whose text is for the user
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     log.error("worker failed", exc_info=error)
     context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
 def _remove_files(socket: Path) -> None:
-    """Remove the group's own files: a parent that was killed did not. A socket's folder may be any
-    that an operator chose, so nothing else is removed."""
+    """Remove the group's files, which a killed parent leaves behind.
+
+    Other files are kept, because an operator may have chosen the socket's folder.
+    """
     socket.unlink(missing_ok=True)
     if socket.parent.name.startswith(GROUP_FOLDER):
         (socket.parent / RENDEZVOUS).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another rank's socket is there: that one does it
+        with contextlib.suppress(OSError):  # not empty: the last rank removes the folder
             socket.parent.rmdir()
 
 
 def main(make: type[WorkerServicer] = WorkerServicer) -> None:
-    """Serves until the parent is gone."""
+    """Serve until the parent exits."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--socket",
         required=True,
         help="path of the Unix socket to serve on",
     )
-    parser.add_argument("--shared", type=int, help="open file of memory that the ranks share")
+    parser.add_argument(
+        "--shared", type=int, help="file descriptor of the memory that the ranks share"
+    )
     args = parser.parse_args()
     socket = Path(args.socket)
     set_up_worker_logs()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the engine's: it closes this worker
+    for number in (signal.SIGINT, signal.SIGTERM):  # only the engine ends this process
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(lambda: _remove_files(socket))
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=UNLIMITED)

@@ -139,7 +139,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         (ask(text("half \ud800")), "surrogate"),
         (ask({"type": "image"}), "images="),
         (ask({"type": "image", "path": "/a.png"}), "the image itself goes under 'image'"),
-        (ask({"type": "image", "image": [still()]}), "no path"),
+        (ask({"type": "image", "image": [still()]}), "must be a path"),
         ([{"role": "user", "content": "x" * 5000}], "max_model_len=4096"),
     ],
 )

@@ -246,7 +246,7 @@ def test_L36_cancelled_task_ends_text(folder: Path) -> None:
     processor = make_processor(folder, 4096)
     task = MediaTask(processor.limits)
     task.cancel()
-    with pytest.raises(InputError, match="the request is over"):
+    with pytest.raises(InputError, match="the request was cancelled"):
         processor.begin("hello", task=task)
 
 

@@ -87,21 +87,21 @@ HWC = np.zeros((30, 40, 3), np.uint8)
 @pytest.mark.parametrize(
     ("kind", "source", "words"),
     [
-        ("image", HWC.astype(np.float32), "float32: must be uint8.* times 255"),
+        ("image", HWC.astype(np.float32), "float32: must be uint8.* by 255"),
         ("image", HWC.astype(np.int64), "int64: must be uint8"),
         ("image", HWC.astype(bool), "bool: must be uint8"),
         ("image", torch.zeros(30, 40, 3, dtype=torch.bfloat16), "of bfloat16: must be uint8"),
         ("image", torch.zeros(30, 40, 3, dtype=torch.uint8, device="meta"), "cannot be read"),
         ("image", np.array([[None]]), "object: must be uint8"),
         ("image", np.uint8(5), "0 axes: must be height × width × channels"),
-        ("image", HWC.transpose(2, 0, 1), "3×30×40: .*is it CHW"),
+        ("image", HWC.transpose(2, 0, 1), "3×30×40: .*if it is CHW"),
         ("image", HWC[..., 0], "30×40: .*gray as three"),
         ("image", HWC[..., :1], "30×40×1: .*gray as three"),
         ("image", HWC[..., :2], "30×40×2: must be"),
         ("image", HWC[None], "1×30×40×3: .*one by one"),
         ("image", HWC[:0], "no size"),
         ("video", HWC, "30×40×3: must be frames × height"),
-        ("video", HWC.transpose(2, 0, 1)[None], "1×3×30×40: .*is it CHW"),
+        ("video", HWC.transpose(2, 0, 1)[None], "1×3×30×40: .*if it is CHW"),
         ("video", HWC[None][:0], "0 frames"),
         ("video", HWC[None, :, :0], "no size"),
         ("video", np.zeros((2049, 1, 1, 3), np.uint8), "--max-video-frames"),
@@ -116,7 +116,7 @@ def test_other_arrays_are_refused_clearly(kind: str, source: Any, words: str) ->
 
 def test_frames_of_an_array_are_taken_as_they_are() -> None:
     for options in (MediaOptions(nframes=2), MediaOptions(video_end=1.0)):
-        with pytest.raises(InputError, match="as they are"):
+        with pytest.raises(InputError, match="all frames of a list are used"):
             load("video", np.stack(stills(4)), options)
 
 

@@ -74,19 +74,19 @@ def test_data_uris_are_read_as_browsers_read_them(name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("data:image/png", "it has no comma"),
-        ("data:image/png;base64", "it has no comma"),
-        ("data:" + "x" * 10_000 + f";base64,{TEXT}", "it has no comma"),
+        ("data:image/png", "the comma is missing"),
+        ("data:image/png;base64", "the comma is missing"),
+        ("data:" + "x" * 10_000 + f";base64,{TEXT}", "the comma is missing"),
         ("data:image/png;base64,", "has no bytes"),
-        ("data:image/png;base64,!!", "is not base64"),
-        ("data:image/png;base64,A", "is not base64"),
-        ("data:image/png;base64,AAAA=AAA", "is not base64"),
-        ("data:image/png;base64,AAAA====", "is not base64"),
-        ("data:image/png;base64,\u00e9AAA", "is not base64"),
-        ("data:image/png;base64,\ud800AAA", "is not base64"),
+        ("data:image/png;base64,!!", "is not valid base64"),
+        ("data:image/png;base64,A", "is not valid base64"),
+        ("data:image/png;base64,AAAA=AAA", "is not valid base64"),
+        ("data:image/png;base64,AAAA====", "is not valid base64"),
+        ("data:image/png;base64,\u00e9AAA", "is not valid base64"),
+        ("data:image/png;base64,\ud800AAA", "is not valid base64"),
         (" https://a.org/b.png", "remove the space before the URL"),
         ("\nfile:///b.png", "remove the space before the URL"),
-        ("ftp://a.org/b.png", "only http://, https://, file:// and data: are read"),
+        ("ftp://a.org/b.png", "only http://, https://, file:// and data: are supported"),
     ],
 )
 def test_malformed_sources_are_rejected_clearly(source: str, words: str) -> None:
@@ -104,7 +104,7 @@ BARE = {
 def test_bare_base64_is_reported_as_such(form: str, length: int) -> None:
     """A server said that it reads no files, a client that the file's name is too long."""
     for text in (BARE[form][:length], " " + BARE[form][:length], BARE[form][:length] + "\n"):
-        assert "looks like base64; write data:image/png;base64," in error_of(text)
+        assert "looks like base64; put data:image/png;base64," in error_of(text)
         with pytest.raises(ClientError, match="looks like base64"):
             media_item({"type": "image", "image": text})
 
@@ -112,7 +112,7 @@ def test_bare_base64_is_reported_as_such(form: str, length: int) -> None:
 def test_paths_are_not_taken_for_base64() -> None:
     for path in ("iVBORw0KGgo.png", "/9j/photo.jpg", "Qk", "R0lGOD", "a/b/c", "UklGR/x.webp"):
         assert not looks_like_base64(path)
-        assert "reads no files" in error_of(path)
+        assert "reading files" in error_of(path)
 
 
 def test_percent_decoding_is_that_of_python() -> None:

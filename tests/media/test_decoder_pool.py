@@ -169,7 +169,7 @@ def test_a_cancelled_request_leaves_an_idle_decoder_alone(pool: DecoderPool) -> 
         task.cancel()
         with pytest.raises(InputError, match="cancelled"):
             list(reader.frames([0], 28, 28))
-        with pytest.raises(InputError, match="over"):
+        with pytest.raises(InputError, match="cancelled"):
             lease("image", io.BytesIO(GOOD), LIMITS, "image")
         reader.__exit__(None, None, None)
     with pool.lease(MediaTask(LIMITS)) as lease:
@@ -300,7 +300,7 @@ def test_a_request_that_waits_for_a_slot_can_be_cancelled_and_times_out() -> Non
     slots.acquire(None, "x")
     task = MediaTask(LIMITS)
     threading.Timer(0.05, task.cancel).start()
-    with pytest.raises(InputError, match="over"):
+    with pytest.raises(InputError, match="cancelled"):
         slots.acquire(task, "image")
     with pytest.raises(InputError, match="--media-timeout-s"):
         slots.acquire(MediaTask(MediaLimits(media_timeout_s=0.05)), "image")  # type: ignore[arg-type]

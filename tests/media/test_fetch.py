@@ -203,7 +203,7 @@ def test_L19_ssrf_domains(host: str, domains: list[str], allowed: bool) -> None:
     if not allowed and domains:
         net = World({host: [PUBLIC]})
         text = net.refused(f"http://{host}/", domains=domains)
-        assert "not among the domains" in text and "send the bytes" in text
+        assert "not an allowed domain" in text and "send the bytes" in text
         assert not net.resolved
 
 
@@ -482,13 +482,13 @@ def test_L19_ssrf_redirects_are_followed(status: str) -> None:
         ("http://169.254.169.254/latest/meta-data/", "not public"),
         ("http://[::1]/", "not public"),
         ("http://[::ffff:10.0.0.1]/", "not public"),
-        ("file:///etc/passwd", "no http"),
-        ("ftp://a.example/", "no http"),
-        ("data:image/png;base64,AAAA", "no http"),
-        ("javascript:alert(1)", "no http"),
+        ("file:///etc/passwd", "not an http"),
+        ("ftp://a.example/", "not an http"),
+        ("data:image/png;base64,AAAA", "not an http"),
+        ("javascript:alert(1)", "not an http"),
         ("http://b.example:22/", "port 22"),
         ("http://me:secret@b.example/", "user name"),
-        ("http://[::1", "no URL"),
+        ("http://[::1", "not a valid URL"),
         ("http://a.example\\@127.0.0.1/", "backslash"),
         ("/x.png?key=secret", "redirects more than 5 times"),
         ("", "status 302"),
@@ -508,7 +508,7 @@ def test_L19_ssrf_a_redirect_leaves_the_list() -> None:
     with world(moved("http://b.example/")) as net:
         net.names["b.example"] = ["1.1.1.1"]
         text = net.refused(domains=("a.example",))
-        assert "b.example is not among the domains" in text
+        assert "b.example is not an allowed domain" in text
         assert net.resolved == ["a.example"]
     with world(moved("http://10.0.0.1/")) as net:
         assert "10.0.0.1" not in net.refused(domains=("a.example",))
@@ -525,11 +525,11 @@ def test_L19_ssrf_a_redirect_leaves_the_list() -> None:
         (reply(b"", "500 Oh"), "status 500"),
         (reply(b""), "no bytes"),
         (reply(Content_Length=9), "connection"),
-        (reply(Content_Length=-1), "no number"),
-        (reply(Content_Length="5, 5"), "no number"),
-        (reply(Content_Length="five"), "no number"),
-        (reply(Content_Length="0x5"), "no number"),
-        (reply(Content_Length="٥".encode().decode("latin-1")), "no number"),
+        (reply(Content_Length=-1), "not a number"),
+        (reply(Content_Length="5, 5"), "not a number"),
+        (reply(Content_Length="five"), "not a number"),
+        (reply(Content_Length="0x5"), "not a number"),
+        (reply(Content_Length="٥".encode().decode("latin-1")), "not a number"),
         (reply(Content_Length=1 << 20 | 1), "--max-media-bytes"),
         (reply(Content_Length=10**30), "--max-media-bytes"),
         (reply(Content_Length="9" * 5000), "--max-media-bytes"),
@@ -925,13 +925,17 @@ def test_L21_local_files_must_be_regular(tree: Path, local: bool) -> None:
     os.mkfifo(tree / "open/fifo")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tree / "open/sock"))
-        for name, words in (("fifo", "no regular"), ("deep", "directory"), ("sock", "No such dev")):
+        for name, words in (
+            ("fifo", "not a regular"),
+            ("deep", "directory"),
+            ("sock", "No such dev"),
+        ):
             before = len(open_files())
             with pytest.raises(InputError, match=words) as refused:
                 picture_at(f"{tree}/open/{name}", access)
             assert refused.value.field == "image" and len(open_files()) == before
     if local:
-        with pytest.raises(InputError, match="no regular"):
+        with pytest.raises(InputError, match="not a regular"):
             picture_at("/dev/zero", access)
     (tree / "open/empty").write_bytes(b"")
     with pytest.raises(InputError, match="no bytes"):
@@ -944,7 +948,7 @@ def test_L21_local_files_no_roots_at_all(tree: Path) -> None:
     access = media_access([], [], local=False)
     assert access.roots == ()
     for source in (str(tree / "open/a.png"), f"file://{tree}/open/a.png", "/etc/passwd"):
-        with pytest.raises(InputError, match=r"reads no files.*--allow-media-path"):
+        with pytest.raises(InputError, match=r"reading files .*--allow-media-path"):
             picture_at(source, access)
 
 

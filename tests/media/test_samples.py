@@ -238,7 +238,7 @@ UNREAD: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_is_not_read_is_rejected_by_name(name: str) -> None:
     data, words = UNREAD[name]
-    with pytest.raises(InputError, match=f"{words}.*not read; save it as PNG"):
+    with pytest.raises(InputError, match=f"{words}.*not supported; save it as PNG"):
         load(data)
 
 

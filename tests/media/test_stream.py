@@ -197,14 +197,14 @@ def test_a_video_that_breaks_later_ends_its_request_alone(
 ) -> None:
     async def run() -> None:
         gate = Gate(monkeypatch, most=6)
-        gate.error = "the video is broken: it cannot be decoded"
+        gate.error = "the video is corrupt: it cannot be decoded"
         stream = engine.chat(ask(mp4(26)), GREEDY)
         task = asyncio.create_task(anext(stream))
         assert await asyncio.to_thread(gate.reached.wait, 30)
         gate.opened.set()
         delta = await task
         assert delta.finish_reason == "error" and delta.token_ids == ()
-        assert delta.error == "INVALID_ARGUMENT: video: the video is broken: it cannot be decoded"
+        assert delta.error == "INVALID_ARGUMENT: video: the video is corrupt: it cannot be decoded"
         assert not engine.engine.has_requests
         assert await collect(engine, ask([noise()] * 2)) != []
 
@@ -376,7 +376,7 @@ def test_a_request_that_is_over_stops_at_once() -> None:
     assert stopped.wait(5)
     goes_on.set()
     thread.join(30)
-    assert opened == ["image"] and "the request is over" in str(error[0])
+    assert opened == ["image"] and "the request was cancelled" in str(error[0])
     task.close()
 
 
@@ -406,11 +406,13 @@ def test_what_is_no_base64_is_told_in_our_words(wrong: str) -> None:
         open_source(
             f"data:image/png;base64,{wrong}", MediaAccess(), "image", MediaTask(MediaLimits())
         )
-    assert str(caught.value) == "image: what follows base64, in the data URI is not base64"
+    assert (
+        str(caught.value) == "image: the data after 'base64,' in the data URI is not valid base64"
+    )
 
 
 def test_a_path_that_is_none_is_told_in_our_words() -> None:
-    with pytest.raises(InputError, match=r"image: '.*': is no path$"):
+    with pytest.raises(InputError, match=r"image: '.*': is not a valid path$"):
         open_source("/a\0b", MediaAccess(roots=None), "image", MediaTask(MediaLimits()))
 
 
@@ -430,5 +432,5 @@ def test_a_pool_that_is_closed_ends_what_is_under_way() -> None:
     job = pool.submit(ask(b"x"))
     assert begun.wait(30)
     pool.close()
-    with pytest.raises(InputError, match="over"):
+    with pytest.raises(InputError, match="cancelled"):
         job.future.result(30)

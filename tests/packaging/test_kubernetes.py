@@ -208,7 +208,7 @@ def test_a_certificate_that_gRPC_takes_for_no_call_is_told_at_once(
 ) -> None:
     """TLS itself takes this wildcard, and each call is then refused."""
     tls = _certificate(tmp_path, "subjectAltName=DNS:*.octavo-worker")
-    told = r"worker of rank 0 \(127.0.0.1:\d+\): TLS: its certificate does not name the host"
+    told = r"worker of rank 0 \(127.0.0.1:\d+\): TLS: its certificate does not contain the host"
     with pytest.raises(ConfigError, match=told):
         _join(tls, _workers()[0])
 

@@ -85,7 +85,7 @@ def test_streams_go_on_when_a_worker_is_killed(
     assert serving == health_pb2.HealthCheckResponse.SERVING
     wait_for(lambda: not any(map(alive, server.worker_pids)))
     assert server.end() == 0
-    assert server.text().count("the workers are started anew") == 2
+    assert server.text().count("restarting the workers") == 2
 
 
 def at_each_place(actions: tuple[str, ...], fast: tuple[str, str]) -> pytest.MarkDecorator:

@@ -79,7 +79,7 @@ def test_a_step_whose_forerunner_failed_fails_too() -> None:
     first = steps.submit(0, 1, lambda: 1 // 0)
     second = steps.submit(1, 2, lambda: 2)
     assert isinstance(first.exception(), ZeroDivisionError)
-    assert "the step before it failed" in str(second.exception())
+    assert "the previous step failed" in str(second.exception())
 
 
 # Pings
@@ -277,7 +277,7 @@ def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
         group = llm.engine.group
         stub = group._workers[0].stub
         request = pb.StepRequest(epoch=group.epoch + 1, step_id=1)
-        with pytest.raises(grpc.RpcError, match="is not the live one") as caught:
+        with pytest.raises(grpc.RpcError, match="is not the current one") as caught:
             stub.Step(request)
         assert str(group.epoch) not in caught.value.details()  # who does not know it is not told
         assert stub.Ping(pb.PingRequest(epoch=group.epoch + 1)).epoch == 0

@@ -1,4 +1,4 @@
-"""Pictures that are in memory already: numpy arrays and torch tensors."""
+"""Read images and videos given as numpy arrays or torch tensors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from .resample import resize_frame
 from .rgb import to_rgb
 
 LAYOUTS = {"image": "height × width × channels", "video": "frames × height × width × channels"}
-CHANNELS = (3, 4)  # RGB, and RGBA, which is flattened onto white
+CHANNELS = (3, 4)  # RGB and RGBA; RGBA is flattened onto white
 
 
 def is_array(source: Any) -> bool:
-    """Whether a source is an array of any library; torch is not imported to know its tensors."""
+    """Return whether a source is an array of any library, without importing torch."""
     return hasattr(source, "__array__") and not isinstance(source, Image.Image)
 
 
 class ArrayFile:
-    """An array, as a `MediaReader`: an image, or one frame of a video, of [height, width,
-    channels], or a video's frames [frames, height, width, channels]; uint8. Nothing of it is
-    copied before a frame is resized."""
+    """`MediaReader` of a uint8 array.
+
+    An image or a single frame has the shape [height, width, channels], a video [frames, height,
+    width, channels]. Pixels are not copied until a frame is resized.
+    """
 
     def __init__(
         self, source: Any, kind: str, limits: MediaLimits, field: str, fps: float = 1.0
     ) -> None:
-        """Raises `InputError` for an array that is of another type or layout."""
+        """Wrap an array. Raises `InputError` if its dtype, shape or size is invalid."""
         array = _as_uint8(source, field)
         _check_shape(array.shape, "video" if kind == "video" else "image", field)
         self._frames = array if kind == "video" else array[None]
@@ -65,9 +67,10 @@ def _as_uint8(source: Any, field: str) -> npt.NDArray[np.uint8]:
     dtype = str(getattr(source, "dtype", type(source).__name__)).removeprefix("torch.")
     if dtype != "uint8":
         raise InputError(
-            field, f"an array of {dtype}: must be uint8, 0 to 255 (for floats of 0 to 1, times 255)"
+            field,
+            f"an array of {dtype}: must be uint8, 0 to 255 (multiply floats of 0 to 1 by 255)",
         )
-    try:  # a tensor may lie on a GPU
+    try:  # a tensor may be on a GPU
         return np.asarray(source.cpu() if hasattr(source, "cpu") else source)
     except Exception:
         raise InputError(field, f"{type(source).__name__}: cannot be read as an array") from None
@@ -77,15 +80,15 @@ def _check_shape(shape: tuple[int, ...], kind: str, field: str) -> None:
     found = "×".join(map(str, shape)) or "0 axes"
     if len(shape) == len(LAYOUTS[kind].split("×")) and shape[-1] in CHANNELS:
         if shape[0] < 1 and kind == "video":
-            raise InputError(field, "0 frames; a video has at least one")
+            raise InputError(field, "0 frames; pass at least one")
         return
     hint = ""
     if len(shape) >= 3 and shape[-3] in CHANNELS:
-        hint = "; is it CHW? Put the channels last"
+        hint = "; if it is CHW, move the channels last"
     elif len(shape) == 4 and kind == "image":
-        hint = "; give a batch's images one by one, or a video as a video"
+        hint = "; pass the images of a batch one by one, or a video as a video"
     elif len(shape) == 2 or shape[-1:] == (1,):
-        hint = "; give gray as three equal channels"
+        hint = "; pass gray as three equal channels"
     raise InputError(
-        field, f"an array of {found}: must be {LAYOUTS[kind]}, of 3 channels (RGB) or 4{hint}"
+        field, f"an array of {found}: must be {LAYOUTS[kind]}, with 3 (RGB) or 4 channels{hint}"
     )

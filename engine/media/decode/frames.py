@@ -1,4 +1,4 @@
-"""A video given as a list of frames, each any image."""
+"""Read a video that is given as a list of images."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from typing import Any, Protocol, Self
 from ...errors import InputError
 from .reader import Frame, MediaHeader, MediaReader
 
-MAX_DIFFERENCE, MAX_SHARE = 8, 0.05  # pixels, or share, by which a side may differ from the first's
-LISTED_FPS = 2.0  # where the caller says nothing
+# Maximum difference of a side from the first frame's: pixels, or share (the larger one counts).
+MAX_DIFFERENCE, MAX_SHARE = 8, 0.05
+LISTED_FPS = 2.0  # default frames per second
 
 
 class OpenImage(Protocol):
+    """Opens one frame."""
+
     def __call__(self, source: Any, field: str) -> MediaReader: ...
 
 
 class FrameList:
-    """The listed frames, as a `MediaReader`; each is opened when its turn comes."""
+    """`MediaReader` of a list of images; each is opened only when it is decoded."""
 
     def __init__(
         self, sources: Sequence[Any], open_image: OpenImage, fps: float, field: str
     ) -> None:
-        """Reads the first frame's header: all are resized to the size that is chosen for it, so
-        they may differ by little. Raises `InputError`."""
+        """Read the first frame's header, from which the size of all frames is chosen.
+
+        Raises `InputError` if the first frame is invalid. The size of other frames is checked when
+        they are decoded.
+        """
         self._sources, self._open, self._field = sources, open_image, field
-        self._first: MediaReader | None = open_image(sources[0], f"{field}[0]")  # until its turn
+        # Kept open until it is decoded.
+        self._first: MediaReader | None = open_image(sources[0], f"{field}[0]")
         size = self._first.header
         self.header = MediaHeader(size.height, size.width, len(sources), fps)
 
@@ -49,9 +56,9 @@ class FrameList:
             with reader:
                 raise InputError(
                     field,
-                    f"{size.width}×{size.height} pixels, the first frame {first.width}×"
-                    f"{first.height}; frames must be of one size, or within {MAX_DIFFERENCE} "
-                    f"pixels or {MAX_SHARE:.0%} of it: resize them",
+                    f"{size.width}×{size.height} pixels, but the first frame {first.width}×"
+                    f"{first.height}; frames may differ by at most {MAX_DIFFERENCE} pixels or "
+                    f"{MAX_SHARE:.0%}: resize them",
                 )
         return reader
 
@@ -68,5 +75,5 @@ def _is_close(size: int, first: int) -> bool:
 
 
 def pad(indices: Sequence[int], factor: int) -> tuple[int, ...]:
-    """The indices with the last one repeated, up to a multiple of `factor`."""
+    """Repeat the last index until the length is a multiple of `factor`."""
     return (*indices, *[indices[-1]] * (-len(indices) % factor))

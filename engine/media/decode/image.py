@@ -1,4 +1,4 @@
-"""Image files and PIL images: decoded upright, without transparency, resized."""
+"""Decode image files and PIL images: apply orientation, flatten transparency, resize."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .resample import resize_frame
 from .rgb import to_rgb
 from .samples import correct, describe_unread
 
-BROKEN = "the image is broken: it cannot be decoded whole"
+BROKEN = "the image is corrupt: it cannot be decoded completely"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height change places
+ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,33 +31,35 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# A JPEG is decoded at half its size where that is still 4 times the target and its quantization is
-# fine (quality 90 and better). Both are needed for a mean error within 2 levels: noise is off by
-# 4.5 where half the size is 2 times the target and by 2.9 where it is 3 times; text on white of
-# quality 75 is off by 2.6 and more at every size, since the whole decode clips what rings over
-# white; and at a quarter of the size coloured text is off by over 2 up to quality 91.
+# A JPEG is decoded at half its size if that is at least 4 times the target size and its
+# quantization is fine (quality 90 or better). Both conditions are needed for a mean error within
+# 2 levels. The error of noise is 4.5 if half the size is 2 times the target, and 2.9 if it is
+# 3 times. The error of text on white at quality 75 is at least 2.6 at every size, because decoding
+# at full size clips ringing above white. At a quarter of the size, the error of coloured text is
+# over 2 up to quality 91.
 REDUCED, REDUCED_MARGIN, FINE = 2, 4, 12.0
 
-BAND, LARGE = 128, 4_000_000  # rows that are copied at once; pixels of an image that is worth it
+BAND, LARGE = 128, 4_000_000  # rows copied at a time, in images of at least LARGE pixels
 
-PNG_CHUNKS = 1 << 16  # looked at; a PNG of more is decoded to find its orientation
+PNG_CHUNKS = 1 << 16  # chunks to scan; a PNG with more is decoded to find its orientation
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-PNG_TURNS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may tell of one
+PNG_TURNS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # keywords; may have orientation
 
-# With the imports above, all that Pillow needs for FORMATS: it neither looks for other formats'
-# plugins nor reads a module later on, where a process may no longer open files.
+# With the imports above, this loads all that Pillow needs for FORMATS. Otherwise Pillow would
+# import plugins later, when a sandboxed process can no longer open files.
 Image.preinit()
 
-# Pillow's remarks on odd files are no business of the server's log. Not `catch_warnings`, which
-# threads must not use at once.
+# Keep Pillow's warnings about unusual files out of the server's log. `catch_warnings` would not
+# be thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, module="PIL")
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class ImageFile:
-    """An image file, or a PIL image: a `MediaReader` of one frame, the first. It closes the file.
+    """`MediaReader` of the first frame of an image file, or of a PIL image. It closes the file.
 
-    Between its header and its frame it holds nothing but the file: a request has many images.
+    Between reading the header and the frame, it keeps only the file in memory, because a request
+    may have many images.
     """
 
     def __init__(
@@ -67,8 +69,11 @@ class ImageFile:
         field: str,
         is_frame: bool = False,
     ) -> None:
-        """Reads the header. `is_frame`: of a video, whose frames are resized in another way.
-        Raises `InputError`."""
+        """Read the header.
+
+        `is_frame`: the image is a frame of a video; frames use another resize algorithm. Raises
+        `InputError` if the file is not a supported image or is too large.
+        """
         self._file, self._limits, self._field = file, limits, field
         self._is_frame = is_frame
         image = self._open()
@@ -87,28 +92,28 @@ class ImageFile:
             correct(image)
             return image
         except Image.DecompressionBombError:
-            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit, here and not in `serve`
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's limit; decoder processes have none
             if most >= self._limits.max_media_pixels:
                 self._limits.refuse("max_media_pixels", self._field, f"over {most} pixels")
             text = f"over {most} pixels; raise PIL.Image.MAX_IMAGE_PIXELS"
             raise InputError(self._field, text) from None
-        except Exception:  # decoders raise all kinds; their texts may tell of memory
-            text = f"not an image that is read ({', '.join(FORMATS)})"
-            if what := describe_unread(self._file):
-                text = f"{what}, is broken or not read; save it as PNG"
+        except Exception:  # of any type; its text may reveal memory, so it is not shown
+            text = f"not a supported image ({', '.join(FORMATS)})"
+            if description := describe_unread(self._file):
+                text = f"{description}, is corrupt or not supported; save it as PNG"
             raise InputError(self._field, text) from None
 
     def _orientation(self, image: Image.Image) -> int:
-        """1 to 8, by EXIF or XMP; 1 where neither can be read, as viewers have it."""
+        """Return the orientation in EXIF or XMP, 1 to 8; 1 if it cannot be read, like viewers."""
         if image.format == "TIFF":
-            return 1  # Pillow turns it as it decodes it, and its size beforehand
+            return 1  # Pillow applies it while decoding, and to the size when opening
         file: Any = getattr(image, "fp", None) if getattr(image, "tile", None) else None
         try:
             if image.format != "PNG" or file is None:
                 turn = image.getexif().get(ORIENTATION, 1)
             elif _has_late_turn(file):
                 turn = self._open().getexif().get(ORIENTATION, 1)
-            else:  # a PNG's own `getexif` decodes its pixels, to look behind them
+            else:  # `PngImageFile.getexif` would decode the pixels, to find chunks after them
                 turn = Image.Image.getexif(image).get(ORIENTATION, 1)
         except Exception:
             return 1
@@ -126,7 +131,7 @@ class ImageFile:
 
     def _decode(self, height: int, width: int) -> Pixels:
         image = self._open()
-        size = (height, width) if self._turn >= 5 else (width, height)  # before it is turned
+        size = (height, width) if self._turn >= 5 else (width, height)  # before orientation
         if not self._is_frame and image is not self._file and (box := _reduce(image, size)):
             image = to_rgb(image).resize(size, Image.Resampling.BICUBIC, box)
         image = to_rgb(image)
@@ -134,7 +139,8 @@ class ImageFile:
             image = image.transpose(TURNS[self._turn])
         if self._is_frame:
             return resize_frame(np.asarray(image), height, width)
-        image = _resized(image, height, width)  # the whole one goes before pixels are copied
+        # Rebinding `image` frees the full-size image before the pixels are copied.
+        image = _resized(image, height, width)
         return _pixels(image)
 
     def __enter__(self) -> Self:
@@ -146,10 +152,10 @@ class ImageFile:
 
 
 def _has_late_turn(file: BinaryIO) -> bool:
-    """Whether a PNG has something that may tell its orientation behind its pixels."""
-    place, is_late = 8, False
+    """Return whether a PNG may have its orientation in a chunk after its pixels."""
+    position, is_late = 8, False
     for _ in range(PNG_CHUNKS):
-        file.seek(place)
+        file.seek(position)
         head = file.read(8)
         if len(head) < 8 or head.endswith(b"IEND"):
             return False
@@ -159,14 +165,14 @@ def _has_late_turn(file: BinaryIO) -> bool:
             return True
         if is_late and kind in PNG_TEXTS and file.read(22).startswith(PNG_TURNS):
             return True
-        place += 12 + length
+        position += 12 + length
     return True
 
 
 def _reduce(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Sets a JPEG to be decoded at half its size where nobody will see that.
+    """Configure a JPEG to be decoded at half its size if the difference is not visible.
 
-    Returns the box of the smaller image that holds the whole picture.
+    Returns the box of the reduced image that contains the whole picture; None if not reduced.
     """
     if not isinstance(image, JpegImageFile) or not image.quantization:
         return None
@@ -180,7 +186,10 @@ def _reduce(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, fl
 
 
 def resize(image: Image.Image, height: int, width: int) -> Pixels:
-    """uint8 [height, width, 3], bicubic, as transformers' PIL processor resizes."""
+    """Resize with PIL's bicubic filter, like transformers' PIL processor.
+
+    Returns uint8 [height, width, 3].
+    """
     return _pixels(_resized(image, height, width))
 
 
@@ -191,7 +200,7 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> Pixels:
-    """As `np.asarray`; a large image in a third of its time, by bands that stay in the cache."""
+    """Convert to an array; copying a large image in cache-sized bands takes a third of the time."""
     width, height = image.size
     if width * height < LARGE:
         return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Opens a file in this process: which reader is for it."""
+"""Open a file in this process with the reader for its kind."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .image import ImageFile
 from .reader import MediaReader
 from .video import VideoFile
 
-# Opens a file: ("image", "video" or "frame", which is an image of a video; file, limits, field).
+# (kind, file, limits, field) -> reader; kind is "image", "video" or "frame" (an image in a video).
 OpenReader = Callable[[str, BinaryIO | Image.Image, MediaLimits, str], MediaReader]
 
 
 def open_here(
     kind: str, file: BinaryIO | Image.Image, limits: MediaLimits, field: str
 ) -> MediaReader:
-    """A reader in this process. Raises `InputError`."""
+    """Open a file or PIL image in this process. Raises `InputError` if it is invalid."""
     if kind in ("image", "frame"):
         return ImageFile(file, limits, field, is_frame=kind == "frame")
     if isinstance(file, Image.Image):
-        raise InputError(field, "is one image; a video is a file or a list of frames")
+        raise InputError(field, "is a single image; pass a video file or a list of frames")
     return open_video(file, limits, field)
 
 
 def open_video(file: BinaryIO, limits: MediaLimits, field: str) -> MediaReader:
-    """A reader of a video file, or of an animated image. Raises `InputError`."""
+    """Open a video file or an animated image. Raises `InputError` if it is invalid."""
     if is_animation(file):
         return AnimationFile(file, limits, field)
     return VideoFile(file, limits, field)

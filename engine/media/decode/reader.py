@@ -1,4 +1,4 @@
-"""How a file's pixels are made: its header first, then the frames that were chosen."""
+"""Interface of media readers: the header first, then the selected frames."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-Pixels = npt.NDArray[np.uint8]  # [frames, height, width, 3], or [height, width, 3] of one frame
+Pixels = npt.NDArray[np.uint8]  # [frames, height, width, 3], or [height, width, 3] for one frame
 
 
 @dataclass(frozen=True)
 class MediaHeader:
-    """What is known of a file before any pixel of it is made."""
+    """Properties of a file, known before its pixels are decoded."""
 
-    height: int  # as it is seen: after turning
+    height: int  # after orientation is applied
     width: int
     num_frames: int = 1
-    fps: float = 1.0  # frames a second, on average; of no meaning for an image
+    fps: float = 1.0  # average frames per second; unused for an image
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    index: int  # among the file's frames
+    """A decoded frame."""
+
+    index: int  # in the file
     pixels: Pixels  # uint8 [height, width, 3], RGB
 
 
@@ -35,13 +37,13 @@ class MediaReader(Protocol):
     def header(self) -> MediaHeader: ...
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        """When those frames are shown, in seconds from the first one."""
+        """Return the times of the frames, in seconds after the first frame of the file."""
         ...
 
     def frames(self, indices: Sequence[int], height: int, width: int) -> Iterator[Frame]:
-        """The frames of `indices`, which rise, resized to `height` × `width`, one after another.
+        """Yield the frames of the ascending `indices`, resized to `height` × `width`.
 
-        Fewer come where the file holds fewer than its header says.
+        Frames that are missing from the file are skipped.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""Bicubic resizing in float32, with one rounding at the end, as torchvision resizes frames.
+"""Bicubic resizing in float32 with a single rounding, like torchvision's resize of frames.
 
-PIL's own RGB resize rounds and clips twice, which differs by up to 16 levels at hard edges; PIL in
-float, colour by colour, takes two to four times as long as this. Each output row (and then column)
-is a weighted sum of a few input rows: sums of neighbouring rows are one small matrix product.
+PIL's RGB resize rounds and clips twice, which differs by up to 16 levels at hard edges; PIL in
+float, channel by channel, takes two to four times as long. Each output row (and then column) is a
+weighted sum of a few input rows; a band of adjacent rows is computed as one small matrix product.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy.typing as npt
 from .reader import Pixels
 
 Floats = npt.NDArray[np.float32]
-ROWS = 8  # output rows of a product: more of them meet more zeros, fewer keep products too small
-MAX_WORK = 200_000  # multiplications of a product: from 262,144 on, OpenBLAS wakes its threads,
-# which then fight the decoder's for the cores
+ROWS = 8  # output rows per product: more would multiply more zeros, fewer make products too small
+# Maximum multiplications per product. From 262,144 on, OpenBLAS uses threads, which would compete
+# with the decoder's threads for cores.
+MAX_WORK = 200_000
 
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """Output places [start, stop) are `weights` @ input places [first, last)."""
+    """Output positions [start, stop) are `weights` @ input positions [first, last)."""
 
     start: int
     stop: int
@@ -34,7 +35,10 @@ class Band:
 
 
 def resize_frame(pixels: Pixels, height: int, width: int) -> Pixels:
-    """uint8 [height, width, 3] of uint8 [any, any, 3]; the same array where the size is right."""
+    """Resize uint8 [rows, columns, 3] to uint8 [height, width, 3].
+
+    Returns the same array if it already has that size.
+    """
     rows, columns = pixels.shape[:2]
     if (rows, columns) == (height, width):
         return pixels
@@ -45,7 +49,7 @@ def resize_frame(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def _resize_rows(pixels: Pixels, height: int) -> Floats:
-    """float32 [height, width] of uint8 [any, width]."""
+    """Resize uint8 [rows, width] to float32 [height, width]."""
     rows, width = pixels.shape
     bands = _bands(rows, height, 1)
     tallest = max(band.last - band.first for band in bands)
@@ -65,7 +69,7 @@ def _resize_rows(pixels: Pixels, height: int) -> Floats:
 
 
 def _resize_columns(pixels: Floats, columns: int, width: int) -> Floats:
-    """float32 [height, width * 3] of float32 [height, columns * 3]."""
+    """Resize float32 [height, columns * 3] to float32 [height, width * 3]."""
     height = len(pixels)
     bands = _bands(columns, width, 3)
     work = max(band.weights.size for band in bands)
@@ -87,18 +91,18 @@ def _resize_columns(pixels: Floats, columns: int, width: int) -> Floats:
     return result
 
 
-@lru_cache(maxsize=16)  # a video's frames are all of one size
+@lru_cache(maxsize=16)  # all frames of a video have the same size
 def _bands(size: int, new_size: int, colors: int) -> tuple[Band, ...]:
-    """Of places with `colors` values each, which are weighted alike."""
+    """Return the bands for positions with `colors` interleaved values, which share weights."""
     first, last, weights = _bicubic(size, new_size)
     bands = []
     for start in range(0, new_size, ROWS):
         stop = min(start + ROWS, new_size)
         low, high = int(first[start]), int(last[stop - 1])
         dense = np.zeros((stop - start, high - low), np.float32)
-        for row, place in enumerate(range(start, stop)):
-            count = last[place] - first[place]
-            dense[row, first[place] - low : last[place] - low] = weights[place, :count]
+        for row, position in enumerate(range(start, stop)):
+            count = last[position] - first[position]
+            dense[row, first[position] - low : last[position] - low] = weights[position, :count]
         dense = np.kron(dense, np.eye(colors, dtype=np.float32))
         bands.append(Band(start, stop, low, high, dense))
     return tuple(bands)
@@ -107,18 +111,18 @@ def _bands(size: int, new_size: int, colors: int) -> tuple[Band, ...]:
 def _bicubic(
     size: int, new_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """First and last input place of each output place, and its weights [new_size, most places].
+    """Return input range [first, last) and weights [new_size, max inputs] of output positions.
 
-    The cubic of a = -0.5, as wide as two output places where the picture shrinks (antialias).
+    The cubic kernel has a = -0.5 and is widened by the scale when shrinking (antialias).
     """
     scale = size / new_size
     spread = max(scale, 1.0)
     centers = (np.arange(new_size) + 0.5) * scale
     first = np.maximum(centers - 2 * spread + 0.5, 0).astype(np.int64)
     last = np.minimum(centers + 2 * spread + 0.5, size).astype(np.int64)
-    places = first[:, None] + np.arange((last - first).max())
-    away = np.abs(places + 0.5 - centers[:, None]) / spread
+    inputs = first[:, None] + np.arange((last - first).max())
+    away = np.abs(inputs + 0.5 - centers[:, None]) / spread
     near = (1.5 * away - 2.5) * away**2 + 1
     far = ((-0.5 * away + 2.5) * away - 4) * away + 2
-    weights = np.where(away < 1, near, np.where(away < 2, far, 0.0)) * (places < last[:, None])
+    weights = np.where(away < 1, near, np.where(away < 2, far, 0.0)) * (inputs < last[:, None])
     return first, last, weights / weights.sum(axis=1, keepdims=True)

@@ -7,13 +7,13 @@ from PIL import Image
 
 from .samples import GraySamples, covered_part, deep_transparency, gray_samples
 
-BACKGROUND = (255, 255, 255)  # behind transparent pixels
+BACKGROUND = (255, 255, 255)  # color for transparent pixels
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, decoded, with transparency flattened onto white.
+    """Decode and convert an image to RGB, with transparency flattened onto white.
 
-    As Pillow's `convert`, but for more than 8 bits, where that cuts all over 255 to white.
+    Like Pillow's `convert`, except that samples of more than 8 bits are scaled, not clipped to 255.
     """
     box = covered_part(image)
     if box is None:
@@ -35,7 +35,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.array(image)
         pixels[is_clear] = BACKGROUND
         return Image.fromarray(pixels)
-    if image.mode == "La":  # has no way to RGB of its own
+    if image.mode == "La":  # Pillow cannot convert it to RGB directly
         image = image.convert("LA")
     if image.has_transparency_data:
         return _on_background(image)
@@ -48,7 +48,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _on_background(image: Image.Image) -> Image.Image:
     whole = image.convert("RGBA")
     alpha = whole.getchannel("A")
-    if image.format == "BMP" and not alpha.getbbox():  # writers leave it empty, as browsers know
+    # Many writers leave the alpha channel of a BMP zero; like browsers, treat it as opaque.
+    if image.format == "BMP" and not alpha.getbbox():
         return whole.convert("RGB")
     flat = Image.new("RGB", image.size, BACKGROUND)
     flat.paste(whole, mask=alpha)
@@ -56,10 +57,10 @@ def _on_background(image: Image.Image) -> Image.Image:
 
 
 def _from_deep(image: Image.Image, samples: GraySamples | None) -> Image.Image:
-    """Gray of 12 to 32 bits or of floats, as RGB of the highest 8 bits.
+    """Convert gray of 12 to 32 bits or floats to RGB; keep the highest 8 bits.
 
-    Modes I and F do not say how far they go: to 1 (F alone), 255, 65,535 or 2³¹ - 1 (unsigned:
-    2³² - 1), whichever is the first to hold the largest value. What is under 0 or not a number is
+    Modes I and F do not define a maximum; it is taken as the first of 1 (mode F), 255, 65,535 and
+    2³¹ - 1 (unsigned: 2³² - 1) that is not below the largest value. Negative values and NaN become
     black.
     """
     values = np.asarray(image)
@@ -72,7 +73,7 @@ def _from_deep(image: Image.Image, samples: GraySamples | None) -> Image.Image:
     if samples and samples.white_is_zero:
         gray = 255 - gray
         gray[values != values] = 0
-    clear = image.info.get("transparency")  # the gray that is transparent, in 16-bit PNGs
+    clear = image.info.get("transparency")  # the transparent gray value of a 16-bit PNG
     if isinstance(clear, int):
         gray[values == clear] = BACKGROUND[0]
     return Image.fromarray(gray).convert("RGB")

@@ -1,6 +1,6 @@
-"""Samples of PNG and TIFF files that Pillow reads in another way than their specifications.
+"""Fix samples of PNG and TIFF files that Pillow decodes contrary to the specifications.
 
-`correct` is called after a file is opened and before it is decoded.
+Call `correct` after a file is opened and before it is decoded.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from .reader import Pixels
 
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
 WHITE_IS_ZERO, SEPARATE_PLANES, UNSIGNED, SIGNED = 0, 2, 1, 2  # values of the last three
-PNG_GRAY_TOP = {"L;2": 3, "L;4": 15}  # largest sample, by Pillow's name of the depth
+PNG_GRAY_TOP = {"L;2": 3, "L;4": 15}  # largest sample, by Pillow's raw mode
 DEEP_RGB = "RGB;16B"
 PHOTOMETRICS = {0: "gray (white is zero)", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK"}
-# Kinds of gray TIFF that Pillow can unpack and does not list: (byte order, photometric, sample
-# format, fill order, bits, extra samples) and its mode and name. `to_rgb` inverts white-is-zero.
+# Gray TIFF formats that Pillow can unpack but does not list. Keys: (byte order, photometric,
+# sample format, fill order, bits, extra samples); values: (mode, raw mode). `to_rgb` inverts
+# white-is-zero.
 MORE_KINDS = {
     (b"MM", 1, (1,), 1, (12,), ()): ("I;16", "I;12"),
     (b"II", 0, (1,), 1, (12,), ()): ("I;16", "I;12"),
@@ -37,7 +38,7 @@ MORE_KINDS = {
 }
 for _key, _value in MORE_KINDS.items():
     TiffImagePlugin.OPEN_INFO.setdefault(_key, _value)
-# libtiff gives samples in this machine's order, whatever the file's.
+# libtiff returns samples in this machine's byte order, not the file's.
 _NATIVE = "" if sys.byteorder == "little" else "B"
 NATIVE = {f"{kind};{bits}B{sign}": f"{kind};{bits}{_NATIVE}{sign}"
           for kind, bits, sign in (("F", 32, "F"), ("I", 32, "S"), ("I", 16, "S"))}  # fmt: skip
@@ -45,7 +46,7 @@ NATIVE = {f"{kind};{bits}B{sign}": f"{kind};{bits}{_NATIVE}{sign}"
 
 @dataclass(frozen=True)
 class GraySamples:
-    """How the samples of a gray TIFF are to be read."""
+    """Sample format of a gray TIFF."""
 
     bits: int
     is_signed: bool
@@ -53,8 +54,8 @@ class GraySamples:
 
 
 def correct(image: Image.Image) -> None:
-    """Make Pillow decode an open file as its specification says."""
-    if not getattr(image, "tile", None):  # decoded already
+    """Make Pillow decode an open file according to its specification."""
+    if not getattr(image, "tile", None):  # already decoded
         return
     if image.format == "PNG":
         _scale_transparency(image)
@@ -63,8 +64,11 @@ def correct(image: Image.Image) -> None:
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """Pillow spreads samples of 2 and 4 bits over 0 to 255, but not the transparent one. Bits of it
-    beyond the file's depth are to be ignored."""
+    """Scale the transparent gray or color like the samples.
+
+    Pillow scales samples of 2 and 4 bits to 0..255, but not the transparent one. Bits of it beyond
+    the file's depth must be ignored.
+    """
     clear, depth = image.info.get("transparency"), _raw_mode(image)
     if isinstance(clear, int) and depth in PNG_GRAY_TOP:
         top = PNG_GRAY_TOP[depth]
@@ -81,9 +85,10 @@ def _raw_mode(image: Any) -> str:
 
 
 def deep_transparency(image: Image.Image) -> Pixels | None:
-    """Where a PNG of 16-bit RGB that is still to be decoded is transparent, bool [height, width].
+    """Return which pixels of a 16-bit RGB PNG are transparent, bool [height, width].
 
-    Pillow keeps the upper bytes alone. Read in the other byte order, they are the lower ones.
+    Returns None for other images and if the image is already decoded. Pillow keeps only the upper
+    bytes of samples; decoding again in the other byte order returns the lower ones.
     """
     clear = image.info.get("transparency")
     if image.format != "PNG" or not clear or not getattr(image, "tile", None):
@@ -99,8 +104,10 @@ def deep_transparency(image: Image.Image) -> Pixels | None:
 
 
 def covered_part(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The part of a GIF that its first frame covers, if less than all and still to be decoded.
-    Pillow fills the rest with a colour; viewers leave it transparent."""
+    """Return the box that the first frame of an undecoded GIF covers; None if it covers all.
+
+    Pillow fills the rest with a color; viewers leave it transparent.
+    """
     if image.format != "GIF" or not getattr(image, "tile", None):
         return None
     left, top, right, bottom = image.tile[0][1]  # type: ignore[attr-defined]
@@ -109,7 +116,7 @@ def covered_part(image: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def _correct_tiff(image: Any) -> None:
-    """Have libtiff decode what Pillow's own decoder gets wrong, and name its byte order."""
+    """Use libtiff where Pillow's own decoder is wrong, and fix the byte order of its output."""
     tile = image.tile[0]
     raw_modes = [each.args[0] for each in image.tile]
     if tile.codec_name == "libtiff" and raw_modes[0] in NATIVE:
@@ -118,7 +125,8 @@ def _correct_tiff(image: Any) -> None:
         return
     is_planar = image.tag_v2.get(PLANAR, 1) == SEPARATE_PLANES and len(image.getbands()) > 1
     is_deep = image.tag_v2.get(BITS, (1,))[0] == 16
-    if is_planar and (is_deep or "a" in raw_modes):  # taken for 8 bits; multiplied alpha
+    # Pillow decodes 16-bit planes as 8-bit, and premultiplied alpha in a separate plane wrongly.
+    if is_planar and (is_deep or "a" in raw_modes):
         raw_mode = image.mode + ";16N" * is_deep
     elif raw_modes[0] == "L;IR":  # white is zero, bits of each byte reversed
         raw_mode = "L;I"
@@ -131,14 +139,14 @@ def _correct_tiff(image: Any) -> None:
 
 
 def describe_unread(file: BinaryIO) -> str:
-    """What a TIFF or BMP file has that is not read, for an error's text; empty if unknown."""
+    """Describe an unsupported TIFF or BMP file for an error message; empty if unknown."""
     try:
         file.seek(0)
         head = file.read(70)
         if head[:2] == b"BM":
             return _describe_bmp(head)
         return _describe_tiff(file, head) if head[:2] in (b"II", b"MM") else ""
-    except Exception:  # it is broken
+    except Exception:  # a corrupt file
         return ""
 
 
@@ -162,7 +170,7 @@ def _describe_tiff(file: BinaryIO, head: bytes) -> str:
 
 
 def gray_samples(image: Image.Image) -> GraySamples | None:
-    """None for what is not a TIFF file."""
+    """Return the sample format of a TIFF; None for other files."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
     tags = image.tag_v2

@@ -1,4 +1,4 @@
-"""Video files: only the groups of pictures that hold chosen frames are decoded, as a stream."""
+"""Read video files; only groups of pictures that contain selected frames are decoded."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from .video_decode import chosen_frames, frames_of, packets_of
 from .video_index import IndexMaker, VideoIndex
 from .video_open import open_container, video_stream
 
-BROKEN = "the video is broken: it cannot be decoded"
-MAX_LACKING = 0.1  # share of the frames a header speaks of that the file may lack
-RATE_DIFFERS = 0.01  # share by which a header's frame rate may differ from the time stamps
+BROKEN = "the video is corrupt: it cannot be decoded"
+MAX_LACKING = 0.1  # share of the header's number of frames that may be missing from the file
+RATE_DIFFERS = 0.01  # relative difference allowed between the header's frame rate and that of pts
 AS_IT_IS, MIRRORED = slice(None), slice(None, None, -1)
 
 
 class VideoFile:
-    """A video file, as a `MediaReader`. It closes the file."""
+    """`MediaReader` of a video file. It closes the file."""
 
     def __init__(self, file: BinaryIO, limits: MediaLimits, field: str) -> None:
-        """Reads all packets and decodes the first frame. Raises `InputError`."""
+        """Read all packets and decode the first frame.
+
+        Raises `InputError` if the file is corrupt, not supported or exceeds a limit.
+        """
         self._file, self._limits, self._field = file, limits, field
         self._reformatter = VideoReformatter()
         try:
@@ -35,7 +38,7 @@ class VideoFile:
             self._turn = turn_of(first)
         except InputError:
             raise
-        except Exception:  # decoders raise all kinds; their texts may tell of memory
+        except Exception:  # of any type; its text may reveal memory, so it is not shown
             raise InputError(field, BROKEN) from None
         size = (first.height, first.width)
         if self._turn[0]:
@@ -44,12 +47,12 @@ class VideoFile:
         limits.check_duration(self.header.num_frames / rate, field)
 
     def _read_index(self) -> tuple[VideoIndex, float, Any]:
-        """The index, the average frame rate, and the first frame."""
+        """Return (index, average frame rate, first frame)."""
         with open_container(self._file, self._field) as container:
             stream = video_stream(container, self._limits, self._field)
             maker = IndexMaker(self._limits, stream.time_base, self._field)
             packets = maker.passed(packets_of(container, stream))
-            stream.codec_context.thread_type = "NONE"  # so that the first frame comes at once
+            stream.codec_context.thread_type = "NONE"  # threads would delay the first frame
             first = next(frames_of(stream.codec_context, packets), None)
             for _ in packets:
                 pass
@@ -78,7 +81,7 @@ class VideoFile:
             raise InputError(self._field, BROKEN) from None
 
     def _upright(self, frame: Any, height: int, width: int) -> Pixels:
-        """RGB, resized and then turned, which is less work than the other way round."""
+        """Convert to RGB, resize, then apply orientation; resizing first is less work."""
         is_sideways, flips = self._turn
         pixels = rgb_pixels(self._reformatter.reformat(frame, format="rgb24"))
         if is_sideways:
@@ -93,25 +96,25 @@ class VideoFile:
 
 
 def _frame_rate(index: VideoIndex, stream: Any) -> float:
-    """The header's, where time stamps agree: they may be rounded to milliseconds."""
-    said = float(stream.average_rate or stream.guessed_rate or 0)
-    found = index.rate() if index.is_exact else 0.0
-    if not found or abs(said - found) <= RATE_DIFFERS * found:
-        return said
-    return found
+    """Return the header's rate if the pts agree with it, because pts may be rounded to 1 ms."""
+    declared = float(stream.average_rate or stream.guessed_rate or 0)
+    measured = index.rate() if index.is_exact else 0.0
+    if not measured or abs(declared - measured) <= RATE_DIFFERS * measured:
+        return declared
+    return measured
 
 
 def rgb_pixels(frame: Any) -> Pixels:
-    """A view of an rgb24 frame, uint8 [height, width, 3]."""
+    """Return a view of an rgb24 frame, uint8 [height, width, 3]."""
     plane = frame.planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
     return rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
 
 
 def turn_of(frame: Any) -> tuple[bool, tuple[slice, slice]]:
-    """How a frame is made upright: whether rows and columns change places, then what is mirrored.
+    """Return how to apply a frame's display matrix: (swap rows and columns, then slices to mirror).
 
-    A phone held upright films sideways and says so by a matrix: x' = ax + cy, y' = bx + dy.
+    Phones record sideways and store the rotation as a matrix: x' = ax + cy, y' = bx + dy.
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:

@@ -1,4 +1,4 @@
-"""Decodes the frames that were chosen, and of all others only what those need."""
+"""Decode the selected frames of a video, and other frames only where those depend on them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .video_open import open_container, video_stream
 
 
 class LostPlaceError(Exception):
-    """The file does not go on where its index says, or frames of a group did not come."""
+    """The file does not match its index, or frames of a group are missing."""
 
 
 def chosen_frames(
     file: BinaryIO, index: VideoIndex, indices: Sequence[int], limits: MediaLimits, field: str
 ) -> Iterator[tuple[int, Any]]:
-    """Each of `indices`, which rise, with its av.VideoFrame; of a broken file some are lacking.
+    """Yield (index, av.VideoFrame) for the ascending `indices`; a corrupt file may lack some.
 
-    Raises `InputError`, and what PyAV raises.
+    Raises `InputError` and the errors of PyAV.
     """
     left = list(indices)
     if index.is_exact:
         try:
-            for place, frame in _by_groups(file, index, index.runs(indices), limits, field):
-                yield place, frame
-                left.remove(place)
+            for number, frame in _by_groups(file, index, index.runs(indices), limits, field):
+                yield number, frame
+                left.remove(number)
         except LostPlaceError:
             pass
     if left:
@@ -39,20 +39,20 @@ def chosen_frames(
 def _by_groups(
     file: BinaryIO, index: VideoIndex, runs: Sequence[Run], limits: MediaLimits, field: str
 ) -> Iterator[tuple[int, Any]]:
-    """The frames of all runs. Raises `LostPlaceError`."""
+    """Yield the wanted frames of all runs. Raises `LostPlaceError`."""
     with open_container(file, field) as container:
         stream = video_stream(container, limits, field)
         context = stream.codec_context
         context.thread_type = "AUTO"
-        for places, packets in _passes(container, stream, index, runs):
-            wanted = list(places)
+        for numbers, packets in _passes(container, stream, index, runs):
+            wanted = list(numbers)
             for frame in frames_of(context, packets):
-                place = index.frame_of(frame.pts)
-                if place is None or place < wanted[0]:
+                number = index.frame_of(frame.pts)
+                if number is None or number < wanted[0]:
                     continue
-                if place != wanted.pop(0):
+                if number != wanted.pop(0):
                     raise LostPlaceError
-                yield place, frame
+                yield number, frame
                 if not wanted:
                     break
             if wanted:
@@ -62,23 +62,25 @@ def _by_groups(
 def _passes(
     container: Any, stream: Any, index: VideoIndex, runs: Sequence[Run]
 ) -> Iterator[tuple[Sequence[int], Iterator[Any]]]:
-    """What goes through the decoder between two times that it is emptied, and the frames wanted."""
+    """Yield (wanted frames, packets to decode) for each pass between two flushes of the decoder."""
     context = stream.codec_context
-    if context.name == "vp9":  # FFmpeg's crashes if it was emptied and the next keyframe is broken
-        yield [place for run in runs for place in run.wanted], _read_past(container, stream, runs)
+    # FFmpeg's VP9 decoder crashes on a corrupt keyframe after a flush, so it gets a single pass.
+    if context.name == "vp9":
+        yield [number for run in runs for number in run.wanted], _read_past(container, stream, runs)
         return
     for run in runs:
         if run.start:
-            container.seek(int(index.pts[run.start]), stream=stream)  # empties the decoder
+            container.seek(int(index.pts[run.start]), stream=stream)  # flushes the decoder
         rest = _packets_from(container, stream, index, run.start)
         packets: Iterator[Any] = islice(rest, run.size)
         if context.name == "h264":
-            packets = _sparing(context, packets, {int(index.shown[place]) for place in run.wanted})
+            pts_wanted = {int(index.shown[number]) for number in run.wanted}
+            packets = _skip_unreferenced(context, packets, pts_wanted)
         yield run.wanted, packets
 
 
 def _read_past(container: Any, stream: Any, runs: Sequence[Run]) -> Iterator[Any]:
-    """The packets of all runs; those between are read and left out."""
+    """Yield the packets of all runs; read and drop those between."""
     packets, at = packets_of(container, stream), 0
     for run in runs:
         yield from islice(packets, run.start - at, run.stop - at)
@@ -86,13 +88,13 @@ def _read_past(container: Any, stream: Any, runs: Sequence[Run]) -> Iterator[Any
 
 
 def _packets_from(container: Any, stream: Any, index: VideoIndex, start: int) -> Iterator[Any]:
-    """The packets from place `start` on, which a seek came to or before."""
+    """Yield the packets from index `start` on, after a seek to it or to an earlier packet."""
     packets = packets_of(container, stream)
     packet = next(packets, None)
-    place = index.packet_of(packet.pts) if start and packet is not None else 0
-    if place is None or place > start:
+    position = index.packet_of(packet.pts) if start and packet is not None else 0
+    if position is None or position > start:
         raise LostPlaceError
-    for _ in range(place, start):
+    for _ in range(position, start):
         packet = next(packets, None)
     if packet is None or packet.pts != index.pts[start]:
         raise LostPlaceError
@@ -100,10 +102,10 @@ def _packets_from(container: Any, stream: Any, index: VideoIndex, start: int) ->
     yield from packets
 
 
-def _sparing(context: Any, packets: Iterator[Any], wanted: set[int]) -> Iterator[Any]:
-    """The packets; those of frames that nobody wants and no other frame needs are left undecoded.
+def _skip_unreferenced(context: Any, packets: Iterator[Any], wanted: set[int]) -> Iterator[Any]:
+    """Yield the packets; the decoder skips non-reference frames whose pts is not in `wanted`.
 
-    In H.264 alone it is sure that no other frame needs them: HEVC's may serve a higher layer.
+    Only for H.264: in HEVC, a frame of a higher temporal layer may still depend on such a frame.
     """
     for packet in packets:
         context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
@@ -114,7 +116,7 @@ def _sparing(context: Any, packets: Iterator[Any], wanted: set[int]) -> Iterator
 def _straight_through(
     file: BinaryIO, index: VideoIndex, indices: Sequence[int], limits: MediaLimits, field: str
 ) -> Iterator[tuple[int, Any]]:
-    """The same frames, where the whole file must be decoded for them."""
+    """Yield the same frames as `_by_groups`, by decoding the file from its first keyframe."""
     with open_container(file, field) as container:
         stream = video_stream(container, limits, field)
         stream.codec_context.thread_type = "AUTO"
@@ -123,31 +125,31 @@ def _straight_through(
         packets = dropwhile(lambda packet: not packet.is_keyframe, packets_of(container, stream))
         frames = frames_of(stream.codec_context, packets)
         for count, frame in enumerate(frames):
-            place = index.frame_of(frame.pts) if index.is_exact else count
-            while place is not None and expected is not None and expected < place:
+            number = index.frame_of(frame.pts) if index.is_exact else count
+            while number is not None and expected is not None and expected < number:
                 expected = next(wanted, None)
             if expected is None:
                 return
-            if place == expected:
-                yield place, frame
+            if number == expected:
+                yield number, frame
                 expected = next(wanted, None)
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:
-    """Those that are not empty: an empty one tells a decoder that no more come."""
+    """Yield the stream's packets except empty ones, which would flush the decoder."""
     return (packet for packet in container.demux(stream) if packet.size)
 
 
 def frames_of(context: Any, packets: Iterator[Any]) -> Iterator[Any]:
-    """All frames of those packets."""
+    """Decode the packets and yield their frames."""
     for packet in packets:
         yield from _decoded(context, packet)
     yield from _decoded(context, None)
 
 
 def _decoded(context: Any, packet: Any) -> Sequence[Any]:
-    """The frames that come out when a packet goes in (None: all that are left)."""
+    """Return the frames that the decoder outputs for a packet (None: flush the remaining ones)."""
     try:
         return context.decode(packet)
-    except InvalidDataError:  # one broken packet of many: its frame is lacking, others come
+    except InvalidDataError:  # a corrupt packet loses only its own frame
         return ()

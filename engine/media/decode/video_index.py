@@ -1,7 +1,7 @@
-"""Where a video's frames are, from its packets alone: nothing is decoded.
+"""Index of a video's frames, built from its packets without decoding.
 
-Packets stand in the file in decoding order, frames are shown in the order of their time stamps
-(pts). A frame can be decoded from the last keyframe that is shown no later than it.
+Packets are stored in decoding order; frames are shown in the order of their presentation time
+stamps (pts). Decoding of a frame can start at the last keyframe that is not shown after it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ...config.media_limits import MediaLimits
 from ...errors import InputError
 
 Places = npt.NDArray[np.int64]
-MAX_RATE = 240  # frames a second that are believed of a whole video
-WORTH_A_SEEK = 8  # packets: to decode fewer than these is quicker than to start anew behind them
+MAX_RATE = 240  # maximum average frames per second of a video
+WORTH_A_SEEK = 8  # packets; decoding fewer is faster than a seek past them
 
 
 @dataclass(frozen=True)
 class Run:
-    """Packets [start, stop), which are decoded in one go for the frames wanted of them."""
+    """Packets [start, stop) to decode in one pass, for the frames in `wanted`."""
 
     start: int
     stop: int
@@ -39,13 +39,13 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """Of the packets in decoding order; frames count from 0 in the order they are shown in."""
+    """Maps frames to packets. Packets are in decoding order, frames in display order from 0."""
 
     pts: Places  # of each packet
-    keys: Places  # the packets of keyframes
-    packets: Places  # of each frame: its packet
-    time_base: Fraction  # seconds of a pts
-    is_exact: bool = True  # False: time stamps are lacking or not one a frame; nothing but counts
+    keys: Places  # indices of the packets with keyframes
+    packets: Places  # packet index of each frame
+    time_base: Fraction  # seconds per unit of pts
+    is_exact: bool = True  # False: pts are missing or not unique; only the counts are valid
 
     @property
     def num_frames(self) -> int:
@@ -53,7 +53,7 @@ class VideoIndex:
 
     @cached_property
     def shown(self) -> Places:
-        """The pts of each frame, rising."""
+        """The pts of each frame, ascending."""
         return self.pts[self.packets]
 
     @cached_property
@@ -61,31 +61,31 @@ class VideoIndex:
         return np.argsort(self.pts)
 
     def frame_of(self, pts: int | None) -> int | None:
-        """The frame that is shown at `pts`."""
+        """Return the frame that is shown at `pts`; None if there is no such frame."""
         if pts is None:
             return None
         index = int(np.searchsorted(self.shown, pts))
         return index if index < len(self.shown) and self.shown[index] == pts else None
 
     def packet_of(self, pts: int | None) -> int | None:
-        """The packet of that time stamp, whether its frame is shown or not."""
+        """Return the packet with that pts, even if its frame is not shown; None if not found."""
         if pts is None:
             return None
-        place = int(np.searchsorted(self.pts, pts, sorter=self._by_pts))
-        found = place < len(self.pts) and self.pts[self._by_pts[place]] == pts
-        return int(self._by_pts[place]) if found else None
+        rank = int(np.searchsorted(self.pts, pts, sorter=self._by_pts))
+        found = rank < len(self.pts) and self.pts[self._by_pts[rank]] == pts
+        return int(self._by_pts[rank]) if found else None
 
     def seconds(self, index: int) -> float:
-        """When a frame is shown, from the first one on."""
+        """Return the time of a frame in seconds after the first one."""
         return float(int(self.shown[index] - self.shown[0]) * self.time_base)
 
     def rate(self) -> float:
-        """Frames a second, on average; 0.0 of one frame."""
-        lasts = self.seconds(-1)
-        return (self.num_frames - 1) / lasts if lasts > 0 else 0.0
+        """Return the average frames per second; 0.0 for a single frame."""
+        duration = self.seconds(-1)
+        return (self.num_frames - 1) / duration if duration > 0 else 0.0
 
     def runs(self, indices: Sequence[int]) -> list[Run]:
-        """What must be decoded for those frames, which rise: groups that hold none are left out."""
+        """Return the runs to decode for ascending frame indices, skipping groups without any."""
         runs: list[Run] = []
         for index in indices:
             start, stop = self._start(index), int(self.packets[index]) + 1
@@ -97,10 +97,10 @@ class VideoIndex:
         return runs
 
     def _start(self, index: int) -> int:
-        """The keyframe from which a frame is decoded.
+        """Return the packet index of the keyframe from which a frame is decoded.
 
-        Frames between a keyframe and its packet may be shown before that keyframe and need the
-        group before it (an open group of pictures): so its time counts, not its place alone.
+        In an open group of pictures, a frame stored after a keyframe may be shown before it and
+        depend on the previous group, so the keyframe's pts must not be later than the frame's.
         """
         before = self.keys[: np.searchsorted(self.keys, self.packets[index], side="right")]
         shown_before = np.flatnonzero(self.pts[before[-8:]] <= self.shown[index])
@@ -111,7 +111,10 @@ class VideoIndex:
 
 @dataclass
 class IndexMaker:
-    """Takes a stream's packets, in decoding order. `passed` and `make` raise `InputError`."""
+    """Builds a `VideoIndex` from a stream's packets, in decoding order.
+
+    `passed` and `make` raise `InputError`.
+    """
 
     limits: MediaLimits
     time_base: Fraction
@@ -122,7 +125,7 @@ class IndexMaker:
         self._is_exact = True
 
     def passed(self, packets: Iterator[Any]) -> Iterator[Any]:
-        """The same packets, taken as they go by."""
+        """Yield the same packets and record them."""
         for packet in packets:
             self._add(packet)
             yield packet
@@ -135,15 +138,16 @@ class IndexMaker:
             self._is_exact = False
         if packet.is_keyframe:
             self._keys.append(count)
-        if packet.is_discard:  # before the cut of an edit list: decoded, never shown
+        if packet.is_discard:  # cut off by an edit list: decoded, but not shown
             self._hidden.append(count)
         self._pts.append(packet.pts or 0)
 
     def make(self) -> VideoIndex:
+        """Build the index. Raises `InputError` if there are no frames."""
         pts, keys = np.array(self._pts, np.int64), np.array(self._keys, np.int64)
         is_shown = np.ones(len(pts), bool)
         is_shown[np.array(self._hidden, np.int64)] = False
-        if len(keys):  # what needs a keyframe that is not in the file is never shown
+        if len(keys):  # frames that depend on a keyframe missing from the file cannot be shown
             is_shown[: keys[0]] = False
             is_shown &= pts >= pts[keys[0]]
         is_exact = self._is_exact and len(np.unique(pts)) == len(pts)

@@ -1,1 +1,1 @@
-"""Fetch media from URLs."""
+"""Fetch media from web URLs, protected against server-side request forgery (SSRF)."""

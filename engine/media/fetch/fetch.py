@@ -1,7 +1,8 @@
-"""Media from the web, without a way into the network that the server stands in.
+"""Fetch media over HTTP without giving access to the server's own network (SSRF protection).
 
-Each URL, a redirect's too, is read once; its host must be on the list, and all its addresses must
-be public; one of these very addresses is dialled. Proxies of the environment have no part in it.
+Each URL, including those of redirects, is parsed once. Its host must be allowed and all its
+addresses must be public; the connection goes to one of the checked addresses. Proxy settings of
+the environment are ignored.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from .network import Network
 from .urls import OTHER_WAY, Target, is_allowed, read_url, without_secrets
 
 MAX_REDIRECTS = 5
-MAX_DIALLED = 4  # addresses of one host
-DIAL_SECONDS = 10.0  # that one of them may take
-POLL_INTERVAL = 0.2  # seconds between two looks at whether the task goes on
-IN_MEMORY = 8 << 20  # bytes: what is larger, videos mostly, waits in a file without a name
-READ = 256 << 10  # bytes at a time
+MAX_DIALLED = 4  # addresses to try per host
+DIAL_SECONDS = 10.0  # connection timeout per address
+POLL_INTERVAL = 0.2  # seconds between two checks for cancellation
+IN_MEMORY = 8 << 20  # bytes; larger bodies (mostly videos) are stored in an unnamed file
+READ = 256 << 10  # bytes per read
 REDIRECTS = (301, 302, 303, 307, 308)
 FLAGS = "--allow-media-domains, LLM(allowed_media_domains=...)"
 
@@ -48,9 +49,10 @@ def fetch(
     task: MediaTask,
     network: Network | None = None,
 ) -> BinaryIO:
-    """What a URL has, to be closed by the caller. Raises `InputError`, also when `task` ends.
+    """Fetch a URL and return its body as a file, which the caller closes.
 
-    `domains`: hosts, "*.example.com" for all below, "*" for all; none: nothing is fetched.
+    `domains`: see `is_allowed`; without any, all URLs are rejected. Raises `InputError` if the URL
+    is not allowed, fetching fails or exceeds a limit, or `task` ends.
     """
     deadline = monotonic() + task.limits.fetch_timeout_s
     return _Fetch(url, tuple(domains), task, field, network or Network(), deadline).run()
@@ -63,7 +65,7 @@ class _Fetch:
     task: MediaTask
     field: str
     network: Network
-    deadline: float  # of all that is done for this URL
+    deadline: float  # for the whole fetch; time.monotonic()
 
     @property
     def limits(self) -> MediaLimits:
@@ -71,7 +73,7 @@ class _Fetch:
 
     def run(self) -> BinaryIO:
         if not self.domains:
-            raise self._error(f"URLs are not fetched here ({FLAGS} allow it); {OTHER_WAY}")
+            raise self._error(f"fetching URLs is disabled (enable it with {FLAGS}); {OTHER_WAY}")
         target = self._read(self.url)
         for _ in range(MAX_REDIRECTS + 1):
             answer = self._ask(target)
@@ -84,54 +86,52 @@ class _Fetch:
         return InputError(self.field, f"{without_secrets(self.url)}: {text}")
 
     def _left(self) -> float:
-        """Seconds. Raises `InputError` when there are none."""
+        """Return the remaining seconds. Raises `InputError` if the time is up."""
         left = self.deadline - monotonic()
         if left <= 0:
-            found = f"{without_secrets(self.url)}: takes more seconds"
+            found = f"{without_secrets(self.url)}: fetching takes too many seconds"
             self.limits.refuse("fetch_timeout_s", self.field, found)
         return min(left, self.task.seconds_left(self.field))
 
     def _read(self, url: str, how: str = "") -> Target:
-        """Where a URL leads, if that is allowed."""
+        """Parse a URL and check that its host is allowed; `how` is a prefix for errors."""
         try:
             target = read_url(url)
         except ValueError as error:
             raise self._error(f"{how}{error}") from None
         if not is_allowed(target.host, self.domains):
             raise self._error(
-                f"{how}{target.place} is not among the domains that are fetched from ({FLAGS}); "
-                f"{OTHER_WAY}"
+                f"{how}{target.place} is not an allowed domain (allow it with {FLAGS}); {OTHER_WAY}"
             )
         return target
 
     def _follow(self, target: Target, location: str) -> Target:
-        """Where a redirect leads, by the rule for any URL. Joining decides nothing: what comes of
-        it is read anew."""
+        """Return the target of a redirect; the joined URL is parsed and checked like any other."""
         try:
             url = urljoin(target.url, location)
         except ValueError:
-            raise self._error("redirects to what is no URL") from None
-        after = self._read(url, "redirects, and there: ")
+            raise self._error("the redirect target is not a valid URL") from None
+        after = self._read(url, "redirect target: ")
         if (target.scheme, after.scheme) == ("https", "http"):
             raise self._error("redirects from https to http")
         return after
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Network errors become the caller's, without their texts."""
+        """Convert network errors to `InputError`, without their texts."""
         try:
             yield
         except ssl.SSLCertVerificationError:
             raise self._error("the certificate is not valid for that host") from None
         except (OSError, HTTPException, HTTPError):
             self._left()
-            raise self._error("the connection failed, or broke too early") from None
+            raise self._error("the connection failed or was closed too early") from None
 
     def _addresses(self, target: Target) -> Sequence[str]:
-        """Checked: one that is not public rules out all, since a name may turn between them.
+        """Resolve a host; all its addresses must be public, since a resolver may alternate them.
 
-        No such name and no public address are told apart by nobody who asks: names of the
-        server's own network are not to be found out.
+        Unknown names and private addresses raise the same `InputError`, so that callers cannot
+        discover names in the server's network.
         """
         found: Future[Sequence[str]] = Future()
 
@@ -141,7 +141,7 @@ class _Fetch:
             except Exception as error:
                 found.set_exception(error)
 
-        # A resolver takes no timeout: where it is late, its thread is left to end by itself.
+        # The resolver has no timeout. If it is late, its thread is abandoned and ends by itself.
         threading.Thread(target=work, daemon=True).start()
         while not found.done():
             wait([found], min(POLL_INTERVAL, self._left()))
@@ -151,7 +151,7 @@ class _Fetch:
             addresses = ()
         self._left()
         if not addresses or not all(map(is_public, addresses)):
-            raise self._error(f"{target.place} is not known, or not public; {OTHER_WAY}")
+            raise self._error(f"{target.place} is unknown or not public; {OTHER_WAY}")
         return addresses
 
     def _dial(self, target: Target) -> socket.socket:
@@ -164,7 +164,7 @@ class _Fetch:
         raise self._error(f"{target.place} does not answer")
 
     def _ask(self, target: Target) -> BinaryIO | str:
-        """What a target has, or where it redirects to."""
+        """Request a target; return its body or the location of a redirect."""
         plain = self._dial(target)
         with closing(plain), _cut_off(plain, self._left(), self.task):
             with self._talking():
@@ -174,7 +174,7 @@ class _Fetch:
 
     def _talk(self, sock: socket.socket, target: Target) -> BinaryIO | str:
         connection = HTTPConnection(target.host, target.port, timeout=self._left())
-        connection.sock, connection.auto_open = sock, 0  # never dials by itself
+        connection.sock, connection.auto_open = sock, 0  # must not open its own connection
         headers = {"Host": target.netloc, "User-Agent": "octavo", "Accept": "*/*"}
         headers["Accept-Encoding"] = "identity"
         with closing(connection):
@@ -201,19 +201,20 @@ class _Fetch:
         if status in REDIRECTS and location:
             return location.encode("latin-1", "replace").decode("utf-8", "replace")
         if status != 200:
-            raise self._error(f"the server answered with status {status}; {OTHER_WAY}")
+            raise self._error(f"the server returned HTTP status {status}; {OTHER_WAY}")
         self._check_head(response.headers)
         return self._body(response)
 
     def _check_head(self, headers: Mapping[str, str]) -> None:
-        """Bytes come as they are, and a length is one."""
+        """Reject a compressed body and an invalid or too large Content-Length."""
         coding = headers.get("content-encoding", "identity").strip().lower()
         transfer = headers.get("transfer-encoding", "chunked").strip().lower()
         if coding not in ("", "identity") or transfer not in ("chunked", "identity"):
-            raise self._error(f"the server sends it packed, which it was asked not to; {OTHER_WAY}")
+            text = "the server sent a compressed body despite Accept-Encoding: identity"
+            raise self._error(f"{text}; {OTHER_WAY}")
         length = headers.get("content-length", "0").strip()
         if not (length.isascii() and length.isdecimal()):
-            raise self._error("the server's Content-Length is no number")
+            raise self._error("the server's Content-Length is not a number")
         if len(length) > 18 or int(length) > self.limits.max_media_bytes:
             self._too_large(f"{length[:18]}{'…' if len(length) > 18 else ''} bytes")
 
@@ -228,7 +229,7 @@ class _Fetch:
             while data := self._some(response):
                 count += len(data)
                 if count > self.limits.max_media_bytes:
-                    self._too_large("more bytes than that")
+                    self._too_large("too many bytes")
                 if count > IN_MEMORY and isinstance(file, io.BytesIO):
                     file = _on_disk(file)
                 file.write(data)
@@ -241,16 +242,19 @@ class _Fetch:
         return file
 
     def _some(self, response: HTTPResponse) -> bytes:
-        """The body's next bytes. `read1`: the other ways take a chunk's whole size, or a line
-        without an end, into memory, if the server says so."""
+        """Read the next bytes of the body.
+
+        Uses `read1`, because other methods load a whole chunk or an endless line into memory if the
+        server sends one.
+        """
         with self._talking():
             data = response.read1(READ)
-        self._left()  # a connection that was cut off looks like one that ended well
+        self._left()  # the end of data may come from `_cut_off`
         return data
 
 
 def _on_disk(small: io.BytesIO) -> BinaryIO:
-    """Without a name in any folder; the system frees it when it is closed."""
+    """Copy the bytes to an unnamed temporary file, which is freed when it is closed."""
     file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
     file.write(small.getbuffer())
     return file
@@ -258,8 +262,10 @@ def _on_disk(small: io.BytesIO) -> BinaryIO:
 
 @contextmanager
 def _cut_off(sock: socket.socket, seconds: float, task: MediaTask) -> Iterator[None]:
-    """Ends a connection after that time or with its task, whatever goes on there: a socket's own
-    timeout begins anew with each byte that comes."""
+    """Close a connection after `seconds` or when its task is cancelled.
+
+    The socket's own timeout is not enough, because it restarts with each byte received.
+    """
     watched = sock.dup()
 
     def cut() -> None:
@@ -274,5 +280,5 @@ def _cut_off(sock: socket.socket, seconds: float, task: MediaTask) -> Iterator[N
             yield
     finally:
         timer.cancel()
-        timer.join()  # so that it never meets another socket under this number
+        timer.join()  # a late timer could shut down another socket with the same descriptor
         watched.close()

@@ -1,4 +1,4 @@
-"""What fetching needs of the system: names' addresses, connections, and whom to trust."""
+"""System interfaces that fetching uses: name resolution, TCP connections and TLS settings."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from functools import cache
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """A host's addresses, as the system knows them."""
+    """Return a host's addresses from the system's resolver."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def dial(address: str, port: int, seconds: float) -> socket.socket:
+    """Open a TCP connection."""
     return socket.create_connection((address, port), timeout=seconds)
 
 
 @cache
 def tls() -> ssl.SSLContext:
-    """Checks certificates against the system's authorities, and the host's name."""
+    """Return a TLS context that verifies host names and certificates with the system's CAs."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
@@ -29,7 +30,7 @@ def tls() -> ssl.SSLContext:
 
 @dataclass(frozen=True)
 class Network:
-    """What fetching needs of the system."""
+    """System functions used by `fetch`; tests replace them."""
 
     resolve: Callable[[str, int], Sequence[str]] = resolve
     dial: Callable[[str, int, float], socket.socket] = dial

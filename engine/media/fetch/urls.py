@@ -1,4 +1,8 @@
-"""URLs: read once, by one parser. What is checked here is what is resolved, dialled and asked."""
+"""Parse and validate URLs, once and with one parser.
+
+The parsed values are used for name resolution, the connection and the request, so that what is
+checked is what is fetched.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from ....scheduler.params import truncated_repr
 
 PORTS = {"http": 80, "https": 443}
 MAX_CHARACTERS = 8000
-OTHER_WAY = "send the bytes, or a data URI"
+OTHER_WAY = "send the bytes or a data URI instead"
 
-# Parsers disagree about these; a URL writes them as %20, %5C and so on.
+# Parsers disagree about these characters; valid URLs percent-encode them (%20, %5C, ...).
 _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
@@ -24,11 +28,11 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 @dataclass(frozen=True)
 class Target:
-    """Where one request goes."""
+    """Parsed URL of one HTTP request."""
 
     scheme: str
-    host: str  # lower-case ASCII name, or address without brackets
-    path: str  # with the query, percent-encoded
+    host: str  # lower-case ASCII name, or IP address without brackets
+    path: str  # including the query, percent-encoded
 
     @property
     def port(self) -> int:
@@ -36,7 +40,7 @@ class Target:
 
     @property
     def netloc(self) -> str:
-        """As the Host header has it."""
+        """Value of the Host header."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
@@ -45,56 +49,57 @@ class Target:
 
     @property
     def place(self) -> str:
-        """For an error's text, which tells no address: a redirect may lead to one."""
+        """The host for an error message, without an IP address that a redirect may reveal."""
         return "an address" if is_address(self.host) else self.host
 
 
 def without_secrets(url: str) -> str:
-    """For an error's text: short, and without the parts that hold passwords and signatures."""
+    """Shorten a URL for an error message; remove user info and query, which may have secrets."""
     bare, mark, _ = url.partition("#")[0].partition("?")
     scheme, slashes, rest = bare.partition("://")
-    user, _, place = rest.rpartition("@")
+    user, _, location = rest.rpartition("@")
     return truncated_repr(
-        f"{scheme}{slashes}{'…@' if user else ''}{place}{mark}{'…' if mark else ''}"
+        f"{scheme}{slashes}{'…@' if user else ''}{location}{mark}{'…' if mark else ''}"
     )
 
 
 def read_url(url: str) -> Target:
-    """Raises `ValueError` with what is wrong of what is no plain URL of a web server.
+    """Parse and validate an http or https URL.
 
-    Ports are the scheme's own: others are where a host's other services are.
+    Raises `ValueError` with the reason if the URL is invalid, has user info, or has a port other
+    than the scheme's default, where a host may have other services.
     """
     parts = _parse(url)
     if parts.scheme not in PORTS:
-        raise ValueError("is no http:// or https:// URL")
+        raise ValueError("is not an http:// or https:// URL")
     if parts.auth is not None:
-        raise ValueError(f"has a user name or a password, which are not sent; {OTHER_WAY}")
+        raise ValueError(f"user names and passwords in URLs are not supported; {OTHER_WAY}")
     host = read_host(parts.host or "")
     if host is None:
-        raise ValueError("its host is no name of ASCII letters (xn--…) and no plain address")
+        raise ValueError("the host must be an ASCII name (xn--… for others) or a plain IP address")
     if parts.port not in (None, PORTS[parts.scheme]):
         raise ValueError(
-            f"port {parts.port}: only 80 of http and 443 of https are fetched from; {OTHER_WAY}"
+            f"port {parts.port}: only 80 (http) and 443 (https) are allowed; {OTHER_WAY}"
         )
     return Target(parts.scheme, host, parts.request_uri)
 
 
 def _parse(url: str) -> Url:
     if len(url) > MAX_CHARACTERS:
-        raise ValueError(f"has {len(url)} characters; at most {MAX_CHARACTERS} are taken")
+        raise ValueError(f"has {len(url)} characters; the maximum is {MAX_CHARACTERS}")
     if _UNSAFE.search(url):
-        raise ValueError("has a space, a backslash or a control character; write %20, %5C, ...")
+        raise ValueError("has a space, backslash or control character; write %20, %5C, ...")
     try:
         return parse_url(url)
     except (LocationParseError, ValueError):
-        raise ValueError("is no URL that can be read") from None
+        raise ValueError("is not a valid URL") from None
 
 
 def read_host(host: str) -> str | None:
-    """A host in its one form; None for what is none.
+    """Return a host in canonical form; None if it is invalid.
 
-    Names that end in a number are addresses, to resolvers too ("0x7f.1", "2130706433"): of these,
-    only four plain decimals are taken.
+    Resolvers treat names that end in a number as addresses ("0x7f.1", "2130706433"); of these, only
+    four plain decimals are accepted.
     """
     try:
         if host.startswith("[") and host.endswith("]"):
@@ -105,17 +110,20 @@ def read_host(host: str) -> str | None:
             return str(IPv4Address(host))
     except ValueError:
         return None
-    well = len(host) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
-    return host.lower() if well else None
+    is_valid = len(host) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
+    return host.lower() if is_valid else None
 
 
 def is_address(host: str) -> bool:
-    """Of what `read_host` gave."""
+    """Return whether a host from `read_host` is an IP address."""
     return ":" in host or bool(_NUMBER.fullmatch(host.rpartition(".")[2]))
 
 
 def is_allowed(host: str, domains: Sequence[str]) -> bool:
-    """Whether a list of hosts, "*.example.com" (what is below it) and "*" (all) has this one."""
+    """Return whether `domains` allow a host.
+
+    An entry is a host, "*.example.com" (all subdomains) or "*" (all hosts).
+    """
     if host in domains or "*" in domains:
         return True
     below = tuple(domain[1:] for domain in domains if domain.startswith("*."))

@@ -1,1 +1,1 @@
-"""Decoder processes without access to files and network."""
+"""Sandboxed decoder processes, without access to files and the network."""

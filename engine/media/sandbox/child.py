@@ -1,7 +1,7 @@
-"""A process that decodes files of remote callers: `python -P -m octavo.engine.media.sandbox.child`.
+"""Decoder process for untrusted files: `python -P -m octavo.engine.media.sandbox.child`.
 
-It is started by `DecoderProcess`, speaks `proto/media.proto` with it, and holds nothing but the
-files that were sent. It imports no torch: it is there in a quarter of a second.
+`DecoderProcess` starts it and exchanges the messages of `proto/media.proto` with it. It has access
+only to the files it receives. It does not import torch, so it starts in a quarter of a second.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from ..decode.opening import open_here
 from ..decode.reader import Frame, MediaReader, Pixels
 from . import sandbox
 
-PACKET_BYTES = 256 * 1024  # more than a socket pair takes in one
-READ_AHEAD = 256 * 1024  # bytes of a file's buffer
+PACKET_BYTES = 256 * 1024  # more than a socket pair's maximum packet
+READ_AHEAD = 256 * 1024  # size of a file's buffer, bytes
 OUT_OF_MEMORY = "cannot be decoded within --decoder-memory-bytes"
 FAILED = "could not be decoded"
 
-# What decoders import or look up as they go: nothing can be once the sandbox holds.
+# Modules and codecs that decoders load lazily. Loaded early, because the sandbox blocks opening
+# files.
 UNUSED_MODULES = ("av.__main__", "av.datasets")
 LATE_MODULES = (
     "glob",
     "numpy.ma",
-    *(f"PIL.{form}ImagePlugin" for form in ("Bmp", "Gif", "Jpeg", "Png", "Ppm", "Tiff", "WebP")),
+    *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Png", "Ppm", "Tiff", "WebP")),
     "PIL.DibImageFile",
     "PIL.MpoImagePlugin",
     "PIL.ImageChops",
@@ -60,52 +61,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preload()
     channel = socket.socket(fileno=given.socket)
     silence()
-    held_by = sandbox.apply(given.memory_bytes, given.cpu_seconds, given.files)
+    restrictions = sandbox.apply(given.memory_bytes, given.cpu_seconds, given.files)
     server = DecoderServer(channel)
-    server.answer(pb.Reply(ready=pb.Ready(sandbox=held_by)))
+    server.answer(pb.Reply(ready=pb.Ready(sandbox=restrictions)))
     while True:
         server.serve()
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the other end of its stdin closes, whatever it is at
-    and also while it is stopped."""
+    """Have the kernel kill this process when the other end of its stdin closes.
+
+    This works while the process is busy or stopped, too.
+    """
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)  # SIGIO waits for a stopped process to continue
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def preload() -> None:
-    of_av = (module.name for module in pkgutil.walk_packages(av.__path__, "av."))
-    for name in (*LATE_MODULES, *(name for name in of_av if name not in UNUSED_MODULES)):
+    """Load all modules and codecs that decoders may need."""
+    av_modules = (module.name for module in pkgutil.walk_packages(av.__path__, "av."))
+    for name in (*LATE_MODULES, *(name for name in av_modules if name not in UNUSED_MODULES)):
         try:
             importlib.import_module(name)
-        except ImportError:  # of another release of Pillow, or built without that format
+        except ImportError:  # missing in this release or build of Pillow
             continue
     for name in LATE_CODECS:
         codecs.lookup(name)
-    PIL.Image.MAX_IMAGE_PIXELS = None  # the limit of pixels is the server's
+    PIL.Image.MAX_IMAGE_PIXELS = None  # `max_media_pixels` applies instead
 
 
 def silence() -> None:
-    """What decoders print may tell of memory, and is a stranger's to choose."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    os.close(nothing)
+    """Discard the output of decoders: untrusted files control it, and it may reveal memory."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
+    os.close(devnull)
 
 
 class _Stopped(Exception):
-    """The engine wants no more frames of this stream."""
+    """The engine stopped the stream of frames."""
 
 
 class DecoderServer:
-    """Answers one request after another. Readers stay open from Open to Close."""
+    """Serves requests one after another. Readers stay open from Open to Close."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._readers: dict[int, MediaReader] = {}
-        self._memory: Pixels | None = None  # uint8, flat: the slots of frames
+        self._memory: Pixels | None = None  # uint8 [num_bytes]: frame slots in shared memory
 
     def serve(self) -> None:
         request, descriptors = self._receive()
@@ -115,7 +119,7 @@ class DecoderServer:
             reply = pb.Reply(error=pb.Error(text=str(error)))
         except MemoryError:
             reply = pb.Reply(error=pb.Error(text=OUT_OF_MEMORY))
-        except Exception:  # its text may tell of memory
+        except Exception:  # not its text, which may reveal memory
             reply = pb.Reply(error=pb.Error(text=FAILED))
         if reply is not None:
             self.answer(reply)
@@ -149,13 +153,13 @@ class DecoderServer:
             reader = self._readers.pop(request.close.reader_id, None)
             if reader is not None:
                 reader.__exit__(None, None, None)
-        if kind == "stop":  # the stream's end crossed with it
+        if kind == "stop":  # sent before the engine had received the stream's end, or as a ping
             return pb.Reply(stopped=pb.Stopped())
         return None
 
     def _open(self, asked: pb.Open, descriptor: int) -> pb.Reply:
         raw = io.FileIO(descriptor)
-        raw.name = asked.kind  # PyAV takes no number
+        raw.name = asked.kind  # PyAV requires a string; FileIO's name is the descriptor number
         file = io.BufferedReader(raw, READ_AHEAD)
         try:
             reader = open_here(asked.kind, file, MediaLimits(**asked.limits), asked.field)
@@ -196,9 +200,9 @@ class DecoderServer:
         return pb.Reply(done=pb.Done())
 
     def _wait_for_slot(self, free: int) -> int:
-        """How many slots are free, at least one. Raises `_Stopped`."""
+        """Return the number of free slots; wait until there is at least one. Raises `_Stopped`."""
         while True:
-            try:  # not `recv_fds`: it passes no flags on
+            try:  # not `recv_fds`, which ignores its flags
                 data = self._channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT if free else 0)
             except BlockingIOError:
                 return free
@@ -213,11 +217,11 @@ class DecoderServer:
     def _put(self, frame: Frame, slot: int, size: tuple[int, int]) -> None:
         assert self._memory is not None
         num_bytes = size[0] * size[1] * 3
-        room = self._memory[slot * num_bytes : (slot + 1) * num_bytes]
-        np.copyto(room.reshape(*size, 3), frame.pixels)
+        target = self._memory[slot * num_bytes : (slot + 1) * num_bytes]
+        np.copyto(target.reshape(*size, 3), frame.pixels)
 
     def _map(self, descriptor: int, num_bytes: int) -> None:
-        self._memory = None  # unmapped first: address space is limited
+        self._memory = None  # unmap the old memory first: address space is limited
         try:
             self._memory = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
         finally:
@@ -225,7 +229,7 @@ class DecoderServer:
 
 
 def _end() -> NoReturn:
-    """The engine is gone. There is nothing to tidy up, and a decoder's threads may hang."""
+    """Exit at once when the engine has ended; skip cleanup, because decoder threads may hang."""
     os._exit(0)
 
 

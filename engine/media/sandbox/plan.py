@@ -1,8 +1,8 @@
-"""How many decoder processes there are, and how much memory each may use.
+"""Plan the number of decoder processes and the memory limit of each.
 
-All of them together stay within a share of the machine's memory. Most images need a fraction of
-`decoder_memory_bytes`, so each process normally has `SMALL_BYTES`; only some at a time may use all
-of it, for large images and videos.
+Together they stay within a share of the machine's memory. Most images need a fraction of
+`decoder_memory_bytes`, so a process normally has `SMALL_BYTES`; only a few at a time may use the
+full amount, for large images and videos.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from ...config.media_limits import MediaLimits
 from ..decode.reader import MediaHeader
 
-MEMORY_SHARE = 0.5  # of the memory that is available at the start
-SMALL_BYTES = 1 << 30  # of address space, of which 220 MB are the process itself
-MIN_BYTES = 512 << 20  # of address space, whatever the machine has
-# What fits into SMALL_BYTES. Images take up to 22 bytes a pixel (float TIFF, lossless WebP);
-# video decoders hold up to 40 frames, by their threads and references.
+MEMORY_SHARE = 0.5  # of the memory available at start
+SMALL_BYTES = 1 << 30  # address space, of which the process itself takes 220 MB
+MIN_BYTES = 512 << 20  # minimum budget of address space, on any machine
+# Maximum sizes for SMALL_BYTES. Images take up to 22 bytes per pixel (float TIFF, lossless WebP);
+# video decoders hold up to 40 frames, in their threads and as reference frames.
 SMALL_IMAGE_PIXELS = 16 << 20
 SMALL_FRAME_PIXELS = 2048 * 1152
 SMALL_FILE_BYTES = 64 << 20  # WebP and TIFF files may be held in memory
@@ -26,19 +26,22 @@ MEDIA_LANES = ("images", "videos", "urls")
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """At most `num_decoders` processes of `small_bytes`; at most `num_large` of them at a time may
-    use `large_bytes` instead. `lanes`: how many each lane may use."""
+    """Number of processes and their memory limits.
+
+    There are at most `num_decoders` processes of `small_bytes`; at most `num_large` of them at a
+    time may use `large_bytes` instead. `lanes` has the number of processes of each lane.
+    """
 
     num_decoders: int
     num_large: int
     small_bytes: int
     large_bytes: int
     lanes: Mapping[str, int]
-    are_shared: bool = False  # there are fewer decoders than lanes: all lanes queue for the same
+    are_shared: bool = False  # fewer decoders than lanes: all lanes share one queue
 
     @property
     def total_bytes(self) -> int:
-        """The most address space of all processes."""
+        """Maximum address space of all processes together."""
         extra = self.large_bytes - self.small_bytes
         return self.num_decoders * self.small_bytes + self.num_large * extra
 
@@ -53,16 +56,16 @@ class DecoderPlan:
 def plan_decoders(
     wanted: Mapping[str, int], limits: MediaLimits, available_bytes: int
 ) -> DecoderPlan:
-    """Half of the budget is for many small processes, the rest for large ones.
+    """Plan small processes in half of the memory budget and large ones in the rest.
 
-    `wanted`: decoders of each lane, by the number of cores. On a machine with little memory the
-    largest process gets less than `decoder_memory_bytes`.
+    `wanted`: decoders of each lane, from the number of cores. On a machine with little memory, a
+    large process gets less than `decoder_memory_bytes`.
     """
     budget = max(int(available_bytes * MEMORY_SHARE), MIN_BYTES)
     large = min(limits.decoder_memory_bytes, _most_of_one(budget, len(wanted)))
     small = min(SMALL_BYTES, large)
     extra = large - small
-    for_large = max(budget // 2, 2 * extra)  # an image and a video
+    for_large = max(budget // 2, 2 * extra)  # at least one large image and one large video
     for_large = min(for_large, max(extra, budget - len(wanted) * small))
     count = min(sum(wanted.values()), max(1, (budget - for_large) // small))
     num_large = min(count, (budget - count * small) // extra) if extra else count
@@ -71,13 +74,13 @@ def plan_decoders(
 
 
 def _most_of_one(budget: int, num_lanes: int) -> int:
-    """Leave a small process for each other lane, unless too little remains for a large file."""
+    """Reserve a small process for each other lane, unless too little remains for a large file."""
     rest = budget - (num_lanes - 1) * SMALL_BYTES
     return rest if rest >= 2 * SMALL_BYTES else budget
 
 
 def _divide(count: int, wanted: Mapping[str, int]) -> dict[str, int]:
-    """One decoder for each lane, and the rest in proportion to what the lanes want."""
+    """Give each lane one decoder, and distribute the rest in proportion to `wanted`."""
     if count < len(wanted):
         return dict.fromkeys(wanted, count)
     lanes = dict.fromkeys(wanted, 1)
@@ -87,7 +90,7 @@ def _divide(count: int, wanted: Mapping[str, int]) -> dict[str, int]:
 
 
 def is_small(kind: str, header: MediaHeader, num_bytes: int) -> bool:
-    """Whether `SMALL_BYTES` are enough to decode a file of `num_bytes`."""
+    """Return whether `SMALL_BYTES` are enough to decode a file of `num_bytes`."""
     pixels = header.height * header.width
     if kind == "video":
         return pixels <= SMALL_FRAME_PIXELS

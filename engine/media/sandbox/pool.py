@@ -1,4 +1,4 @@
-"""Decoder processes, each used by one request at a time."""
+"""Pool of decoder processes, each used by one request at a time."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ from .slots import FairSlots
 
 log = logging.getLogger("octavo.media")
 
-MAX_READERS = 2000  # files that a process decodes before a new one takes its place
-MAX_RESIDENT = 512 << 20  # bytes that a process may keep between requests
+MAX_READERS = 2000  # files that a process decodes before it is replaced
+MAX_RESIDENT = 512 << 20  # resident bytes above which a process is replaced after a request
 
 
 class DecoderPool:
-    """Processes of a `DecoderPlan`, started when they are first needed. Thread-safe."""
+    """Processes of a `DecoderPlan`, started on demand. Thread-safe."""
 
     def __init__(self, limits: MediaLimits, plan: DecoderPlan | int) -> None:
-        """`plan`: also a number of processes, each of `decoder_memory_bytes`."""
+        """Create a pool without processes.
+
+        `plan`: a number stands for that many processes, each with all of `decoder_memory_bytes`.
+        """
         if isinstance(plan, int):
             most = limits.decoder_memory_bytes
             plan = DecoderPlan(plan, plan, most, most, {}, are_shared=True)
         self.plan, self.num_started = plan, 0
         self.limits = replace(limits, decoder_memory_bytes=plan.large_bytes)
         self._lock = threading.Lock()
-        self._free: list[DecoderProcess] = []  # the last one is lent first
+        self._free: list[DecoderProcess] = []  # a stack
         self._lent: set[DecoderProcess] = set()
         self._is_closed = self._is_logged = False
         self._all_slots = FairSlots(plan.num_decoders)
@@ -54,18 +57,25 @@ class DecoderPool:
             self._keep(process)
 
     def lease(self, task: MediaTask | None = None, lane: str = "") -> Lease:
-        """Where a request's files are opened. It takes a process for the first one, which it gives
-        back when it is left. `task`: of the request."""
+        """Return the context in which a request opens its files.
+
+        It acquires a process when the first file is opened and returns it on exit. `task` is the
+        request's.
+        """
         return Lease(self, task, self._slots.get(lane, self._all_slots))
 
     def large_slots(self, kind: str) -> FairSlots:
-        """Of the processes that may use all of `decoder_memory_bytes`: images have slots of their
-        own, since videos take long."""
+        """Return the slots of processes that may use all of `decoder_memory_bytes`.
+
+        Images and videos have separate slots, because videos take long.
+        """
         return self._large_slots[0 if kind == "video" else -1]
 
     def take(self) -> DecoderProcess:
-        """A process that answers, for the caller of `FairSlots.acquire`. Raises
-        `DecoderStoppedError`, `OSError`."""
+        """Return a responsive process; the caller must have acquired a slot.
+
+        Raises `DecoderStoppedError` or `OSError` if a new process does not start.
+        """
         while True:
             with self._lock:
                 self._check_open()
@@ -75,7 +85,7 @@ class DecoderPool:
                 self._lent.add(process)
             if process.answers():
                 return process
-            log.warning("media decoder: an idle process has ended; another takes its place")
+            log.warning("media decoder: an idle process died; replacing it")
             self.drop(process)
         return self._start()
 
@@ -100,20 +110,23 @@ class DecoderPool:
         return DecoderProcess(self.limits)
 
     def drop(self, process: DecoderProcess) -> None:
-        """End one that was taken."""
+        """Kill a process that was taken."""
         with self._lock:
             self._lent.discard(process)
         process.kill()
 
     def log_start(self, process: DecoderProcess) -> None:
-        """Log once how the processes are confined."""
+        """Log once which sandbox features the processes use."""
         with self._lock:
             is_first, self._is_logged = not self._is_logged, True
         if is_first:
             log.info("media decoder: %s", process.sandbox)
 
     def give_back(self, process: DecoderProcess) -> None:
-        """Replace one that is dead, busy, old or has grown, without waiting for the new one."""
+        """Return a process to the pool.
+
+        A dead, busy, old or large process is replaced, without waiting for the new one to start.
+        """
         process.end_request()
         if not _is_good(process):
             self.drop(process)
@@ -143,12 +156,12 @@ class DecoderPool:
             raise RuntimeError("the pool of media decoders is closed")
 
     def close(self) -> None:
-        """End all processes, also those that are lent: their requests' readers fail."""
+        """Kill all processes; readers of the requests that use them fail."""
         with self._lock:
             self._is_closed = True
             free, self._free = self._free, []
-            for lent in self._lent:
-                lent.terminate()
+            for leased in self._lent:
+                leased.terminate()
         for slots in (*self._slots.values(), self._all_slots, *self._large_slots):
             slots.close()
         for process in free:
@@ -160,7 +173,7 @@ def _halves(count: int) -> tuple[int, ...]:
 
 
 def _is_good(process: DecoderProcess) -> bool:
-    """Fit for another request: alive, done with this one, neither old nor large."""
+    """Return whether a process can serve another request: alive, idle, neither old nor large."""
     return (
         process.is_alive
         and process.is_idle
@@ -171,17 +184,17 @@ def _is_good(process: DecoderProcess) -> bool:
 
 
 class Lease:
-    """A process for one request: a context manager, and an `OpenReader` while it is entered.
+    """A process leased to one request: a context manager, and an `OpenReader` inside it.
 
-    One thread at a time uses it and its readers, which are closed before it is left. Only
-    `cancel` may be called by any thread.
+    One thread at a time uses it and its readers, which must be closed before it exits. Any thread
+    may call `cancel`.
     """
 
     def __init__(self, pool: DecoderPool, task: MediaTask | None, slots: FairSlots) -> None:
         self._pool, self._task, self._slots = pool, task, slots
         self._process: DecoderProcess | None = None
         self._has_slot = self._is_cancelled = False
-        self._large_slots: FairSlots | None = None  # of which it has one
+        self._large_slots: FairSlots | None = None  # set while one of these slots is acquired
         self._lock = threading.Lock()
         self._stack = ExitStack()
 
@@ -191,7 +204,7 @@ class Lease:
         return self
 
     def cancel(self) -> None:
-        """End what its process does, while another thread waits for that."""
+        """Interrupt the process's work while another thread waits for the result."""
         with self._lock:
             self._is_cancelled = True
             if self._process is not None:
@@ -211,13 +224,15 @@ class Lease:
     def __call__(
         self, kind: str, file: BinaryIO | Image.Image, limits: MediaLimits, field: str
     ) -> MediaReader:
-        """A reader of the file, by the process; a PIL image is in this process already. Raises
-        `InputError`."""
+        """Open a file in the decoder process, or a PIL image in this process.
+
+        Raises `InputError` if the file cannot be opened or the task has ended.
+        """
         if isinstance(file, Image.Image):
             return open_here(kind, file, limits, field)
         process = self._ready_process(field)
         num_bytes = file.seek(0, io.SEEK_END)
-        if kind == "video" and is_animation(file):  # all of its frames are decoded as it is opened
+        if kind == "video" and is_animation(file):  # opening one decodes all frames
             self._grow(process, kind, field)
         reader = ChildReader(process, kind, file, limits, field, self._seconds_left(field))
         try:
@@ -234,7 +249,7 @@ class Lease:
         return self._task.seconds_left(field)
 
     def _ready_process(self, field: str) -> DecoderProcess:
-        """The process, once there is one. Raises `InputError`."""
+        """Return the leased process; acquire one if needed. Raises `InputError`."""
         process = self._process
         if process is not None and process.is_alive:
             return process
@@ -258,7 +273,7 @@ class Lease:
         return process
 
     def _grow(self, process: DecoderProcess, kind: str, field: str) -> None:
-        """Let the process use all of `decoder_memory_bytes`, once that is available."""
+        """Wait for a slot of `large_slots`, then allow all of `decoder_memory_bytes`."""
         if self._large_slots is None:
             slots = self._pool.large_slots(kind)
             slots.acquire(self._task, field)

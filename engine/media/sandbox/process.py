@@ -1,4 +1,4 @@
-"""A decoder process as the engine sees it: started, asked, watched, ended."""
+"""Engine-side handle of a decoder process: start, messages, limits, cancellation, end."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ...utils.lifetime import disown_after_fork, start_tied
 from ..decode.reader import Pixels
 
 MODULE = "octavo.engine.media.sandbox.child"
-START_SECONDS = 60.0
-PING_SECONDS = 5.0  # for an idle process to answer
-CANCEL_SECONDS = 0.5  # for work in flight to end once its request was cancelled
-PACKET_BYTES = 256 * 1024  # more than a socket pair takes in one
-MAX_SLOTS, SLOTS_BYTES = 4, 32 << 20  # frames that a process may be ahead by
-MIN_MEMORY = 8 << 20  # bytes: that most images fit, so that it is made once
-FILES_BESIDE = 32  # open in a process beside those that it decodes
-# Its own: it must not see what else the engine's environment holds.
+START_SECONDS = 60.0  # timeout of starting and sending
+PING_SECONDS = 5.0  # timeout of an idle process's answer
+CANCEL_SECONDS = 0.5  # grace period for the current work after a cancellation
+PACKET_BYTES = 256 * 1024  # more than a socket pair's maximum packet
+MAX_SLOTS, SLOTS_BYTES = 4, 32 << 20  # maximum frames that a process decodes ahead
+MIN_MEMORY = 8 << 20  # bytes; most images fit, so the memory is rarely replaced by a larger one
+FILES_BESIDE = 32  # open files of a process in addition to the media files
+# Prefixes of the variables that a process inherits; it must not see the rest, such as secrets.
 KEPT_ENVIRONMENT = ("PYTHON", "LD_", "LC_", "LANG", "VIRTUAL_ENV")
 ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",  # no thread before the sandbox
+    "OPENBLAS_NUM_THREADS": "1",  # no thread may start before the sandbox is applied
     "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",  # heaps take address space
-    # Memory of one image is kept for the next: to have it from the kernel and clear it each time
-    # made decoding at 1080p 1.15 times as long, of videos 1.5 times.
+    "MALLOC_ARENA_MAX": "2",  # each arena reserves address space
+    # Reuse the memory of one image for the next. Returning it to the kernel each time made
+    # decoding 1.15 times as slow for 1080p images and 1.5 times for videos.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
@@ -48,11 +48,11 @@ ENVIRONMENT = {
 
 
 class DecoderStoppedError(Exception):
-    """The process is gone, or what it sends makes no sense; it has been killed."""
+    """The process ended or sent an invalid message, and was killed."""
 
 
 class PixelMemory:
-    """Memory that a decoder process writes and this one reads; its size is fixed."""
+    """Shared memory of fixed size that a decoder process writes and this process reads."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -67,8 +67,10 @@ class PixelMemory:
             raise
 
     def copy(self, slot: int, height: int, width: int) -> Pixels:
-        """A frame, uint8 [height, width, 3], that the process can no longer change: what is
-        hashed must be what is computed with."""
+        """Return a copy of a frame, uint8 [height, width, 3].
+
+        The decoder cannot change the copy between hashing and encoding.
+        """
         size = height * width * 3
         frame = np.frombuffer(self._map, np.uint8, size, slot * size)
         return frame.reshape(height, width, 3).copy()
@@ -79,7 +81,7 @@ class PixelMemory:
 
 
 class DecoderProcess:
-    """A process that was just started; it is there a quarter of a second later."""
+    """A decoder process. It is started at once and is ready about a quarter of a second later."""
 
     def __init__(self, limits: MediaLimits) -> None:
         self._cpu_seconds = limits.media_timeout_s * num_cores()
@@ -89,13 +91,13 @@ class DecoderProcess:
         self._memory: PixelMemory | None = None
         disown_after_fork(self)
         self._is_ready = False
-        self.sandbox = ""  # what holds it, once it is ready
-        self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable once it is
+        self.sandbox = ""  # its restrictions, for the log; set once it is ready
+        self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable: cancelled
         self._lock = Lock()
         self.open_readers: set[int] = set()
-        self.num_readers = 0  # that were opened in its life
+        self.num_readers = 0  # opened since the start
         self.is_idle = True  # no reply is outstanding
-        self.is_cancelled = False  # the request that uses it
+        self.is_cancelled = False  # the request that uses the process was cancelled
         self.is_killed = False
 
     @property
@@ -111,11 +113,11 @@ class DecoderProcess:
         try:
             with open(f"/proc/{self.pid}/statm", "rb") as file:
                 return int(file.read().split()[1]) * mmap.PAGESIZE
-        except OSError:  # it is gone
+        except OSError:  # the process ended
             return 0
 
     def await_ready(self) -> None:
-        """Raises `DecoderStoppedError`."""
+        """Wait until the process has started. Raises `DecoderStoppedError` if it does not."""
         if self._is_ready:
             return
         try:
@@ -127,7 +129,7 @@ class DecoderProcess:
         self.sandbox, self._is_ready = reply.ready.sandbox, True
 
     def answers(self) -> bool:
-        """Whether the process has started and answers, which one that is being killed does not."""
+        """Return whether the process has started and responds to a message."""
         try:
             self.await_ready()
             self.send(pb.Request(stop=pb.Stop()))
@@ -136,28 +138,32 @@ class DecoderProcess:
             return False
 
     def send(self, request: pb.Request, descriptors: tuple[int, ...] = ()) -> None:
-        """Raises `DecoderStoppedError`."""
+        """Send a request with file descriptors. Raises `DecoderStoppedError`."""
         try:
             self._channel.settimeout(START_SECONDS)
             socket.send_fds(self._channel, [request.SerializeToString()], descriptors)
-        except OSError:  # a time-out is one
-            self.fail("does not listen")
+        except OSError:  # including a timeout
+            self.fail("does not receive messages")
 
     def receive(self, seconds: float) -> pb.Reply:
-        """The next reply. Raises `TimeoutError`, soon after `cancel`, and `DecoderStoppedError`."""
+        """Return the next reply.
+
+        Raises `TimeoutError` if none comes in time or shortly after `cancel`, and
+        `DecoderStoppedError` if the process ended or sent an invalid reply.
+        """
         try:
             self._await_packet(seconds)
-            data = self._channel.recv(PACKET_BYTES)  # descriptors that come along are dropped
+            data = self._channel.recv(PACKET_BYTES)  # drops any file descriptors of the packet
         except TimeoutError:
             raise
         except OSError:
-            self.fail("is gone")
+            self.fail("ended")
         if not data:
-            self.fail("is gone")
+            self.fail("ended")
         try:
             return pb.Reply.FromString(data)
         except DecodeError:
-            self.fail("sends what is no reply")
+            self.fail("sent an invalid reply")
 
     def _await_packet(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -173,46 +179,49 @@ class DecoderProcess:
             raise TimeoutError
 
     def cancel(self) -> None:
-        """The request that uses it is over: a thread that waits for a reply stops waiting soon,
-        and kills the process only if its work has not ended by then. Callable by any thread."""
+        """Interrupt the request that uses the process. Callable by any thread.
+
+        A thread in `receive` gives up after `CANCEL_SECONDS`, and kills the process only if its
+        work has not ended by then.
+        """
         with self._lock:
             self.is_cancelled = True
             if not self.is_killed:
                 os.eventfd_write(self._cancelled, 1)
 
     def end_request(self) -> None:
-        """The request has given it back: a cancellation does not concern the next one."""
+        """Clear a cancellation, which must not affect the next request."""
         with self._lock:
             if self.is_cancelled and not self.is_killed:
                 os.eventfd_read(self._cancelled)
             self.is_cancelled = False
 
     def allow_cpu(self) -> None:
-        """CPU time for one more file: past it the kernel ends the process."""
+        """Allow CPU time for one more file; the kernel kills the process when it is used up."""
         try:
             most = self._used_cpu_seconds() + self._cpu_seconds
             hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
             resource.prlimit(self.pid, resource.RLIMIT_CPU, (most, hard))
-        except OSError:  # it is gone, as who asks it next will see
+        except OSError:  # the process ended, as the next request to it shows
             pass
 
     def allow_memory(self, num_bytes: int) -> None:
-        """Set its address space; allocations beyond it fail."""
+        """Limit the address space; allocations beyond it fail."""
         if not self.is_alive:
             return
         try:
             hard = resource.prlimit(self.pid, resource.RLIMIT_AS)[1]
             soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
             resource.prlimit(self.pid, resource.RLIMIT_AS, (soft, hard))
-        except OSError:  # it is gone, as the next request to it shows
+        except OSError:  # the process ended, as the next request to it shows
             pass
 
     def _used_cpu_seconds(self) -> int:
-        clock = (~self.pid << 3) | 2  # of the process, as clock_getcpuclockid(3) makes it
+        clock = (~self.pid << 3) | 2  # the process's CPU clock, as in clock_getcpuclockid(3)
         return int(time.clock_gettime(clock)) + 1
 
     def pixel_memory(self, frame_bytes: int, num_frames: int) -> tuple[PixelMemory, int, bool]:
-        """Memory, how many frames of that size it takes, and whether the process lacks it yet."""
+        """Return (memory, number of frame slots, whether the memory is new to the process)."""
         wanted = min(num_frames, MAX_SLOTS, max(1, SLOTS_BYTES // frame_bytes))
         memory = self._memory
         is_new = memory is None or memory.num_bytes < wanted * frame_bytes
@@ -223,24 +232,26 @@ class DecoderProcess:
         return memory, min(num_frames, MAX_SLOTS, memory.num_bytes // frame_bytes), is_new
 
     def disown(self, cause: str) -> None:
-        """Release this process's copies of what ends the decoder when it closes. Called in a forked
-        process."""
+        """Close this process's copies of the socket and the pipe. Called in a forked process.
+
+        The decoder ends when all copies are closed, so a fork must not keep them open.
+        """
         self.is_killed = True
         self._channel.close()
         if self._process.stdin:
             self._process.stdin.close()
 
     def fail(self, what: str) -> NoReturn:
-        """Kills the process. Raises `DecoderStoppedError`."""
+        """Kill the process and raise `DecoderStoppedError`."""
         self.kill()
         raise DecoderStoppedError(f"the decoder {what}")
 
     def terminate(self) -> None:
-        """Kill it while another thread may be using it, which calls `kill` later."""
+        """Kill the process while another thread may use it; that thread calls `kill` later."""
         self._process.kill()
 
     def kill(self) -> None:
-        """End it at once: it keeps nothing that would be missed."""
+        """Kill the process and release its resources. It has no state to save."""
         with self._lock:
             if self.is_killed:
                 return
@@ -257,7 +268,7 @@ class DecoderProcess:
 
 
 def _start(socket_number: int, cpu_seconds: int, limits: MediaLimits) -> subprocess.Popen[bytes]:
-    """`-P`: our own folder names (`kernels`, `proto`) must not shadow a user's packages."""
+    """Start the process. `-P` keeps our folders (`kernels`, `proto`) from shadowing packages."""
     env = {name: text for name, text in os.environ.items() if name.startswith(KEPT_ENVIRONMENT)}
     given = {
         "socket": socket_number,
@@ -272,5 +283,5 @@ def _start(socket_number: int, cpu_seconds: int, limits: MediaLimits) -> subproc
         stdout=subprocess.DEVNULL,
         env={**env, **ENVIRONMENT},
         pass_fds=(socket_number,),
-        start_new_session=True,  # Ctrl-C in a terminal reaches the engine alone
+        start_new_session=True,  # Ctrl-C in a terminal must reach only the engine
     )

@@ -1,4 +1,4 @@
-"""An image's or a video's file that a decoder process has open, as a `MediaReader`."""
+"""`MediaReader` of a file that is open in a decoder process."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ...errors import InputError
 from ..decode.reader import Frame, MediaHeader
 from .process import DecoderProcess, DecoderStoppedError, PixelMemory
 
-STOP_SECONDS = 0.5  # until a process that should stop is killed: a group of pictures may be long
+STOP_SECONDS = 0.5  # grace period to stop a stream; decoding a group of pictures may take long
 CANCELLED = "the request was cancelled"
 MAX_TEXT = 500  # characters of an error's text
-TIMES_AT_ONCE = 4096  # indices of a packet
+TIMES_AT_ONCE = 4096  # indices per packet
 STOPPED = (
-    "could not be decoded: the decoder stopped; the file is broken, or takes more memory or "
-    f"time than a file may ({setting('decoder_memory_bytes')}; {setting('media_timeout_s')})"
+    "could not be decoded: the decoder stopped; the file is corrupt or exceeds the limits of "
+    f"memory or time ({setting('decoder_memory_bytes')}; {setting('media_timeout_s')})"
 )
 
 
 class ChildReader:
-    """One file in `process`, which is used by nobody else meanwhile. It closes the file."""
+    """One file in `process`, of which this thread is the only user. It closes the file."""
 
     def __init__(
         self,
@@ -39,8 +39,11 @@ class ChildReader:
         field: str,
         seconds: float,
     ) -> None:
-        """Sends the file and reads its header. `seconds`: that it may wait for the process in all.
-        Raises `InputError`."""
+        """Send the file to the process and read its header.
+
+        `seconds` limits the total time of waiting for the process. Raises `InputError` if the file
+        is invalid or the process fails.
+        """
         self._process, self._limits, self._field = process, limits, field
         self._seconds_left = seconds
         self._is_streaming = False
@@ -62,9 +65,9 @@ class ChildReader:
         file.close()
 
     def _checked(self, header: pb.Header) -> MediaHeader:
-        """A process that was taken over says what it likes."""
+        """Validate a header: a compromised process may send anything."""
         if not (header.num_frames and math.isfinite(header.fps) and header.fps > 0):
-            self._fail("sends a header that makes no sense")
+            self._fail("sent an invalid header")
         self._limits.check_size(header.width, header.height, self._field)
         return MediaHeader(header.height, header.width, header.num_frames, header.fps)
 
@@ -75,7 +78,7 @@ class ChildReader:
             self._send(pb.Request(get_times=pb.GetTimes(reader_id=self._id, indices=some)))
             answer = self._receive("times").times.times
             if len(answer) != len(some) or not all(map(math.isfinite, answer)):
-                self._fail("sends times that make no sense")
+                self._fail("sent invalid times")
             times.extend(answer)
         return times
 
@@ -89,8 +92,9 @@ class ChildReader:
                     self._end_stream()
                     return
                 index = reply.frame_ready.index
-                if index not in wanted:  # goes on to it, so each comes once and they rise
-                    self._fail("sends a frame that was not asked for")
+                # `in` advances the iterator, so this also rejects repeated and unordered frames.
+                if index not in wanted:
+                    self._fail("sent a frame that was not requested")
                 pixels = memory.copy(count % num_slots, height, width)
                 if count + 1 < len(indices):
                     self._send(pb.Request(frame_taken=pb.FrameTaken()))
@@ -123,7 +127,7 @@ class ChildReader:
         self._is_streaming, self._process.is_idle = False, True
 
     def _stop(self) -> None:
-        """End a stream of which not all frames were taken; kill the process if it goes on."""
+        """Stop a stream before its end; kill the process if it does not stop in time."""
         if not self._is_streaming:
             return
         self._is_streaming = False
@@ -149,15 +153,18 @@ class ChildReader:
             raise InputError(self._field, STOPPED) from None
 
     def _check_usable(self) -> None:
-        """Raise `InputError` if the process is gone or the request was cancelled."""
+        """Raise `InputError` if the process was killed or the request was cancelled."""
         if self._process.is_killed:
             raise InputError(self._field, STOPPED)
         if self._process.is_cancelled:
             raise InputError(self._field, CANCELLED)
 
     def _receive(self, *kinds: str) -> pb.Reply:
-        """One of `kinds`, within what is left of the file's time. Raises `InputError`."""
-        began = time.monotonic()
+        """Return a reply of one of `kinds`, within the file's remaining time.
+
+        Raises `InputError` for other replies, an error reply or a timeout.
+        """
+        start_time = time.monotonic()
         try:
             reply = self._process.receive(self._seconds_left)
         except TimeoutError:
@@ -168,14 +175,14 @@ class ChildReader:
             self._limits.refuse("media_timeout_s", self._field, spent)
         except DecoderStoppedError:
             raise InputError(self._field, STOPPED) from None
-        self._seconds_left -= time.monotonic() - began
+        self._seconds_left -= time.monotonic() - start_time
         kind = reply.WhichOneof("reply")
         self._process.is_idle = kind in ("header", "times", "error")
         if kind == "error":
             self._is_streaming = False
             raise InputError(self._field, clean(reply.error.text))
         if kind not in kinds:
-            self._fail("answers something else")
+            self._fail("sent an unexpected reply")
         return reply
 
     def _fail(self, what: str) -> NoReturn:
@@ -201,19 +208,20 @@ class ChildReader:
 
 
 def clean(text: str) -> str:
-    """An error's text of a process that may have been taken over: one line, not long."""
+    """Reduce an error text of a possibly compromised process to one short, printable line."""
     line = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * MAX_TEXT])
     return line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + " ..."
 
 
 def readable(file: BinaryIO) -> int:
-    """A descriptor of the file's bytes, from the first on, that nobody can write through."""
+    """Return a read-only file descriptor of the file, positioned at its start."""
     try:
         number = file.fileno()
     except (OSError, AttributeError):  # bytes in memory
         return _shared_copy(file)
     file.flush()
-    return os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)  # its place is its own
+    # Opened again, the file has its own position, which the decoder does not share.
+    return os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _shared_copy(file: BinaryIO) -> int:

@@ -1,7 +1,7 @@
-"""What a process gives up before it decodes a stranger's file. It cannot be taken back.
+"""Irrevocable restrictions of a process that decodes untrusted files.
 
-Limits of memory and CPU time hold always; the rest where the system has it: seccomp (no network,
-no opening of files, no processes) and Landlock (no opening of files, no TCP).
+Memory and CPU time are always limited. Where the system supports them, seccomp (no network, no
+opening of files, no new processes) and Landlock (no opening of files, no TCP) are applied too.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import struct
 from . import seccomp
 
 NO_NEW_PRIVS, DUMPABLE = 38, 4  # options of prctl
-CREATE_RULESET, RESTRICT_SELF = 444, 446  # numbers of Landlock's calls, on all machines
-VERSION = 1  # a flag of CREATE_RULESET
-FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many Landlock knows, by its version; then 16
+CREATE_RULESET, RESTRICT_SELF = 444, 446  # Landlock system calls, the same on all architectures
+VERSION = 1  # flag of CREATE_RULESET: return the ABI version
+FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # number of file rights by ABI version; later ones: 16
 TCP, SCOPES = 0b11, 0b11  # bind and connect; abstract sockets and signals
 
 
 def apply(memory_bytes: int, cpu_seconds: int, num_files: int) -> str:
-    """Shuts this process in, and says how. All threads that there will be come after it.
+    """Restrict this process and return a description of the restrictions for the log.
 
-    `memory_bytes` is of address space, `cpu_seconds` for a start: whoever started the process
-    gives it more for each file.
+    Must be called before other threads are started. `memory_bytes` limits the address space;
+    `cpu_seconds` is the initial limit, which the parent process raises for each file.
     """
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
@@ -36,9 +36,9 @@ def apply(memory_bytes: int, cpu_seconds: int, num_files: int) -> str:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, hard))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(DUMPABLE, 0, 0, 0, 0)
-    privileges_end = libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    has_landlock = privileges_end and _install_landlock(libc)
-    has_seccomp = privileges_end and seccomp.install(libc)
+    has_no_new_privs = libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    has_landlock = has_no_new_privs and _install_landlock(libc)
+    has_seccomp = has_no_new_privs and seccomp.install(libc)
     return f"memory {memory_bytes / 1e9:.1f} GB, {_describe(has_seccomp, has_landlock)}"
 
 
@@ -47,12 +47,12 @@ def _describe(has_seccomp: bool, has_landlock: bool) -> str:
         also = ", Landlock" if has_landlock else ""
         return f"no network, no processes (seccomp), no files but the one sent (seccomp{also})"
     if has_landlock:
-        return "no files but the one sent (Landlock); network not shut off: no seccomp"
-    return "network and files not shut off: this system has neither seccomp nor Landlock"
+        return "no files but the one sent (Landlock); network not blocked: no seccomp"
+    return "network and files not blocked: this system has neither seccomp nor Landlock"
 
 
 def _lower(limit: int, value: int) -> None:
-    """Sets a limit for good, or leaves one that is lower yet."""
+    """Set a soft and hard limit, unless the hard limit is lower already."""
     hard = resource.getrlimit(limit)[1]
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
@@ -60,7 +60,7 @@ def _lower(limit: int, value: int) -> None:
 
 
 def _install_landlock(libc: ctypes.CDLL) -> bool:
-    """Rules that handle every right and grant none: what is open stays so, nothing else opens."""
+    """Restrict all access rights and grant none; files that are open already stay usable."""
     version = libc.syscall(CREATE_RULESET, None, 0, VERSION)
     if version < 1:
         return False

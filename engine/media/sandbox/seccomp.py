@@ -1,7 +1,7 @@
-"""A filter of system calls that lets a decoder compute and answer, and nothing else.
+"""Seccomp filter that allows a decoder only the system calls for computing and answering.
 
-Numbers: Linux's `asm/unistd_64.h` (x86_64) and `asm-generic/unistd.h` (aarch64). Structures:
-`linux/filter.h`, `linux/seccomp.h`.
+Call numbers are those of Linux's `asm/unistd_64.h` (x86_64) and `asm-generic/unistd.h` (aarch64),
+structures those of `linux/filter.h` and `linux/seccomp.h`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Calls that are allowed, with their numbers on x86_64 and aarch64. No open: what is read was
-# opened by the engine. No socket, no exec, no kill, no ptrace, no chmod.
+# Allowed calls, with their numbers on x86_64 and aarch64. `open` is absent, because the engine
+# opens all files; so are socket, exec, kill, ptrace and chmod.
 ALLOWED = {
     "read": (0, 63),
-    "write": (1, 64),  # to what is open already: the socket, and nothing
+    "write": (1, 64),  # only the socket and /dev/null are open for writing
     "close": (3, 57),
     "fstat": (5, 80),
     "poll": (7, None),
@@ -62,38 +62,39 @@ ALLOWED = {
 
 @dataclass(frozen=True)
 class Check:
-    """What must hold of a call's argument: `argument & mask == value`, of its lower 32 bits."""
+    """Condition on a call's argument: the lower 32 bits satisfy `argument & mask == value`."""
 
-    argument: int
+    argument: int  # index
     mask: int
     value: int
-    is_upper: bool = False  # of its upper 32 bits instead
+    is_upper: bool = False  # check the upper 32 bits instead
 
 
 WHOLE, EXECUTE, THREAD = 0xFFFFFFFF, 4, 0x10000
 DUP_CLOEXEC, EMPTY_PATH = 1030, 0x1000
 
 CHECKED = {
-    "mmap": ((9, 222), (Check(2, EXECUTE, 0),)),  # memory that is written is never run
+    "mmap": ((9, 222), (Check(2, EXECUTE, 0),)),  # no new executable memory
     "mprotect": ((10, 226), (Check(2, EXECUTE, 0),)),
-    "clone": ((56, 220), (Check(0, THREAD, THREAD),)),  # threads, no processes
+    "clone": ((56, 220), (Check(0, THREAD, THREAD),)),  # threads only, no processes
     "fcntl": ((72, 25), (Check(1, WHOLE, DUP_CLOEXEC),)),
-    "newfstatat": ((262, 79), (Check(3, WHOLE, EMPTY_PATH),)),  # as fstat, which it is in glibc
-    "prlimit64": (  # read, and its own: a limit is never raised
+    "newfstatat": ((262, 79), (Check(3, WHOLE, EMPTY_PATH),)),  # glibc implements fstat with it
+    "prlimit64": (  # only reading its own limits
         (302, 261),
         (Check(0, WHOLE, 0), Check(2, WHOLE, 0), Check(2, WHOLE, 0, is_upper=True)),
     ),
 }
-CLONE3 = (435, 435)  # its flags are out of a filter's sight; libraries then fall back to clone
+# A filter cannot read the flags of clone3, so it fails with ENOSYS and libraries use clone instead.
+CLONE3 = (435, 435)
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
-SECCOMP = (317, 277)  # the call itself
+SECCOMP = (317, 277)  # call numbers
 SET_MODE_FILTER, ALL_THREADS, NO_SLOWDOWN = 1, 1, 4
 
 LOAD, AND, JUMP_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 UNKNOWN_CALL = 0x00050000 | errno.ENOSYS
-NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16  # in struct seccomp_data
+NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16  # offsets in struct seccomp_data
 
 
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -101,14 +102,14 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
 
 
 def program(machine: str) -> bytes:
-    """The filter for a machine of `ARCHITECTURES`: an array of struct sock_filter."""
+    """Return the filter for a machine of `ARCHITECTURES`: an array of struct sock_filter."""
     return b"".join(_operations(*ARCHITECTURES[machine]))
 
 
 def _operations(column: int, architecture: int) -> Iterator[bytes]:
     yield _op(LOAD, ARCHITECTURE_AT)
     yield _op(JUMP_EQUAL, architecture, 1, 0)
-    yield _op(RETURN, KILL)  # a call by another architecture's numbers
+    yield _op(RETURN, KILL)  # call numbers of another architecture
     yield _op(LOAD, NUMBER_AT)
     for numbers in ALLOWED.values():
         number = numbers[column]
@@ -133,9 +134,9 @@ class _Program(ctypes.Structure):
 
 
 def install(libc: ctypes.CDLL) -> bool:
-    """Holds all threads of this process to the filter, for ever. False where the system cannot.
+    """Apply the filter to all threads of this process; return False if that is not supported.
 
-    `PR_SET_NO_NEW_PRIVS` must be set.
+    `PR_SET_NO_NEW_PRIVS` must be set. The filter cannot be removed.
     """
     machine = platform.machine()
     if machine not in ARCHITECTURES:

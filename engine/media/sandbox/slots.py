@@ -1,4 +1,4 @@
-"""A counted resource that requests wait for in the order in which they asked."""
+"""A first-come, first-served semaphore for requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..task import MediaTask
 
 
 class FairSlots:
-    """`count` slots. Thread-safe, first come first served."""
+    """A semaphore of `count` slots, acquired in FIFO order. Thread-safe."""
 
     def __init__(self, count: int) -> None:
         self._num_free = count
@@ -19,8 +19,11 @@ class FairSlots:
         self._is_closed = False
 
     def acquire(self, task: MediaTask | None, field: str) -> None:
-        """Wait for a slot. Raises `InputError` when the task is cancelled or its time is up, and
-        `RuntimeError` when the slots are closed."""
+        """Wait for a slot.
+
+        Raises `InputError` if the task is cancelled or its time is up, and `RuntimeError` if the
+        slots are closed.
+        """
         with task.watched(self._wake) if task is not None else nullcontext():
             ticket = object()
             with self._changed:
@@ -44,7 +47,7 @@ class FairSlots:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End all waits."""
+        """Make all waiting and future calls of `acquire` fail."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -1,1 +1,1 @@
-"""Workers that are started on other machines."""
+"""Remote workers: started with `octavo worker`, usually on other machines."""

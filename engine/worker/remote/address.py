@@ -1,4 +1,4 @@
-"""Where workers on other machines listen, and by which interface this one is reached."""
+"""Parse addresses of remote workers, and find the network interface that leads to a peer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from urllib.parse import unquote
 from ...errors import ConfigError
 
 ADDRESS = re.compile(r"(\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})")
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+SIOCGIFADDR = 0x8915  # Linux ioctl: the IPv4 address of an interface
 
 
 @dataclass(frozen=True)
 class Address:
+    """Host and port of a worker."""
+
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str, name: str) -> Address:
-        """Raises `ConfigError` that says where it stands: `name`."""
+        """Parse HOST:PORT or [IPv6]:PORT. Raises `ConfigError` for the setting `name`."""
         match = ADDRESS.fullmatch(text.strip())
         if match is None or int(match["port"]) > 65535:
-            port = ", a port of at most 65535" if match else ""
+            port = ", with a port of at most 65535" if match else ""
             raise ConfigError(f"{name}={text!r}: must be HOST:PORT, such as 10.0.0.2:7000{port}")
         return cls(match["six"] or match["host"], int(match["port"]))
 
@@ -36,7 +38,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it. A name counts as what it must be: localhost is."""
+        """Whether only this machine can connect. Of host names, only localhost counts."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -44,8 +46,10 @@ class Address:
 
 
 def interface_towards(peer: str) -> str | None:
-    """The name of the interface that leads to `peer`, as gRPC writes it (`ipv4:10.0.0.1:5000`);
-    None where that is not to be known."""
+    """Return the name of the network interface that leads to a peer; None if it is unknown.
+
+    `peer` is in gRPC's format: `ipv4:10.0.0.1:5000`.
+    """
     kind, _, rest = unquote(peer).partition(":")
     host = rest.rpartition(":")[0].strip("[]")
     family = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}.get(kind)
@@ -53,7 +57,7 @@ def interface_towards(peer: str) -> str | None:
         return None
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing: the kernel only finds the way
+            probe.connect((host, 9))  # sends nothing; the kernel only selects the route
             own = probe.getsockname()[0]
     except OSError:
         return None
@@ -63,10 +67,10 @@ def interface_towards(peer: str) -> str | None:
 def _with_ipv4(address: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            asked = struct.pack("256s", name.encode()[:15])
+            request = struct.pack("256s", name.encode()[:15])
             try:
-                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24]
-            except OSError:  # it has none
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(found) == address:
                 return name

@@ -1,4 +1,4 @@
-"""Tells two checkpoints apart without reading all of either."""
+"""Fingerprint a checkpoint without reading it completely."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from ...config.engine_config import ModelConfig, PreprocessConfig
 from ...errors import ConfigError
 
-SAMPLE = 4096  # bytes read at the beginning, the middle and the end of each tensor
-MAX_HEADER = 100 << 20  # bytes; more is no safetensors file
+SAMPLE = 4096  # bytes read at the start, the middle and the end of each tensor
+MAX_HEADER = 100 << 20  # bytes; the maximum of the safetensors format
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of what the model is and of its tensors' names, types and shapes, and of samples of
-    each one's bytes: weights that were trained further differ, a copy does not. Raises ConfigError.
+    """Return a SHA-256 of the configuration, all tensors' names, types, shapes, and data samples.
 
-    How many files the tensors lie in does not matter, nor the order or the spelling of a JSON file.
+    Fine-tuned weights have another fingerprint, a copy has the same. The distribution of tensors
+    over files and the formatting of JSON files have no effect. Raises `ConfigError` if a file
+    cannot be read.
     """
     from ...runner.loader import checkpoint_files
 
@@ -31,7 +32,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a file of the checkpoint does. Raises `ConfigError`."""
+    """Return name, mtime (ns) and size of all files, to detect changes. Raises `ConfigError`."""
     try:
         files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
         found = sorted((file.name, file.stat()) for file in files)
@@ -41,7 +42,7 @@ def stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _tensors(path: Path) -> Iterator[bytes]:
-    """What tells of each tensor of a file."""
+    """Yield a description of each tensor in a file, for hashing."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -49,9 +50,9 @@ def _tensors(path: Path) -> Iterator[bytes]:
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
-                begin, end = entry["data_offsets"]
+                start, end = entry["data_offsets"]
                 sample = hashlib.sha256()
-                for at in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):
+                for at in (start, (start + end) // 2, max(start, end - SAMPLE)):
                     file.seek(8 + size + at)
                     sample.update(file.read(min(SAMPLE, end - at)))
                 shape = [name, entry["dtype"], entry["shape"]]

@@ -1,8 +1,8 @@
-"""How ranks on several machines meet: a store that the engine keeps, asked over its calls.
+"""Rendezvous of ranks on several machines, through a key-value store in the engine.
 
-Torch's collectives begin with an exchange of addresses through a store. Torch's own for several
-machines listens on an open port; this one needs none: each rank asks over the call that the engine
-has open to it anyway, under that call's TLS.
+Torch's collectives exchange addresses through a store. Torch's own TCP store listens on an
+unprotected port. This store needs no port: each rank sends its requests over the stream that the
+engine has open to it, protected by that stream's TLS.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from collections.abc import Callable, Iterator
 
 from ....proto import worker_pb2 as pb
 
-ASK_TIMEOUT = 60.0  # seconds for the engine to answer
-OPEN_CHECK = 1.0  # seconds between two looks whether the engine is there
+ASK_TIMEOUT = 60.0  # seconds to wait for the engine's reply
+OPEN_CHECK = 1.0  # seconds between two checks that the stream is open
 
 
-# What a rank asks, and where its reply is put; None: there will be none.
+# A request and the queue for its reply; None: no reply will come.
 Question = tuple[pb.StoreRequest, "queue.SimpleQueue[pb.StoreReply | None]"]
 
 
 class SharedStore:
-    """The engine's end: the values by key. Thread-safe."""
+    """Engine side: the store's values by key. Thread-safe."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     def answer(self, request: pb.StoreRequest) -> pb.StoreReply:
+        """Execute a request and return the key's value."""
         with self._lock:
             return pb.StoreReply(value=self._answer(request))
 
@@ -50,39 +51,45 @@ class SharedStore:
 
 
 class Rendezvous:
-    """A worker's end: what any thread asks goes out by the stream that the engine opened last."""
+    """Worker side: sends the requests of all threads over the engine's latest stream."""
 
     def __init__(self) -> None:
-        self._moved = threading.Condition()
-        self._asked: deque[Question] = deque()
-        self._stream = 0  # which is the latest
+        self._changed = threading.Condition()
+        self._pending: deque[Question] = deque()
+        self._stream = 0  # number of the latest stream
 
     def ask(self, request: pb.StoreRequest) -> bytes | None:
-        """The value. Raises RuntimeError when the engine does not answer."""
+        """Send a request and return the value, None if the key has none.
+
+        Raises `RuntimeError` if the engine does not answer.
+        """
         question: Question = (request, queue.SimpleQueue())
-        with self._moved:
-            self._asked.append(question)
-            self._moved.notify_all()
+        with self._changed:
+            self._pending.append(question)
+            self._changed.notify_all()
         try:
             reply = question[1].get(timeout=ASK_TIMEOUT)
         except queue.Empty:
             reply = None
         if reply is None:
-            with self._moved, contextlib.suppress(ValueError):
-                self._asked.remove(question)
-            raise RuntimeError("the engine does not answer while the ranks meet")
+            with self._changed, contextlib.suppress(ValueError):
+                self._pending.remove(question)
+            raise RuntimeError("the engine does not answer during the rendezvous of the ranks")
         return reply.value if reply.HasField("value") else None
 
     def serve(
         self, replies: Iterator[pb.StoreReply], is_open: Callable[[], bool]
     ) -> Iterator[pb.StoreRequest]:
-        """What is asked, each followed by its reply; as long as the stream is open and no later one
-        is. What breaks off fails: an `add` that came twice would count twice."""
-        with self._moved:
+        """Yield requests and deliver their replies, until the stream closes or a newer one opens.
+
+        A request fails if its stream breaks. It is not sent again, because a repeated `add` would
+        count twice.
+        """
+        with self._changed:
             self._stream += 1
-            mine = self._stream
-            self._moved.notify_all()
-        while (question := self._next(mine, is_open)) is not None:
+            stream = self._stream
+            self._changed.notify_all()
+        while (question := self._next(stream, is_open)) is not None:
             reply = None
             try:
                 yield question[0]
@@ -90,10 +97,10 @@ class Rendezvous:
             finally:
                 question[1].put(reply)
 
-    def _next(self, mine: int, is_open: Callable[[], bool]) -> Question | None:
-        with self._moved:
-            while self._stream == mine and is_open():
-                if self._asked:
-                    return self._asked.popleft()
-                self._moved.wait(OPEN_CHECK)
+    def _next(self, stream: int, is_open: Callable[[], bool]) -> Question | None:
+        with self._changed:
+            while self._stream == stream and is_open():
+                if self._pending:
+                    return self._pending.popleft()
+                self._changed.wait(OPEN_CHECK)
         return None

@@ -1,4 +1,4 @@
-"""`octavo worker`: keeps one worker running at an address, engine after engine."""
+"""Supervisor of `octavo worker`: keep one worker process running at an address."""
 
 from __future__ import annotations
 
@@ -23,57 +23,60 @@ from .worker import check_exposure
 log = logging.getLogger("octavo.worker")
 
 MODULE = "octavo.engine.worker.remote.worker"
-MIN_UPTIME = 10.0  # seconds; a worker that ends with a fault before has failed to start
-HEARTBEAT_TIMEOUT = 30.0  # seconds without a beat after which a worker is taken to hang
-GRACE = 5.0  # seconds for it to end when asked
-POLL_INTERVAL = 0.5  # seconds between two looks
-BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0)  # seconds before the next start, by failures in a row
+MIN_UPTIME = 10.0  # seconds; a worker that fails earlier counts as failed to start
+HEARTBEAT_TIMEOUT = 30.0  # seconds without a heartbeat after which a worker counts as hung
+GRACE = 5.0  # seconds for the worker to exit when asked
+POLL_INTERVAL = 0.5  # seconds between two checks
+BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0)  # seconds before the next start, by consecutive failures
 
 
 def free_address(address: Address) -> Address:
-    """With a port that was free a moment ago, where it is 0. Raises `ConfigError` where nothing can
-    listen there."""
+    """Return the address, with a free port if its port is 0.
+
+    Raises `ConfigError` if the address cannot be bound.
+    """
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
+        family, kind, protocol, _, bind_address = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
+            probe.bind(bind_address)
             return Address(address.host, probe.getsockname()[1])
     except OSError as error:
         raise ConfigError(f"--listen {address}: {error.strerror or error}") from None
 
 
 class Supervisor:
-    """Starts a worker, and the next when it has ended, until it is told to stop."""
+    """Starts a worker and restarts it whenever it exits, until it is asked to stop."""
 
     def __init__(
         self, address: Address, rank: int, local_rank: int, model: Path, tls: Path | None
     ) -> None:
-        """Raises `ConfigError` for what no worker could serve."""
+        """Validate the options. Raises `ConfigError` if a worker could not serve with them."""
         check_exposure(address, tls)
         if tls is not None:
-            group_tls(tls)  # they can be read,
-        ModelConfig.from_dir(model)  # and this
+            group_tls(tls)  # raises `ConfigError` for unreadable files, as does the next line
+        ModelConfig.from_dir(model)
         self._command = _command(free_address(address), rank, local_rank, model, tls)
-        # By a signal's handler, which must not wait for a lock: when, on the monotonic clock.
-        self._stopped_at = 0.0  # 0: not yet
+        # time.monotonic() of the stop signal, 0: not yet. Set by the signal handler, which must not
+        # wait for a lock.
+        self._stopped_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT. The exit status."""
+        """Run until SIGTERM or SIGINT; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         failures = 0
         while not self._is_stopped_within(BACKOFF[min(failures, len(BACKOFF) - 1)]):
-            began = time.monotonic()
+            start_time = time.monotonic()
             status = self._run_one()
             if self._stopped_at:
                 break
-            is_fault = status != 0 and time.monotonic() - began < MIN_UPTIME
-            failures = failures + 1 if is_fault else 0
-            log.info("the worker has ended with status %d; it is started anew", status)
+            has_failed = status != 0 and time.monotonic() - start_time < MIN_UPTIME
+            failures = failures + 1 if has_failed else 0
+            log.info("the worker exited with status %d; restarting it", status)
         return 0
 
     def _is_stopped_within(self, seconds: float) -> bool:
@@ -84,7 +87,7 @@ class Supervisor:
 
     def _run_one(self) -> int:
         beats, beat = os.pipe()
-        # Its own session: Ctrl-C in a terminal reaches the keeper alone.
+        # With its own session, Ctrl-C in a terminal reaches only the supervisor.
         process = self._process = subprocess.Popen(
             [*self._command, "--beat", str(beat)],
             stdin=subprocess.PIPE,
@@ -93,7 +96,7 @@ class Supervisor:
             pass_fds=[beat],
         )
         os.close(beat)
-        if self._stopped_at:  # between the two
+        if self._stopped_at:  # the signal came before `_process` was set
             self._close()
         try:
             return self._watch(process, beats)
@@ -101,16 +104,16 @@ class Supervisor:
             os.close(beats)
 
     def _watch(self, process: subprocess.Popen[bytes], beats: int) -> int:
-        """Its status once it has ended. One that hangs is killed: it ends for nobody else."""
-        heard = time.monotonic()
+        """Wait for the exit and return the status; kill the worker if its heartbeat stops."""
+        last_beat = time.monotonic()
         while process.poll() is None:
             if select.select([beats], [], [], POLL_INTERVAL)[0]:
                 if not os.read(beats, 4096):
                     return process.wait()
-                heard = time.monotonic()
-            patience = GRACE if self._stopped_at else HEARTBEAT_TIMEOUT
-            if time.monotonic() - (self._stopped_at or heard) > patience:
-                log.warning("the worker does not answer and is killed")
+                last_beat = time.monotonic()
+            timeout = GRACE if self._stopped_at else HEARTBEAT_TIMEOUT
+            if time.monotonic() - (self._stopped_at or last_beat) > timeout:
+                log.warning("the worker does not respond; killing it")
                 process.kill()
                 return process.wait()
         return process.returncode
@@ -120,15 +123,18 @@ class Supervisor:
         self._close()
 
     def _close(self) -> None:
-        """Closes the pipe whose end the worker waits for."""
+        """Close the worker's standard input, which makes it exit."""
         process = self._process
         if process is not None and process.stdin and not process.stdin.closed:
             process.stdin.close()
 
 
 def _env() -> dict[str, str]:
-    """Of the worker, whose engine knows how many share its cores: the number of threads waits for
-    it. torchrun gives each process one where nobody has said how many."""
+    """Return the worker's environment.
+
+    OMP_NUM_THREADS=1, the default of torchrun, is removed: the engine sets the number of threads
+    when it knows how many workers share the cores.
+    """
     env = {"GOMP_SPINCOUNT": SPIN_COUNT, **KERNEL_CACHES, **os.environ}
     if "TORCHELASTIC_RUN_ID" in env and env.get("OMP_NUM_THREADS") == "1":
         del env["OMP_NUM_THREADS"]

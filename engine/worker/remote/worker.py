@@ -1,7 +1,7 @@
-"""A worker that was started apart, as a process: `octavo worker` starts it, and the next after it.
+"""Remote worker process, started and restarted by `octavo worker`.
 
-It serves `octavo.worker.v1.Worker` and `Membership` at an address. Off loopback that takes mutual
-TLS.
+It serves `octavo.worker.v1.Worker` and `Membership` at a TCP address. Addresses other than loopback
+require mutual TLS.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .membership import MembershipServicer, WorkerSpec
 
 log = logging.getLogger("octavo.worker")
 
-BEAT = 1.0  # seconds
+BEAT = 1.0  # seconds between two heartbeats
 
-# A machine whose cable is cut says nothing: the other end is asked every few seconds.
+# Without pings, a broken network link would not be detected.
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 5000),
@@ -42,33 +42,39 @@ KEEPALIVE = [
 
 
 def main() -> None:
-    """Serves until its engine has gone or its parent."""
+    """Serve until the engine or the parent process disappears."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--listen", required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--local-rank", type=int, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tls", type=Path)
-    parser.add_argument("--beat", type=int, required=True, help="open file: a byte there is a beat")
+    parser.add_argument(
+        "--beat", type=int, required=True, help="file descriptor to write a heartbeat byte to"
+    )
     args = parser.parse_args()
     set_up_worker_logs()
-    for number in (signal.SIGINT, signal.SIGTERM):  # its parent's: that ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # only the parent ends this process
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     threading.Thread(target=_beat, args=(args.beat,), name="beat", daemon=True).start()
-    place = WorkerSpec(args.rank, args.local_rank, args.model)
-    serve(Address.parse(args.listen, "--listen"), place, args.tls)
+    spec = WorkerSpec(args.rank, args.local_rank, args.model)
+    serve(Address.parse(args.listen, "--listen"), spec, args.tls)
 
 
-def serve(address: Address, place: WorkerSpec, tls: Path | None) -> None:
-    """Does not return. Exits with status 2 where nothing can listen there. Raises `ConfigError`."""
+def serve(address: Address, spec: WorkerSpec, tls: Path | None) -> None:
+    """Serve at an address; does not return.
+
+    Exits with status 2 if the address cannot be bound. Raises `ConfigError` if TLS is required and
+    missing or its files are invalid.
+    """
     check_exposure(address, tls)
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers=32),
         options=[*UNLIMITED, *KEEPALIVE, ("grpc.so_reuseport", 0)],
     )
-    membership = MembershipServicer(place, _leave)
-    worker = WorkerServicer(place, membership.is_taken_in)
+    membership = MembershipServicer(spec, _leave)
+    worker = WorkerServicer(spec, membership.is_claimed_for)
     worker_pb2_grpc.add_MembershipServicer_to_server(membership, server)
     worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
     try:
@@ -77,31 +83,31 @@ def serve(address: Address, place: WorkerSpec, tls: Path | None) -> None:
         else:
             server.add_secure_port(str(address), server_credentials(group_tls(tls)))
     except RuntimeError:
-        log.error("%s: nothing can listen there", address)
+        log.error("--listen %s: cannot bind this address", address)
         sys.exit(2)
-    import octavo.engine.runner.model_runner  # noqa: F401 - seconds, spent before it is asked
+    import octavo.engine.runner.model_runner  # noqa: F401 - takes seconds, so not on first use
 
     server.start()
-    print(f"ready worker={address} rank={place.rank} pid={os.getpid()}", flush=True)
+    print(f"ready worker={address} rank={spec.rank} pid={os.getpid()}", flush=True)
     server.wait_for_termination()
 
 
 def check_exposure(address: Address, tls: Path | None) -> None:
-    """Raises `ConfigError` where a stranger could take the worker for its own."""
+    """Raise `ConfigError` if other machines could claim the worker without authentication."""
     if tls is None and not address.is_loopback:
         raise ConfigError(
-            f"--listen {address}: is open to other machines, so it takes mutual TLS: --tls, a "
-            "folder of tls.crt, tls.key and ca.crt, which signed the engine's certificate"
+            f"--listen {address}: is open to other machines and requires mutual TLS: set --tls to "
+            "a folder with tls.crt, tls.key and ca.crt, which signed the engine's certificate"
         )
 
 
-def _leave(why: str) -> None:
-    log.info("the worker ends: %s", why)
-    os._exit(0)  # a thread may wait in a collective for ever
+def _leave(reason: str) -> None:
+    log.info("the worker exits: %s", reason)
+    os._exit(0)  # a thread may be blocked in a collective
 
 
 def _beat(file: int) -> None:
-    """Tells the keeper that this process is not stuck."""
+    """Send heartbeats to the supervisor."""
     while True:
         os.write(file, b".")
         time.sleep(BEAT)
