@@ -563,7 +563,7 @@ def test_many_large_tools_are_refused_unread(stubs: Stubs) -> None:
     tools = [pb.Tool(function=function)] * 3
     asked = pb.GenerateRequest(conversation=talk(pb.ContentPart(text="x")), tools=tools)
     code, text, field, _ = refusal(lambda: stubs.inference.GenerateOnce(asked))
-    assert (code, field) == ("INVALID_ARGUMENT", "tools") and "exceeds 1048576 characters" in text
+    assert (code, field) == ("INVALID_ARGUMENT", "tools") and "over 1048576 characters" in text
 
 
 def test_health_tells_of_workers_that_are_away_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Fields of OpenAI-format requests: the one table of what is accepted, and to what effect.
+"""Tables of the fields of OpenAI-format requests, and their effect.
 
-The readers of requests take the names that they ignore from here; docs/openai.md is generated from
-it. A field that is not in its table is rejected by name.
+Request readers take ignored names from these tables, and docs/openai.md is generated from them.
+Fields that are not in a table are rejected.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a request, and what a server does with it."""
+    """A field of a request and its effect."""
 
     name: str
     type: str
-    effect: str = ""  # "" and no `neutral` values: accepted without effect
-    neutral: tuple[Any, ...] | None = None  # JSON values accepted without effect, besides null
+    effect: str = ""  # "" without `neutral`: accepted and ignored
+    neutral: tuple[Any, ...] | None = None  # JSON values without effect, in addition to null
 
     @property
     def is_supported(self) -> bool:
@@ -26,7 +26,7 @@ class Field:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether any value is accepted without effect."""
+        """Whether all values are accepted and ignored."""
         return not self.effect and self.neutral is None
 
 
@@ -35,41 +35,41 @@ def _labels(*names: str, type: str = "any") -> tuple[Field, ...]:
 
 
 REQUEST = (
-    Field("model", "string", "one of the served names; empty or absent: the model that is served"),
+    Field("model", "string", "one of the served names; empty or absent: the served model"),
     Field("messages", "list of objects", "the conversation (chat)"),
     Field("prompt", "string, token ids, or a list of either", "the prompts, 1 to 64 (completions)"),
     Field("stream", "boolean", "server-sent events"),
     Field("stream_options", "object", "see its fields below"),
-    Field("max_tokens", "integer", "tokens of an answer; default: up to the model's length"),
-    Field("max_completion_tokens", "integer", "another name of max_tokens (chat)"),
+    Field("max_tokens", "integer", "maximum output tokens; default: up to the model's length"),
+    Field("max_completion_tokens", "integer", "alias of max_tokens (chat)"),
     Field("temperature", "number", "0 is greedy"),
     Field("top_p", "number", "nucleus sampling"),
     Field("top_k", "integer", "0 or -1: off"),
-    Field("min_p", "number", "least probability, relative to the most probable token's"),
+    Field("min_p", "number", "minimum probability relative to the most likely token"),
     Field("repetition_penalty", "number", "over prompt and output"),
     Field("presence_penalty", "number", "-2 to 2", (0,)),
     Field("frequency_penalty", "number", "-2 to 2", (0,)),
     Field("logit_bias", "object of token id to number", "-100 to 100 each", ({},)),
     Field("seed", "integer", "the same seed gives the same answer"),
-    Field("n", "integer", "answers to each prompt"),
-    Field("stop", "string or list of strings", "ends the answer; not shown"),
-    Field("stop_token_ids", "list of token ids", "end the answer"),
-    Field("include_stop_str", "boolean", "show the stop string that was found"),
-    Field("ignore_eos", "boolean", "continue past end tokens"),
-    Field("min_tokens", "integer", "least tokens before an end"),
-    Field("bad_words", "list of strings", "never written"),
-    Field("skip_special_tokens", "boolean", "false shows special tokens"),
+    Field("n", "integer", "number of answers per prompt"),
+    Field("stop", "string or list of strings", "strings that end the answer; not included in it"),
+    Field("stop_token_ids", "list of token ids", "tokens that end the answer"),
+    Field("include_stop_str", "boolean", "include the matched stop string"),
+    Field("ignore_eos", "boolean", "continue past EOS tokens"),
+    Field("min_tokens", "integer", "minimum output tokens before the answer may end"),
+    Field("bad_words", "list of strings", "never generated"),
+    Field("skip_special_tokens", "boolean", "false includes special tokens in the text"),
     Field("logprobs", "boolean (chat) or integer", "log probabilities of tokens", (False,)),
-    Field("top_logprobs", "integer", "alternatives of each token, with logprobs (chat)", (0,)),
-    Field("prompt_logprobs", "integer", "log probabilities of the prompt's tokens"),
+    Field("top_logprobs", "integer", "alternatives per token, with logprobs (chat)", (0,)),
+    Field("prompt_logprobs", "integer", "log probabilities of prompt tokens"),
     Field("response_format", "object", "text, json_object or json_schema"),
     Field("structured_outputs", "object", "json, regex, choice or grammar"),
     Field("tools", "list of objects", "functions that the model may call (chat)", ([],)),
     Field("tool_choice", "string or object", "auto, none, required, a function", ("none", "auto")),
     Field("parallel_tool_calls", "boolean", "false: at most one call", (True, False)),
-    Field("priority", "integer", "0, the most urgent, to 9"),
-    Field("timeout_s", "number", "seconds until the request ends"),
-    Field("cache_salt", "string", "shares cached prefixes under the same salt only"),
+    Field("priority", "integer", "0 (highest) to 9 (lowest)"),
+    Field("timeout_s", "number", "timeout of the request in seconds"),
+    Field("cache_salt", "string", "cached prefixes are only shared with the same salt"),
     *_labels("user", "safety_identifier", "prompt_cache_key", type="string"),
     *_labels("prompt_cache_retention", type="string"),
     *_labels("metadata", "prompt_cache_options", type="object"),
@@ -97,11 +97,11 @@ REQUEST = (
 )
 
 STREAM_OPTIONS = (
-    Field("include_usage", "boolean", "a last chunk without choices has the usage"),
+    Field("include_usage", "boolean", "send a last chunk without choices that has the usage"),
     Field(
         "continuous_usage_stats",
         "boolean",
-        "each chunk has the usage so far, over all prompts and choices",
+        "include the usage so far in each chunk, over all prompts and choices",
     ),
     Field("include_obfuscation", "boolean"),
 )
@@ -109,12 +109,12 @@ STREAM_OPTIONS = (
 MESSAGE = (
     Field("role", "string", "system, developer, user, assistant or tool"),
     Field("content", "string or list of parts", "text, images and videos"),
-    Field("tool_calls", "list of objects", "calls of an assistant's answer", ([],)),
-    Field("tool_call_id", "string", "the call that a tool's message answers"),
+    Field("tool_calls", "list of objects", "calls of an assistant message", ([],)),
+    Field("tool_call_id", "string", "id of the call whose result a tool message has"),
     Field("name", "string"),
     Field("audio", "object", "", ()),
     Field("function_call", "object", "", ()),
-    # What clients send back of an answer, or mark for other providers.
+    # Fields of an answer that clients send back, and fields for other providers.
     *_labels("id", "refusal", "reasoning", "reasoning_content", type="string"),
     *_labels("annotations", "reasoning_details", "thinking_blocks", type="list"),
     *_labels("cache_control", "provider_specific_fields", type="object"),
@@ -126,15 +126,19 @@ PART = (
     Field("text", "string", "of a text part"),
     Field("image_url", "string or object", "a URL or data URI, with options"),
     Field("video_url", "string or object", "a URL, a data URI or a list of frames, with options"),
-    Field("image", "string or object", "another name of image_url"),
-    Field("video", "string or object", "another name of video_url"),
+    Field("image", "string or object", "alias of image_url"),
+    Field("video", "string or object", "alias of video_url"),
     *_labels("cache_control", "prompt_cache_breakpoint", type="object"),
     *_labels("uuid", type="string"),
 )
 
 TOOL = (
     Field("type", "string", "function"),
-    Field("function", "object", "name, description, parameters; others are shown to the model"),
+    Field(
+        "function",
+        "object",
+        "name, description, parameters; other fields are passed to the model",
+    ),
     *_labels("cache_control", type="object"),
 )
 
@@ -153,14 +157,14 @@ IGNORED_OF_TOOL = frozenset(each.name for each in TOOL if each.is_ignored)
 
 
 def without(given: Mapping[Any, Any], names: frozenset[str]) -> Mapping[Any, Any]:
-    """Return an object without the fields that are accepted without effect."""
+    """Return an object without the given fields."""
     if names.isdisjoint(given):
         return given
     return {name: value for name, value in given.items() if name not in names}
 
 
 def without_ignored(message: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Return a message without fields that change no answer, such as those of an echoed answer."""
+    """Return a message without ignored fields, such as those of an answer that is sent back."""
     if message.keys() <= {"role", "content"}:
         return message
     return {
