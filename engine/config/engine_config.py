@@ -97,7 +97,7 @@ class EngineConfig:
                 raise ConfigError(f"{each.name}={truncated_repr(value)}: {text}")
         for name, (choices, text) in CHOICES.items():
             value = getattr(self, name)
-            if (type(value), value) not in [(type(each), each) for each in choices]:  # 1, True
+            if (type(value), value) not in [(type(each), each) for each in choices]:  # 1 == True
                 raise ConfigError(f"{name}={truncated_repr(value)}: must be {text}")
         self._count_workers()
         self._read_served_names()

@@ -36,14 +36,14 @@ class MediaLimits:
 
     def check_bytes(self, count: int, field: str) -> None:
         if count == 0:
-            raise InputError(field, "is empty (0 bytes)")
+            raise InputError(field, "has no bytes")
         if count > self.max_media_bytes:
             self.refuse("max_media_bytes", field, f"{count} bytes")
 
     def check_size(self, width: int, height: int, field: str) -> None:
         """Raise `InputError` if a decoded image or frame of this size exceeds the limit."""
         if width < 1 or height < 1:
-            raise InputError(field, f"{width}×{height} pixels: must be at least 1×1")
+            raise InputError(field, f"{width}×{height} pixels: has no size")
         if width * height > self.max_media_pixels:
             self.refuse("max_media_pixels", field, f"{width}×{height} pixels")
 

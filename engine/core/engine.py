@@ -99,7 +99,7 @@ class Engine:
             media.limits,
             media.defaults,
         )
-        self._maker = RequestBuilder(
+        self._builder = RequestBuilder(
             *generation_defaults(asked.model),
             self.model_config.max_position_embeddings,
             asked.max_unit_temporal_patches,
@@ -109,7 +109,7 @@ class Engine:
         self.grammars = Grammars(
             self.processor.tokenizer.backend,
             self.model_config.vocab_size,
-            self._maker.end_token_ids,
+            self._builder.end_token_ids,
             self.model_config.vision_token_ids,
         )
         self.scheduler = Scheduler(scheduler_config(self.config, self.num_blocks, memory.device))
@@ -204,7 +204,7 @@ class Engine:
         grammar = ready.grammar
         if params is not None and params.structured is not None and grammar is None:
             grammar = self.grammars.compile(params.structured)
-        requests = self._maker.make(names, ready, params, options, deadline)
+        requests = self._builder.make(names, ready, params, options, deadline)
         infos = tuple(item.info for item in ready.media)
         tokenizer = self.processor.tokenizer.backend
         times = (ready.times if infos else None) or InputTimes(0.0, 0.0)

@@ -44,10 +44,10 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: GroupMemory)
             model.max_position_embeddings,
         )
     budget = _kv_budget(config, model, memory)
-    room = budget // memory.kv_block_bytes
+    capacity = budget // memory.kv_block_bytes
     # More blocks than running requests and kept prefixes can fill would be wasted.
     useful = (config.max_num_seqs + KEPT_PREFIXES) * _blocks(longest, config.block_size)
-    num_blocks = min(room, useful)
+    num_blocks = min(capacity, useful)
     if num_blocks >= _blocks(longest, config.block_size):
         return num_blocks, longest
     fits = num_blocks * config.block_size

@@ -18,7 +18,7 @@ from .formats import FORMATS
 
 MAX_EXACT = 2**53 - 1  # doubles, and hence JavaScript clients, represent integers up to here
 MAX_INT64 = 2**63 - 1
-MAX_MULTIPLE = 100_000  # digits of multipleOf as an integer; compiling takes as many states
+MAX_MULTIPLE = 100_000  # of multipleOf without its decimal point; compiling takes as many states
 MAX_DECIMALS = 8
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")

@@ -1,1 +1,1 @@
-"""Helpers that depend on no other part of the engine."""
+"""Helpers that do not depend on other parts of the engine."""

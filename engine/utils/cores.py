@@ -1,5 +1,4 @@
-"""The CPU cores that this process may use: fewer than the machine has where it is pinned to some,
-or in a container with a limit."""
+"""CPU cores available to this process, considering its affinity and its container's limit."""
 
 from __future__ import annotations
 
@@ -7,25 +6,25 @@ import math
 import os
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")  # of version 2, as a container sees it
+CGROUP = Path("/sys/fs/cgroup")  # cgroup v2, as seen in a container
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def num_cores() -> int:
-    """How many; a limit of two and a half cores is three."""
+    """Return the number of available cores; a fractional limit is rounded up."""
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota())))
 
 
 def cores_id() -> str:
-    """Which: two processes of one network have the same exactly where they share their cores."""
+    """Return an identifier of this process's CPU set, equal iff two processes share cores."""
     parts = [_text(BOOT_ID), ",".join(map(str, sorted(os.sched_getaffinity(0))))]
     if _quota() < math.inf:
-        parts.append(str(CGROUP.stat().st_ino))  # no other container's
+        parts.append(str(CGROUP.stat().st_ino))  # unique per container
     return " ".join(parts)
 
 
 def _quota() -> float:
-    """Cores' worth of time that the container may use."""
+    """Return the container's CPU limit in cores; infinity without a limit."""
     quota, _, period = _text(CGROUP / "cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else math.inf
 
@@ -33,5 +32,5 @@ def _quota() -> float:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
-    except OSError:  # no such controller
+    except OSError:  # controller not available
         return ""

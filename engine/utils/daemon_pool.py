@@ -16,10 +16,10 @@ Task = tuple[Future[Any], Callable[[], Any]]
 
 
 class DaemonPool:
-    """Runs calls on at most `size` threads, started as they are needed.
+    """Thread pool with at most `size` daemon threads, started on demand.
 
     `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, before
-    our exit hooks can stop what they are doing.
+    exit hooks can stop their work.
     """
 
     def __init__(self, size: int, name: str) -> None:
@@ -27,16 +27,16 @@ class DaemonPool:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._num_unfinished = 0  # tasks that wait or run
+        self._num_unfinished = 0  # queued and running tasks
         self._is_closed = False
         join_at_exit(self)
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Raises RuntimeError once the pool is closed."""
+        """Schedule a call. Raises RuntimeError if the pool is closed."""
         future: Future[T] = Future()
         with self._lock:
             if self._is_closed:
-                raise RuntimeError("the pool of threads is closed")
+                raise RuntimeError("the thread pool is closed")
             if self._num_unfinished >= len(self._threads) < self._size:
                 self._start_thread()
             self._num_unfinished += 1
@@ -50,7 +50,7 @@ class DaemonPool:
         self._threads.append(thread)
 
     def close(self) -> None:
-        """Cancel tasks that have not started, and end each thread after its call. Does not wait."""
+        """Cancel queued tasks, and end each thread after its current call, without waiting."""
         with self._lock:
             if self._is_closed:
                 return
@@ -72,8 +72,7 @@ class DaemonPool:
                 found.append(task)
 
     def join(self, deadline: float) -> None:
-        """Close, and wait until the threads have ended; at most until `deadline` on the monotonic
-        clock."""
+        """Close the pool, and wait for its threads until `deadline` (monotonic time)."""
         self.close()
         for thread in self._threads:
             if thread is not threading.current_thread():

@@ -1,14 +1,14 @@
-"""Named places in the code where a test can make a fault. Free when off.
+"""Fault injection at named points in the code, for tests. No cost when disabled.
 
-OCTAVO_FAILPOINTS holds rules, separated by semicolons:
+OCTAVO_FAILPOINTS has rules, separated by semicolons:
 
-    worker.computed=raise             each time, on each rank
-    worker.computed@1=kill#3          the third time that a process of rank 1 comes by, it is killed
-    worker.computed=stop#3!/tmp/x     the same, once in all: whoever makes the file /tmp/x does it
+    worker.computed=raise             on every hit, on every rank
+    worker.computed@1=kill#3          on the third hit in a process of rank 1
+    worker.computed=stop#3!/tmp/x     on the third hit, only in the process that creates /tmp/x
 
-Actions: kill (SIGKILL to the process itself), stop (SIGSTOP: it hangs), raise (RuntimeError), exit
-(as a program that gives up), oom (MemoryError), cut (`CutOff`: the message is lost), wait (for
-ever, as in a collective whose other ranks are gone).
+Actions: kill (SIGKILL to the process itself), stop (SIGSTOP: the process hangs), raise
+(RuntimeError), exit (with status 3), oom (MemoryError), cut (`CutOff`: the message is lost), wait
+(forever, as in a collective whose other ranks have died).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ RULE = re.compile(
 
 
 class CutOff(RuntimeError):
-    """A message is to be lost."""
+    """The message must be dropped."""
 
 
 @dataclass(frozen=True)
 class Rule:
     name: str
     action: str
-    rank: int | None  # None: every one
-    at: int | None  # the how-manieth passing acts; None: each
-    once: str | None = None  # the file whose making is the right to act
+    rank: int | None  # None: all ranks
+    at: int | None  # fire on the n-th hit; None: on every hit
+    once: str | None = None  # path of a file; only the process that creates it fires
 
 
 def parse(text: str) -> tuple[Rule, ...]:
-    """Raises ValueError for what is no rule: a test that makes no fault would pass."""
+    """Parse rules. Raises ValueError for an invalid rule, which would test nothing."""
     rules = []
     for part in filter(None, text.split(";")):
         match = RULE.fullmatch(part.strip())
@@ -57,7 +57,7 @@ _passed: Counter[Rule] = Counter()
 
 
 def failpoint(name: str, rank: int | None = None) -> None:
-    """A place where a fault may happen."""
+    """Fire the rules for this point, if any."""
     if _RULES:
         _hit(name, rank)
 

@@ -1,8 +1,9 @@
-"""Read JSON without holding the GIL for long.
+"""Parse JSON without holding the GIL for long.
 
-`json.loads` holds it until it is done: 0.2 s for 64 MB of text, seconds for millions of keys. Small
-texts are read by it. Larger ones are read here in steps, between which other threads run: long
-strings, lists of numbers and small objects in parts of at most 1 MB by `json.loads`, the rest here.
+`json.loads` holds the GIL for the whole call: 0.2 s for 64 MB of text, seconds for millions of
+keys. It parses small inputs. Larger ones are parsed here in steps, between which other threads can
+run: long strings, lists of numbers and small objects by `json.loads` in parts of at most 1 MB, the
+rest in Python.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-SMALL = 1 << 17  # bytes that `json.loads` reads in under 30 ms, whatever they are
-MAX_ITEMS = 200_000  # values and keys, but for numbers in lists
+SMALL = 1 << 17  # bytes that `json.loads` always parses in under 30 ms
+MAX_ITEMS = 200_000  # values and keys, except numbers in lists
 MAX_NUMBERS = 4_000_000  # in lists
 MAX_DEPTH = 200
 PART = 1 << 20  # bytes of a string
 
 _SPACE = re.compile(rb"[ \t\n\r]{0,65536}")
-# Part of a string: no escape is cut in two, nor a surrogate pair.
+# Part of a string that does not split an escape or a surrogate pair.
 _PART = re.compile(
     rb'(?:[^"\\]{1,2048}|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]){1,512}[\x80-\xbf]{0,3}',
     re.S,
@@ -30,17 +31,16 @@ _FLAT = re.compile(rb'\{[^][{}"]{0,64}(?:"(?:[^"\\]|\\.){0,1000}"[^][{}"]{0,64})
 
 
 class TooManyParts(ValueError):
-    """The JSON has more values than are read."""
+    """The JSON has more than `MAX_ITEMS` values or `MAX_NUMBERS` numbers."""
 
 
 def read_json(data: bytes) -> Any:
-    """Return the value of JSON in UTF-8. Raises ValueError, or `TooManyParts` for over `MAX_ITEMS`
-    or `MAX_NUMBERS`."""
+    """Parse JSON in UTF-8. Raises ValueError for invalid JSON, or `TooManyParts`."""
     if len(data) <= SMALL:
         try:
             return _loads(data)
         except RecursionError:
-            raise ValueError("is nested too deep") from None
+            raise ValueError("is nested too deeply") from None
     return _Reader(data).read()
 
 
@@ -62,7 +62,7 @@ class _Reader:
         self._at = 3 if self._data.startswith(b"\xef\xbb\xbf") else 0
         found = self._value(0)
         if self._next():
-            raise ValueError("has more after its end")
+            raise ValueError("has extra data after its end")
         return found
 
     def _value(self, depth: int) -> Any:
@@ -71,7 +71,7 @@ class _Reader:
         if first == b'"':
             return self._string()
         if first == b"{":
-            if flat := _FLAT.match(self._data, self._at):  # much faster, and most are small
+            if flat := _FLAT.match(self._data, self._at):  # fast path for small objects
                 self._at = flat.end()
                 self._count(flat[0].count(b":"))
                 return _loads(flat[0])
@@ -80,7 +80,7 @@ class _Reader:
             return self._collect([], self._element, b"]", depth + 1)
         found = _SCALAR.match(self._data, self._at)
         if found is None:
-            raise ValueError("has no value where one must be")
+            raise ValueError("lacks a value")
         self._at = found.end()
         return _loads(found[0])
 
@@ -89,7 +89,7 @@ class _Reader:
     ) -> Any:
         """Read an object or a list up to its closing bracket."""
         if depth > MAX_DEPTH:
-            raise ValueError("is nested too deep")
+            raise ValueError("is nested too deeply")
         self._at += 1
         if self._next() == end:
             self._at += 1
@@ -101,15 +101,15 @@ class _Reader:
             if mark == end:
                 return found
             if mark != b",":
-                raise ValueError("has no comma where one must be")
+                raise ValueError("lacks a comma")
 
     def _member(self, found: dict[str, Any], depth: int) -> None:
         self._count()
         if self._next() != b'"':
-            raise ValueError("has no key where one must be")
+            raise ValueError("lacks a key")
         key = self._string()
         if self._next() != b":":
-            raise ValueError("has no colon where one must be")
+            raise ValueError("lacks a colon")
         self._at += 1
         found[key] = self._value(depth)
 
@@ -132,7 +132,7 @@ class _Reader:
             parts.append(_loads(b'"%b"' % part))
             self._at += len(part)
         if self._data[self._at : self._at + 1] != b'"':
-            raise ValueError("has a string without an end")
+            raise ValueError("has an unterminated string")
         self._at += 1
         return "".join(parts)
 
@@ -140,7 +140,7 @@ class _Reader:
         """Return the next part of a string, b"" at its end."""
         end = min(self._next_stop(b'"'), self._next_stop(b"\\"))
         while end < len(self._data) and 0x80 <= self._data[end] < 0xC0:
-            end += 1  # the rest of a character
+            end += 1  # Do not split a UTF-8 sequence.
         if end > self._at:
             return self._data[self._at : end]
         escapes = _PART.match(self._data, self._at)

@@ -1,7 +1,7 @@
-"""Tie objects to the process that created them: closed when it exits, disowned in its forks.
+"""Tie objects to the process that created them: close them at exit, disown them in forks.
 
-The interpreter stops daemon threads, gRPC's among them, before it destroys objects. An object that
-is closed by its `__del__` then waits for them forever, so objects are closed before, by `atexit`.
+The interpreter stops daemon threads, including gRPC's, before it destroys objects. An object closed
+by its `__del__` would then wait for them forever, so objects are closed earlier, by `atexit`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-EXIT_TIMEOUT = 5.0  # seconds for threads to end, after what they use was closed
+EXIT_TIMEOUT = 5.0  # seconds to wait for threads after all objects were closed
 
 FORKED = (
     "it belongs to process {pid}, of which this process is a fork; create a new one in this "
@@ -48,44 +48,48 @@ class Joinable(Protocol):
 
 class Disownable(Protocol):
     def disown(self, cause: str) -> None:
-        """In a forked child: reject further use because of `cause`, and release the child's copies
-        of what the parent owns, without effect on the parent."""
+        """Reject further use in a forked child, with `cause` as the reason.
+
+        Release the child's copies of the parent's resources without effect on the parent.
+        """
 
 
-_closed_at_exit: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # in order
+_closed_at_exit: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # oldest first
 _joined_at_exit: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 _owned: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-_calls: set[object] = set()  # one for each gRPC call in flight; `add` and `discard` are atomic
+_calls: set[object] = set()  # gRPC calls in flight; `add` and `discard` are atomic
 _install_lock = threading.Lock()
 _is_installed = False
 _pid = os.getpid()
-_supports_forks = True  # gRPC, as it was initialized in this process
-_had_calls = False  # at the latest fork, in the parent
+_supports_forks = True  # gRPC's fork support as initialized in this process
+_had_calls = False  # whether the parent had calls in flight at the latest fork
 _broken_cause = ""  # why gRPC cannot be used in this process
 
 
 def close_at_exit(thing: Closeable) -> None:
-    """Close it when the interpreter exits, before its threads are stopped. Keeps no reference."""
+    """Close an object at interpreter exit, before threads are stopped. Keeps a weak reference."""
     _install()
     _closed_at_exit[thing] = None
 
 
 def join_at_exit(threads: Joinable) -> None:
-    """Wait for them when the interpreter exits, for a while, once everything is closed. A thread
-    that is within native code while the interpreter is destroyed can abort the process."""
+    """Join threads at interpreter exit, after all objects were closed, for at most EXIT_TIMEOUT.
+
+    A thread in native code can abort the process while the interpreter is destroyed.
+    """
     _install()
     _joined_at_exit[threads] = None
 
 
 def disown_after_fork(thing: Disownable) -> None:
-    """Call its `disown` in every forked child. Keeps no reference."""
+    """Call the object's `disown` in every forked child. Keeps a weak reference."""
     _install()
     _owned[thing] = None
 
 
 @contextlib.contextmanager
 def call_in_flight() -> Iterator[None]:
-    """Mark the time of a gRPC call: a process that is forked meanwhile cannot use gRPC."""
+    """Mark a gRPC call as in flight; a process forked meanwhile cannot use gRPC."""
     token = object()
     _calls.add(token)
     try:
@@ -95,26 +99,26 @@ def call_in_flight() -> Iterator[None]:
 
 
 def track_call(call: Call) -> Call:
-    """Mark the time of a call that has been started, until it is done."""
+    """Mark a started call as in flight until it is done."""
     _calls.add(call)
     call.add_done_callback(_calls.discard)
     return call
 
 
 def broken_grpc() -> str:
-    """Return why gRPC cannot be used in this process; empty where it can.
+    """Return why gRPC cannot be used in this process; "" if it can.
 
-    gRPC restarts its threads in a forked child, unless another thread of the parent was within
-    gRPC, or its support of forks is off: then the child's calls may hang or abort the process.
+    gRPC restarts its threads in a forked child, unless another thread of the parent was inside
+    gRPC or its fork support is disabled: then the child's calls may hang or abort the process.
     """
     return _broken_cause
 
 
 def start_tied(command: Sequence[str], end_signal: int, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process that gets `end_signal` when this one ends, whatever it does or if it is
-    stopped. Its standard input is a pipe that this process keeps open and never writes to.
+    """Start a process that gets `end_signal` when this one ends, even if it hangs or is stopped.
 
-    `options`: of `subprocess.Popen`.
+    Its standard input is a pipe that this process keeps open and never writes to. `options` are
+    passed to `subprocess.Popen`.
     """
     read_end, write_end = os.pipe()
     try:
@@ -123,7 +127,7 @@ def start_tied(command: Sequence[str], end_signal: int, **options: Any) -> subpr
         os.close(write_end)
         raise
     else:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has already ended
             fcntl.fcntl(read_end, fcntl.F_SETOWN, process.pid)
             fcntl.fcntl(read_end, fcntl.F_SETSIG, end_signal)
             fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_RDONLY | os.O_ASYNC)
@@ -134,25 +138,27 @@ def start_tied(command: Sequence[str], end_signal: int, **options: Any) -> subpr
 
 
 def leak(channel: Any) -> None:
-    """Never destroy a parent's gRPC channel in a forked child: where gRPC does not work, that hangs
-    when the interpreter exits."""
+    """Never destroy a parent's gRPC channel in a forked child.
+
+    If gRPC does not work there, destroying it would hang at interpreter exit.
+    """
     increase = ctypes.pythonapi.Py_IncRef
     increase.argtypes = [ctypes.py_object]
     increase(channel)
 
 
 def reject_pickling(name: str) -> Any:
-    """Raise TypeError: for `__reduce__` of what cannot be sent to another process."""
+    """Raise TypeError. For `__reduce__` of objects that cannot be sent to another process."""
     raise TypeError(f"{name} cannot be sent to another process; create one in that process")
 
 
 def _install() -> None:
-    """Install the hooks when they are first needed: importing this module has no effect."""
+    """Install the hooks on first use, so that importing this module has no side effects."""
     global _is_installed, _supports_forks
     with _install_lock:
         if not _is_installed:
             _is_installed = True
-            # gRPC reads it when it creates its first channel, which happens after this.
+            # gRPC reads the variable when it creates its first channel, which happens later.
             value = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "")
             _supports_forks = value.lower() not in ("0", "false", "f", "no", "n")
             atexit.register(_close_all)
@@ -160,9 +166,9 @@ def _install() -> None:
 
 
 def _close_all() -> None:
-    """Oldest first: an engine's workers end before the threads that wait for them are joined."""
+    """Close objects, oldest first, then join threads, which may wait for the closed workers."""
     for thing in list(_closed_at_exit):
-        with contextlib.suppress(Exception):  # the interpreter exits all the same
+        with contextlib.suppress(Exception):  # must not prevent the exit
             thing.close()
     deadline = time.monotonic() + EXIT_TIMEOUT
     for threads in list(_joined_at_exit):

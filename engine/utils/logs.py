@@ -1,7 +1,7 @@
-"""How a server's log lines look: text, or one JSON object each.
+"""Log setup of servers and workers: text, or one JSON object per line.
 
-A line's object has time (UTC), level, logger and message; request_id and other fields where the
-call has them in `extra`; and exception, the traceback, where there is one.
+An object has time (UTC), level, logger and message, the fields of `extra` such as request_id, and
+the traceback in `exception` if there is one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-VARIABLE = "OCTAVO_LOG_FORMAT"  # what workers, whose lines go to the same place, go by
+VARIABLE = "OCTAVO_LOG_FORMAT"  # passes the format to worker processes
 FORMATS = ("text", "json")
 
 THROTTLE_INTERVAL = 10.0  # seconds
-MAX_LIBRARY_LINES = 20  # of one logger and level of a library
-MAX_TRACEBACKS = 3  # from one line of code
-MAX_REJECTIONS = 100  # requests that were rejected with one code
+MAX_LIBRARY_LINES = 20  # per logger and level of a library
+MAX_TRACEBACKS = 3  # per line of code
+MAX_REJECTIONS = 100  # rejected requests per status code
 
-# What every record has; the rest is `extra`.
+# Attributes of every record; others come from `extra`.
 _COMMON = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
@@ -47,9 +47,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class Throttle(logging.Filter):
-    """Limits what a client can write into the log by repeating a bad request: of records of one
-    kind, at most so many pass in `THROTTLE_INTERVAL` seconds; the next one that passes says how
-    many did not. All other records pass: they cost their cause more than a line."""
+    """Rate limit of log lines that clients can cause by repeating a bad request.
+
+    Per kind of record, a limited number passes in `THROTTLE_INTERVAL` seconds; the next one
+    reports how many were suppressed. Other records always pass.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Throttle(logging.Filter):
             if now - window.since >= THROTTLE_INTERVAL:
                 self._windows[kind] = _Window(now)
                 if window.count > limit:
-                    text = f"{record.getMessage()} ({window.count - limit} similar lines left out)"
+                    text = f"{record.getMessage()} ({window.count - limit} similar suppressed)"
                     record.msg, record.args = text, ()
                 window = self._windows[kind]
             window.count += 1
@@ -81,7 +83,7 @@ class _Window:
 
 
 def _kind_of(record: logging.LogRecord) -> tuple[tuple[object, ...], int] | None:
-    """Return what a record is counted as, of a bounded number of kinds, and how many may pass."""
+    """Return the kind of a record and its limit; None: not limited. Kinds are bounded in number."""
     is_ours = record.name == "octavo" or record.name.startswith("octavo.")
     if not is_ours:
         return (record.name, record.levelno), MAX_LIBRARY_LINES
@@ -93,8 +95,10 @@ def _kind_of(record: logging.LogRecord) -> tuple[tuple[object, ...], int] | None
 
 
 def set_up_logs(form: str, text_format: str = "%(asctime)s %(levelname)s %(message)s") -> None:
-    """Sends this process's log to stderr as `form`, one of `FORMATS`, and that of processes which
-    it starts. Raises ValueError for another."""
+    """Send the log of this process and its child processes to stderr.
+
+    `form`: one of `FORMATS`, otherwise ValueError is raised.
+    """
     if form not in FORMATS:
         raise ValueError(f"--log-format {form}: must be {' or '.join(FORMATS)}")
     os.environ[VARIABLE] = form
@@ -106,6 +110,6 @@ def set_up_logs(form: str, text_format: str = "%(asctime)s %(levelname)s %(messa
 
 
 def set_up_worker_logs() -> None:
-    """The same in a worker: as whoever started it was told."""
+    """Set up the log of a worker in the format of the process that started it."""
     form = os.environ.get(VARIABLE, "text")
     set_up_logs(form if form in FORMATS else "text", "%(asctime)s %(name)s %(message)s")

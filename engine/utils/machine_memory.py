@@ -1,4 +1,4 @@
-"""The memory that this process may still use: of the machine, within its cgroups' limits."""
+"""Memory available to this process, within the limits of its cgroups."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 MEMINFO = Path("/proc/meminfo")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUP = Path("/sys/fs/cgroup")
-UNLIMITED = 1 << 60  # version 1 writes a number near 2^63
-# Of each version: its limit, what is used, and the key of page cache that the kernel can reclaim.
+UNLIMITED = 1 << 60  # cgroup v1 uses a number near 2^63
+# By cgroup version: files of limit and usage, and the memory.stat key of reclaimable page cache.
 FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
@@ -24,7 +24,7 @@ class Memory:
 
 
 def available_memory() -> Memory:
-    """Without swap. Memory that only holds reclaimable file contents counts as available."""
+    """Return available and total memory without swap. Reclaimable page cache is available."""
     lines = MEMINFO.read_text(encoding="ascii").splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     available, total = found["MemAvailable"], found["MemTotal"]
@@ -39,8 +39,10 @@ def available_memory() -> Memory:
 
 
 def _cgroups() -> Iterator[tuple[Path, int]]:
-    """(folder, version) of this process's memory cgroups: the limits of all ancestors hold. A
-    container sees its own as the root."""
+    """Yield (folder, version) of this process's memory cgroups and their ancestors.
+
+    The limits of all of them apply. A container sees its own cgroup as the root.
+    """
     for line in _text(OWN_CGROUPS).splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
@@ -66,11 +68,11 @@ def _stat(folder: Path, key: str) -> int:
 
 def _number(path: Path) -> int | None:
     text = _text(path)
-    return int(text) if text.isdecimal() else None  # "max": no limit
+    return int(text) if text.isdecimal() else None  # "max" means no limit
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):  # no such controller
+    except (OSError, ValueError):  # controller not available
         return ""

@@ -28,7 +28,7 @@ class Field:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether any value is accepted without effect."""
+        """Whether all values are accepted and ignored."""
         return not self.effect and self.neutral is None
 
 
@@ -161,7 +161,7 @@ IGNORED_OF_TOOL = frozenset(each.name for each in TOOL if each.is_ignored)
 
 
 def without(given: Mapping[Any, Any], names: frozenset[str]) -> Mapping[Any, Any]:
-    """Return an object without the fields that are accepted without effect."""
+    """Return an object without the given fields."""
     if names.isdisjoint(given):
         return given
     return {name: value for name, value in given.items() if name not in names}

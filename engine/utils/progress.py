@@ -1,4 +1,4 @@
-"""A bar on stderr for what takes seconds: loading weights."""
+"""Progress bar on stderr for loading weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 @contextlib.contextmanager
 def loading_bar() -> Iterator[Callable[[int, int], None]]:
-    """Gives `on_progress(done_bytes, total_bytes)`; silent where stderr is no terminal."""
+    """Yield `on_progress(done_bytes, total_bytes)`; a no-op if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

@@ -1,4 +1,4 @@
-"""TLS and mutual TLS, with certificates that may be replaced while the server runs."""
+"""TLS and mutual TLS, with certificates that can be replaced while the server is running."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ log = logging.getLogger("octavo.server")
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files. With `client_ca`, whoever calls must have a certificate that it signed."""
+    """PEM files of a server."""
 
-    cert: Path  # the server's, and those between it and the root
+    cert: Path  # server certificate with its intermediate certificates
     key: Path
-    client_ca: Path | None = None
+    client_ca: Path | None = None  # clients need a certificate signed by this CA
 
     def read(self) -> tuple[bytes, ...]:
-        """Their bytes. Raises `ConfigError` where they are none that could serve."""
+        """Validate the files and return their contents. Raises `ConfigError`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self.cert, self.key, password=lambda: b"")
@@ -32,11 +32,11 @@ class TlsFiles:
             return tuple(path.read_bytes() for path in self._paths())
         except (OSError, ssl.SSLError):
             names = ", ".join(map(str, self._paths()))
-            text = "cannot be read, or are no certificate, its key and a CA, as PEM"
+            text = "cannot be read, or are not a valid certificate, its key and a CA in PEM format"
             raise ConfigError(f"{names}: {text}") from None
 
     def stamps(self) -> list[tuple[int, int]]:
-        """What changes when a file does. Raises OSError."""
+        """Return (mtime, inode) of each file, to detect changes. Raises OSError."""
         found = [path.stat() for path in self._paths()]
         return [(each.st_mtime_ns, each.st_ino) for each in found]
 
@@ -45,19 +45,21 @@ class TlsFiles:
 
 
 def read_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
-    """None where none is given. Raises `ConfigError`."""
+    """Return the validated TLS files; None if no path is given. Raises `ConfigError`."""
     if cert is None and key is None and client_ca is None:
         return None
     if cert is None or key is None:
-        raise ConfigError("--tls-cert and --tls-key: give both; --tls-client-ca comes beside them")
+        raise ConfigError("--tls-cert and --tls-key: pass both; --tls-client-ca requires them")
     files = TlsFiles(cert, key, client_ca)
     files.read()
     return files
 
 
 def group_tls(folder: str | Path) -> TlsFiles:
-    """A group's, engine's or worker's, by the names that Kubernetes' secrets have. Raises
-    `ConfigError`."""
+    """Return the mutual TLS files of an engine or a worker. Raises `ConfigError`.
+
+    The file names are those of Kubernetes TLS secrets.
+    """
     folder = Path(folder)
     files = TlsFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
     files.read()
@@ -65,8 +67,10 @@ def group_tls(folder: str | Path) -> TlsFiles:
 
 
 class Reloading:
-    """Certificates by the files' latest state. One that cannot be read, perhaps because it is
-    being written, changes nothing: the last good ones stay."""
+    """Certificate fetcher for gRPC that reloads changed files.
+
+    If new files cannot be read, such as while they are being written, the old certificates stay.
+    """
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
@@ -74,17 +78,17 @@ class Reloading:
         self.first = self._configuration()
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """Asked by gRPC at each handshake. None: as before."""
+        """Return changed certificates, else None. gRPC calls this at each handshake."""
         try:
             stamps = self._files.stamps()
             if stamps == self._stamps:
                 return None
             fresh = self._configuration()
         except (OSError, ConfigError):
-            log.warning("the TLS files have changed and cannot be used; the former ones stay")
+            log.warning("the TLS files changed but are invalid; keeping the previous certificates")
             return None
         self._stamps = stamps
-        log.info("the TLS files have changed and are used from now on")
+        log.info("reloaded the changed TLS files")
         return fresh
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
@@ -93,7 +97,7 @@ class Reloading:
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Raises `ConfigError`."""
+    """Return gRPC server credentials that reload changed files. Raises `ConfigError`."""
     reloading = Reloading(files)
     return grpc.dynamic_ssl_server_credentials(
         reloading.first, reloading, require_client_authentication=files.client_ca is not None

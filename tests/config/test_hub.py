@@ -75,7 +75,7 @@ def test_an_interrupted_download_is_not_taken_for_a_model(cache: Path) -> None:
 
 
 def test_what_is_nowhere_is_refused_by_name(cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Qwen/None: neither a folder, nor .*Hugging Face"):
+    with pytest.raises(ConfigError, match=r"Qwen/None: not a folder, .*Hugging Face"):
         resolve_model("Qwen/None")
 
 

@@ -327,40 +327,49 @@ def nested(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes': 'awq' or 'gptq' or 'fp8'"),
+    ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes': must be 'awq' or 'gptq'"),
     ({}, "quant_method=None"),
-    ({**AWQ, "bits": 8}, "bits=8: 4 is served"),
-    ({**AWQ, "version": "gemv"}, "version='gemv': 'gemm' is served"),
-    ({**AWQ, "zero_point": False}, "zero_point=False: True"),
+    ({**AWQ, "bits": 8}, "bits=8: must be 4"),
+    ({**AWQ, "version": "gemv"}, "version='gemv': must be 'gemm'"),
+    ({**AWQ, "zero_point": False}, "zero_point=False: must be True"),
     ({**AWQ, "group_size": -1}, "group_size=-1"),
     ({**AWQ, "group_size": 100}, "group_size=100: must divide"),
     (
         {**AWQ, "modules_to_not_convert": ["k_proj"]},
-        "in layer 0 self_attn.k_proj is left dense and",
+        "in layer 0 self_attn.k_proj is dense and",
     ),
     (
         {**FP8, "ignored_layers": ["layers.7.mlp.up_proj"]},
         "layer 7 mlp.up_proj .* mlp.gate_proj is",
     ),
-    ({**GPTQ, "bits": 8}, "bits=8: 4 is served"),  # Qwen's GPTQ-Int8
-    ({**GPTQ, "checkpoint_format": "gptq_v2"}, "checkpoint_format='gptq_v2': 'gptq' is served"),
+    ({**GPTQ, "bits": 8}, "bits=8: must be 4"),  # Qwen's GPTQ-Int8
+    ({**GPTQ, "checkpoint_format": "gptq_v2"}, "checkpoint_format='gptq_v2': must be 'gptq'"),
     ({**GPTQ, "lm_head": True}, "lm_head=True"),
     ({**GPTQ, "dynamic": {"-:x": {}}}, "dynamic="),
-    ({**FP8, "activation_scheme": "none"}, "activation_scheme='none': 'dynamic' or 'static'"),
-    ({**FP8, "weight_block_size": [128, 128]}, r"weight_block_size=\[128, 128\]: it must be left"),
+    (
+        {**FP8, "activation_scheme": "none"},
+        "activation_scheme='none': must be 'dynamic' or 'static'",
+    ),
+    ({**FP8, "weight_block_size": [128, 128]}, r"weight_block_size=\[128, 128\]: is not supported"),
     ({**FP8, "fmt": "e5m2"}, "fmt='e5m2'"),
-    ({**CHANNEL, "format": "pack-quantized"}, "format='pack-quantized': 'float-quantized'"),
+    ({**CHANNEL, "format": "pack-quantized"}, "format='pack-quantized': must be 'float-quantized'"),
     ({**CHANNEL, "kv_cache_scheme": E4M3}, "kv_cache_scheme="),
     ({**CHANNEL, "sparsity_config": {"format": "sparse-24"}}, "sparsity_config.format='sparse-24'"),
     ({**CHANNEL, "config_groups": {}}, "config_groups="),
     (
         {**CHANNEL, "ignore": [r"re:.*layers\.1\..*v_proj"]},
-        r"layer 1 self_attn.v_proj is left dense",
+        r"layer 1 self_attn.v_proj is dense",
     ),
-    ({**CHANNEL, "ignore": ["re:("]}, "no regular expression"),
+    ({**CHANNEL, "ignore": ["re:("]}, "not a valid regular expression"),
     (nested(lambda g: g["weights"].update(num_bits=4)), "group_0.weights.num_bits=4"),
-    (nested(lambda g: g["weights"].update(type="int")), "group_0.weights.type='int': 'float'"),
-    (nested(lambda g: g["weights"].update(strategy="block")), "strategy='block': 'channel' or"),
+    (
+        nested(lambda g: g["weights"].update(type="int")),
+        "group_0.weights.type='int': must be 'float'",
+    ),
+    (
+        nested(lambda g: g["weights"].update(strategy="block")),
+        "strategy='block': must be 'channel'",
+    ),
     (nested(lambda g: g.update(input_activations=None)), "input_activations=None"),
     (nested(lambda g: g.update(targets=["Conv"])), "targets="),
     (nested(lambda g: g["input_activations"].update(strategy="group")), "strategy='group'"),

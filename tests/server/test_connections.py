@@ -497,7 +497,7 @@ def test_a_repeated_line_is_throttled(caplog: pytest.LogCaptureFixture) -> None:
     assert sum(errors) == logs.MAX_TRACEBACKS
     now += logs.THROTTLE_INTERVAL
     assert passes("asyncio")
-    assert passed[-1].getMessage() == "text a (480 similar lines left out)"
+    assert passed[-1].getMessage() == "text a (480 similar suppressed)"
 
 
 def test_json_is_one_line_for_clients_that_split_at_unicode_separators() -> None:

@@ -444,7 +444,7 @@ def test_tls_files_that_cannot_be(made: Certificates, tmp_path: Path) -> None:
     cert, key = made.server.cert_file, made.server.key_file
     assert read_tls(None, None, None) is None
     for given in ((cert, None, None), (None, key, None), (None, None, cert)):
-        with pytest.raises(ConfigError, match="give both"):
+        with pytest.raises(ConfigError, match="pass both"):
             read_tls(*given)
     junk = tmp_path / "junk"
     junk.write_text("junk")

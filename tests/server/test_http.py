@@ -519,7 +519,7 @@ def test_what_a_door_refuses_by_itself_is_counted_and_logged(
     [
         (b'{"messages": [' + b"[]," * 200_001 + b"[]]}", 413, "too many JSON values"),
         (b'{"prompt": [' + b"5," * 4_000_001 + b"5]}", 413, "too many JSON values"),
-        (b'{"messages": [' + b"{}," * 4096 + b"{}]}", 400, "at most 4096"),
+        (b'{"messages": [' + b"{}," * 4096 + b"{}]}", 400, "maximum is 4096"),
         (
             b'{"messages": [{"role": "user", "content": [' + b"{}," * (1 << 14) + b"{}]}]}",
             400,

@@ -314,9 +314,9 @@ def test_workers_that_are_no_group_are_refused(workers: tuple[str, ...], text: s
 
 
 def test_the_number_of_ranks_is_that_of_workers() -> None:
-    with pytest.raises(ConfigError, match="there are 2 workers; leave it out"):
+    with pytest.raises(ConfigError, match="there are 2 workers; remove"):
         EngineConfig(workers=("a:1", "b:1"), tensor_parallel_size=4)
-    with pytest.raises(ConfigError, match="worker_tls=/x: there are no workers"):
+    with pytest.raises(ConfigError, match="worker_tls=/x: requires workers"):
         EngineConfig(worker_tls=Path("/x"))
     with pytest.raises(ConfigError, match="must be a list of HOST:PORT"):
         EngineConfig(workers="a:1")  # type: ignore[arg-type]
