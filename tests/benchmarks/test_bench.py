@@ -1,4 +1,4 @@
-"""`octavo bench`: workloads, files of requests, figures and the commands, on the embedded model."""
+"""`octavo bench`: workloads, request files, figures and commands, with the embedded model."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ def lines(workload: Workload, vocabulary: Vocabulary) -> list[str]:
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_seed_draws_the_same_workload(name: str, vocabulary: Vocabulary) -> None:
+def test_a_seed_determines_the_workload(name: str, vocabulary: Vocabulary) -> None:
     workload = WORKLOADS[name]
     first = lines(workload, vocabulary)
     assert lines(workload, vocabulary) == first
@@ -66,13 +66,13 @@ def test_every_workload_runs(name: str, vocabulary: Vocabulary, engine: OctavoEn
     assert sum(tokens for tokens, _ in progress) == 3 * len(requests)
     assert sum(ended for _, ended in progress) == len(requests)
     for request, each in zip(requests, seen, strict=True):
-        grows = bool(request.images or request.videos)  # placeholders are expanded
+        grows = bool(request.images or request.videos)  # prompt_tokens counts expanded placeholders
         assert (each.prompt_tokens > len(request.prompt_token_ids)) == grows
         if request.after is not None:
             assert each.due >= seen[request.after].times[-1]
 
 
-def test_plain_tokens_alone(vocabulary: Vocabulary) -> None:
+def test_random_text_has_no_special_tokens(vocabulary: Vocabulary) -> None:
     special = {*ModelConfig.from_dir(EMBEDDED_MODEL).vision_token_ids}
     special |= {*TextTokenizer(EMBEDDED_MODEL).added.values()}
     assert not special & set(vocabulary.plain.tolist())
@@ -80,7 +80,7 @@ def test_plain_tokens_alone(vocabulary: Vocabulary) -> None:
     assert not special & set(request.prompt_token_ids) and len(request.prompt_token_ids) == 4000
 
 
-def test_what_a_workload_shares(vocabulary: Vocabulary) -> None:
+def test_workload_shares_prefix_and_media(vocabulary: Vocabulary) -> None:
     workload = Workload(8, 2, 3, Media(((56, 56),)), shared_prefix_len=10)
     apart = workload.requests(vocabulary)
     together = replace(workload, share_media=True).requests(vocabulary)
@@ -101,24 +101,24 @@ def test_turns_contain_the_earlier_ones(vocabulary: Vocabulary) -> None:
         assert later.images == earlier.images
 
 
-def test_at_most_so_many_at_once(vocabulary: Vocabulary, engine: OctavoEngine) -> None:
+def test_at_once_limits_concurrency(vocabulary: Vocabulary, engine: OctavoEngine) -> None:
     seen = run(engine, Workload(5, 3, 4).requests(vocabulary), at_once=1)
     for earlier, later in pairwise(seen):
         assert later.due >= earlier.times[-1]
 
 
-def test_a_file_says_what_was_written(vocabulary: Vocabulary, tmp_path: Path) -> None:
+def test_request_file_round_trip(vocabulary: Vocabulary, tmp_path: Path) -> None:
     made = [r for w in WORKLOADS.values() for r in w.requests(vocabulary) if r.after is None]
     path = tmp_path / "requests.jsonl"
     path.write_text("".join(f"{to_line(request)}\n" for request in made))
     read = read_requests(path, EMBEDDED_MODEL, 99)
     assert [to_line(request) for request in read] == [to_line(request) for request in made]
-    there = read_line(to_line(made[3]))  # as another engine's process reads it
+    there = read_line(to_line(made[3]))  # as read by another engine's process
     assert tuple(there.prompt_token_ids) == made[3].prompt_token_ids
     assert there.images[0].tobytes() == made[3].images[0].tobytes()
 
 
-def test_a_file_of_words_and_paths(tmp_path: Path, engine: OctavoEngine) -> None:
+def test_request_file_with_text_and_paths(tmp_path: Path, engine: OctavoEngine) -> None:
     Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "color?"}]
     written = [
@@ -139,7 +139,7 @@ def test_a_file_of_words_and_paths(tmp_path: Path, engine: OctavoEngine) -> None
     [
         ("{", "Expecting"),
         ("[]", "must be an object"),
-        ("", "is empty"),
+        ("", "empty line"),
         ('{"prompt": "a", "messages": []}', "pass exactly one of"),
         ('{"text": "a"}', "text: unknown"),
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens=0"),
@@ -149,7 +149,7 @@ def test_a_file_of_words_and_paths(tmp_path: Path, engine: OctavoEngine) -> None
         ('{"prompt": "a", "videos": ["a.mp4"]}', "list of images"),
     ],
 )
-def test_a_file_s_errors_name_the_line(line: str, words: str, tmp_path: Path) -> None:
+def test_request_file_errors_name_the_line(line: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "requests.jsonl"
     path.write_text('{"prompt": "good"}\n' + line + "\n" + '{"prompt": "good"}\n')
     with pytest.raises(ValueError, match=r"requests\.jsonl:2: ") as caught:
@@ -158,7 +158,7 @@ def test_a_file_s_errors_name_the_line(line: str, words: str, tmp_path: Path) ->
 
 
 def test_figures_of_a_run() -> None:
-    a = RequestTimes(10, due=1.0, times=[3.0, 4.0, 6.0], output_tokens=4)  # two at once, once
+    a = RequestTimes(10, due=1.0, times=[3.0, 4.0, 6.0], output_tokens=4)  # a batch of two tokens
     b = RequestTimes(20, due=2.0, times=[2.5], output_tokens=1)
     failed = RequestTimes(5, due=0.0, error="UNAVAILABLE: gone")
     assert (ttft(a), tpot(a), itl(a)) == (2.0, 1.0, [1.0, 2.0])
@@ -181,7 +181,7 @@ def bench(*arguments: str) -> Result:
 SMALL = ("--input-len", "20", "--output-len", "6", "--kv-cache-memory-bytes", "8000000")
 
 
-def test_throughput_sweeps_and_draws(tmp_path: Path) -> None:
+def test_throughput_sweeps_and_plots(tmp_path: Path) -> None:
     picture, file = tmp_path / "a.png", tmp_path / "a.json"
     options = ["--num-prompts", "1,3", "--json", str(file), "--plot", str(picture)]
     done = bench("throughput", *SMALL, *options, "--image-size", "224x224", "--seed", "7")
@@ -224,7 +224,7 @@ def test_latency_of_turns_with_a_shared_image() -> None:
         (["startup", "--model", "/no/such"], "/no/such: no such folder"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(arguments: list[str], words: str) -> None:
+def test_user_errors_are_one_line(arguments: list[str], words: str) -> None:
     done = bench(*arguments)
     assert done.exit_code == 2
     assert words in done.stderr
@@ -247,7 +247,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         plots.check(Path("a.png"))
 
 
-def test_every_plot_is_drawn(tmp_path: Path) -> None:
+def test_every_plot_is_written(tmp_path: Path) -> None:
     seen = [RequestTimes(10, 0.1 * i, [0.1 * i + 1, 0.1 * i + 2], 2) for i in range(4)]
     report = Report.of(seen)
     drawn = {

@@ -1,4 +1,4 @@
-"""`benchmarks/compare/run.py`: engines in turn, ratios, and peers that are not there."""
+"""`benchmarks/compare/run.py`: alternating engines, ratios, and missing engines."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ def test_ratios_are_of_the_same_round() -> None:
     found = Comparison()
     for label in ("ours", "theirs"):
         found.add_engine(label, "1", 1.0)
-    for mine, other in ((1.0, 2.0), (10.0, 10.0), (2.0, 8.0)):  # the machine is slower at times
+    for mine, other in ((1.0, 2.0), (10.0, 10.0), (2.0, 8.0)):  # the machine's speed varies
         found.add_round("ours", a_round(mine, 50), 0.0)
         found.add_round("theirs", a_round(other), 0.0)
     assert found.reference == "theirs"
     assert found.ratios("ours", SPEED) == Spread(2.0, 1.0, 4.0)
-    assert found.ratios("ours", PREFILL) == Spread(2.0, 1.0, 4.0)  # more is better here too
+    assert found.ratios("ours", PREFILL) == Spread(2.0, 1.0, 4.0)  # inverted: higher is better
     assert found.ratios("ours", MEMORY) == Spread(2.0, 2.0, 2.0)
     assert found.as_dict()["ratios"]["ours"]["output tok/s"]["median"] == 2.0
     assert "theirs" not in found.as_dict()["ratios"]
@@ -48,7 +48,7 @@ def test_figures_of_a_round() -> None:
     assert SPEED.of(found) == 5 / 4 and TPOT.of(found) == 1500
 
 
-def test_an_engine_s_name_and_settings() -> None:
+def test_engine_spec_parses_name_and_settings() -> None:
     spec = compare.EngineSpec.parse("octavo:quantization=int8,max_num_seqs=8,overlap_steps=false")
     assert spec.settings == {"quantization": "int8", "max_num_seqs": 8, "overlap_steps": False}
     with pytest.raises(ValueError, match="unknown engine"):
@@ -58,8 +58,8 @@ def test_an_engine_s_name_and_settings() -> None:
 
 
 @pytest.mark.slow
-def test_engines_in_their_processes_and_who_is_not_there(tmp_path: Path) -> None:
-    """Octavo and transformers; one with a wrong setting; vLLM where there is none."""
+def test_engine_processes_and_missing_engines(tmp_path: Path) -> None:
+    """Run Octavo and transformers, an invalid setting, and vLLM, which is not installed."""
     file = tmp_path / "a.json"
     names = ["octavo:kv_cache_memory_bytes=8000000", "octavo:nonsense=1", "vllm", "transformers"]
     options = ["--model", str(EMBEDDED_MODEL), "--num-prompts", "3", "--rounds", "2"]
@@ -84,12 +84,12 @@ def test_engines_in_their_processes_and_who_is_not_there(tmp_path: Path) -> None
     assert (ratio["least"], ratio["most"]) == pytest.approx((min(each), max(each)))
 
 
-def test_engines_run_in_turn_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A B A B; one that fails on its way is named, and the others go on."""
+def test_engines_alternate_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines alternate (A B A B); one that fails is reported and the others continue."""
     runs: list[tuple[str, str]] = []
 
     class Fake:
-        version, start_seconds, pid = "1", 1.0, 2**22 + 1  # a pid that none has
+        version, start_seconds, pid = "1", 1.0, 2**22 + 1  # a pid above the maximum
 
         def __init__(self, spec: compare.EngineSpec, python: str, model: Path) -> None:
             self.spec = spec
@@ -109,7 +109,7 @@ def test_engines_run_in_turn_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch
     names = [name for name, _ in runs]
     assert names == ["octavo", "vllm"] * 4 + ["octavo", "vllm", "octavo"]
     assert [text for _, text in runs[-2:]] == ["closed"] * 2
-    for first, second in ((2, 3), (4, 5)):  # a round's prompts are the same, and new
+    for first, second in ((2, 3), (4, 5)):  # same prompts within a round, new in each round
         assert runs[first][1] == runs[second][1]
     assert len({text for _, text in runs[:-2]}) == 5
     assert found.skipped == {"vllm": "in round 3: killed"}
@@ -117,12 +117,12 @@ def test_engines_run_in_turn_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch
     assert found.ratios("octavo", SPEED).median == 1.0
 
 
-def test_rounds_have_prompts_of_their_own() -> None:
+def test_each_round_has_new_prompts() -> None:
     first, second = (SMALL.make(EMBEDDED_MODEL, 2, number) for number in (0, 1))
     assert not {r.prompt_token_ids for r in first} & {r.prompt_token_ids for r in second}
 
 
-def test_wrong_options_end_with_one_line() -> None:
+def test_invalid_options_are_reported_in_one_line() -> None:
     done = CliRunner().invoke(compare.app, ["octavo", "llama", "--model", str(EMBEDDED_MODEL)])
     assert done.exit_code == 2 and "llama: unknown engine" in done.output
     help_text = CliRunner().invoke(compare.app, ["--help"]).output

@@ -1,4 +1,4 @@
-"""`make demo`'s program: right answers and an exit status that tells."""
+"""The program of `make demo`: right answers and its exit status."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def test_every_answer_is_right(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_answer_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """No server is started: what it would say is known."""
+    """The server is replaced by a fixed wrong answer."""
 
     def send(client: octavo.Client, question: demo.Question) -> None:
         question.deltas.put(SimpleNamespace(text="pink", finish_reason="stop"))

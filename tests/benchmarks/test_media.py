@@ -1,4 +1,4 @@
-"""`octavo bench media`: its two sides make the same pixels, and its figures are what they say."""
+"""`octavo bench media`: both sides compute the same pixels, and the figures are correct."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from octavo.benchmarks.media.fuzz import FORMS, broken_files
 from octavo.benchmarks.media.speed import bare_image, image_case, measure
 
 
-def test_both_sides_make_the_same_pixels() -> None:
+def test_both_sides_compute_the_same_pixels() -> None:
     data = encoded(photo(200, 150), "JPEG", quality=90)
     item, pixels = load("image", data)
     bare = bare_image(data, item.info.height, item.info.width)
@@ -22,7 +22,7 @@ def test_both_sides_make_the_same_pixels() -> None:
 
 
 def test_a_row_is_a_ratio_of_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which each of ours takes three seconds, each of the bare two."""
+    """Use a fake clock on which ours takes three seconds and bare two."""
     now = [0.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
 
@@ -32,10 +32,10 @@ def test_a_row_is_a_ratio_of_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
     case = speed.Case("it", ours=lambda where: takes(3.0), bare=lambda: takes(2.0))
     found = measure(case, 3)
     assert (found.ours, found.bare, found.times_bare) == (1 / 3, 1 / 2, 1.5)
-    assert found.times_here == found.pool == 1.0  # the clock knows no threads
+    assert found.times_here == found.pool == 1.0  # the fake clock ignores threads
 
 
-def test_the_command_writes_a_row_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_one_row_per_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(photo(64, 48), "JPEG")
     monkeypatch.setattr(speed, "cases", lambda: iter([image_case("small", data)]))
     monkeypatch.setattr(speed, "AT_LEAST", 0.001)
@@ -46,7 +46,7 @@ def test_the_command_writes_a_row_a_case(tmp_path: Path, monkeypatch: pytest.Mon
     assert row["name"] == "small → 56×56" and row["times_bare"] > 0 and row["pool"] > 0
 
 
-def test_damaged_files_are_of_every_form_and_the_same_for_a_seed() -> None:
+def test_damaged_files_cover_all_formats_and_depend_on_the_seed() -> None:
     once = list(broken_files(3, 2 * len(FORMS)))
     assert once == list(broken_files(3, 2 * len(FORMS)))
     assert once != list(broken_files(4, 2 * len(FORMS)))

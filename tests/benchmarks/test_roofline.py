@@ -1,4 +1,4 @@
-"""`octavo bench roofline`: its stages partition the run, and its work is what shapes say."""
+"""`octavo bench roofline`: stages partition the run, and their work follows from the shapes."""
 
 import json
 import math
@@ -44,9 +44,9 @@ def test_stages_add_up_to_the_run(found: Roofline) -> None:
 
 
 def test_work_by_hand() -> None:
-    # 2 rows of 3 numbers in, 5 out, of 4 bytes, beside a weight of 60
+    # 2 rows of 3 numbers in, 5 out, of 4 bytes, plus a weight of 60 bytes
     assert linear_work(2, 3, 5, 4, 60) == Work(60 + 2 * 8 * 4, 2 * 2 * 3 * 5)
-    # a chunk of 2 whose tokens see 3 and 4, a row that decodes and sees 6; 4 heads of 8, 2 for KV
+    # a chunk of 2 whose tokens see 3 and 4, a decoding row that sees 6; 4 heads of 8, 2 for KV
     assert paged_work((2, 1), (4, 6), 4, 2, 8, 2) == Work(
         2 * (2 * 10 * 2 * 8 + 2 * 3 * 4 * 8), 4 * 4 * 8 * (3 + 4 + 6)
     )
@@ -54,7 +54,7 @@ def test_work_by_hand() -> None:
 
 
 def test_work_of_the_run(found: Roofline) -> None:
-    """What passed through the model is what its shapes ask for."""
+    """The work counted in a run matches the model's shapes."""
     config = ModelConfig.from_dir(EMBEDDED_MODEL)
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     width, kv = (
@@ -79,7 +79,7 @@ def test_work_of_the_run(found: Roofline) -> None:
     assert work["sampling"].operations == config.vocab_size * 3 * (1 + 2)
     (alone,) = (each for each in found.alone if each.rows == 3)
     assert alone.operations == 2 * 3 * (layers * a_layer + hidden * config.vocab_size)
-    # a weight is read once a step, however often its layer is called
+    # a weight counts once per step, however often its layer is called
     products = 2 * width + 2 * kv + 2 * hidden + 2 * hidden + 3 * inner  # in and out, of a row
     decode_bytes = 2 * layers * 4 * (a_layer + 3 * products)
     assert work["decode linears"].bytes == decode_bytes
@@ -106,7 +106,7 @@ def test_json_has_all(found: Roofline, tmp_path: Path) -> None:
     assert {"decode_fraction", "prefill_fraction", "prefill_tokens_per_second"} <= set(written)
 
 
-def test_the_model_is_as_before(found: Roofline) -> None:
+def test_model_functions_are_restored_afterwards(found: Roofline) -> None:
     assert decoder.paged_attention.__module__ == "octavo.kernels.paged_attention"
     assert DenseWeight.forward.__module__ == "octavo.engine.model.weights"
 
@@ -118,7 +118,7 @@ def test_a_text_run_has_no_vision() -> None:
     assert found.stages[0].seconds == 0 and math.isnan(found.stages[0].fraction)
 
 
-def test_image_sides_are_whole_squares() -> None:
+def test_image_sides_must_be_multiples_of_28() -> None:
     with pytest.raises(ValueError, match="--image-size 56x80: sides must be multiples of 28"):
         run(EMBEDDED_MODEL, replace(WORKLOAD, image_size=(56, 80)), sizes=SMALL)
 

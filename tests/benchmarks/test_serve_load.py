@@ -1,4 +1,4 @@
-"""The load on a server: arrivals, what latencies count from, goodput; and a server's start."""
+"""Load on a server: arrivals, latencies, goodput; and phases of a server's start."""
 
 import json
 import threading
@@ -29,7 +29,7 @@ def test_arrivals_are_a_poisson_process() -> None:
     gaps = np.diff(due)
     assert due[0] == 0 and (gaps > 0).all()
     assert gaps.mean() == pytest.approx(0.25, rel=0.03)
-    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)  # of an exponential they are equal
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)  # true of an exponential
     assert (gaps > 0.25).mean() == pytest.approx(np.exp(-1), abs=0.01)
     counts = np.histogram(due, bins=np.arange(0, due[-1], 1.0))[0]
     assert counts.var() == pytest.approx(counts.mean(), rel=0.1)
@@ -44,9 +44,12 @@ def test_arrivals_by_seed_and_rate() -> None:
     assert arrivals(1.0, 0, 0) == []
 
 
-def test_a_stalled_server_is_charged_for_who_came_meanwhile() -> None:
-    """Coordinated omission: with one request at a time the later ones are sent late, and yet each
-    latency counts from when it was due."""
+def test_stalled_server_is_charged_for_requests_that_arrive_meanwhile() -> None:
+    """Check against coordinated omission.
+
+    With max_concurrency=1 later requests are sent late, but their latency counts from their
+    scheduled arrival.
+    """
     stall, step = 0.3, 0.05
     calls: list[float] = []
     began = time.perf_counter()
@@ -70,7 +73,7 @@ def test_arrivals_do_not_wait_for_answers() -> None:
     all_there = threading.Barrier(3, timeout=20)
 
     def send(request: BenchRequest) -> Sent:
-        all_there.wait()  # passed only when three are on their way at once
+        all_there.wait()  # passes only with three requests in flight
         yield 1, None
 
     seen = Load(send, [BenchRequest((1,))] * 3, max_concurrency=None).run([0.0, 0.0, 0.0])
@@ -95,7 +98,7 @@ def test_max_concurrency(most: int) -> None:
     assert max(seen_at_once) == most
 
 
-def test_a_later_turn_is_due_when_the_one_before_has_ended() -> None:
+def test_later_turn_is_due_when_the_previous_one_finished() -> None:
     requests = [BenchRequest((i,), after=i - 1 if i % 2 else None) for i in range(4)]
     order: list[int] = []
 
@@ -110,7 +113,7 @@ def test_a_later_turn_is_due_when_the_one_before_has_ended() -> None:
         assert seen[later].due >= seen[later - 1].times[-1]
 
 
-def test_a_refused_request_is_counted_and_no_more() -> None:
+def test_rejected_request_counts_as_failed() -> None:
     def send(request: BenchRequest) -> Sent:
         if request.prompt_token_ids == (1,):
             raise ClientError("RESOURCE_EXHAUSTED", "full")
@@ -122,7 +125,7 @@ def test_a_refused_request_is_counted_and_no_more() -> None:
     assert (point.report.num_requests, point.report.failed, point.good_share) == (1, 1, 0.5)
 
 
-def test_a_fault_of_ours_is_raised() -> None:
+def test_internal_error_is_raised() -> None:
     def send(request: BenchRequest) -> Sent:
         raise KeyError("a bug")
         yield
@@ -146,12 +149,12 @@ def test_goodput() -> None:
     ):
         point = LoadPoint.of(2.0, bounds, seen)
         assert point.good_share == good / 4
-        assert point.goodput == pytest.approx(good / 2.0)  # the last token came after 2 s
+        assert point.goodput == pytest.approx(good / 2.0)  # the last token arrived after 2 s
     assert LoadPoint.of(2.0, Bounds(), seen).goodput is None
 
 
-def test_the_rate_that_was_offered_is_told() -> None:
-    """Five requests in a second were asked for, and the draw brought fewer."""
+def test_offered_rate_is_reported() -> None:
+    """Five requests per second were requested, but fewer arrivals were sampled."""
     seen = [RequestTimes(1, due=due, times=[9.0], output_tokens=1) for due in (0.0, 0.5, 2.0)]
     point = LoadPoint.of(5.0, Bounds(), seen)
     assert point.offered_rate == 1.0 == point.as_dict()["offered_rate"]
@@ -160,7 +163,7 @@ def test_the_rate_that_was_offered_is_told() -> None:
     assert (*asked.cells, *offered.cells) == ("5", "1.00") and offered.header == "offered"
 
 
-def test_rates_are_drawn(tmp_path: Path) -> None:
+def test_rates_are_plotted(tmp_path: Path) -> None:
     seen = [RequestTimes(1, due=0.0, times=[1.0, 1.1], output_tokens=2)]
     points = [LoadPoint.of(rate, Bounds(500, None), seen) for rate in (1.0, 2.0, float("inf"))]
     plots.draw_rates(points, "t", tmp_path / "a.png")
@@ -169,7 +172,7 @@ def test_rates_are_drawn(tmp_path: Path) -> None:
         plots.draw_rates(points[2:], "t", tmp_path / "b.png")
 
 
-def test_a_picture_that_many_have_is_packed_once() -> None:
+def test_shared_image_is_encoded_once() -> None:
     workload = Workload(4, 1, 3, Media(((56, 56),), (2, 56, 56)), share_media=True)
     packed = pack(workload.requests(Vocabulary.of(EMBEDDED_MODEL)))
     assert len({id(request.images[0]) for request in packed}) == 1
@@ -187,7 +190,7 @@ def server() -> Iterator[ServerProcess]:
         yield server
 
 
-def test_the_phases_of_a_start_are_the_whole(server: ServerProcess) -> None:
+def test_start_phases_sum_up_to_the_total(server: ServerProcess) -> None:
     assert list(server.phases) == list(PHASES)
     assert sum(server.phases.values()) == pytest.approx(server.seconds)
     assert all(seconds > 0 for seconds in server.phases.values())
@@ -195,7 +198,7 @@ def test_the_phases_of_a_start_are_the_whole(server: ServerProcess) -> None:
 
 
 def test_bench_serve(server: ServerProcess, tmp_path: Path) -> None:
-    """Images and later turns over gRPC, at two rates."""
+    """Send images and multi-turn conversations over gRPC, at two rates."""
     file = tmp_path / "a.json"
     options = ["--input-len", "10", "--output-len", "4", "--image-size", "224x224", "--turns", "2"]
     options += ["--request-rate", "20,inf", "--num-prompts", "3", "--goodput-ttft-ms", "60000"]

@@ -1,4 +1,4 @@
-"""`octavo bench streams`: real servers and readers, few; and how texts tell their steps."""
+"""`octavo bench streams` with few streams, and the mapping of texts to steps."""
 
 import json
 from pathlib import Path
@@ -16,29 +16,29 @@ CYCLE = len(LETTERS)
 
 @pytest.mark.parametrize("first", [0, 5, CYCLE + 3, 3 * CYCLE])
 @pytest.mark.parametrize("delay", [0.001, 0.5])
-def test_a_text_tells_its_steps(first: int, delay: float) -> None:
+def test_text_identifies_its_steps(first: int, delay: float) -> None:
     moments = np.arange(5 * CYCLE) * 0.02
     steps = np.arange(first, first + CYCLE + 20)
     text = [LETTERS[step % CYCLE] for step in steps]
-    late = 2.5  # seconds of the first pieces: more than a cycle, which the later ones show
+    late = 2.5  # delay of the first pieces in s: more than a cycle, which later pieces reveal
     came = moments[steps] + np.where(steps < first + 9, late, delay)
     pieces = list(zip(came.tolist(), text, strict=True))
     found, when = place(pieces, moments)
     assert (found == steps).all() and (when == came).all()
 
 
-def test_a_piece_of_several_tokens() -> None:
+def test_piece_with_several_tokens() -> None:
     steps, came = place([(9.0, LETTERS[3:5]), (9.5, LETTERS[5:8])], np.arange(10.0))
     assert steps.tolist() == [3, 4, 5, 6, 7] and came.tolist() == [9.0] * 2 + [9.5] * 3
 
 
 @pytest.mark.parametrize(("text", "at"), [("ac", 9.0), ("aab", 9.0), ("ab", 0.5), ("", 9.0)])
-def test_a_text_that_cannot_be(text: str, at: float) -> None:
+def test_inconsistent_text_is_rejected(text: str, at: float) -> None:
     with pytest.raises(ValueError, match="text"):
         place([(at, text)], np.arange(10.0))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_streams_command(tmp_path: Path) -> None:
     options = ["--streams", "6", "--sleep-ms", "4", "--seconds", "1"]
     command = ["streams", *options, "--json", str(tmp_path / "found.json")]
     found = CliRunner().invoke(bench_app, command)
@@ -54,6 +54,6 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [["--door", "carrier-pigeon"], ["--streams", "0"]])
-def test_wrong_options(wrong: list[str]) -> None:
+def test_invalid_options(wrong: list[str]) -> None:
     found = CliRunner().invoke(bench_app, ["streams", *wrong])
     assert found.exit_code != 0 and wrong[0] in found.output

@@ -1,6 +1,8 @@
-"""The spine: the real model on a tiny random checkpoint, float32. A request's tokens are the same
-alone, batched, in chunks of every size, preempted at each step, found in the prefix cache, and as
-one of several forks."""
+"""Core equalities, with the real model on a tiny random checkpoint in float32.
+
+A request's tokens are the same alone, batched, in chunks of every size, preempted at each step,
+with a prefix cache hit, and as one of several forks.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ SAMPLED = replace(GREEDY, temperature=1.3, repetition_penalty=1.3, seed=11)
 def prompt(
     runner: ModelRunner, name: str, params: SamplingParams = GREEDY, extra: int = 0
 ) -> TinyRequest:
-    """`extra`: tokens after the prompt's own, so that two share all but their ends."""
+    """Build a prompt; `extra` tokens at its end let two prompts differ only in their ends."""
     parts = [*PROMPTS[name], *([text(100 + extra, extra)] if extra else [])]
     return tiny_request(runner.config, parts, params, max_unit_temporal_patches=2)
 
@@ -82,7 +84,7 @@ def make_engine(runner: ModelRunner, overlap: bool = True, **settings: int) -> T
 
 
 def alone(runner: ModelRunner, name: str, params: SamplingParams = GREEDY) -> list[int]:
-    """By the plain driver, which knows nothing of the scheduler."""
+    """Generate with the plain driver, without a scheduler."""
     runner.embeddings.clear()
     driver = TinyDriver(runner, NUM_BLOCKS, max_unit_temporal_patches=2)
     return driver.generate([prompt(runner, name, params)], NEW_TOKENS)[0]
@@ -91,12 +93,14 @@ def alone(runner: ModelRunner, name: str, params: SamplingParams = GREEDY) -> li
 @pytest.fixture(scope="module")
 def expected(runner: ModelRunner) -> dict[str, list[int]]:
     found = {name: alone(runner, name) for name in PROMPTS}
-    assert all(len(set(tokens)) > 3 for tokens in found.values())  # no model that repeats itself
+    assert all(len(set(tokens)) > 3 for tokens in found.values())  # not a model that repeats itself
     return found
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_alone_is_batched(runner: ModelRunner, expected: dict[str, list[int]], name: str) -> None:
+def test_batched_equals_alone(
+    runner: ModelRunner, expected: dict[str, list[int]], name: str
+) -> None:
     engine = make_engine(runner)
     for each in PROMPTS:
         engine.add(each, prompt(runner, each), NEW_TOKENS)
@@ -107,10 +111,10 @@ def test_alone_is_batched(runner: ModelRunner, expected: dict[str, list[int]], n
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L02_mrope_chunk_alone_is_chunked_at_every_size(
+def test_L02_mrope_chunk_every_chunk_size_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], name: str
 ) -> None:
-    """Encode units are encoded whole all the same, and once."""
+    """Encode units are still encoded as a whole."""
     tiny = prompt(runner, name)
     for size in range(1, len(tiny.token_ids) + 1):
         engine = make_engine(runner, max_num_batched_tokens=size, encoder_cache_tokens=20)
@@ -122,10 +126,10 @@ def test_L02_mrope_chunk_alone_is_chunked_at_every_size(
 
 @pytest.mark.parametrize("found_again", [True, False])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L03_mrope_delta_alone_is_preempted_at_each_step(
+def test_L03_mrope_delta_preempted_at_each_step_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], name: str, found_again: bool
 ) -> None:
-    """Resumed from the prefix cache, and where nothing is left of blocks and embeddings."""
+    """Resume from the prefix cache, and with all blocks and embeddings lost."""
     num_steps = -(-len(prompt(runner, name).token_ids) // 13) + NEW_TOKENS - 1
     for at in range(1, num_steps):
         engine = make_engine(runner, max_num_batched_tokens=13)
@@ -141,7 +145,7 @@ def test_L03_mrope_delta_alone_is_preempted_at_each_step(
             for unit in request.units:
                 state.encoder_cache.lose(unit.key)
             runner.embeddings.clear()
-        engine.receive()  # of the step that it had no longer part in: its token counts all the same
+        engine.receive()  # a step that was in flight at preemption; its token still counts
         plan = engine.step()
         assert plan is not None
         assert plan.num_computed_tokens[0] == (
@@ -152,11 +156,13 @@ def test_L03_mrope_delta_alone_is_preempted_at_each_step(
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L03_mrope_delta_alone_is_from_the_prefix_cache(
+def test_L03_mrope_delta_prefix_cache_hit_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], name: str
 ) -> None:
-    """Hits of every length: the whole prompt, and each number of its blocks, ends within an image
-    or a video included. What a hit covers is not encoded."""
+    """Use hits of every length, including those that end within an image or video.
+
+    Media covered by a hit are not encoded.
+    """
     size = len(prompt(runner, name).token_ids)
     for num_blocks in range(size // BLOCK_SIZE + 1):
         engine = make_engine(runner)
@@ -183,7 +189,7 @@ def test_L03_mrope_delta_alone_is_from_the_prefix_cache(
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L03_mrope_delta_alone_is_one_of_n_forks(
+def test_L03_mrope_delta_each_of_n_forks_equals_alone(
     runner: ModelRunner, name: str, params: SamplingParams
 ) -> None:
     seeds = [(params.seed or 0) + i for i in range(4)]
@@ -197,8 +203,8 @@ def test_L03_mrope_delta_alone_is_one_of_n_forks(
 
 
 @pytest.mark.parametrize("budget", [512, 13])
-def test_a_penalty_sees_the_tokens_that_workers_keep(runner: ModelRunner, budget: int) -> None:
-    """So strong that no token comes twice; the driver sends all that it has seen each time."""
+def test_penalties_see_the_token_history_on_workers(runner: ModelRunner, budget: int) -> None:
+    """The penalty is so strong that no token repeats; the driver resends the history each time."""
     strong = replace(GREEDY, repetition_penalty=50.0)
     for overlap in (True, False):
         engine = make_engine(runner, overlap, max_num_batched_tokens=budget)
@@ -218,10 +224,10 @@ def test_a_penalty_sees_the_tokens_that_workers_keep(runner: ModelRunner, budget
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_alone_is_anything_at_all(
+def test_random_mix_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], seed: int
 ) -> None:
-    """Prompts that share beginnings, forks, tight memory, small chunks, aborts, all at once."""
+    """Mix shared prefixes, forks, tight memory, small chunks and priorities."""
     rng = random.Random(seed)
     sampled = {name: alone(runner, name, SAMPLED) for name in PROMPTS}
     engine = make_engine(
@@ -238,7 +244,7 @@ def test_alone_is_anything_at_all(
     wanted: dict[str, list[int]] = {}
     for number in range(24):
         name, params = rng.choice(list(PROMPTS)), rng.choice([GREEDY, SAMPLED])
-        extra = rng.choice([0, 0, 0, 5])  # what goes on after a shared beginning has no oracle
+        extra = rng.choice([0, 0, 0, 5])  # requests with extra tokens have no expected output
         tiny = prompt(runner, name, params, extra)
         forks, priority = rng.choice([0, 0, 2]), rng.choice([0, 9, 9])
         engine.add(f"{number}", tiny, NEW_TOKENS, forks, priority)

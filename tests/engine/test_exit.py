@@ -1,4 +1,4 @@
-"""Scripts that leave something open end, whatever is in flight, and leave nothing behind."""
+"""Scripts that do not close their objects exit in any state and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ QUICK = ("image_step", "isolated", "daemon_thread", "async_global_not_closed", "
 QUICK += ("thread_outlives_main", "killed_with_stopped_children", "in_a_cycle")
 
 
-LIMIT = 60.0  # seconds; what these scripts do takes five on a busy machine
+LIMIT = 60.0  # seconds; the scripts take about five on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def served(checkpoint: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough that a script ends while it is decoded."""
+    """Return a video large enough that the script exits during its decoding."""
     path = tmp_path_factory.mktemp("video") / "long.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=2)
@@ -194,7 +194,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes that have the mark in their environment, but for zombies."""
+    """Return the processes with the mark in their environment, except zombies."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for entry in Path("/proc").iterdir():
         try:
@@ -206,7 +206,7 @@ def marked(mark: str) -> list[int]:
 
 
 def wait_for_none(mark: str) -> list[int]:
-    """The processes that are left once those that end with their parent have had their time."""
+    """Wait for children that exit with their parent; return the processes that remain."""
     deadline = time.monotonic() + 10
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -217,7 +217,7 @@ def wait_for_none(mark: str) -> list[int]:
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
-def test_L40_a_script_ends_and_leaves_nothing(
+def test_L40_script_exits_and_leaves_nothing_behind(
     name: str, checkpoint: Path, served: Served, video: Path, tmp_path: Path
 ) -> None:
     script, status, has_traceback = CASES[name]

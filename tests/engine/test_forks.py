@@ -1,4 +1,4 @@
-"""Objects that were created before a fork are rejected in the child, and new ones work there."""
+"""Objects created before a fork raise in the child process, where new ones can be created."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def served(checkpoint: Path) -> Iterator[Served]:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's, without what the entry point for Ray sets when a test imports it."""
+    """Return the environment without the variable set by the Ray entry point on import."""
     return {name: text for name, text in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
 
 

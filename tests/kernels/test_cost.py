@@ -1,5 +1,6 @@
-"""What must not creep up, in counts and ratios: the engine's cost of a step, copies of the weights,
-operators of a decoder layer. Each bound is a little over what was counted when it was written.
+"""Regression bounds on counts and ratios: step overhead, copies of weights, operators per layer.
+
+Each bound is slightly above the count measured when it was written.
 """
 
 import ctypes
@@ -45,7 +46,7 @@ def make_runner(folder: Path, dtype: str, quantization: str | None = None) -> Mo
 
 @contextmanager
 def counted_calls(engine: Engine) -> Iterator[list[Any]]:
-    """The messages that the engine sends its workers, by whatever method."""
+    """Yield the list of messages that the engine sends its worker, by any method."""
     sent: list[Any] = []
     (worker,) = engine.group._workers
 
@@ -68,7 +69,7 @@ def counted_calls(engine: Engine) -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_step_is_one_small_message_a_rank(overlap: bool) -> None:
+def test_step_sends_one_small_message_per_rank(overlap: bool) -> None:
     settings: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
     params = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
     with sleeping(0), Engine(overlap_steps=overlap, **settings) as engine:
@@ -83,7 +84,7 @@ def test_a_step_is_one_small_message_a_rank(overlap: bool) -> None:
                 engine.step()
         assert sum(request.num_output_tokens for request in requests) - before == 64 * 10
     assert len(sent) == 10
-    assert max(message.ByteSize() for message in sent) / 64 < 90  # bytes of a request
+    assert max(message.ByteSize() for message in sent) / 64 < 90  # bytes per request
 
 
 # Copies of the weights
@@ -91,14 +92,14 @@ def test_a_step_is_one_small_message_a_rank(overlap: bool) -> None:
 
 def anonymous_bytes() -> int:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed already is not to be reused unseen
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory, so that its reuse is counted
     status = Path("/proc/self/status").read_text()
     return sum(int(n) * 1024 for n in re.findall(r"RssAnon:\s+(\d+) kB", status))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough that its copies stand out."""
+    """Return a checkpoint large enough that copies of its weights are noticeable."""
     folder = tmp_path_factory.mktemp("cost")
     size: dict[str, Any] = {"layers": 6, "heads": 16, "kv_heads": 4, "head_dim": 64}
     tower: dict[str, Any] = {"vision_layers": 6, "vision_heads": 8, "vision_head_dim": 64}
@@ -106,9 +107,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), FORMS)
-def test_weights_are_held_once(checkpoint: Path, dtype: str, quantization: str | None) -> None:
-    """But for a tied head, which is packed beside the embedding's rows."""
-    make_runner(EMBEDDED_MODEL, dtype, quantization).load()  # what comes with the first use
+def test_weights_are_stored_once(checkpoint: Path, dtype: str, quantization: str | None) -> None:
+    """A tied head is the exception: it is packed in addition to the embedding."""
+    make_runner(EMBEDDED_MODEL, dtype, quantization).load()  # one-time allocations
     runner = make_runner(checkpoint, dtype, quantization)
     before = anonymous_bytes()
     runner.load()
@@ -124,8 +125,7 @@ def test_weights_are_held_once(checkpoint: Path, dtype: str, quantization: str |
 
 
 class Counter(TorchDispatchMode):
-    """Torch's operators and our compiled kernels that run while `on`; views cost next to nothing,
-    and count too."""
+    """Counts torch operators (views included) and calls of our compiled kernels while `on`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,10 +146,10 @@ class Counter(TorchDispatchMode):
         ),
     ],
 )  # fmt: skip
-def test_operators_of_a_layer_that_decodes(
+def test_operators_of_a_decoding_layer(
     dtype: str, operators: int, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PanelLayers, "serves", lambda hidden: False)  # which has none: next test
+    monkeypatch.setattr(PanelLayers, "serves", lambda hidden: False)  # see the next test
     runner = make_runner(EMBEDDED_MODEL, dtype)
     runner.load()
     runner.allocate(16)
@@ -181,8 +181,8 @@ def test_operators_of_a_layer_that_decodes(
 
 
 @pytest.mark.skipif(not serves_panels(torch.ones(4, 4).bfloat16()), reason="no panels here")
-def test_a_step_that_decodes_is_three_kernels() -> None:
-    """All layers, the last norm, the head."""
+def test_decode_step_is_three_kernels() -> None:
+    """All layers, the last norm and the head are one kernel each."""
     runner = make_runner(EMBEDDED_MODEL, "bfloat16")
     runner.load()
     runner.allocate(16)

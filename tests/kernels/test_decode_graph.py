@@ -1,7 +1,7 @@
-"""Decode steps over static tensors: what a captured graph repeats. The capture needs a GPU.
+"""Decode steps on static tensors, as replayed by a captured graph. Capturing requires a GPU.
 
-The tests that compute run in Triton's interpreter (`test_interpreter.py` runs this file so):
-nothing on the host may matter there, while the CPU path reads lengths from the host.
+The tests that compute run in Triton's interpreter (`test_interpreter.py` runs this file): there,
+as in a graph, nothing may depend on host values, while the CPU path reads lengths from the host.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def texts(config: ModelConfig) -> list[TinyRequest]:
 
 
 def run(runner: ModelRunner) -> tuple[list[list[int]], list[InputBatch]]:
-    """Three prompts, then decode steps of rows that come and go; the tokens, and the steps."""
+    """Run three prompts, then decode steps of varying rows; return the tokens and the batches."""
     driver, rows = TinyDriver(runner, NUM_BLOCKS), texts(runner.config)
     driver.step(rows, [len(row.token_ids) for row in rows])
     steps = []
@@ -75,7 +75,7 @@ def static_of(runner: ModelRunner, max_tokens: int = 8192) -> StaticDecode:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> tuple[ModelRunner, list[list[int]], InputBatch]:
-    """A runner without graphs, the tokens that it made, and its first decode step."""
+    """Return a runner without graphs, its output tokens, and its first decode step."""
     runner = make_runner(folder)
     tokens, steps = run(runner)
     return runner, tokens, steps[0]
@@ -87,10 +87,10 @@ def decode_step(plain: tuple[ModelRunner, list[list[int]], InputBatch]) -> Input
 
 
 @interpreted
-def test_padded_static_steps_are_the_plain_ones(
+def test_padded_static_steps_match_plain_steps(
     folder: Path, plain: tuple[ModelRunner, list[list[int]], InputBatch]
 ) -> None:
-    """What is "captured" knows its bucket alone: all else it must read from the static tensors."""
+    """A "captured" function knows only its bucket; it must read the rest from static tensors."""
     padded = make_runner(folder)
     captured: list[Compute] = []
 
@@ -102,14 +102,14 @@ def test_padded_static_steps_are_the_plain_ones(
     found = run(padded)[0]
     assert found == plain[1] and len({tuple(tokens) for tokens in found}) == 3
     assert set(padded.graphs.replays) == {Bucket(4, 256), Bucket(1, 256), Bucket(2, 256)}
-    assert len(captured) == 2  # buckets of 4 and 1 rows came twice, that of 2 once
+    assert len(captured) == 2  # buckets of 4 and 1 rows ran twice, that of 2 once
     for ours, theirs in zip(padded.caches, plain[0].caches, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @interpreted
-def test_logits_are_those_of_the_rows_that_sample(folder: Path, decode_step: InputBatch) -> None:
+def test_logits_are_of_the_sampled_rows(folder: Path, decode_step: InputBatch) -> None:
     runner = make_runner(folder)
     graphs = DecodeGraphs(static_of(runner), lambda compute: compute)
     bucket = graphs.bucket_of(decode_step)
@@ -125,20 +125,20 @@ def test_logits_are_those_of_the_rows_that_sample(folder: Path, decode_step: Inp
 
 
 @interpreted
-def test_where_capturing_fails_steps_run_without(
+def test_failed_capture_falls_back_to_plain_steps(
     folder: Path, plain: tuple[ModelRunner, list[list[int]], InputBatch]
 ) -> None:
-    def refuse(compute: Compute) -> Compute:
+    def fail(compute: Compute) -> Compute:
         raise RuntimeError("no capture here")
 
     runner = make_runner(folder)
-    runner.graphs = DecodeGraphs(static_of(runner), refuse)
+    runner.graphs = DecodeGraphs(static_of(runner), fail)
     assert run(runner)[0] == plain[1]
     assert runner.graphs.failed and len(runner.graphs.replays) == 1
 
 
 def test_padding_writes_nothing_and_sees_one_key(folder: Path, decode_step: InputBatch) -> None:
-    """Also after a step of more rows."""
+    """Also holds after a step with more rows."""
     static = static_of(make_runner(folder))
     three = Bucket(4, 256)
     static.fill(torch.from_numpy(decode_step.token_ids), decode_step, three)
@@ -173,12 +173,12 @@ def test_buckets_cover(decode_step: InputBatch) -> None:
         for width in (1, 256, 257, 2048):
             found = buckets(table_of(rows, width, decode_step), (256, 2048))
             assert found is not None and found.rows >= rows and found.blocks >= width
-            assert found.rows < 2 * rows, "less than half is padding"
+            assert found.rows < 2 * rows, "at least half is padding"
             assert found.blocks == (256 if width <= 256 else 2048)
     assert tuple(sorted(ROWS)) == ROWS
 
 
-def test_steps_that_are_not_for_a_graph(decode_step: InputBatch) -> None:
+def test_steps_that_cannot_use_a_graph(decode_step: InputBatch) -> None:
     def fits(step: InputBatch) -> bool:
         return buckets(step, (256, 2048)) is not None
 
@@ -199,7 +199,7 @@ def test_widths_follow_from_the_longest_row(folder: Path) -> None:
 
 
 class Recorder:
-    """Stands in for a kernel and keeps its grids."""
+    """Replaces a kernel and records its grids."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
@@ -217,7 +217,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
     yield made
 
 
-def test_a_grid_depends_on_its_bucket_alone(recorders: list[Recorder]) -> None:
+def test_grid_depends_only_on_the_bucket(recorders: list[Recorder]) -> None:
     for lengths in ([1, 1, 1, 1], [4096, 17, 256, 1], [1, 2, 3, 4000]):
         rows = torch.arange(5, dtype=torch.int32)
         batch = AttentionBatch(

@@ -1,6 +1,4 @@
-"""All layers of a decoder in one call: the same bits as the layers one by one, when it is used and
-when not.
-"""
+"""All decoder layers in one call: bitwise equality with single layers, and conditions of use."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def make_runner(dtype: torch.dtype, quantization: str | None = None) -> ModelRun
 
 
 def run(runner: ModelRunner) -> list[torch.Tensor]:
-    """What the decoder gives in steps of chunks, of both, and of one token a row."""
+    """Return the decoder's outputs in steps with chunks, with both, and with one token per row."""
     requests = [tiny_request(runner.config, [text(n, n)]) for n in (SPLIT_SIZE + 40, 20, 90)]
     driver, found = TinyDriver(runner, 80), []
     forward = runner.model.decoder.forward
@@ -58,7 +56,7 @@ def run(runner: ModelRunner) -> list[torch.Tensor]:
 
 
 def count_layers(runner: ModelRunner) -> tuple[int, int]:
-    """Calls of all layers together, and of one."""
+    """Count the calls for all layers together, and for single layers."""
     with (
         mock.patch.object(
             PanelLayers, "__call__", autospec=True, side_effect=PanelLayers.__call__
@@ -73,7 +71,7 @@ def count_layers(runner: ModelRunner) -> tuple[int, int]:
 
 @needs_panels
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_the_same_bits_as_layer_by_layer(quantization: str | None) -> None:
+def test_results_are_bitwise_equal_to_layer_by_layer(quantization: str | None) -> None:
     together = run(make_runner(torch.bfloat16, quantization))
     with mock.patch.object(PanelLayers, "serves", lambda hidden: False):
         alone = run(make_runner(torch.bfloat16, quantization))
@@ -83,20 +81,20 @@ def test_the_same_bits_as_layer_by_layer(quantization: str | None) -> None:
 
 
 @needs_panels
-def test_small_steps_are_one_call_and_large_ones_are_not() -> None:
+def test_only_small_steps_use_one_call() -> None:
     runner = make_runner(torch.bfloat16)
     assert SPLIT_SIZE + 40 > PACKED_ROWS >= 111
     assert count_layers(runner) == (4, runner.config.num_hidden_layers)
 
 
-def test_other_weights_go_layer_by_layer() -> None:
+def test_other_weights_run_layer_by_layer() -> None:
     runner = make_runner(torch.float32)
     assert count_layers(runner) == (0, 5 * runner.config.num_hidden_layers)
 
 
 @needs_panels
-def test_a_rank_among_others_goes_layer_by_layer() -> None:
-    """Its products are summed over the ranks in between."""
+def test_tensor_parallel_ranks_run_layer_by_layer() -> None:
+    """Their results are summed over the ranks within each layer."""
     runner = make_runner(torch.bfloat16)
     layer = runner.model.decoder.layers[0]
     assert layer.panels(runner.caches[0]) is not None
@@ -105,14 +103,14 @@ def test_a_rank_among_others_goes_layer_by_layer() -> None:
 
 
 @needs_panels
-def test_new_caches_are_the_ones_that_are_read() -> None:
+def test_reallocated_caches_are_used() -> None:
     runner = make_runner(torch.bfloat16)
     first = run(runner)
     runner.allocate(80)
     assert all(torch.equal(a, b) for a, b in zip(run(runner), first, strict=True))
 
 
-def test_nothing_is_left_out_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_run_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     runner = make_runner(torch.bfloat16)
     assert count_layers(runner)[0] == 0

@@ -1,6 +1,6 @@
-"""Keys and values in e4m3: the kernels in Triton's interpreter, and their oracles.
+"""Keys and values in e4m3: the kernels in Triton's interpreter, and their reference.
 
-`test_kernels_compiled.py` has what they compile to, `test_fp8_serving.py` a model over it.
+`test_kernels_compiled.py` checks the compiled code, `test_fp8_serving.py` a model with this cache.
 """
 
 import pytest
@@ -44,7 +44,7 @@ def empty(shape: tuple[int, ...], device: torch.device) -> Fp8Cache:
 
 
 def filled(shape: tuple[int, ...], device: torch.device) -> Fp8Cache:
-    """Any numbers of e4m3, and scales that differ by a lot."""
+    """Return a cache with random e4m3 numbers and scales of very different sizes."""
     numbers = (torch.randn(shape, device=device) * 100).clamp(-448, 448).to(FP8)
     scales = torch.exp2(torch.randint(-12, -6, shape[:3], device=device)) * 1.3
     return Fp8Cache(numbers.view(torch.uint8), scales)
@@ -59,7 +59,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def make_batch(
     device: torch.device, rows: list[tuple[int, int]], block_size: int
 ) -> tuple[AttentionBatch, int]:
-    """Over scattered blocks, none of them block 0, which pads the tables."""
+    """Return a batch over scattered blocks other than block 0, which pads the tables."""
     lens = [start + count for start, count in rows]
     blocks = [-(-length // block_size) for length in lens]
     order = (1 + torch.randperm(sum(blocks) + 2)).tolist()
@@ -76,8 +76,8 @@ def _moved_kernel(words_ptr, out_ptr):
 
 
 @pytest.mark.parametrize(("dtype", "lift"), [(torch.float16, 8), (torch.bfloat16, 120)])
-def test_moved_bits_are_the_numbers(device: torch.device, dtype: torch.dtype, lift: int) -> None:
-    """All but the two that are not numbers, which are never written."""
+def test_moved_bits_equal_the_numbers(device: torch.device, dtype: torch.dtype, lift: int) -> None:
+    """All bytes except the two NaNs, which are never written."""
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("kernels/test_interpreter.py runs it")
     numbers = ALL_BYTES.to(device)
@@ -94,15 +94,15 @@ def _bits_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + offs, e4m3_bits(tl.load(x_ptr + offs)))
 
 
-def test_bits_are_the_nearest_number(device: torch.device) -> None:
-    """Beside each number and beside each middle of two, and ties to even: as torch rounds."""
+def test_bits_round_to_the_nearest_number(device: torch.device) -> None:
+    """Check around each number and each midpoint, and ties to even, against torch."""
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("kernels/test_interpreter.py runs it")
     numbers = ALL_BYTES.view(FP8).float()
     numbers = numbers[numbers.isfinite()].sort().values
     edges = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
-    beside = [edges, edges.nextafter(torch.tensor(1e9)), edges.nextafter(torch.tensor(-1e9))]
-    x = torch.cat([*beside, torch.randn(512) * 100]).clamp(-448, 448)
+    around = [edges, edges.nextafter(torch.tensor(1e9)), edges.nextafter(torch.tensor(-1e9))]
+    x = torch.cat([*around, torch.randn(512) * 100]).clamp(-448, 448)
     x = torch.nn.functional.pad(x, (0, 2048 - len(x))).to(device)
     found = torch.zeros(2048, dtype=torch.uint8, device=device)
     _bits_kernel[(1,)](x, found, SIZE=2048)
@@ -114,7 +114,7 @@ def test_bits_are_the_nearest_number(device: torch.device) -> None:
 def test_write(
     device: torch.device, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> None:
-    """One row has an outlier, one is zero, one is not a number; slot -1 writes nothing."""
+    """One row has an outlier, one is zero, one has NaNs; slot -1 writes nothing."""
     n, block_size, half = 11, 16, head_dim // 2
     num_heads, kv_heads = heads
     total = num_heads + 2 * kv_heads
@@ -139,11 +139,13 @@ def test_write(
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.scales == 0, theirs.scales == 0)
         a, b = (gather_kv(cache, table, 5 * block_size) for cache in (ours, theirs))
-        # a key may be turned by another last bit, which e4m3 rounds to the next number
+        # rotated keys may differ in the last bit, which e4m3 may round to the next number
         torch.testing.assert_close(a, b, rtol=0.13, atol=1e-3, equal_nan=True)
         close_ones = (a - b).abs() <= 4e-3 * b.abs()
         assert (close_ones | a.isnan()).float().mean() > 0.98
-    rows = gather_kv(found[1], table, 5 * block_size)[:, slots]  # [kv_heads, n, d]; -1 is another's
+    rows = gather_kv(found[1], table, 5 * block_size)[
+        :, slots
+    ]  # [kv_heads, n, d]; -1: the last slot
     kept = [i for i in range(n) if i not in (3, 4, 7)]
     got, exact = rows[:, kept], v.transpose(0, 1)[:, kept].float()
     bound = torch.maximum(exact.abs() / 16, exact.abs().amax(-1, keepdim=True) / 448 * 2**-10)
@@ -175,7 +177,7 @@ def test_attention(
 
 @pytest.mark.parametrize("splits", [1, 3, 4])
 def test_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    """Of chunks, some without a key that a token sees; and of rows that decode, over 256 keys."""
+    """Split chunks (some splits have no visible key) and decoding rows of over 256 keys."""
     monkeypatch.setattr(paged_chunk, "chunk_splits", lambda *args: splits)
     batch, num_blocks = make_batch(device, [(251, 9), (1023, 1), (255, 1), (0, 1), (600, 33)], 16)
     q = 5 * torch.randn(45, 4, 32, device=device)
@@ -184,8 +186,8 @@ def test_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch, splits: i
     close(paged_attention(*args), paged_attention_ref(*args))
 
 
-def test_a_row_does_not_see_what_is_not_its(device: torch.device) -> None:
-    """A NaN in block 0, which pads tables, and past the end of a row's last block."""
+def test_rows_do_not_read_foreign_slots(device: torch.device) -> None:
+    """Put NaNs into block 0, which pads tables, and after the end of a row's last block."""
     batch, num_blocks = make_batch(device, [(20, 1), (9, 13)], 16)
     q = torch.randn(14, 4, 32, device=device)
     caches = [filled((num_blocks, 2, 16, 32), device) for _ in "kv"]
@@ -199,8 +201,8 @@ def test_a_row_does_not_see_what_is_not_its(device: torch.device) -> None:
     assert torch.equal(paged_attention(q, *caches, batch, 0.2), before)
 
 
-def test_the_oracle_by_hand(device: torch.device) -> None:
-    """Numbers and scales against float32 keys and values that were never in e4m3."""
+def test_reference_against_float32(device: torch.device) -> None:
+    """Compare numbers and scales with float32 keys and values that were never in e4m3."""
     outlier = 1 + 30 * (torch.arange(32, device=device) == 5)
     k, v = (torch.randn(40, 2, 32, device=device) * outlier for _ in "kv")
     caches = [empty((3, 2, 16, 32), device) for _ in "kv"]
@@ -217,7 +219,7 @@ def test_the_oracle_by_hand(device: torch.device) -> None:
     assert (made - whole).abs().max() < 0.05 * whole.abs().max()
 
 
-def test_a_forked_block_takes_its_scales_along(device: torch.device) -> None:
+def test_copied_blocks_include_their_scales(device: torch.device) -> None:
     cache = filled((6, 2, 16, 32), device)
     before = gather_kv(cache, torch.tensor([[5], [0]], device=device), 16)
     copy_blocks(cache, torch.tensor([[5, 0], [0, 3]], device=device))

@@ -1,5 +1,7 @@
-"""FP8 products against their oracle in Triton's interpreter. What they compile to:
-`test_kernels_compiled.py`."""
+"""FP8 matmuls against their reference in Triton's interpreter.
+
+`test_kernels_compiled.py` checks the compiled code.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from octavo.kernels.fp8_linear import FP8, fp8_linear, quantize_rows_fp8, quanti
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-# one block of inputs; splits of several; a last block that is not full; wide tiles of many rows
+# One block of inputs; several splits; a partial last block; wide tiles with many rows.
 SHAPES = [(1, 256, 128), (20, 896, 136), (3, 100, 72), (2, 2176, 200), (70, 640, 136)]
 
 

@@ -1,4 +1,4 @@
-"""A KV cache in FP8 from its setting to the answers: where a CPU has it only by the oracles."""
+"""FP8 KV cache from the setting to the outputs; on a CPU with the reference implementations."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -62,7 +62,7 @@ def make_runner(folder: Path, num_blocks: int) -> ModelRunner:
 
 
 def outputs(runner: ModelRunner, limits: dict[str, int], names: list[str]) -> dict[str, list[int]]:
-    """Two prompts, one with a picture and two forks that draw, through the scheduler."""
+    """Run two prompts, one with an image and two sampled forks, through the scheduler."""
     engine = TinyEngine(runner, replace(CONFIG, **limits))
     for i, name in enumerate(names):
         parts: list[Any] = [text(i, 20), *image(i, 56, 56), text(5, 3)] if i else [text(9, 40)]
@@ -76,8 +76,8 @@ def outputs(runner: ModelRunner, limits: dict[str, int], names: list[str]) -> di
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow there")
-def test_chunks_preemption_and_forks_change_no_token(folder: Path) -> None:
-    """Scales are each token's own: how a prompt is cut and what lies beside it do not matter."""
+def test_chunks_preemption_and_forks_do_not_change_tokens(folder: Path) -> None:
+    """Scales are per token, so chunking and other requests in the batch must not matter."""
     whole = make_runner(folder, 64)
     expected = outputs(whole, {}, ["a", "b"])
     assert len({tuple(tokens) for tokens in expected.values()}) == 4
@@ -87,9 +87,9 @@ def test_chunks_preemption_and_forks_change_no_token(folder: Path) -> None:
     assert outputs(make_runner(folder, 64), {}, ["a"])["a"] == expected["a"]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="kernels/test_interpreter.py runs it")
-def test_static_decode_steps_are_the_plain_ones(folder: Path) -> None:
-    """What CUDA graphs repeat, over a cache in e4m3."""
+@pytest.mark.skipif(not INTERPRETED, reason="test_interpreter.py runs it")
+def test_static_decode_steps_match_plain_steps(folder: Path) -> None:
+    """Run the steps that CUDA graphs replay, with an e4m3 cache."""
     plain, static = make_runner(folder, 64), make_runner(folder, 64)
     decode = StaticDecode(static.model.decoder, static.caches, 256, CPU)
     static.graphs = DecodeGraphs(decode, lambda compute: compute)
@@ -97,14 +97,14 @@ def test_static_decode_steps_are_the_plain_ones(folder: Path) -> None:
     assert static.graphs.replays
 
 
-def test_a_block_is_what_is_allocated(folder: Path) -> None:
+def test_block_bytes_match_the_allocation(folder: Path) -> None:
     runner = make_runner(folder, 4)
     held = sum(k.nbytes + v.nbytes for k, v in runner.caches)
     assert runner.measure().kv_block_bytes * 4 == held
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_same_memory_holds_nearly_twice_the_tokens(model: str) -> None:
+def test_fp8_cache_holds_nearly_twice_the_tokens(model: str) -> None:
     shape = shape_of(model, 1)
     config = replace(
         ModelConfig.from_dir(EMBEDDED_MODEL), num_hidden_layers=28, head_dim=128,
@@ -134,8 +134,8 @@ def test_settings_are_checked() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="an engine's workers would be interpreted too")
-def test_a_cpu_refuses_it() -> None:
-    """The setting reaches the worker, whose text reaches the caller."""
+def test_cpu_is_rejected() -> None:
+    """The setting reaches the worker, and its error text reaches the caller."""
     with pytest.raises(ConfigError, match="kv_cache_dtype='fp8': only supported on GPUs"):
         octavo.LLM(device="cpu", kv_cache_dtype="fp8")
 
@@ -148,8 +148,8 @@ def oracle_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.skipif(INTERPRETED, reason="an engine's workers would be interpreted too")
 @pytest.mark.usefixtures("oracle_worker")
-def test_the_embedded_model_answers_as_without() -> None:
-    """By the oracles, on the CPU, through an engine and its worker."""
+def test_embedded_model_gives_nearly_the_same_answers() -> None:
+    """Use the reference implementations on the CPU, through an engine and its worker."""
     asked = [question for kind in KINDS for question in islice(questions(kind, 7), 5)]
     greedy = octavo.SamplingParams(temperature=0, max_tokens=32)
     found = []

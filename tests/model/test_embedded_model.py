@@ -1,4 +1,4 @@
-"""The embedded model: small, right, and the same model to transformers. Its training resumes."""
+"""The embedded model: size, accuracy, equality with transformers, and resumable training."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -37,7 +37,7 @@ def answer(llm: octavo.LLM) -> Callable[[list[Question]], list[str]]:
     return answer
 
 
-def test_it_is_small() -> None:
+def test_model_is_small() -> None:
     info = checkpoint_info(None, "huggingface", "float32", 1)
     assert info.parameters <= 10_000_000
     assert sum(file.stat().st_size for file in EMBEDDED_MODEL.glob("*.safetensors")) <= 20_000_000
@@ -45,18 +45,18 @@ def test_it_is_small() -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_it_answers_right(kind: str, answer: Callable[[list[Question]], list[str]]) -> None:
-    """A sample; `benchmarks/eval_demo_model.py` measures a thousand of each kind."""
+def test_model_answers_correctly(kind: str, answer: Callable[[list[Question]], list[str]]) -> None:
+    """Measure a sample; `benchmarks/eval_demo_model.py` measures a thousand of each kind."""
     found = measure(answer, kind, 40, seed=3)
     assert found["right"] >= 0.85, found
 
 
-def test_it_says_what_it_is(answer: Callable[[list[Question]], list[str]]) -> None:
+def test_model_identifies_itself(answer: Callable[[list[Question]], list[str]]) -> None:
     assert "Octavo" in answer([WHO])[0]
 
 
 def test_transformers_gives_the_same_tokens(llm: octavo.LLM) -> None:
-    """Of the same folder, in float32, for every kind of question."""
+    """Compare in float32 for every kind of question."""
     reference = TransformersModel(EMBEDDED_MODEL)
     asked = [WHO, *(question for kind in KINDS for question in islice(questions(kind, 11), 3))]
     outputs = llm.chat([question.messages for question in asked], GREEDY)
@@ -98,7 +98,7 @@ def test_training_is_seeded_and_resumes(tmp_path: Path) -> None:
 
 
 def test_labels_lie_where_the_marks_are() -> None:
-    """Each digit of a number has its label, and in reading order."""
+    """The label of each digit is at its position, in reading order."""
     tokenizer = train.make_tokenizer(train.VOCABULARY)
     maker = Maker(tokenizer, np.random.default_rng(5), 0.0)
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""The rules of the house: arrows point down, nothing dangerous is called, files stay short."""
+"""Architecture rules: layering of imports, forbidden calls, and sizes of files and functions."""
 
 import ast
 import sys
@@ -17,7 +17,7 @@ FILES = sorted(
     if not path.name.endswith("_pb2.py")
 )
 
-# From bottom to top; a room imports from rooms before it, and from itself.
+# From bottom to top; a package imports only from itself and from layers above it in this list.
 LAYERS = [
     ("proto", "scheduler", "kernels"),
     ("engine.errors",),
@@ -54,7 +54,7 @@ def room_of(module: str) -> str | None:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of what a file imports; our own without `octavo.`."""
+    """Yield the absolute names of a file's imports, without the prefix `octavo.`."""
     package = name_of(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -76,7 +76,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_arrows_point_down(path: Path) -> None:
+def test_imports_follow_the_layers(path: Path) -> None:
     here = room_of(name_of(path))
     for module in imports(path):
         there = room_of(module)
@@ -92,7 +92,7 @@ def test_arrows_point_down(path: Path) -> None:
         ("kernels", {*sys.stdlib_module_names, "torch", "triton"}),
     ],
 )
-def test_who_may_import_what(room: str, allowed: set[str]) -> None:
+def test_packages_import_only_allowed_modules(room: str, allowed: set[str]) -> None:
     for path in (ROOT / room).glob("*.py"):
         for module in imports(path):
             assert module.split(".")[0] in {*allowed, room}, f"{path.name} imports {module}"
@@ -105,8 +105,7 @@ def calls(path: Path) -> Iterator[str]:
 
 
 def test_L24_pickle() -> None:
-    """No pickle anywhere, not even torch's own between ranks; processes meet at Unix sockets and
-    on loopback alone."""
+    """No pickle anywhere, including torch's between ranks; only Unix sockets and loopback."""
     for path in FILES:
         wrong = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
         assert not wrong & {module.split(".")[0] for module in imports(path)}, path
@@ -127,7 +126,7 @@ def test_L24_pickle() -> None:
 
 
 def test_L25_torch_load() -> None:
-    """Weights come from safetensors alone; nothing is evaluated. (Training keeps its own state.)"""
+    """Weights are loaded only from safetensors and nothing is evaluated, except for training."""
     for path in FILES:
         if "demo_model" in path.parts:
             continue
@@ -143,7 +142,7 @@ def test_files_are_short() -> None:
 
 
 def test_functions_are_short() -> None:
-    """At most 60 lines, but for kernels; nine in ten under 30."""
+    """Functions have at most 60 lines, except kernels; nine in ten have under 32."""
     sizes = []
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -158,6 +157,6 @@ def test_functions_are_short() -> None:
 
 
 def test_every_folder_is_a_package() -> None:
-    """setup.py installs the folders that have an `__init__.py`."""
+    """setup.py installs only folders that have an `__init__.py`."""
     for path in FILES:
         assert (path.parent / "__init__.py").exists(), path

@@ -1,9 +1,8 @@
-"""`octavo.Engine` within a program of another stack's: one process with Ray, under the versions of
-protobuf and gRPC that Ray and vLLM allow.
+"""`octavo.Engine` embedded in a program with Ray, with the protobuf and gRPC versions of others.
 
-Ray 2.60 asks for protobuf >= 3.20.3 and grpcio >= 1.42; vLLM 0.33 for protobuf >= 5.29.6 but for
-6.30 to 6.33.4 (no 6 is older), and by OpenTelemetry for grpcio >= 1.63.2; we for protobuf >= 4.25
-and grpcio >= 1.62. The newest are those that the whole suite runs with.
+Ray 2.60 requires protobuf >= 3.20.3 and grpcio >= 1.42; vLLM 0.33 requires protobuf >= 5.29.6
+except 6.30 to 6.33.4 (no older 6.x), and grpcio >= 1.63.2 through OpenTelemetry; Octavo requires
+protobuf >= 4.25 and grpcio >= 1.62. The whole test suite runs with the newest versions.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ with octavo.Engine(dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 <
     print(json.dumps([start() for _ in range(20)]))
 """
 BESIDE = ("grpcio-health-checking", "grpcio-reflection", "grpcio-status")
-# What Ray imports and pip would choose otherwise with an older protobuf.
+# Ray imports these, and pip would otherwise choose them with an older protobuf.
 LOOSE = ("googleapis-common-protos", "google-api-core")
 
 
@@ -73,13 +72,13 @@ def run(paths: list[str], program: str = PROGRAM, **variables: str) -> list[Any]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_engine_runs_beside_ray() -> None:
+def test_engine_runs_alongside_ray() -> None:
     *_, text, doubled = run([])
     assert "Octavo" in text and doubled == 42
 
 
-def test_programs_start_beside_the_engine() -> None:
-    """As `ray.init` starts its own, with the variable that docs/scaling.md names."""
+def test_subprocesses_start_alongside_the_engine() -> None:
+    """Start them as `ray.init` does, with the variable documented in docs/scaling.md."""
     assert run([], FORKS, GRPC_ENABLE_FORK_SUPPORT="0") == [0] * 20
 
 
@@ -87,13 +86,15 @@ def test_programs_start_beside_the_engine() -> None:
 @pytest.mark.parametrize(
     ("protobuf", "grpcio"),
     [
-        ("4.25.8", "1.62.3"),  # our least
-        ("5.29.6", "1.63.2"),  # vLLM's least, and its last before what it leaves out
-        ("6.33.5", "1.78.0"),  # its first behind that
+        ("4.25.8", "1.62.3"),  # our minimum
+        ("5.29.6", "1.63.2"),  # vLLM's minimum, the last before its excluded range
+        ("6.33.5", "1.78.0"),  # the first after that range
     ],
 )
-def test_the_engine_runs_beside_ray_with(protobuf: str, grpcio: str, tmp_path: Path) -> None:
-    """The versions lie before those of the environment on the path: torch is not copied."""
+def test_engine_runs_alongside_ray_with_versions(
+    protobuf: str, grpcio: str, tmp_path: Path
+) -> None:
+    """These versions precede the environment's on the path, so torch need not be installed."""
     wanted = [f"protobuf=={protobuf}", *(f"{name}=={grpcio}" for name in ("grpcio", *BESIDE))]
     command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path)]
     subprocess.run([*command, *wanted, *LOOSE], check=True, capture_output=True, timeout=240)

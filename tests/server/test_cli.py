@@ -1,4 +1,4 @@
-"""The command line: help that teaches, one line for what the user can mend, numbers as JSON."""
+"""The command line: help, user errors in one line, JSON output."""
 
 import json
 import subprocess
@@ -16,12 +16,12 @@ from octavo.engine.cli.main import app
 
 
 def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In this process: a new one takes two seconds to import what a command needs."""
+    """Run a command in this process: a new process spends two seconds on imports."""
     done = CliRunner().invoke(app, arguments)
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
-def test_the_program() -> None:
+def test_user_error_exits_with_2_and_one_line() -> None:
     command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "info", "--model", "/no/such"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["info"], ["bench", "throughput"]])
-def test_help_teaches(command: list[str]) -> None:
+def test_help_lists_options(command: list[str]) -> None:
     done = octavo(*command, "--help")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) > 8
@@ -52,9 +52,9 @@ def test_serve_has_vllms_names() -> None:
 
 
 def test_a_model_without_its_option(checkpoint: str) -> None:
-    """As others' `serve MODEL`."""
+    """Accept `serve MODEL`, as vLLM does."""
     texts = [octavo("info", *given).stdout for given in ([checkpoint], ["--model", checkpoint])]
-    first, second = (text.partition("  free now")[0] for text in texts)  # other programs run too
+    first, second = (text.partition("  free now")[0] for text in texts)  # free memory varies
     assert first == second != ""
     done = octavo("info", checkpoint, "--model", "/no/such")
     assert done.returncode == 2 and "pass only one" in done.stderr
@@ -80,8 +80,8 @@ def test_info(checkpoint: str) -> None:
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_info_promises_what_serve_takes(checkpoint: str, quantization: str | None) -> None:
-    """As measured by an engine with the same settings."""
+def test_info_matches_what_serve_allocates(checkpoint: str, quantization: str | None) -> None:
+    """Compare with the measurements of an engine with the same settings."""
     found = checkpoint_info(checkpoint, "huggingface", "float32", 1, quantization)
     with octavo_package.LLM(checkpoint, dtype="float32", quantization=quantization) as llm:
         assert found.kv_cache_tokens == llm.engine.num_blocks * 16
@@ -91,7 +91,7 @@ def test_info_promises_what_serve_takes(checkpoint: str, quantization: str | Non
 
 
 def test_info_of_the_real_shapes(tmp_path: Path) -> None:
-    """A folder with just a config.json tells what the 7B needs."""
+    """A folder with only a config.json is enough for the 7B's requirements."""
     config = (Path(__file__).parents[1] / "data/config-7b.json").read_text()
     (tmp_path / "config.json").write_text(config)
     done = octavo("info", "--model", str(tmp_path), "--json", "--tensor-parallel-size", "4")
@@ -101,7 +101,7 @@ def test_info_of_the_real_shapes(tmp_path: Path) -> None:
     assert found["tensor_parallel_sizes"] == [1, 2, 4]
 
 
-def test_chat_here(checkpoint: str, tmp_path: Path) -> None:
+def test_chat_without_a_server(checkpoint: str, tmp_path: Path) -> None:
     Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
     image = ["--image", str(tmp_path / "a.png")]
     done = octavo("chat", "--model", checkpoint, "--max-tokens", "5", *image, "What is it?")
@@ -149,7 +149,7 @@ def test_bench_overhead() -> None:
         (["bench", "throughput", "--image-size", "big"], "WIDTHxHEIGHT"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(arguments: list[str], words: str) -> None:
+def test_user_errors_are_one_line(arguments: list[str], words: str) -> None:
     done = octavo(*arguments)
     assert done.returncode == 2
     assert words in done.stderr

@@ -1,4 +1,4 @@
-"""Connections that send nothing, send nonsense or read nothing: bounded in number, time and log."""
+"""Idle, malformed and unread connections are bounded in number, time and log volume."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ STREAM = POST.replace(b"/v1/completions", b"/stream") + b"Content-Length: 0\r\n\
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
-    """`/health`; `/stream`, which never ends; else the length of what was sent."""
+    """Serve `/health`, an endless `/stream`, and else the size of the request body."""
     if scope["path"] == "/stream":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while True:
@@ -70,7 +70,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Site:
-    """The HTTP server's connections and guard around `application`, without an engine."""
+    """The HTTP server's connections and auth middleware around `application`, without an engine."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Site:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What a server sends until it closes the connection, however it does."""
+    """Return what a server sends until it closes or resets the connection."""
     found = b""
     with suppress(ConnectionError):
         while data := connection.recv(1 << 16):
@@ -145,7 +145,7 @@ def make_site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Site]]:
 
 
 def test_L38_idle_connections_half_sent_heads_are_closed(make_site: Callable[..., Site]) -> None:
-    """Also those that send a byte now and then."""
+    """Close silent connections and incomplete headers, even if bytes keep trickling in."""
     site = make_site(timeouts=Timeouts(head=0.4))
     silent, half = site.open(), site.open(b"GET /health HTTP/1.1\r\nHo")
     dribbling = site.open(b"GET /health HTTP/1.1\r\nX: ")
@@ -154,11 +154,11 @@ def test_L38_idle_connections_half_sent_heads_are_closed(make_site: Callable[...
     wait_for(lambda: len(site.acceptor) == 0)
     assert site.counts == {"receive_timeout": 3}
     again = site.open(HEALTH.replace(b"Connection: close\r\n", b"") + b"GET /hea")
-    assert read_all(again).startswith(b"HTTP/1.1 200"), "answered, then closed: the next is half"
+    assert read_all(again).startswith(b"HTTP/1.1 200"), "the first request gets an answer"
 
 
 def _dribble(connection: socket.socket) -> bool:
-    """Send one byte; False where the connection is closed."""
+    """Send one byte; return False if the connection is closed."""
     time.sleep(0.02)
     try:
         connection.sendall(b"a")
@@ -180,7 +180,7 @@ def test_L38_idle_connections_slow_bodies_end_with_408(make_site: Callable[..., 
 
 
 def test_a_long_upload_that_makes_progress_is_received(make_site: Callable[..., Site]) -> None:
-    """Its time is not bounded, but the time of each 64 KiB."""
+    """An upload's total time is unbounded; only the time of each 64 KiB is bounded."""
     site = make_site(timeouts=Timeouts(body=1.0))
     with site.open(POST + b"Content-Length: 655360\r\nConnection: close\r\n\r\n") as upload:
         for _ in range(10):
@@ -199,7 +199,7 @@ def test_an_upload_in_progress_is_not_in_flight_work(make_site: Callable[..., Si
 
 
 def test_L38_idle_connections_make_way_at_the_limit(make_site: Callable[..., Site]) -> None:
-    """Those that have waited longest are closed; one whose request is answered never is."""
+    """The longest-waiting connections are closed, but none with a request in progress."""
     site = make_site(total=8)
     streaming = site.open(
         POST.replace(b"/v1/completions", b"/stream") + b"Content-Length: 0\r\n\r\n"
@@ -212,7 +212,7 @@ def test_L38_idle_connections_make_way_at_the_limit(make_site: Callable[..., Sit
         assert len(site.acceptor) <= 8
     assert site.counts["connection_limit"] >= 33
     for _ in range(100):
-        assert streaming.recv(10_000), "the stream goes on"
+        assert streaming.recv(10_000), "the stream was closed"
     streaming.close()
 
 
@@ -225,7 +225,7 @@ def test_one_peer_has_a_share_of_the_waiting_connections() -> None:
 
 
 class FullListener(socket.socket):
-    """A listener of a process that has no descriptors left, for some time."""
+    """A listener of a process that is out of file descriptors for the first accepts."""
 
     num_failures = 5
 
@@ -243,13 +243,13 @@ def test_L38_idle_connections_out_of_descriptors(
     listener.bind(("127.0.0.1", 0))
     listener.listen(16)
     site = make_site(listener=listener)
-    assert site.ask().startswith(b"HTTP/1.1 200"), "it waits in the backlog meanwhile"
+    assert site.ask().startswith(b"HTTP/1.1 200"), "the connection should wait in the backlog"
     assert site.counts == {"accept_error": 5}
     assert len(caplog.records) == 1
 
 
 def test_L38_idle_connections_endless_headers(make_site: Callable[..., Site]) -> None:
-    """Whether or not httptools is installed: it bounds nothing."""
+    """Headers are bounded with and without httptools, which has no limit."""
     site = make_site()
     with site.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n") as endless:
         sent = 0
@@ -274,8 +274,8 @@ def test_L38_idle_connections_unread_responses_end(make_site: Callable[..., Site
 
 
 @pytest.mark.parametrize("is_rejected", [False, True])
-def test_a_body_that_nobody_reads_ends(make_site: Callable[..., Site], is_rejected: bool) -> None:
-    """Of a request that was answered before its body was here."""
+def test_unread_request_body_is_bounded(make_site: Callable[..., Site], is_rejected: bool) -> None:
+    """The response was sent before the body arrived."""
     site = make_site(timeouts=Timeouts(body=0.2))
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
     if is_rejected:
@@ -331,7 +331,7 @@ def test_100_continue_comes_when_the_body_is_read(make_site: Callable[..., Site]
     assert site.ask(POST + expect + too_large).startswith(b"HTTP/1.1 413")
 
 
-def test_pipelined_requests_are_answered_in_turn(make_site: Callable[..., Site]) -> None:
+def test_pipelined_requests_are_answered_in_order(make_site: Callable[..., Site]) -> None:
     site = make_site()
     many = HEALTH.replace(b"Connection: close\r\n", b"") * 50 + HEALTH
     assert site.ask(many).count(b"HTTP/1.1 200") == 51
@@ -356,7 +356,7 @@ def test_L38_idle_connections_of_the_metrics_port_hold_no_threads() -> None:
 
 @contextmanager
 def _metrics(stats: Any) -> Iterator[tuple[str, int]]:
-    """A metrics port of an engine that has no numbers."""
+    """Run a metrics server without metrics."""
     from prometheus_client import CollectorRegistry
 
     from octavo.engine.server.metrics_server import MetricsServer
@@ -411,7 +411,7 @@ def test_malformed_calls_write_nothing_into_the_log(
             with suppress(grpc.RpcError):
                 list(channel.stream_stream(path)(iter(()), timeout=0.3))
     assert not [each for each in caplog.records if each.exc_info]
-    # Random bytes can be a request, whose end is logged as any other's.
+    # Random bytes may form a valid request, which is logged when it finishes.
     assert not [each for each in caplog.records if each.name != "octavo.request"]
 
 
@@ -437,7 +437,7 @@ def test_L38_idle_connections_a_call_without_its_message_ends(
 def test_L38_idle_connections_a_stream_that_is_not_read_ends(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not delay draining; who reads again gets what was sent, and then a status."""
+    """An unread stream does not delay draining; a late reader gets the sent data and a status."""
     monkeypatch.setattr(work, "SEND_TIMEOUT", 0.5)
     sampling = pb.SamplingParams(max_tokens=900, ignore_eos=True, n=16, logprobs=20)
     request = pb.GenerateRequest(text="hello", sampling=sampling)
@@ -454,7 +454,7 @@ def test_L38_idle_connections_a_stream_that_is_not_read_ends(
 
 
 def test_several_requests_may_share_an_x_request_id(served: Served) -> None:
-    """A mesh's trace id. `request_id` names one request alone."""
+    """`x-request-id` may be a shared trace id; `request_id` must be unique."""
     shared = (("x-request-id", "trace-1"),)
     sampling = pb.SamplingParams(max_tokens=900, ignore_eos=True)
     with grpc.insecure_channel(served.address) as channel:
@@ -492,7 +492,7 @@ def test_a_repeated_line_is_throttled(caplog: pytest.LogCaptureFixture) -> None:
     assert sum(rejected) == logs.MAX_REJECTIONS
     assert passes("octavo.request", finish_reason="refused", code="Y")
     library = [passes("asyncio", f"error {i} %s") for i in range(500)]
-    assert sum(library) == logs.MAX_LIBRARY_LINES, "whatever the texts are"
+    assert sum(library) == logs.MAX_LIBRARY_LINES, "limited whatever the texts"
     errors = [passes("octavo.server", exc_info=(None, None, None)) for _ in range(50)]
     assert sum(errors) == logs.MAX_TRACEBACKS
     now += logs.THROTTLE_INTERVAL
@@ -519,7 +519,7 @@ def test_the_log_says_which_apis_are_served() -> None:
 
 @contextmanager
 def limited_server(folder: Path, num_descriptors: int) -> Iterator[Any]:
-    """`octavo serve` with keys, few descriptors and all of its ports."""
+    """Run `octavo serve` with API keys, few file descriptors and all its ports."""
     command = [sys.executable, "-P", "-m", "octavo.engine.cli.main", "serve", "--model"]
     command += [str(write_tiny_checkpoint(folder)), "--port", "0", "--http-port", "0"]
     command += ["--metrics-port", "0", "--dtype", "float32", "--max-model-len", "512"]
@@ -555,7 +555,7 @@ def _threads(pid: int) -> int:
 
 
 def _fuzz(folder: Path, seeds: range, num_descriptors: int) -> None:
-    """Afterwards all ports answer, and descriptors, threads and log are bounded."""
+    """Fuzz a server; then all ports must answer, and descriptors, threads and log be bounded."""
     with limited_server(folder, num_descriptors) as server, ExitStack() as stack:
         http, rpc, metrics = server.addresses
         pid, before = server.process.pid, _threads(server.process.pid)

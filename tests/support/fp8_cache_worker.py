@@ -1,6 +1,9 @@
-"""A worker whose KV cache may be in FP8 on a CPU too, by the kernels' oracles: slow, to see what it
-does to answers where there is no GPU. `python -P -m octavo.tests.support.fp8_cache_worker --socket
-PATH`; `engine.worker.process.WORKER_MODULE` names it."""
+"""A worker that supports FP8 KV caches on a CPU, with the kernels' reference implementations.
+
+Slow; used to measure the effect of FP8 on outputs without a GPU. Set
+`engine.worker.process.WORKER_MODULE` to this module, or run `python -P -m
+octavo.tests.support.fp8_cache_worker --socket PATH`.
+"""
 
 from __future__ import annotations
 

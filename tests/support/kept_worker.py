@@ -1,4 +1,4 @@
-"""An `octavo worker` for tests."""
+"""An `octavo worker` process for tests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ READY = re.compile(r"ready worker=(\S+) rank=(\d+) pid=(\d+)")
 
 @dataclass
 class Kept:
-    """An `octavo worker` and where it last was ready."""
+    """An `octavo worker` process, with the address and pid of its latest ready line."""
 
     process: subprocess.Popen[str]
     address: str = ""
     pid: int = 0
 
     def read(self) -> None:
-        """Waits until its worker is ready."""
+        """Wait until the worker is ready."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         match = READY.fullmatch(line.strip())
@@ -31,7 +31,7 @@ class Kept:
         self.address, self.pid = match[1], int(match[3])
 
     def follow(self) -> None:
-        """Reads on, so that `pid` is the latest."""
+        """Keep reading ready lines in the background, so that `pid` stays up to date."""
 
         def run() -> None:
             assert self.process.stdout is not None
@@ -49,7 +49,7 @@ class Kept:
 def keep(
     model: Path, *args: str, env: dict[str, str] | None = None, within: tuple[str, ...] = ()
 ) -> Kept:
-    """`within` is what the command is started by, such as `ip netns exec NAME`."""
+    """Start an `octavo worker`; `within` prefixes the command, e.g. `ip netns exec NAME`."""
     command = [
         sys.executable,
         "-P",

@@ -1,4 +1,4 @@
-"""The cores that a process may use, and how ranks that were started apart share them."""
+"""CPU cores available to a process, and their distribution among ranks."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        (None, 8),  # no cgroup of version 2
+        (None, 8),  # no cgroup v2
         ("max 100000\n", 8),
         ("400000 100000\n", 4),
         ("250000 100000\n", 3),
         ("10000 100000\n", 1),
-        ("6400000 100000\n", 8),  # more than there are
+        ("6400000 100000\n", 8),  # more than the machine has
         ("what ever\n", 8),
         ("\n", 8),
     ],
 )
-def test_a_container_with_a_limit_has_fewer(cgroup: Path, text: str | None, count: int) -> None:
+def test_cgroup_limit_reduces_num_cores(cgroup: Path, text: str | None, count: int) -> None:
     if text is not None:
         cgroup.write_text(text)
     assert num_cores() == count
 
 
-def test_a_process_that_is_pinned_has_fewer() -> None:
-    """In a process of its own, for real."""
+def test_affinity_reduces_num_cores() -> None:
+    """Pin a real process."""
     one = min(os.sched_getaffinity(0))
     script = (
         f"import os; os.sched_setaffinity(0, {{{one}}})\n"
@@ -51,8 +51,10 @@ def test_a_process_that_is_pinned_has_fewer() -> None:
     assert done.stdout.split() == ["1"], done.stderr
 
 
-def test_who_shares(cgroup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same machine's same cores, unless each has a limit of its own."""
+def test_cores_id_identifies_shared_cores(
+    cgroup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes with the same cores of a machine share an id, unless each has its own limit."""
     plain = cores_id()
     assert cores_id() == plain
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
@@ -69,17 +71,17 @@ def test_who_shares(cgroup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cores_id() not in (plain, limited)
 
 
-def test_an_engines_own_ranks_share_what_it_may_use(
+def test_local_ranks_share_the_available_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Not the machine's cores: a container of 4 cores on a machine of 64 would start 64 threads."""
+    """Use the container's cores, not the machine's: 4 of 64 cores must not start 64 threads."""
     started: list[dict[str, str]] = []
     monkeypatch.setattr(process, "start_tied", lambda *_, env, **__: started.append(env))
     monkeypatch.setattr(process, "num_cores", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for num_ranks in (1, 2, 8):
         process._start(tmp_path / "socket", num_ranks, 0)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's word goes first
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's setting takes precedence
     process._start(tmp_path / "socket", 2, 0)
     assert [env["OMP_NUM_THREADS"] for env in started] == ["4", "2", "1", "3"]
 
@@ -87,8 +89,8 @@ def test_an_engines_own_ranks_share_what_it_may_use(
 @pytest.mark.parametrize(
     ("num_sharing", "set_by_user", "expected"), [(0, "", 1), (1, "", 6), (2, "", 3), (2, "1", 1)]
 )
-def test_a_rank_apart_takes_its_share(num_sharing: int, set_by_user: str, expected: int) -> None:
-    """In every thread that computes later, the kernels' own included: they ask torch."""
+def test_remote_rank_takes_its_share(num_sharing: int, set_by_user: str, expected: int) -> None:
+    """The limit holds in threads started later and in our kernels, which ask torch."""
     script = (
         "import threading, torch\n"
         "from octavo.engine.worker import worker\n"

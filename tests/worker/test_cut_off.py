@@ -1,5 +1,7 @@
-"""Messages that are lost: a rank that missed a step is brought back in line, each step runs once,
-and a rank that stays out of reach is replaced."""
+"""Lost messages between the engine and its workers.
+
+A rank that missed a step catches up, each step runs once, and an unreachable rank is replaced.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,10 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512}
 PROMPTS = ["Who are you?", "What is it?", "And this?"]
 
 
-# Steps in their order, each once
+# Step order
 
 
-def test_steps_run_in_order_whatever_order_they_come_in() -> None:
+def test_steps_run_in_order_whatever_their_arrival_order() -> None:
     steps: StepSequence[int] = StepSequence()
     ran: list[int] = []
 
@@ -52,7 +54,7 @@ def test_steps_run_in_order_whatever_order_they_come_in() -> None:
     assert ran == list(range(1, 41))
 
 
-def test_a_step_that_comes_again_is_not_run_again() -> None:
+def test_duplicate_step_is_not_run_again() -> None:
     steps: StepSequence[int] = StepSequence()
     ran: list[int] = []
     first = steps.submit(0, 4, lambda: ran.append(4) or 4)
@@ -63,7 +65,7 @@ def test_a_step_that_comes_again_is_not_run_again() -> None:
     assert steps.latest == 5
 
 
-def test_a_step_whose_forerunner_was_missed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_after_a_missed_step_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_order, "ORDER_TIMEOUT", 0.05)
     steps: StepSequence[int] = StepSequence()
     steps.submit(0, 1, lambda: 1)
@@ -73,8 +75,8 @@ def test_a_step_whose_forerunner_was_missed_says_so(monkeypatch: pytest.MonkeyPa
     assert steps.submit(2, 3, lambda: 3).result() == 3
 
 
-def test_a_step_whose_forerunner_failed_fails_too() -> None:
-    """It has nothing to go on from."""
+def test_step_after_a_failed_step_fails() -> None:
+    """The later step depends on the results of the earlier one."""
     steps: StepSequence[int] = StepSequence()
     first = steps.submit(0, 1, lambda: 1 // 0)
     second = steps.submit(1, 2, lambda: 2)
@@ -86,7 +88,7 @@ def test_a_step_whose_forerunner_failed_fails_too() -> None:
 
 
 class Stub:
-    """Answers pings as told."""
+    """A worker stub whose ping answer is set by the test."""
 
     def __init__(self) -> None:
         self.answer: Future[Any] = Future()
@@ -103,7 +105,7 @@ class Unavailable(grpc.RpcError):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Stub, list[float]]]:
-    """A worker without a process, its stub, and the time."""
+    """Yield a worker link without a process, its stub, and the fake clock."""
     now = [100.0]
     monkeypatch.setattr(link.time, "monotonic", lambda: now[0])
     child = subprocess.Popen(["true"])
@@ -114,7 +116,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Stub, list[f
     child.wait()
 
 
-def test_a_worker_out_of_reach_is_silent_after_some_seconds_of_looking(watched: Any) -> None:
+def test_unreachable_worker_times_out_after_several_pings(watched: Any) -> None:
     worker, _, now = watched
     for _ in range(10):
         worker.check_answers()
@@ -125,10 +127,10 @@ def test_a_worker_out_of_reach_is_silent_after_some_seconds_of_looking(watched: 
             now[0] += 0.5
 
 
-def test_a_worker_is_not_silent_while_nobody_looks_or_while_it_answers_steps(watched: Any) -> None:
+def test_ping_timeout_excludes_idle_time_and_answered_steps(watched: Any) -> None:
     worker, stub, now = watched
     worker.check_answers()
-    now[0] += 3600  # an `LLM` without work: nobody looked
+    now[0] += 3600  # an idle `LLM` sends no pings
     worker.check_answers()
     for _ in range(40):
         worker.check_answers()
@@ -141,7 +143,7 @@ def test_a_worker_is_not_silent_while_nobody_looks_or_while_it_answers_steps(wat
         worker.check_answers()
 
 
-# The engine and its workers
+# Engine and workers
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def answers(llm: octavo.LLM) -> list[list[int]]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("place", ["received", "unpacked", "replies"])
-def test_a_rank_that_missed_a_step_or_whose_answer_was_lost_is_asked_again(
+def test_lost_steps_and_lost_answers_are_resent(
     checkpoint: Path,
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -176,12 +178,12 @@ def test_a_rank_that_missed_a_step_or_whose_answer_was_lost_is_asked_again(
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=ranks) as llm:
         pids = llm.engine.worker_pids
         assert answers(llm) == expected
-        assert len(list(tmp_path.iterdir())) == 4, "not all messages were lost"
+        assert len(list(tmp_path.iterdir())) == 4, "some failpoints did not fire"
         assert llm.engine.worker_pids == pids and llm.engine.restarts.times == []
 
 
 class Proxy:
-    """Stands between an engine and a worker's socket."""
+    """A proxy between an engine and a worker's socket."""
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_suffix(".proxy")
@@ -218,7 +220,7 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """All connections break; new ones can be made."""
+        """Break all connections; new ones can be opened."""
         for pair in self._pairs:
             for end in pair:
                 with contextlib.suppress(OSError):
@@ -226,7 +228,7 @@ class Proxy:
         self._pairs.clear()
 
     def block(self) -> None:
-        """Nothing passes any more, and nobody is told."""
+        """Silently stop forwarding data."""
         self._open.clear()
 
 
@@ -247,7 +249,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Proxy]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_connection_that_breaks_is_made_again(
+def test_broken_connection_is_reopened(
     checkpoint: Path, expected: list[list[int]], proxies: list[Proxy], ranks: int
 ) -> None:
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=ranks) as llm:
@@ -257,7 +259,7 @@ def test_a_connection_that_breaks_is_made_again(
         assert llm.engine.worker_pids == pids and llm.engine.restarts.times == []
 
 
-def test_a_rank_that_is_cut_off_is_told_by_its_silence_and_replaced(
+def test_unreachable_rank_is_detected_by_ping_timeout_and_replaced(
     checkpoint: Path,
     expected: list[list[int]],
     proxies: list[Proxy],
@@ -272,21 +274,21 @@ def test_a_rank_that_is_cut_off_is_told_by_its_silence_and_replaced(
         assert len(llm.engine.restarts.times) == 1
 
 
-def test_a_step_of_another_epoch_is_refused(checkpoint: Path) -> None:
+def test_step_of_another_epoch_is_rejected(checkpoint: Path) -> None:
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         group = llm.engine.group
         stub = group._workers[0].stub
         request = pb.StepRequest(epoch=group.epoch + 1, step_id=1)
         with pytest.raises(grpc.RpcError, match="is not the current one") as caught:
             stub.Step(request)
-        assert str(group.epoch) not in caught.value.details()  # who does not know it is not told
+        assert str(group.epoch) not in caught.value.details()  # the epoch is not disclosed
         assert stub.Ping(pb.PingRequest(epoch=group.epoch + 1)).epoch == 0
         assert stub.Ping(pb.PingRequest(epoch=group.epoch)).epoch == group.epoch
         assert answers(llm) == answers(llm)
 
 
-def test_a_step_of_seconds_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pings are answered beside it: a first encode may take long."""
+def test_long_step_does_not_trigger_the_ping_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pings are answered during a step, such as a long first encode."""
     monkeypatch.setattr(link, "PING_TIMEOUT", 0.7)
     with sleeping(2500), octavo.LLM(max_num_batched_tokens=1100) as llm:
         pids = llm.engine.worker_pids

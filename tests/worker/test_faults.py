@@ -1,5 +1,7 @@
-"""Workers that are killed, hang, raise or run out of memory: they come back, and no stream loses or
-repeats a token."""
+"""Worker failures: kills, hangs, exceptions, out of memory.
+
+Workers are restarted, and no stream loses or repeats a token.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from octavo.engine.utils import failpoints as failpoint
 from octavo.engine.worker import link, watch
 from octavo.engine.worker.process import WORKER_MODULE
 
-# With penalties: what they look at is kept by the workers, and travels anew to new ones.
+# With penalties: workers store the token history, which is resent after a restart.
 PARAMS = octavo.SamplingParams(
     temperature=0, repetition_penalty=1.5, frequency_penalty=1.2, max_tokens=40, ignore_eos=True
 )
@@ -70,9 +72,7 @@ def tokens(outs: list[octavo.RequestOutput]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("step", [1, 12])
-def test_a_worker_that_is_killed_comes_back(
-    checkpoint: Path, expected: list[list[int]], step: int
-) -> None:
+def test_killed_worker_is_restarted(checkpoint: Path, expected: list[list[int]], step: int) -> None:
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         before = llm.engine.worker_pids
         at_steps(llm, {step}, lambda: os.kill(before[0], signal.SIGKILL))
@@ -82,7 +82,7 @@ def test_a_worker_that_is_killed_comes_back(
         assert tokens(llm.chat(CONVERSATIONS, PARAMS)) == expected
 
 
-def test_one_of_two_ranks_that_is_killed_brings_both_back(
+def test_killing_one_of_two_ranks_restarts_both(
     checkpoint: Path, expected: list[list[int]]
 ) -> None:
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
@@ -92,7 +92,7 @@ def test_one_of_two_ranks_that_is_killed_brings_both_back(
         assert not set(llm.engine.worker_pids) & set(before)
 
 
-def test_a_worker_that_hangs_is_told_by_its_silence(
+def test_hung_worker_is_detected_by_ping_timeout(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "PING_TIMEOUT", 1.0)
@@ -103,9 +103,7 @@ def test_a_worker_that_hangs_is_told_by_its_silence(
         assert time.monotonic() - start < 60
 
 
-def test_a_worker_that_dies_while_nothing_runs_comes_back(
-    checkpoint: Path, expected: list[list[int]]
-) -> None:
+def test_worker_killed_while_idle_is_restarted(checkpoint: Path, expected: list[list[int]]) -> None:
     async def scenario() -> None:
         async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
             before = engine.worker_pids
@@ -123,7 +121,7 @@ def test_a_worker_that_dies_while_nothing_runs_comes_back(
 def test_requests_that_wait_for_workers_are_counted(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No step sees them, so neither running nor waiting does."""
+    """They count as preparing: no step includes them, so they are neither running nor waiting."""
 
     async def scenario() -> None:
         async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
@@ -145,7 +143,7 @@ def test_requests_that_wait_for_workers_are_counted(
     asyncio.run(scenario())
 
 
-def test_past_max_restarts_the_engine_ends_with_the_cause(checkpoint: Path) -> None:
+def test_engine_stops_with_the_cause_above_max_restarts(checkpoint: Path) -> None:
     with octavo.LLM(checkpoint, **SETTINGS, max_restarts=1) as llm:
         at_steps(llm, {3}, lambda: os.kill(llm.engine.worker_pids[0], signal.SIGKILL))
         llm.chat(CONVERSATIONS, PARAMS)
@@ -170,7 +168,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("place", "action"), PLACES)
-def test_a_fault_at_each_boundary_of_a_worker_s_step(
+def test_failure_at_each_point_of_a_worker_step(
     checkpoint: Path,
     expected: list[list[int]],
     failpoints: Callable[[str], None],
@@ -184,10 +182,10 @@ def test_a_fault_at_each_boundary_of_a_worker_s_step(
         assert len(llm.engine.restarts.times) == 1
 
 
-def test_a_request_that_ends_the_workers_is_found_and_ends_alone(
+def test_only_the_request_that_crashes_workers_fails(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever it runs, the worker is killed: the others go on."""
+    """The worker is killed whenever that request runs; the other requests continue."""
     with octavo.LLM(checkpoint, **SETTINGS, max_restarts=9) as llm:
         send = llm.engine.group.send
         schedule = llm.engine.scheduler.schedule
@@ -224,7 +222,7 @@ def test_deadlines_and_aborts_hold_through_a_restart(checkpoint: Path) -> None:
         engine.add_request("stays", ask("Hey"), PARAMS)
         deltas = engine.step()
         os.kill(engine.worker_pids[0], signal.SIGKILL)
-        deltas += engine.step()  # takes over 0.5 s
+        deltas += engine.step()  # takes more than 0.5 s
         assert [d.finish_reason for d in engine.abort("gone")] == ["abort"]
         while engine.has_requests:
             deltas += engine.step()
@@ -233,7 +231,7 @@ def test_deadlines_and_aborts_hold_through_a_restart(checkpoint: Path) -> None:
         engine.scheduler.check_integrity()
 
 
-def test_rules_of_failpoints() -> None:
+def test_failpoint_rules() -> None:
     rules = failpoint.parse("a.b=kill#3;c@1=raise!/tmp/x")
     assert rules == (
         failpoint.Rule("a.b", "kill", None, 3),
@@ -244,7 +242,7 @@ def test_rules_of_failpoints() -> None:
             failpoint.parse(wrong)
 
 
-def test_ranks_that_wait_for_each_other_for_ever_are_told_by_the_step_s_bound(
+def test_deadlocked_ranks_are_detected_by_the_step_time_bound(
     checkpoint: Path,
     expected: list[list[int]],
     failpoints: Callable[[str], None],
@@ -252,7 +250,7 @@ def test_ranks_that_wait_for_each_other_for_ever_are_told_by_the_step_s_bound(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """They answer pings, and the step never ends."""
+    """They answer pings, but the step never finishes."""
     monkeypatch.setattr(watch, "MIN_BOUND", 2.0)
     failpoints(f"worker.computed@1=wait#17!{tmp_path / 'once'}")
     with octavo.LLM(checkpoint, **SETTINGS, tensor_parallel_size=2) as llm:
@@ -261,7 +259,7 @@ def test_ranks_that_wait_for_each_other_for_ever_are_told_by_the_step_s_bound(
     assert "a step took far longer than expected for its work" in caplog.text
 
 
-def test_an_error_of_ours_in_a_step_is_survived(
+def test_internal_error_in_a_step_is_recovered(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -275,7 +273,7 @@ def test_an_error_of_ours_in_a_step_is_survived(
             assert len(llm.engine.restarts.times) == 1
 
 
-def test_a_request_whose_step_cannot_be_made_ends_alone(
+def test_only_the_request_whose_batch_fails_to_build_fails(
     checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
@@ -293,8 +291,8 @@ def test_a_request_whose_step_cannot_be_made_ends_alone(
     assert found == [expected[0], expected[2]]
 
 
-def test_a_step_left_on_its_way_is_taken_in_while_nobody_asks(checkpoint: Path) -> None:
-    """And if it failed, the workers are new before the next one asks."""
+def test_step_in_flight_is_received_while_idle(checkpoint: Path) -> None:
+    """If it failed, the workers are restarted before the next request."""
 
     async def scenario() -> None:
         async with octavo.AsyncLLM(checkpoint, **SETTINGS) as engine:
@@ -313,15 +311,15 @@ def test_a_step_left_on_its_way_is_taken_in_while_nobody_asks(checkpoint: Path) 
             assert last.finish_reason == "stop"
             deadline = time.monotonic() + 5
             while engine.engine.has_steps:
-                assert time.monotonic() < deadline, "nobody took it in"
+                assert time.monotonic() < deadline, "the step's result was not received"
                 await asyncio.sleep(0.01)
             assert last.usage is not None and len(sent) == last.usage.output_tokens + 1
 
     asyncio.run(scenario())
 
 
-def test_a_worker_that_ends_leaves_other_files_alone() -> None:
-    """It may have been started by hand, with its socket among somebody's files."""
+def test_exiting_worker_deletes_only_its_socket() -> None:
+    """A worker may be started by hand, with its socket in a folder with other files."""
     with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
         mine, socket = Path(folder) / "mine.txt", Path(folder) / "worker.sock"
         mine.write_text("kept")
