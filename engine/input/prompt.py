@@ -217,7 +217,7 @@ def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None])
         count = sum(1 for _ in rest)
         if count:
             raise InputError(
-                f"{kind}s", f"{count} more than the prompt has placeholders; remove them"
+                f"{kind}s", f"{count} more than placeholders in the prompt; remove them"
             )
     return filled
 

@@ -187,10 +187,10 @@ class TrialServer:
         try:
             ready = pb.Ready.FromString(self._channel.recv(PACKET_BYTES))
         except (OSError, DecodeError) as error:
-            raise TrialsUnavailable(f"did not start: {error}") from None
+            raise TrialsUnavailable(f"the trial process did not start: {error}") from None
         if not ready.is_ready:
             reason = ready.error or "the process ended"
-            raise TrialsUnavailable(f"cannot load the tokenizer: {reason}")
+            raise TrialsUnavailable(f"the trial process cannot load the tokenizer: {reason}")
         self._is_ready = True
 
     def _send(self, request: pb.ServerRequest, *descriptors: int) -> None:
