@@ -216,7 +216,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     [
         ("", "has no key"),
         ("# nothing\n", "has no key"),
-        ("short\n", "8 characters"),
+        ("short\n", "8 or more ASCII"),
         ("with a space in it\n", "without spaces"),
         ("schlüssel-0001\n", "ASCII"),
         (None, "cannot read"),
@@ -267,7 +267,7 @@ def test_a_key_file_that_changes_is_read_again(
         other.write_text(f"{KEYS[0]}\n")
         os.replace(other, path)
         assert good() == [KEYS[0], "of-the-environment"]
-    told = [each.levelname for each in caplog.records if "keys" in each.getMessage()]
+    told = [each.levelname for each in caplog.records if "key file" in each.getMessage()]
     assert told == ["INFO", "WARNING", "WARNING", "INFO"], "each change once"
     assert not any(key in caplog.text for key in (*KEYS, "short"))
 
