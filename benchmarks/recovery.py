@@ -18,10 +18,10 @@ from octavo.engine.core.engine import Engine
 from octavo.scheduler.params import SamplingParams
 
 
-def longest_gap(engine: Engine, fault: int | None, prompt_len: int) -> float:
+def longest_gap(engine: Engine, signum: int | None, prompt_len: int) -> float:
     """Return the longest time in seconds between two tokens of a stream of 24.
 
-    After the 8th token, rank 0 receives the signal `fault`.
+    After the 8th token, rank 0 receives the signal `signum`.
     """
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     prompt = {"prompt_token_ids": [number % 200 for number in range(prompt_len)]}
@@ -31,9 +31,9 @@ def longest_gap(engine: Engine, fault: int | None, prompt_len: int) -> float:
         for delta in engine.step():
             if delta.request_id == request_id and delta.token_ids:
                 times.append(time.monotonic())
-        if len(times) == 8 and fault is not None:
-            os.kill(engine.worker_pids[0], fault)
-            fault = None
+        if len(times) == 8 and signum is not None:
+            os.kill(engine.worker_pids[0], signum)
+            signum = None
     return max(after - before for before, after in itertools.pairwise(times))
 
 
@@ -46,12 +46,12 @@ def main(
     """Print the longest time between two tokens: without a failure, after a kill, after a hang."""
     with Engine(model, max_model_len=1024, max_restarts=9) as engine:
         longest_gap(engine, None, prompt_len)  # warm up
-        for name, fault in (
+        for name, signum in (
             ("none", None),
             ("SIGKILL", signal.SIGKILL),
             ("SIGSTOP", signal.SIGSTOP),
         ):
-            print(f"{name}: {longest_gap(engine, fault, prompt_len):.2f} s")
+            print(f"{name}: {longest_gap(engine, signum, prompt_len):.2f} s")
 
 
 if __name__ == "__main__":

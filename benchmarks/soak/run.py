@@ -77,7 +77,7 @@ class ClientProcess:
         for line in self.process.stdout:
             self.last = json.loads(line)
 
-    def tell(self, word: str) -> None:
+    def send(self, word: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
@@ -223,7 +223,7 @@ class Soak:
     def _take_census(self) -> None:
         """Pause the clients and sample the idle server."""
         for client in self._clients:
-            client.tell("pause")
+            client.send("pause")
         deadline = time.monotonic() + SETTLE_TIMEOUT
         while time.monotonic() < deadline and not all(map(_is_idle, self._clients)):
             time.sleep(0.2)
@@ -232,7 +232,7 @@ class Soak:
         number = sum(n for name, n in counts.items() if " " not in name)
         self._censuses.append(replace(self._sample(), num_cases=number))
         for client in self._clients:
-            client.tell("go")
+            client.send("go")
 
     def _seen(self) -> tuple[Counter[str], list[str]]:
         counts: Counter[str] = Counter()

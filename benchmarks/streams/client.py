@@ -33,7 +33,7 @@ class Stream:
 
     index: int
     pieces: Pieces = field(default_factory=list)
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def prompt(self) -> list[int]:
@@ -42,7 +42,7 @@ class Stream:
     def add(self, data: bytes) -> None:
         self.pieces.append((time.monotonic(), data))
         if len(self.pieces) == 3:  # the HTTP header counts as one
-            self.begun.set()
+            self.started.set()
 
 
 async def _read_grpc(channel: grpc.aio.Channel, stream: Stream) -> None:
@@ -129,8 +129,8 @@ async def _read_all(kind: str, address: str, first: int, count: int) -> list[Tex
 
 async def _until_stopped(streams: list[Stream]) -> None:
     for stream in streams:
-        await stream.begun.wait()
-    print("begun", flush=True)
+        await stream.started.wait()
+    print("started", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
 
 

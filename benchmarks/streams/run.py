@@ -107,8 +107,8 @@ def _read(
         if low < high
     ]
     try:
-        begun = [reader.stdout.readline() for reader in readers if reader.stdout]
-        if not all(begun):
+        started = [reader.stdout.readline() for reader in readers if reader.stdout]
+        if not all(started):
             raise ValueError("a reader failed; see its output above")
         time.sleep(seconds)
         for reader in readers:

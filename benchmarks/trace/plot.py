@@ -67,7 +67,7 @@ class Trace:
             limits, *steps = (json.loads(line) for line in lines)
             limits["octavo_trace"]
         except (ValueError, IndexError, KeyError, TypeError):
-            raise TraceError(f"{path}: not an Octavo trace") from None
+            raise TraceError(f"{path}: not a trace recorded by Octavo") from None
         kept = [step for step in steps if step["step"] >= first and (not end or step["step"] < end)]
         if not kept:
             asked = f"{first}:{end or ''}"

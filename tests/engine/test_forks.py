@@ -27,7 +27,7 @@ SETTINGS = dict(dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 << 2
 TEXT = [{"role": "user", "content": "Who are you?"}]
 FEW = octavo.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
-def told(*calls):
+def caught(*calls):
     found = []
     for call in calls:
         try:
@@ -60,13 +60,13 @@ other = octavo.AsyncLLM(MODEL, **SETTINGS)
 async def stream():
     return [delta async for delta in other.chat(TEXT, FEW)]
 def work():
-    found = told(
+    found = caught(
         lambda: llm.chat(TEXT, FEW), lambda: llm.generate("a"), lambda: llm.engine.step(),
         lambda: llm.engine.add_request("a", "a"), lambda: llm.engine.abort("a"),
         lambda: llm.engine.preprocess("a"), lambda: asyncio.run(stream()),
         lambda: asyncio.run(other.abort("a")), lambda: asyncio.run(other.tokenize("a")),
     )
-    assert told(llm.close, other.close, llm.engine.close) == ["None"] * 3
+    assert caught(llm.close, other.close, llm.engine.close) == ["None"] * 3
     with llm:
         pass
     return found
@@ -86,18 +86,18 @@ client = octavo.Client(ADDRESS)
 never_used = octavo.Client(ADDRESS)
 assert ask(client) == 3
 def work():
-    found = told(
+    found = caught(
         lambda: ask(client), lambda: ask(never_used), client.model_info, client.health,
         lambda: client.wait_ready(1), lambda: client.tokenize("a"),
     )
-    assert told(client.close, never_used.close) == ["None"] * 2
+    assert caught(client.close, never_used.close) == ["None"] * 2
     return found + [ask(octavo.Client(ADDRESS))]
 *errors, new = in_fork(work)
 assert ask(client) == 3 and ask(never_used) == 3
 stream = client.chat(TEXT, temperature=0, max_tokens=300, ignore_eos=True)
 next(stream)
-errors += in_fork(lambda: told(lambda: next(stream)))
-busy = in_fork(lambda: told(lambda: octavo.Client(ADDRESS), lambda: octavo.LLM(MODEL)))
+errors += in_fork(lambda: caught(lambda: next(stream)))
+busy = in_fork(lambda: caught(lambda: octavo.Client(ADDRESS), lambda: octavo.LLM(MODEL)))
 assert sum(len(delta.token_ids) for delta in stream) > 200
 def in_child(queue):
     queue.put(ask(octavo.Client(ADDRESS)))
@@ -108,7 +108,7 @@ child.start()
 assert queue.get(timeout=60) == 3
 child.join(60)
 assert child.exitcode == 0
-sent = told(lambda: pickle.dumps(client))
+sent = caught(lambda: pickle.dumps(client))
 print(json.dumps([errors, new, busy, sent]))
 """
 
@@ -171,7 +171,8 @@ def test_L39_clients_are_rejected_in_a_fork_and_new_ones_work(
 
 WITHOUT_SUPPORT = """
 assert ask(octavo.Client(ADDRESS)) == 3
-print(json.dumps(in_fork(lambda: told(lambda: octavo.Client(ADDRESS), lambda: octavo.LLM(MODEL)))))
+made = in_fork(lambda: caught(lambda: octavo.Client(ADDRESS), lambda: octavo.LLM(MODEL)))
+print(json.dumps(made))
 """
 
 

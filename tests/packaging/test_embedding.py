@@ -58,7 +58,7 @@ def start() -> int:
 with octavo.Engine(dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 << 20) as engine:
     print(json.dumps([start() for _ in range(20)]))
 """
-BESIDE = ("grpcio-health-checking", "grpcio-reflection", "grpcio-status")
+GRPC_PACKAGES = ("grpcio-health-checking", "grpcio-reflection", "grpcio-status")
 # Ray imports these, and pip would otherwise choose them with an older protobuf.
 LOOSE = ("googleapis-common-protos", "google-api-core")
 
@@ -95,7 +95,10 @@ def test_engine_runs_alongside_ray_with_versions(
     protobuf: str, grpcio: str, tmp_path: Path
 ) -> None:
     """These versions precede the environment's on the path, so torch need not be installed."""
-    wanted = [f"protobuf=={protobuf}", *(f"{name}=={grpcio}" for name in ("grpcio", *BESIDE))]
+    wanted = [
+        f"protobuf=={protobuf}",
+        *(f"{name}=={grpcio}" for name in ("grpcio", *GRPC_PACKAGES)),
+    ]
     command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path)]
     subprocess.run([*command, *wanted, *LOOSE], check=True, capture_output=True, timeout=240)
     *versions, text, doubled = run([str(tmp_path)])

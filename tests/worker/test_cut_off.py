@@ -109,7 +109,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Stub, list[f
     now = [100.0]
     monkeypatch.setattr(link.time, "monotonic", lambda: now[0])
     child = subprocess.Popen(["true"])
-    worker = WorkerLink(0, 1, grpc.insecure_channel("unix:nobody"), process.ChildProcess(child))
+    worker = WorkerLink(0, 1, grpc.insecure_channel("unix:unused"), process.ChildProcess(child))
     worker.stub = Stub()
     worker.stub.answer.set_exception(Unavailable())
     yield worker, worker.stub, now
