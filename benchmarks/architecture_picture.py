@@ -15,7 +15,7 @@ from .plots import BLUE, GREEN, GREY, INK, ORANGE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 12.0, 7.4  # inches; also the coordinates of the drawing
+WIDTH, HEIGHT = 13.3, 7.4  # inches; also the coordinates of the drawing
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,17 @@ class Box:
 SERVER = Box(
     0.4,
     4.5,
-    3.3,
-    1.75,
+    3.5,
+    1.6,
     "1  API server",
-    (
-        "server/http_api/openai_routes.py",
-        "server/grpc_api/inference.py",
-        "async_llm.py",
-    ),
+    ("server/http_api/openai_routes.py", "server/grpc_api/inference.py", "async_llm.py"),
     BLUE,
 )
 INPUT = Box(
-    4.35,
     4.5,
-    3.3,
-    1.75,
+    4.5,
+    3.2,
+    1.6,
     "2  Preprocessing",
     ("input/preprocess_pool.py", "input/processor.py", "media/"),
     ORANGE,
@@ -56,47 +52,47 @@ INPUT = Box(
 STEP = Box(
     8.3,
     4.5,
-    3.3,
-    1.75,
-    "3  Admission, 4  plan, 5  send",
+    4.6,
+    1.6,
+    "3  Admission   4  Plan   5  Send",
     (
         "core/step_loop.py, core/engine.py",
-        "../scheduler/scheduler.py",
+        "scheduler/scheduler.py",
         "core/step_pipeline.py, worker/group.py",
     ),
     GREEN,
 )
-DELIVER = Box(0.4, 2.55, 3.3, 1.1, "8  Deliver", ("request_stream.py", "outputs.py"), BLUE)
+DELIVER = Box(0.4, 2.5, 3.5, 1.25, "8  Deliver", ("request_stream.py", "outputs.py"), BLUE)
 UPDATE = Box(
-    8.3,
-    2.55,
-    3.3,
-    1.1,
+    9.4,
+    2.5,
+    3.5,
+    1.25,
     "7  Update",
     ("core/active_requests.py", "core/detokenizer.py"),
     GREEN,
 )
-DECODERS = Box(4.35, 0.3, 3.3, 1.1, "Decoder processes", ("media/sandbox/child.py",), GREY)
+DECODERS = Box(4.5, 0.2, 3.2, 0.9, "Decoder processes", ("media/sandbox/child.py",), ORANGE)
 WORKERS = Box(
     8.3,
-    0.3,
-    3.3,
-    1.1,
-    "6  Compute: a worker process per rank",
+    0.2,
+    4.6,
+    1.25,
+    "6  Compute: one process per rank",
     ("worker/worker.py", "runner/model_runner.py"),
     INK,
 )
 BOXES = (SERVER, INPUT, STEP, DELIVER, UPDATE, DECODERS, WORKERS)
 ARROWS = (  # from, to, text, where the text is
-    ((1.0, 7.2), (1.0, 6.25), "HTTP, gRPC", (1.1, 6.93)),
-    ((3.7, 5.4), (4.35, 5.4), "", (0, 0)),
-    ((7.65, 5.4), (8.3, 5.4), "", (0, 0)),
-    ((9.1, 4.5), (9.1, 1.4), "", (0, 0)),
-    ((10.8, 1.4), (10.8, 2.55), "", (0, 0)),
-    ((8.3, 3.1), (3.7, 3.1), "deltas, once per step", (5.1, 3.2)),
-    ((1.0, 2.55), (1.0, 1.6), "events, messages", (1.1, 1.75)),
-    ((5.7, 4.5), (5.7, 1.4), "files", (5.8, 1.75)),
-    ((6.3, 1.4), (6.3, 4.5), "pixels", (6.4, 1.75)),
+    ((1.0, 7.2), (1.0, 6.1), "HTTP, gRPC", (1.1, 6.93)),
+    ((3.9, 5.3), (4.5, 5.3), "", (0, 0)),
+    ((7.7, 5.3), (8.3, 5.3), "", (0, 0)),
+    ((8.85, 4.5), (8.85, 1.45), "batches", (8.05, 1.75)),
+    ((11.1, 1.45), (11.1, 2.5), "results", (11.2, 1.75)),
+    ((9.4, 3.1), (3.9, 3.1), "deltas", (4.6, 3.2)),
+    ((1.0, 2.5), (1.0, 1.5), "events, messages", (1.1, 1.75)),
+    ((6.0, 4.5), (6.0, 1.1), "files", (5.5, 1.75)),
+    ((6.5, 1.1), (6.5, 4.5), "pixels", (6.6, 1.75)),
 )
 
 
@@ -125,12 +121,12 @@ def _frame(axes: Axes) -> None:
     """Draw the engine process, and name the threads in it."""
     from matplotlib.patches import Rectangle
 
-    frame = Rectangle((0.15, 2.3), 11.7, 4.55, facecolor="#f5f6f7", edgecolor=GREY, zorder=0)
+    frame = Rectangle((0.15, 2.25), 13.0, 4.6, facecolor="#f5f6f7", edgecolor=GREY, zorder=0)
     axes.add_patch(frame)
-    axes.text(11.7, 6.93, "engine process", ha="right", fontsize=10, color=INK)
-    threads = ((2.4, "event loop"), (6.0, "thread pool"), (9.95, "step thread"))
+    axes.text(13.1, 6.93, "engine process", ha="right", fontsize=10, color=INK)
+    threads = ((2.4, "event loop"), (6.1, "thread pool"), (10.6, "step thread"))
     for x, name in threads:
-        axes.text(x, 6.5, name, ha="center", fontsize=11, style="italic", color=INK)
+        axes.text(x, 6.35, name, ha="center", fontsize=11, style="italic", color=INK)
 
 
 def _draw_box(axes: Axes, box: Box) -> None:
