@@ -1,7 +1,7 @@
 """Long videos: our path beside bare PyAV, and what a video of some length costs.
 
     python -m octavo.benchmarks.media.video            # ours / bare, in one run
-    python -m octavo.benchmarks.media.video --table    # the README's table
+    python -m octavo.benchmarks.media.video --table    # the table of docs/media.md
 
 The files are a clip of ten seconds, remuxed many times.
 """
@@ -155,7 +155,7 @@ def video_rows(folder: Path) -> Iterator[Row]:
 
 
 def table(folder: Path) -> Iterator[str]:
-    """The README's table, a line as soon as it is measured."""
+    """The table of docs/media.md, a line as soon as it is measured."""
     yield "| length | resolution | fps | frames | of pixels | tokens | memory beside them | time |"
     yield "|---|---|---|---|---|---|---|---|"
     for name in SIZES:
@@ -180,7 +180,7 @@ def _alike(minutes: int) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--table", action="store_true", help="print the README's table")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/media.md")
     parser.add_argument("--load", metavar="FILE", help="load one file and print what it took")
     parser.add_argument("--fps", type=float)
     args = parser.parse_args()
