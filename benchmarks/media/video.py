@@ -1,7 +1,7 @@
 """Long videos: our decoding compared with bare PyAV, and cost by length.
 
     python -m octavo.benchmarks.media.video            # ours / bare, in one run
-    python -m octavo.benchmarks.media.video --table    # the README's table
+    python -m octavo.benchmarks.media.video --table    # the table of docs/media.md
 
 The files are a ten-second clip, remuxed repeatedly.
 """
@@ -155,7 +155,7 @@ def video_rows(folder: Path) -> Iterator[Row]:
 
 
 def table(folder: Path) -> Iterator[str]:
-    """Yield the README's table, line by line as it is measured."""
+    """Yield the table of docs/media.md, line by line as it is measured."""
     yield "| length | resolution | fps | frames | frame size | tokens | extra memory | time |"
     yield "|---|---|---|---|---|---|---|---|"
     for name in SIZES:
@@ -180,7 +180,7 @@ def _alike(minutes: int) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--table", action="store_true", help="print the README's table")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/media.md")
     parser.add_argument("--load", metavar="FILE", help="load one file and print its cost")
     parser.add_argument("--fps", type=float)
     args = parser.parse_args()

@@ -412,7 +412,7 @@ def chat_gaps(with_long: bool, threshold: int) -> list[float]:
 
 
 def test_a_long_prompt_does_not_stall_short_chats() -> None:
-    """The figures of the README: p99 of the time between tokens, with the CPU's default."""
+    """The figures of docs/scheduling.md: p99 of the time between tokens, with the CPU's default."""
     alone, beside = (np.percentile(chat_gaps(long, CPU_LONG_PREFILL), 99) for long in (False, True))
     unbounded = np.percentile(chat_gaps(True, 32_768), 99)
     print(f"p99 {alone:.3f} s alone, {beside:.3f} s beside it, {unbounded:.3f} s without a bound")
