@@ -276,7 +276,7 @@ def test_L10_extreme_images_a_file_cut_off_is_never_half_a_picture(form: str) ->
         try:  # a moving picture's later frames, or a file's end mark, may be all that lacks
             assert differ(load(data[: int(len(data) * share) - 1]), whole) == 0
         except InputError as error:
-            assert re.search("broken|not an image", str(error))
+            assert re.search("corrupt|not a supported image", str(error))
             refused += 1
     assert refused >= (2 if form == "gif moving" else 5)
 
