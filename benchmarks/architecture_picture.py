@@ -111,7 +111,7 @@ def draw(path: Path) -> None:
     for start, end, text, at in ARROWS:
         style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.4}
         axes.annotate("", xy=end, xytext=start, arrowprops=style)
-        axes.text(*at, text, fontsize=10, color=INK)
+        axes.text(at[0], at[1], text, fontsize=10, color=INK)
     for box in BOXES:
         _draw_box(axes, box)
     figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")

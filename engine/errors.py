@@ -69,8 +69,11 @@ def code_of(error: BaseException) -> str:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """Remove the traceback of an expected error. Its frames refer to the request's input, which
-    would stay in memory until the next garbage collection."""
+    """Remove the traceback of an expected error, and return the error.
+
+    The traceback's frames refer to the request's input, which would stay in memory until the next
+    garbage collection.
+    """
     if code_of(error) != "INTERNAL":
         error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

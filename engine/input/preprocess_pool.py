@@ -37,8 +37,11 @@ MAX_SLOW_GRAMMARS = 16  # queued for compilation; each may take a second
 
 
 def _do_nothing() -> None:
-    """The callback of a job that has been cancelled. The one before refers to the job: kept, it
-    would keep the request's pixels until the next garbage collection."""
+    """Replace the callback of a cancelled job.
+
+    The previous callback refers to the job, so it would keep the request's pixels in memory until
+    the next garbage collection.
+    """
 
 
 class InputJob:

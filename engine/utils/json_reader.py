@@ -147,8 +147,10 @@ class _Reader:
         return escapes[0] if escapes else b""
 
     def _next_stop(self, stop: bytes) -> int:
-        """Return where a part ends because of this byte. Found ones are kept: between two quotes
-        there may be millions of backslashes."""
+        """Return the position at which this byte ends the current part.
+
+        Positions are cached: there may be millions of backslashes between two quotes.
+        """
         if self._stops[stop] <= self._at:
             end = min(len(self._data), self._at + PART)
             found = self._data.find(stop, self._at, end)
