@@ -100,8 +100,9 @@ def test_a_few_seconds_of_the_soak_lose_nothing() -> None:
     assert found.counts.total() > 5
 
 
+@pytest.mark.lesson("L13")
 @pytest.mark.slow
-def test_L13_two_minutes_of_all_cases_lose_nothing() -> None:
+def test_two_minutes_of_all_cases_lose_nothing() -> None:
     found = run(2, 8)
     assert not lost(found), found.as_text()
     assert len(found.counts) == len(CASES), found.counts

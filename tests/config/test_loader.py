@@ -369,7 +369,8 @@ def test_a_config_that_is_none_says_why(change: dict[str, Any], words: str) -> N
         ModelConfig.from_dict({name: value for name, value in raw.items() if value is not None})
 
 
-def test_L08_worst_case_profile_a_gpu_keeps_memory_for_a_step() -> None:
+@pytest.mark.lesson("L08")
+def test_worst_case_profile_a_gpu_keeps_memory_for_a_step() -> None:
     """Weights, KV blocks and the bound on a step's own needs fit the share of the GPU."""
     config = ModelConfig.from_dict(
         json.loads((Path(__file__).parents[1] / "data/config-7b.json").read_text())

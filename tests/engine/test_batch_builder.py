@@ -63,8 +63,9 @@ def build(plan: StepPlan, request: Request, pixels: Any = None, num_ranks: int =
     return build_batch(plan, {"a": request}, {"a": pixels}, slots, num_ranks)
 
 
+@pytest.mark.lesson("L02")
 @pytest.mark.parametrize("size", [1, 3, 7, 30])
-def test_L02_mrope_chunk_slices_are_the_whole(size: int) -> None:
+def test_mrope_chunk_slices_are_the_whole(size: int) -> None:
     request, _ = make_request()
     request.token_ids.extend([7, 8])
     parts = [build(plan_for(request, at, min(size, 32 - at)), request) for at in range(0, 32, size)]
@@ -78,8 +79,9 @@ def test_L02_mrope_chunk_slices_are_the_whole(size: int) -> None:
     assert parts[-1].sampling.output_index.tolist() == [2]
 
 
+@pytest.mark.lesson("L17")
 @pytest.mark.parametrize("size", [1, 3, 7, 30])
-def test_L17_prefix_encode_embeds_exactly_the_overlap(size: int) -> None:
+def test_prefix_encode_embeds_exactly_the_overlap(size: int) -> None:
     request, _ = make_request()
     owner = np.full(30, -1)
     for at in range(0, 30, size):

@@ -110,8 +110,9 @@ def test_batched_equals_alone(
     assert engine.output("again") == expected[name]
 
 
+@pytest.mark.lesson("L02")
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L02_mrope_chunk_every_chunk_size_equals_alone(
+def test_mrope_chunk_every_chunk_size_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], name: str
 ) -> None:
     """Encode units are still encoded as a whole."""
@@ -124,9 +125,10 @@ def test_L02_mrope_chunk_every_chunk_size_equals_alone(
         assert engine.num_encoded >= len({unit.key for unit in tiny.units})
 
 
+@pytest.mark.lesson("L03")
 @pytest.mark.parametrize("found_again", [True, False])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L03_mrope_delta_preempted_at_each_step_equals_alone(
+def test_mrope_delta_preempted_at_each_step_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], name: str, found_again: bool
 ) -> None:
     """Resume from the prefix cache, and with all blocks and embeddings lost."""
@@ -155,8 +157,9 @@ def test_L03_mrope_delta_preempted_at_each_step_equals_alone(
         assert engine.output(name) == expected[name], f"preempted after step {at}"
 
 
+@pytest.mark.lesson("L03")
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L03_mrope_delta_prefix_cache_hit_equals_alone(
+def test_mrope_delta_prefix_cache_hit_equals_alone(
     runner: ModelRunner, expected: dict[str, list[int]], name: str
 ) -> None:
     """Use hits of every length, including those that end within an image or video.
@@ -187,9 +190,10 @@ def test_L03_mrope_delta_prefix_cache_hit_equals_alone(
         assert engine.num_encoded == len(uncovered)
 
 
+@pytest.mark.lesson("L03")
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_L03_mrope_delta_each_of_n_forks_equals_alone(
+def test_mrope_delta_each_of_n_forks_equals_alone(
     runner: ModelRunner, name: str, params: SamplingParams
 ) -> None:
     seeds = [(params.seed or 0) + i for i in range(4)]

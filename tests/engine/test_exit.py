@@ -213,11 +213,12 @@ def wait_for_none(mark: str) -> list[int]:
     return left
 
 
+@pytest.mark.lesson("L40")
 @pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
-def test_L40_script_exits_and_leaves_nothing_behind(
+def test_script_exits_and_leaves_nothing_behind(
     name: str, checkpoint: Path, served: Served, video: Path, tmp_path: Path
 ) -> None:
     script, status, has_traceback = CASES[name]

@@ -138,7 +138,8 @@ def run(script: str, *arguments: str | Path, **variables: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_L39_importing_the_package_has_no_side_effects() -> None:
+@pytest.mark.lesson("L39")
+def test_importing_the_package_has_no_side_effects() -> None:
     script = """
 import os, sys, threading
 before = dict(os.environ)
@@ -149,16 +150,16 @@ print([before == dict(os.environ), threading.active_count(), "grpc" in sys.modul
     assert done.stdout == "[True, 1, False]\n"
 
 
-def test_L39_engines_are_rejected_in_a_fork_and_new_ones_work(checkpoint: Path) -> None:
+@pytest.mark.lesson("L39")
+def test_engines_are_rejected_in_a_fork_and_new_ones_work(checkpoint: Path) -> None:
     errors, new = run(ENGINES, checkpoint, "")
     assert len(errors) == 9 and new == 3
     for error in errors:
         assert error.startswith("EngineDead: ") and "create a new one in this process" in error
 
 
-def test_L39_clients_are_rejected_in_a_fork_and_new_ones_work(
-    checkpoint: Path, served: Served
-) -> None:
+@pytest.mark.lesson("L39")
+def test_clients_are_rejected_in_a_fork_and_new_ones_work(checkpoint: Path, served: Served) -> None:
     errors, new, busy, sent = run(CLIENTS, checkpoint, served.address)
     assert len(errors) == 7 and new == 3
     for error in errors:
@@ -176,7 +177,8 @@ print(json.dumps(made))
 """
 
 
-def test_L39_new_objects_are_rejected_where_grpcs_fork_support_is_off(
+@pytest.mark.lesson("L39")
+def test_new_objects_are_rejected_where_grpcs_fork_support_is_off(
     checkpoint: Path, served: Served
 ) -> None:
     errors = run(WITHOUT_SUPPORT, checkpoint, served.address, GRPC_ENABLE_FORK_SUPPORT="0")
@@ -213,8 +215,9 @@ os._exit(0)
 """
 
 
+@pytest.mark.lesson("L39")
 @pytest.mark.slow
-def test_L39_no_worker_dies_of_grpc_threads_in_300_starts(checkpoint: Path, served: Served) -> None:
+def test_no_worker_dies_of_grpc_threads_in_300_starts(checkpoint: Path, served: Served) -> None:
     assert run(STARTS, checkpoint, served.address) == [0] * 300
 
 
@@ -255,7 +258,8 @@ os._exit(0)
 """
 
 
-def test_L39_clients_in_celerys_prefork_pool(served: Served, tmp_path: Path) -> None:
+@pytest.mark.lesson("L39")
+def test_clients_in_celerys_prefork_pool(served: Served, tmp_path: Path) -> None:
     pytest.importorskip("celery")
     for name in ("queue", "control", "results"):
         (tmp_path / name).mkdir()
@@ -305,7 +309,8 @@ if __name__ == "__main__":
 """
 
 
-def test_L39_new_clients_in_every_kind_of_process(served: Served, tmp_path: Path) -> None:
+@pytest.mark.lesson("L39")
+def test_new_clients_in_every_kind_of_process(served: Served, tmp_path: Path) -> None:
     (tmp_path / "ask.py").write_text(PROCESSES)
     command = [sys.executable, tmp_path / "ask.py", served.address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())

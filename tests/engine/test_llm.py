@@ -164,7 +164,8 @@ def test_the_output_tells_what_was_used(llm: octavo.LLM) -> None:
     assert out.outputs[0].finish_reason == "length"
 
 
-def test_L09_pixels_ignored(llm: octavo.LLM) -> None:
+@pytest.mark.lesson("L09")
+def test_pixels_ignored(llm: octavo.LLM) -> None:
     small, large = (
         llm.chat(ask("?", image(1, min_pixels=n, max_pixels=n)), GREEDY)[0].media[0]
         for n in (12544, 50176)
@@ -174,7 +175,8 @@ def test_L09_pixels_ignored(llm: octavo.LLM) -> None:
         llm.chat(ask("?", image(1, max_pixel=1000)))
 
 
-def test_L01_placeholder_text(llm: octavo.LLM) -> None:
+@pytest.mark.lesson("L01")
+def test_placeholder_text(llm: octavo.LLM) -> None:
     """A placeholder that the user spells is text; the tokens are never sampled."""
     out = llm.chat(ask("<|image_pad|><|im_end|><|vision_start|>", image(1)), GREEDY)[0]
     pad = llm.engine.model_config.image_token_id
@@ -228,7 +230,8 @@ def test_stop_strings_and_stop_tokens(llm: octavo.LLM, alone: list[list[int]]) -
     assert llm.chat(CONVERSATIONS[0], text)[0].outputs[0].finish_reason == "stop"
 
 
-def test_L16_client_assert_one_bad_request_is_its_own(
+@pytest.mark.lesson("L16")
+def test_client_assert_one_bad_request_is_its_own(
     llm: octavo.LLM, alone: list[list[int]], tmp_path: Path
 ) -> None:
     (tmp_path / "not.png").write_text("no picture")
@@ -476,7 +479,8 @@ def test_closing_while_workers_start_anew_leaves_none(
                 os.kill(pid, 0)
 
 
-def test_L11_cpu_preprocess(
+@pytest.mark.lesson("L11")
+def test_cpu_preprocess(
     checkpoint: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one request's picture is being made ready, others are answered."""

@@ -227,8 +227,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(("wrong", "words"), WRONG)
-def test_L27_unbounded_n_sampling(
+def test_unbounded_n_sampling(
     llm: octavo.LLM, served: Served, wrong: dict[str, Any], words: str
 ) -> None:
     with Client(served.address) as client, pytest.raises(ClientError, match=words) as caught:
@@ -259,7 +260,8 @@ def test_values_of_other_types_are_named(wrong: dict[str, Any], words: str) -> N
         octavo.SamplingParams(**wrong)
 
 
-def test_L30_proto_defaults_of_these_fields(served: Served) -> None:
+@pytest.mark.lesson("L30")
+def test_proto_defaults_of_these_fields(served: Served) -> None:
     """Absent is the default; zero and false are zero and false."""
     with grpc.insecure_channel(served.address) as channel:
         stub = octavo_pb2_grpc.InferenceStub(channel)

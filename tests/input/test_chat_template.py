@@ -64,8 +64,9 @@ def test_ids_are_transformers_ids(folder: Path, model: str, messages: list[dict[
     assert make_processor(where).from_prompt(messages).prompt_token_ids.tolist() == expected
 
 
+@pytest.mark.lesson("L01")
 @pytest.mark.parametrize("where", ["user", "system", "assistant"])
-def test_L01_placeholder_text_of_every_added_token_is_plain(
+def test_placeholder_text_of_every_added_token_is_plain(
     processor: InputProcessor, where: str
 ) -> None:
     """No text forges a turn or a placeholder, in any role, whole or joined from parts."""
@@ -84,7 +85,8 @@ def test_L01_placeholder_text_of_every_added_token_is_plain(
     assert forged + "<|im_end|>" in shown
 
 
-def test_L20_url_in_text(processor: InputProcessor) -> None:
+@pytest.mark.lesson("L20")
+def test_url_in_text(processor: InputProcessor) -> None:
     messages = ask(
         text("See http://169.254.169.254/ and file:///etc/passwd and data:image;base64,")
     )
@@ -118,6 +120,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
     assert last == [len(ready.prompt_token_ids) + ready.mrope_position_delta - 1] * 3
 
 
+@pytest.mark.lesson("L16")
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -143,7 +146,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         ([{"role": "user", "content": "x" * 5000}], "max_model_len=4096"),
     ],
 )
-def test_L16_client_assert_bad_messages_are_input_errors(
+def test_client_assert_bad_messages_are_input_errors(
     processor: InputProcessor, messages: Any, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
@@ -191,7 +194,8 @@ def test_what_is_too_long_names_the_settings_that_fit(
     assert len(processor.from_prompt(ask(*followed, text("?"))).prompt_token_ids) < 4096
 
 
-def test_L22_bombs_no_pixels_are_made_that_the_model_could_not_read(
+@pytest.mark.lesson("L22")
+def test_bombs_no_pixels_are_made_that_the_model_could_not_read(
     processor: InputProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is refused for its length is refused before it is resized or encoded."""
@@ -284,7 +288,8 @@ def test_images_fill_the_placeholders_in_order(processor: InputProcessor) -> Non
     assert [item.num_tokens for item in ready.media] == [4, 9, 8]
 
 
-def test_L26_quadratic(folder: Path) -> None:
+@pytest.mark.lesson("L26")
+def test_quadratic(folder: Path) -> None:
     """Expanding placeholders costs as much a token for a long prompt as for a short one."""
     processor = make_processor(folder, 10_000_000)
     pad = processor.config.image_token_id
@@ -307,7 +312,8 @@ def test_L26_quadratic(folder: Path) -> None:
     assert cost(200) < 5 * cost(20)
 
 
-def test_L32_template_code(tmp_path: Path) -> None:
+@pytest.mark.lesson("L32")
+def test_template_code(tmp_path: Path) -> None:
     """A template has no way out of its sandbox, and none comes from a client."""
     evil = write_tiny_checkpoint(tmp_path)
     for source in ("{{ messages.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os }}"):

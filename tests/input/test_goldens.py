@@ -30,8 +30,9 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return json.loads((DATA / f"{name}.json").read_text())
 
 
+@pytest.mark.lesson("L10")
 @pytest.mark.parametrize("case", recorded("smart_resize"), ids=str)
-def test_L10_extreme_images_smart_resize(case: dict[str, Any]) -> None:
+def test_extreme_images_smart_resize(case: dict[str, Any]) -> None:
     low = case["min_pixels"] or DEFAULTS.min_pixels
     high = case["max_pixels"] or DEFAULTS.max_pixels
     args = (case["height"], case["width"], 28, low, high, "image")
@@ -96,8 +97,9 @@ def test_pixels_are_transformers_pixels(case: dict[str, Any]) -> None:
     assert abs(float(patches.std()) - case["std"]) < 0.01
 
 
+@pytest.mark.lesson("L33")
 @pytest.mark.parametrize("case", recorded("mrope_positions"), ids=lambda c: str(c["delta"]))
-def test_L33_mrope_resume(case: dict[str, Any]) -> None:
+def test_mrope_resume(case: dict[str, Any]) -> None:
     """What follows an item starts at the maximum over all axes + 1, videos of many frames too."""
     ids = case["input_ids"]
     grids = {151655: iter(case["image_grid_thw"]), 151656: iter(case["video_grid_thw"])}
@@ -115,7 +117,8 @@ def test_L33_mrope_resume(case: dict[str, Any]) -> None:
     assert delta == case["delta"]
 
 
-def test_L10_extreme_images_of_every_size() -> None:
+@pytest.mark.lesson("L10")
+def test_extreme_images_of_every_size() -> None:
     """From 1 to 20,000 a side: a size that fits patches and limits, or a clear refusal."""
     rng = np.random.default_rng(0)
     for _ in range(2000):
@@ -130,8 +133,9 @@ def test_L10_extreme_images_of_every_size() -> None:
         assert size[0] * size[1] <= DEFAULTS.max_pixels
 
 
+@pytest.mark.lesson("L10")
 @pytest.mark.parametrize("size", [(26, 28), (332, 27), (1, 150), (200, 1), (1, 1), (5000, 30)])
-def test_L10_extreme_images_decode(size: tuple[int, int]) -> None:
+def test_extreme_images_decode(size: tuple[int, int]) -> None:
     _, pixels = load("image", Image.new("RGB", size, "red"))
     goal = image_size(size[1], size[0], MediaOptions(), DEFAULTS, 28, "image")
     assert pixels.shape == (1, *goal, 3) and (pixels == [255, 0, 0]).all()

@@ -86,7 +86,8 @@ def test_a_server_reads_no_files(tmp_path: Path) -> None:
     load(path.read_bytes(), NOTHING)
 
 
-def test_L05_media_hash() -> None:
+@pytest.mark.lesson("L05")
+def test_media_hash() -> None:
     """Shape, kind and every pixel are in it; a 30×150 and a 150×30 picture differ."""
     flat = np.zeros((1, 28, 56, 3), np.uint8)
     tall = np.zeros((1, 56, 28, 3), np.uint8)
@@ -101,6 +102,7 @@ def test_L05_media_hash() -> None:
     assert (unit.media_hash, unit.grid_thw) == (hashes[0], (1, 2, 4))
 
 
+@pytest.mark.lesson("L09")
 @pytest.mark.parametrize(
     ("part", "words"),
     [
@@ -119,7 +121,7 @@ def test_L05_media_hash() -> None:
         ({"resized_height": 28}, "pass both"),
     ],
 )
-def test_L09_pixels_ignored_bad_options_are_refused(part: dict[str, Any], words: str) -> None:
+def test_pixels_ignored_bad_options_are_refused(part: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         MediaOptions.from_part({"type": "image", "image": "x", **part}, "image", "part")
 

@@ -88,15 +88,17 @@ def counting(merging: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> Countin
 # The same ids
 
 
-def test_L36_pieces_encode_to_the_ids_of_the_whole_text(
+@pytest.mark.lesson("L36")
+def test_pieces_encode_to_the_ids_of_the_whole_text(
     merging: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE", 2)  # cut wherever it can be
     assert not any(itertools.islice(differing(merging, seed=1), 400))
 
 
+@pytest.mark.lesson("L36")
 @pytest.mark.parametrize("name", RUNS)
-def test_L36_runs_in_pieces_encode_to_the_ids_of_the_whole_text(
+def test_runs_in_pieces_encode_to_the_ids_of_the_whole_text(
     merging: TextTokenizer, name: str
 ) -> None:
     text = RUNS[name] * (20_000 // len(RUNS[name]))
@@ -184,9 +186,10 @@ def test_truncation_and_padding_of_a_checkpoint_do_not_change_prompts(
 # Bounded work
 
 
+@pytest.mark.lesson("L36")
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("context", [500, 4000])
-def test_L36_work_for_a_text_that_is_too_long_follows_the_context(
+def test_work_for_a_text_that_is_too_long_follows_the_context(
     merging: TextTokenizer, counting: Counting, name: str, context: int
 ) -> None:
     text = RUNS[name] * (8_000_000 // len(RUNS[name]))
@@ -199,7 +202,8 @@ def test_L36_work_for_a_text_that_is_too_long_follows_the_context(
     assert counting.longest <= pieces.PIECE
 
 
-def test_L36_text_of_many_messages_counts_together(folder: Path) -> None:
+@pytest.mark.lesson("L36")
+def test_text_of_many_messages_counts_together(folder: Path) -> None:
     processor = make_processor(folder, 4096)
     counting = processor.tokenizer._plain = Counting(processor.tokenizer._plain)
     messages = [{"role": "user", "content": "12345 " * 100}] * 800  # fits by characters
@@ -208,7 +212,8 @@ def test_L36_text_of_many_messages_counts_together(folder: Path) -> None:
     assert counting.num_characters < 6000
 
 
-def test_L36_run_without_a_cut_is_rejected_before_it_is_encoded(
+@pytest.mark.lesson("L36")
+def test_run_without_a_cut_is_rejected_before_it_is_encoded(
     merging: TextTokenizer, counting: Counting
 ) -> None:
     with pytest.raises(InputError, match="over 131072 bytes without a space"):
@@ -217,7 +222,8 @@ def test_L36_run_without_a_cut_is_rejected_before_it_is_encoded(
     assert len(merging.encode_plain("a" * 131_072)) > 0
 
 
-def test_L36_memory_of_a_rejected_text_is_bounded(merging: TextTokenizer) -> None:
+@pytest.mark.lesson("L36")
+def test_memory_of_a_rejected_text_is_bounded(merging: TextTokenizer) -> None:
     """Python's share: ids are kept up to the limit alone. The library's is a piece's."""
     text = "1" * 4_000_000
     tracemalloc.start()
@@ -228,7 +234,8 @@ def test_L36_memory_of_a_rejected_text_is_bounded(merging: TextTokenizer) -> Non
     assert peak < 5_000_000
 
 
-def test_L36_encoding_stops_when_the_request_has_ended(
+@pytest.mark.lesson("L36")
+def test_encoding_stops_when_the_request_has_ended(
     merging: TextTokenizer, counting: Counting
 ) -> None:
     checks = itertools.count(1)
@@ -242,7 +249,8 @@ def test_L36_encoding_stops_when_the_request_has_ended(
     assert 2 * pieces.PIECE < counting.num_characters <= 3 * pieces.PIECE
 
 
-def test_L36_cancelled_task_ends_text(folder: Path) -> None:
+@pytest.mark.lesson("L36")
+def test_cancelled_task_ends_text(folder: Path) -> None:
     processor = make_processor(folder, 4096)
     task = MediaTask(processor.limits)
     task.cancel()
@@ -266,7 +274,8 @@ class Slow:
         raise InputError("prompt", "bad")
 
 
-def test_L36_short_texts_do_not_wait_for_long_ones() -> None:
+@pytest.mark.lesson("L36")
+def test_short_texts_do_not_wait_for_long_ones() -> None:
     slow = Slow()
     pool = InputPool(slow)  # type: ignore[arg-type]
     long = [{"role": "user", "content": [{"type": "text", "text": "x" * (LONG_TEXT + 1)}]}]
@@ -300,7 +309,8 @@ def test_long_texts_have_threads_and_bytes_of_their_own(prompt: Any, lane: str, 
     assert size <= found.text_bytes <= size + 100 * 100 + 100
 
 
-def test_L36_long_texts_that_wait_are_bounded_together() -> None:
+@pytest.mark.lesson("L36")
+def test_long_texts_that_wait_are_bounded_together() -> None:
     slow = Slow()
     pool = InputPool(slow, max_bytes=200_000)  # type: ignore[arg-type]
     jobs = [pool.submit("x" * 80_000) for _ in range(2)]
@@ -316,7 +326,8 @@ def test_L36_long_texts_that_wait_are_bounded_together() -> None:
     pool.close()
 
 
-def test_L36_bad_words_are_encoded_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L36")
+def test_bad_words_are_encoded_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     where: list[str] = []
     encode = TextTokenizer.encode_plain
 
@@ -463,8 +474,9 @@ def bodies() -> Iterator[tuple[str, bytes]]:
     yield "numbers", json.dumps({"messages": [123_456] * 3_000_000}).encode()
 
 
+@pytest.mark.lesson("L36")
 @pytest.mark.slow
-def test_L36_bodies_hold_neither_gil_nor_event_loop() -> None:
+def test_bodies_hold_neither_gil_nor_event_loop() -> None:
     gc.collect()
     gc.freeze()  # as the server does: what this process has imported is not gone through
     holds, blocks = {}, {}
@@ -485,25 +497,28 @@ async def _read_body(body: bytes) -> None:
         PromptSize.of(asked.prompts[0])
 
 
+@pytest.mark.lesson("L36")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_L36_hard_texts_do_not_hold_the_gil(merging: TextTokenizer, name: str) -> None:
+def test_hard_texts_do_not_hold_the_gil(merging: TextTokenizer, name: str) -> None:
     for size in (130_000, 4_000_000):
         text = RUNS[name] * (size // len(RUNS[name].encode()))
         assert longest_hold(merging, text, 1 << 20) < MAX_HOLD
 
 
+@pytest.mark.lesson("L36")
 @pytest.mark.slow
-def test_L36_random_texts_encode_to_the_ids_of_the_whole_text(
+def test_random_texts_encode_to_the_ids_of_the_whole_text(
     merging: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE", 2)
     assert not any(itertools.islice(differing(merging, seed=2), 20_000))
 
 
+@pytest.mark.lesson("L36")
 @pytest.mark.slow
 @pytest.mark.slow
-def test_L36_timeout_ends_a_long_text_in_time_and_frees_its_thread(folder: Path) -> None:
+def test_timeout_ends_a_long_text_in_time_and_frees_its_thread(folder: Path) -> None:
     """At a context of a million tokens a text takes seconds."""
 
     async def run() -> None:

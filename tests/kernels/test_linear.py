@@ -162,8 +162,9 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.lesson("L13")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads glibc's counters")
-def test_L13_products_of_all_row_counts_keep_few_bytes() -> None:
+def test_products_of_all_row_counts_keep_few_bytes() -> None:
     """oneDNN keeps code for each row count: 40 to 100 MB of a weight before rows were padded."""
     command = [sys.executable, "-P", "-c", KEPT_BYTES]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)

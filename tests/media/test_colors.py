@@ -47,12 +47,14 @@ CLEAR: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.lesson("L18")
 @pytest.mark.parametrize("name", CLEAR)
-def test_L18_exif_alpha_what_is_clear_is_white(name: str) -> None:
+def test_exif_alpha_what_is_clear_is_white(name: str) -> None:
     loaded = load(CLEAR[name]())
     assert loaded.shape == (8, 8, 3) and loaded.min() == 255
 
 
+@pytest.mark.lesson("L18")
 @pytest.mark.parametrize(
     ("mode", "pixel", "expected"),
     [
@@ -62,7 +64,7 @@ def test_L18_exif_alpha_what_is_clear_is_white(name: str) -> None:
         ("La", (50, 128), (177, 177, 177)),
     ],
 )
-def test_L18_exif_alpha_what_is_half_clear_is_mixed_with_white(
+def test_exif_alpha_what_is_half_clear_is_mixed_with_white(
     mode: str, pixel: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     assert np.abs(load(Image.new(mode, (3, 2), pixel)).astype(int) - expected).max() <= 1

@@ -126,7 +126,8 @@ def test_percent_decoding_is_that_of_python() -> None:
     assert percent_decoded(b"%" * (2 * CHUNK)) == b"%" * (2 * CHUNK)
 
 
-def test_L22_bombs_the_work_for_a_data_uri_is_bounded() -> None:
+@pytest.mark.lesson("L22")
+def test_bombs_the_work_for_a_data_uri_is_bounded() -> None:
     limits = MediaLimits(max_media_bytes=1 << 20)
     for source in (
         "data:,".ljust(4 << 20, "x"),

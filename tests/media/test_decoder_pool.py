@@ -106,10 +106,9 @@ REJECTED: dict[str, tuple[str, Any]] = {
 }
 
 
+@pytest.mark.lesson("L41")
 @pytest.mark.parametrize("name", REJECTED)
-def test_L41_reused_helper_a_rejected_item_costs_no_decoder_start(
-    inputs: InputPool, name: str
-) -> None:
+def test_reused_helper_a_rejected_item_costs_no_decoder_start(inputs: InputPool, name: str) -> None:
     kind, source = REJECTED[name]
     assert finish(inputs, ask("image", GOOD)) == finish(inputs, ask("video", mp4(40))) == ""
     started = decoders(inputs).num_started
@@ -119,7 +118,8 @@ def test_L41_reused_helper_a_rejected_item_costs_no_decoder_start(
     assert decoders(inputs).num_started == started
 
 
-def test_L41_reused_helper_options_that_are_rejected_cost_no_decoder_start(
+@pytest.mark.lesson("L41")
+def test_reused_helper_options_that_are_rejected_cost_no_decoder_start(
     inputs: InputPool,
 ) -> None:
     """After the file was opened, and while another of the request's files is."""
@@ -135,7 +135,8 @@ def test_L41_reused_helper_options_that_are_rejected_cost_no_decoder_start(
     assert decoders(inputs).num_started <= 2
 
 
-def test_L41_reused_helper_an_outcome_is_known_after_the_decoder_is_given_back(
+@pytest.mark.lesson("L41")
+def test_reused_helper_an_outcome_is_known_after_the_decoder_is_given_back(
     inputs: InputPool,
 ) -> None:
     """So nothing that a client does next can reach it."""
@@ -148,7 +149,8 @@ def test_L41_reused_helper_an_outcome_is_known_after_the_decoder_is_given_back(
     assert lent == [0, 0, 0]
 
 
-def test_L41_reused_helper_cancelling_at_any_time_hurts_no_other_request(
+@pytest.mark.lesson("L41")
+def test_reused_helper_cancelling_at_any_time_hurts_no_other_request(
     inputs: InputPool,
 ) -> None:
     prompts = [ask("image", encoded(noise(900, 700))), ask("video", mp4(60)), ask("image", CUT)]
@@ -214,7 +216,8 @@ def test_cancelling_ends_a_wait_for_a_decoder_that_does_not_answer(
     assert pool.num_started == 2
 
 
-def test_L41_reused_helper_a_decoder_that_died_idle_is_replaced_silently(
+@pytest.mark.lesson("L41")
+def test_reused_helper_a_decoder_that_died_idle_is_replaced_silently(
     pool: DecoderPool,
 ) -> None:
     """Also one that the kernel has yet to end: it looks alive, and takes what is sent to it."""

@@ -263,8 +263,9 @@ def confined(code: str) -> int:
     return done.returncode
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize("code", [SHUT, MEMORY, LIMITED, LANDLOCK_ALONE])
-def test_L23_codec_sandbox(code: str) -> None:
+def test_codec_sandbox(code: str) -> None:
     assert confined(code) == 0
 
 
@@ -286,6 +287,7 @@ def verdict(machine: str, number: int, *arguments: int) -> int:
             return operand
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize(
     ("machine", "read", "clone", "mmap", "prlimit", "denied"),
     [
@@ -294,7 +296,7 @@ def verdict(machine: str, number: int, *arguments: int) -> int:
         ("aarch64", 63, 220, 222, 261, (56, 198, 203, 221, 117, 129, 52, 280, 425)),
     ],
 )
-def test_L23_codec_filter_of_each_machine(
+def test_codec_filter_of_each_machine(
     machine: str, read: int, clone: int, mmap: int, prlimit: int, denied: tuple[int, ...]
 ) -> None:
     allow, deny = seccomp.ALLOW, seccomp.DENY
@@ -310,11 +312,13 @@ def test_L23_codec_filter_of_each_machine(
         assert verdict(machine, prlimit, *arguments) == deny
 
 
-def test_L23_codec_cpu_time() -> None:
+@pytest.mark.lesson("L23")
+def test_codec_cpu_time() -> None:
     assert confined(CPU_TIME) == -signal.SIGXCPU
 
 
-def test_L23_codec_a_process_is_shut_in(pool: DecoderPool) -> None:
+@pytest.mark.lesson("L23")
+def test_codec_a_process_is_shut_in(pool: DecoderPool) -> None:
     """As it runs: the filter and the limits are there, and no thread that came before them."""
     with pool.lease() as lease:
         status = Path(f"/proc/{pid_of(lease)}/status").read_text()
@@ -329,7 +333,8 @@ def test_L23_codec_a_process_is_shut_in(pool: DecoderPool) -> None:
         assert all(each.startswith(known) for each in where), where
 
 
-def test_L23_codec_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L23")
+def test_codec_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     process = DecoderProcess(LIMITS)
     try:
@@ -340,7 +345,8 @@ def test_L23_codec_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -
         process.kill()
 
 
-def test_L23_codec_error_texts_are_short_and_plain() -> None:
+@pytest.mark.lesson("L23")
+def test_codec_error_texts_are_short_and_plain() -> None:
     assert clean("a\nb\x1b[31m\u202ec") == "a b [31m c"
     assert len(clean("x" * 10_000)) < 600
 
@@ -355,8 +361,9 @@ def expect_stopped(lease: child_pool.Lease, data: bytes, limits: MediaLimits = L
     return str(caught.value)
 
 
+@pytest.mark.lesson("L13")
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
-def test_L13_leaks_a_crash_is_one_requests(number: int) -> None:
+def test_leaks_a_crash_is_one_requests(number: int) -> None:
     pool, data = DecoderPool(LIMITS, 2), encoded(noise())
     with pool.lease() as other, other("image", io.BytesIO(data), LIMITS, "image") as reader:
         with pool.lease() as lease:
@@ -378,7 +385,8 @@ def test_L13_leaks_a_crash_is_one_requests(number: int) -> None:
     pool.close()
 
 
-def test_L22_bombs_memory() -> None:
+@pytest.mark.lesson("L22")
+def test_bombs_memory() -> None:
     """An image within the limit of pixels, and more than the process may hold."""
     limits = MediaLimits(decoder_memory_bytes=460 << 20)
     pool = DecoderPool(limits, 1)
@@ -391,7 +399,8 @@ def test_L22_bombs_memory() -> None:
     pool.close()
 
 
-def test_L22_bombs_time() -> None:
+@pytest.mark.lesson("L22")
+def test_bombs_time() -> None:
     """A process that is still at it when the file's time is up is ended; the flag is named."""
     limits = MediaLimits(media_timeout_s=1)
     pool = DecoderPool(limits, 1)
@@ -404,7 +413,8 @@ def test_L22_bombs_time() -> None:
     pool.close()
 
 
-def test_L22_bombs_cpu_time_is_given_anew(pool: DecoderPool) -> None:
+@pytest.mark.lesson("L22")
+def test_bombs_cpu_time_is_given_anew(pool: DecoderPool) -> None:
     with pool.lease() as lease:
         look(lease, "image", encoded(noise()))
         lines = Path(f"/proc/{pid_of(lease)}/limits").read_text().splitlines()
@@ -413,7 +423,8 @@ def test_L22_bombs_cpu_time_is_given_anew(pool: DecoderPool) -> None:
     assert LIMITS.media_timeout_s * cores < soft < LIMITS.media_timeout_s * cores + 60
 
 
-def test_L13_leaks_a_process_that_grew_or_is_old_is_replaced(
+@pytest.mark.lesson("L13")
+def test_leaks_a_process_that_grew_or_is_old_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool = DecoderPool(LIMITS, 1)
@@ -477,6 +488,7 @@ def frame(index: int) -> bytes:
     return pb.Reply(frame_ready=pb.FrameReady(index=index)).SerializeToString()
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize(
     "replies",
     [
@@ -492,7 +504,7 @@ def frame(index: int) -> bytes:
         (header(), times(0.0, 1.0), frame(0), frame(0)),
     ],
 )
-def test_L23_codec_lies_are_one_requests_error(replies: tuple[bytes, ...]) -> None:
+def test_codec_lies_are_one_requests_error(replies: tuple[bytes, ...]) -> None:
     assert Liar(*replies).error().startswith("video: ")
 
 
@@ -674,12 +686,14 @@ def fuzz(pool: DecoderPool, seed: int, count: int) -> None:
             assert pid_of(lease) == first, (seed, number, form)
 
 
-def test_L13_leaks_broken_files(pool: DecoderPool) -> None:
+@pytest.mark.lesson("L13")
+def test_leaks_broken_files(pool: DecoderPool) -> None:
     fuzz(pool, 1, 200)
 
 
+@pytest.mark.lesson("L13")
 @pytest.mark.slow
-def test_L13_leaks_ten_thousand_broken_files(pool: DecoderPool) -> None:
+def test_leaks_ten_thousand_broken_files(pool: DecoderPool) -> None:
     fuzz(pool, 2, 10_000)
 
 
@@ -703,7 +717,8 @@ def soak(count: int) -> tuple[float, float]:
     return (ours_last - ours) / (count / 2), (theirs_last - theirs) / (count / 2)
 
 
-def test_L13_leaks_descriptors_and_memory() -> None:
+@pytest.mark.lesson("L13")
+def test_leaks_descriptors_and_memory() -> None:
     soak(20)
     before = len(os.listdir("/proc/self/fd"))
     slopes = soak(300)
@@ -716,8 +731,9 @@ def test_L13_leaks_descriptors_and_memory() -> None:
     assert "Z" not in states
 
 
+@pytest.mark.lesson("L13")
 @pytest.mark.slow
-def test_L13_leaks_five_thousand_items() -> None:
+def test_leaks_five_thousand_items() -> None:
     # The allocator's steps of a MB or two are some 800 bytes an item here; an image is 180,000.
     assert max(soak(5_000)) < 2_000
 

@@ -347,7 +347,8 @@ def random_embeds(hidden: int, seed: int = 0, grid: Any = (1, 4, 6)) -> octavo.M
     return octavo.MediaEmbeds(values, grid)
 
 
-def test_L04_prefix_media_two_embeddings_under_one_text(llm: octavo.LLM) -> None:
+@pytest.mark.lesson("L04")
+def test_prefix_media_two_embeddings_under_one_text(llm: octavo.LLM) -> None:
     """The last number alone differs; what comes before the item is shared, and nothing else."""
     one = random_embeds(llm.engine.model_config.hidden_size, 1)
     values = one.values.copy()
@@ -446,7 +447,8 @@ def test_what_the_caller_changes_afterwards_changes_nothing(
     assert np.array_equal(unit.embeds, before)
 
 
-def test_L05_media_hash_of_embeddings(processor: InputProcessor, hidden: int) -> None:
+@pytest.mark.lesson("L05")
+def test_media_hash_of_embeddings(processor: InputProcessor, hidden: int) -> None:
     """Numbers, grid and kind are in it; and it is never the hash of pixels of the same bytes."""
     embeds = random_embeds(hidden)
     other = octavo.MediaEmbeds(embeds.values, (1, 6, 4))

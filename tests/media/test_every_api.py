@@ -338,6 +338,7 @@ def embeddings(data: bytes, dtype: str, shape: Any, grid: Any) -> pb.MediaItem:
     return pb.MediaItem(kind=pb.MEDIA_KIND_IMAGE, embeddings=given)
 
 
+@pytest.mark.lesson("L25")
 @pytest.mark.parametrize(
     ("item", "words"),
     [
@@ -363,12 +364,11 @@ def embeddings(data: bytes, dtype: str, shape: Any, grid: Any) -> pb.MediaItem:
         (embeddings(bytes(255), "float32", (1, 64), (1, 2, 2)), "embeddings.data"),
     ],
 )
-def test_L25_torch_load_raw_numbers_are_checked(
-    served: Served, item: pb.MediaItem, words: str
-) -> None:
+def test_torch_load_raw_numbers_are_checked(served: Served, item: pb.MediaItem, words: str) -> None:
     assert words in refused(served, item)
 
 
+@pytest.mark.lesson("L25")
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.binary(max_size=64),
@@ -378,7 +378,7 @@ def test_L25_torch_load_raw_numbers_are_checked(
     form=st.sampled_from(["pixels", "embeddings"]),
     kind=st.sampled_from([pb.MEDIA_KIND_IMAGE, pb.MEDIA_KIND_VIDEO]),
 )
-def test_L25_torch_load_raw_numbers_of_any_kind_are_read_or_refused(
+def test_torch_load_raw_numbers_of_any_kind_are_read_or_refused(
     data: bytes, shape: list[int], grid: list[int], dtype: str, form: str, kind: Any
 ) -> None:
     if form == "pixels":
@@ -417,12 +417,13 @@ VIDEO_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.lesson("L09")
 @pytest.mark.parametrize(
     "options",
     [("image", o) for o in IMAGE_OPTIONS] + [("video", o) for o in VIDEO_OPTIONS],
     ids=str,
 )
-def test_L09_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
+def test_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
     doors: list[Door], options: tuple[str, dict[str, Any]]
 ) -> None:
     kind, beside = options
@@ -432,6 +433,7 @@ def test_L09_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
     assert answers[0][1] != doors[0](make(source))[1], "it changes nothing"
 
 
+@pytest.mark.lesson("L09")
 @pytest.mark.parametrize(
     ("part", "field"),
     [
@@ -451,7 +453,7 @@ def test_L09_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
         (video(b"x", total_pixels=-1), "total_pixels"),
     ],
 )
-def test_L09_pixels_ignored_unknown_and_contradictory_options(
+def test_pixels_ignored_unknown_and_contradictory_options(
     doors: list[Door], part: dict[str, Any], field: str
 ) -> None:
     for door in doors:
@@ -461,7 +463,8 @@ def test_L09_pixels_ignored_unknown_and_contradictory_options(
         assert getattr(error.value, "code", "INVALID_ARGUMENT") == "INVALID_ARGUMENT"
 
 
-def test_L09_pixels_ignored_an_option_of_a_later_protocol(served: Served) -> None:
+@pytest.mark.lesson("L09")
+def test_pixels_ignored_an_option_of_a_later_protocol(served: Served) -> None:
     later = pb.MediaOptions.FromString(b"\xf8\x01\x05")  # field 31
     item = pb.MediaItem(kind=pb.MEDIA_KIND_IMAGE, data=encoded(noise()), options=later)
     assert "options" in refused(served, item, "UNIMPLEMENTED")
@@ -490,6 +493,7 @@ def tight(checkpoint: Path) -> Iterator[list[Door]]:
     served.close()
 
 
+@pytest.mark.lesson("L22")
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -508,7 +512,7 @@ def tight(checkpoint: Path) -> Iterator[list[Door]]:
         ("max_video_seconds", video(mp4(40))),
     ],
 )
-def test_L22_bombs_one_limits_object_at_every_door(
+def test_bombs_one_limits_object_at_every_door(
     tight: list[Door], name: str, part: dict[str, Any]
 ) -> None:
     flag = "--" + name.replace("_", "-")
@@ -520,7 +524,8 @@ def test_L22_bombs_one_limits_object_at_every_door(
     assert len(tight[0](image(noise(84, 56)))[0]) == 8  # what is within them passes
 
 
-def test_L22_bombs_items_of_a_request(checkpoint: Path) -> None:
+@pytest.mark.lesson("L22")
+def test_bombs_items_of_a_request(checkpoint: Path) -> None:
     served = Served(checkpoint, **LIMITS, **SETTINGS)
     part = image(noise(28, 28))
     with Client(served.address) as client:
@@ -627,7 +632,8 @@ def test_sources_that_cannot_travel(client: Client, part: dict[str, Any], words:
         client.chat(ask(part), **GREEDY)
 
 
-def test_L21_local_files_of_a_server(client: Client, served: Served, tmp_path: Path) -> None:
+@pytest.mark.lesson("L21")
+def test_local_files_of_a_server(client: Client, served: Served, tmp_path: Path) -> None:
     """A file of the server's is read under a root alone, whatever the client calls it."""
     noise().save(tmp_path / "secret.png")
     for source in (

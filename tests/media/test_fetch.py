@@ -154,7 +154,8 @@ def world(talk: bytes | Talk = b"", tls: ssl.SSLContext | None = None) -> Iterat
         server.close()
 
 
-def test_L19_ssrf_fetching_is_off_until_a_domain_is_named() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_fetching_is_off_until_a_domain_is_named() -> None:
     with world(reply()) as net:
         text = net.refused(domains=())
         assert "--allow-media-domains" in text and "allowed_media_domains" in text
@@ -162,7 +163,8 @@ def test_L19_ssrf_fetching_is_off_until_a_domain_is_named() -> None:
         assert net.fetch(domains=("a.example",)) == b"hello"
 
 
-def test_L19_ssrf_what_is_asked() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_what_is_asked() -> None:
     """By name, at the address that was checked; no proxy, and nothing of this machine's."""
     with world(reply()) as net:
         assert net.fetch("HTTP://A.Example:80/p%20q/ü?a=b#part") == b"hello"
@@ -173,7 +175,8 @@ def test_L19_ssrf_what_is_asked() -> None:
         assert sorted(lines) == [*expected, "User-Agent: octavo"]
 
 
-def test_L19_ssrf_proxies_of_the_environment_have_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_proxies_of_the_environment_have_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     with world(reply()) as net, world(reply(b"proxy")) as proxy:
         there = f"http://127.0.0.1:{proxy.servers[PUBLIC].port}"
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
@@ -182,6 +185,7 @@ def test_L19_ssrf_proxies_of_the_environment_have_no_part(monkeypatch: pytest.Mo
         assert not proxy.servers[PUBLIC].asked
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     ("host", "domains", "allowed"),
     [
@@ -198,7 +202,7 @@ def test_L19_ssrf_proxies_of_the_environment_have_no_part(monkeypatch: pytest.Mo
         ("a.example", [], False),
     ],
 )
-def test_L19_ssrf_domains(host: str, domains: list[str], allowed: bool) -> None:
+def test_ssrf_domains(host: str, domains: list[str], allowed: bool) -> None:
     assert is_allowed(host, domains) is allowed
     if not allowed and domains:
         net = World({host: [PUBLIC]})
@@ -280,8 +284,9 @@ OPEN = [
 ]
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize("address", CLOSED)
-def test_L19_ssrf_closed_addresses(address: str) -> None:
+def test_ssrf_closed_addresses(address: str) -> None:
     """Alone, and among public ones: first, last."""
     assert not is_public(address)
     for answer in ([address], [PUBLIC, address], [address, PUBLIC]):
@@ -291,14 +296,16 @@ def test_L19_ssrf_closed_addresses(address: str) -> None:
         assert not net.dialled
 
 
-def test_L19_ssrf_open_addresses() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_open_addresses() -> None:
     assert all(map(is_public, OPEN))
     assert not any(
         map(is_public, ("", "a.example", "1.2.3", "0x7f.0.0.1", "010.0.0.1", "1.1.1.1 "))
     )
 
 
-def test_L19_ssrf_unknown_and_inner_names_look_alike() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_unknown_and_inner_names_look_alike() -> None:
     net = World({"inner.example": ["10.1.2.3"], "none.example": []})
     texts = {
         net.refused(f"http://{name}.example/").replace(name, "")
@@ -307,7 +314,8 @@ def test_L19_ssrf_unknown_and_inner_names_look_alike() -> None:
     assert len(texts) == 1
 
 
-def test_L19_ssrf_this_machine_by_the_systems_own_resolver() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_this_machine_by_the_systems_own_resolver() -> None:
     """Whatever the spelling, with all domains allowed and nothing replaced but the dialling."""
     dialled: list[str] = []
 
@@ -321,13 +329,15 @@ def test_L19_ssrf_this_machine_by_the_systems_own_resolver() -> None:
     assert not dialled
 
 
-def test_L19_ssrf_the_systems_dial_goes_where_it_is_told() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_the_systems_dial_goes_where_it_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sock = networking.dial(*listener.getsockname(), 1.0)
         assert sock.getpeername() == listener.getsockname()
         sock.close()
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     "url",
     [
@@ -397,7 +407,7 @@ def test_L19_ssrf_the_systems_dial_goes_where_it_is_told() -> None:
         "",
     ],
 )
-def test_L19_ssrf_tricks_with_urls(url: str) -> None:
+def test_ssrf_tricks_with_urls(url: str) -> None:
     """Refused, or read as one host that is then checked; never another host than was checked."""
     with world(reply()) as net:
         net.names["a.example"] = [PUBLIC]
@@ -411,7 +421,8 @@ def test_L19_ssrf_tricks_with_urls(url: str) -> None:
             assert set(net.dialled) == {(PUBLIC, 80)}
 
 
-def test_L19_ssrf_plain_urls_are_read() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_plain_urls_are_read() -> None:
     for url in (
         "http://a.example",
         "http://a.example:/",
@@ -429,13 +440,15 @@ def test_L19_ssrf_plain_urls_are_read() -> None:
         assert f"Host: [{OTHER}]\r\n" in net.servers[OTHER].asked[0]
 
 
-def test_L19_ssrf_secrets_of_a_url_are_not_shown() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_secrets_of_a_url_are_not_shown() -> None:
     shown = without_secrets("https://me:secret@a.example/p?sig=secret#secret")
     assert "secret" not in shown and "a.example/p?" in shown
     assert len(without_secrets("http://a.example/" + "x" * 10_000)) < 200
 
 
-def test_L19_ssrf_a_name_that_turns_is_dialled_where_it_was_checked() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_a_name_that_turns_is_dialled_where_it_was_checked() -> None:
     """It is resolved once; a second answer, of an inner address, is never asked for or used."""
     answers = iter([[PUBLIC], ["127.0.0.1"], ["127.0.0.1"]])
     with world(reply()) as net:
@@ -454,7 +467,8 @@ def test_L19_ssrf_a_name_that_turns_is_dialled_where_it_was_checked() -> None:
         assert net.dialled == [(PUBLIC, 80)]
 
 
-def test_L19_ssrf_another_checked_address_where_one_does_not_answer() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_another_checked_address_where_one_does_not_answer() -> None:
     with world(reply()) as net:
         net.names["a.example"] = [OTHER, PUBLIC]
         assert net.fetch() == b"hello"
@@ -464,8 +478,9 @@ def test_L19_ssrf_another_checked_address_where_one_does_not_answer() -> None:
         assert len(net.dialled) == 2 + fetching.MAX_DIALLED
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
-def test_L19_ssrf_redirects_are_followed(status: str) -> None:
+def test_ssrf_redirects_are_followed(status: str) -> None:
     with world(moved("//b.example/ü?x", f"{status} Go")) as net, world(reply()) as second:
         net.names["b.example"], net.servers["1.1.1.1"] = ["1.1.1.1"], second.servers[PUBLIC]
         assert net.fetch() == b"hello"
@@ -474,6 +489,7 @@ def test_L19_ssrf_redirects_are_followed(status: str) -> None:
         assert "secret" not in second.servers[PUBLIC].asked[0]
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     ("where", "words"),
     [
@@ -494,7 +510,7 @@ def test_L19_ssrf_redirects_are_followed(status: str) -> None:
         ("", "status 302"),
     ],
 )
-def test_L19_ssrf_redirects_are_checked_anew(where: str, words: str) -> None:
+def test_ssrf_redirects_are_checked_anew(where: str, words: str) -> None:
     with world(moved(where)) as net:
         net.names["inner.example"] = ["10.9.8.7"]
         text = net.refused()
@@ -504,7 +520,8 @@ def test_L19_ssrf_redirects_are_checked_anew(where: str, words: str) -> None:
         assert len(net.dialled) == (6 if "more than" in words else 1)
 
 
-def test_L19_ssrf_a_redirect_leaves_the_list() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_a_redirect_leaves_the_list() -> None:
     with world(moved("http://b.example/")) as net:
         net.names["b.example"] = ["1.1.1.1"]
         text = net.refused(domains=("a.example",))
@@ -514,6 +531,7 @@ def test_L19_ssrf_a_redirect_leaves_the_list() -> None:
         assert "10.0.0.1" not in net.refused(domains=("a.example",))
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -549,12 +567,13 @@ def test_L19_ssrf_a_redirect_leaves_the_list() -> None:
         (b"\x16\x03\x01" * 50, "connection"),
     ],
 )
-def test_L19_ssrf_answers_that_are_refused(answer: bytes, words: str) -> None:
+def test_ssrf_answers_that_are_refused(answer: bytes, words: str) -> None:
     with world(answer) as net:
         assert words in net.refused()
 
 
-def test_L19_ssrf_lengths_that_are_taken() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_lengths_that_are_taken() -> None:
     """A body ends where its length says, where its last chunk ends, or with the connection."""
     chunks = b"3\r\nhel\r\n2;note=x\r\nlo\r\n0\r\nTrailer: x\r\n\r\n"
     for answer in (
@@ -580,6 +599,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     "talk",
     [
@@ -590,7 +610,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     ],
     ids=["to_the_end", "chunks", "one_chunk", "a_chunk_of_minus_one"],
 )
-def test_L19_ssrf_a_body_without_end(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssrf_a_body_without_end(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut at the limit, and no more than that is ever held or asked for at once."""
     taken = []
     some = fetching._Fetch._some
@@ -622,6 +642,7 @@ def silent(sock: socket.socket) -> None:
             pass
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     "talk",
     [
@@ -637,13 +658,14 @@ def silent(sock: socket.socket) -> None:
     ],
     ids=["status", "headers", "header", "continue", "body", "end", "chunk", "trailers", "silence"],
 )
-def test_L19_ssrf_drips_are_cut_off_in_all(talk: Talk) -> None:
+def test_ssrf_drips_are_cut_off_in_all(talk: Talk) -> None:
     """Each byte comes well within any timeout of a read. The server goes on for 10 s."""
     with world(talk) as net:
         assert "--fetch-timeout-s" in net.refused(limits=HURRY)
 
 
-def test_L19_ssrf_names_and_connections_that_take_for_ever() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_names_and_connections_that_take_for_ever() -> None:
     hold = threading.Event()
     network = Network(lambda host, port: [PUBLIC] if hold.wait(20) else [])
     with pytest.raises(InputError, match="--fetch-timeout-s"):
@@ -662,7 +684,8 @@ def test_L19_ssrf_names_and_connections_that_take_for_ever() -> None:
     assert len(shares) == 3 and sum(shares) <= HURRY.fetch_timeout_s
 
 
-def test_L19_ssrf_one_time_for_all_redirects() -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_one_time_for_all_redirects() -> None:
     def talk(sock: socket.socket) -> None:
         time.sleep(0.1)
         sock.sendall(moved("/next"))
@@ -687,7 +710,8 @@ def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext
     return server, ssl.create_default_context(cafile=cert)
 
 
-def test_L19_ssrf_certificates_are_checked_by_name(tmp_path: Path) -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_certificates_are_checked_by_name(tmp_path: Path) -> None:
     """Against the name, though an address is dialled; the name is also what the server hears."""
     server, client = certificate(tmp_path, "a.example")
     heard: list[Any] = []
@@ -705,7 +729,8 @@ def test_L19_ssrf_certificates_are_checked_by_name(tmp_path: Path) -> None:
         assert len(net.servers[PUBLIC].asked) == 1
 
 
-def test_L19_ssrf_https_is_not_left_and_not_dripped(tmp_path: Path) -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_https_is_not_left_and_not_dripped(tmp_path: Path) -> None:
     server, client = certificate(tmp_path, "a.example")
     with world(moved("http://a.example/"), server) as net:
         net.tls = lambda: client
@@ -716,11 +741,12 @@ def test_L19_ssrf_https_is_not_left_and_not_dripped(tmp_path: Path) -> None:
         assert "--fetch-timeout-s" in net.refused("https://a.example/", limits=HURRY)
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.parametrize(
     ("first", "words"),
     [(b"\x16\x03\x03\x40\x00", "--fetch-timeout-s"), (b"HTTP/1.1 400 Bad\r\n\r\n", "connection")],
 )
-def test_L19_ssrf_no_handshake(first: bytes, words: str) -> None:
+def test_ssrf_no_handshake(first: bytes, words: str) -> None:
     """A TLS record of which a byte comes now and then; and no TLS at all."""
     stop = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -761,8 +787,9 @@ def open_files() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.lesson("L19")
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
-def test_L19_ssrf_nothing_stays_open() -> None:
+def test_ssrf_nothing_stays_open() -> None:
     """Sockets, threads, files, whatever the end."""
     bodies = [
         reply(),
@@ -795,7 +822,8 @@ def test_a_picture_from_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
             picture_at("http://a.example/x", MediaAccess())
 
 
-def test_L20_url_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L20")
+def test_url_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but an item's own field is fetched: no link in a text, a name or an unused key."""
     folder = write_tiny_checkpoint(tmp_path)
     with world(reply(encoded(noise(56, 56)))) as net:
@@ -814,8 +842,9 @@ def test_L20_url_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert net.resolved == ["a.example"]
 
 
+@pytest.mark.lesson("L20")
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_L20_url_in_text_of_a_file(kind: str) -> None:
+def test_url_in_text_of_a_file(kind: str) -> None:
     """Playlists and drawings name other files; none of them is a format that is read."""
     server = Server(reply())
     link = f"http://127.0.0.1:{server.port}/x"
@@ -850,7 +879,8 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_L21_local_files_under_roots_are_read(tree: Path) -> None:
+@pytest.mark.lesson("L21")
+def test_local_files_under_roots_are_read(tree: Path) -> None:
     access = media_access([tree / "in"], [], local=False)  # a root may be a link itself
     assert access.roots == (tree / "open",)
     for name in ("open/a.png", "open/deep/b.png", "open/in.png", "in/a.png", "open/deep/../a.png"):
@@ -859,7 +889,8 @@ def test_L21_local_files_under_roots_are_read(tree: Path) -> None:
     assert picture_at(f"file://localhost{tree}/open/a.png", access).size
 
 
-def test_L21_local_files_elsewhere_are_refused(tree: Path) -> None:
+@pytest.mark.lesson("L21")
+def test_local_files_elsewhere_are_refused(tree: Path) -> None:
     """With one text, whether they are there or not, and without the roots' names."""
     access = media_access([tree / "open"], [], local=False)
     names = [
@@ -881,7 +912,8 @@ def test_L21_local_files_elsewhere_are_refused(tree: Path) -> None:
     assert len(texts) == 1 and str(tree) not in texts.pop()
 
 
-def test_L21_local_files_nothing_is_opened_elsewhere(
+@pytest.mark.lesson("L21")
+def test_local_files_nothing_is_opened_elsewhere(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access = media_access([tree / "open"], [], local=False)
@@ -895,7 +927,8 @@ def test_L21_local_files_nothing_is_opened_elsewhere(
             picture_at(f"{tree}/{name}", access)
 
 
-def test_L21_local_files_a_link_swapped_in_does_not_win(
+@pytest.mark.lesson("L21")
+def test_local_files_a_link_swapped_in_does_not_win(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the first look and the opening, for the file and for a folder of its path."""
@@ -918,8 +951,9 @@ def test_L21_local_files_a_link_swapped_in_does_not_win(
         assert (tree / name).is_symlink() and len(open_files()) == before
 
 
+@pytest.mark.lesson("L21")
 @pytest.mark.parametrize("local", [True, False])
-def test_L21_local_files_must_be_regular(tree: Path, local: bool) -> None:
+def test_local_files_must_be_regular(tree: Path, local: bool) -> None:
     """A FIFO without a writer does not block, here or when it is read."""
     access = media_access([] if local else [tree / "open"], [], local)
     os.mkfifo(tree / "open/fifo")
@@ -944,7 +978,8 @@ def test_L21_local_files_must_be_regular(tree: Path, local: bool) -> None:
         picture_at(f"{tree}/open/nothing", access)
 
 
-def test_L21_local_files_no_roots_at_all(tree: Path) -> None:
+@pytest.mark.lesson("L21")
+def test_local_files_no_roots_at_all(tree: Path) -> None:
     access = media_access([], [], local=False)
     assert access.roots == ()
     for source in (str(tree / "open/a.png"), f"file://{tree}/open/a.png", "/etc/passwd"):

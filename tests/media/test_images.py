@@ -53,9 +53,10 @@ def turned(turn: int) -> Image.Exif:
     return exif
 
 
+@pytest.mark.lesson("L18")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_L18_exif_alpha_pictures_are_upright(form: str, turn: int) -> None:
+def test_exif_alpha_pictures_are_upright(form: str, turn: int) -> None:
     image = photo(64, 32)
     if form == "TIFF":
         data = encoded(image, form, tiffinfo={ORIENTATION: turn})
@@ -86,6 +87,7 @@ RAW = b"exif\n%8d\n%s\n" % (len(EXIF) + 6, (b"Exif\0\0" + EXIF).hex().encode())
 XMP = b'<x tiff:Orientation="6"/>'
 
 
+@pytest.mark.lesson("L18")
 @pytest.mark.parametrize(
     "told",
     [
@@ -96,7 +98,7 @@ XMP = b'<x tiff:Orientation="6"/>'
     ids=["eXIf", "profile", "xmp"],
 )
 @pytest.mark.parametrize("is_late", [False, True])
-def test_L18_exif_alpha_a_png_tells_it_before_or_behind(
+def test_exif_alpha_a_png_tells_it_before_or_behind(
     told: tuple[bytes, bytes], is_late: bool
 ) -> None:
     image = noise(8, 4)
@@ -135,8 +137,9 @@ def test_of_many_frames_the_first_is_taken(form: str) -> None:
     assert load(data)[8, 8].tolist() == [255, 0, 0]
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize("form", ["ICO", "PPM", "TGA", "JPEG2000", "AVIF", "SGI", "PCX"])
-def test_L23_codec_other_formats_are_refused(form: str) -> None:
+def test_codec_other_formats_are_refused(form: str) -> None:
     with pytest.raises(InputError, match=r"not a supported image \(JPEG, PNG, WEBP, GIF"):
         load(encoded(noise(), form))
 
@@ -157,7 +160,8 @@ print(sorted(set(sys.modules) - before))
 """
 
 
-def test_L23_codec_no_module_is_loaded_for_a_file() -> None:
+@pytest.mark.lesson("L23")
+def test_codec_no_module_is_loaded_for_a_file() -> None:
     """No plugin of another format, and nothing that a closed process could not read."""
     files = [whole_file(form) for form in IMAGES] + [data for _, data in broken_files(5, 60)]
     lab = encoded(Image.merge("LAB", noise().split()), "TIFF")
@@ -193,9 +197,10 @@ def hard_pictures(size: tuple[int, int] = (1003, 757)) -> dict[str, Image.Image]
     }
 
 
+@pytest.mark.lesson("L11")
 @pytest.mark.parametrize("quality", [90, 97])
 @pytest.mark.parametrize("name", hard_pictures((1, 1)))
-def test_L11_cpu_preprocess_half_a_jpeg_is_within_two_levels(name: str, quality: int) -> None:
+def test_cpu_preprocess_half_a_jpeg_is_within_two_levels(name: str, quality: int) -> None:
     data = encoded(hard_pictures()[name], "JPEG", quality=quality, exif=turned(6))
     with Image.open(io.BytesIO(data)) as opened:
         upright = ImageOps.exif_transpose(opened).convert("RGB")
@@ -223,13 +228,15 @@ def test_a_callers_image_is_left_as_it_was() -> None:
     np.testing.assert_array_equal(load(image), np.asarray(to_rgb(image)))
 
 
+@pytest.mark.lesson("L22")
 @pytest.mark.parametrize("size", [(20_000, 20_000), (65_000, 65_000), (12_000, 10_001)])
-def test_L22_bombs_are_refused_by_their_size(size: tuple[int, int]) -> None:
+def test_bombs_are_refused_by_their_size(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="--max-media-pixels"):
         load(png(*size, (b"IDAT", zlib.compress(b""))))
 
 
-def test_L10_extreme_images_every_size_is_taken_or_refused() -> None:
+@pytest.mark.lesson("L10")
+def test_extreme_images_every_size_is_taken_or_refused() -> None:
     rng, bounded = np.random.default_rng(0), PreprocessConfig(max_pixels=512 * 784)
     sizes = [(1, 1), (20_000, 1), (1, 20_000), (200, 1), (201, 1), (28, 26), (332, 27)]
     sizes += [tuple(map(int, np.exp(rng.uniform(0, np.log(20_000), 2)))) for _ in range(60)]
@@ -267,8 +274,9 @@ def fuzz(seed: int, count: int) -> Counter[str]:
     return found
 
 
+@pytest.mark.lesson("L10")
 @pytest.mark.parametrize("form", IMAGES)
-def test_L10_extreme_images_a_file_cut_off_is_never_half_a_picture(form: str) -> None:
+def test_extreme_images_a_file_cut_off_is_never_half_a_picture(form: str) -> None:
     data = whole_file(form)
     whole = load(data)
     refused = 0
@@ -281,13 +289,15 @@ def test_L10_extreme_images_a_file_cut_off_is_never_half_a_picture(form: str) ->
     assert refused >= (2 if form == "gif moving" else 5)
 
 
-def test_L23_codec_damaged_images_are_refused_or_read() -> None:
+@pytest.mark.lesson("L23")
+def test_codec_damaged_images_are_refused_or_read() -> None:
     found = fuzz(0, 330)
     assert found["refused"] > 100 and found["read"] > 50
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.slow
-def test_L23_codec_10_000_damaged_images() -> None:
+def test_codec_10_000_damaged_images() -> None:
     """And none leaves memory behind."""
     assert fuzz(1, 2000)["refused"] > 800
     before = anonymous_bytes(os.getpid())

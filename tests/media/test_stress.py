@@ -263,27 +263,28 @@ def warm(doors: Doors) -> None:
             assert grpc_ask(client, part) == ""
 
 
+@pytest.mark.lesson("L41")
 @pytest.mark.parametrize("way", ["grpc", "http"])
-def test_L41_reused_helper_no_good_request_fails_beside_rejected_ones(
-    doors: Doors, way: str
-) -> None:
+def test_reused_helper_no_good_request_fails_beside_rejected_ones(doors: Doors, way: str) -> None:
     warm(doors)
     started = doors.num_started
     assert stress(doors, way, 48, 1, leaves=False) == []
     assert doors.num_started <= max(started, 6)  # at most one more for each lane's second
 
 
+@pytest.mark.lesson("L41")
 @pytest.mark.parametrize("way", ["grpc", "http"])
-def test_L41_reused_helper_no_good_request_fails_beside_clients_that_leave(
+def test_reused_helper_no_good_request_fails_beside_clients_that_leave(
     doors: Doors, way: str
 ) -> None:
     assert stress(doors, way, 40, 2, leaves=True) == []
 
 
+@pytest.mark.lesson("L41")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["grpc", "http"])
 @pytest.mark.parametrize("leaves", [False, True])
-def test_L41_reused_helper_two_thousand_bad_requests(doors: Doors, way: str, leaves: bool) -> None:
+def test_reused_helper_two_thousand_bad_requests(doors: Doors, way: str, leaves: bool) -> None:
     warm(doors)
     started = doors.num_started
     assert stress(doors, way, 2000, 3, leaves) == []

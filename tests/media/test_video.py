@@ -145,9 +145,10 @@ def test_uneven_times_are_the_files(no_way_back: None) -> None:
         assert [frame.index for frame in reader.frames([5, 13, 20], 28, 28)] == [5, 13, 20]
 
 
+@pytest.mark.lesson("L18")
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_L18_exif_alpha_videos_are_upright(turn: int, flip: bool) -> None:
+def test_exif_alpha_videos_are_upright(turn: int, flip: bool) -> None:
     """As phones film: the frames lie on their side, a matrix says how they are seen."""
     first = next(moving(1, (96, 64)))
     seen = np.rot90(first, turn // 90)
@@ -232,16 +233,18 @@ def test_without_time_stamps_frames_are_counted() -> None:
         np.testing.assert_array_equal(frame.pixels, pixels[place])
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize("codec", ["mpeg2video", "ffv1", "libvpx"])
-def test_L23_codec_others_are_refused_before_they_run(codec: str) -> None:
+def test_codec_others_are_refused_before_they_run(codec: str) -> None:
     """The text says which are read, and nothing that a decoder said."""
     with pytest.raises(InputError, match=r"one of H\.264, HEVC, VP9, AV1, MPEG-4") as refused:
         open_video(clip(codec, "matroska", num_frames=6))
     assert "0x" not in str(refused.value) and codec not in str(refused.value)
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize("form", ["avi", "mpegts", "flv", "mpeg"])
-def test_L23_codec_other_containers_are_refused(form: str) -> None:
+def test_codec_other_containers_are_refused(form: str) -> None:
     codec = "mpeg2video" if form == "mpeg" else "libx264" if form == "flv" else "mpeg4"
     with pytest.raises(InputError, match=r"\(MP4, MOV, MKV, WebM\)"):
         open_video(clip(codec, form, num_frames=6))
@@ -324,8 +327,9 @@ print([frame.index for frame in reader.frames([0, 47], 64, 96)])
 """
 
 
+@pytest.mark.lesson("L23")
 @pytest.mark.parametrize("case", ["vp9-mp4", "h264-mp4", "hevc-mp4", "av1-mp4", "mpeg4-mp4"])
-def test_L23_codec_a_jump_to_a_broken_keyframe(case: str, tmp_path: Path) -> None:
+def test_codec_a_jump_to_a_broken_keyframe(case: str, tmp_path: Path) -> None:
     """In a process of its own: FFmpeg's VP9 decoder has crashed of it."""
     (tmp_path / "video").write_bytes(damaged(made(case), range(36, 37), first=3, count=1))
     command = [sys.executable, "-P", "-c", JUMP, str(tmp_path / "video")]
@@ -334,6 +338,7 @@ def test_L23_codec_a_jump_to_a_broken_keyframe(case: str, tmp_path: Path) -> Non
     assert done.stdout.startswith("[0")
 
 
+@pytest.mark.lesson("L22")
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
@@ -341,7 +346,7 @@ def test_L23_codec_a_jump_to_a_broken_keyframe(case: str, tmp_path: Path) -> Non
         (MediaLimits(max_video_seconds=1), "--max-video-seconds"),
     ],
 )
-def test_L22_bombs_videos_are_bounded(limits: MediaLimits, words: str) -> None:
+def test_bombs_videos_are_bounded(limits: MediaLimits, words: str) -> None:
     with pytest.raises(InputError, match=words):
         open_video(made("h264-mp4"), limits)
 
@@ -431,6 +436,7 @@ def test_frames_of_a_part_are_torchs() -> None:
             assert frame_indices(count, first, last) == expected
 
 
+@pytest.mark.lesson("L09")
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -442,12 +448,13 @@ def test_frames_of_a_part_are_torchs() -> None:
         ({"nframes": 20, "video_end": 1.0}, "video.nframes"),
     ],
 )
-def test_L09_pixels_ignored_what_a_video_cannot_give(options: dict[str, Any], field: str) -> None:
+def test_pixels_ignored_what_a_video_cannot_give(options: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError) as refused:
         video(mp4(30), **options)
     assert refused.value.field == field
 
 
+@pytest.mark.lesson("L09")
 @pytest.mark.parametrize(
     ("part", "field"),
     [
@@ -461,7 +468,7 @@ def test_L09_pixels_ignored_what_a_video_cannot_give(options: dict[str, Any], fi
         ({"frames": 4}, "part"),
     ],
 )
-def test_L09_pixels_ignored_video_options(part: dict[str, Any], field: str) -> None:
+def test_pixels_ignored_video_options(part: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError) as refused:
         MediaOptions.from_part({"type": "video", **part}, "video", "part")
     assert refused.value.field == field
@@ -510,7 +517,8 @@ def test_frames_of_a_list(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels[2], pixels[3])
 
 
-def test_L22_bombs_lists_of_frames_are_bounded() -> None:
+@pytest.mark.lesson("L22")
+def test_bombs_lists_of_frames_are_bounded() -> None:
     with pytest.raises(InputError, match="max-video-frames"):
         video([noise()] * (MediaLimits().max_video_frames + 1))
 
@@ -558,7 +566,8 @@ print(len(pixels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_L12_video_memory(tmp_path: Path) -> None:
+@pytest.mark.lesson("L12")
+def test_video_memory(tmp_path: Path) -> None:
     """Frames are chosen first and only those are held: 1,200 decoded frames are 691 MB."""
     (tmp_path / "long.mp4").write_bytes(mp4(1200, rate=30, size=(480, 400)))
     command = [sys.executable, "-P", "-c", LONG_VIDEO, str(tmp_path / "long.mp4")]
@@ -576,8 +585,9 @@ print(load.frames, int(load.extra_mb))
 """
 
 
+@pytest.mark.lesson("L12")
 @pytest.mark.slow
-def test_L12_video_memory_of_half_an_hour(tmp_path: Path) -> None:
+def test_video_memory_of_half_an_hour(tmp_path: Path) -> None:
     """30 minutes of 1080p: at most 400 MB beyond the frames that are kept."""
     part = clip(num_frames=300, rate=30, size=(1920, 1080), gop=60, options=X264_FAST)
     repeated(part, 180, tmp_path / "long.mp4")

@@ -130,7 +130,8 @@ def test_path_and_base64(llm: octavo.LLM, folder: Path) -> None:
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
 
 
-def test_L19_ssrf_a_url_is_not_fetched_and_says_what_to_do(llm: octavo.LLM) -> None:
+@pytest.mark.lesson("L19")
+def test_ssrf_a_url_is_not_fetched_and_says_what_to_do(llm: octavo.LLM) -> None:
     messages = user(
         {"type": "image", "image": "http://path/to/your/image.jpg"}, text("Describe this image.")
     )

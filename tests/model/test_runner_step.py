@@ -58,7 +58,8 @@ def runner(folder: Path) -> ModelRunner:
     return make_runner(folder)
 
 
-def test_L13_all_of_the_kv_cache_becomes_resident(
+@pytest.mark.lesson("L13")
+def test_all_of_the_kv_cache_becomes_resident(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[torch.Tensor] = []

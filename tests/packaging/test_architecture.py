@@ -104,7 +104,8 @@ def calls(path: Path) -> Iterator[str]:
             yield ast.unparse(node.func)
 
 
-def test_L24_pickle() -> None:
+@pytest.mark.lesson("L24")
+def test_pickle() -> None:
     """No pickle anywhere, including torch's between ranks; only Unix sockets and loopback."""
     for path in FILES:
         wrong = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
@@ -125,7 +126,8 @@ def test_L24_pickle() -> None:
     assert '"GLOO_SOCKET_IFNAME": "lo"' in inside["process.py"]
 
 
-def test_L25_torch_load() -> None:
+@pytest.mark.lesson("L25")
+def test_torch_load() -> None:
     """Weights are loaded only from safetensors and nothing is evaluated, except for training."""
     for path in FILES:
         if "demo_model" in path.parts:

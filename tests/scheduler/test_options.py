@@ -150,7 +150,8 @@ def watch_pixels(llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sent
 
 
-def test_L29_cache_timing_salts_keep_tenants_apart(
+@pytest.mark.lesson("L29")
+def test_cache_timing_salts_keep_tenants_apart(
     llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages = ask("What is my secret, a long one so that it takes several blocks?", 9)
@@ -452,6 +453,7 @@ def test_priority_goes_first(llm: octavo.LLM) -> None:
     assert ended[:1] == ["r5"] and ended.index("r4") < ended.index("r3")
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -472,7 +474,7 @@ def test_priority_goes_first(llm: octavo.LLM) -> None:
         ({"cache_salt": 5}, "cache_salt=5"),
     ],
 )
-def test_L27_unbounded_n(client: Client, given: dict[str, Any], words: str) -> None:
+def test_unbounded_n(client: Client, given: dict[str, Any], words: str) -> None:
     with pytest.raises(ClientError, match=words.replace("(", r"\(")) as caught:
         list(client.chat(ask("Hi"), **given))
     assert caught.value.code == "INVALID_ARGUMENT"
@@ -496,7 +498,8 @@ def test_names_of_answers_are_taken_too(llm: octavo.LLM) -> None:
     assert len(engine.abort("b[1]")) == 1
 
 
-def test_L16_client_assert_text_that_cannot_be_made_ends_its_request_alone(
+@pytest.mark.lesson("L16")
+def test_client_assert_text_that_cannot_be_made_ends_its_request_alone(
     llm: octavo.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push, bad = TextStream.push, []

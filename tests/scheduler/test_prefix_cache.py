@@ -72,7 +72,8 @@ def test_what_is_being_computed_is_not_found_yet() -> None:
     simulation.run()
 
 
-def test_L04_prefix_media() -> None:
+@pytest.mark.lesson("L04")
+def test_prefix_media() -> None:
     """The same text and placeholders over another image, or the image elsewhere: no hit."""
     tokens = [*range(8), *[49] * 6, *range(10)]
     simulation = make_simulation()
@@ -90,7 +91,8 @@ def test_L04_prefix_media() -> None:
         assert simulation.outputs[request.request_id] == naive_output(request, 4)
 
 
-def test_L04_prefix_media_every_part_of_a_block_counts() -> None:
+@pytest.mark.lesson("L04")
+def test_prefix_media_every_part_of_a_block_counts() -> None:
     def unit(name: bytes = CAT, index: int = 0, offset: int = 18, size: int = 9) -> EncodeUnit:
         return EncodeUnit(name, index, offset, size, 4 * size)
 
@@ -114,7 +116,8 @@ def test_L04_prefix_media_every_part_of_a_block_counts() -> None:
     assert next_hash(root, tokens, aside, 16, 32) == hashes["as it is"]
 
 
-def test_L17_prefix_encode() -> None:
+@pytest.mark.lesson("L17")
+def test_prefix_encode() -> None:
     """After a hit that ends inside an image, that image is encoded, and no image before it."""
     first = [*range(4), *[49] * 8, *range(4), *[49] * 8, *range(8)]
     spans = ((4, 8, CAT), (16, 8, DOG))
@@ -145,7 +148,8 @@ def test_L17_prefix_encode() -> None:
     assert simulation.worker.encoded == before
 
 
-def test_L29_cache_timing() -> None:
+@pytest.mark.lesson("L29")
+def test_cache_timing() -> None:
     """Another tenant's salt: neither blocks nor embeddings are found, in both directions."""
     tokens = [*range(8), *[49] * 6, *range(10)]
     simulation = make_simulation(encoder_cache_tokens=60)
@@ -208,7 +212,8 @@ def test_forks_hold_few_blocks_and_copy_one_each() -> None:
     simulation.run()
 
 
-def test_L15_parked_forks_go_on_when_the_first_is_gone() -> None:
+@pytest.mark.lesson("L15")
+def test_parked_forks_go_on_when_the_first_is_gone() -> None:
     for steps in (0, 1, 2, 3):
         simulation = make_simulation(max_num_batched_tokens=8)
         requests = forks(3, 20, (2, 6, CAT), max_tokens=9)

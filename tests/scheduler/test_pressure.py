@@ -330,7 +330,8 @@ def test_blocks_that_a_running_prompt_will_need_are_not_given_away() -> None:
     assert simulation.preemptions <= 1  # of those beside each other, none for the long one
 
 
-def test_L15_parked_a_long_prompt_gets_its_turn_amid_short_ones_that_never_end() -> None:
+@pytest.mark.lesson("L15")
+def test_parked_a_long_prompt_gets_its_turn_amid_short_ones_that_never_end() -> None:
     config = make_config(num_blocks=400, max_num_batched_tokens=24, long_prefill_token_threshold=8)
     simulation = Simulation(config)
     for name in ("long", "longer"):
@@ -420,6 +421,7 @@ def test_a_long_prompt_does_not_stall_short_chats() -> None:
     assert unbounded > 10 * alone  # so the bound is what does it
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -433,12 +435,13 @@ def test_a_long_prompt_does_not_stall_short_chats() -> None:
         ({"cache_salt": b"x"}, "must be a string"),
     ],
 )
-def test_L27_unbounded_n_options(options: dict, words: str) -> None:
+def test_unbounded_n_options(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RequestOptions(**options)
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize("n", [0, -1, 65, 10**30, 1.5, True, None, "2"])
-def test_L27_unbounded_n(n: object) -> None:
+def test_unbounded_n(n: object) -> None:
     with pytest.raises(ValueError, match="n="):
         SamplingParams(n=n)  # type: ignore[arg-type]

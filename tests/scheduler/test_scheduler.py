@@ -165,7 +165,8 @@ def test_abort_frees_at_once_wherever_it_is() -> None:
     assert simulation.scheduler.finish("a", RequestStatus.FINISHED_ABORTED) is None
 
 
-def test_L06_encoder_deadlock() -> None:
+@pytest.mark.lesson("L06")
+def test_encoder_deadlock() -> None:
     """Many requests, each with two images of which the cache holds one and a half."""
     requests = [
         make_request(f"r{i}", 30, (2, 12, bytes([i]) * 32), (16, 12, bytes([99 - i]) * 32))
@@ -180,7 +181,8 @@ def test_L06_encoder_deadlock() -> None:
             assert simulation.outputs[request.request_id] == naive_output(request, 4)
 
 
-def test_L06_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
+@pytest.mark.lesson("L06")
+def test_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
     simulation = Simulation(make_config(max_empty_steps=7))
     simulation.scheduler.add(make_request("a", 8))
     simulation.scheduler.add(make_request("b", 8))
@@ -201,7 +203,8 @@ def test_L06_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
     assert simulation.ended["b"].status is RequestStatus.FINISHED_LENGTH
 
 
-def test_L07_mirrored_cache_a_miss_is_planned_again() -> None:
+@pytest.mark.lesson("L07")
+def test_mirrored_cache_a_miss_is_planned_again() -> None:
     simulation = Simulation(make_config(max_num_batched_tokens=40))
     request, other = make_request("a", 12, (2, 6, CAT)), make_request("b", 9)
     simulation.scheduler.add(request)
@@ -223,7 +226,8 @@ def test_L07_mirrored_cache_a_miss_is_planned_again() -> None:
     assert simulation.outputs["b"] == naive_output(other, 4)
 
 
-def test_L07_mirrored_cache_all_lost_at_once_is_one_miss() -> None:
+@pytest.mark.lesson("L07")
+def test_mirrored_cache_all_lost_at_once_is_one_miss() -> None:
     """A prompt over five images whose embeddings are all gone, though the scheduler counts on them.
     Its rows grow, so it would meet them one by one, and fail at the third. (From a random run.)"""
     config = {
@@ -249,7 +253,8 @@ def test_L07_mirrored_cache_all_lost_at_once_is_one_miss() -> None:
     assert simulation.outputs["b"] == naive_output(again, 4)
 
 
-def test_L07_mirrored_cache_a_miss_for_ever_fails_its_request_alone() -> None:
+@pytest.mark.lesson("L07")
+def test_mirrored_cache_a_miss_for_ever_fails_its_request_alone() -> None:
     simulation = Simulation(make_config(max_num_batched_tokens=40))
     other = make_request("b", 9)
     simulation.scheduler.add(make_request("a", 12, (2, 6, CAT)))
@@ -262,7 +267,8 @@ def test_L07_mirrored_cache_a_miss_for_ever_fails_its_request_alone() -> None:
     assert simulation.outputs["b"] == naive_output(other, 4)
 
 
-def test_L15_parked() -> None:
+@pytest.mark.lesson("L15")
+def test_parked() -> None:
     """A head that needs all blocks waits for its turn and gets it; those behind it follow."""
     simulation = Simulation(make_config(max_model_len=64))
     small = [make_request(f"s{i}", 6, max_tokens=10) for i in range(4)]
@@ -275,7 +281,8 @@ def test_L15_parked() -> None:
         assert simulation.outputs[request.request_id] == naive_output(request, count)
 
 
-def test_L16_client_assert_a_row_that_fails_is_its_own() -> None:
+@pytest.mark.lesson("L16")
+def test_client_assert_a_row_that_fails_is_its_own() -> None:
     def spoil(plan: StepPlan, result: StepResult) -> StepResult:
         return replace(result, errors={"bad": "its row"} if "bad" in plan.request_ids else {})
 

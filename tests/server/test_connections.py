@@ -144,7 +144,8 @@ def make_site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Site]]:
         yield make
 
 
-def test_L38_idle_connections_half_sent_heads_are_closed(make_site: Callable[..., Site]) -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_half_sent_heads_are_closed(make_site: Callable[..., Site]) -> None:
     """Close silent connections and incomplete headers, even if bytes keep trickling in."""
     site = make_site(timeouts=Timeouts(head=0.4))
     silent, half = site.open(), site.open(b"GET /health HTTP/1.1\r\nHo")
@@ -167,7 +168,8 @@ def _dribble(connection: socket.socket) -> bool:
     return True
 
 
-def test_L38_idle_connections_slow_bodies_end_with_408(make_site: Callable[..., Site]) -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_slow_bodies_end_with_408(make_site: Callable[..., Site]) -> None:
     site = make_site(timeouts=Timeouts(body=0.4))
     with site.open(POST + b"Content-Length: 100000\r\n\r\n") as slow:
         wait_for(lambda: not _dribble(slow))
@@ -198,7 +200,8 @@ def test_an_upload_in_progress_is_not_in_flight_work(make_site: Callable[..., Si
         assert read_all(upload).startswith(b"HTTP/1.1 503")
 
 
-def test_L38_idle_connections_make_way_at_the_limit(make_site: Callable[..., Site]) -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_make_way_at_the_limit(make_site: Callable[..., Site]) -> None:
     """The longest-waiting connections are closed, but none with a request in progress."""
     site = make_site(total=8)
     streaming = site.open(
@@ -236,7 +239,8 @@ class FullListener(socket.socket):
         return super().accept()
 
 
-def test_L38_idle_connections_out_of_descriptors(
+@pytest.mark.lesson("L38")
+def test_idle_connections_out_of_descriptors(
     make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
 ) -> None:
     listener = FullListener()
@@ -248,7 +252,8 @@ def test_L38_idle_connections_out_of_descriptors(
     assert len(caplog.records) == 1
 
 
-def test_L38_idle_connections_endless_headers(make_site: Callable[..., Site]) -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_endless_headers(make_site: Callable[..., Site]) -> None:
     """Headers are bounded with and without httptools, which has no limit."""
     site = make_site()
     with site.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n") as endless:
@@ -264,7 +269,8 @@ def test_L38_idle_connections_endless_headers(make_site: Callable[..., Site]) ->
     )
 
 
-def test_L38_idle_connections_unread_responses_end(make_site: Callable[..., Site]) -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_unread_responses_end(make_site: Callable[..., Site]) -> None:
     site = make_site()
     site.work.send_timeout = 0.3
     unread = site.open(STREAM)
@@ -304,7 +310,8 @@ INVALID = [
 ]
 
 
-def test_L38_idle_connections_invalid_http_does_not_fill_the_log(
+@pytest.mark.lesson("L38")
+def test_idle_connections_invalid_http_does_not_fill_the_log(
     make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
 ) -> None:
     site = make_site()
@@ -337,7 +344,8 @@ def test_pipelined_requests_are_answered_in_order(make_site: Callable[..., Site]
     assert site.ask(many).count(b"HTTP/1.1 200") == 51
 
 
-def test_L38_idle_connections_of_the_metrics_port_hold_no_threads() -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_of_the_metrics_port_hold_no_threads() -> None:
     stats: Any = SimpleNamespace(count_closed_connection=lambda reason: None)
     with _metrics(stats) as address, ExitStack() as stack:
         num_threads = threading.active_count()
@@ -415,7 +423,8 @@ def test_malformed_calls_write_nothing_into_the_log(
     assert not [each for each in caplog.records if each.name != "octavo.request"]
 
 
-def test_L38_idle_connections_a_call_without_its_message_ends(
+@pytest.mark.lesson("L38")
+def test_idle_connections_a_call_without_its_message_ends(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interceptor, "MESSAGE_TIMEOUT", 0.2)
@@ -434,7 +443,8 @@ def test_L38_idle_connections_a_call_without_its_message_ends(
     assert "0.2 s" in late.value.details()
 
 
-def test_L38_idle_connections_a_stream_that_is_not_read_ends(
+@pytest.mark.lesson("L38")
+def test_idle_connections_a_stream_that_is_not_read_ends(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An unread stream does not delay draining; a late reader gets the sent data and a status."""
@@ -577,11 +587,13 @@ def _fuzz(folder: Path, seeds: range, num_descriptors: int) -> None:
         assert "Traceback" not in log and len(log) < 8000, log[:4000]
 
 
-def test_L38_idle_connections_random_bytes_and_stalls(tmp_path: Path) -> None:
+@pytest.mark.lesson("L38")
+def test_idle_connections_random_bytes_and_stalls(tmp_path: Path) -> None:
     _fuzz(tmp_path, range(150), 256)
 
 
+@pytest.mark.lesson("L38")
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [1000, 4000, 7000])
-def test_L38_idle_connections_more_random_bytes_and_stalls(tmp_path: Path, first: int) -> None:
+def test_idle_connections_more_random_bytes_and_stalls(tmp_path: Path, first: int) -> None:
     _fuzz(tmp_path, range(first, first + 3000), 256)

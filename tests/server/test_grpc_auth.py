@@ -84,8 +84,9 @@ def every_method() -> list[str]:
     return [*paths, reflection, "/octavo.v1.Inference/Nothing", "/octavo.v2.Other/Generate"]
 
 
+@pytest.mark.lesson("L28")
 @pytest.mark.parametrize("path", every_method())
-def test_L28_key_timing_one_door_before_every_method(guarded: str, path: str) -> None:
+def test_key_timing_one_door_before_every_method(guarded: str, path: str) -> None:
     """Also before what is not there, so that nobody learns what is."""
     wrong = [(), (("authorization", "Bearer nobody's-key"),), (("authorization", KEYS[0]),)]
     wrong += [(("authorization", f"Basic {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]
@@ -103,7 +104,8 @@ def test_L28_key_timing_one_door_before_every_method(guarded: str, path: str) ->
         assert passed.value.code() in codes
 
 
-def test_L28_key_timing_all_keys_are_compared_in_constant_time(
+@pytest.mark.lesson("L28")
+def test_key_timing_all_keys_are_compared_in_constant_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []

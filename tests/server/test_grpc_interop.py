@@ -147,8 +147,9 @@ def still_watches(address: str) -> bool:
         return lives
 
 
+@pytest.mark.lesson("L31")
 @pytest.mark.slow
-def test_L31_message_size_pings_while_nothing_comes_cut_no_stream_off(
+def test_message_size_pings_while_nothing_comes_cut_no_stream_off(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served.another() as address:
@@ -158,7 +159,8 @@ def test_L31_message_size_pings_while_nothing_comes_cut_no_stream_off(
         assert not still_watches(address), "gRPC's defaults would do"
 
 
-def test_L31_message_size_warm_before_serving(served: Served) -> None:
+@pytest.mark.lesson("L31")
+def test_message_size_warm_before_serving(served: Served) -> None:
     """While the first step runs nobody is served; then all are."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -196,7 +198,8 @@ def test_L31_message_size_warm_before_serving(served: Served) -> None:
     assert seen[1:] == ["ready: SERVING"] and ready == [f"127.0.0.1:{port}"]
 
 
-def test_L32_template_code_a_client_s_text_is_only_text(
+@pytest.mark.lesson("L32")
+def test_template_code_a_client_s_text_is_only_text(
     channel: grpc.Channel, checkpoint: Path
 ) -> None:
     for message in pb.DESCRIPTOR.message_types_by_name.values():

@@ -720,7 +720,8 @@ def test_health_of_each_service(stubs: Stubs) -> None:
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_L31_message_size_and_a_drain_that_health_tells_of(served: Served) -> None:
+@pytest.mark.lesson("L31")
+def test_message_size_and_a_drain_that_health_tells_of(served: Served) -> None:
     options = dict(server.OPTIONS)
     assert options["grpc.max_receive_message_length"] == 256 << 20
     assert options["grpc.max_send_message_length"] == 256 << 20
@@ -746,7 +747,8 @@ def test_L31_message_size_and_a_drain_that_health_tells_of(served: Served) -> No
             watch.cancel()
 
 
-def test_L30_proto_defaults_a_drain_of_no_time_is_not_one_of_any_time(served: Served) -> None:
+@pytest.mark.lesson("L30")
+def test_proto_defaults_a_drain_of_no_time_is_not_one_of_any_time(served: Served) -> None:
     assert pb.DrainRequest.DESCRIPTOR.fields_by_name["timeout_s"].has_presence
     for name, field in pb.SamplingParams.DESCRIPTOR.fields_by_name.items():
         assert field.has_presence or field.is_repeated, name

@@ -320,6 +320,7 @@ def _body(**more: Any) -> dict[str, Any]:
     return {"messages": WHO, "max_tokens": 2, **more}
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -384,7 +385,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("x" * 3000), "max_tokens": 1}, "prompt", "max_model_len"),
     ],
 )
-def test_L27_bad_requests_are_told_the_field(
+def test_bad_requests_are_told_the_field(
     raw: httpx2.Client, body: dict[str, Any], param: str | None, words: str
 ) -> None:
     # json.dumps, since httpx2 has no half surrogates
@@ -396,7 +397,8 @@ def test_L27_bad_requests_are_told_the_field(
     assert param in (None, error["param"])
 
 
-def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
+@pytest.mark.lesson("L27")
+def test_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
     frames = {"type": "video_url", "video_url": {"url": ["/a.png", "/b.png"]}}
     text = {"type": "text", "text": "?"}
     for part, field in (
@@ -416,7 +418,8 @@ def test_L27_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
     assert error["param"] == "prompt" and "/v1/chat/completions" in error["message"]
 
 
-def test_L27_fields_are_named_as_they_were_written_after_admission_too() -> None:
+@pytest.mark.lesson("L27")
+def test_fields_are_named_as_they_were_written_after_admission_too() -> None:
     """A video's later frames are read while it runs."""
     body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
     asked = replace(read_chat({"messages": WHO}, ("embedded",)), body=body)
@@ -425,7 +428,8 @@ def test_L27_fields_are_named_as_they_were_written_after_admission_too() -> None
     assert told.text == "messages[0].content[0].video_url.url: broken"
 
 
-def test_L27_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:
+@pytest.mark.lesson("L27")
+def test_what_is_too_long_has_openai_s_code(raw: httpx2.Client) -> None:
     """Programs trim their conversation by it. The bounds are apart: characters, tokens, pixels."""
     large = ask("?", image(resized_height=1120, resized_width=1120))
     for messages in (ask("x" * 1_000_000), ask("x" * 3000), ask("x" * 2000, image()), large):
@@ -623,15 +627,17 @@ def test_completions_are_checked(raw: httpx2.Client) -> None:
     assert error_in(response)["param"] == "echo"
 
 
+@pytest.mark.lesson("L16")
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b'{"a":NaN}', b"\xff", b"[" * 100_000])
-def test_L16_what_is_no_json_object(raw: httpx2.Client, body: bytes) -> None:
+def test_what_is_no_json_object(raw: httpx2.Client, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
         response = raw.post(path, content=body, headers=JSON)
         assert response.status_code == 400
         assert "JSON" in error_in(response)["message"]
 
 
-def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
+@pytest.mark.lesson("L16")
+def test_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
     """Every answer is one, or a refusal that names what is wrong."""
     rng = random.Random(5)
     odd = [None, True, -1, 0.5, "x", [], {}, [1], {"type": "text"}, [[]], "image_url", 1 << 70]
@@ -659,7 +665,8 @@ def test_L16_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
     assert 25 < num_refused < 100
 
 
-def test_L28_key_timing_every_path_needs_a_key(door: Door) -> None:
+@pytest.mark.lesson("L28")
+def test_key_timing_every_path_needs_a_key(door: Door) -> None:
     with httpx2.Client(base_url=door.url) as nobody:
         for path in (
             "/v1/models",
@@ -819,7 +826,8 @@ async def _get(app: Any, server: str, headers: dict[str, str]) -> Any:
     return sent[0]
 
 
-def test_L31_message_size(raw: httpx2.Client) -> None:
+@pytest.mark.lesson("L31")
+def test_message_size(raw: httpx2.Client) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "BMP")

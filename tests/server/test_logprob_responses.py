@@ -174,7 +174,8 @@ def test_completions_over_http_have_all_fields(raw: httpx2.Client, stream: bool)
 # Limits at admission
 
 
-def test_L37_response_size_is_bounded_by_name() -> None:
+@pytest.mark.lesson("L37")
+def test_response_size_is_bounded_by_name() -> None:
     params = octavo.SamplingParams(max_tokens=1, prompt_logprobs=20)
     budget = LogprobBudget()
     with budget.call(params, 32768) as charge:
@@ -219,8 +220,9 @@ def test_requests_are_bounded_together_and_one_alone_passes() -> None:
     assert budget.num_reserved == 0
 
 
+@pytest.mark.lesson("L37")
 @pytest.mark.parametrize("stream", [False, True])
-def test_L37_http_rejects_what_is_too_large(
+def test_http_rejects_what_is_too_large(
     door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.setattr(door.engine.logprob_budget, "max_request", 100)
@@ -371,9 +373,10 @@ def test_what_a_slow_reader_has_not_read_is_kept_in_arrays() -> None:
 # The event loop
 
 
+@pytest.mark.lesson("L37")
 @pytest.mark.slow
 @pytest.mark.parametrize("api", ["whole", "stream", "grpc", "grpc once"])
-def test_L37_the_largest_response_never_holds_the_loop(api: str) -> None:
+def test_the_largest_response_never_holds_the_loop(api: str) -> None:
     """CPU time of each callback of the loop, so that other load on the machine does not count."""
     longest = 0.0
     run = asyncio.events.Handle._run

@@ -105,6 +105,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         assert list(pool.map(lambda m: tokens(client, m), conversations)) == alone
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("messages", "sampling", "words"),
     [
@@ -148,7 +149,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         ([{"role": 3, "content": "x"}], {}, "messages[0].role: 3: must be a string"),
     ],
 )
-def test_L27_unbounded_n_bad_input_is_refused_clearly(
+def test_unbounded_n_bad_input_is_refused_clearly(
     client: octavo.Client, messages: Any, sampling: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ClientError, match=re.escape(words)) as refused:
@@ -157,7 +158,8 @@ def test_L27_unbounded_n_bad_input_is_refused_clearly(
     assert len(tokens(client, ask())) == 12  # the others go on
 
 
-def test_L21_local_files(server: Server, tmp_path: Path) -> None:
+@pytest.mark.lesson("L21")
+def test_local_files(server: Server, tmp_path: Path) -> None:
     """A path in the message itself is never opened by the server."""
     path = tmp_path / "secret.png"
     picture().save(path)
@@ -173,6 +175,7 @@ def test_L21_local_files(server: Server, tmp_path: Path) -> None:
             assert "reading files" in refused.value.details()
 
 
+@pytest.mark.lesson("L16")
 @pytest.mark.parametrize(
     "request_",
     [
@@ -190,14 +193,15 @@ def test_L21_local_files(server: Server, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_L16_client_assert_odd_messages(server: Server, request_: pb.GenerateRequest) -> None:
+def test_client_assert_odd_messages(server: Server, request_: pb.GenerateRequest) -> None:
     with grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as refused:
             list(octavo_pb2_grpc.InferenceStub(channel).Generate(request_))
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, refused.value
 
 
-def test_L30_proto_defaults(client: octavo.Client) -> None:
+@pytest.mark.lesson("L30")
+def test_proto_defaults(client: octavo.Client) -> None:
     """An absent field is the checkpoint's; zero is the caller's zero."""
     for name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
         field = pb.SamplingParams.DESCRIPTOR.fields_by_name[name]
@@ -215,7 +219,8 @@ def test_L30_proto_defaults(client: octavo.Client) -> None:
     assert len(draws(**{**wild, "temperature": 0.0}, top_k=0)) == 1
 
 
-def test_L31_message_size(client: octavo.Client) -> None:
+@pytest.mark.lesson("L31")
+def test_message_size(client: octavo.Client) -> None:
     """A picture of well over gRPC's default of 4 MiB."""
     pixels = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
     buffer = io.BytesIO()
@@ -323,7 +328,8 @@ def test_past_max_restarts_a_worker_that_dies_while_nothing_runs_ends_the_server
     assert "signal 9" in server.text()
 
 
-def test_L18_exif_alpha_a_pil_image_arrives_upright(client: octavo.Client) -> None:
+@pytest.mark.lesson("L18")
+def test_exif_alpha_a_pil_image_arrives_upright(client: octavo.Client) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()

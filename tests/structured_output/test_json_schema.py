@@ -67,8 +67,9 @@ INEXACT: dict[str, Any] = {
 }
 
 
+@pytest.mark.lesson("L42")
 @pytest.mark.parametrize("name", sorted(INEXACT))
-def test_L42_integers_that_would_be_rounded_are_rejected(name: str) -> None:
+def test_integers_that_would_be_rounded_are_rejected(name: str) -> None:
     schema = INEXACT[name]
     with pytest.raises(UnsupportedSchema, match=r"has (the constant|multipleOf|m|exclusiveM)\w*"):
         grammar_text(StructuredOutput(json_schema=schema))
@@ -77,7 +78,8 @@ def test_L42_integers_that_would_be_rounded_are_rejected(name: str) -> None:
             grammar_text(StructuredOutput(lark=f"start: %json {json.dumps(schema)}"))
 
 
-def test_L42_integers_within_the_exact_range_are_exact() -> None:
+@pytest.mark.lesson("L42")
+def test_integers_within_the_exact_range_are_exact() -> None:
     for number in (MAX_EXACT, -MAX_EXACT, 2**31, -1):
         texts = [str(number + shift) for shift in (-1, 0, 1)]
         assert schema_allows({"const": number}, *texts) == [False, True, False]

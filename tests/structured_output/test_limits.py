@@ -89,8 +89,9 @@ def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "WALL_FACTOR", 1000)
 
 
+@pytest.mark.lesson("L34")
 @pytest.mark.parametrize("name", sorted(STACK))
-def test_L34_chains_of_references_end_a_worker_and_not_the_engine(
+def test_chains_of_references_end_a_worker_and_not_the_engine(
     grammars: Grammars, short_trials: None, name: str
 ) -> None:
     with pytest.raises(InputError, match="too complex"):
@@ -98,10 +99,9 @@ def test_L34_chains_of_references_end_a_worker_and_not_the_engine(
     assert grammars.compile(SMALL).num_bytes > 0
 
 
+@pytest.mark.lesson("L35")
 @pytest.mark.parametrize("name", sorted(COSTLY))
-def test_L35_costly_grammars_are_rejected(
-    grammars: Grammars, short_trials: None, name: str
-) -> None:
+def test_costly_grammars_are_rejected(grammars: Grammars, short_trials: None, name: str) -> None:
     """Without keeping memory in the engine."""
     grammars.compile(SMALL)
     before = heap_bytes()
@@ -110,7 +110,8 @@ def test_L35_costly_grammars_are_rejected(
     assert heap_bytes() - before < 8 << 20
 
 
-def test_L35_a_cancelled_trial_ends(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L35")
+def test_a_cancelled_trial_ends(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although it could go on for ever."""
     monkeypatch.setattr(trials, "QUICK_SECONDS", 10_000.0)
     task, errors = CompileTask(), []
@@ -135,7 +136,8 @@ def test_L35_a_cancelled_trial_ends(grammars: Grammars, monkeypatch: pytest.Monk
         grammars.compile(StructuredOutput(regex="never tried"), task)
 
 
-def test_L35_rejections_are_remembered(
+@pytest.mark.lesson("L35")
+def test_rejections_are_remembered(
     grammars: Grammars, short_trials: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = StructuredOutput(regex="b?" * 10000)
@@ -146,7 +148,8 @@ def test_L35_rejections_are_remembered(
         grammars.compile(form)
 
 
-def test_L35_memory_of_grammars_is_bounded_as_measured(
+@pytest.mark.lesson("L35")
+def test_memory_of_grammars_is_bounded_as_measured(
     tokenizer: Tokenizer, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = grammars.compile(StructuredOutput(json_schema={"enum": ["x" * 3000]}))
@@ -205,7 +208,8 @@ class FakeGrammars:
         return "slow"
 
 
-def test_L35_slow_grammars_delay_each_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L35")
+def test_slow_grammars_delay_each_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_pool, "MAX_SLOW_GRAMMARS", 3)
     monkeypatch.setattr(preprocess_pool.InputJob, "_begin", lambda job, *_: job._grammar)
     processor: Any = SimpleNamespace(limits=None)
@@ -253,9 +257,10 @@ def test_random_grammars_are_bounded_and_answers_satisfy_their_schemas() -> None
     assert report.num_checked > 20 and sum(report.outcomes.values()) == 100
 
 
+@pytest.mark.lesson("L34")
 @pytest.mark.slow
 @pytest.mark.timeout(8 * 3600)
-def test_L34_50000_random_grammars_are_bounded() -> None:
+def test_50000_random_grammars_are_bounded() -> None:
     fuzzer = Fuzzer(*load_tokenizer(None))
     fuzzer.run(range(50_000), is_verbose=True)
     fuzzer.close()
@@ -282,6 +287,7 @@ class Timed:
         self.has_failed = True
 
 
+@pytest.mark.lesson("L35")
 @pytest.mark.parametrize(
     ("seconds", "failed"),
     [
@@ -290,15 +296,14 @@ class Timed:
         ([0.09] * 10 + [0.08] * 5, [0, 1, 2, 3]),  # together at most MAX_STEP_SECONDS
     ],
 )
-def test_L35_requests_whose_masks_take_too_long_fail(
-    seconds: list[float], failed: list[int]
-) -> None:
+def test_requests_whose_masks_take_too_long_fail(seconds: list[float], failed: list[int]) -> None:
     timed: list[Any] = [Timed(each) for each in seconds]
     matchers._fail_slow(timed)
     assert [index for index, each in enumerate(timed) if each.has_failed] == failed
 
 
-def test_L35_a_slow_mask_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.lesson("L35")
+def test_a_slow_mask_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with octavo.LLM(max_model_len=128) as llm:
         monkeypatch.setattr(matchers, "MAX_MATCHER_SECONDS", -1.0)
         plain, guided = SamplingParams(max_tokens=4), structured("[a-z]+")

@@ -251,8 +251,9 @@ BAD = [
 ]
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(("body", "field"), BAD)
-def test_L27_http_names_the_field(door: Door, body: dict[str, Any], field: str) -> None:
+def test_http_names_the_field(door: Door, body: dict[str, Any], field: str) -> None:
     whole = {"messages": ASKED, **body}
     answer = httpx2.post(f"{door.url}/v1/chat/completions", json=whole, timeout=30)
     assert answer.status_code == 400
@@ -302,6 +303,7 @@ def test_a_round_trip_of_grpc(stub: octavo_pb2_grpc.InferenceStub, planted: type
     assert stub.GenerateOnce(_request(*told)).answers[0].text == "Warm."
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -330,7 +332,7 @@ def test_a_round_trip_of_grpc(stub: octavo_pb2_grpc.InferenceStub, planted: type
         (pb.GenerateRequest(text="x", tools=_request().tools), "tools"),
     ],
 )
-def test_L27_grpc_names_the_field(
+def test_grpc_names_the_field(
     stub: octavo_pb2_grpc.InferenceStub, request_: pb.GenerateRequest, field: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:

@@ -316,6 +316,7 @@ def test_results_stand_in_the_order_of_their_calls(reader: PromptReader) -> None
     assert reader.read({"messages": [*bare, first, second]}).token_ids == expected
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("more", "field"),
     [
@@ -357,9 +358,7 @@ def test_results_stand_in_the_order_of_their_calls(reader: PromptReader) -> None
         ),
     ],
 )
-def test_L27_bad_tools_name_the_field(
-    reader: PromptReader, more: dict[str, Any], field: str
-) -> None:
+def test_bad_tools_name_the_field(reader: PromptReader, more: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError) as caught:
         reader.read({"messages": [{"role": "user", "content": "x"}], **more})
     assert caught.value.field == field

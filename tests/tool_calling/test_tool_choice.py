@@ -104,6 +104,7 @@ def test_what_the_grammar_has_the_parser_finds(place: str, days: int) -> None:
     assert isinstance(found, ToolCall) and found.name == "weather"
 
 
+@pytest.mark.lesson("L27")
 @pytest.mark.parametrize(
     ("tools", "choice", "field"),
     [
@@ -115,7 +116,7 @@ def test_what_the_grammar_has_the_parser_finds(place: str, days: int) -> None:
         ([{}], "required", "tools[0].type"),
     ],
 )
-def test_L27_a_bad_choice_names_the_field(tools: Any, choice: Any, field: str) -> None:
+def test_a_bad_choice_names_the_field(tools: Any, choice: Any, field: str) -> None:
     with pytest.raises(InputError) as caught:
         tool_grammar(tools, choice)
     assert caught.value.field == field

@@ -29,7 +29,8 @@ def resident_pages(tensor: torch.Tensor) -> int:
     return sum(each & 1 for each in found)
 
 
-def test_L13_kv_cache_memory_is_resident_before_it_is_used() -> None:
+@pytest.mark.lesson("L13")
+def test_kv_cache_memory_is_resident_before_it_is_used() -> None:
     cache = zeros()
     cache[CHUNK_BYTES : CHUNK_BYTES + 10] = 7
     before = resident_pages(cache)

@@ -75,8 +75,9 @@ def expected(checkpoint: Path) -> list[list[int]]:
     return [out.outputs[0].token_ids for out in outs]
 
 
+@pytest.mark.lesson("L14")
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_L14_tp_only_ranks_give_the_same_tokens_chunked_and_preempted(
+def test_tp_only_ranks_give_the_same_tokens_chunked_and_preempted(
     checkpoint: Path, expected: list[list[int]], size: int
 ) -> None:
     kept = 8192 if size == 1 else 4096  # bytes of a block: of both KV heads, or of one
