@@ -138,7 +138,10 @@ def test_a_server_s_options(llm: octavo.LLM) -> None:
         ({"image_options": {"fps": 1}}, "'fps' is not an option; the options of images are"),
         ({"image_options": {"image": "x"}}, "'image' is not an option"),
         ({"image_options": [("fps", 1)]}, "image_options: must be a dict"),
-        ({"video_options": {"fps": 1, "nframes": 2}}, "video_options.fps: cannot be combined with nframes"),
+        (
+            {"video_options": {"fps": 1, "nframes": 2}},
+            "video_options.fps: cannot be combined with nframes",
+        ),
         ({"video_options": {"fps": "fast"}}, "(--video-option)"),
         ({"video_options": {"min_frames": 9, "max_frames": 8}}, "min_frames"),
         ({"max_video_frames": 0}, "max_video_frames=0"),
