@@ -12,17 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..async_llm import AsyncLLM
-from ..observability.tracing import sending_spans
-from ..server.metrics_server import serving_metrics
 from ..utils.logs import set_up_logs
 from .media_options import read_options
 from .options import WatchOptions, one_model
 
 if TYPE_CHECKING:  # commands import their modules lazily
+    from ..async_llm import AsyncLLM
     from ..server.api_keys import ApiKeys
     from ..server.http_api.server import HttpServer
     from ..utils.tls import TlsFiles
+
+
+log = logging.getLogger("octavo.server")
 
 
 @contextmanager
@@ -31,15 +32,15 @@ def watched(engine: AsyncLLM, host: str, options: WatchOptions) -> Iterator[str]
 
     Raises OSError if the port is in use, ValueError if the libraries for spans are not installed.
     """
+    from ..observability.tracing import sending_spans
+    from ..server.metrics_server import serving_metrics
+
     with (
         serving_metrics(engine.engine.stats, host, options.metrics_port) as address,
         sending_spans(options.otlp_endpoint) as spans,
     ):
         engine.spans = spans
         yield f" metrics={address}" if address else ""
-
-
-log = logging.getLogger("octavo.server")
 
 
 def serve_model(
@@ -66,7 +67,6 @@ def serve_model(
     from ..server.grpc_api.server import serve as serve_grpc
     from ..utils.tls import read_tls
     from ..worker.remote.address import Address
-    from .serve import watched
 
     # While loading, SIGTERM exits like Ctrl-C, closing everything that was started.
     for number in (signal.SIGTERM, signal.SIGHUP):
