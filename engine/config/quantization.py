@@ -12,10 +12,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...scheduler.params import truncated_repr
 from ..errors import ConfigError
 
 METHODS = ("awq", "gptq", "fp8", "compressed-tensors")
 DENSE_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")  # fields with dense modules
+PATTERN = "re:"  # starts an entry that is a regular expression
+REPEAT = re.compile(r"[*+{]")
+MAX_NAMES, MAX_NAME_LENGTH = 4096, 256  # of one list
+MAX_PATTERNS, MAX_REPEATS = 16, 3
 PARENTS = ("model", "model.language_model")  # of `layers`, in older and newer checkpoints
 MERGED = (  # linear layers of a decoder layer, grouped as they are merged into one product
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -59,6 +64,7 @@ def read_weight_format(raw: dict[str, Any] | None, num_layers: int) -> WeightFor
     """
     if not raw:
         return None
+    _object(raw, "")
     read = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed_tensors}
     method = _served(raw, "quant_method", METHODS)
     return replace(read[method](raw), dense=_dense_layers(raw, num_layers))
@@ -74,9 +80,17 @@ def _served(raw: dict[str, Any], name: str, served: tuple[Any, ...], where: str 
     raise ConfigError(f"quantization_config: {where}{name}={value!r}: {valid}")
 
 
+def _object(value: Any, field: str) -> dict[str, Any]:
+    """Return a JSON object. Raises `ConfigError` for any other value."""
+    if isinstance(value, dict):
+        return value
+    where = f"{field}=" if field else ""
+    raise ConfigError(f"quantization_config: {where}{truncated_repr(value)}: must be an object")
+
+
 def _group_size(raw: dict[str, Any]) -> int:
     size = raw.get("group_size")
-    if isinstance(size, int) and size > 0:
+    if type(size) is int and size > 0:
         return size
     raise ConfigError(
         f"quantization_config: group_size={size!r}: must be a positive integer, such as 128"
@@ -112,14 +126,16 @@ def _compressed_tensors(raw: dict[str, Any]) -> WeightFormat:
     _served(raw, "format", ("float-quantized",))
     _served(raw, "quantization_status", ("compressed", "frozen", None))
     _served(raw, "kv_cache_scheme", (None,))
-    _served(raw.get("sparsity_config") or {}, "format", ("dense", None), "sparsity_config.")
-    groups = raw.get("config_groups") or {}
+    sparsity = _object(raw.get("sparsity_config") or {}, "sparsity_config")
+    _served(sparsity, "format", ("dense", None), "sparsity_config.")
+    groups = _object(raw.get("config_groups") or {}, "config_groups")
     if len(groups) != 1:
         raise ConfigError(
             f"quantization_config: config_groups={list(groups)}: must have exactly one group"
         )
     ((name, group),) = groups.items()
     where = f"config_groups.{name}."
+    _object(group, f"config_groups.{name}")
     _served(group, "targets", (["Linear"],), where)
     _served(group, "output_activations", (None,), where)
     _served(group, "format", ("float-quantized", None), where)
@@ -153,8 +169,26 @@ def _names(raw: dict[str, Any], field: str) -> list[str]:
     """Return a list of names. Raises `ConfigError` for any other value."""
     names = raw.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"quantization_config: {field}={names!r}: must be a list of names")
+        text = f"{field}={truncated_repr(names)}: must be a list of names"
+        raise ConfigError(f"quantization_config: {text}")
+    patterns = [name for name in names if name.startswith(PATTERN)]
+    if len(names) > MAX_NAMES or len(patterns) > MAX_PATTERNS:
+        text = f"{field}: {len(names)} names, {len(patterns)} of them regular expressions"
+        raise ConfigError(f"quantization_config: {text}; at most {MAX_NAMES} and {MAX_PATTERNS}")
+    for name in names:
+        if len(name) > MAX_NAME_LENGTH or (name in patterns and _may_be_slow(name)):
+            text = f"{field} has {truncated_repr(name)}: at most {MAX_NAME_LENGTH} characters, and "
+            text += f"{MAX_REPEATS} repetitions of a regular expression, none of a group"
+            raise ConfigError(f"quantization_config: {text}")
     return names
+
+
+def _may_be_slow(pattern: str) -> bool:
+    """Return whether a regular expression may take long: Python's engine backtracks."""
+    plain = re.sub(r"\\.", "x", pattern)  # without escapes
+    return (
+        ")*" in plain or ")+" in plain or "){" in plain or len(REPEAT.findall(plain)) > MAX_REPEATS
+    )
 
 
 def _dense_layers(raw: dict[str, Any], num_layers: int) -> frozenset[str]:
@@ -188,10 +222,10 @@ def _covers(field: str, entry: str, name: str) -> bool:
     An entry "re:..." is a regular expression for the start of the name. In AWQ's list, an entry
     matches any substring; in the others, one or more components of the path.
     """
-    if not entry.startswith("re:"):
+    if not entry.startswith(PATTERN):
         return entry in name if field == DENSE_LISTS[0] else f".{entry}." in f".{name}."
     try:
-        return re.match(entry.removeprefix("re:"), name) is not None
+        return re.match(entry.removeprefix(PATTERN), name) is not None
     except re.error as error:
         raise ConfigError(
             f"quantization_config: {field} has {entry!r}: not a valid regular expression ({error})"

@@ -289,6 +289,8 @@ class InputPool:
     def _compile_slowly(self, grammars: Grammars, job: InputJob, go_on: Callable[[], None]) -> None:
         """Queue a slow compilation. Raises `GrammarQueueFull` if the queue is full."""
         with self._lock:
+            if job not in self._jobs:  # Cancelled: no caller waits for it.
+                return
             if len(self._slow_jobs) >= MAX_SLOW_GRAMMARS:
                 raise GrammarQueueFull(
                     f"structured: {MAX_SLOW_GRAMMARS} complex grammars are queued for compilation; "
@@ -296,14 +298,14 @@ class InputPool:
                 )
             self._slow_jobs.add(job)
 
-        def compiler(form: StructuredOutput, task: CompileTask) -> Grammar:
+        def compile_job() -> None:
             try:
-                return grammars.compile_slowly(form, task)
+                job.compile(grammars.compile_slowly, go_on, go_on)
             finally:
                 with self._lock:
                     self._slow_jobs.discard(job)
 
-        self._in_lane("slow_grammars", job, job.compile, compiler, go_on, go_on)
+        self._in_lane("slow_grammars", job, compile_job)
 
     def _begin(self, job: InputJob, lane: str) -> None:
         decoders = None if lane in ("text", "long_texts") else self._decoders

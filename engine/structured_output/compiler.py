@@ -64,7 +64,7 @@ class Grammars:
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
         self._live: weakref.WeakSet[Grammar] = weakref.WeakSet()
         self._lock, self._building = threading.Lock(), threading.Lock()
-        self._is_closed = False
+        self._is_closed = self._has_warned = False
 
     def compile(self, form: StructuredOutput, task: CompileTask | None = None) -> Grammar:
         """Return the compiled grammar. Takes milliseconds in most cases, seconds at most.
@@ -102,6 +102,9 @@ class Grammars:
         """Load the tokenizer here and, at the same time, in the trial process."""
         with self._building:
             if not self.end_token_ids:
+                if self._has_warned:
+                    return
+                self._has_warned = True
                 log.warning("structured output is disabled: the checkpoint defines no EOS token")
             elif self._tokenizer is None and not self._is_closed:
                 backend = Tokenizer.from_str(self._backend.to_str())
@@ -115,6 +118,8 @@ class Grammars:
                 except ValueError:  # unsupported kind of tokenizer
                     log.exception("structured output is disabled: unsupported tokenizer")
                     self.end_token_ids = []
+                    self._has_warned = True
+                    self._trials.close()
 
     def close(self) -> None:
         """Stop the trial process. Safe to call twice."""

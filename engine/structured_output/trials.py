@@ -21,6 +21,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from ...proto import grammar_pb2 as pb
+from ..errors import GrammarQueueFull
+from ..utils.lifetime import disown_after_fork
 from .error_messages import TOO_COMPLEX, TOO_LARGE, TOO_SLOW
 from .trial_client import shared_text, start, stop
 
@@ -93,6 +95,12 @@ class TrialWorker:
         self._lock = threading.Lock()
         self._is_good, self._is_ready = True, False
         self.num_trials = 0
+        disown_after_fork(self)
+
+    def disown(self, cause: str) -> None:
+        """Close the copies of a forked process: the worker ends once all copies are closed."""
+        self._lock = threading.Lock()
+        self.close()
 
     @property
     def is_alive(self) -> bool:
@@ -157,9 +165,17 @@ class TrialServer:
         with theirs:
             self._process = start(theirs.fileno())
         self.close = weakref.finalize(self, stop, self._process, self._channel)
+        disown_after_fork(self)
         load = pb.Load(vocab_size=vocab_size, end_token_ids=end_token_ids)
         with shared_text(tokenizer) as descriptor:
             self._send(pb.ServerRequest(load=load), descriptor)
+
+    def disown(self, cause: str) -> None:
+        """Close the copies of a forked process, without effect on the parent's."""
+        self.close.detach()
+        self._channel.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     @property
     def pid(self) -> int:
@@ -238,9 +254,12 @@ class Trials:
         except TimeoutError:
             if is_quick:
                 return pb.Result(is_timed_out=True)
-            raise TrialsUnavailable("the trial process does not respond in time") from None
+            text = "structured: the server was too busy to compile the grammar; try again later"
+            raise GrammarQueueFull(text) from None
         finally:
             slot.worker = self._kept(worker, is_quick)
+            if self._is_closed and slot.worker is not None:
+                slot.worker.interrupt()
         return result
 
     def _take(self, slot: _Slot, is_quick: bool) -> TrialWorker:
@@ -281,6 +300,9 @@ class Trials:
             self._server = self._server or TrialServer(*self._given)
         except OSError as error:
             raise TrialsUnavailable(f"cannot start the trial process: {error}") from None
+        if self._is_closed:  # `close` may not have found the new server.
+            self._server.close()
+            raise TrialsUnavailable("the trial process is closed")
         return self._server
 
     def close(self) -> None:
