@@ -308,7 +308,7 @@ def test_embeddings_through_every_door(doors: list[Door], served: Served) -> Non
     item = embeddings(values.tobytes(), "float32", (6, 64), (1, 4, 6))
     assert through_proto(served, item) == doors[0](still)
     wrong = embeddings(values.tobytes(), "float32", (3, 128), (1, 4, 6))
-    assert "64 numbers a token" in refused(served, wrong)
+    assert "64 values per token" in refused(served, wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
