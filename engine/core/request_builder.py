@@ -25,7 +25,7 @@ class PreprocessTimeout(Exception):
     """The request's timeout expired during preprocessing."""
 
     def __str__(self) -> str:
-        return "DEADLINE_EXCEEDED: the time ran out before the input was preprocessed"
+        return "DEADLINE_EXCEEDED: timed out before the input was preprocessed"
 
 
 class Deadline:
