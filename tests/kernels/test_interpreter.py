@@ -48,6 +48,7 @@ def suites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subpr
         process.stdout.close()
 
 
+@pytest.mark.timeout(900)  # minutes of work for one core, which other tests share
 @pytest.mark.parametrize("name", SUITES)
 def test_in_the_interpreter(suites: dict[str, subprocess.Popen[str]], name: str) -> None:
     process = suites[name]
