@@ -64,7 +64,7 @@ def read_weight_format(raw: dict[str, Any] | None, num_layers: int) -> WeightFor
     """
     if not raw:
         return None
-    _object(raw, "")
+    _mapping(raw, "")
     read = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed_tensors}
     method = _served(raw, "quant_method", METHODS)
     return replace(read[method](raw), dense=_dense_layers(raw, num_layers))
@@ -80,7 +80,7 @@ def _served(raw: dict[str, Any], name: str, served: tuple[Any, ...], where: str 
     raise ConfigError(f"quantization_config: {where}{name}={value!r}: {valid}")
 
 
-def _object(value: Any, field: str) -> dict[str, Any]:
+def _mapping(value: Any, field: str) -> dict[str, Any]:
     """Return a JSON object. Raises `ConfigError` for any other value."""
     if isinstance(value, dict):
         return value
@@ -126,16 +126,16 @@ def _compressed_tensors(raw: dict[str, Any]) -> WeightFormat:
     _served(raw, "format", ("float-quantized",))
     _served(raw, "quantization_status", ("compressed", "frozen", None))
     _served(raw, "kv_cache_scheme", (None,))
-    sparsity = _object(raw.get("sparsity_config") or {}, "sparsity_config")
+    sparsity = _mapping(raw.get("sparsity_config") or {}, "sparsity_config")
     _served(sparsity, "format", ("dense", None), "sparsity_config.")
-    groups = _object(raw.get("config_groups") or {}, "config_groups")
+    groups = _mapping(raw.get("config_groups") or {}, "config_groups")
     if len(groups) != 1:
         raise ConfigError(
             f"quantization_config: config_groups={list(groups)}: must have exactly one group"
         )
     ((name, group),) = groups.items()
     where = f"config_groups.{name}."
-    _object(group, f"config_groups.{name}")
+    _mapping(group, f"config_groups.{name}")
     _served(group, "targets", (["Linear"],), where)
     _served(group, "output_activations", (None,), where)
     _served(group, "format", ("float-quantized", None), where)
