@@ -193,8 +193,8 @@ def test_command(tmp_path: Path) -> None:
     [
         (["--paper", "--gpu", "V100"], "--gpu 'V100': must be one of H100, H200, A100, B200"),
         (["--paper", "--model", "3B"], "--model '3B': must be one of 2B, 7B, 72B"),
-        (["--gpu", "H100"], "--gpu: only with --paper"),
-        (["--markdown", "x.md"], "--markdown: only with --paper"),
+        (["--gpu", "H100"], "--gpu: requires --paper"),
+        (["--markdown", "x.md"], "--markdown: requires --paper"),
     ],
 )
 def test_what_the_command_refuses(options: list[str], text: str) -> None:
