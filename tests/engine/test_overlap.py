@@ -431,7 +431,7 @@ def test_a_moment_that_is_noted_late_makes_no_step_of_no_time(
         def ask_and_note_nothing(sent: SentStep, rank: int) -> Any:
             return group._workers[rank].stub.Step.future(sent.requests[rank])
 
-        monkeypatch.setattr(group, "_ask", ask_and_note_nothing)
+        monkeypatch.setattr(group, "_call_step", ask_and_note_nothing)
         llm.chat(*ASKED[0])
         steps = llm.engine.stats.latest_steps
         assert len(steps) > 3 and all(step.seconds > 0 for step in steps)

@@ -286,7 +286,7 @@ def test_other_weights_are_refused(
 
 
 def test_ranks_in_the_wrong_order_are_refused(checkpoint: Path, pair: list[Kept]) -> None:
-    with pytest.raises(ConfigError, match="started with --rank 1 and is at index 0 of workers"):
+    with pytest.raises(ConfigError, match="started with --rank 1, but is at index 0 of workers"):
         engine(checkpoint, pair[::-1])
 
 
