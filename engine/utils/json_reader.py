@@ -22,7 +22,7 @@ PART = 1 << 20  # bytes of a string
 _SPACE = re.compile(rb"[ \t\n\r]{0,65536}")
 # Part of a string that does not split an escape or a surrogate pair.
 _PART = re.compile(
-    rb'(?:[^"\\]{1,2048}|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]){1,512}[\x80-\xbf]{0,3}',
+    rb'(?:[^"\\]{1,64}|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]){1,16384}[\x80-\xbf]{0,3}',
     re.S,
 )
 _NUMBERS = re.compile(rb"(?:[-+.eE0-9]{1,32}[ \t\n\r]{0,64},[ \t\n\r]{0,64}){1,4096}")
