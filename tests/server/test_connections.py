@@ -116,8 +116,15 @@ class Site:
         with self.open(data) as connection:
             return read_all(connection)
 
+    async def _stop(self) -> None:
+        await self.acceptor.close_all(0.0)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def close(self) -> None:
-        self.run(self.acceptor.close_all(0.0))
+        self.run(self._stop())  # a task left pending would log an error in a later test
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 
