@@ -11,6 +11,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.tests.support.fork_server import popen
+
 READY = re.compile(r"ready worker=(\S+) rank=(\d+) pid=(\d+)")
 
 
@@ -61,7 +63,5 @@ def keep(
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return Kept(
-        subprocess.Popen(
-            [*within, *command, *args], stdout=subprocess.PIPE, text=True, env=environment
-        )
+        popen([*within, *command, *args], stdout=subprocess.PIPE, text=True, env=environment)
     )

@@ -1,0 +1,7 @@
+"""Set-up of all tests."""
+
+from __future__ import annotations
+
+from octavo.tests.support import fork_server
+
+fork_server.install()
