@@ -189,7 +189,9 @@ def test_it_tells_of_requests_blocks_and_steps(door: Door, client: httpx2.Client
     assert used == found["load"]["num_blocks"] - found["load"]["num_free_blocks"]
     prefill = [step for step in found["steps"] if step[3]]
     decode = [step for step in found["steps"] if step[4] == 2]
-    assert prefill and decode and all(step[1] > 0 and step[2] == 0 for step in found["steps"])
+    assert prefill and decode and all(step[2] == 0 for step in found["steps"])
+    # A late thread may receive two results at once: the second step then has taken no time.
+    assert min(step[1] for step in found["steps"]) >= 0 < max(step[1] for step in found["steps"])
     last = found["steps"][-1][0]
     later = client.get("/engine/snapshot", params={"after": last}).json()["steps"]
     assert all(step[0] > last for step in later)

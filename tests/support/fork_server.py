@@ -87,6 +87,8 @@ _started: list[subprocess.Popen[bytes]] = []  # its standard input closes when t
 
 def install() -> None:
     """Make the engine and `tiny_server` of this process start their children with `popen`."""
+    global _base
+    _base = _without_taken_over(os.environ)
     namespace = types.SimpleNamespace(**{**vars(subprocess), "Popen": popen})
     for module in (lifetime, supervisor, tiny_server):
         module.subprocess = namespace  # type: ignore[attr-defined]
@@ -139,21 +141,22 @@ def popen(
 
 def _can_fork(env: Mapping[str, str]) -> bool:
     """Return whether a fork can have this environment. Starts the server on the first call."""
-    global _address, _base
-    base = _without_taken_over(env)
+    global _address
+    if _without_taken_over(env) != _base:
+        return False
     if _address is None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind("")  # the kernel chooses an abstract address
             listener.listen(64)
-            _address, _base = listener.getsockname(), base
+            _address = listener.getsockname()
             command = [*PREFIX, __spec__.name, str(listener.fileno())]
-            env = {**env, **KERNEL_CACHES, "GOMP_SPINCOUNT": SPIN_COUNT}
+            env = {**_base, **KERNEL_CACHES, "GOMP_SPINCOUNT": SPIN_COUNT}
             files = [listener.fileno()]
             started = subprocess.Popen(
                 command, env=env, stdin=subprocess.PIPE, pass_fds=files, start_new_session=True
             )
             _started.append(started)
-    return base == _base
+    return True
 
 
 def _without_taken_over(env: Mapping[str, str]) -> dict[str, str]:
@@ -235,7 +238,7 @@ if __name__ == "__main__":
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit("the imports started threads, which forks would not have")
     with socket.socket(fileno=int(sys.argv[1])) as server:
-        _address, _base = server.getsockname(), _without_taken_over(os.environ)
+        _address = server.getsockname()
         install()
         run = serve(server)
     run()

@@ -201,6 +201,9 @@ def test_a_forced_call_that_max_tokens_cut_is_a_call(door: Door, client: openai.
     settings: dict[str, Any] = {"temperature": 0, "seed": 3}
     with octavo.Client(door.address) as other:
         for size in range(1, whole.usage.completion_tokens):
+            is_last = size > whole.usage.completion_tokens - 5  # where the closing tag is cut
+            if size % 3 and not is_last:
+                continue
             (choice,) = chat(client, **more, max_tokens=size).choices
             assert choice.finish_reason == "length" and choice.message.content is None
             (cut,) = choice.message.tool_calls
