@@ -10,16 +10,15 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Unpack
 
-from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, truncated_repr
 from ..scheduler.request import Request, RequestStatus
 from .config.engine_config import EngineConfig
 from .core.engine import Engine
 from .core.logprob_budget import LogprobBudget
-from .core.request_builder import Deadline, PreprocessTimeout, check_params
+from .core.request_builder import Deadline, check_params
 from .core.step_loop import Admitted, Event, StepLoop
 from .core.tool_call_stream import ToolCallStream
-from .errors import WAS_CLOSED, DuplicateRequest, EngineDead
+from .errors import WAS_CLOSED, DuplicateRequest, EngineDead, PreprocessTimeout, QueueFull
 from .input.preprocess_pool import InputJob, InputPool
 from .input.processor import ProcessedInput, Prompt
 from .observability.request_log import RequestRecord
@@ -196,7 +195,7 @@ class AsyncLLM:
             stream.end(RequestStatus.FINISHED_ABORTED)
             return None
         if not future.done():
-            stream.end(RequestStatus.FINISHED_ERROR, str(PreprocessTimeout()))
+            stream.end(RequestStatus.FINISHED_ERROR, PreprocessTimeout().reason)
             return None
         try:
             return future.result()
@@ -291,7 +290,7 @@ class AsyncLLM:
 
     def _check_alive(self) -> None:
         if self.failed or self._closed:
-            raise EngineDead(f"the engine stopped: {self.failed or WAS_CLOSED}")
+            raise EngineDead(self.failed or WAS_CLOSED)
 
     def _check_room(self) -> None:
         """Raise `QueueFull` at capacity, before the request's media take memory."""
@@ -326,7 +325,7 @@ class AsyncLLM:
         if self._death is not None:
             self._death.set()
         for stream in self._streams.values():
-            stream.events.put(EngineDead(f"the engine stopped: {cause}"))
+            stream.events.put(EngineDead(cause))
 
     def __enter__(self) -> AsyncLLM:
         return self

@@ -12,12 +12,11 @@ from typing import Any, Unpack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
 from .core.engine import Engine
-from .core.request_builder import Deadline, PreprocessTimeout, check_params
+from .core.request_builder import Deadline, check_params
 from .core.tool_call_stream import ToolCallStream
-from .errors import EngineDead, InputError
+from .errors import EngineDead, InputError, PreprocessTimeout, QueueFull
 from .input.preprocess_pool import InputJob, InputPool
 from .input.processor import ProcessedInput, Prompt
 from .outputs import Output, OutputDelta, RequestOutput
@@ -191,7 +190,7 @@ class LLM:
                 return
             except PreprocessTimeout as error:
                 job.cancel()
-                results[name].fail(str(error))
+                results[name].fail(str(error.reason))
             except Exception as error:  # mostly InputError or AdmissionError; fails this prompt
                 if alone or isinstance(error, EngineDead):
                     raise

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ...scheduler.admission import QueueFull
+from ...scheduler.errors import QueueFull
 from ...scheduler.params import SamplingParams
 from ...scheduler.structured import StructuredOutput
 from ..errors import GrammarQueueFull, InputError, without_frames

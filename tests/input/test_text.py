@@ -41,7 +41,7 @@ from octavo.engine.server.http_api.errors import ApiError
 from octavo.engine.server.http_api.openai_request import read_chat, read_request
 from octavo.engine.utils import json_reader
 from octavo.proto import octavo_pb2 as pb
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.params import SamplingParams
 
 MAX_HOLD = 0.05  # seconds

@@ -26,7 +26,7 @@ from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 from octavo.engine.media.token_budget import MediaTokenBudget
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.request import Request
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=6)

@@ -43,6 +43,7 @@ from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.fakes.tiny_server import Served, start, wait_for
 from octavo.engine.client.errors import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.errors import InputError, RequestError
 from octavo.engine.outputs import OutputDelta
 from octavo.engine.server import errors
 from octavo.engine.server.api_keys import ApiKeys
@@ -423,7 +424,8 @@ def test_fields_are_named_as_they_were_written_after_admission_too() -> None:
     """A video's later frames are read while it runs."""
     body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
     asked = replace(read_chat({"messages": WHO}, ("embedded",)), body=body)
-    told = openai_stream.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
+    failure = InputError("messages[0].content[0].video", "broken").reason
+    told = openai_stream.failed(failure, asked)
     assert (told.status, told.param) == (400, "messages[0].content[0].video_url.url")
     assert told.text == "messages[0].content[0].video_url.url: broken"
 
@@ -907,7 +909,7 @@ def test_openai_s_client_sends_again_what_may_be(
 
     async def fail(*given: Any, **named: Any) -> Any:
         came.append(code)
-        yield OutputDelta("x", finish_reason="error", error=f"{code}: it failed")
+        yield OutputDelta("x", finish_reason="error", failure=RequestError(code, "it failed"))
 
     monkeypatch.setattr(door.engine, "generate", fail)
     monkeypatch.setattr(http_error, "RETRY_AFTER", "0.01")
@@ -1162,10 +1164,13 @@ def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
         thread.join(30)
     assert server.returncode == 0 and "Traceback" not in log and "Exception" not in log, log
     assert found["whole"].status_code == 503
-    assert error_in(found["whole"])["message"] == errors.CLOSED
+    assert error_in(found["whole"])["message"] == errors.CLOSED.message
     last = json.loads(found["stream"].strip().split("\n\n")[-1].removeprefix("data: "))
-    assert (last["error"]["code"], last["error"]["message"]) == ("unavailable", errors.CLOSED)
-    assert (found["grpc"].code, found["grpc"].text) == ("UNAVAILABLE", errors.CLOSED)
+    assert (last["error"]["code"], last["error"]["message"]) == (
+        "unavailable",
+        errors.CLOSED.message,
+    )
+    assert (found["grpc"].code, found["grpc"].text) == ("UNAVAILABLE", errors.CLOSED.message)
     assert found["grpc"].retryable
 
 

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...input.chat_template import check_parts
 from ...media.item import MediaInfo
 from ...outputs import OutputDelta, Usage
-from ..errors import RequestRejected, field_in
+from ..errors import RequestRejected
 from ..readers import MAX_AT_ONCE
 from .media import read_source
 from .tools import check_calls, read_message_calls, read_tools, write_calls
@@ -134,16 +134,13 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
             given[name] = tuple(given[name])
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
-    try:
-        if "structured" in given:
-            given["structured"] = _read_structured(message.structured)
-        return SamplingParams(**given)
-    except ValueError as error:
-        raise InputError(field_in(str(error)), str(error)) from None
+    if "structured" in given:
+        given["structured"] = _read_structured(message.structured)
+    return SamplingParams(**given)
 
 
 def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
-    """Read a structured output constraint. Raises ValueError."""
+    """Read a structured output constraint. Raises `InputError`."""
     if message.WhichOneof("form") == "choice":
         return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
     return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
@@ -166,10 +163,7 @@ def read_options(
     if time_remaining is not None and (timeout is None or time_remaining < timeout):
         timeout = min(max(0.0, time_remaining), MAX_TIMEOUT)
     options["timeout_s"] = timeout
-    try:
-        RequestOptions.of(**options)
-    except ValueError as error:
-        raise InputError(field_in(str(error)), str(error)) from None
+    RequestOptions.of(**options)
     return options
 
 

@@ -18,7 +18,7 @@ from ...tool_calling.schema import TOOL_FIELDS
 from ...utils.json_reader import TooManyParts
 from ...utils.json_reader import read_json as read_value
 from ...utils.openai_fields import REQUEST, STREAM_OPTIONS
-from ..errors import RequestRejected, field_in
+from ..errors import RequestRejected
 from .errors import ApiError
 from .openai_messages import read_messages
 from .openai_structured import read_structured
@@ -183,11 +183,8 @@ def _build_request(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]
             sampling[name] = _read_param(name, value, given)
         else:
             _reject(name)
-    try:
-        RequestOptions(**options)
-        params = SamplingParams(**sampling, structured=form)
-    except ValueError as error:
-        raise InputError(field_in(str(error)), str(error)) from None
+    RequestOptions(**options)
+    params = SamplingParams(**sampling, structured=form)
     typed_options = cast(OptionFields, options)
     return ParsedRequest(prompts, params, typed_options, stream, *usage, form_field)
 

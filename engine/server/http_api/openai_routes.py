@@ -118,8 +118,8 @@ class Routes:
                     return json_response(whole, stack.pop_all(), headers, self.turns)
                 # Wait for the first delta before sending headers, so that rejections get a status.
                 first = await anext(answers)
-            if first[1].error:
-                raise failed(first[1].error, parsed)
+            if failure := first[1].failure:
+                raise failed(failure, parsed)
             events = chunks(first, answers, parsed, form, usage, self.turns)
             return event_stream(events, stack.pop_all(), headers)
 
