@@ -41,8 +41,9 @@ class SamplingParams:
     """Sampling parameters of one request.
 
     None means "use the value from the checkpoint's generation_config.json". `temperature=0` is
-    greedy; `top_k=0` and `top_p=1` disable those filters. With `seed=None` a seed is generated at
-    admission. Output `i` of `n` is identical to that of a single request with `seed + i`.
+    greedy; `top_k=0` or -1 and `top_p=1` disable those filters. With `seed=None` or -1 a seed is
+    generated at admission. Output `i` of `n` is identical to that of a single request with
+    `seed + i`.
 
     `stop` strings end the output and are not part of it unless `include_stop_str` is set.
     `stop_token_ids` end the output like the checkpoint's EOS tokens; `ignore_eos` ignores the
@@ -91,6 +92,9 @@ class SamplingParams:
                 raise InputError(name, f"{name}={truncated_repr(value)}: must be a list")
             object.__setattr__(self, name, tuple(value or ()))
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for name, off in (("top_k", 0), ("seed", None)):
+            if type(getattr(self, name)) is int and getattr(self, name) == -1:  # as in vLLM
+                object.__setattr__(self, name, off)
         self._check_numbers()
         self._check_stops()
         self._check_bad_words()

@@ -35,8 +35,9 @@ from .openai_parts import URLS, read_media, with_type
 from .template_environment import BoundedEnvironment, TemplateLimitError
 from .tokenizer import TextBudget, TextTokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
+EMPTY = ("", {"text": ""}, {"type": "text", "text": ""})  # parts without effect
 MAX_MESSAGES = 4096
 MAX_PARTS = 1 << 14  # total over all messages
 MAX_TEXT = 8 << 20  # characters, total over all texts
@@ -114,10 +115,14 @@ def _read_message(field: str, message: Any, found: Conversation) -> dict[str, An
         )
     extra = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
     _reject_unknown(field, message, ("role", "content", *extra))
-    if role == "tool":
-        return _read_result(field, message, found)
     if message.get("tool_calls"):
         return _read_answer(field, message, found)
+    if content is None:
+        raise InputError(f"{field}.content", "must be a string or a list of parts")
+    if role == "tool":
+        return _read_result(field, message, found)
+    if role == "developer":  # OpenAI's newer name
+        role = "system"
     if isinstance(content, bytes) or not isinstance(content, Sequence):
         raise InputError(f"{field}.content", "must be a string or a list of parts")
     if role == "user" and not any(map(_is_not_empty, [content, *content])):
@@ -139,7 +144,10 @@ def _read_result(field: str, message: Mapping[str, Any], found: Conversation) ->
 def _read_answer(field: str, message: Mapping[str, Any], found: Conversation) -> dict[str, Any]:
     """Read an assistant message with tool calls."""
     content = message.get("content")
-    text = _text_of(f"{field}.content", content, found) if content else ""
+    is_empty = not content or (
+        isinstance(content, list | tuple) and all(p in EMPTY for p in content)
+    )
+    text = "" if is_empty else _text_of(f"{field}.content", content, found)
     calls = []
     for name, arguments in read_calls(message["tool_calls"], f"{field}.tool_calls"):
         written = Written(read_value(arguments.encode()), _mark(arguments, field, found))

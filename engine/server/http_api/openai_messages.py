@@ -39,13 +39,9 @@ def _read_message(message: Any, field: str) -> Any:
         raise InputError(f"{field}.name", "must be a string")
     found = {name: value for name, value in message.items() if value not in (None, [])}
     found = dict(without_ignored(found))
-    if found.get("role") == "developer":
-        found["role"] = "system"
     if "function_call" in found:
         raise InputError(f"{field}.function_call", "is not supported; use tool_calls")
     content = message.get("content")
-    if content is None and found.get("role") == "assistant":
-        content = ""
     if isinstance(content, list):
         content = [_read_part(part, f"{field}.content[{p}]") for p, part in enumerate(content)]
     return {**found, "content": content}

@@ -215,8 +215,6 @@ def _read_param(name: str, value: Any, given: Mapping[str, Any]) -> Any:
         return read_flag(given, name)
     if name == "logit_bias":
         return _read_bias(value)
-    if name == "top_k" and value == -1:  # all tokens, in vLLM
-        return 0
     return value
 
 
