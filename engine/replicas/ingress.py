@@ -35,8 +35,8 @@ from ..server.errors import RequestRejected
 from ..server.grpc_api.status import failure_of
 from ..server.http_api.errors import ApiError, error_of
 from ..server.http_api.middleware import MAX_BODY_BYTES, AuthMiddleware, read_body
-from ..server.readers import AT_ONCE
-from ..server.readers import read as in_thread
+from ..utils.readers import AT_ONCE
+from ..utils.readers import read as in_thread
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .prefix import Prefix
 from .read import grpc_prefix, http_prefix

@@ -395,15 +395,11 @@ def test_a_name_in_use(stubs: Stubs) -> None:
 
 
 def test_too_much_is_waiting(stubs: Stubs, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = octavo.engine.async_llm.AsyncLLM._check_room
-
-    def full(self: Any) -> None:
-        monkeypatch.setattr(type(self), "_check_room", room)
-        raise octavo.scheduler.admission.QueueFull("9 requests are waiting; try again later")
-
-    monkeypatch.setattr(type(served.engine), "_check_room", full)
+    streams = dict.fromkeys(map(str, range(10_000)))  # as if so many requests were running
+    monkeypatch.setattr(served.engine, "_streams", streams)
     found = refusal(lambda: stubs.inference.GenerateOnce(request()))
-    assert found == ("RESOURCE_EXHAUSTED", "9 requests are waiting; try again later", "", True)
+    assert found[0] == "RESOURCE_EXHAUSTED" and found[1].startswith("10000 requests are running or")
+    assert found[2:] == ("", True)
 
 
 @pytest.mark.parametrize("timeout", [0.0, 0.05])

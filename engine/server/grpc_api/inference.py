@@ -18,11 +18,11 @@ from ...errors import EngineDead, RequestError
 from ...input.processor import Prompt
 from ...outputs import OutputDelta
 from ...request_stream import join
+from ...utils.readers import read
 from ..chunked_json import Turns
 from ..drain import CallTracker
 from ..errors import RequestRejected, error_info
 from ..metadata import CallMetadata, checked_request_id, log_trace, read_metadata, request_name
-from ..readers import read
 from ..rejections import counted
 from .messages import (
     is_large,

@@ -14,10 +14,10 @@ from google.protobuf.message import DecodeError
 
 from ...errors import RequestError
 from ...observability.rejection_log import API_KEY, RejectionLog
+from ...utils.readers import AT_ONCE, read
 from ..api_keys import ApiKeys
 from ..drain import CallTracker
 from ..errors import RequestRejected, error_info
-from ..readers import AT_ONCE, read
 from .status import abort
 from .wire_check import TooManyFields, check_wire
 

@@ -17,8 +17,7 @@ from ...media.item import MediaInfo
 from ...outputs import Output, OutputDelta, Usage
 from ..chunked_json import Turns, dump, json_pieces
 from .errors import ApiError, api_error, error_of
-from .openai_messages import as_written
-from .openai_request import ParsedRequest
+from .openai_request import ParsedRequest, as_written
 from .openai_response import AnswerForm, ChoiceState, PromptLogprobs
 from .openai_structured import renamed
 
