@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "AdmissionError": ".scheduler.admission",
+    "AdmissionError": ".scheduler.errors",
     "AsyncLLM": ".engine.async_llm",
     "Client": ".engine.client.client",
     "ClientError": ".engine.client.errors",
@@ -19,7 +19,7 @@ _MODULES = {
     "InputError": ".engine.errors",
     "LLM": ".engine.llm",
     "MediaEmbeds": ".engine.media.embeds",
-    "QueueFull": ".scheduler.admission",
+    "QueueFull": ".scheduler.errors",
     "RequestOptions": ".scheduler.params",
     "RequestOutput": ".engine.outputs",
     "SamplingParams": ".scheduler.params",

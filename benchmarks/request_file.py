@@ -22,7 +22,8 @@ from typing import Any
 from PIL import Image
 
 from octavo.engine.config.media_limits import MediaLimits
-from octavo.engine.input.chat_template import ChatTemplate, read_messages
+from octavo.engine.input.chat_template import ChatTemplate
+from octavo.engine.input.conversation import read_conversation
 from octavo.engine.input.tokenizer import TextTokenizer
 from octavo.engine.media.decode.opening import open_here
 from octavo.engine.media.source import MediaAccess, open_source
@@ -123,7 +124,7 @@ class _Reader:
             if not isinstance(line["prompt"], str):
                 raise ValueError("prompt: must be a string")
             return self._tokenizer.encode_marked(line["prompt"]), [], []
-        conversation = read_messages(line["messages"])
+        conversation = read_conversation(line["messages"])
         media: dict[str, list[Any]] = {"image": [], "video": []}
         for part in conversation.media:
             if part.source is None or len(part.part) != 2:

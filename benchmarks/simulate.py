@@ -20,7 +20,8 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from octavo.scheduler.admission import AdmissionError, SchedulerConfig
+from octavo.scheduler.admission import SchedulerConfig
+from octavo.scheduler.errors import AdmissionError, RequestError
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
@@ -28,6 +29,7 @@ from .fakes.simulated_requests import Unmade, draw_requests, withhold
 from .fakes.simulated_worker import Simulation, make_config, naive_output
 
 KINDS = ["add", "abort", "fail", "forget", "kill"]
+ROW_FAILED = RequestError("INTERNAL", "its row failed")
 NUM_STEPS = 60  # steps over which events are spread
 
 
@@ -148,7 +150,7 @@ class _Run:
             self.simulation.finish(name)
         self.aborted_in_step.clear()
         failing = self.failing.intersection(plan.request_ids)
-        return replace(result, errors=dict.fromkeys(failing, "its row failed"))
+        return replace(result, errors=dict.fromkeys(failing, ROW_FAILED))
 
     def _check_plan(self, plan: StepPlan) -> None:
         """Check that requests run, that victims have lower priority, and that deadlines hold."""
@@ -176,11 +178,12 @@ class _Run:
             stopped = output[-1] in request.stop_token_ids
             assert stopped == (update.status is RequestStatus.FINISHED_STOPPED)
         elif update.status is RequestStatus.FINISHED_ERROR:
-            late = "DEADLINE_EXCEEDED" in update.error and request.deadline <= self.simulation.now
-            missed = "missing" in update.error and self.num_forgotten >= 3
-            failed = update.error == "its row failed" and request.request_id in self.failing
-            killed = "crashed the workers twice" in update.error and self.num_kills >= 2
-            assert late or missed or failed or killed, update.error
+            text = str(update.error)
+            late = "DEADLINE_EXCEEDED" in text and request.deadline <= self.simulation.now
+            missed = "missing" in text and self.num_forgotten >= 3
+            failed = update.error == ROW_FAILED and request.request_id in self.failing
+            killed = "crashed the workers twice" in text and self.num_kills >= 2
+            assert late or missed or failed or killed, text
 
 
 def shrink(scenario: Scenario) -> Scenario:

@@ -8,28 +8,30 @@ import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Unpack
 
-from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams, truncated_repr
 from ..scheduler.request import Request, RequestStatus
 from .config.engine_config import EngineConfig
 from .core.engine import Engine
 from .core.logprob_budget import LogprobBudget
-from .core.request_builder import Deadline, PreprocessTimeout, check_params
+from .core.request_builder import Deadline, check_params
 from .core.step_loop import Admitted, Event, StepLoop
 from .core.tool_call_stream import ToolCallStream
-from .errors import WAS_CLOSED, DuplicateRequest, EngineDead
+from .errors import WAS_CLOSED, DuplicateRequest, EngineDead, PreprocessTimeout, QueueFull
+from .input.conversation import Conversation, read_conversation
+from .input.parsed_prompt import has_many_parts
 from .input.preprocess_pool import InputJob, InputPool
-from .input.processor import ProcessedInput, Prompt
+from .input.processor import Parsed, ProcessedInput, Prompt, parse
 from .observability.request_log import RequestRecord
 from .observability.snapshot import Snapshot
 from .observability.tracing import RequestSpans
 from .outputs import OutputDelta
 from .request_stream import RequestStream, finished
-from .tool_calling.tool_choice import has_tool_grammar, with_tool_choice
 from .utils.lifetime import close_at_exit, reject_pickling
 from .utils.progress import loading_bar
+from .utils.readers import read
 
 POLL_INTERVAL = 0.5  # seconds between checks that the step thread is alive
 
@@ -51,13 +53,12 @@ class AsyncLLM:
             self.engine.grammars,
             self.engine.host_kv_bytes,
         )
-        # A request_id may be reused while deltas of its last use are in flight; keys are unique.
-        self._keys: dict[str, str] = {}  # by request_id
+        self._keys: dict[str, str] = {}  # by request_id; keys are never reused, unlike ids
         self._streams: dict[str, RequestStream] = {}  # by key
         self._numbers = itertools.count()
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._death: asyncio.Event | None = None
-        self._steps = StepLoop(self.engine, self._hand_over, self._died)
+        self._steps = StepLoop(self.engine, self._hand_over, self._end_streams_soon)
         self._closed = False
         self.logprob_budget = LogprobBudget()  # shared by all API servers on this engine
         self.spans: RequestSpans | None = None  # trace export for new requests
@@ -127,15 +128,16 @@ class AsyncLLM:
             self._bind()
             check_params(params)
             clock = Deadline(RequestOptions.of(**options))
-            calls = ToolCallStream(prompt)
             key, stream = self._open(name, 1 if params is None else params.n)
             finished, preparing = False, self.engine.stats.preparing
             try:
-                self._check_alive()
                 preparing.add(key)
-                if has_tool_grammar(prompt):  # slow if the schemas are large
-                    params = await asyncio.to_thread(with_tool_choice, prompt, params)
-                    self._check_alive()
+                if not isinstance(prompt, Parsed):
+                    prompt = await read(partial(parse, prompt), has_many_parts(prompt))
+                if prompt.tools.forced_name is not None:  # slow if the schemas are large
+                    params = await asyncio.to_thread(prompt.tools.with_grammar, params)
+                self._check_alive()
+                calls = ToolCallStream(prompt.tools)
                 stream.work = self._pool.submit(prompt, params)
                 del prompt  # It may be large; the pool keeps the only reference.
                 with calls.naming():
@@ -168,17 +170,25 @@ class AsyncLLM:
     def _release(self, name: str, key: str, stream: RequestStream, is_finished: bool) -> None:
         """Remove a request, and cancel or abort what is still running of it."""
         del self._streams[key], self._keys[name]
-        if stream.work is not None:
-            stream.work.cancel()
-        if stream.ready is not None:
-            stream.ready.cancel()  # otherwise asyncio logs exceptions never retrieved
+        for pending in (stream.work, stream.ready):
+            if pending is not None:
+                pending.cancel()  # else asyncio logs exceptions of `ready` as never retrieved
         stream.work = stream.ready = None
         if stream.is_admitted and not is_finished:
             self._steps.abort(key)
 
     def _open(self, name: str, num_answers: int) -> tuple[str, RequestStream]:
-        """Register a new request and return its key and stream."""
-        self._check_room()
+        """Register a new request and return its key and stream.
+
+        Raises `QueueFull` at capacity, before the request's media take memory.
+        """
+        config = self.engine.config
+        if len(self._streams) >= config.max_num_seqs + config.max_queue_len:
+            raise QueueFull(
+                f"{len(self._streams)} requests are running or waiting, the maximum for "
+                f"max_num_seqs={config.max_num_seqs} and max_queue_len={config.max_queue_len}; "
+                "try again later"
+            )
         if name in self._keys:
             raise DuplicateRequest(f"request_id={truncated_repr(name)}: in use; choose another")
         key = self._keys[name] = f"{name}#{next(self._numbers)}"
@@ -190,13 +200,15 @@ class AsyncLLM:
     ) -> ProcessedInput | None:
         """Return the input; None if the request was aborted or timed out, as `stream` reports."""
         future = stream.ready = asyncio.wrap_future(work.future)
+        if stream.is_aborted:
+            future.cancel()
         await asyncio.wait([future], timeout=clock.left.timeout_s)
         self._check_alive()  # `close` cancels pending work
         if stream.is_aborted:
             stream.end(RequestStatus.FINISHED_ABORTED)
             return None
         if not future.done():
-            stream.end(RequestStatus.FINISHED_ERROR, str(PreprocessTimeout()))
+            stream.end(RequestStatus.FINISHED_ERROR, PreprocessTimeout().reason)
             return None
         try:
             return future.result()
@@ -216,9 +228,10 @@ class AsyncLLM:
         stream = self._streams[key]
         if stream.is_admitted:
             self._steps.abort(key)
-        elif stream.ready is not None:
+        else:
             stream.is_aborted = True
-            stream.ready.cancel()
+            if stream.ready is not None:
+                stream.ready.cancel()
         return True
 
     async def snapshot(self) -> Snapshot:
@@ -236,13 +249,17 @@ class AsyncLLM:
             asked.cancel()
         return asked.result()
 
-    async def tokenize(self, prompt: str | Sequence[Any], plain: bool = False) -> list[int]:
+    async def tokenize(
+        self, prompt: str | Sequence[Any] | Conversation, plain: bool = False
+    ) -> list[int]:
         """Return the token ids of a text or a conversation, at most `max_model_len`.
 
         Each image or video of a conversation is one placeholder token. `plain`: treat the spelling
         of special tokens in a text as ordinary text. Raises `InputError` or `QueueFull`.
         """
         self._check_alive()
+        if not isinstance(prompt, str | Conversation):
+            prompt = await asyncio.to_thread(read_conversation, prompt)
         job = self._pool.tokenize(prompt, plain)
         try:
             return await self._result(job.future)
@@ -265,8 +282,7 @@ class AsyncLLM:
         if self.engine.is_disowned:
             return self.failed
         self._bind()
-        if self._death is None:
-            self._death = asyncio.Event()
+        self._death = self._death or asyncio.Event()
         if not self.failed:
             await self._death.wait()
         return self.failed
@@ -279,7 +295,7 @@ class AsyncLLM:
         self._steps.close()
         self._pool.close()
         self.engine.close()
-        self._died(self.failed)
+        self._end_streams_soon(self.failed)
 
     def _bind(self) -> None:
         """Bind to the running event loop. Raises RuntimeError if another one has open streams."""
@@ -291,17 +307,7 @@ class AsyncLLM:
 
     def _check_alive(self) -> None:
         if self.failed or self._closed:
-            raise EngineDead(f"the engine stopped: {self.failed or WAS_CLOSED}")
-
-    def _check_room(self) -> None:
-        """Raise `QueueFull` at capacity, before the request's media take memory."""
-        config = self.engine.config
-        if len(self._streams) >= config.max_num_seqs + config.max_queue_len:
-            raise QueueFull(
-                f"{len(self._streams)} requests are running or waiting, the maximum for "
-                f"max_num_seqs={config.max_num_seqs} and max_queue_len={config.max_queue_len}; "
-                "try again later"
-            )
+            raise EngineDead(self.failed or WAS_CLOSED)
 
     def _hand_over(self, events: list[Event]) -> None:
         """Pass one step's events to the event loop. Runs on the step thread."""
@@ -313,20 +319,20 @@ class AsyncLLM:
             if stream is not None:  # None: the reader closed the stream
                 stream.events.put(event)
 
-    def _died(self, cause: str) -> None:
-        self._call_soon(self._end_streams, cause)
-
     def _call_soon(self, call: Callable[[Any], None], given: Any) -> None:
         """Schedule `call` in the event loop. Thread-safe."""
         if self._asyncio is not None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 self._asyncio.call_soon_threadsafe(call, given)
 
+    def _end_streams_soon(self, cause: str) -> None:
+        self._call_soon(self._end_streams, cause)
+
     def _end_streams(self, cause: str) -> None:
         if self._death is not None:
             self._death.set()
         for stream in self._streams.values():
-            stream.events.put(EngineDead(f"the engine stopped: {cause}"))
+            stream.events.put(EngineDead(cause))
 
     def __enter__(self) -> AsyncLLM:
         return self

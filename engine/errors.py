@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from ..scheduler.admission import AdmissionError, QueueFull
+from ..scheduler.errors import (
+    RETRYABLE,
+    AdmissionError,
+    InputError,
+    PromptTooLong,
+    QueueFull,
+    RequestError,
+    RequestException,
+)
 
-# Status codes used by the protocol, and whether retrying the same request may succeed.
-RETRYABLE = {
-    "INVALID_ARGUMENT": False,
-    "UNAUTHENTICATED": False,
-    "PERMISSION_DENIED": False,
-    "NOT_FOUND": False,
-    "ALREADY_EXISTS": True,  # once the request with this id has finished
-    "RESOURCE_EXHAUSTED": True,
-    "FAILED_PRECONDITION": False,
-    "UNIMPLEMENTED": False,
-    "DEADLINE_EXCEEDED": True,
-    "UNAVAILABLE": True,
-    "INTERNAL": False,
-}
+__all__ = [
+    "RETRYABLE",
+    "WAS_CLOSED",
+    "AdmissionError",
+    "ConfigError",
+    "DuplicateRequest",
+    "EngineDead",
+    "GrammarQueueFull",
+    "InputError",
+    "PreprocessTimeout",
+    "PromptTooLong",
+    "QueueFull",
+    "RequestError",
+    "RequestException",
+    "TooLong",
+    "code_of",
+    "without_frames",
+]
 
 WAS_CLOSED = "it was closed"  # the cause reported after `close`
 
@@ -26,46 +38,49 @@ class ConfigError(ValueError):
     """An invalid setting or unsupported checkpoint. The message names it and the fix."""
 
 
-class InputError(ValueError):
-    """Invalid request input. The message names the field, the value and the fix.
-
-    `field`: path of the invalid field, such as "messages[0].content[2]".
-    """
-
-    def __init__(self, field: str, text: str) -> None:
-        super().__init__(text if text.startswith(field) else f"{field}: {text}")
-        self.field = field
-
-
 class TooLong(InputError):
     """The prompt reaches the model's or the server's length limit, leaving no output tokens."""
 
+    too_long = True
 
-class DuplicateRequest(ValueError):
+
+class DuplicateRequest(RequestException, ValueError):
     """The request_id is already in use."""
+
+    code, field = "ALREADY_EXISTS", "request_id"
 
 
 class GrammarQueueFull(AdmissionError):
     """Too many grammars are compiling or in use. Retrying later may succeed."""
 
-
-class EngineDead(RuntimeError):
-    """The engine has stopped permanently; the message gives the cause. Create a new engine."""
+    code = "RESOURCE_EXHAUSTED"
 
 
-_CODES: tuple[tuple[type[Exception], str], ...] = (  # the first match wins
-    (QueueFull, "RESOURCE_EXHAUSTED"),
-    (GrammarQueueFull, "RESOURCE_EXHAUSTED"),
-    (DuplicateRequest, "ALREADY_EXISTS"),
-    (InputError, "INVALID_ARGUMENT"),
-    (AdmissionError, "INVALID_ARGUMENT"),
-    (EngineDead, "UNAVAILABLE"),
-)
+class PreprocessTimeout(RequestException):
+    """The request's timeout expired during preprocessing."""
+
+    code = "DEADLINE_EXCEEDED"
+
+    def __str__(self) -> str:
+        return "timed out before the input was preprocessed"
+
+
+class EngineDead(RequestException, RuntimeError):
+    """The engine has stopped permanently. Create a new engine."""
+
+    code = "UNAVAILABLE"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"the engine stopped: {self.cause}"
 
 
 def code_of(error: BaseException) -> str:
-    """Return the gRPC status code for an exception; INTERNAL if it is none of the above."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), "INTERNAL")
+    """Return the gRPC status code for an exception; INTERNAL if it does not say."""
+    return error.code if isinstance(error, RequestException) else "INTERNAL"
 
 
 def without_frames(error: BaseException) -> BaseException:
@@ -74,12 +89,6 @@ def without_frames(error: BaseException) -> BaseException:
     The traceback's frames refer to the request's input, which would stay in memory until the next
     garbage collection.
     """
-    if code_of(error) != "INTERNAL":
+    if isinstance(error, RequestException):
         error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
-
-
-def split_code(error: str) -> tuple[str, str]:
-    """Split an `OutputDelta.error` into status code and message; the default code is INTERNAL."""
-    code, _, text = error.partition(": ")
-    return (code, text) if code in RETRYABLE else ("INTERNAL", error)

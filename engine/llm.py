@@ -12,16 +12,15 @@ from typing import Any, Unpack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..scheduler.admission import QueueFull
 from ..scheduler.params import OptionFields, RequestOptions, SamplingParams
 from .core.engine import Engine
-from .core.request_builder import Deadline, PreprocessTimeout, check_params
+from .core.request_builder import Deadline, check_params
 from .core.tool_call_stream import ToolCallStream
-from .errors import EngineDead, InputError
+from .errors import EngineDead, InputError, PreprocessTimeout, QueueFull
+from .input.parsed_prompt import NO_TOOLS
 from .input.preprocess_pool import InputJob, InputPool
-from .input.processor import ProcessedInput, Prompt
+from .input.processor import ProcessedInput, Prompt, parse
 from .outputs import Output, OutputDelta, RequestOutput
-from .tool_calling.tool_choice import with_tool_choice
 from .utils.daemon_pool import DaemonPool
 from .utils.lifetime import close_at_exit, reject_pickling
 from .utils.progress import loading_bar
@@ -132,17 +131,27 @@ class LLM:
     ) -> list[RequestOutput]:
         self.engine.check_alive()
         each = _params_of_each(params, len(prompts))
-        each = [with_tool_choice(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
         names = [self.engine.new_request_id() for _ in prompts]
-        calls = {name: ToolCallStream(prompt) for name, prompt in zip(names, prompts, strict=True)}
         results = {
             name: RequestOutput(name, outputs=[Output(i) for i in range(1 if p is None else p.n)])
             for name, p in zip(names, each, strict=True)
         }
-        jobs = [self._pool.submit(*some) for some in zip(prompts, each, strict=True)]
-        waiting = deque(zip(names, jobs, each, strict=True))
+        calls: dict[str, ToolCallStream] = {}
+        waiting: deque[tuple[str, InputJob, SamplingParams | None]] = deque()
+        for name, prompt, sampling in zip(names, prompts, each, strict=True):
+            try:
+                parsed = parse(prompt)
+                sampling = parsed.tools.with_grammar(sampling)
+            except InputError as error:
+                if alone:
+                    raise
+                results[name].fail(str(error))
+                continue
+            calls[name] = ToolCallStream(parsed.tools)
+            waiting.append((name, self._pool.submit(parsed, sampling), sampling))
+        jobs = [job for _, job, _ in waiting]
         try:
-            of_one = calls[names[0]] if alone else ToolCallStream(None)
+            of_one = calls[names[0]] if alone else ToolCallStream(NO_TOOLS)
             with of_one.naming(), _answer_bar(len(prompts), progress and not alone) as advance:
                 while waiting or self.engine.has_requests:
                     self._admit(waiting, results, clock, alone)
@@ -191,7 +200,7 @@ class LLM:
                 return
             except PreprocessTimeout as error:
                 job.cancel()
-                results[name].fail(str(error))
+                results[name].fail(str(error.reason))
             except Exception as error:  # mostly InputError or AdmissionError; fails this prompt
                 if alone or isinstance(error, EngineDead):
                     raise

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..scheduler.logprobs import LogprobTable, TokenLogprobs
+from .errors import RequestError
 from .input.processor import InputTimes
 from .media.item import MediaInfo
 from .tool_calling.parser import ToolCall
@@ -49,9 +50,14 @@ class OutputDelta:
     # One per prompt token, if requested, on the delta with the first answer's first token. None
     # for the first prompt token and for image and video tokens.
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
-    error: str = ""
+    failure: RequestError | None = None  # on the last delta of each answer
     tool_calls: tuple[ToolCall, ...] = ()  # not part of `text`
     times: RequestTimes | None = None  # on the request's last delta
+
+    @property
+    def error(self) -> str:
+        """`failure` as text, "CODE: message"; "" without one."""
+        return str(self.failure) if self.failure else ""
 
     def named(self, request_id: str) -> OutputDelta:
         """Return a copy with another request_id.
@@ -112,5 +118,5 @@ class RequestOutput:
         self.media = delta.media or self.media
         self.media_times = delta.media_times or self.media_times
         self.usage = delta.usage or self.usage
-        if delta.error:
+        if delta.failure:
             self.fail(delta.error)

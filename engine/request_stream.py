@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from ..scheduler.logprobs import LogprobTable, TokenLogprobs
 from ..scheduler.request import RequestStatus
 from .core.step_loop import Event
-from .errors import EngineDead
+from .errors import EngineDead, RequestError
 from .input.preprocess_pool import InputJob
 from .input.processor import ProcessedInput
 from .outputs import OutputDelta, Usage
@@ -126,9 +126,9 @@ class RequestStream:
     is_aborted: bool = False  # aborted during preprocessing
     is_admitted: bool = False  # passed to the step thread
 
-    def end(self, status: RequestStatus, error: str = "") -> None:
+    def end(self, status: RequestStatus, error: RequestError | None = None) -> None:
         """Queue the final deltas of a request that ended before it reached the step thread."""
         for index in range(self.num_answers):
             usage = Usage(0, 0) if index == self.num_answers - 1 else None
-            delta = OutputDelta("", index, finish_reason=status.value, usage=usage, error=error)
+            delta = OutputDelta("", index, finish_reason=status.value, usage=usage, failure=error)
             self.events.put(delta)

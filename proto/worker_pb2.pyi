@@ -324,9 +324,13 @@ class Logprobs(_message.Message):
     def __init__(self, at: _Optional[bytes] = ..., chosen: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top: _Optional[bytes] = ...) -> None: ...
 
 class RowError(_message.Message):
-    __slots__ = ("row", "text")
+    __slots__ = ("row", "text", "code", "field")
     ROW_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     row: int
     text: str
-    def __init__(self, row: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+    code: str
+    field: str
+    def __init__(self, row: _Optional[int] = ..., text: _Optional[str] = ..., code: _Optional[str] = ..., field: _Optional[str] = ...) -> None: ...

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .errors import AdmissionError, PromptTooLong, QueueFull
 from .request import Request
-
-
-class AdmissionError(ValueError):
-    """The request can never run with the configured limits; the text names the limit."""
-
-
-class PromptTooLong(AdmissionError):
-    """The prompt leaves no capacity for output tokens."""
-
-
-class QueueFull(AdmissionError):
-    """The waiting queue is full; the same request may succeed later."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +45,13 @@ def check_size(request: Request, config: SchedulerConfig) -> None:
     """Raise `AdmissionError` if the request can never run."""
     count = request.num_prompt_tokens
     if count == 0:
-        raise AdmissionError("prompt: has no tokens; pass at least one")
+        raise AdmissionError("prompt: has no tokens; pass at least one", "prompt")
     if count >= config.max_request_len:
         limit = f"max_model_len is {config.max_model_len}"
         if config.max_request_len < config.max_model_len:
             limit = f"the KV cache holds {config.max_request_len}"
-        raise PromptTooLong(f"prompt: {count} tokens leave no capacity for output; {limit}")
+        text = f"prompt: {count} tokens leave no capacity for output; {limit}"
+        raise PromptTooLong(text, "prompt")
     for limit in ("max_encode_tokens", "encoder_cache_tokens"):
         most = max((unit.num_tokens for unit in request.units), default=0)
         if most > getattr(config, limit):

@@ -1,6 +1,6 @@
 """Per-request parameters: token sampling and scheduling options.
 
-All values are validated on construction; a ValueError names the field, the value and its range.
+All values are validated on construction; an `InputError` names the field, the value and its range.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict, Unpack
 
+from .errors import InputError
 from .structured import StructuredOutput
 
 _REPR = reprlib.Repr()
@@ -40,8 +41,9 @@ class SamplingParams:
     """Sampling parameters of one request.
 
     None means "use the value from the checkpoint's generation_config.json". `temperature=0` is
-    greedy; `top_k=0` and `top_p=1` disable those filters. With `seed=None` a seed is generated at
-    admission. Output `i` of `n` is identical to that of a single request with `seed + i`.
+    greedy; `top_k=0` or -1 and `top_p=1` disable those filters. With `seed=None` or -1 a seed is
+    generated at admission. Output `i` of `n` is identical to that of a single request with
+    `seed + i`.
 
     `stop` strings end the output and are not part of it unless `include_stop_str` is set.
     `stop_token_ids` end the output like the checkpoint's EOS tokens; `ignore_eos` ignores the
@@ -56,7 +58,7 @@ class SamplingParams:
     from the model's raw logits; None returns nothing. With `skip_special_tokens=False` the text
     contains tokens such as `<|im_end|>`. `structured` constrains every output to a grammar.
 
-    Raises ValueError if a value is out of range or of the wrong type.
+    Raises `InputError` if a value is out of range or of the wrong type.
     """
 
     temperature: float | None = None
@@ -87,15 +89,19 @@ class SamplingParams:
             if isinstance(value, str) and name != "stop_token_ids":
                 value = (value,)
             if value is not None and not isinstance(value, list | tuple | set | frozenset):
-                raise ValueError(f"{name}={truncated_repr(value)}: must be a list")
+                raise InputError(name, f"{name}={truncated_repr(value)}: must be a list")
             object.__setattr__(self, name, tuple(value or ()))
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for name, off in (("top_k", 0), ("seed", None)):
+            if type(getattr(self, name)) is int and getattr(self, name) == -1:  # as in vLLM
+                object.__setattr__(self, name, off)
         self._check_numbers()
         self._check_stops()
         self._check_bad_words()
         if not isinstance(self.structured, StructuredOutput | None):
             text = "must be an octavo.StructuredOutput or None"
-            raise ValueError(f"structured={truncated_repr(self.structured)}: {text}")
+            value = truncated_repr(self.structured)
+            raise InputError("structured", f"structured={value}: {text}")
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
@@ -123,40 +129,42 @@ class SamplingParams:
             _check_number(name, getattr(self, name), -2.0, 2.0)
         for name in ("ignore_eos", "include_stop_str", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"{name}={truncated_repr(getattr(self, name))}: must be true or false"
-                )
+                value = truncated_repr(getattr(self, name))
+                raise InputError(name, f"{name}={value}: must be true or false")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             text = f"must be at most max_tokens={self.max_tokens}"
-            raise ValueError(f"min_tokens={self.min_tokens}: {text}")
+            raise InputError("min_tokens", f"min_tokens={self.min_tokens}: {text}")
         if self.top_p == 0:
-            raise ValueError("top_p=0: must be greater than 0; for greedy use temperature=0")
+            text = "top_p=0: must be greater than 0; for greedy use temperature=0"
+            raise InputError("top_p", text)
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS or len(self.stop_token_ids) > MAX_STOP_STRINGS:
-            raise ValueError(
-                f"stop: {len(self.stop)} strings and {len(self.stop_token_ids)} token ids; "
-                f"the maximum is {MAX_STOP_STRINGS} each"
+            raise InputError(
+                "stop",
+                f"{len(self.stop)} strings and {len(self.stop_token_ids)} token ids; "
+                f"the maximum is {MAX_STOP_STRINGS} each",
             )
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise ValueError(
-                    f"stop={truncated_repr(text)}: must have 1 to {MAX_STOP_LENGTH} characters"
-                )
+                fix = f"must have 1 to {MAX_STOP_LENGTH} characters"
+                raise InputError("stop", f"stop={truncated_repr(text)}: {fix}")
         for token in self.stop_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"stop_token_ids={truncated_repr(token)}: must be an integer >= 0")
+                text = f"stop_token_ids={truncated_repr(token)}: must be an integer >= 0"
+                raise InputError("stop_token_ids", text)
 
     def _check_bad_words(self) -> None:
         if len(self.bad_words) > MAX_BAD_WORDS:
             text = f"the maximum is {MAX_BAD_WORDS}"
-            raise ValueError(f"bad_words: {len(self.bad_words)} strings; {text}")
+            raise InputError("bad_words", f"{len(self.bad_words)} strings; {text}")
         for word in self.bad_words:
             if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_LENGTH:
                 text = f"must have 1 to {MAX_BAD_WORD_LENGTH} characters"
-                raise ValueError(f"bad_words={truncated_repr(word)}: {text}")
+                raise InputError("bad_words", f"bad_words={truncated_repr(word)}: {text}")
             if word.isspace() or word.encode("utf-8", "ignore").decode() != word:
-                raise ValueError(f"bad_words={truncated_repr(word)}: must be valid, non-blank text")
+                text = "must be valid, non-blank text"
+                raise InputError("bad_words", f"bad_words={truncated_repr(word)}: {text}")
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
         """Return a copy with every field that is None taken from `defaults`."""
@@ -173,32 +181,37 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
     elif bias is None or isinstance(bias, tuple):
         pairs = bias or ()
     else:
-        raise ValueError(f"logit_bias={truncated_repr(bias)}: must be a dict {{token id: bias}}")
+        text = "must be a dict {token id: bias}"
+        raise InputError("logit_bias", f"logit_bias={truncated_repr(bias)}: {text}")
     if len(pairs) > MAX_LOGIT_BIAS:
-        raise ValueError(f"logit_bias: {len(pairs)} token ids; the maximum is {MAX_LOGIT_BIAS}")
+        text = f"{len(pairs)} token ids; the maximum is {MAX_LOGIT_BIAS}"
+        raise InputError("logit_bias", text)
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise ValueError(f"logit_bias={truncated_repr(pair)}: must be a pair (token id, bias)")
+            text = "must be a pair (token id, bias)"
+            raise InputError("logit_bias", f"logit_bias={truncated_repr(pair)}: {text}")
         _check_number("logit_bias: token id", pair[0], 0, 2**31 - 1)
         _check_number(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
     ids = [token for token, _ in pairs]
     if len(set(ids)) < len(ids):
-        raise ValueError("logit_bias: duplicate token id; give each id once")
+        raise InputError("logit_bias", "duplicate token id; give each id once")
     return tuple(sorted(pairs))
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high.
+    """Raise `InputError` unless low <= value <= high.
 
-    Only integers are accepted if `low` is an integer.
+    Only integers are accepted if `low` is an integer. `name`: the field, optionally with ": PART".
     """
+    field = name.partition(":")[0]
     whole = isinstance(low, int)
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
         kind = "an integer" if whole else "a finite number"
-        raise ValueError(f"{name}={truncated_repr(value)}: must be {kind}")
+        raise InputError(field, f"{name}={truncated_repr(value)}: must be {kind}")
     if not low <= value <= high:
-        raise ValueError(f"{name}={truncated_repr(value)}: must be from {low} to {high}")
+        text = f"{name}={truncated_repr(value)}: must be from {low} to {high}"
+        raise InputError(field, text)
 
 
 class OptionFields(TypedDict, total=False):
@@ -242,4 +255,4 @@ class RequestOptions:
             _check_number("timeout_s", self.timeout_s, 0.0, MAX_TIMEOUT)  # 0: already expired
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
             text = f"must be a string of at most {MAX_SALT_LENGTH} characters"
-            raise ValueError(f"cache_salt={truncated_repr(self.cache_salt)}: {text}")
+            raise InputError("cache_salt", f"cache_salt={truncated_repr(self.cache_salt)}: {text}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
+from .errors import RequestError
 from .logprobs import LogprobTable
 from .params import DEFAULT_PRIORITY, SamplingParams
 
@@ -130,7 +131,7 @@ class Request:
     num_preemptions: int = 0
     num_kills: int = 0  # worker crashes in its steps since it last ran alone without one
     num_misses: int = 0  # consecutive steps that lacked an embedding
-    error: str = ""
+    error: RequestError | None = None
     has_penalty: bool = field(init=False)
     has_counts: bool = field(init=False)  # presence or frequency penalty
     has_edits: bool = field(init=False)  # logits of single tokens are edited

@@ -18,8 +18,9 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from .admission import AdmissionError, SchedulerConfig, check_queue, check_size
+from .admission import SchedulerConfig, check_queue, check_size
 from .block_hash import block_hash
+from .errors import AdmissionError, RequestError
 from .logprobs import TokenLogprobs
 from .planner import Planner
 from .request import Request, RequestStatus, UnitKey, overlapping
@@ -57,9 +58,8 @@ class Scheduler:
         """
         for each in (request, *forks):
             if each.request_id in self.requests:
-                raise AdmissionError(
-                    f"request_id={each.request_id!r}: already in use; choose another"
-                )
+                text = f"request_id={each.request_id!r}: already in use; choose another"
+                raise AdmissionError(text, "request_id")
         check_size(request, self.config)
         queued = (self.state.num_queued, self.state.num_queued_tokens)
         check_queue(request, *queued, len(self.running), self.config)
@@ -77,8 +77,8 @@ class Scheduler:
         ended: list[RequestUpdate] = []
         for request in self.state.take_expired(self.clock()):
             done = request.num_output_tokens
-            text = f"DEADLINE_EXCEEDED: timed out after {done} output tokens"
-            ended.append(self._end(request, RequestStatus.FINISHED_ERROR, text))
+            error = RequestError("DEADLINE_EXCEEDED", f"timed out after {done} output tokens")
+            ended.append(self._end(request, RequestStatus.FINISHED_ERROR, error))
         return ended
 
     def schedule(self) -> StepPlan | None:
@@ -149,7 +149,8 @@ class Scheduler:
         suspects = self.state.reset_after_worker_restart()
         if len(suspects) != 1 or suspects[0].num_kills < 2:
             return []
-        return [self._fail(suspects[0], "INTERNAL: the request's step crashed the workers twice")]
+        text = "the request's step crashed the workers twice"
+        return [self._fail(suspects[0], RequestError("INTERNAL", text))]
 
     def _lacks(self, request: Request, start: int, end: int, missing: set[UnitKey]) -> bool:
         """Return whether an embedding for tokens [start, end) is missing."""
@@ -167,7 +168,7 @@ class Scheduler:
         if request.num_misses < MAX_MISSES:
             return ()
         text = f"an image embedding was missing in {request.num_misses} consecutive steps"
-        return (self._fail(request, text),)
+        return (self._fail(request, RequestError("INTERNAL", text)),)
 
     def _advance(self, request: Request, start: int, end: int) -> None:
         """Mark tokens [start, end) as computed.
@@ -194,7 +195,8 @@ class Scheduler:
         self, request: Request, token: int, logprobs: TokenLogprobs | None
     ) -> RequestUpdate:
         if token < 0:
-            return self._fail(request, "the step returned no token")
+            error = RequestError("INTERNAL", "the step returned no token")
+            return self._fail(request, error)
         self.state.append(request, token)
         tokens = request.token_ids
         if token in request.stop_token_ids:
@@ -206,7 +208,7 @@ class Scheduler:
         if status is not RUNNING:
             self._end(request, status)
         entries = () if logprobs is None else (logprobs,)
-        return RequestUpdate(request.request_id, (token,), status, "", entries)
+        return RequestUpdate(request.request_id, (token,), status, None, entries)
 
     def _watch(self, plan: StepPlan) -> Updates:
         """Fail the first request if nothing could run for `max_empty_steps` steps (watchdog)."""
@@ -219,8 +221,8 @@ class Scheduler:
         self._num_empty_steps = 0
         head = (self.running or self.waiting)[0]
         steps = self.config.max_empty_steps
-        text = f"RESOURCE_EXHAUSTED: nothing could run in {steps} steps; {self._state_of(head)}"
-        return (self._fail(head, text),)
+        text = f"nothing could run in {steps} steps; {self._state_of(head)}"
+        return (self._fail(head, RequestError("RESOURCE_EXHAUSTED", text)),)
 
     def _may_be_empty(self) -> bool:
         """Return whether an empty step is expected: no requests, or pixels in the making."""
@@ -238,7 +240,7 @@ class Scheduler:
             f"available; {len(self.running)} running, {len(self.waiting)} waiting"
         )
 
-    def _fail(self, request: Request, error: str) -> RequestUpdate:
+    def _fail(self, request: Request, error: RequestError) -> RequestUpdate:
         """End a request with an error and drop its cached blocks and embeddings.
 
         Their content may be invalid, so that other requests must not reuse it.
@@ -253,13 +255,15 @@ class Scheduler:
         return update
 
     def finish(
-        self, request_id: str, status: RequestStatus, error: str = ""
+        self, request_id: str, status: RequestStatus, error: RequestError | None = None
     ) -> RequestUpdate | None:
         """End a request and free its resources. Returns None if it is unknown."""
         request = self.requests.get(request_id)
         return None if request is None else self._end(request, status, error)
 
-    def _end(self, request: Request, status: RequestStatus, error: str = "") -> RequestUpdate:
+    def _end(
+        self, request: Request, status: RequestStatus, error: RequestError | None = None
+    ) -> RequestUpdate:
         self.state.end(request, status, error)
         return RequestUpdate(request.request_id, (), status, error)
 

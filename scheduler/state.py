@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from .admission import SchedulerConfig
 from .block_manager import BlockManager
 from .encoder_cache import EncoderCache
+from .errors import RequestError
 from .request import Request, RequestStatus, UnitKey, overlapping
 from .step import StepPlan
 
@@ -116,7 +117,7 @@ class SchedulerState:
         request.num_kills = 0
         self.suspects.remove(request)
 
-    def end(self, request: Request, status: RequestStatus, error: str) -> None:
+    def end(self, request: Request, status: RequestStatus, error: RequestError | None) -> None:
         """Remove a request and release its resources; `status` is a finished state."""
         del self.requests[request.request_id]
         if request in self.suspects:

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .errors import RequestError
 from .logprobs import TokenLogprobs
 from .request import EncodeUnit, RequestStatus, UnitKey
 
@@ -60,7 +61,7 @@ class StepResult:
     sampled: tuple[int, ...]  # one token id per sampling row, in row order
     # Embeddings that a worker lacks; rows that need them were skipped.
     missing: tuple[UnitKey, ...] = ()
-    errors: dict[str, str] = field(default_factory=dict)  # request_id -> error text of its row
+    errors: dict[str, RequestError] = field(default_factory=dict)  # request_id -> error of its row
     # request_id -> logprobs of its sampled token, if requested
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     # request_id -> index in its prompt -> logprobs of that token, if requested
@@ -73,5 +74,5 @@ class RequestUpdate(NamedTuple):
     request_id: str
     new_token_ids: tuple[int, ...]
     status: RequestStatus
-    error: str = ""
+    error: RequestError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # of new_token_ids, if requested

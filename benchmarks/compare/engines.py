@@ -103,7 +103,7 @@ class OctavoEngine:
         return len(ready.prompt_token_ids)
 
     def step(self) -> list[Event]:
-        from octavo.scheduler.admission import QueueFull
+        from octavo.scheduler.errors import QueueFull
 
         while self._ready:
             try:

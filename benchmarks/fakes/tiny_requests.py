@@ -166,8 +166,8 @@ class TinyDriver:
         """Compute `counts` more tokens of each row and append the sampled tokens."""
         batch = self.build(rows, counts)
         result = self.runner.step(batch)
-        for index, text in result.errors:
-            rows[index].errors.append(text)
+        for index, error in result.errors:
+            rows[index].errors.append(error.message)
         for row, count in zip(rows, counts, strict=True):
             row.num_computed_tokens += count
         sampled = result.sampled.tolist()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from ...engine.tool_calling.tool_choice import tool_grammar
+from ...engine.tool_calling.tool_choice import ToolUse
 from ...scheduler.structured import StructuredOutput
 from .grammar_hostile import HOSTILE, SIMPLE_PATTERNS
 
@@ -270,4 +270,5 @@ def _tools_case(rng: Random) -> Case:
         parameters = _record(rng, 2)
         function = {"name": f"tool_{index}", "description": "A & B", "parameters": parameters}
         tools.append({"type": "function", "function": function})
-    return Case("tools", StructuredOutput(lark=tool_grammar(tools, "required", rng.random() < 0.5)))
+    forced = ToolUse(tools, "required", is_parallel=rng.random() < 0.5)
+    return Case("tools", StructuredOutput(lark=forced.grammar()))

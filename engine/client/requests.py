@@ -37,7 +37,7 @@ def _set_all(request: pb.GenerateRequest, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name not in known:
             raise invalid(f"unknown setting; allowed are {', '.join(known)}", name)
-        if value is None:
+        if value is None or (name == "seed" and value == -1):
             continue
         target = request if name in OPTIONS_OF_A_REQUEST else request.sampling
         try:
@@ -144,7 +144,9 @@ def _message(message: Mapping[str, Any], field: str) -> pb.Message:
     role = message.get("role", "")
     if not isinstance(role, str):
         raise invalid(f"{truncated_repr(role)}: must be a string", f"{field}.role")
-    content = () if message.get("content") is None else message["content"]
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ()
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
         raise invalid("must be a string or a list of parts", f"{field}.content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

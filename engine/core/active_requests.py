@@ -13,6 +13,7 @@ from ...scheduler.request import Request, RequestStatus, UnitKey
 from ...scheduler.scheduler import Scheduler
 from ...scheduler.step import RequestUpdate
 from ...scheduler.trace import TraceWriter
+from ..errors import RequestError
 from ..input.processor import InputTimes
 from ..media.encode_units import UnitStream
 from ..media.item import MediaInfo, UnitContent
@@ -71,16 +72,16 @@ class ActiveRequest:
         keys = [unit.key for unit in first.units[: first.num_ready_units][-len(units) :]]
         self.pixels |= dict(zip(keys, units, strict=True)) if units else {}
 
-    def take_units(self) -> str:
-        """Take newly decoded units from the stream. Return its error, or "" if there is none."""
+    def take_units(self) -> RequestError | None:
+        """Take newly decoded units from the stream. Return its error, if any."""
         stream = self.stream
         if stream is None:
-            return ""
+            return None
         is_done = stream.is_done  # Read before `take`, so that no unit is missed.
         self.supply(stream.take())
         if is_done:
             self.stream = None
-        return f"INVALID_ARGUMENT: {stream.error}" if is_done and stream.error else ""
+        return stream.error.reason if is_done and stream.error else None
 
     def close(self) -> None:
         """Cancel media that is still being decoded."""
@@ -100,7 +101,7 @@ class ActiveRequest:
             status = RequestStatus.FINISHED_STOPPED
         return self._make(index, status, text, update.new_token_ids, update.error, update.logprobs)
 
-    def failure(self, index: int, error: str) -> OutputDelta:
+    def failed(self, index: int, error: RequestError) -> OutputDelta:
         """Return the final delta for an internal error in detokenization."""
         return self._make(index, RequestStatus.FINISHED_ERROR, "", (), error)
 
@@ -110,7 +111,7 @@ class ActiveRequest:
         status: RequestStatus,
         text: str,
         token_ids: tuple[int, ...],
-        error: str,
+        error: RequestError | None,
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> OutputDelta:
         if status.is_finished:
@@ -128,7 +129,7 @@ class ActiveRequest:
             media_times=times,
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs() if index == 0 and token_ids else (),
-            error=error,
+            failure=error,
         )
 
     def _prompt_logprobs(self) -> Sequence[TokenLogprobs | None]:
@@ -147,6 +148,8 @@ class ActiveRequest:
 
 
 log = logging.getLogger("octavo.engine")
+
+DETOKENIZATION_FAILED = RequestError("INTERNAL", "detokenization failed; see the server's log")
 
 
 class ActiveRequests:
@@ -196,7 +199,7 @@ class ActiveRequests:
             for name in live.unfinished_names
         )
 
-    def give_up(self, error: str) -> list[OutputDelta]:
+    def give_up(self, error: RequestError) -> list[OutputDelta]:
         """Finish all requests with an error."""
         return self.deltas(
             RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
@@ -221,13 +224,13 @@ class ActiveRequests:
         answers, after their own deltas of this step.
         """
         deltas: list[OutputDelta] = []
-        failed: list[tuple[ActiveRequest, str]] = []
+        failed: list[tuple[ActiveRequest, RequestError]] = []
         for update in updates:
             if update.request_id in self._answers:
                 live, index = self._answers[update.request_id]
                 deltas.append(self._delta(live, index, update))
-                if deltas[-1].error:
-                    failed.append((live, deltas[-1].error))
+                if failure := deltas[-1].failure:
+                    failed.append((live, failure))
         for live, error in failed:
             for name in live.unfinished_names:
                 update = RequestUpdate(name, (), RequestStatus.FINISHED_ERROR, error)
@@ -240,7 +243,7 @@ class ActiveRequests:
             delta = live.delta(index, update)
         except Exception:  # internal error: fail only this request
             log.exception("request %r: detokenization failed", live.request_id)
-            delta = live.failure(index, "INTERNAL: detokenization failed; see the server's log")
+            delta = live.failed(index, DETOKENIZATION_FAILED)
         if delta.finish_reason is not None:
             self._end(update.request_id, update, delta.finish_reason)
             if not live.unfinished:

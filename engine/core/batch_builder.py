@@ -190,7 +190,7 @@ def step_result(plan: StepPlan, result: BatchResult, requests: Mapping[str, Requ
         step_id=plan.step_id,
         sampled=tuple(result.sampled.tolist()),
         missing=result.missing,
-        errors={plan.request_ids[row]: text for row, text in result.errors},
+        errors={plan.request_ids[row]: error for row, error in result.errors},
         logprobs=logprobs_of_drawn(plan, result, requests),
         prompt_logprobs=logprobs_of_prompts(plan, result, requests),
     )

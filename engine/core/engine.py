@@ -22,7 +22,7 @@ from ...scheduler.trace import TraceWriter
 from ..config.engine_config import EngineConfig, ModelConfig, check_trace_file
 from ..config.generation_config import generation_defaults
 from ..config.hub import model_name, resolve_model
-from ..errors import WAS_CLOSED, ConfigError, DuplicateRequest, EngineDead
+from ..errors import WAS_CLOSED, ConfigError, DuplicateRequest, EngineDead, RequestError
 from ..input.processor import InputProcessor, InputTimes, ProcessedInput, Prompt
 from ..media.settings import MediaSettings, media_settings
 from ..model.parallel import check_tensor_parallel_size
@@ -41,7 +41,7 @@ from .step_pipeline import StepPipeline
 log = logging.getLogger("octavo.engine")
 
 MEDIA_WAIT = 0.02  # maximum seconds that a step waits if all requests wait for media
-LOST = "INTERNAL: the scheduler does not know the request"
+LOST = RequestError("INTERNAL", "the scheduler does not know the request")
 
 
 class Engine:
@@ -272,17 +272,17 @@ class Engine:
     def _died(self, error: WorkerGroupError) -> EngineDead:
         self.failed = self.failed or str(error)
         self.group.close()
-        return EngineDead(f"the engine stopped: {self.failed}")
+        return EngineDead(self.failed)
 
     def check_alive(self) -> None:
         """Raise `EngineDead` if the engine has failed or was closed."""
         if self.failed:
-            raise EngineDead(f"the engine stopped: {self.failed}")
+            raise EngineDead(self.failed)
 
     def check_owner(self) -> None:
         """Raise `EngineDead` in a fork of the process that created the engine."""
         if self.is_disowned:
-            raise EngineDead(f"the engine stopped: {self.failed}")
+            raise EngineDead(self.failed)
 
     def disown(self, cause: str) -> None:
         """Reject further use. Called in a forked process; the group disowns its workers."""

@@ -7,7 +7,7 @@ probability, of a sampled token or of an alternative. It takes about 8 bytes in 
 
 from __future__ import annotations
 
-from ...scheduler.admission import QueueFull
+from ...scheduler.errors import QueueFull
 from ...scheduler.params import SamplingParams
 from ..errors import InputError
 

@@ -21,13 +21,6 @@ def check_params(params: Any) -> None:
         raise InputError("params", text)
 
 
-class PreprocessTimeout(Exception):
-    """The request's timeout expired during preprocessing."""
-
-    def __str__(self) -> str:
-        return "DEADLINE_EXCEEDED: timed out before the input was preprocessed"
-
-
 class Deadline:
     """Request options whose timeout counts from the creation of this object."""
 

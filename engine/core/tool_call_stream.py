@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ..errors import InputError
 from ..outputs import OutputDelta
 from ..tool_calling.parser import ToolCall, ToolParser, read_cut_call
+from ..tool_calling.tool_choice import ToolUse
 
 CUT_OFF = ("length", "abort")  # finish reasons of incomplete answers
 
@@ -19,12 +19,10 @@ CUT_OFF = ("length", "abort")  # finish reasons of incomplete answers
 class ToolCallStream:
     """Moves tool calls from a delta's text to its `tool_calls`; a no-op without tools."""
 
-    def __init__(self, prompt: Any) -> None:
-        """Read `tools` and `tool_choice` of a prompt for `AsyncLLM.generate`."""
-        has_tools = isinstance(prompt, Mapping) and bool(prompt.get("tools"))
-        self._is_on = has_tools and prompt.get("tool_choice") != "none"
-        self._most = 1 if has_tools and prompt.get("parallel_tool_calls") is False else None
-        self._forced = _forced_name(prompt) if self._is_on else None
+    def __init__(self, tools: ToolUse) -> None:
+        self._is_on = bool(tools.shown)
+        self._most = None if tools.is_parallel else 1
+        self._forced = tools.forced_name
         self._parsers: defaultdict[int, ToolParser] = defaultdict(ToolParser)
         self._counts: defaultdict[int, int] = defaultdict(int)  # calls returned so far, by answer
 
@@ -69,12 +67,3 @@ class ToolCallStream:
             return rest, calls
         call = read_cut_call(rest, "" if num_calls else self._forced)
         return (rest, ()) if call is None else ("", (call,))
-
-
-def _forced_name(prompt: Mapping[str, Any]) -> str | None:
-    """Return the function name in `tool_choice`, "" for "required", else None."""
-    choice = prompt.get("tool_choice")
-    if isinstance(choice, Mapping):
-        function = choice.get("function")
-        return str(function.get("name", "")) if isinstance(function, Mapping) else None
-    return "" if choice == "required" else None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ...scheduler.admission import QueueFull
+from ...scheduler.errors import QueueFull
 from ...scheduler.params import SamplingParams
 from ...scheduler.structured import StructuredOutput
 from ..errors import GrammarQueueFull, InputError, without_frames
@@ -28,11 +28,13 @@ from ..structured_output.trials import CompileTask
 from ..utils.cores import num_cores
 from ..utils.daemon_pool import DaemonPool
 from ..utils.machine_memory import available_memory
-from .processor import InputProcessor, InputTimes, ProcessedInput, Prompt
-from .prompt_size import PromptSize
+from .conversation import Conversation
+from .parsed_prompt import ParsedPrompt, PromptSize
+from .processor import InputProcessor, InputTimes, ProcessedInput
 
 log = logging.getLogger("octavo.media")
 
+CANCELLED = ParsedPrompt("")  # replaces the prompt of a job that is cancelled as it starts
 MAX_SLOW_GRAMMARS = 16  # queued for compilation; each may take a second
 
 
@@ -50,14 +52,16 @@ class InputJob:
     `future` is done when the request can start; later frames of a video are decoded after that.
     """
 
-    def __init__(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+    def __init__(
+        self, prompt: ParsedPrompt | ProcessedInput, params: SamplingParams | None = None
+    ) -> None:
         """Create a job. The grammar and bad words of `params` are prepared too."""
         self.future: Future[ProcessedInput] = Future()
         self.form = None if params is None else params.structured
         self._bad_words = () if params is None else params.bad_words
         self._grammar: Grammar | None = None
         self._compile_task = CompileTask()
-        self._prompt = [prompt]
+        self._prompt: list[ParsedPrompt | ProcessedInput] = [prompt]
         self._given = time.monotonic()
         self._is_dropped = False
         self._task: MediaTask | None = None  # once the job has started
@@ -138,7 +142,7 @@ class InputJob:
 
     def _begin(self, processor: InputProcessor, task: MediaTask) -> ProcessedInput:
         start = time.monotonic()
-        prompt = self._prompt.pop() if self._prompt else ""  # empty: cancelled at this moment
+        prompt = self._prompt.pop() if self._prompt else CANCELLED
         ready = processor.begin(prompt, task=task)
         if self._bad_words:
             ready = replace(ready, bad_words=processor.bad_word_ids(self._bad_words))
@@ -149,7 +153,7 @@ class InputJob:
 class TokenizeJob:
     """Tokenization of a text or a conversation, for the tokenize endpoints."""
 
-    def __init__(self, prompt: str | Sequence[Any], plain: bool) -> None:
+    def __init__(self, prompt: str | Conversation, plain: bool) -> None:
         self.future: Future[list[int]] = Future()
         self._prompt, self._plain = prompt, plain
         self._is_dropped = False
@@ -171,7 +175,7 @@ class TokenizeJob:
             if isinstance(prompt, str):
                 ids = reader.tokenize(prompt, self._plain, self._check)
             else:
-                ids = list(reader.read(prompt, check=self._check).token_ids)
+                ids = reader.encode(prompt, self._check)
         except BaseException as error:
             self.future.set_exception(without_frames(error))
         else:
@@ -246,9 +250,12 @@ class InputPool:
         self._slow_jobs: set[InputJob] = set()  # queued for slow compilation
         self._lock = threading.Lock()
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> InputJob:
+    def submit(
+        self, prompt: ParsedPrompt | ProcessedInput, params: SamplingParams | None = None
+    ) -> InputJob:
         """Start to preprocess a request. Raises `QueueFull` above `max_bytes`."""
-        job, size = InputJob(prompt, params), PromptSize.of(prompt)
+        job = InputJob(prompt, params)
+        size = PromptSize.of(prompt if isinstance(prompt, ParsedPrompt) else CANCELLED)
         self._reserve(job, size.source_bytes + size.text_bytes)
         job.on_cancel = lambda: self._release(job)
         if job.form is None or self._grammars is None:
@@ -260,9 +267,9 @@ class InputPool:
             self._in_lane("grammars", job, job.compile, compiler, go_on, take_longer)
         return job
 
-    def tokenize(self, prompt: str | Sequence[Any], plain: bool) -> TokenizeJob:
+    def tokenize(self, prompt: str | Conversation, plain: bool) -> TokenizeJob:
         """Start to tokenize a text or a conversation. Raises `QueueFull` above `max_bytes`."""
-        job, size = TokenizeJob(prompt, plain), PromptSize.of(prompt).text_bytes
+        job, size = TokenizeJob(prompt, plain), PromptSize.of(ParsedPrompt(prompt)).text_bytes
         self._reserve(job, size)
         job.on_cancel = lambda: self._release(job)
         self._in_lane("long_texts" if size else "text", job, job.run, self._processor)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...scheduler.request import MediaSpan
 from ..config.engine_config import ModelConfig, PreprocessConfig
@@ -24,8 +24,10 @@ from ..media.source import BYTES, MediaAccess
 from ..media.task import MediaTask
 from ..media.token_budget import MediaTokenBudget
 from ..structured_output.compiler import Grammar
-from .chat_template import MediaPart
+from ..tool_calling.tool_choice import ToolUse
+from .conversation import MediaPart
 from .mrope import mrope_positions
+from .parsed_prompt import NO_TOOLS, ParsedPrompt
 from .prompt import PromptReader
 
 
@@ -55,9 +57,16 @@ class ProcessedInput:
     arrived_at: float | None = None  # monotonic time at which the job was submitted
     grammar: Grammar | None = None  # of structured output, compiled in the pool
     bad_words: tuple[tuple[int, ...], ...] | None = None  # token ids, encoded in the pool
+    tools: ClassVar[ToolUse] = NO_TOOLS  # read before preprocessing
 
 
-Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | ProcessedInput
+Parsed = ParsedPrompt | ProcessedInput
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Parsed
+
+
+def parse(prompt: Prompt) -> Parsed:
+    """Check the structure of a prompt that is not parsed yet. Raises `InputError`."""
+    return prompt if isinstance(prompt, ProcessedInput) else ParsedPrompt.of(prompt)
 
 
 class InputProcessor:
@@ -130,7 +139,7 @@ class InputProcessor:
         task = task or MediaTask(self.limits)
         with ExitStack() as on_failure:
             on_failure.callback(task.close)
-            found = self.reader.read(prompt, images, videos, task.check)
+            found = self.reader.read(ParsedPrompt.of(prompt, images, videos), task.check)
             opened = self._open_all(found.token_ids, found.parts, task)
             media = tuple(each.item for each in opened)
             expanded, spans = self._expand(found.token_ids, media)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from ...scheduler.params import truncated_repr
 from ..config.engine_config import ModelConfig
 from ..errors import InputError, TooLong
 from ..media.options import MediaOptions
-from ..tool_calling.schema import TOOL_FIELDS, tools_of
-from .chat_template import ChatTemplate, MediaPart, check_text, read_messages
+from .chat_template import ChatTemplate
+from .conversation import Conversation, MediaPart, check_text
+from .parsed_prompt import ParsedPrompt
 from .tokenizer import TextBudget, TextTokenizer
 
 PLACEHOLDER = "a placeholder"  # field name in errors about media of a raw prompt
@@ -36,76 +36,34 @@ class PromptReader:
         self._template = ChatTemplate(model_dir, self.tokenizer)
         self._pads = {config.image_token_id: "image", config.video_token_id: "video"}
 
-    def read(
-        self,
-        prompt: Any,
-        images: Any = None,
-        videos: Any = None,
-        check: Callable[[], None] = lambda: None,
-    ) -> ReadPrompt:
-        """Read messages, a raw text or a dict. Raises `InputError`.
+    def read(self, prompt: Any, check: Callable[[], None] = lambda: None) -> ReadPrompt:
+        """Read a prompt in any format of `ParsedPrompt.of`. Raises `InputError`.
 
-        A dict has one of `messages`, `prompt` and `prompt_token_ids`, and optionally `images` and
-        `videos`. `check` is called between pieces of text and raises once the request has ended.
+        `check` is called between pieces of text and raises once the request has ended. Special
+        tokens are parsed in raw prompts only.
         """
-        budget = TextBudget(self.max_model_len, check)
-        if isinstance(prompt, Mapping):
-            return self._from_dict(prompt, budget)
-        if isinstance(prompt, str):
-            return self.from_text(prompt, images, videos, budget)
-        return self.from_messages(prompt, images, videos, budget=budget)
+        prompt = ParsedPrompt.of(prompt)
+        body, given = prompt.body, {"image": prompt.images, "video": prompt.videos}
+        if isinstance(body, Conversation):
+            parts = _fill(body.media, given)
+            return ReadPrompt(self.encode(body, check), parts)
+        if isinstance(body, str):
+            if not self._checked(body, "prompt"):
+                raise InputError("prompt", "is empty")
+            budget = TextBudget(self.max_model_len, check)
+            token_ids = self.tokenizer.encode_marked(body, budget)
+        else:
+            token_ids = self._check_token_ids(body, self.max_model_len - 1)
+        runs = [(kind, at) for kind, at, _ in self.runs(token_ids)]
+        bare = [MediaPart(f"{PLACEHOLDER} at token {at}", kind, {}) for kind, at in runs]
+        return ReadPrompt(token_ids, _fill(bare, given))
 
-    def _from_dict(self, prompt: Mapping[str, Any], budget: TextBudget) -> ReadPrompt:
-        known = {"prompt", "prompt_token_ids", "messages", "images", "videos", *TOOL_FIELDS}
-        for name in prompt:
-            if name not in known:
-                text = f"{name}: unknown; allowed are {', '.join(sorted(known))}"
-                raise InputError(name, text)
-        media = (prompt.get("images"), prompt.get("videos"))
-        kinds = [name for name in ("prompt", "prompt_token_ids", "messages") if name in prompt]
-        if len(kinds) != 1:
-            raise InputError("prompt", "pass exactly one of prompt, prompt_token_ids and messages")
-        if kinds == ["messages"]:
-            tools = tools_of(prompt)
-            return self.from_messages(prompt["messages"], *media, tools=tools, budget=budget)
-        for name in TOOL_FIELDS:
-            if prompt.get(name):
-                raise InputError(name, "is only allowed with messages")
-        if kinds == ["prompt"]:
-            return self.from_text(prompt["prompt"], *media, budget)
-        return self.from_token_ids(prompt["prompt_token_ids"], *media)
-
-    def from_messages(
-        self,
-        messages: Any,
-        images: Sequence[Any] | None = None,
-        videos: Sequence[Any] | None = None,
-        tools: Any = None,
-        budget: TextBudget | None = None,
-    ) -> ReadPrompt:
-        """Read a conversation in the model card's format, with OpenAI `tools`.
-
-        Raises `InputError`.
-        """
-        conversation = read_messages(messages, tools)
-        parts = _fill(conversation.media, {"image": images, "video": videos})
+    def encode(
+        self, conversation: Conversation, check: Callable[[], None] = lambda: None
+    ) -> list[int]:
+        """Return token ids with one placeholder for each image or video. Raises `InputError`."""
         self._check_text(sum(map(len, conversation.texts)))
-        budget = budget or TextBudget(self.max_model_len)
-        return ReadPrompt(self._template.encode(conversation, budget), parts)
-
-    def from_text(
-        self,
-        text: Any,
-        images: Sequence[Any] | None = None,
-        videos: Sequence[Any] | None = None,
-        budget: TextBudget | None = None,
-    ) -> ReadPrompt:
-        """Read a raw prompt, in which special tokens are parsed. Raises `InputError`."""
-        if not self._checked(text, "prompt"):
-            raise InputError("prompt", "is empty")
-        budget = budget or TextBudget(self.max_model_len)
-        token_ids = self.tokenizer.encode_marked(text, budget)
-        return ReadPrompt(token_ids, self._parts_of(token_ids, images, videos))
+        return self._template.encode(conversation, TextBudget(self.max_model_len, check))
 
     def tokenize(
         self, text: str, plain: bool, check: Callable[[], None] = lambda: None
@@ -123,16 +81,6 @@ class PromptReader:
         ids = self._check_token_ids(token_ids, self.max_model_len)
         return self.tokenizer.decode(ids, skip_special_tokens)
 
-    def from_token_ids(
-        self,
-        token_ids: Any,
-        images: Sequence[Any] | None = None,
-        videos: Sequence[Any] | None = None,
-    ) -> ReadPrompt:
-        """Read token ids, with placeholders expanded or not. Raises `InputError`."""
-        ids = self._check_token_ids(token_ids, self.max_model_len - 1)
-        return ReadPrompt(ids, self._parts_of(ids, images, videos))
-
     def _checked(self, text: Any, field: str) -> str:
         """Return a valid text that may fit. Its size is checked first, in constant time."""
         if isinstance(text, str):
@@ -149,10 +97,8 @@ class PromptReader:
                 f"{self.tokenizer.longest} characters; shorten the text",
             )
 
-    def _check_token_ids(self, token_ids: Any, most: int) -> list[int]:
+    def _check_token_ids(self, token_ids: Sequence[int], most: int) -> list[int]:
         field = "prompt_token_ids"
-        if not isinstance(token_ids, Sequence | array) or isinstance(token_ids, str | bytes):
-            raise InputError(field, f"must be a list, not {type(token_ids).__name__}")
         if len(token_ids) == 0:
             raise InputError(field, "is empty")
         if len(token_ids) > most:
@@ -168,17 +114,6 @@ class PromptReader:
                 )
         return list(token_ids)
 
-    def _parts_of(
-        self,
-        token_ids: Sequence[int],
-        images: Sequence[Any] | None,
-        videos: Sequence[Any] | None,
-    ) -> list[MediaPart]:
-        """Return a part with its media for each run of placeholder tokens."""
-        runs = [(kind, at) for kind, at, _ in self.runs(token_ids)]
-        bare = [MediaPart(f"{PLACEHOLDER} at token {at}", kind, {}) for kind, at in runs]
-        return _fill(bare, {"image": images, "video": videos})
-
     def runs(self, token_ids: Sequence[int]) -> Iterator[tuple[str, int, int]]:
         """Yield (kind, first index, end) of each run of the same placeholder token."""
         at = 0
@@ -192,15 +127,9 @@ class PromptReader:
             at = end
 
 
-def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any] | None]) -> list[MediaPart]:
+def _fill(parts: Sequence[MediaPart], given: Mapping[str, Sequence[Any]]) -> list[MediaPart]:
     """Assign the next of `images` or `videos` to each part without a source."""
-    left = {}
-    for kind, sources in given.items():
-        if sources is not None and (
-            isinstance(sources, str | bytes) or not isinstance(sources, Sequence)
-        ):
-            raise InputError(f"{kind}s", f"must be a list, not {type(sources).__name__}")
-        left[kind] = iter(sources or ())
+    left = {kind: iter(sources) for kind, sources in given.items()}
     filled = []
     for part in parts:
         if part.source is None:

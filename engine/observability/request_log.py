@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ...scheduler.params import truncated_repr
-from ..errors import InputError, code_of, split_code
+from ..errors import InputError, code_of
 from ..outputs import OutputDelta
 from .stats import EngineStats
 from .tracing import RequestSpans
@@ -69,8 +69,8 @@ class RequestRecord:
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         """Return the finish reason or "refused", and the status code of the error, if any."""
         if self._last is not None:
-            error_text = self._last.error
-            return self._last.finish_reason or "", error_text and split_code(error_text)[0]
+            failure = self._last.failure
+            return self._last.finish_reason or "", failure.code if failure else ""
         if error is None or isinstance(error, GeneratorExit | asyncio.CancelledError):
             return "abort", ""
         code = code_of(error)

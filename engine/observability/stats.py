@@ -16,7 +16,6 @@ from typing import NamedTuple
 from ...scheduler.request import Request
 from ...scheduler.scheduler import Scheduler
 from ...scheduler.step import StepPlan
-from ..errors import split_code
 from ..input.processor import InputTimes, ProcessedInput
 from ..outputs import OutputDelta, RequestTimes
 from ..worker.group import WorkerGroup
@@ -258,8 +257,7 @@ class EngineStats:
         self.e2e.add(times.total_s)
         if times.decode_s is not None:
             self.decode.add(times.decode_s)
-        code = split_code(delta.error)[0] if delta.error else ""
-        self.refuse(delta.finish_reason or "", code)
+        self.refuse(delta.finish_reason or "", delta.failure.code if delta.failure else "")
         return replace(delta, times=times)
 
     def load(self) -> EngineLoad:

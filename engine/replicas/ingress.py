@@ -27,15 +27,16 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...proto import octavo_pb2 as pb
+from ..errors import RequestError
 from ..observability.rejection_log import API_KEY, RejectionLog
 from ..server.api_keys import read_keys
 from ..server.drain import CallTracker
-from ..server.errors import ErrorInfo, RequestRejected
+from ..server.errors import RequestRejected
 from ..server.grpc_api.status import failure_of
 from ..server.http_api.errors import ApiError, error_of
 from ..server.http_api.middleware import MAX_BODY_BYTES, AuthMiddleware, read_body
-from ..server.readers import AT_ONCE
-from ..server.readers import read as in_thread
+from ..utils.readers import AT_ONCE
+from ..utils.readers import read as in_thread
 from .calls import Call, GrpcCall, GrpcEnd, HttpCall, HttpStart
 from .prefix import Prefix
 from .read import grpc_prefix, http_prefix
@@ -44,12 +45,14 @@ from .run_grpc import check_key, end_of
 log = logging.getLogger("octavo.server")
 
 TRIES = 3  # replicas to try before one has started to respond
-LOST = ErrorInfo("UNAVAILABLE", "the replica was lost; retry")
+LOST = RequestError("UNAVAILABLE", "the replica was lost; retry")
 ONE_SERVER = "is not supported with replicas. "
 UNSUPPORTED = {
-    "Abort": ErrorInfo("UNIMPLEMENTED", f"Abort {ONE_SERVER}Cancel the call instead"),
-    "GetLoad": ErrorInfo("UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Use Ray's dashboard and metrics"),
-    "Drain": ErrorInfo(
+    "Abort": RequestError("UNIMPLEMENTED", f"Abort {ONE_SERVER}Cancel the call instead"),
+    "GetLoad": RequestError(
+        "UNIMPLEMENTED", f"GetLoad {ONE_SERVER}Use Ray's dashboard and metrics"
+    ),
+    "Drain": RequestError(
         "UNIMPLEMENTED", f"Drain {ONE_SERVER}Ray Serve drains replicas that it stops"
     ),
 }
@@ -112,17 +115,17 @@ class Ingress:
                             return
                         _set(grpc_context, message)
                         delta = pb.GenerateDelta(request_id=name)
-                        delta.failure.CopyFrom(failure_of(ErrorInfo(message.code, message.text)))
+                        delta.failure.CopyFrom(failure_of(RequestError(message.code, message.text)))
                         yield delta
                         return
                     delta = pb.GenerateDelta.FromString(message)
                     if delta.HasField("failure"):
                         failed = delta.failure
-                        _set(grpc_context, end_of(ErrorInfo(failed.code, failed.text)))
+                        _set(grpc_context, end_of(RequestError(failed.code, failed.text)))
                     yield delta
         except RequestRejected as error:
-            _set(grpc_context, end_of(error.fault))
-            yield pb.GenerateDelta(request_id=name, failure=failure_of(error.fault))
+            _set(grpc_context, end_of(error.reason))
+            yield pb.GenerateDelta(request_id=name, failure=failure_of(error.reason))
 
     async def GenerateOnce(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
@@ -186,7 +189,7 @@ class Ingress:
                     else:
                         found = reply.FromString(message)
         except RequestRejected as error:
-            _set(context, end_of(error.fault))
+            _set(context, end_of(error.reason))
         return found
 
     async def _grpc_call(
@@ -228,7 +231,7 @@ class Ingress:
             except (RayError, RayServeException) as error:
                 log.warning("request %r: lost its replica: %s", call.request_id, type(error))
                 if has_started or not left:
-                    raise RequestRejected(LOST.code, LOST.text) from None
+                    raise RequestRejected(LOST.code, LOST.message) from None
             finally:
                 stream.cancel()
             call = replace(call, prefix=Prefix())

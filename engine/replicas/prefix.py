@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
+from ..input.conversation import Conversation
+from ..input.parsed_prompt import ParsedPrompt
+
 PIECE = 256  # characters of text
 MAX_LINKS = 1024  # per prompt; longer prefixes do not improve routing
 HASH_BYTES = 8  # per link; a collision only costs a suboptimal route
@@ -54,7 +57,7 @@ class _Chain:
             self.links.append(link)
 
 
-def prefix_of(prompt: Mapping[str, Any], cache_salt: str = "") -> Prefix:
+def prefix_of(prompt: ParsedPrompt, cache_salt: str = "") -> Prefix:
     """Return the prefix of a prompt for `AsyncLLM.generate`. Different salts share no hashes."""
     root = _framed(b"octavo.route.v1", cache_salt.encode("utf-8", "surrogatepass"))
     chain = _Chain(sha256(root).digest())
@@ -73,30 +76,16 @@ def prefix_of(prompt: Mapping[str, Any], cache_salt: str = "") -> Prefix:
     return Prefix(tuple(chain.links), tuple(chain.media), chain.num_characters)
 
 
-def _atoms(prompt: Mapping[str, Any]) -> Iterator[Atom]:
+def _atoms(prompt: ParsedPrompt) -> Iterator[Atom]:
     """Yield the parts in prompt order, after media that are passed separately."""
-    for kind in KINDS:
-        for source in prompt.get(f"{kind}s") or ():
+    for kind, sources in (("image", prompt.images), ("video", prompt.videos)):
+        for source in sources:
             yield kind, source
-    for message in prompt.get("messages") or ():
-        if not isinstance(message, Mapping):
-            continue
-        yield "role", str(message.get("role"))
-        content = message.get("content")
-        yield from _parts([content] if isinstance(content, str) else content)
-    if "prompt" in prompt:
-        yield "text", str(prompt["prompt"])
-    if "prompt_token_ids" in prompt:
-        yield "text", ",".join(map(str, prompt["prompt_token_ids"]))
-
-
-def _parts(content: Any) -> Iterator[Atom]:
-    for part in content if isinstance(content, Sequence) else ():
-        if isinstance(part, str):
-            yield "text", part
-        elif isinstance(part, Mapping):
-            kind = next((kind for kind in KINDS if kind in part), "text")
-            yield (kind, part) if kind in KINDS else ("text", str(part.get("text", "")))
+    body = prompt.body
+    if isinstance(body, Conversation):
+        yield from body.atoms()
+    else:
+        yield "text", body if isinstance(body, str) else ",".join(map(str, body))
 
 
 def _hash_input(value: Any) -> Iterator[bytes]:

@@ -15,8 +15,8 @@ from ..server.errors import RequestRejected
 from ..server.grpc_api.messages import read_prompt
 from ..server.http_api.errors import ApiError
 from ..server.http_api.openai_request import read_chat, read_completions, read_json
-from ..server.readers import AT_ONCE
-from ..server.readers import read as in_thread
+from ..utils.readers import AT_ONCE
+from ..utils.readers import read as in_thread
 from .prefix import Prefix, prefix_of
 
 LIMITS = MediaLimits()

@@ -13,8 +13,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ...proto import octavo_pb2 as pb
+from ..errors import RequestError
 from ..server.api_keys import ApiKeys
-from ..server.errors import ErrorInfo, RequestRejected, error_info
+from ..server.errors import RequestRejected, error_info
 from ..server.grpc_api.status import DETAILS, details_of, short
 from .calls import GrpcCall, GrpcEnd
 
@@ -82,8 +83,8 @@ async def run_grpc(
         yield end_of(fault)
 
 
-def end_of(fault: ErrorInfo) -> GrpcEnd:
-    text = short(fault.text)
+def end_of(fault: RequestError) -> GrpcEnd:
+    text = short(fault.message)
     details = ((DETAILS, details_of(fault, text).SerializeToString()),)
     return GrpcEnd(fault.code, text, details)
 
@@ -93,7 +94,7 @@ def check_key(metadata: Mapping[str, str | bytes], keys: ApiKeys | None) -> None
     given = metadata.get("authorization")
     if keys is not None and not keys.accept(given):
         fault = keys.fault(given)
-        raise RequestRejected(fault.code, fault.text, fault.field)
+        raise RequestRejected(fault.code, fault.message, fault.field)
 
 
 def _parsed(call: GrpcCall) -> Any:

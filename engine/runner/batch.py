@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ...scheduler.errors import RequestError
 from ...scheduler.request import UnitKey
 
 Int32 = npt.NDArray[np.int32]
@@ -131,7 +132,7 @@ class BatchResult:
 
     sampled: Int32  # [s]; -1 if the row was skipped
     missing: tuple[UnitKey, ...] = ()  # missing embeddings; their rows were skipped
-    errors: tuple[tuple[int, str], ...] = ()  # (row, error text)
+    errors: tuple[tuple[int, RequestError], ...] = ()  # (row, its error)
     logprobs: Logprobs | None = None  # on rank 0, if requested
     prompt_logprobs: Logprobs | None = None  # on rank 0, if requested
     encode_seconds: float = 0.0  # duration of the encode stage; 0 without one

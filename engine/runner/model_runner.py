@@ -12,6 +12,7 @@ import torch
 from ...kernels import native
 from ...kernels.kv_cache import copy_blocks
 from ...kernels.paged_attention import AttentionBatch
+from ...scheduler.errors import RequestError
 from ...scheduler.request import UnitKey
 from ..config.engine_config import ModelConfig, PreprocessConfig
 from ..model.decoder import LayerCache
@@ -134,7 +135,7 @@ class ModelRunner:
         return PendingResult.of(self._sampled, batch, missing, errors, of_drawn, of_prompt, clock)
 
     def _compute(
-        self, token_ids: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
+        self, token_ids: torch.Tensor, batch: InputBatch, errors: list[tuple[int, RequestError]]
     ) -> tuple[torch.Tensor | None, LogprobTensors | None, list[tuple[int, UnitKey]]]:
         """Return logits, prompt logprobs (both on rank 0 only), and missing embeddings."""
         bucket = self.graphs.bucket_of(batch) if self.graphs is not None else None
@@ -171,7 +172,7 @@ class ModelRunner:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)
 
-    def _checked_token_ids(self, batch: InputBatch) -> tuple[Int32, list[tuple[int, str]]]:
+    def _checked_token_ids(self, batch: InputBatch) -> tuple[Int32, list[tuple[int, RequestError]]]:
         """Return token ids with invalid ones set to 0, and errors of their rows."""
         ids = batch.token_ids
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
@@ -180,7 +181,8 @@ class ModelRunner:
         row_of_token = np.repeat(np.arange(len(batch.context_lens)), batch.num_scheduled_tokens)
         text = f"a token id is outside the vocabulary of size {self.config.vocab_size}"
         rows = np.unique(row_of_token[wrong]).tolist()
-        return np.where(wrong, 0, ids).astype(np.int32), [(row, text) for row in rows]
+        error = RequestError("INTERNAL", text)
+        return np.where(wrong, 0, ids).astype(np.int32), [(row, error) for row in rows]
 
     def _encode(self, tasks: tuple[EncodeTask, ...]) -> StageClock:
         clock = StageClock(self.device)
@@ -190,7 +192,7 @@ class ModelRunner:
         return clock
 
     def _overlay(
-        self, hidden: torch.Tensor, batch: InputBatch, errors: list[tuple[int, str]]
+        self, hidden: torch.Tensor, batch: InputBatch, errors: list[tuple[int, RequestError]]
     ) -> list[tuple[int, UnitKey]]:
         """Write embeddings over placeholder rows in place; return missing ones as (row, key)."""
         missing = []
@@ -203,8 +205,11 @@ class ModelRunner:
             if len(part) == piece.num_tokens:
                 hidden[piece.dest : piece.dest + piece.num_tokens] = part
             else:
-                text = f"{piece.num_tokens} placeholders from embedding {piece.start} on exceed"
-                errors.append((piece.row, f"{text} the unit's {len(embedding)} embeddings"))
+                text = (
+                    f"{piece.num_tokens} placeholders from embedding {piece.start} on exceed "
+                    f"the unit's {len(embedding)} embeddings"
+                )
+                errors.append((piece.row, RequestError("INTERNAL", text)))
         return missing
 
     def _decode(

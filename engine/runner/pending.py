@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...scheduler.errors import RequestError
 from ...scheduler.request import UnitKey
 from .batch import BatchResult, InputBatch, Int32
 from .logprobs import LogprobTensors
@@ -24,7 +25,7 @@ class PendingResult:
     sampled: torch.Tensor  # int64 [s] on the host
     rows: Int32  # [s] rows that sample
     missing: tuple[UnitKey, ...]
-    errors: tuple[tuple[int, str], ...]
+    errors: tuple[tuple[int, RequestError], ...]
     arrived: torch.cuda.Event | None  # None: the copy is complete
     of_drawn: LogprobTensors | None = None
     of_prompt: LogprobTensors | None = None
@@ -36,7 +37,7 @@ class PendingResult:
         sampled: torch.Tensor,
         batch: InputBatch,
         missing: Sequence[tuple[int, UnitKey]],
-        errors: Sequence[tuple[int, str]],
+        errors: Sequence[tuple[int, RequestError]],
         of_drawn: LogprobTensors | None = None,
         of_prompt: LogprobTensors | None = None,
         encode_clock: StageClock | None = None,
@@ -59,9 +60,9 @@ class PendingResult:
             self.arrived.synchronize()
         sampled = self.sampled.numpy().astype(np.int32)
         errors = self.errors
-        for value, text in ((-1, NOT_FINITE), (FORBIDDEN, NONE_LEFT)):
+        for value, error in ((-1, NOT_FINITE), (FORBIDDEN, NONE_LEFT)):
             bad = self.rows[sampled == value].tolist()
-            errors = (*errors, *((row, text) for row in bad))
+            errors = (*errors, *((row, error) for row in bad))
         return BatchResult(
             np.maximum(sampled, -1),
             self.missing,

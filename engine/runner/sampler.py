@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..errors import InputError, RequestError
 from .batch import Int32, LogitEdits, SamplingBatch, TokenMasks
 
 GREEDY_BELOW = 1e-5  # lower temperatures are greedy: division would overflow
-NOT_FINITE = "the model's logits for the next token are not finite"
-NONE_LEFT = "INVALID_ARGUMENT: structured: bad_words exclude every token that the grammar allows"
+NOT_FINITE = RequestError("INTERNAL", "the model's logits for the next token are not finite")
+NO_TOKEN = "bad_words exclude every token that the grammar allows"
+NONE_LEFT = InputError("structured", NO_TOKEN).reason
 FORBIDDEN = -3  # sampled by a row whose mask leaves no token
 
 # Added to the logits of a mask byte's eight tokens; 20 times faster than masked_fill.

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
-from ..errors import ConfigError
-from .errors import ErrorInfo
+from ..errors import ConfigError, RequestError
 
 log = logging.getLogger("octavo.server")
 
@@ -68,14 +67,14 @@ class ApiKeys:
         matches = [hmac.compare_digest(digest, each) for each in self._digests]
         return given is not None and any(matches)
 
-    def fault(self, authorization: str | bytes | None) -> ErrorInfo:
+    def fault(self, authorization: str | bytes | None) -> RequestError:
         """Return the error of a call that `accept` rejects."""
         if bearer_token(authorization) is not None:
             text = "invalid API key"
         else:
             text = "missing API key; send the header `authorization: Bearer KEY`"
             text += " (octavo.Client(api_key=KEY), or OCTAVO_API_KEY=KEY for octavo chat)"
-        return ErrorInfo("UNAUTHENTICATED", f"authorization: {text}", "authorization")
+        return RequestError("UNAUTHENTICATED", f"authorization: {text}", "authorization")
 
 
 def bearer_token(authorization: str | bytes | None) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from ...scheduler.request import Request, RequestStatus
 from ...scheduler.scheduler import Scheduler
 from ...scheduler.step import RequestUpdate
+from ..errors import InputError, RequestError
 from ..runner.batch import TokenMasks
 from ..utils.cores import num_cores
 from .compiler import Grammar, Int32, clear
@@ -35,7 +36,7 @@ class Matcher:
     request: Request
     allowed: Int32 = field(init=False)  # [words], mask of the next token
     is_done: bool = False  # The answer is complete and cannot continue.
-    error: str = ""  # why the answer cannot continue
+    error: RequestError | None = None  # why the answer cannot continue
     num_read: int = 0  # output tokens
     seconds: float = 0.0  # CPU time in the latest step, if measured
 
@@ -97,7 +98,7 @@ class Matcher:
     def fail(self) -> None:
         """Set `error`: the grammar is too complex to continue."""
         name = f"structured.{self.grammar.form.field}"
-        self.error = f"INVALID_ARGUMENT: {name}: after {self.num_read} tokens it {TOO_COMPLEX}"
+        self.error = InputError(name, f"after {self.num_read} tokens it {TOO_COMPLEX}").reason
 
 
 def _compute_timed(matchers: Sequence[Matcher], rows: Int32) -> None:
@@ -164,7 +165,7 @@ class Matchers:
             status = RequestStatus.FINISHED_ERROR
         if status is update.status:
             return update
-        error = "" if matcher.is_done else matcher.error
+        error = None if matcher.is_done else matcher.error
         scheduler.finish(update.request_id, status, error)
         return update._replace(status=status, error=error)
 
@@ -197,7 +198,7 @@ class Matchers:
                 matcher.allow(found)
             else:
                 name = f"structured.{matcher.grammar.form.field}"
-                matcher.error = f"INVALID_ARGUMENT: {name}: allows only banned tokens next"
+                matcher.error = InputError(name, "allows only banned tokens next").reason
 
     def _threads(self) -> Any:
         if self._executor is None:

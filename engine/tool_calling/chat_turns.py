@@ -122,7 +122,9 @@ def as_they_are(value: Any, mark: Callable[[str], str]) -> Any:
         return _marked(value.value, mark)
     if isinstance(value, Mapping):
         return {name: as_they_are(each, mark) for name, each in value.items()}
-    return [as_they_are(each, mark) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return [as_they_are(each, mark) for each in value]
+    return value
 
 
 def _marked(value: Any, mark: Callable[[str], str]) -> Any:

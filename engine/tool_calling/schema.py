@@ -53,20 +53,6 @@ def read_tools(tools: Any) -> list[str]:
     return found
 
 
-def tools_of(prompt: Mapping[str, Any]) -> Any:
-    """Return the tools to include in the prompt. Raises `InputError`."""
-    parallel = prompt.get("parallel_tool_calls")
-    if parallel is not None and not isinstance(parallel, bool):
-        raise InputError(
-            "parallel_tool_calls", f"{truncated_repr(parallel)}: must be true or false"
-        )
-    tools = prompt.get("tools")
-    read_tools(tools)
-    choice = prompt.get("tool_choice")
-    read_choice(choice, tools)
-    return None if choice == "none" else tools
-
-
 def read_choice(choice: Any, tools: Any) -> str | None:
     """Validate OpenAI's `tool_choice`. Raises `InputError`.
 

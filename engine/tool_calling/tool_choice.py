@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...scheduler.params import SamplingParams
+from ...scheduler.params import SamplingParams, truncated_repr
 from ...scheduler.structured import MAX_FORM_BYTES, StructuredOutput
 from ..errors import InputError
 from .schema import read_choice, read_tools
@@ -20,46 +20,67 @@ WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 PLAIN = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
 
 
-def has_tool_grammar(prompt: Any) -> bool:
-    """Return whether a prompt's `tool_choice` restricts its answers."""
-    is_free = not isinstance(prompt, Mapping) or prompt.get("tool_choice") in (None, "auto", "none")
-    return not is_free
+@dataclass(frozen=True, eq=False)
+class ToolUse:
+    """The tools of a request, and which of them its answers may or must call."""
 
+    tools: Sequence[Mapping[str, Any]] = ()
+    choice: Any = None  # OpenAI's tool_choice
+    is_parallel: bool = True  # False: at most one call
+    written: tuple[str, ...] = ()  # the tools as JSON
 
-def with_tool_choice(prompt: Any, params: SamplingParams | None) -> SamplingParams | None:
-    """Add the grammar of a prompt's `tool_choice` to `params`. Raises `InputError`."""
-    if not has_tool_grammar(prompt):
-        return params
-    grammar = tool_grammar(
-        prompt.get("tools"), prompt["tool_choice"], prompt.get("parallel_tool_calls") is not False
-    )
-    return _with_grammar(params or SamplingParams(), grammar)
+    @classmethod
+    def of(cls, prompt: Mapping[str, Any]) -> ToolUse:
+        """Read and validate `TOOL_FIELDS` of a prompt. Raises `InputError`."""
+        parallel, tools = prompt.get("parallel_tool_calls"), prompt.get("tools")
+        if parallel is not None and not isinstance(parallel, bool):
+            raise InputError(
+                "parallel_tool_calls", f"{truncated_repr(parallel)}: must be true or false"
+            )
+        written, choice = tuple(read_tools(tools)), prompt.get("tool_choice")
+        read_choice(choice, tools)
+        return cls(tools or (), choice, parallel is not False, written)
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The tools to include in the prompt, as JSON."""
+        return () if self.choice == "none" else self.written
 
-def _with_grammar(params: SamplingParams, grammar: str) -> SamplingParams:
-    if params.structured is not None:
-        raise InputError("tool_choice", "cannot be combined with structured output; remove one")
-    try:
-        return replace(params, structured=StructuredOutput(lark=grammar))
-    except ValueError:  # the grammar is too large
-        text = f"the schemas exceed {MAX_FORM_BYTES} bytes, the maximum with tool_choice"
-        raise InputError("tools", text) from None
+    @property
+    def forced_name(self) -> str | None:
+        """The name of the function to call; "": any of them; None: no call is required."""
+        if self.choice in (None, "auto", "none"):
+            return None
+        return "" if self.choice == "required" else str(self.choice["function"]["name"])
 
+    def with_grammar(self, params: SamplingParams | None) -> SamplingParams | None:
+        """Add the grammar of `choice` to `params`, if it restricts the answers.
 
-def tool_grammar(tools: Any, choice: Any, parallel: bool = True) -> str:
-    """Return a Lark grammar for llguidance that allows only tool calls. Raises `InputError`.
+        Takes long for large schemas. Raises `InputError`.
+        """
+        if self.forced_name is None:
+            return params
+        params = params or SamplingParams()
+        if params.structured is not None:
+            raise InputError("tool_choice", "cannot be combined with structured output; remove one")
+        try:
+            return replace(params, structured=StructuredOutput(lark=self.grammar()))
+        except InputError:  # the grammar is too large
+            text = f"the schemas exceed {MAX_FORM_BYTES} bytes, the maximum with tool_choice"
+            raise InputError("tools", text) from None
 
-    `choice`: "required", or an object that names one function, which is called exactly once.
-    """
-    read_tools(tools)
-    kind = read_choice(choice, tools)
-    if kind is None:
-        tools = [t for t in tools if t["function"]["name"] == choice["function"]["name"]]
-    names = [f"call_{index}" for index in range(len(tools))]
-    more = r' ("\n" call)*' if kind is not None and parallel else ""
-    rules = [f"start: call{more}", f"call: {' | '.join(names)}"]
-    rules += [_call_rule(name, tool) for name, tool in zip(names, tools, strict=True)]
-    return "\n".join(rules) + "\n"
+    def grammar(self) -> str:
+        """Return a Lark grammar for llguidance that allows only tool calls.
+
+        A named function is called exactly once.
+        """
+        name = self.forced_name
+        tools = [tool for tool in self.tools if name in ("", tool["function"]["name"])]
+        rules = [f"call_{index}" for index in range(len(tools))]
+        more = r' ("\n" call)*' if not name and self.is_parallel else ""
+        lines = [f"start: call{more}", f"call: {' | '.join(rules)}"]
+        lines += [_call_rule(rule, tool) for rule, tool in zip(rules, tools, strict=True)]
+        return "\n".join(lines) + "\n"
 
 
 def _call_rule(name: str, tool: Mapping[str, Any]) -> str:

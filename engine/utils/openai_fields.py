@@ -52,7 +52,7 @@ REQUEST = (
     Field("presence_penalty", "number", "-2 to 2", (0,)),
     Field("frequency_penalty", "number", "-2 to 2", (0,)),
     Field("logit_bias", "object of token id to number", "-100 to 100 each", ({},)),
-    Field("seed", "integer", "the same seed gives the same output"),
+    Field("seed", "integer", "the same seed gives the same output; -1: a random one"),
     Field("n", "integer", "number of outputs per prompt"),
     Field("stop", "string or list of strings", "ends the output; not included in it"),
     Field("stop_token_ids", "list of token ids", "end the output"),

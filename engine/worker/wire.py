@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...proto import worker_pb2 as pb
+from ...scheduler.errors import RequestError
 from ...scheduler.request import UnitKey
 from ..runner.batch import (
     BatchResult,
@@ -222,7 +223,7 @@ def pack_result(
         step_id=step_id,
         sampled=result.sampled.astype(INT32, copy=False).tobytes(),
         missing=[_pack_key(key) for key in result.missing],
-        errors=[pb.RowError(row=row, text=text) for row, text in result.errors],
+        errors=[_pack_error(row, error) for row, error in result.errors],
         seconds=seconds,
         encode_seconds=result.encode_seconds,
     )
@@ -231,6 +232,10 @@ def pack_result(
             for column, array in vars(found).items():
                 setattr(getattr(reply, name), column, array.tobytes())
     return reply
+
+
+def _pack_error(row: int, error: RequestError) -> pb.RowError:
+    return pb.RowError(row=row, text=error.message, code=error.code, field=error.field)
 
 
 def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
@@ -243,7 +248,9 @@ def unpack_results(replies: Sequence[pb.StepReply]) -> BatchResult:
     return BatchResult(
         sampled=_array(first.sampled, INT32),
         missing=tuple(dict.fromkeys(missing)),
-        errors=tuple((error.row, error.text) for error in first.errors),
+        errors=tuple(
+            (each.row, RequestError(each.code, each.text, each.field)) for each in first.errors
+        ),
         logprobs=_unpack_logprobs(first, "logprobs"),
         prompt_logprobs=_unpack_logprobs(first, "prompt_logprobs"),
         encode_seconds=max(reply.encode_seconds for reply in replies),

@@ -8,12 +8,16 @@ import pytest
 
 from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.robustness import History, Round, fault_free, play, reproduction
+from octavo.engine.errors import RequestError
 from octavo.engine.outputs import OutputDelta, Usage
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+FAILURE = RequestError("INTERNAL", "x")
 
 
 def play_all(seeds: range, model: Path) -> None:
@@ -57,7 +61,9 @@ GOOD = [delta(7), delta(8), delta(9, **LAST)]
         [
             delta(7),
             delta(8),
-            delta(9, error="INTERNAL: x", finish_reason="error", usage=Usage(1, 3)),
+            delta(
+                9, failure=RequestError("INTERNAL", "x"), finish_reason="error", usage=Usage(1, 3)
+            ),
         ],
     ],
 )

@@ -26,6 +26,7 @@ from octavo.engine.observability.stats import EngineStats
 from octavo.engine.structured_output.matchers import Matchers
 from octavo.engine.worker.group import SentStep
 from octavo.engine.worker.watch import MIN_BOUND, StepBound
+from octavo.scheduler.errors import RequestError
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.step import StepPlan, StepResult
 
@@ -37,6 +38,9 @@ def overlapped(*requests: Request, **limits: int) -> Simulation:
     for request in requests:
         simulation.scheduler.add(request)
     return simulation
+
+
+ROW_ERROR = RequestError("INTERNAL", "its row")
 
 
 def plan(simulation: Simulation) -> StepPlan:
@@ -106,13 +110,13 @@ def test_what_a_failing_step_fills_is_found_by_nobody() -> None:
     prompt = list(range(20))
     simulation = overlapped(make_request("bad", prompt, max_tokens=9))
     simulation.spoil = lambda plan, result: replace(
-        result, errors={name: "its row" for name in plan.request_ids if name == "bad"}
+        result, errors={name: ROW_ERROR for name in plan.request_ids if name == "bad"}
     )
     plan(simulation)
     simulation.scheduler.add(make_request("twin", prompt))
     plan(simulation)
     simulation.run()
-    assert simulation.ended["bad"].error == "its row"
+    assert simulation.ended["bad"].error == ROW_ERROR
     assert simulation.scheduler.blocks.num_free == simulation.config.num_blocks
     twin = make_request("twin", prompt)
     assert simulation.outputs["twin"] == naive_output(twin, 4)
@@ -149,9 +153,9 @@ def test_what_one_that_fails_after_preemption_computed_is_found_by_nobody() -> N
     plan(simulation)
     assert request.num_computed_tokens == 16 and len(simulation.scheduler.blocks._cached) == 4
     simulation.scheduler.state.preempt(request)
-    simulation.spoil = lambda plan, result: replace(result, errors={"bad": "not finite"})
+    simulation.spoil = lambda plan, result: replace(result, errors={"bad": ROW_ERROR})
     simulation.receive()
-    assert simulation.ended["bad"].error == "not finite"
+    assert simulation.ended["bad"].error == ROW_ERROR
     simulation.scheduler.check_integrity()
     again = make_request("again", list(range(20)))
     simulation.spoil = lambda plan, result: result

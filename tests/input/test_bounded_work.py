@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from octavo.engine.errors import InputError
-from octavo.engine.input import chat_template
-from octavo.engine.input.chat_template import check_text
-from octavo.engine.input.prompt_size import MAX_SOURCES, PromptSize
+from octavo.engine.input import conversation
+from octavo.engine.input.conversation import check_text
+from octavo.engine.input.parsed_prompt import MAX_SOURCES, ParsedPrompt, PromptSize
 from octavo.engine.utils import json_reader
 from octavo.engine.utils.json_reader import read_json
 
@@ -20,17 +20,17 @@ def test_a_text_is_measured_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch
         def encode(self, *arguments: Any) -> bytes:
             raise AssertionError("it is encoded")
 
-    monkeypatch.setattr(chat_template, "MAX_TEXT", 10)
+    monkeypatch.setattr(conversation, "MAX_TEXT", 10)
     with pytest.raises(InputError, match="11 characters of text; at most 10"):
         check_text(Text("x" * 11), "prompt")
 
 
 def test_at_most_so_many_frames_of_a_list_are_measured() -> None:
     video = {"type": "video_url", "video_url": {"url": ["abcd"] * (MAX_SOURCES + 100)}}
-    size = PromptSize.of([{"role": "user", "content": [video]}])
+    size = PromptSize.of(ParsedPrompt.of([{"role": "user", "content": [video]}]))
     assert (size.lane, size.source_bytes) == ("videos", 4 * MAX_SOURCES)
     late = {"type": "video_url", "video_url": {"url": ["abcd", "HTTPS://a/b"]}}
-    assert PromptSize.of([{"role": "user", "content": [late]}]).lane == "urls"
+    assert PromptSize.of(ParsedPrompt.of([{"role": "user", "content": [late]}])).lane == "urls"
 
 
 class Counted(bytes):

@@ -7,6 +7,7 @@ from typing import Any
 
 import octavo
 from octavo.benchmarks.fakes.tiny_server import wait_for
+from octavo.engine.input.parsed_prompt import ParsedPrompt
 from octavo.engine.input.preprocess_pool import MAX_SLOW_GRAMMARS, InputPool
 
 FORM = octavo.SamplingParams(structured=octavo.StructuredOutput(regex="[ab]*"))
@@ -32,7 +33,7 @@ def test_cancelled_requests_leave_the_queue_of_slow_grammars() -> None:
     pool = InputPool(processor, grammars=grammars)
     for _ in range(MAX_SLOW_GRAMMARS + 1):
         grammars.started.clear(), grammars.go_on.clear()
-        job = pool.submit("a prompt", FORM)
+        job = pool.submit(ParsedPrompt("a prompt"), FORM)
         assert grammars.started.wait(20)
         job.cancel()
         grammars.go_on.set()

@@ -133,7 +133,7 @@ def test_media_in_any_order(processor: InputProcessor) -> None:
         ([{"role": "user", "content": []}], "is empty"),
         ([{"role": "user", "content": [text("")]}], "is empty"),
         ([{"role": "user", "content": 5}], "string or a list"),
-        ([{"role": "function", "content": "x"}], "system, user, assistant, tool"),
+        ([{"role": "function", "content": "x"}], "system, developer, user, assistant, tool"),
         ([{"role": "user", "content": "x", "nick": "bob"}], "'nick' is unknown"),
         (ask({"type": "audio", "audio": "x"}), "text, image, video, image_url or"),
         (ask("bare"), "must be a dict"),

@@ -19,6 +19,7 @@ from octavo.benchmarks.media.cases import encoded, mp4, noise, without_late_fram
 from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.config.media_limits import MediaLimits
 from octavo.engine.errors import InputError
+from octavo.engine.input.parsed_prompt import ParsedPrompt
 from octavo.engine.input.preprocess_pool import InputPool, PreprocessPools
 from octavo.engine.input.processor import InputProcessor
 from octavo.engine.media.sandbox import process
@@ -69,7 +70,7 @@ def ask(kind: str, source: Any, **options: Any) -> Any:
 
 def finish(inputs: InputPool, prompt: Any) -> str:
     """What comes of a prompt, as the servers go about it: empty, or the error's text."""
-    job = inputs.submit(prompt)
+    job = inputs.submit(ParsedPrompt.of(prompt))
     try:
         stream = job.future.result(60).stream
         if stream is not None:
@@ -142,7 +143,7 @@ def test_reused_helper_an_outcome_is_known_after_the_decoder_is_given_back(
     """So nothing that a client does next can reach it."""
     pool, lent = decoders(inputs), []
     for source in (GOOD, CUT, b"hello"):
-        job = inputs.submit(ask("image", source))
+        job = inputs.submit(ParsedPrompt.of(ask("image", source)))
         job.future.add_done_callback(lambda _: lent.append(len(pool._lent)))
         job.future.exception(60)
         job.cancel()
@@ -157,7 +158,7 @@ def test_reused_helper_cancelling_at_any_time_hurts_no_other_request(
     assert finish(inputs, prompts[0]) == finish(inputs, prompts[1]) == ""
     started = decoders(inputs).num_started
     for i, prompt in zip(range(60), itertools.cycle(prompts), strict=False):
-        job = inputs.submit(prompt)
+        job = inputs.submit(ParsedPrompt.of(prompt))
         time.sleep(i * 0.001)
         job.cancel()
         assert finish(inputs, ask("image", GOOD)) == ""
@@ -323,7 +324,8 @@ def test_text_waits_for_no_decoder_and_images_for_no_video(
     assert dict(pool.plan.lanes) == {"images": 1, "videos": 1, "urls": 1}
     with pool.lease(None, "videos") as held, pool.lease(None, "urls") as other:
         pids = pid_of(held), pid_of(other)
-        jobs = [inputs.submit(ask("video", mp4(20))) for _ in range(6)]
+        video = ParsedPrompt.of(ask("video", mp4(20)))
+        jobs = [inputs.submit(video) for _ in range(6)]
         wait_for(lambda: bool(pool._slots["videos"]._waiting))
         assert finish(inputs, [{"role": "user", "content": "Hi"}]) == ""
         for _ in range(4):

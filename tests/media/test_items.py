@@ -15,11 +15,10 @@ from octavo.engine.client.errors import ClientError
 from octavo.engine.client.requests import conversation_of
 from octavo.engine.config.engine_config import PreprocessConfig
 from octavo.engine.errors import InputError
-from octavo.engine.input.chat_template import read_messages
-from octavo.engine.input.prompt_size import PromptSize
+from octavo.engine.input.conversation import read_conversation
+from octavo.engine.input.parsed_prompt import ParsedPrompt, PromptSize
 from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.sizes import frame_size, image_size
-from octavo.engine.server.http_api import openai_messages
 
 SIZES: dict[str, Any] = {"min_pixels": 784, "max_pixels": 12544}
 
@@ -159,13 +158,13 @@ URI = "data:image/png;base64," + base64.b64encode(encoded(noise())).decode()
 )
 def test_a_part_without_a_type_has_that_of_its_key(part: dict[str, Any], kind: str) -> None:
     talk = [{"role": "user", "content": [part]}]
-    read = read_messages(talk)
+    read = read_conversation(talk)
     assert read.messages[0]["content"][0]["type"] == kind
-    served = read_messages(openai_messages.read_messages(talk))
+    served = read_conversation(talk, from_json=True)
     assert [each.source for each in served.media] == [each.source for each in read.media]
     sent = conversation_of(talk).messages[0].content[0]
     assert sent.WhichOneof("part") == ("text" if kind == "text" else "media")
-    size = PromptSize.of(talk)
+    size = PromptSize.of(ParsedPrompt.of(talk))
     assert size.lane == {"text": "text", "image": "images", "video": "videos"}[kind]
     assert (size.source_bytes > 0) == (kind != "text")
 
@@ -184,9 +183,9 @@ def test_a_part_without_a_type_that_could_be_anything_is_rejected(
     part: dict[str, Any], words: str
 ) -> None:
     talk = [{"role": "user", "content": [part, {"type": "text", "text": "Hi"}]}]
-    for read in (read_messages, openai_messages.read_messages):
+    for from_json in (False, True):
         with pytest.raises(InputError, match=words) as caught:
-            read(talk)
+            read_conversation(talk, from_json=from_json)
         assert caught.value.field == "messages[0].content[0].type"
     with pytest.raises(ClientError, match=words):
         conversation_of(talk)

@@ -16,8 +16,8 @@ from octavo.benchmarks.media.cases import SHAPE, encoded, mp4, noise
 from octavo.engine.config.engine_config import PreprocessConfig
 from octavo.engine.config.media_limits import MediaLimits
 from octavo.engine.errors import InputError
+from octavo.engine.input.parsed_prompt import ParsedPrompt, PromptSize
 from octavo.engine.input.preprocess_pool import InputPool
-from octavo.engine.input.prompt_size import PromptSize
 from octavo.engine.media.decode.image import ImageFile
 from octavo.engine.media.decode.opening import open_here
 from octavo.engine.media.decode.video import VideoFile
@@ -26,7 +26,7 @@ from octavo.engine.media.options import MediaOptions
 from octavo.engine.media.source import MediaAccess, open_source
 from octavo.engine.media.task import MediaTask
 from octavo.engine.media.token_budget import MediaTokenBudget
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.request import Request
 
 GREEDY = octavo.SamplingParams(temperature=0, max_tokens=6)
@@ -274,19 +274,19 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
             raise InputError("prompt", "bad")
 
     pool = InputPool(Slow(), max_bytes=100)  # type: ignore[arg-type]
-    first = pool.submit(ask(b"x" * 150))
+    first = pool.submit(ParsedPrompt.of(ask(b"x" * 150)))
     assert begun.wait(30)
     with pytest.raises(QueueFull, match=r"150 bytes.*60 more exceed max_queue_bytes=100"):
-        pool.submit(ask([b"x" * 30] * 2))
-    pool.submit("no media").cancel()
+        pool.submit(ParsedPrompt.of(ask([b"x" * 30] * 2)))
+    pool.submit(ParsedPrompt.of("no media")).cancel()
     goes_on.set()
     with pytest.raises(InputError):
         first.future.result(30)
     with pytest.raises(QueueFull):  # until its request is over, its message is there
-        pool.submit(ask(b"x" * 90))
+        pool.submit(ParsedPrompt.of(ask(b"x" * 90)))
     first.cancel()
-    pool.submit(ask(b"x" * 90)).cancel()
-    last = pool.submit({"prompt": "x", "images": [b"x" * 90]})
+    pool.submit(ParsedPrompt.of(ask(b"x" * 90))).cancel()
+    last = pool.submit(ParsedPrompt.of({"prompt": "x", "images": [b"x" * 90]}))
     assert isinstance(last.future.exception(30), InputError)
     pool.close()
 
@@ -297,13 +297,13 @@ def test_bytes_that_wait_are_bounded(engine: octavo.AsyncLLM) -> None:
         (ask(b"123"), 3),
         (ask([b"12", "data:,"]), 8),
         ({"prompt": "x", "images": [np.zeros((2, 2, 3), np.uint8)]}, 12),
-        ({"prompt": "x", "images": [{"image": b"1234"}], "videos": 5}, 4),
+        ({"prompt": "x", "images": [{"image": b"1234"}], "videos": ()}, 4),
         (ask(noise()), 0),
         (ask(None), 0),
     ],
 )
 def test_bytes_of_a_prompt(prompt: Any, size: int) -> None:
-    assert PromptSize.of(prompt).source_bytes == size
+    assert PromptSize.of(ParsedPrompt.of(prompt)).source_bytes == size
 
 
 @pytest.mark.parametrize(
@@ -317,12 +317,11 @@ def test_bytes_of_a_prompt(prompt: Any, size: int) -> None:
         (ask([b"", "http://a.org/b"]), "urls"),
         ("a video at http://a.org", "text"),
         ([{"role": "user", "content": "video"}], "text"),
-        ([{"role": "user", "content": [{"type": "image"}, 5]}, 7], "images"),
-        (None, "text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "images"),
     ],
 )
 def test_each_kind_of_prompt_has_its_lane(prompt: Any, lane: str) -> None:
-    assert PromptSize.of(prompt).lane == lane
+    assert PromptSize.of(ParsedPrompt.of(prompt)).lane == lane
 
 
 def test_text_waits_for_no_image(engine: octavo.AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +428,7 @@ def test_a_pool_that_is_closed_ends_what_is_under_way() -> None:
                 task.seconds_left("image")
 
     pool = InputPool(Waits())  # type: ignore[arg-type]
-    job = pool.submit(ask(b"x"))
+    job = pool.submit(ParsedPrompt.of(ask(b"x")))
     assert begun.wait(30)
     pool.close()
     with pytest.raises(InputError, match="cancelled"):

@@ -29,7 +29,7 @@ from octavo.engine.outputs import OutputDelta, Usage
 from octavo.engine.server.errors import error_info
 from octavo.engine.server.grpc_api.server import warm_up
 from octavo.engine.server.metrics_server import serving_metrics
-from octavo.scheduler.admission import AdmissionError, QueueFull
+from octavo.scheduler.errors import AdmissionError, QueueFull
 from octavo.scheduler.request import Request
 from octavo.scheduler.step import StepPlan
 
@@ -176,7 +176,7 @@ def test_sums_of_times_are_consistent(engine: octavo.AsyncLLM) -> None:
         AdmissionError("prompt: too long"),
         QueueFull("full"),
         DuplicateRequest("request_id: in use"),
-        EngineDead("the engine stopped"),
+        EngineDead("it crashed"),
         RuntimeError("a fault"),
     ],
     ids=lambda error: type(error).__name__,

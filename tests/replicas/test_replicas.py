@@ -29,6 +29,7 @@ from ray import serve
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_shape
 from octavo.engine.client.errors import ClientError
+from octavo.engine.input.parsed_prompt import ParsedPrompt
 from octavo.engine.replicas.held import links_in
 from octavo.engine.replicas.prefix import prefix_of
 from octavo.proto import octavo_pb2 as pb
@@ -261,7 +262,7 @@ def test_reports_name_what_is_held(cluster: Cluster) -> None:
     client = cluster.client()
     system = "This one is reported. " * 30
     cached_of(client, [{"role": "system", "content": system}, *WHO])
-    digest = prefix_of({"messages": [{"role": "system", "content": system}]}).links[-1].hash
+    digest = prefix_of(ParsedPrompt.of([{"role": "system", "content": system}])).links[-1].hash
     assert len(digest) == 8
     text = "Of several prompts this is the first. " * 30
     client.completions.create(model=MODEL, prompt=[text, "Another."], max_tokens=2)
@@ -269,7 +270,7 @@ def test_reports_name_what_is_held(cluster: Cluster) -> None:
     reports = [handle.record_routing_stats.remote().result(timeout_s=20) for _ in range(8)]
     held = frozenset[bytes]().union(*(links_in(report["links"]) for report in reports))
     assert digest in held
-    assert prefix_of({"prompt": text}).links[-2].hash in held
+    assert prefix_of(ParsedPrompt(text)).links[-2].hash in held
 
 
 @dataclass

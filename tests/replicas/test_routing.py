@@ -13,11 +13,13 @@ import pytest
 
 from octavo.benchmarks.fakes.simulated_worker import Simulation, make_config, make_request
 from octavo.engine.errors import ConfigError
+from octavo.engine.input.parsed_prompt import ParsedPrompt
 from octavo.engine.replicas import read
 from octavo.engine.replicas import router as router_module
 from octavo.engine.replicas.calls import Call
 from octavo.engine.replicas.held import Held, links_in
-from octavo.engine.replicas.prefix import MAX_LINKS, PIECE, Prefix, prefix_of
+from octavo.engine.replicas.prefix import MAX_LINKS, PIECE, Prefix
+from octavo.engine.replicas.prefix import prefix_of as prefix_of_parsed
 from octavo.engine.replicas.read import grpc_prefix, http_prefix
 from octavo.engine.replicas.router import PrefixRouter
 from octavo.engine.replicas.settings import read_settings
@@ -27,6 +29,10 @@ from octavo.scheduler.request import Request
 
 LONG = "You are a patient helper who answers in one word. " * 12  # 600 characters
 PICTURE = {"type": "image", "image": "data:image/png;base64,AAAA"}
+
+
+def prefix_of(prompt: Any, cache_salt: str = "") -> Prefix:
+    return prefix_of_parsed(ParsedPrompt.of(prompt), cache_salt)
 
 
 def chat(*content: Any, system: str = LONG) -> dict[str, Any]:
@@ -167,7 +173,8 @@ def test_blocks_that_are_evicted_are_no_longer_reported() -> None:
 
 
 def test_a_link_before_the_first_full_block_is_not_held() -> None:
-    prefix = prefix_of({"messages": [{"role": "user", "content": ["a", LONG]}]})
+    parts = [{"type": "text", "text": each} for each in ("a", LONG)]
+    prefix = prefix_of([{"role": "user", "content": parts}])
     held, _ = held_after(make_request("a", 40), prefix)
     assert prefix.links[0].hash not in links_in(held.report()["links"])
     assert prefix.links[-1].hash in links_in(held.report()["links"])

@@ -25,7 +25,7 @@ from octavo.engine.core.detokenizer import TextStream
 from octavo.engine.errors import DuplicateRequest, InputError
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.errors import QueueFull, RequestError
 from octavo.scheduler.request import RequestStatus
 
 DRAWN: dict[str, Any] = {
@@ -232,11 +232,13 @@ def test_an_error_of_one_answer_ends_all(llm: octavo.LLM, monkeypatch: pytest.Mo
     def spoiled(result: Any) -> Any:
         rows = scheduler.state.in_flight[0].plan.request_ids
         broken = [name for name in rows if name.endswith("[1]")]
-        return update(replace(result, errors=dict.fromkeys(broken, "not finite")))
+        return update(
+            replace(result, errors=dict.fromkeys(broken, RequestError("INTERNAL", "broken")))
+        )
 
     monkeypatch.setattr(scheduler, "update", spoiled)
     out = llm.chat(ask("Hi"), replace(SAMPLED, n=3))[0]
-    assert out.error == "not finite"
+    assert out.error == "INTERNAL: broken"
     assert [o.finish_reason for o in out.outputs] == ["error"] * 3
     llm.engine.scheduler.check_integrity()
 

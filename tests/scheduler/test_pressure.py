@@ -13,7 +13,7 @@ from octavo.benchmarks.fakes.simulated_worker import (
     naive_output,
 )
 from octavo.engine.core.kv_capacity import CPU_LONG_PREFILL
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.params import RequestOptions, SamplingParams
 from octavo.scheduler.planner import MAX_PASSED_OVER
 from octavo.scheduler.request import RequestStatus
@@ -151,7 +151,7 @@ def test_a_deadline_ends_a_request_with_what_it_has(steps: int) -> None:
     update = simulation.ended["late"]
     assert update.status is RequestStatus.FINISHED_ERROR
     text = f"DEADLINE_EXCEEDED: timed out after {have} output tokens"
-    assert update.error == request.error == text
+    assert str(update.error) == str(request.error) == text
     assert simulation.outputs["late"] == naive_output(request, have)
     assert simulation.outputs["other"] == naive_output(other, 4)
 
@@ -166,7 +166,7 @@ def test_a_deadline_holds_in_the_queue_and_for_one_who_took_a_name_again() -> No
     del simulation.ended["name"]
     simulation.scheduler.add(make_request("name", 4, deadline=9.0))
     simulation.run()
-    assert "DEADLINE_EXCEEDED" in simulation.ended["parked"].error
+    assert "DEADLINE_EXCEEDED" in str(simulation.ended["parked"].error)
     assert simulation.ended["name"].status is RequestStatus.FINISHED_LENGTH
 
 

@@ -10,12 +10,13 @@ from octavo.benchmarks.fakes.simulated_worker import (
     make_request,
     naive_output,
 )
-from octavo.scheduler.admission import AdmissionError
+from octavo.scheduler.errors import AdmissionError, RequestError
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.step import StepPlan, StepResult
 
 CAT, DOG, OWL = b"cat" * 11, b"dog" * 11, b"owl" * 11
+ROW_ERROR = RequestError("INTERNAL", "its row")
 
 
 def run(requests: list[Request], **settings: int) -> Simulation:
@@ -193,7 +194,7 @@ def test_encoder_deadlock_the_watchdog_fails_the_head_aloud() -> None:
         assert plan is not None and not plan.request_ids
         updates = simulation.scheduler.update(StepResult(plan.step_id, ()))
     assert [(u.request_id, u.status) for u in updates] == [("a", RequestStatus.FINISHED_ERROR)]
-    assert updates[0].error == (
+    assert str(updates[0].error) == (
         "RESOURCE_EXHAUSTED: nothing could run in 7 steps; the request is waiting, 0 of 8 tokens "
         "computed; 2 blocks needed, 0 of 16 free; 24 of 24 image tokens available; 0 running, "
         "2 waiting"
@@ -263,7 +264,7 @@ def test_mirrored_cache_a_miss_for_ever_fails_its_request_alone() -> None:
     simulation.worker._encode = lambda plan, config: None  # type: ignore[method-assign]
     simulation.run(50)
     assert simulation.ended["a"].status is RequestStatus.FINISHED_ERROR
-    assert "missing" in simulation.ended["a"].error
+    assert "missing" in str(simulation.ended["a"].error)
     assert simulation.outputs["b"] == naive_output(other, 4)
 
 
@@ -284,14 +285,14 @@ def test_parked() -> None:
 @pytest.mark.lesson("L16")
 def test_client_assert_a_row_that_fails_is_its_own() -> None:
     def spoil(plan: StepPlan, result: StepResult) -> StepResult:
-        return replace(result, errors={"bad": "its row"} if "bad" in plan.request_ids else {})
+        return replace(result, errors={"bad": ROW_ERROR} if "bad" in plan.request_ids else {})
 
     simulation = Simulation(make_config(), spoil)
     good = make_request("good", 5)
     simulation.scheduler.add(make_request("bad", 5))
     simulation.scheduler.add(good)
     simulation.run()
-    assert simulation.ended["bad"].error == "its row"
+    assert simulation.ended["bad"].error == ROW_ERROR
     assert simulation.outputs["good"] == naive_output(good, 4)
 
 

@@ -55,7 +55,10 @@ def test_the_runs_go_where_it_is_tight(monkeypatch: pytest.MonkeyPatch) -> None:
             seen["waited"] += waiting > 0 and not plan.preempted
         for name, update in simulation.ended.items():
             if name not in before:
-                seen[update.error.split(":")[0] or update.status.value] += 1
+                error = update.error
+                is_internal = error is not None and error.code == "INTERNAL"
+                name = update.status.value if error is None else error.code
+                seen[error.message if is_internal else name] += 1
         return plan
 
     monkeypatch.setattr(Simulation, "step", watched)

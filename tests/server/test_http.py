@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sized
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +42,7 @@ from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
 from octavo.benchmarks.fakes.tiny_server import Served, start, wait_for
 from octavo.engine.client.errors import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
+from octavo.engine.errors import RequestError
 from octavo.engine.outputs import OutputDelta
 from octavo.engine.server import errors
 from octavo.engine.server.api_keys import ApiKeys
@@ -363,7 +363,7 @@ def _body(**more: Any) -> dict[str, Any]:
         (_body(max_tokens=True), "max_tokens", "an integer"),
         (_body(n=0), "n", "from 1"),
         (_body(n=1000), "n", "to 64"),
-        (_body(seed=-1), "seed", "from 0"),
+        (_body(seed=-2), "seed", "from 0"),
         (_body(stop=[""]), "stop", "characters"),
         (_body(stop={"a": 1}), "stop", "must be a list"),
         (_body(ignore_eos="no"), "ignore_eos", "true or false"),
@@ -421,11 +421,9 @@ def test_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
 @pytest.mark.lesson("L27")
 def test_fields_are_named_as_they_were_written_after_admission_too() -> None:
     """A video's later frames are read while it runs."""
-    body = {"messages": ask("?", {"type": "video_url", "video_url": {"url": "/a.mp4"}})}
-    asked = replace(read_chat({"messages": WHO}, ("embedded",)), body=body)
-    told = openai_stream.failed("INVALID_ARGUMENT: messages[0].content[0].video: broken", asked)
-    assert (told.status, told.param) == (400, "messages[0].content[0].video_url.url")
-    assert told.text == "messages[0].content[0].video_url.url: broken"
+    part = {"type": "video_url", "video_url": {"url": "/a.mp4"}}
+    conversation: Any = read_chat({"messages": ask("?", part)}, ("embedded",)).prompts[0].body
+    assert conversation.media[0].place == "messages[0].content[0].video_url.url"
 
 
 @pytest.mark.lesson("L27")
@@ -907,7 +905,7 @@ def test_openai_s_client_sends_again_what_may_be(
 
     async def fail(*given: Any, **named: Any) -> Any:
         came.append(code)
-        yield OutputDelta("x", finish_reason="error", error=f"{code}: it failed")
+        yield OutputDelta("x", finish_reason="error", failure=RequestError(code, "it failed"))
 
     monkeypatch.setattr(door.engine, "generate", fail)
     monkeypatch.setattr(http_error, "RETRY_AFTER", "0.01")
@@ -1162,10 +1160,13 @@ def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
         thread.join(30)
     assert server.returncode == 0 and "Traceback" not in log and "Exception" not in log, log
     assert found["whole"].status_code == 503
-    assert error_in(found["whole"])["message"] == errors.CLOSED
+    assert error_in(found["whole"])["message"] == errors.CLOSED.message
     last = json.loads(found["stream"].strip().split("\n\n")[-1].removeprefix("data: "))
-    assert (last["error"]["code"], last["error"]["message"]) == ("unavailable", errors.CLOSED)
-    assert (found["grpc"].code, found["grpc"].text) == ("UNAVAILABLE", errors.CLOSED)
+    assert (last["error"]["code"], last["error"]["message"]) == (
+        "unavailable",
+        errors.CLOSED.message,
+    )
+    assert (found["grpc"].code, found["grpc"].text) == ("UNAVAILABLE", errors.CLOSED.message)
     assert found["grpc"].retryable
 
 

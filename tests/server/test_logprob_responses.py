@@ -36,7 +36,7 @@ from octavo.engine.server.http_api.openai_logprobs import (
 )
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.engine.server.token_texts import TokenTexts
-from octavo.scheduler.admission import QueueFull
+from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.logprobs import LogprobTable, TokenLogprobs
 
 TEXT = "Grüße, 東京 🙂🙃! é ﷽ नमस्ते"

@@ -23,7 +23,7 @@ from octavo.benchmarks.fakes.tiny_server import Served
 from octavo.engine.client.requests import conversation_of
 from octavo.engine.config.engine_config import EngineConfig
 from octavo.engine.errors import ConfigError
-from octavo.engine.input.chat_template import read_messages
+from octavo.engine.input.conversation import read_conversation
 from octavo.engine.replicas.settings import read_settings
 from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.make_openai_docs import openai_page
@@ -160,13 +160,13 @@ def test_every_api_takes_these_fields() -> None:
         {"role": "assistant", "content": "Hello", **ECHOED},
         {"role": "user", "content": [{"type": "image", "image": "x", "uuid": "u", **CACHED}]},
     ]
-    read = read_messages(messages)
-    assert read.texts == ["Be kind.", "Hi", "Hello"] and "uuid" not in read.media[0].part
+    read = read_conversation(messages)
+    assert read.texts == ("Be kind.", "Hi", "Hello") and "uuid" not in read.media[0].part
     assert len(conversation_of([*messages[:3]]).messages) == 3
-    from_http = read_chat({"messages": messages[:3]}, NAMES).prompts[0]["messages"]
-    assert [each.keys() for each in from_http] == [{"role", "content"}] * 3
+    from_http: Any = read_chat({"messages": messages[:3]}, NAMES).prompts[0].body
+    assert from_http == read_conversation(messages[:3])
     with pytest.raises(octavo.engine.errors.InputError, match="'nome' is unknown"):
-        read_messages([{"role": "user", "content": "x", "nome": "y"}])
+        read_conversation([{"role": "user", "content": "x", "nome": "y"}])
 
 
 def test_marks_of_tools_are_not_shown_to_the_model() -> None:

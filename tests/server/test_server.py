@@ -122,7 +122,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask("?", {"type": "image", "image": "/no/such"}), {}, "No such file"),
         (ask("?", {"type": "video", "video": b"junk"}), {}, "MP4"),
         (ask("x" * 3000), {}, "max_model_len=1024"),
-        ([{"role": "robot", "content": "x"}], {}, "system, user, assistant"),
+        ([{"role": "robot", "content": "x"}], {}, "system, developer, user, assistant"),
         ([{"role": "user", "content": ""}], {}, "is empty"),
         (ask(), {"temperature": -1.0}, "temperature=-1.0"),
         (ask(), {"temperature": float("nan")}, "temperature"),
@@ -132,7 +132,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask(), {"stop": ["y" * 1000]}, "stop"),
         (ask(), {"best_of": 3}, "best_of: unknown"),
         (ask(), {"stop": ["y" * 20_000]}, "stop"),
-        ([{"role": "r" * 20_000, "content": "x"}], {}, "system, user, assistant"),
+        ([{"role": "r" * 20_000, "content": "x"}], {}, "system, developer, user, assistant"),
         ([{"role": "user", "content": "x", "nick": "y"}], {}, "'nick' is unknown"),
         ([{"role": "user", "content": ["x"]}], {}, "must be a dict"),
         (ask("\ud800"), {}, "messages"),
@@ -143,7 +143,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         (ask(), {"max_tokens": 2.5}, "max_tokens=2.5: must be an integer"),
         (ask(), {"timeout_s": "x"}, "timeout_s='x': must be a finite number"),
         (ask(), {"stop": 3}, "stop=3: must be a list"),
-        (ask(), {"seed": -1}, "seed=-1: must be from 0"),
+        (ask(), {"seed": -2}, "seed=-2: must be from 0"),
         (ask(), {"logit_bias": [1]}, "logit_bias=[1]: must be a dict"),
         ([{"role": "user", "content": 3}], {}, "messages[0].content: must be a string or a list"),
         ([{"role": 3, "content": "x"}], {}, "messages[0].role: 3: must be a string"),
@@ -381,7 +381,7 @@ def test_past_max_restarts_a_dead_worker_is_unavailable_for_all_and_ends_the_ser
         for thread in threads:
             thread.join(30)
     assert [error.code for error in errors] == ["UNAVAILABLE"] * 3
-    assert {error.text for error in errors} == {STOPPED}
+    assert {error.text for error in errors} == {STOPPED.message}
     assert server.process.wait(30) == 1
     assert re.search(rf"rank {rank} .* was killed by signal 9", server.text())
     wait_for(lambda: not any(map(alive, server.worker_pids)))

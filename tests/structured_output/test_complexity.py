@@ -9,7 +9,7 @@ import pytest
 
 from octavo import StructuredOutput
 from octavo.engine.structured_output.complexity import MAX_JOINED, too_joined
-from octavo.engine.tool_calling.tool_choice import tool_grammar
+from octavo.engine.tool_calling.tool_choice import ToolUse
 
 PATTERNS = [{"type": "string", "pattern": f"^.*a.{{{n}}}b.*$"} for n in range(MAX_JOINED + 1)]
 TERMS = [f"/.*a.{{{n}}}b.*/" for n in range(MAX_JOINED + 2)]
@@ -74,4 +74,4 @@ def test_a_schema_that_cannot_be_read_is_no_way_around() -> None:
 def test_what_a_tool_says_of_itself_joins_nothing() -> None:
     described = {"type": "object", "description": "R&D " * 20}
     tool = {"type": "function", "function": {"name": "find", "parameters": described}}
-    assert too_joined(StructuredOutput(lark=tool_grammar([tool], "required"))) == ""
+    assert too_joined(StructuredOutput(lark=ToolUse([tool], "required").grammar())) == ""

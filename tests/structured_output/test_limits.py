@@ -26,7 +26,7 @@ from octavo.engine.structured_output.compiler import Grammars
 from octavo.engine.structured_output.library import heap_bytes
 from octavo.engine.structured_output.matchers import Matcher
 from octavo.engine.structured_output.trials import CompileCancelled, CompileTask
-from octavo.engine.tool_calling.tool_choice import tool_grammar
+from octavo.engine.tool_calling.tool_choice import ToolUse
 from octavo.scheduler.request import Request
 
 SMALL = StructuredOutput(regex="[ab]{3}")
@@ -55,7 +55,7 @@ STACK: dict[str, StructuredOutput] = {
     "all_of": StructuredOutput(json_schema=nested("allOf", 1300)),
     "rules": StructuredOutput(lark=lark_chain("r", 3500)),
     "terminals": StructuredOutput(lark=lark_chain("R", 3000)),
-    "tools": StructuredOutput(lark=tool_grammar(TOOLS, "required")),
+    "tools": StructuredOutput(lark=ToolUse(TOOLS, "required").grammar()),
 }
 PATTERN = "a?" * 10000
 COSTLY: dict[str, StructuredOutput] = {

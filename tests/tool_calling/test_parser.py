@@ -15,12 +15,14 @@ from octavo.engine.client.tools import add_tools
 from octavo.engine.config.engine_config import ModelConfig
 from octavo.engine.core.tool_call_stream import ToolCallStream
 from octavo.engine.errors import InputError
-from octavo.engine.input.chat_template import ChatTemplate, read_messages
+from octavo.engine.input.chat_template import ChatTemplate
+from octavo.engine.input.conversation import read_conversation
 from octavo.engine.input.prompt import PromptReader
 from octavo.engine.outputs import OutputDelta
 from octavo.engine.server.grpc_api import tools as convert_tools
 from octavo.engine.tool_calling.parser import ToolCall, ToolParser, split_answer
 from octavo.engine.tool_calling.schema import read_tools
+from octavo.engine.tool_calling.tool_choice import ToolUse
 from octavo.proto import octavo_pb2 as pb
 
 A = '<tool_call>\n{"name": "a", "arguments": {"x": {"y": [1]}}}\n</tool_call>'
@@ -92,11 +94,12 @@ def test_without_calls_nothing_is_lost(pieces: list[str]) -> None:
 NAMED = {"type": "function", "function": {"name": "a"}}
 FORCED = '<tool_call>\n{"name": "a", "arguments": {"x": "</tool_call>", "y": [1]}}\n</tool_call>'
 ARGUMENTS = '{"x": "</tool_call>", "y": [1]}'
+TOOL_A = {"type": "function", "function": {"name": "a"}}
 
 
 def cut_off(text: str, choice: Any, reason: str = "length", size: int = 7) -> tuple[str, list[Any]]:
     """An answer's content and calls, of deltas of `size` characters."""
-    reader = ToolCallStream({"tools": [{"function": {"name": "a"}}], "tool_choice": choice})
+    reader = ToolCallStream(ToolUse.of({"tools": [TOOL_A], "tool_choice": choice}))
     deltas = [OutputDelta("it", text=text[at : at + size]) for at in range(0, len(text), size)]
     deltas.append(OutputDelta("it", finish_reason=reason))
     found = [reader.read(delta) for delta in deltas]
@@ -276,10 +279,10 @@ sun<|im_end|>
 def test_a_template_that_knows_tools_is_given_them(reader: PromptReader, tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     template = ChatTemplate(tmp_path, reader.tokenizer)
-    ids = template.encode(read_messages(ASKED, [TOOL]))
+    ids = template.encode(read_conversation(ASKED, read_tools([TOOL])))
     assert reader.tokenizer.backend.decode(ids, skip_special_tokens=False) == BY_TEMPLATE
     assert ids.count(reader.tokenizer.added["<|im_end|>"]) == 6, "the client's are plain text"
-    assert template.encode(read_messages(ASKED[1:2])) == reader.tokenizer.encode_marked(
+    assert template.encode(read_conversation(ASKED[1:2])) == reader.tokenizer.encode_marked(
         "<|im_start|>user\nWeather?<|im_end|>\n"
     )
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from octavo.engine.errors import InputError
 from octavo.engine.tool_calling.parser import ToolCall, split_answer
-from octavo.engine.tool_calling.tool_choice import tool_grammar, with_tool_choice
+from octavo.engine.tool_calling.tool_choice import ToolUse
 
 SCHEMA = {
     "type": "object",
@@ -37,7 +37,7 @@ def call(name: str, arguments: Any) -> str:
 def is_taken(text: str, choice: Any, parallel: bool = True, tools: Any = TOOLS) -> bool:
     """Whether the grammar has the whole text as an answer."""
     tokenizer = llguidance.LLTokenizer("byte")
-    grammar = llguidance.LLMatcher.grammar_from_lark(tool_grammar(tools, choice, parallel))
+    grammar = llguidance.LLMatcher.grammar_from_lark(ToolUse(tools, choice, parallel).grammar())
     assert not llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
     matcher = llguidance.LLMatcher(tokenizer, grammar)
     tokens = tokenizer.tokenize_str(text)
@@ -118,19 +118,19 @@ def test_what_the_grammar_has_the_parser_finds(place: str, days: int) -> None:
 )
 def test_a_bad_choice_names_the_field(tools: Any, choice: Any, field: str) -> None:
     with pytest.raises(InputError) as caught:
-        tool_grammar(tools, choice)
+        ToolUse.of({"tools": tools, "tool_choice": choice})
     assert caught.value.field == field
 
 
 def test_a_choice_is_a_form_of_the_answer() -> None:
     prompt = {"tools": TOOLS, "tool_choice": "required"}
-    params = with_tool_choice(prompt, None)
+    params = ToolUse.of(prompt).with_grammar(None)
     assert params is not None and params.structured is not None
-    assert params.structured.lark == tool_grammar(TOOLS, "required")
-    assert with_tool_choice({**prompt, "tool_choice": "auto"}, None) is None
+    assert params.structured.lark == ToolUse(TOOLS, "required").grammar()
+    assert ToolUse.of({**prompt, "tool_choice": "auto"}).with_grammar(None) is None
     with pytest.raises(InputError, match=r"^tool_choice: "):
-        with_tool_choice(prompt, params)
+        ToolUse.of(prompt).with_grammar(params)
     many = {"type": "object", "properties": {f"x{i}": {"type": "string"} for i in range(4000)}}
     large = [{"type": "function", "function": {"name": "a", "parameters": many}}]
     with pytest.raises(InputError, match=r"^tools: the schemas exceed 65536 bytes"):
-        with_tool_choice({"tools": large, "tool_choice": "required"}, None)
+        ToolUse(large, "required").with_grammar(None)

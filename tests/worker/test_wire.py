@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.engine.errors import InputError
 from octavo.engine.runner.batch import (
     BatchResult,
     EmbeddingSlice,
@@ -123,7 +124,11 @@ def test_a_result_comes_out_as_it_went_in() -> None:
         )
         for size in (2, 5)
     ]
-    result = BatchResult(np.array([5, -1], np.int32), ((b"x" * 32, 2),), ((1, "bad row"),))
+    result = BatchResult(
+        np.array([5, -1], np.int32),
+        ((b"x" * 32, 2),),
+        ((1, InputError("structured", "bad row").reason),),
+    )
     assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))
     result = dataclasses.replace(result, logprobs=found[0], prompt_logprobs=found[1])
     assert_same(result, wire.unpack_results([wire.pack_result(result, 1, 2)]))

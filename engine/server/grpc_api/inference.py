@@ -14,15 +14,15 @@ from ....proto import octavo_pb2 as pb
 from ....proto import octavo_pb2_grpc
 from ....scheduler.params import OptionFields, SamplingParams, truncated_repr
 from ...async_llm import AsyncLLM
-from ...errors import EngineDead
+from ...errors import EngineDead, RequestError
 from ...input.processor import Prompt
 from ...outputs import OutputDelta
 from ...request_stream import join
+from ...utils.readers import read
 from ..chunked_json import Turns
 from ..drain import CallTracker
-from ..errors import ErrorInfo, RequestRejected, error_info, parse_error_info
+from ..errors import RequestRejected, error_info
 from ..metadata import CallMetadata, checked_request_id, log_trace, read_metadata, request_name
-from ..readers import read
 from ..rejections import counted
 from .messages import (
     is_large,
@@ -46,7 +46,7 @@ class _Call:
 
     request_id: str
     stream: AsyncGenerator[OutputDelta, None]
-    fault: ErrorInfo | None = None  # set if it failed after admission
+    fault: RequestError | None = None  # set if it failed after admission
     turns: Turns = field(default_factory=Turns)
     charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
@@ -83,9 +83,9 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             call = await self._start(request, context)
             with call.charge:
                 whole = await _gather(call.stream)
-                errors = [answer.error for answer in whole if answer.error]
-                if errors:
-                    await abort(context, parse_error_info(errors[0]))
+                failure = next((each.failure for each in whole if each.failure), None)
+                if failure is not None:
+                    await abort(context, failure)
                 reply = pb.GenerateReply()
                 async for piece in self._turns.paced(reply_pieces(whole)):
                     reply = piece
@@ -151,9 +151,9 @@ async def _messages(call: _Call) -> AsyncIterator[pb.GenerateDelta]:
         async for delta in call.stream:
             has_started = True
             async for message in _written(delta, call.turns):
-                if delta.error and message.HasField("usage"):  # all outputs have finished
-                    call.fault = parse_error_info(delta.error)
-                    message.failure.CopyFrom(failure_of(call.fault))
+                if delta.failure and message.HasField("usage"):  # all outputs have finished
+                    call.fault = delta.failure
+                    message.failure.CopyFrom(failure_of(delta.failure))
                 yield message
     except EngineDead as error:
         if not has_started:

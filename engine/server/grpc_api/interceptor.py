@@ -12,11 +12,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from ...errors import RequestError
 from ...observability.rejection_log import API_KEY, RejectionLog
+from ...utils.readers import AT_ONCE, read
 from ..api_keys import ApiKeys
 from ..drain import CallTracker
-from ..errors import ErrorInfo, RequestRejected, error_info
-from ..readers import AT_ONCE, read
+from ..errors import RequestRejected, error_info
 from .status import abort
 from .wire_check import TooManyFields, check_wire
 
@@ -54,7 +55,7 @@ class ApiInterceptor(grpc.aio.ServerInterceptor):
         return _bounded(handler, self._work, timeout)
 
 
-def _rejecting_handler(fault: ErrorInfo, rejections: RejectionLog) -> grpc.RpcMethodHandler:
+def _rejecting_handler(fault: RequestError, rejections: RejectionLog) -> grpc.RpcMethodHandler:
     """Return a handler that rejects the call without reading its messages."""
 
     async def reject(messages: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
@@ -126,7 +127,7 @@ async def _send(context: grpc.aio.ServicerContext, work: CallTracker, response: 
     except TimeoutError:
         text = f"the response was not read for {work.send_timeout:g} s"
         # The status is sent when the client reads again; do not wait for that.
-        end = asyncio.ensure_future(abort(context, ErrorInfo("DEADLINE_EXCEEDED", text)))
+        end = asyncio.ensure_future(abort(context, RequestError("DEADLINE_EXCEEDED", text)))
         _ends.add(end)
         end.add_done_callback(_forget)
         raise asyncio.CancelledError from None
@@ -169,7 +170,7 @@ async def told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
     except NotImplementedError:  # declared by a library's service but not implemented
-        await abort(context, ErrorInfo("UNIMPLEMENTED", "the method is not implemented"))
+        await abort(context, RequestError("UNIMPLEMENTED", "the method is not implemented"))
     except Exception as error:
         fault = error_info(error)
         if fault.code == "INTERNAL":

@@ -15,11 +15,12 @@ from ....scheduler.params import MAX_TIMEOUT, OptionFields, RequestOptions, Samp
 from ....scheduler.structured import MAX_CHOICES, StructuredOutput
 from ...config.media_limits import MediaLimits
 from ...errors import InputError
-from ...input.chat_template import check_parts
+from ...input.conversation import Conversation, check_parts, read_conversation
+from ...input.parsed_prompt import ParsedPrompt
 from ...media.item import MediaInfo
 from ...outputs import OutputDelta, Usage
-from ..errors import RequestRejected, field_in
-from ..readers import MAX_AT_ONCE
+from ...utils.readers import AT_ONCE, MAX_AT_ONCE
+from ..errors import RequestRejected
 from .media import read_source
 from .tools import check_calls, read_message_calls, read_tools, write_calls
 
@@ -34,7 +35,7 @@ FINISH_REASONS = {
 }
 
 
-def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, Any]:
+def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> ParsedPrompt:
     """Return the prompt for `AsyncLLM.generate`. Raises `InputError` or `RequestRejected`."""
     _check_counts(request, limits)
     media: dict[str, list[Any]] = {"image": [], "video": []}
@@ -47,21 +48,27 @@ def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> dict[str, A
         _reject_unknown_of(tool.function, f"tools[{index}].function")
     form = request.WhichOneof("prompt")
     if form == "conversation":
-        return {"messages": _read_messages(request.conversation), **given}
+        return ParsedPrompt.of({"messages": _read_messages(request.conversation), **given})
     if form == "text":
-        return {"prompt": request.text, **given}
+        return ParsedPrompt.of({"prompt": request.text, **given})
     if form == "token_ids":
         _reject_unknown_of(request.token_ids, form)
-        return {"prompt_token_ids": request.token_ids.ids, **given}
+        return ParsedPrompt.of({"prompt_token_ids": request.token_ids.ids, **given})
     raise InputError("prompt", "is missing; set conversation, text or token_ids")
 
 
 def is_large(request: pb.GenerateRequest | pb.TokenizeRequest) -> bool:
     """Return whether to read a request in a thread. `check_wire` bounds its size before that."""
-    messages = request.conversation.messages
-    count = len(messages) + len(getattr(request, "tools", ()))
+    messages, tools = request.conversation.messages, getattr(request, "tools", ())
+    count = len(messages) + len(tools)
     count += sum(len(each.content) + len(each.tool_calls) for each in messages[:MAX_AT_ONCE])
-    return count > MAX_AT_ONCE
+    if count > MAX_AT_ONCE:
+        return True
+    size = sum(len(tool.function.parameters) for tool in tools)
+    for message in messages:
+        size += sum(len(part.text) for part in message.content)
+        size += sum(len(call.function.arguments) for call in message.tool_calls)
+    return size > AT_ONCE
 
 
 def _check_counts(request: pb.GenerateRequest, limits: MediaLimits) -> None:
@@ -134,16 +141,13 @@ def read_sampling(message: pb.SamplingParams) -> SamplingParams:
             given[name] = tuple(given[name])
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
-    try:
-        if "structured" in given:
-            given["structured"] = _read_structured(message.structured)
-        return SamplingParams(**given)
-    except ValueError as error:
-        raise InputError(field_in(str(error)), str(error)) from None
+    if "structured" in given:
+        given["structured"] = _read_structured(message.structured)
+    return SamplingParams(**given)
 
 
 def _read_structured(message: pb.StructuredOutput) -> StructuredOutput:
-    """Read a structured output constraint. Raises ValueError."""
+    """Read a structured output constraint. Raises `InputError`."""
     if message.WhichOneof("form") == "choice":
         return StructuredOutput(choice=tuple(message.choice.texts[: MAX_CHOICES + 1]))
     return StructuredOutput(**{d.name: getattr(message, d.name) for d, _ in message.ListFields()})
@@ -166,10 +170,7 @@ def read_options(
     if time_remaining is not None and (timeout is None or time_remaining < timeout):
         timeout = min(max(0.0, time_remaining), MAX_TIMEOUT)
     options["timeout_s"] = timeout
-    try:
-        RequestOptions.of(**options)
-    except ValueError as error:
-        raise InputError(field_in(str(error)), str(error)) from None
+    RequestOptions.of(**options)
     return options
 
 
@@ -201,8 +202,8 @@ def _reject_unknown_of(message: Message, path: str) -> None:
         raise RequestRejected("UNIMPLEMENTED", f"{path or message.DESCRIPTOR.name}: {text}", path)
 
 
-def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]:
-    """Return a text, or messages with placeholders for media. Raises `InputError`."""
+def read_token_prompt(request: pb.TokenizeRequest) -> str | Conversation:
+    """Return a text or a conversation. Raises `InputError`."""
     _reject_unknown_of(request, "")
     form = request.WhichOneof("prompt")
     if form == "text":
@@ -212,11 +213,7 @@ def read_token_prompt(request: pb.TokenizeRequest) -> str | list[dict[str, Any]]
     given = request.conversation.messages
     check_parts(len(given), (len(each.content) for each in given))
     check_calls(given)
-    messages = _read_messages(request.conversation)
-    for part in (part for message in messages for part in message["content"]):
-        if part["type"] in KINDS.values():
-            part[part["type"]] = b""  # never decoded
-    return messages
+    return read_conversation(_read_messages(request.conversation))
 
 
 def split_delta(delta: OutputDelta) -> Iterator[OutputDelta]:

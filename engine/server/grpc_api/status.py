@@ -10,7 +10,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from ....proto import octavo_pb2 as pb
-from ..errors import ErrorInfo
+from ...errors import RequestError
 
 DETAILS = "grpc-status-details-bin"
 # Encoded bytes. gRPC drops a status with more than about 8,000 bytes of metadata.
@@ -19,9 +19,9 @@ _SAMPLING = pb.SamplingParams.DESCRIPTOR.fields_by_name
 _PATHS = {"messages": "conversation.messages", "prompt_token_ids": "token_ids.ids"}
 
 
-async def abort(context: grpc.aio.ServicerContext, fault: ErrorInfo) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext, fault: RequestError) -> NoReturn:
     """End a call with a status. Raises AbortError, or CancelledError if the client is gone."""
-    code, text = grpc.StatusCode[fault.code], short(fault.text)
+    code, text = grpc.StatusCode[fault.code], short(fault.message)
     details = ((DETAILS, details_of(fault, text).SerializeToString()),)
     try:
         await context.abort(code, text, details)
@@ -30,7 +30,7 @@ async def abort(context: grpc.aio.ServicerContext, fault: ErrorInfo) -> NoReturn
     raise AssertionError("context.abort returned")
 
 
-def details_of(fault: ErrorInfo, text: str) -> status_pb2.Status:
+def details_of(fault: RequestError, text: str) -> status_pb2.Status:
     code = grpc.StatusCode[fault.code].value[0]
     status = status_pb2.Status(code=code, message=text)
     status.details.append(_packed(pb.Failure(code=fault.code, retryable=fault.retryable)))
@@ -41,10 +41,10 @@ def details_of(fault: ErrorInfo, text: str) -> status_pb2.Status:
     return status
 
 
-def failure_of(fault: ErrorInfo) -> pb.Failure:
+def failure_of(fault: RequestError) -> pb.Failure:
     """Return the failure event that ends a stream."""
     field = path_of(fault.field) if fault.field else ""
-    text = short(fault.text)
+    text = short(fault.message)
     return pb.Failure(code=fault.code, text=text, retryable=fault.retryable, field=field)
 
 

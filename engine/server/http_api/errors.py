@@ -9,7 +9,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ....scheduler.params import truncated_repr
-from ..errors import ErrorInfo, error_info
+from ...errors import RequestError
+from ..errors import error_info
 
 MAX_ERROR_TEXT = 2000  # characters
 RETRY_AFTER = "1"  # seconds, for 429 and 503
@@ -62,11 +63,11 @@ class ApiError(Exception):
         return Response(self.body, self.status, headers, "application/json")
 
 
-def api_error(fault: ErrorInfo) -> ApiError:
+def api_error(fault: RequestError) -> ApiError:
     status, kind, code = OF_CODE[fault.code]
     if fault.too_long:
         code = "context_length_exceeded"
-    return ApiError(status, fault.text, kind, fault.field or None, code)
+    return ApiError(status, fault.message, kind, fault.field or None, code)
 
 
 def fault_code(error: Exception) -> str:

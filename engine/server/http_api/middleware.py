@@ -12,10 +12,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ....scheduler.params import truncated_repr
+from ...errors import RequestError
 from ...observability.rejection_log import API_KEY, RejectionLog
 from ..api_keys import ApiKeys
 from ..drain import CallTracker
-from ..errors import ErrorInfo, RequestRejected
+from ..errors import RequestRejected
 from ..metadata import MAX_REQUEST_ID
 from .errors import ApiError, api_error, error_of
 from .page_route import PATHS
@@ -47,7 +48,7 @@ class RequestBodyBudget:
             nonlocal held
             if held < self.num_bytes and self.num_bytes + size > self._most:
                 text = f"request bodies in flight have {self.num_bytes} bytes already; retry later"
-                raise api_error(ErrorInfo("RESOURCE_EXHAUSTED", text))
+                raise api_error(RequestError("RESOURCE_EXHAUSTED", text))
             held, self.num_bytes = held + size, self.num_bytes + size
 
         try:

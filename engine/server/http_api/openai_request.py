@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn, cast
 
@@ -14,13 +15,14 @@ from ....scheduler.params import (
     truncated_repr,
 )
 from ...errors import InputError
+from ...input.parsed_prompt import ParsedPrompt
+from ...input.prompt import PLACEHOLDER
 from ...tool_calling.schema import TOOL_FIELDS
 from ...utils.json_reader import TooManyParts
 from ...utils.json_reader import read_json as read_value
 from ...utils.openai_fields import REQUEST, STREAM_OPTIONS
-from ..errors import RequestRejected, field_in
+from ..errors import RequestRejected
 from .errors import ApiError
-from .openai_messages import read_messages
 from .openai_structured import read_structured
 
 MAX_PROMPTS = 64  # per completions request
@@ -48,7 +50,7 @@ RENAMED = {
 class ParsedRequest:
     """A parsed chat or completions request with valid structure."""
 
-    prompts: tuple[Mapping[str, Any], ...]  # for `AsyncLLM.generate`
+    prompts: tuple[ParsedPrompt, ...]  # for `AsyncLLM.generate`
     params: SamplingParams
     options: OptionFields
     stream: bool
@@ -90,7 +92,8 @@ def read_chat(body: Mapping[str, Any], names: Sequence[str]) -> ParsedRequest:
     """Read a chat request. Raises `InputError`, `ApiError` or `RequestRejected`."""
     check_model(body, names)
     given = dict(body)
-    messages = read_messages(given.pop("messages", None))
+    asked = {name: given.pop(name, None) for name in ("messages", *TOOL_FIELDS)}
+    prompt = ParsedPrompt.of(asked, from_json=True)
     newer = given.pop("max_completion_tokens", None)
     if newer is not None:
         if given.get("max_tokens") not in (None, newer):
@@ -99,8 +102,7 @@ def read_chat(body: Mapping[str, Any], names: Sequence[str]) -> ParsedRequest:
             )
         given["max_tokens"] = newer
     given["logprobs"] = _read_chat_logprobs(given)
-    tools = {name: given.pop(name, None) for name in TOOL_FIELDS}
-    return _build_request(({"messages": messages, **tools},), given)
+    return _build_request((prompt,), given)
 
 
 def read_completions(body: Mapping[str, Any], names: Sequence[str]) -> ParsedRequest:
@@ -147,14 +149,14 @@ def read_flag(given: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _read_prompts(prompt: Any) -> tuple[dict[str, Any], ...]:
+def _read_prompts(prompt: Any) -> tuple[ParsedPrompt, ...]:
     """Read `prompt`: a string, token ids, or a list of either. Raises `InputError`."""
     if isinstance(prompt, str):
-        return ({"prompt": prompt},)
+        return (ParsedPrompt(prompt),)
     if not isinstance(prompt, list) or not prompt:
         raise InputError("prompt", "must be a string, a list of token ids, or a list of either")
     if all(isinstance(each, int) for each in prompt):
-        return ({"prompt_token_ids": prompt},)
+        return (ParsedPrompt(prompt),)
     if len(prompt) > MAX_PROMPTS:
         raise InputError("prompt", f"has {len(prompt)} prompts; the maximum is {MAX_PROMPTS}")
     for each in prompt:
@@ -162,12 +164,10 @@ def _read_prompts(prompt: Any) -> tuple[dict[str, Any], ...]:
             raise InputError(
                 "prompt", f"{truncated_repr(each)}: must be a string or a list of token ids"
             )
-    return tuple(
-        {"prompt": each} if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt
-    )
+    return tuple(map(ParsedPrompt, prompt))
 
 
-def _build_request(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]) -> ParsedRequest:
+def _build_request(prompts: tuple[ParsedPrompt, ...], given: dict[str, Any]) -> ParsedRequest:
     """Build the request. `given`: the other fields of the body."""
     stream = read_flag(given, "stream")
     usage = _read_stream_options(given.pop("stream_options", None), stream)
@@ -183,11 +183,8 @@ def _build_request(prompts: tuple[Mapping[str, Any], ...], given: dict[str, Any]
             sampling[name] = _read_param(name, value, given)
         else:
             _reject(name)
-    try:
-        RequestOptions(**options)
-        params = SamplingParams(**sampling, structured=form)
-    except ValueError as error:
-        raise InputError(field_in(str(error)), str(error)) from None
+    RequestOptions(**options)
+    params = SamplingParams(**sampling, structured=form)
     typed_options = cast(OptionFields, options)
     return ParsedRequest(prompts, params, typed_options, stream, *usage, form_field)
 
@@ -218,8 +215,6 @@ def _read_param(name: str, value: Any, given: Mapping[str, Any]) -> Any:
         return read_flag(given, name)
     if name == "logit_bias":
         return _read_bias(value)
-    if name == "top_k" and value == -1:  # all tokens, in vLLM
-        return 0
     return value
 
 
@@ -242,3 +237,23 @@ def _reject(name: str) -> NoReturn:
         raise ApiError(400, text, param=name, code="unsupported_parameter")
     text = f"{truncated_repr(name)}: unknown field; remove it"
     raise ApiError(400, text, param=name, code="unknown_parameter")
+
+
+@contextmanager
+def named_as_written(body: Mapping[str, Any]) -> Iterator[None]:
+    """Map field names in errors of a parsed request back to those in its `body`."""
+    try:
+        yield
+    except InputError as error:
+        raise as_written(error, body) from None
+
+
+def as_written(error: InputError, body: Mapping[str, Any]) -> InputError:
+    """Return the error with the field name of `body`, a request that was parsed."""
+    if error.field.startswith(PLACEHOLDER):
+        text = f"has {PLACEHOLDER}, a media placeholder; use /v1/chat/completions for media"
+        return InputError("prompt", text)
+    if error.field != "prompt_token_ids":
+        return error
+    field = "tokens" if "tokens" in body else "prompt"
+    return type(error)(field, field + str(error).removeprefix(error.field))

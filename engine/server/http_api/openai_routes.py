@@ -16,21 +16,22 @@ from starlette.routing import Route
 
 from ...async_llm import AsyncLLM
 from ...errors import InputError
+from ...input.conversation import read_conversation
 from ...observability.prometheus import CONTENT_TYPE, metrics_text
+from ...utils.readers import AT_ONCE
+from ...utils.readers import read as in_thread
 from ..chunked_json import Turns, dump
 from ..drain import CallTracker
 from ..errors import RequestRejected
 from ..metadata import CallMetadata, log_trace, read_metadata, request_name
-from ..readers import AT_ONCE
-from ..readers import read as in_thread
 from ..rejections import counted
 from ..token_texts import TokenTexts
 from .chunked_response import event_stream, json_response
 from .errors import fault_code
-from .openai_messages import named_as_written, read_messages
 from .openai_request import (
     ParsedRequest,
     check_model,
+    named_as_written,
     read_chat,
     read_completions,
     read_json,
@@ -118,8 +119,8 @@ class Routes:
                     return json_response(whole, stack.pop_all(), headers, self.turns)
                 # Wait for the first delta before sending headers, so that rejections get a status.
                 first = await anext(answers)
-            if first[1].error:
-                raise failed(first[1].error, parsed)
+            if failure := first[1].failure:
+                raise failed(failure, parsed)
             events = chunks(first, answers, parsed, form, usage, self.turns)
             return event_stream(events, stack.pop_all(), headers)
 
@@ -155,9 +156,11 @@ class Routes:
         prompt, messages = body.get("prompt"), body.get("messages")
         if (prompt is None) == (messages is None) or not isinstance(prompt, str | None):
             raise InputError("prompt", "set either prompt (a string) or messages")
-        tokens = await self.engine.tokenize(
-            prompt if prompt is not None else read_messages(messages)
-        )
+        if prompt is not None:
+            tokens = await self.engine.tokenize(prompt)
+        else:
+            reading = functools.partial(read_conversation, messages, from_json=True)
+            tokens = await self.engine.tokenize(await in_thread(reading, True))
         limit = self.engine.config.max_model_len
         return _json({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 

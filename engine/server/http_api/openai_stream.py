@@ -12,14 +12,12 @@ from typing import Any
 
 from ....scheduler.logprobs import LogprobTable
 from ...async_llm import AsyncLLM
-from ...errors import InputError
+from ...errors import InputError, RequestError
 from ...media.item import MediaInfo
 from ...outputs import Output, OutputDelta, Usage
 from ..chunked_json import Turns, dump, json_pieces
-from ..errors import parse_error_info
 from .errors import ApiError, api_error, error_of
-from .openai_messages import as_written
-from .openai_request import ParsedRequest
+from .openai_request import ParsedRequest, as_written
 from .openai_response import AnswerForm, ChoiceState, PromptLogprobs
 from .openai_structured import renamed
 
@@ -56,12 +54,11 @@ class RunningUsage:
         }
 
 
-def failed(error: str, request: ParsedRequest) -> ApiError:
+def failed(failure: RequestError, request: ParsedRequest) -> ApiError:
     """Return the response for a delta's error."""
-    fault = parse_error_info(error)
-    mapped = renamed(InputError(fault.field, fault.text), request.form_of)
+    mapped = renamed(InputError(failure.field, failure.message), request.form_of)
     mapped = as_written(mapped, request.body)
-    return api_error(replace(fault, text=str(mapped), field=mapped.field))
+    return api_error(replace(failure, message=str(mapped), field=mapped.field))
 
 
 async def gather(answers: Answers, request: ParsedRequest, form: AnswerForm) -> dict[str, Any]:
@@ -74,8 +71,8 @@ async def gather(answers: Answers, request: ParsedRequest, form: AnswerForm) -> 
     prompts: list[PromptLogprobs] = [()] * len(request.prompts)
     async with contextlib.aclosing(answers):
         async for prompt, delta in answers:
-            if delta.error:
-                raise failed(delta.error, request)
+            if delta.failure:
+                raise failed(delta.failure, request)
             output = outputs[prompt * n + delta.index]
             texts[prompt * n + delta.index].append(delta.text)
             output.logprobs.extend(delta.logprobs)
@@ -104,8 +101,8 @@ async def chunks(
         event: tuple[int, OutputDelta] | None = first
         while event is not None:
             prompt, delta = event
-            if delta.error:
-                raise failed(delta.error, request)
+            if delta.failure:
+                raise failed(delta.failure, request)
             usage.add(delta)
             state = states[prompt * request.params.n + delta.index]
             has_content = bool(delta.text or delta.logprobs or delta.tool_calls or delta.media)

@@ -71,17 +71,15 @@ def _read_outputs(given: Any) -> tuple[StructuredOutput, str]:
 def _made(field: str, **form: Any) -> StructuredOutput:
     try:
         return StructuredOutput(**form)
-    except ValueError as error:
-        raise renamed(InputError("structured", str(error)), field) from None
+    except InputError as error:
+        raise renamed(error, field) from None
 
 
 def renamed(error: InputError, field: str) -> InputError:
     """Return an error about `structured` with `field` as its field name. Others are unchanged."""
-    text = str(error)
-    if not text.startswith("structured"):
+    if not error.field.startswith("structured"):
         return error
-    head = text[: len(text) - len(text.lstrip("abcdefghijklmnopqrstuvwxyz_."))]
-    return InputError(field, field + text[len(head) :])
+    return InputError(field, field + str(error).removeprefix(error.field))
 
 
 def _mapping(field: str, given: Any) -> Mapping[str, Any]:

@@ -17,15 +17,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
-from ....scheduler.admission import AdmissionError
 from ...async_llm import AsyncLLM
-from ...errors import DuplicateRequest, EngineDead, InputError
+from ...errors import RequestException
 from ...observability.rejection_log import RejectionLog
 from ...utils.tls import TlsFiles
 from ..api_keys import ApiKeys
 from ..connections import Acceptor, ConnectionLimits, Slot, connections_that_fit
 from ..drain import CallTracker
-from ..errors import RequestRejected
 from .connection import HttpConnection, Timeouts, http_config
 from .errors import ApiError, error_of, misrouted
 from .middleware import BODY_TIMEOUT, AuthMiddleware
@@ -138,8 +136,8 @@ def make_app(
     body_timeout: float = BODY_TIMEOUT,
 ) -> ASGIApp:
     """Build the application: all routes behind `AuthMiddleware`."""
-    kinds = (ApiError, InputError, AdmissionError, DuplicateRequest, EngineDead, HTTPException)
-    handlers = dict.fromkeys((*kinds, RequestRejected, Exception), _handle_error)
+    kinds = (ApiError, RequestException, HTTPException, Exception)
+    handlers = dict.fromkeys(kinds, _handle_error)
     paths = [*routes.all, *page_routes(), *view.routes]
     app = Starlette(routes=paths, exception_handlers=handlers)
     max_bytes = routes.engine.config.max_queue_bytes
