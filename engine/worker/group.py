@@ -302,7 +302,10 @@ class WorkerGroup:
         def done(call: grpc.Future) -> None:
             sent.done_at = time.monotonic()
 
-        call = track_call(self._workers[rank].stub.Step.future(sent.requests[rank]))
+        try:
+            call = track_call(self._workers[rank].stub.Step.future(sent.requests[rank]))
+        except ValueError as error:  # The channel was closed by `close` in another thread.
+            raise WorkerGroupError(CLOSING) from error
         call.add_done_callback(done)
         return call
 

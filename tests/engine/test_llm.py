@@ -444,7 +444,27 @@ def test_what_are_no_prompts_is_refused(llm: octavo.LLM) -> None:
         llm.generate(None)  # type: ignore[arg-type]
 
 
-def test_closing_while_workers_start_anew_leaves_none(
+def test_closing_while_a_step_is_sent_is_no_internal_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another thread closes the channels after the step was built."""
+    llm = make(checkpoint)
+    group = llm.engine.group
+    call_step = group._call_step
+
+    def late(*args: Any) -> Any:
+        closing = threading.Thread(target=llm.close)
+        closing.start()
+        closing.join(30)
+        return call_step(*args)
+
+    monkeypatch.setattr(group, "_call_step", late)
+    with pytest.raises(EngineDead):
+        llm.chat(CONVERSATIONS[0], GREEDY)
+    assert not [each for each in caplog.records if each.exc_info]
+
+
+def test_closing_while_workers_restart_leaves_none(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread closes it, at each point of the restart."""
