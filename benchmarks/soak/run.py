@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from ...engine.utils.lifetime import start_tied
 from .caller import Caller, FirstAnswers
 from .clients import Settings
 from .good import ask, chat, image_part
@@ -56,7 +57,7 @@ class SoakOptions:
 class ClientProcess:
     """A client process and the last line it printed."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[Any]
     last: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -96,7 +97,7 @@ class ClientProcess:
 class ServerUnderTest:
     """An `octavo serve` process with both APIs."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[Any]
     grpc_address: str
     http_address: str
 
@@ -108,10 +109,13 @@ def serving(arguments: tuple[str, ...], folder: Path, log: IO[str]) -> Iterator[
     command += ["--port", "0", "--http-port", "0", "--allow-media-path", str(folder)]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *arguments]
     env = {**os.environ, "OCTAVO_API_KEYS": API_KEY}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+    # A killed soak closes the pipe on standard input, and the kernel then ends the server.
+    process = start_tied(
+        command, signal.SIGKILL, stdout=subprocess.PIPE, stderr=log, text=True, env=env
+    )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        line = str(process.stdout.readline())
         match = READY.match(line)
         if match is None:
             raise RuntimeError(f"the server did not start: {line!r}")
