@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from ...proto import octavo_pb2 as pb
 from ..errors import RequestError
 from ..server.api_keys import ApiKeys
 from ..server.errors import RequestRejected, error_info
+from ..server.grpc_api.interceptor import serialized
 from ..server.grpc_api.status import DETAILS, details_of, short
 from .calls import GrpcCall, GrpcEnd
 
@@ -41,7 +42,11 @@ class _Context:
     """The part of grpc.aio.ServicerContext that the servicers use."""
 
     call: GrpcCall
-    end: GrpcEnd | None = field(default=None)
+    end: GrpcEnd | None = None
+    done_callbacks: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self.done_callbacks.append(callback)
 
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return self.call.metadata
@@ -66,11 +71,11 @@ async def run_grpc(
         check_key(dict(call.metadata), keys)
         answer = getattr(servicer, call.method)(_parsed(call), context)
         if not hasattr(answer, "__aiter__"):
-            yield (await answer).SerializeToString()
+            yield serialized(await answer)
             return
         async with contextlib.aclosing(answer):
             async for message in answer:
-                yield message.SerializeToString()
+                yield serialized(message)
     except _Aborted:
         assert context.end is not None
         yield context.end
@@ -81,6 +86,9 @@ async def run_grpc(
         if fault.code == "INTERNAL":
             log.exception("a call failed")
         yield end_of(fault)
+    finally:
+        for callback in context.done_callbacks:
+            callback(context)
 
 
 def end_of(fault: RequestError) -> GrpcEnd:

@@ -22,7 +22,7 @@ from octavo.engine.client.errors import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.core.logprob_budget import LogprobBudget
 from octavo.engine.errors import InputError
-from octavo.engine.outputs import OutputDelta
+from octavo.engine.outputs import OutputDelta, Usage
 from octavo.engine.request_stream import join
 from octavo.engine.server import chunked_json
 from octavo.engine.server.chunked_json import LazyList, Turns, dump
@@ -36,6 +36,7 @@ from octavo.engine.server.http_api.openai_logprobs import (
 )
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.engine.server.token_texts import TokenTexts
+from octavo.proto import octavo_pb2 as pb
 from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.logprobs import LogprobTable, TokenLogprobs
 
@@ -345,6 +346,29 @@ def test_a_joined_delta_is_cut_with_its_tokens(monkeypatch: pytest.MonkeyPatch) 
     assert all(len(each.token_ids) == len(each.logprobs) for each in pieces)
     assert [each.text for each in pieces[-2:]] == ["", "x" * 10]
     assert [each.finish_reason for each in pieces] == [None] * 5 + ["stop"]
+
+
+def test_a_reply_is_serialized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes parse as the message that protobuf merges from the pieces."""
+    monkeypatch.setattr(messages, "PIECE_TOKENS", 4)
+    answers = []
+    for index in range(3):
+        tokens = range(index * 100)
+        deltas = [
+            OutputDelta("it", index, text="x", token_ids=(t,), logprobs=(entry(t, t, 1),))
+            for t in tokens
+        ]
+        last = OutputDelta("it", index, finish_reason="stop", usage=Usage(3, 200))
+        answers.append(join([*deltas, last]))
+    expected = messages._reply_head(answers)
+    for answer in answers:
+        message = expected.answers.add()
+        for piece in messages.split_delta(replace(answer, usage=None)):
+            message.MergeFrom(messages.write_delta(piece))
+    pieces = list(messages.reply_pieces(answers))
+    assert pb.GenerateReply.FromString(b"".join(pieces)) == expected
+    assert len(pieces) > 75 and max(map(len, pieces)) < 1000
+    assert len(expected.answers[2].logprobs) == 200 and expected.usage.output_tokens == 200
 
 
 # Storage

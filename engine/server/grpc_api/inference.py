@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 
@@ -48,7 +47,6 @@ class _Call:
     stream: AsyncGenerator[OutputDelta, None]
     fault: RequestError | None = None  # set if it failed after admission
     turns: Turns = field(default_factory=Turns)
-    charge: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
 
 class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
@@ -70,26 +68,22 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         with self._work.call():
             call = await self._start(request, context)
             async with contextlib.aclosing(call.stream):
-                with call.charge:
-                    async for message in _messages(call):
-                        yield message
+                async for message in _messages(call):
+                    yield message
             if call.fault is not None:
                 await abort(context, call.fault)
 
     async def GenerateOnce(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> pb.GenerateReply:
+    ) -> bytes:
+        """Return a serialized `GenerateReply`, made in pieces because it may have megabytes."""
         with self._work.call():
             call = await self._start(request, context)
-            with call.charge:
-                whole = await _gather(call.stream)
-                failure = next((each.failure for each in whole if each.failure), None)
-                if failure is not None:
-                    await abort(context, failure)
-                reply = pb.GenerateReply()
-                async for piece in self._turns.paced(reply_pieces(whole)):
-                    reply = piece
-            return reply
+            whole = await _gather(call.stream)
+            failure = next((each.failure for each in whole if each.failure), None)
+            if failure is not None:
+                await abort(context, failure)
+            return b"".join([piece async for piece in self._turns.paced(reply_pieces(whole))])
 
     async def _start(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> _Call:
         """Parse and start a request. Raises for requests invalid before preprocessing."""
@@ -102,6 +96,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
         log_trace(name, metadata)
         budget, max_model_len = self._engine.logprob_budget, self._engine.config.max_model_len
         charge = budget.call(params, max_model_len or 0)
+        context.add_done_callback(lambda context: charge.close())  # once the response is sent
         stream = self._engine.generate(
             prompt,
             params,
@@ -110,7 +105,7 @@ class InferenceServicer(octavo_pb2_grpc.InferenceServicer):
             on_ready=charge.add,
             **options,
         )
-        return _Call(name, stream, turns=self._turns, charge=charge)
+        return _Call(name, stream, turns=self._turns)
 
     def _read(
         self, request: pb.GenerateRequest, metadata: CallMetadata, time_remaining: float | None

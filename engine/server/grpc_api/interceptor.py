@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from ...errors import RequestError
 from ...observability.rejection_log import API_KEY, RejectionLog
@@ -79,11 +79,9 @@ def _bounded(
             responses = _responses(handler, messages, context, timeout)
             async with contextlib.aclosing(responses):
                 async for response in responses:
-                    await _send(context, work, response)
+                    await _send(context, work, serialized(response))
 
-    return grpc.stream_stream_rpc_method_handler(
-        answer, response_serializer=handler.response_serializer
-    )
+    return grpc.stream_stream_rpc_method_handler(answer)
 
 
 async def _responses(
@@ -120,7 +118,7 @@ async def _receive(messages: AsyncIterator[bytes], timeout: float) -> bytes:
         ) from None
 
 
-async def _send(context: grpc.aio.ServicerContext, work: CallTracker, response: Any) -> None:
+async def _send(context: grpc.aio.ServicerContext, work: CallTracker, response: bytes) -> None:
     """Send a response. Raises CancelledError if the client does not read or has disconnected."""
     try:
         await work.send(context.write(response))
@@ -133,6 +131,11 @@ async def _send(context: grpc.aio.ServicerContext, work: CallTracker, response: 
         raise asyncio.CancelledError from None
     except grpc.aio.InternalError:  # the client has disconnected
         raise asyncio.CancelledError from None
+
+
+def serialized(response: Message | bytes) -> bytes:
+    """Return the bytes of a response that a servicer may have serialized itself."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
 
 
 def _forget(end: asyncio.Future[Any]) -> None:

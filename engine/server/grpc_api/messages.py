@@ -33,6 +33,8 @@ FINISH_REASONS = {
     "abort": pb.FINISH_REASON_ABORT,
     "error": pb.FINISH_REASON_UNSPECIFIED,  # reported by the call's status
 }
+# Key of the field `GenerateReply.answers` on the wire: its number and the type "length-delimited".
+ANSWERS = bytes([pb.GenerateReply.ANSWERS_FIELD_NUMBER << 3 | 2])
 
 
 def read_prompt(request: pb.GenerateRequest, limits: MediaLimits) -> ParsedPrompt:
@@ -269,14 +271,28 @@ def _write_logprobs(entry: TokenLogprobs | None) -> pb.TokenLogprobs:
     return pb.TokenLogprobs() if entry is None else pb.TokenLogprobs(**entry._asdict())
 
 
-def reply_pieces(answers: Sequence[OutputDelta]) -> Iterator[pb.GenerateReply]:
-    """Build the reply of complete outputs step by step; yield it after each step."""
-    reply = _reply_head(answers)
+def reply_pieces(answers: Sequence[OutputDelta]) -> Iterator[bytes]:
+    """Serialize the `GenerateReply` of complete outputs in pieces, each made in a short time.
+
+    The bytes of several messages, one after the other, parse as the merged message.
+    """
+    yield _reply_head(answers).SerializeToString()
     for answer in answers:
-        message = reply.answers.add()
+        pieces = []
         for piece in split_delta(replace(answer, media=(), media_times=None, usage=None)):
-            message.MergeFrom(write_delta(piece))
-            yield reply
+            pieces.append(write_delta(piece).SerializeToString())
+            yield b""
+        yield ANSWERS + _varint(sum(map(len, pieces)))
+        yield from pieces
+
+
+def _varint(number: int) -> bytes:
+    """Encode a length as in protobuf: 7 bits per byte, the lowest first."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def _reply_head(answers: Sequence[OutputDelta]) -> pb.GenerateReply:
