@@ -17,6 +17,7 @@ __all__ = [
     "WAS_CLOSED",
     "AdmissionError",
     "ConfigError",
+    "DecoderUnavailable",
     "DuplicateRequest",
     "EngineDead",
     "GrammarQueueFull",
@@ -63,6 +64,19 @@ class PreprocessTimeout(RequestException):
 
     def __str__(self) -> str:
         return "timed out before the input was preprocessed"
+
+
+class DecoderUnavailable(RequestException):
+    """No process for the request's images and videos could be started. Retrying may succeed."""
+
+    code = "UNAVAILABLE"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(field)
+        self.field = field
+
+    def __str__(self) -> str:
+        return f"{self.field}: the media decoder did not start; try again later"
 
 
 class EngineDead(RequestException, RuntimeError):

@@ -18,7 +18,7 @@ from octavo.benchmarks.fakes.tiny_server import wait_for
 from octavo.benchmarks.media.cases import encoded, mp4, noise, without_late_frames
 from octavo.engine.config.engine_config import ModelConfig, PreprocessConfig
 from octavo.engine.config.media_limits import MediaLimits
-from octavo.engine.errors import InputError
+from octavo.engine.errors import DecoderUnavailable, InputError
 from octavo.engine.input.parsed_prompt import ParsedPrompt
 from octavo.engine.input.preprocess_pool import InputPool, PreprocessPools
 from octavo.engine.input.processor import InputProcessor
@@ -218,6 +218,54 @@ def test_cancelling_ends_a_wait_for_a_decoder_that_does_not_answer(
 
 
 @pytest.mark.lesson("L41")
+def test_a_request_that_waits_for_a_start_can_be_cancelled(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process, which has not worked for the request, serves the next one."""
+    monkeypatch.setattr(process, "CANCEL_SECONDS", 0.05)
+    start, stopped = process._start, threading.Event()
+
+    def start_stopped(*arguments: Any) -> Any:
+        child = start(*arguments)
+        os.kill(child.pid, signal.SIGSTOP)
+        stopped.set()
+        return child
+
+    monkeypatch.setattr(process, "_start", start_stopped)
+    task, errors = MediaTask(LIMITS), []
+
+    def open_one() -> None:
+        with pool.lease(task) as lease, pytest.raises(InputError) as caught:
+            decode(lease)
+        errors.append(str(caught.value))
+
+    thread = threading.Thread(target=open_one)
+    thread.start()
+    assert stopped.wait(30)
+    task.cancel()
+    thread.join(30)
+    assert errors == ["image: the request was cancelled"]
+    (waiting,) = pool._free
+    os.kill(waiting.pid, signal.SIGCONT)
+    with pool.lease() as lease:
+        decode(lease)
+        assert pid_of(lease) == waiting.pid and pool.num_started == 1
+
+
+def test_a_decoder_that_does_not_start_is_the_servers_fault(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "MODULE", "octavo.no_such_module")
+    with pool.lease() as lease, pytest.raises(DecoderUnavailable) as caught:
+        decode(lease)
+    reason = caught.value.reason
+    assert (reason.code, reason.field, reason.retryable) == ("UNAVAILABLE", "image", True)
+    assert pool.num_started == 1 and not pool._free
+    monkeypatch.undo()
+    with pool.lease() as lease:
+        decode(lease)
+
+
 def test_reused_helper_a_decoder_that_died_idle_is_replaced_silently(
     pool: DecoderPool,
 ) -> None:

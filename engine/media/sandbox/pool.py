@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import BinaryIO, Self
@@ -12,14 +13,14 @@ from typing import BinaryIO, Self
 from PIL import Image
 
 from ...config.media_limits import MediaLimits
-from ...errors import InputError
+from ...errors import DecoderUnavailable, InputError
 from ..decode.animation import is_animation
 from ..decode.opening import open_here
 from ..decode.reader import MediaReader
 from ..task import MediaTask
 from .plan import DecoderPlan, is_small
-from .process import DecoderProcess, DecoderStoppedError
-from .reader import STOPPED, ChildReader
+from .process import DecoderProcess, DecoderStoppedError, StartCancelledError
+from .reader import ChildReader
 from .slots import FairSlots
 
 log = logging.getLogger("octavo.media")
@@ -71,25 +72,35 @@ class DecoderPool:
         """
         return self._large_slots[0 if kind == "video" else -1]
 
-    def take(self) -> DecoderProcess:
+    def take(self, adopt: Callable[[DecoderProcess], None]) -> DecoderProcess:
         """Return a responsive process; the caller must have acquired a slot.
 
-        Raises `DecoderStoppedError` or `OSError` if a new process does not start.
+        `adopt` is called with each candidate before it may have to be waited for. Raises
+        `DecoderStoppedError` or `OSError` if a new process does not start, and
+        `StartCancelledError` if `adopt` or another thread cancelled the wait.
         """
         while True:
-            with self._lock:
-                self._check_open()
-                if not self._free:
-                    break
-                process = self._free.pop()
-                self._lent.add(process)
-            if process.answers():
-                return process
+            process, is_new = self._next()
+            adopt(process)
+            try:
+                process.await_ready()
+                if is_new or process.answers():
+                    return process
+            except DecoderStoppedError:
+                if is_new:
+                    self.drop(process)
+                    raise
             log.warning("media decoder: an idle process died; replacing it")
             self.drop(process)
-        return self._start()
 
-    def _start(self) -> DecoderProcess:
+    def _next(self) -> tuple[DecoderProcess, bool]:
+        """Return a free process, or a new one and True."""
+        with self._lock:
+            self._check_open()
+            if self._free:
+                process = self._free.pop()
+                self._lent.add(process)
+                return process, False
         process = self._new()
         with self._lock:
             self._lent.add(process)
@@ -97,12 +108,7 @@ class DecoderPool:
         if is_closed:
             self.drop(process)
             self._check_open()
-        try:
-            process.await_ready()
-        except DecoderStoppedError:
-            self.drop(process)
-            raise
-        return process
+        return process, True
 
     def _new(self) -> DecoderProcess:
         with self._lock:
@@ -249,7 +255,10 @@ class Lease:
         return self._task.seconds_left(field)
 
     def _ready_process(self, field: str) -> DecoderProcess:
-        """Return the leased process; acquire one if needed. Raises `InputError`."""
+        """Return the leased process; acquire one if needed.
+
+        Raises `InputError` if the task has ended, `DecoderUnavailable` if no process starts.
+        """
         process = self._process
         if process is not None and process.is_alive:
             return process
@@ -260,17 +269,23 @@ class Lease:
             self._slots.acquire(self._task, field)
             self._has_slot = True
         try:
-            process = self._pool.take()
+            process = self._pool.take(self._adopt)
+        except StartCancelledError:
+            raise InputError(field, "the request was cancelled") from None
         except (DecoderStoppedError, OSError) as error:
             log.error("media decoder: %s", error)
-            raise InputError(field, STOPPED) from None
+            self._process = None
+            raise DecoderUnavailable(field) from None
         process.allow_memory(self._pool.plan.small_bytes)
+        self._pool.log_start(process)
+        return process
+
+    def _adopt(self, process: DecoderProcess) -> None:
+        """Use a process from now on, so that `cancel` reaches it while it starts."""
         with self._lock:
             self._process = process
             if self._is_cancelled:
                 process.cancel()
-        self._pool.log_start(process)
-        return process
 
     def _grow(self, process: DecoderProcess, kind: str, field: str) -> None:
         """Wait for a slot of `large_slots`, then allow all of `decoder_memory_bytes`."""

@@ -51,6 +51,10 @@ class DecoderStoppedError(Exception):
     """The process ended or sent an invalid message, and was killed."""
 
 
+class StartCancelledError(Exception):
+    """The request was cancelled before the process was ready. The process can be used later."""
+
+
 class PixelMemory:
     """Shared memory of fixed size that a decoder process writes and this process reads."""
 
@@ -117,21 +121,25 @@ class DecoderProcess:
             return 0
 
     def await_ready(self) -> None:
-        """Wait until the process has started. Raises `DecoderStoppedError` if it does not."""
+        """Wait until the process has started.
+
+        Raises `DecoderStoppedError` if it does not, and `StartCancelledError` after `cancel`.
+        """
         if self._is_ready:
             return
         try:
             reply = self.receive(START_SECONDS)
         except TimeoutError:
+            if self.is_cancelled:
+                raise StartCancelledError from None
             self.fail("did not start")
         if not reply.HasField("ready"):
             self.fail("did not start")
         self.sandbox, self._is_ready = reply.ready.sandbox, True
 
     def answers(self) -> bool:
-        """Return whether the process has started and responds to a message."""
+        """Return whether the process, which has started, responds to a message."""
         try:
-            self.await_ready()
             self.send(pb.Request(stop=pb.Stop()))
             return self.receive(PING_SECONDS).HasField("stopped")
         except (TimeoutError, DecoderStoppedError):
