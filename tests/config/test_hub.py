@@ -74,7 +74,7 @@ def test_an_interrupted_download_is_not_taken_for_a_model(cache: Path) -> None:
         resolve_model("Qwen/Qwen2-VL-0B")
 
 
-def test_what_is_nowhere_is_refused_by_name(cache: Path) -> None:
+def test_what_is_nowhere_is_rejected_by_name(cache: Path) -> None:
     with pytest.raises(ConfigError, match=r"Qwen/None: not a folder, .*Hugging Face"):
         resolve_model("Qwen/None")
 
@@ -139,6 +139,6 @@ def test_what_is_not_cached_is_downloaded(
         resolve_model("Qwen/None", source)
 
 
-def test_other_sources_are_refused() -> None:
+def test_other_sources_are_rejected() -> None:
     with pytest.raises(ConfigError, match="'ftp': must be one of huggingface, modelscope"):
         resolve_model("Qwen/Qwen2-VL-2B-Instruct", "ftp")

@@ -193,7 +193,7 @@ def test_misshapen_tensor_is_named_with_both_shapes_before_anything_is_read(tmp_
     assert all(param.is_meta for param in model.parameters())
 
 
-def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+def test_other_dtypes_are_rejected(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path)
     rewrite(folder, "model.norm.weight", torch.zeros(64, dtype=torch.int8))
     with pytest.raises(ConfigError, match=r"model\.norm\.weight .*dtype I8"):
@@ -219,7 +219,7 @@ def test_l25_torch_load_pickled_weights_are_not_read(tmp_path: Path) -> None:
         stored_tensors(tmp_path)
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_rejected(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path, shards=2)
     name = next(iter(load_file(folder / "model-00001-of-00002.safetensors")))
     rewrite(folder, nested_name(name), torch.zeros(3), "model-00002-of-00002.safetensors")
@@ -244,7 +244,7 @@ def test_names_of_both_forms() -> None:
 
 
 @pytest.mark.parametrize(("name", "sizes"), list(SIZES.items()))
-def test_other_rank_counts_are_refused_with_the_valid_ones(
+def test_other_rank_counts_are_rejected_with_the_valid_ones(
     name: str, sizes: tuple[int, ...]
 ) -> None:
     config = ModelConfig.from_dict(json.loads((DATA / f"config-{name}.json").read_text()))

@@ -258,7 +258,7 @@ def test_client_assert_one_bad_request_is_its_own(
     assert not llm.engine.has_requests
 
 
-def test_odd_calls_are_refused_and_the_next_works(llm: octavo.LLM, alone: list[list[int]]) -> None:
+def test_odd_calls_are_rejected_and_the_next_works(llm: octavo.LLM, alone: list[list[int]]) -> None:
     with pytest.raises(InputError, match=r"SamplingParams, not dict"):
         llm.chat(CONVERSATIONS[0], {"temperature": 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 lists for 2 conversations"):
@@ -433,13 +433,13 @@ def test_closing_ends_what_waits_and_what_comes(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "messages", ["hello", {"role": "user", "content": "hi"}, ["hi", "ho"], None, 5]
 )
-def test_what_is_no_conversation_is_refused(llm: octavo.LLM, messages: Any) -> None:
+def test_what_is_no_conversation_is_rejected(llm: octavo.LLM, messages: Any) -> None:
     """And is not taken for a batch of five that fail one by one."""
     with pytest.raises(InputError, match="messages: must be a list of dicts"):
         llm.chat(messages)
 
 
-def test_what_are_no_prompts_is_refused(llm: octavo.LLM) -> None:
+def test_what_are_no_prompts_is_rejected(llm: octavo.LLM) -> None:
     with pytest.raises(InputError, match="prompts: must be a string, a dict or a list"):
         llm.generate(None)  # type: ignore[arg-type]
 

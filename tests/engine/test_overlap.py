@@ -106,7 +106,7 @@ def test_a_block_is_found_only_once_its_step_has_reported() -> None:
     assert simulation.outputs["twin"] == simulation.outputs["a"] == simulation.outputs["late"]
 
 
-def test_what_a_failing_step_fills_is_found_by_nobody() -> None:
+def test_what_a_failing_step_fills_is_found_by_no_one() -> None:
     prompt = list(range(20))
     simulation = overlapped(make_request("bad", prompt, max_tokens=9))
     simulation.spoil = lambda plan, result: replace(
@@ -146,7 +146,7 @@ def test_a_token_that_arrives_after_preemption_may_be_the_last() -> None:
     simulation.scheduler.check_integrity()
 
 
-def test_what_one_that_fails_after_preemption_computed_is_found_by_nobody() -> None:
+def test_what_one_that_fails_after_preemption_computed_is_found_by_no_one() -> None:
     request = make_request("bad", list(range(20)), max_tokens=9)
     simulation = overlapped(request)
     plan(simulation)
@@ -409,7 +409,7 @@ def test_what_the_penalty_looks_at_travels_once(checkpoint: Path) -> None:
     assert sizes == [out.usage.prompt_tokens] + [0] * 24
 
 
-def test_the_time_in_which_nobody_asks_is_not_a_step_s(checkpoint: Path) -> None:
+def test_the_time_in_which_no_one_asks_is_not_a_step_s(checkpoint: Path) -> None:
     """A step of a request that stopped is left on its way until the next request comes."""
     with octavo.LLM(checkpoint, **SETTINGS) as llm:
         first = llm.chat(*ASKED[0])[0].outputs[0]

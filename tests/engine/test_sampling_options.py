@@ -113,7 +113,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_all_doors_tell_the_same(llm: octavo.LLM, served: Served, name: str) -> None:
+def test_all_servers_tell_the_same(llm: octavo.LLM, served: Served, name: str) -> None:
     params = replace(GREEDY, **{"seed": 3, **ASKED[name]})
     expected = by_llm(llm, params)
     assert by_async_llm(served, params) == expected
@@ -280,7 +280,7 @@ def test_proto_defaults_of_these_fields(served: Served) -> None:
     assert not replies[1][0].logprobs[0].top_token_ids
 
 
-def test_nobody_pays_for_what_nobody_asks(llm: octavo.LLM) -> None:
+def test_no_one_pays_for_what_no_one_asks(llm: octavo.LLM) -> None:
     """The message to the workers has none of it, nor has the answer."""
     sent: list[Any] = []
     group = llm.engine.group

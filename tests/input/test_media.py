@@ -67,7 +67,7 @@ def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
         (Image.new("RGB", (1, 201)), None),
     ],
 )
-def test_what_is_no_image_is_refused_clearly(source: Any, words: str | None) -> None:
+def test_what_is_no_image_is_rejected_clearly(source: Any, words: str | None) -> None:
     if words is None:
         load(source)
         return
@@ -121,7 +121,7 @@ def test_media_hash() -> None:
         ({"resized_height": 28}, "pass both"),
     ],
 )
-def test_pixels_ignored_bad_options_are_refused(part: dict[str, Any], words: str) -> None:
+def test_pixels_ignored_bad_options_are_rejected(part: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         MediaOptions.from_part({"type": "image", "image": "x", **part}, "image", "part")
 

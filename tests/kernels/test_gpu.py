@@ -61,7 +61,7 @@ def test_peaks() -> None:
     assert found.operations_per_s == pytest.approx(2 * 16**3 / 4e-3)
 
 
-def test_a_wrong_kernel_is_told() -> None:
+def test_a_wrong_kernel_is_reported() -> None:
     case = next(case for case in tiny_cases() if case.kernel == "swiglu")
     wrong = Case(**{**vars(case), "run": lambda: case.oracle() + 1})
     error, right = check(wrong)

@@ -197,7 +197,7 @@ def test_command(tmp_path: Path) -> None:
         (["--markdown", "x.md"], "--markdown: requires --paper"),
     ],
 )
-def test_what_the_command_refuses(options: list[str], text: str) -> None:
+def test_what_the_command_rejects(options: list[str], text: str) -> None:
     done = CliRunner().invoke(app, ["bench", "kernels", *options])
     assert done.exit_code == 2 and text in done.output
 

@@ -281,7 +281,7 @@ def test_layers_that_the_config_leaves_dense(
         load(quantised)
 
 
-def test_a_name_that_is_no_list_is_refused() -> None:
+def test_a_name_that_is_no_list_is_rejected() -> None:
     """A text would be taken for a list of its letters, and "l" is in every name."""
     for wrong in ("lm_head", [1]):
         with pytest.raises(ConfigError, match=r"modules_to_not_convert=.*must be a list of names"):
@@ -391,7 +391,7 @@ def change(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file({**tensors, **more}, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_gptq_in_another_order_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_gptq_in_another_order_is_rejected_before_anything_is_read(tmp_path: Path) -> None:
     folder, _ = write(tmp_path, "gptq", layers=1, vision_layers=1)
     name = "model.layers.0.mlp.down_proj"
     configure(folder, {**GPTQ, "desc_act": True})
@@ -431,7 +431,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_gpu_without_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_the_product_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = json.loads((DATA / "config-7b.json").read_text())
 
     def config(stored: dict[str, Any]) -> ModelConfig:

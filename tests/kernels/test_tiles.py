@@ -262,7 +262,7 @@ REFUSED = {
 @needs_native
 @needs_trap
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_processor_would_refuse_kills(trap: ctypes.CDLL, case: str) -> None:
+def test_what_a_processor_would_reject_kills(trap: ctypes.CDLL, case: str) -> None:
     wrong, then, why = REFUSED[case]
     lines = ["import ctypes", f"trap = ctypes.CDLL({trap._name!r})", "trap.trap_install()"]
     lines += ["data = ctypes.create_string_buffer(4096)"]
@@ -329,7 +329,7 @@ def test_the_check_asks_the_processor() -> None:
 
 
 @needs_native
-def test_it_compiles_where_nobody_knows_amx(tmp_path: Path) -> None:
+def test_it_compiles_where_no_one_knows_amx(tmp_path: Path) -> None:
     source = Path(native.__file__).with_name("amx.c")
     made = compiled(tmp_path / "without.so", "-U__linux__", source)
     assert made.octavo_check_amx() == 0

@@ -108,7 +108,7 @@ HWC = np.zeros((30, 40, 3), np.uint8)
         ("image", np.broadcast_to(np.uint8(0), (11_000, 11_000, 3)), "--max-media-pixels"),
     ],
 )
-def test_other_arrays_are_refused_clearly(kind: str, source: Any, words: str) -> None:
+def test_other_arrays_are_rejected_clearly(kind: str, source: Any, words: str) -> None:
     with pytest.raises(InputError, match=words) as refused:
         load(kind, source)
     assert refused.value.field == kind

@@ -414,7 +414,7 @@ def test_bombs_time() -> None:
 
 
 @pytest.mark.lesson("L22")
-def test_bombs_cpu_time_is_given_anew(pool: DecoderPool) -> None:
+def test_bombs_cpu_time_is_given_again(pool: DecoderPool) -> None:
     with pool.lease() as lease:
         look(lease, "image", encoded(noise()))
         lines = Path(f"/proc/{pid_of(lease)}/limits").read_text().splitlines()

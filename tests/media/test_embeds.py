@@ -322,7 +322,7 @@ def test_workers_that_end_are_sent_the_embeddings_again(
         assert llm.engine.worker_pids != before
 
 
-def test_what_was_used_is_told_as_for_pixels(llm: octavo.LLM, conversations: list[Any]) -> None:
+def test_what_was_used_is_reported_as_for_pixels(llm: octavo.LLM, conversations: list[Any]) -> None:
     pixels = llm.chat(CONVERSATIONS[3], GREEDY)[0].media
     embeds = llm.chat(conversations[3], GREEDY)[0].media
     sampled = replace(pixels[1], frame_indices=(), frame_times=(), sample_fps=None)
@@ -496,7 +496,7 @@ def with_number(number: float) -> np.ndarray:
         (np.ones((7, 2), np.float32), "7 tokens.*6"),
     ],
 )
-def test_values_that_are_refused(
+def test_values_that_are_rejected(
     processor: InputProcessor, hidden: int, values: Any, words: str
 ) -> None:
     """Each names the field, and costs nobody else anything."""
@@ -539,7 +539,7 @@ def widened(values: Any, hidden: int) -> Any:
         ((1, 1 << 20, 1 << 20), "max-media-pixels"),
     ],
 )
-def test_grids_that_are_refused(
+def test_grids_that_are_rejected(
     processor: InputProcessor, hidden: int, grid: Any, words: str
 ) -> None:
     values = random_embeds(hidden).values
@@ -574,7 +574,7 @@ def test_limits_hold_for_embeddings_too(checkpoint: Path, hidden: int) -> None:
         ("video", {"video_start": 0}),
     ],
 )
-def test_options_beside_embeddings_are_refused(
+def test_options_beside_embeddings_are_rejected(
     processor: InputProcessor, hidden: int, kind: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

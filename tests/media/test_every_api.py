@@ -1,4 +1,4 @@
-"""Images and videos through every door: LLM, AsyncLLM, Client over gRPC, the protocol, the CLI."""
+"""Images and videos through every api: LLM, AsyncLLM, Client over gRPC, the protocol, the CLI."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 SIZES = {"min_pixels": 3136, "max_pixels": 12544}
 
 Answer = tuple[list[int], list[dict[str, Any]]]  # tokens, and what was made of the media
-Door = Callable[[dict[str, Any]], Answer]  # asks about one part
+Ask = Callable[[dict[str, Any]], Answer]  # asks about one part
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def refused(served: Served, item: pb.MediaItem, code: str = "INVALID_ARGUMENT") 
 
 
 @pytest.fixture
-def doors(llm: octavo.LLM, served: Served, client: Client) -> list[Door]:
+def apis(llm: octavo.LLM, served: Served, client: Client) -> list[Ask]:
     return [
         lambda part: through_llm(llm, part),
         lambda part: through_async(served, part),
@@ -174,34 +174,32 @@ def image_sources(files: Path) -> dict[str, Any]:
     }
 
 
-def test_every_source_of_an_image_through_every_door(doors: list[Door], files: Path) -> None:
+def test_every_source_of_an_image_through_every_api(apis: list[Ask], files: Path) -> None:
     sources = image_sources(files)
-    expected = doors[0](image(sources["PIL"]))
+    expected = apis[0](image(sources["PIL"]))
     assert len(expected[0]) == 8 and expected[1][0]["grid_thw"] == (1, 4, 6)
-    assert (
-        doors[0](image(noise(84, 56, seed=1)))[0] != expected[0]
-    )  # the tokens tell pictures apart
+    assert apis[0](image(noise(84, 56, seed=1)))[0] != expected[0]  # the tokens tell pictures apart
     for name, source in sources.items():
-        for door in doors:
-            assert door(image(source)) == expected, name
+        for api in apis:
+            assert api(image(source)) == expected, name
 
 
-def test_openai_s_parts_through_every_door(
-    doors: list[Door], llm: octavo.LLM, client: Client, files: Path
+def test_openai_s_parts_through_every_api(
+    apis: list[Ask], llm: octavo.LLM, client: Client, files: Path
 ) -> None:
     """(Over HTTP: server/test_http.py.)"""
     path = files / "a picture.png"
     uri, clip = data_uri(path.read_bytes(), "image/png"), str(files / "a clip.mp4")
-    for door in doors:
-        expected = door(image(uri))
+    for api in apis:
+        expected = api(image(uri))
         for part in (
             {"type": "image_url", "image_url": {"url": uri, **SIZES}},
             {"type": "image_url", "image_url": {"url": uri, "detail": "high"}, **SIZES},
             {"type": "image_url", "image_url": str(path), **SIZES},
         ):
-            assert door(part) == expected
-        wanted = door(video(clip, fps=2))
-        assert door({"type": "video_url", "video_url": {"url": clip, "fps": 2}, **SIZES}) == wanted
+            assert api(part) == expected
+        wanted = api(video(clip, fps=2))
+        assert api({"type": "video_url", "video_url": {"url": clip, "fps": 2}, **SIZES}) == wanted
     wrong: Any = ask({"type": "image_url", "image_url": {"uri": uri}})
     for chat in (llm.chat, client.chat):
         with pytest.raises((ValueError, ClientError)) as caught:
@@ -212,7 +210,7 @@ def test_openai_s_parts_through_every_door(
         llm.chat(ask({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}))
 
 
-def test_every_source_of_a_video_through_every_door(doors: list[Door], files: Path) -> None:
+def test_every_source_of_a_video_through_every_api(apis: list[Ask], files: Path) -> None:
     path = files / "a clip.mp4"
     sources = [
         str(path),
@@ -222,15 +220,15 @@ def test_every_source_of_a_video_through_every_door(doors: list[Door], files: Pa
         path.read_bytes(),
         octavo.ServerFile(str(path)),
     ]
-    expected = doors[0](video(path, fps=2))
+    expected = apis[0](video(path, fps=2))
     assert expected[1][0]["num_frames"] == 4
     assert expected[1][0]["frame_times"] == (0.0, 0.6, 1.3, 1.9)
     for source in sources:
-        for door in doors:
-            assert door(video(source, fps=2)) == expected, source
+        for api in apis:
+            assert api(video(source, fps=2)) == expected, source
 
 
-def test_a_list_of_frames_of_any_source_through_every_door(doors: list[Door], files: Path) -> None:
+def test_a_list_of_frames_of_any_source_through_every_api(apis: list[Ask], files: Path) -> None:
     pictures = [noise(56, 56, seed) for seed in range(5)]
     pictures[3].save(files / "3.png")
     mixed = [
@@ -241,16 +239,16 @@ def test_a_list_of_frames_of_any_source_through_every_door(doors: list[Door], fi
         np.asarray(pictures[4]),
     ]
     whole = np.stack([np.asarray(picture) for picture in pictures])
-    expected = doors[0](video(pictures, fps=5))
+    expected = apis[0](video(pictures, fps=5))
     assert expected[1][0]["frame_indices"] == (0, 1, 2, 3, 4, 4)
     assert expected[1][0]["frame_times"] == pytest.approx((0.0, 0.2, 0.4, 0.6, 0.8, 0.8))
     for source in (pictures, tuple(pictures), mixed, whole, torch.from_numpy(whole)):
-        for door in doors:
-            assert door(video(source, fps=5)) == expected
+        for api in apis:
+            assert api(video(source, fps=5)) == expected
 
 
-def test_urls_through_every_door(
-    doors: list[Door], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_urls_through_every_api(
+    apis: list[Ask], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each comes to the one function that fetches, with the domains that the engine was told."""
     asked: list[tuple[str, Any]] = []
@@ -262,10 +260,10 @@ def test_urls_through_every_door(
 
     monkeypatch.setattr("octavo.engine.media.source.fetch", fetch)
     url = "https://a.org/a%20picture.png"
-    for door in doors:
-        assert door(image(url)) == doors[0](image(picture))
-        assert door(video([url, picture])) == doors[0](video([picture] * 2))
-    assert asked == [(url, ("a.org",))] * len(asked) and len(asked) >= 2 * len(doors)
+    for api in apis:
+        assert api(image(url)) == apis[0](image(picture))
+        assert api(video([url, picture])) == apis[0](video([picture] * 2))
+    assert asked == [(url, ("a.org",))] * len(asked) and len(asked) >= 2 * len(apis)
     asked.clear()
     chat("--model", str(checkpoint), "--image", "http://B.net/x", "?")  # who types it wants it
     assert asked == [("http://B.net/x", ("b.net",))]
@@ -295,18 +293,18 @@ def test_the_protocol_s_forms(served: Served, llm: octavo.LLM, files: Path) -> N
     assert through_proto(served, item) == through_llm(llm, image(picture))
 
 
-def test_embeddings_through_every_door(doors: list[Door], served: Served) -> None:
+def test_embeddings_through_every_api(apis: list[Ask], served: Served) -> None:
     values = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
     still = {"type": "image", "image": octavo.MediaEmbeds(values, (1, 4, 6))}
     moving = {"type": "video", "video": octavo.MediaEmbeds(torch.from_numpy(values), (3, 4, 2))}
     for part, size in ((still, (56, 84)), (moving, (56, 28))):
-        answers = [door(part) for door in doors]
+        answers = [api(part) for api in apis]
         assert answers[1:] == answers[:1] * 2
         assert (answers[0][1][0]["height"], answers[0][1][0]["width"]) == size
     other = {"type": "image", "image": octavo.MediaEmbeds(-values, (1, 4, 6))}
-    assert doors[0](still)[0] != doors[0](other)[0]
+    assert apis[0](still)[0] != apis[0](other)[0]
     item = embeddings(values.tobytes(), "float32", (6, 64), (1, 4, 6))
-    assert through_proto(served, item) == doors[0](still)
+    assert through_proto(served, item) == apis[0](still)
     wrong = embeddings(values.tobytes(), "float32", (3, 128), (1, 4, 6))
     assert "64 values per token" in refused(served, wrong)
 
@@ -378,7 +376,7 @@ def test_torch_load_raw_numbers_are_checked(served: Served, item: pb.MediaItem, 
     form=st.sampled_from(["pixels", "embeddings"]),
     kind=st.sampled_from([pb.MEDIA_KIND_IMAGE, pb.MEDIA_KIND_VIDEO]),
 )
-def test_torch_load_raw_numbers_of_any_kind_are_read_or_refused(
+def test_torch_load_raw_numbers_of_any_kind_are_read_or_rejected(
     data: bytes, shape: list[int], grid: list[int], dtype: str, form: str, kind: Any
 ) -> None:
     if form == "pixels":
@@ -423,14 +421,14 @@ VIDEO_OPTIONS: list[dict[str, Any]] = [
     [("image", o) for o in IMAGE_OPTIONS] + [("video", o) for o in VIDEO_OPTIONS],
     ids=str,
 )
-def test_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
-    doors: list[Door], options: tuple[str, dict[str, Any]]
+def test_pixels_ignored_every_option_is_used_and_echoed_at_every_api(
+    apis: list[Ask], options: tuple[str, dict[str, Any]]
 ) -> None:
     kind, beside = options
     make, source = (image, noise(84, 56)) if kind == "image" else (video, mp4(20))
-    answers = [door(make(source, **beside)) for door in doors]
+    answers = [api(make(source, **beside)) for api in apis]
     assert answers[1:] == answers[:1] * 2
-    assert answers[0][1] != doors[0](make(source))[1], "it changes nothing"
+    assert answers[0][1] != apis[0](make(source))[1], "it changes nothing"
 
 
 @pytest.mark.lesson("L09")
@@ -454,11 +452,11 @@ def test_pixels_ignored_every_option_is_used_and_echoed_at_every_door(
     ],
 )
 def test_pixels_ignored_unknown_and_contradictory_options(
-    doors: list[Door], part: dict[str, Any], field: str
+    apis: list[Ask], part: dict[str, Any], field: str
 ) -> None:
-    for door in doors:
+    for api in apis:
         with pytest.raises((InputError, ClientError)) as error:
-            door(part)
+            api(part)
         assert re.search(rf"\b{field}\b", str(error.value)), error.value
         assert getattr(error.value, "code", "INVALID_ARGUMENT") == "INVALID_ARGUMENT"
 
@@ -480,8 +478,8 @@ LIMITS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def tight(checkpoint: Path) -> Iterator[list[Door]]:
-    """Doors of engines with tight limits."""
+def tight(checkpoint: Path) -> Iterator[list[Ask]]:
+    """APIs of engines with tight limits."""
     served = Served(checkpoint, **LIMITS, **SETTINGS)
     with octavo.LLM(checkpoint, **LIMITS, **SETTINGS) as llm, Client(served.address) as client:
         yield [
@@ -512,13 +510,13 @@ def tight(checkpoint: Path) -> Iterator[list[Door]]:
         ("max_video_seconds", video(mp4(40))),
     ],
 )
-def test_bombs_one_limits_object_at_every_door(
-    tight: list[Door], name: str, part: dict[str, Any]
+def test_bombs_one_limits_object_at_every_api(
+    tight: list[Ask], name: str, part: dict[str, Any]
 ) -> None:
     flag = "--" + name.replace("_", "-")
-    for door in tight:
+    for api in tight:
         with pytest.raises((InputError, ClientError)) as error:
-            door(part)
+            api(part)
         assert flag in str(error.value)
         assert getattr(error.value, "code", "INVALID_ARGUMENT") == "INVALID_ARGUMENT"
     assert len(tight[0](image(noise(84, 56)))[0]) == 8  # what is within them passes
@@ -535,7 +533,7 @@ def test_bombs_items_of_a_request(checkpoint: Path) -> None:
     served.close()
 
 
-def test_what_media_took_is_told(llm: octavo.LLM, served: Served, client: Client) -> None:
+def test_what_media_took_is_reported(llm: octavo.LLM, served: Served, client: Client) -> None:
     out, text = (llm.chat(ask(*parts), PARAMS)[0] for parts in ([image(noise())], []))
     assert out.media_times is not None and text.media_times is not None
     assert out.media_times.queued_s >= 0 and out.media_times.spent_s > 0
@@ -567,7 +565,7 @@ def test_the_command_line(llm: octavo.LLM, served: Served, checkpoint: Path, fil
     for name, value in SIZES.items():
         beside += ["--video-option", f"{name}={value}"]
 
-    def check(door: list[str], llm: octavo.LLM, pictures: list[str]) -> None:
+    def check(api: list[str], llm: octavo.LLM, pictures: list[str]) -> None:
         still, moving = (
             llm.chat(ask(part), params)[0].outputs[0].text + "\n"
             for part in (
@@ -577,8 +575,8 @@ def test_the_command_line(llm: octavo.LLM, served: Served, checkpoint: Path, fil
         )
         assert still != moving
         for source in pictures:
-            assert chat(*door, "--image", source, *options, "?") == still
-        assert chat(*door, "--video", str(clip), *beside, "?") == moving
+            assert chat(*api, "--image", source, *options, "?") == still
+        assert chat(*api, "--video", str(clip), *beside, "?") == moving
 
     check(["--server", served.address], llm, pictures)
     with octavo.LLM(checkpoint) as here:  # in the precision that `chat` takes

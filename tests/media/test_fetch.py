@@ -330,7 +330,7 @@ def test_ssrf_this_machine_by_the_systems_own_resolver() -> None:
 
 
 @pytest.mark.lesson("L19")
-def test_ssrf_the_systems_dial_goes_where_it_is_told() -> None:
+def test_ssrf_the_systems_dial_goes_where_it_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sock = networking.dial(*listener.getsockname(), 1.0)
         assert sock.getpeername() == listener.getsockname()
@@ -510,7 +510,7 @@ def test_ssrf_redirects_are_followed(status: str) -> None:
         ("", "status 302"),
     ],
 )
-def test_ssrf_redirects_are_checked_anew(where: str, words: str) -> None:
+def test_ssrf_redirects_are_checked_again(where: str, words: str) -> None:
     with world(moved(where)) as net:
         net.names["inner.example"] = ["10.9.8.7"]
         text = net.refused()
@@ -567,7 +567,7 @@ def test_ssrf_a_redirect_leaves_the_list() -> None:
         (b"\x16\x03\x01" * 50, "connection"),
     ],
 )
-def test_ssrf_answers_that_are_refused(answer: bytes, words: str) -> None:
+def test_ssrf_answers_that_are_rejected(answer: bytes, words: str) -> None:
     with world(answer) as net:
         assert words in net.refused()
 
@@ -890,7 +890,7 @@ def test_local_files_under_roots_are_read(tree: Path) -> None:
 
 
 @pytest.mark.lesson("L21")
-def test_local_files_elsewhere_are_refused(tree: Path) -> None:
+def test_local_files_elsewhere_are_rejected(tree: Path) -> None:
     """With one text, whether they are there or not, and without the roots' names."""
     access = media_access([tree / "open"], [], local=False)
     names = [

@@ -139,7 +139,7 @@ def test_of_many_frames_the_first_is_taken(form: str) -> None:
 
 @pytest.mark.lesson("L23")
 @pytest.mark.parametrize("form", ["ICO", "PPM", "TGA", "JPEG2000", "AVIF", "SGI", "PCX"])
-def test_codec_other_formats_are_refused(form: str) -> None:
+def test_codec_other_formats_are_rejected(form: str) -> None:
     with pytest.raises(InputError, match=r"not a supported image \(JPEG, PNG, WEBP, GIF"):
         load(encoded(noise(), form))
 
@@ -230,13 +230,13 @@ def test_a_callers_image_is_left_as_it_was() -> None:
 
 @pytest.mark.lesson("L22")
 @pytest.mark.parametrize("size", [(20_000, 20_000), (65_000, 65_000), (12_000, 10_001)])
-def test_bombs_are_refused_by_their_size(size: tuple[int, int]) -> None:
+def test_bombs_are_rejected_by_their_size(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="--max-media-pixels"):
         load(png(*size, (b"IDAT", zlib.compress(b""))))
 
 
 @pytest.mark.lesson("L10")
-def test_extreme_images_every_size_is_taken_or_refused() -> None:
+def test_extreme_images_every_size_is_taken_or_rejected() -> None:
     rng, bounded = np.random.default_rng(0), PreprocessConfig(max_pixels=512 * 784)
     sizes = [(1, 1), (20_000, 1), (1, 20_000), (200, 1), (201, 1), (28, 26), (332, 27)]
     sizes += [tuple(map(int, np.exp(rng.uniform(0, np.log(20_000), 2)))) for _ in range(60)]
@@ -290,7 +290,7 @@ def test_extreme_images_a_file_cut_off_is_never_half_a_picture(form: str) -> Non
 
 
 @pytest.mark.lesson("L23")
-def test_codec_damaged_images_are_refused_or_read() -> None:
+def test_codec_damaged_images_are_rejected_or_read() -> None:
     found = fuzz(0, 330)
     assert found["refused"] > 100 and found["read"] > 50
 

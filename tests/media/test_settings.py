@@ -153,7 +153,7 @@ def test_a_server_s_options(llm: octavo.LLM) -> None:
         ({"allow_local_files": True}, "allow_local_files: unknown"),
     ],
 )
-def test_settings_that_contradict_are_refused_before_anything_is_loaded(
+def test_settings_that_contradict_are_rejected_before_anything_is_loaded(
     checkpoint: Path, settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("octavo.engine.core.engine.WorkerGroup", None)
@@ -239,12 +239,12 @@ def test_a_port_in_use_is_found_before_a_model_is_looked_for() -> None:
     assert f"octavo: --http-port {port}" in http.stderr and "in use" in http.stderr
 
 
-def test_a_host_for_http_alone_is_told() -> None:
+def test_a_host_for_http_alone_is_reported() -> None:
     done = serve("serve", "--http-host", "127.0.0.1", "--model", "/no/such")
     assert done.returncode == 2 and "requires --http-port" in done.stderr
 
 
-def test_a_limit_is_told_as_flag_and_as_setting() -> None:
+def test_a_limit_is_reported_as_flag_and_as_setting() -> None:
     with pytest.raises(InputError, match="--max-media-bytes of octavo serve") as refused:
         MediaLimits(max_media_bytes=5).check_bytes(6, "messages[0].content[0].image")
     assert "max_media_bytes= of LLM" in str(refused.value)

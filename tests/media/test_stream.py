@@ -400,7 +400,7 @@ def test_the_bytes_of_a_request_are_bounded_together() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["é", "A", "AA=A", "A===", "*", "\ud800"])
-def test_what_is_no_base64_is_told_in_our_words(wrong: str) -> None:
+def test_what_is_no_base64_is_reported_in_our_words(wrong: str) -> None:
     with pytest.raises(InputError) as caught:
         open_source(
             f"data:image/png;base64,{wrong}", MediaAccess(), "image", MediaTask(MediaLimits())
@@ -410,7 +410,7 @@ def test_what_is_no_base64_is_told_in_our_words(wrong: str) -> None:
     )
 
 
-def test_a_path_that_is_none_is_told_in_our_words() -> None:
+def test_a_path_that_is_none_is_reported_in_our_words() -> None:
     with pytest.raises(InputError, match=r"image: '.*': is not a valid path$"):
         open_source("/a\0b", MediaAccess(roots=None), "image", MediaTask(MediaLimits()))
 

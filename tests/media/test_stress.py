@@ -18,14 +18,12 @@ import pytest
 
 import octavo
 from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.fakes.tiny_server import Served
 from octavo.benchmarks.media.cases import encoded, mp4, noise, without_late_frames
 from octavo.engine.client.errors import ClientError
 from octavo.engine.media import source as sources
 from octavo.engine.media.fetch import network as networking
 from octavo.engine.media.fetch.fetch import Network
-from octavo.engine.server.drain import CallTracker
-from octavo.engine.server.http_api.server import HttpServer
+from octavo.tests.support.http_served import HttpServed
 
 PUBLIC = "93.184.216.34"
 SIZES = {"min_pixels": 3136, "max_pixels": 12544}
@@ -37,17 +35,8 @@ NO_EMBEDS = octavo.MediaEmbeds(np.full((6, 64), np.nan, np.float32), (1, 4, 6))
 EMBEDS = octavo.MediaEmbeds(np.zeros((6, 64), np.float32), (1, 4, 6))
 
 
-class Doors(Served):
+class DecodingServers(HttpServed):
     """An engine that decodes in separate processes, behind gRPC and HTTP."""
-
-    async def _start(self) -> None:
-        await super()._start()
-        self.http = HttpServer("127.0.0.1", 0)
-        self.http_address = await self.http.start(self.engine, CallTracker())
-
-    def close(self) -> None:
-        self.run(self.http.drain(1.0))
-        super().close()
 
     @property
     def num_started(self) -> int:
@@ -84,7 +73,7 @@ class FileServer:
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecodingServers]:
     checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
     folder = tmp_path_factory.mktemp("files")
     (folder / "good.png").write_bytes(PNG)
@@ -97,7 +86,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     network = Network(lambda host, port: [PUBLIC], dial, networking.tls)
     patch = pytest.MonkeyPatch()
     patch.setattr(sources, "fetch", partial(sources.fetch, network=network))
-    served = Doors(
+    served = DecodingServers(
         checkpoint,
         isolate_media=True,
         dtype="float32",
@@ -220,16 +209,16 @@ def http_leave(client: httpx2.Client, _: str, part: dict[str, Any], rng: random.
             client.post("/v1/chat/completions", json=body, timeout=rng.uniform(0.005, 0.05))
 
 
-def stress(doors: Doors, way: str, rounds: int, seed: int, leaves: bool) -> list[str]:
+def stress(served: DecodingServers, way: str, rounds: int, seed: int, leaves: bool) -> list[str]:
     """Errors of the good client, while a bad one sends what is rejected, or leaves early."""
     rng, errors, is_over = random.Random(seed), [], threading.Event()
-    folder: Path = doors.folder  # type: ignore[attr-defined]
+    folder: Path = served.folder  # type: ignore[attr-defined]
     good, bad = grpc_parts(folder) if way == "grpc" else http_parts()
 
     def connect() -> Any:
         if way == "grpc":
-            return octavo.Client(doors.address)
-        return httpx2.Client(base_url=f"http://{doors.http_address}", timeout=60)
+            return octavo.Client(served.address)
+        return httpx2.Client(base_url=served.url, timeout=60)
 
     ask: Any = grpc_ask if way == "grpc" else http_ask
     leave: Any = grpc_leave if way == "grpc" else http_leave
@@ -248,7 +237,7 @@ def stress(doors: Doors, way: str, rounds: int, seed: int, leaves: bool) -> list
     with connect() as client:
         for number in range(rounds):
             if leaves:
-                leave(client, doors.address, rng.choice(good + bad), rng)
+                leave(client, served.address, rng.choice(good + bad), rng)
             elif not ask(client, bad[number % len(bad)]):
                 errors.append(f"bad {number % len(bad)} was answered")
     is_over.set()
@@ -256,38 +245,42 @@ def stress(doors: Doors, way: str, rounds: int, seed: int, leaves: bool) -> list
     return errors
 
 
-def warm(doors: Doors) -> None:
+def warm(served: DecodingServers) -> None:
     """Start a decoder, and see that each source is good."""
-    with octavo.Client(doors.address) as client:
-        for part in grpc_parts(doors.folder)[0]:  # type: ignore[attr-defined]
+    with octavo.Client(served.address) as client:
+        for part in grpc_parts(served.folder)[0]:  # type: ignore[attr-defined]
             assert grpc_ask(client, part) == ""
 
 
 @pytest.mark.lesson("L41")
 @pytest.mark.parametrize("way", ["grpc", "http"])
-def test_reused_helper_no_good_request_fails_beside_rejected_ones(doors: Doors, way: str) -> None:
-    warm(doors)
-    started = doors.num_started
-    assert stress(doors, way, 48, 1, leaves=False) == []
-    assert doors.num_started <= max(started, 6)  # at most one more for each lane's second
+def test_reused_helper_no_good_request_fails_beside_rejected_ones(
+    served: DecodingServers, way: str
+) -> None:
+    warm(served)
+    started = served.num_started
+    assert stress(served, way, 48, 1, leaves=False) == []
+    assert served.num_started <= max(started, 6)  # at most one more for each lane's second
 
 
 @pytest.mark.lesson("L41")
 @pytest.mark.parametrize("way", ["grpc", "http"])
 def test_reused_helper_no_good_request_fails_beside_clients_that_leave(
-    doors: Doors, way: str
+    served: DecodingServers, way: str
 ) -> None:
-    assert stress(doors, way, 40, 2, leaves=True) == []
+    assert stress(served, way, 40, 2, leaves=True) == []
 
 
 @pytest.mark.lesson("L41")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["grpc", "http"])
 @pytest.mark.parametrize("leaves", [False, True])
-def test_reused_helper_two_thousand_bad_requests(doors: Doors, way: str, leaves: bool) -> None:
-    warm(doors)
-    started = doors.num_started
-    assert stress(doors, way, 2000, 3, leaves) == []
-    print(f"{way}, leaves={leaves}: {doors.num_started - started} decoders started")
+def test_reused_helper_two_thousand_bad_requests(
+    served: DecodingServers, way: str, leaves: bool
+) -> None:
+    warm(served)
+    started = served.num_started
+    assert stress(served, way, 2000, 3, leaves) == []
+    print(f"{way}, leaves={leaves}: {served.num_started - started} decoders started")
     if not leaves:
-        assert doors.num_started <= max(started, 6)
+        assert served.num_started <= max(started, 6)

@@ -235,7 +235,7 @@ def test_without_time_stamps_frames_are_counted() -> None:
 
 @pytest.mark.lesson("L23")
 @pytest.mark.parametrize("codec", ["mpeg2video", "ffv1", "libvpx"])
-def test_codec_others_are_refused_before_they_run(codec: str) -> None:
+def test_codec_others_are_rejected_before_they_run(codec: str) -> None:
     """The text says which are read, and nothing that a decoder said."""
     with pytest.raises(InputError, match=r"one of H\.264, HEVC, VP9, AV1, MPEG-4") as refused:
         open_video(clip(codec, "matroska", num_frames=6))
@@ -244,7 +244,7 @@ def test_codec_others_are_refused_before_they_run(codec: str) -> None:
 
 @pytest.mark.lesson("L23")
 @pytest.mark.parametrize("form", ["avi", "mpegts", "flv", "mpeg"])
-def test_codec_other_containers_are_refused(form: str) -> None:
+def test_codec_other_containers_are_rejected(form: str) -> None:
     codec = "mpeg2video" if form == "mpeg" else "libx264" if form == "flv" else "mpeg4"
     with pytest.raises(InputError, match=r"\(MP4, MOV, MKV, WebM\)"):
         open_video(clip(codec, form, num_frames=6))
@@ -278,7 +278,7 @@ def test_only_the_video_of_a_file_is_read(no_way_back: None) -> None:
     np.testing.assert_array_equal(found.pixels, pixels[15])
 
 
-def test_a_file_of_sound_is_refused() -> None:
+def test_a_file_of_sound_is_rejected() -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("aac", rate=8000, layout="mono")
@@ -382,7 +382,7 @@ def test_animations_are_videos(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP"])
-def test_broken_animations_are_refused(form: str) -> None:
+def test_broken_animations_are_rejected(form: str) -> None:
     data = animated(form, [100] * 8)
     with pytest.raises(InputError, match=r"corrupt|of a video of"):
         video(data[: len(data) // 4])
@@ -492,7 +492,7 @@ def test_frames_of_a_file(options: dict[str, Any], indices: list[int]) -> None:
         assert abs(float(frame.mean()) - 8 * index) < 6
 
 
-def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_was_cut_off_is_rejected(tmp_path: Path) -> None:
     """With its index in front, so that what is left decodes."""
     path = tmp_path / "whole.mp4"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
@@ -540,7 +540,7 @@ def test_bombs_lists_of_frames_are_bounded() -> None:
         ("http://example.com/a.mp4", {}, "--allow-media-domains"),
     ],
 )
-def test_what_is_no_video_is_refused_clearly(
+def test_what_is_no_video_is_rejected_clearly(
     source: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputError, match=words):

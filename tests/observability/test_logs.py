@@ -51,7 +51,7 @@ def test_exceptions_are_in_their_line() -> None:
     assert line["exception"].startswith("Traceback") and "KeyError: 'gone'" in line["exception"]
 
 
-def test_another_format_is_refused() -> None:
+def test_another_format_is_rejected() -> None:
     with pytest.raises(ValueError, match="--log-format xml: must be text or json"):
         set_up_logs("xml")
 
@@ -88,7 +88,7 @@ def ask(engine: octavo.AsyncLLM, prompt: Any, most: int = 99, **more: Any) -> No
     asyncio.run(read())
 
 
-def test_a_requests_end_is_told_once(
+def test_a_requests_end_is_reported_once(
     engine: octavo.AsyncLLM, lines: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     ask(engine, f"{SECRET} of the sea", request_id="r-7")

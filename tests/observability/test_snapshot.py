@@ -63,7 +63,7 @@ def expand(runs: list[int]) -> list[int]:
     return [code for i in range(0, len(runs), 2) for code in [runs[i]] * runs[i + 1]]
 
 
-def test_every_block_is_told_of() -> None:
+def test_every_block_is_reported_of() -> None:
     """Against what the scheduler itself says: alone, shared, kept for a prefix, and unused."""
     scheduler, stats = make_scheduler(20, max_num_seqs=3)
     add(scheduler, "gone", list(range(100, 140)))
@@ -108,7 +108,7 @@ def test_it_is_a_copy() -> None:
     assert take_snapshot(scheduler, stats).requests == ()
 
 
-def test_steps_are_told_one_by_one_and_not_for_ever() -> None:
+def test_steps_are_reported_one_by_one_and_not_for_ever() -> None:
     scheduler, stats = make_scheduler(8)
     for number in range(MAX_STEPS + 3):
         add(scheduler, str(number), list(range(20)))
@@ -120,10 +120,10 @@ def test_steps_are_told_one_by_one_and_not_for_ever() -> None:
     assert steps[0].step_id == 4
 
 
-# Through the door
+# Over HTTP
 
 
-class Door(Served):
+class TwoServers(Served):
     async def _start(self) -> None:
         await super()._start()
         self.others: list[str] = []
@@ -139,43 +139,43 @@ class Door(Served):
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[Door]:
+def served() -> Iterator[TwoServers]:
     settings: dict[str, Any] = {"max_model_len": 1024, "kv_cache_memory_bytes": 16 << 20}
-    door = Door(EMBEDDED_MODEL, dtype="float32", max_num_seqs=4, **settings)
-    yield door
-    door.wait_empty()
-    door.close()
+    served = TwoServers(EMBEDDED_MODEL, dtype="float32", max_num_seqs=4, **settings)
+    yield served
+    served.wait_empty()
+    served.close()
 
 
 @pytest.fixture(autouse=True)
 def none_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "door" in request.fixturenames:
-        door = request.getfixturevalue("door")
-        for name in door.others:
-            door.run(door.engine.abort(name))
-        door.others.clear()
-        door.wait_empty()
+    if "served" in request.fixturenames:
+        served = request.getfixturevalue("served")
+        for name in served.others:
+            served.run(served.engine.abort(name))
+        served.others.clear()
+        served.wait_empty()
 
 
 @pytest.fixture
-def client(door: Door) -> Iterator[httpx2.Client]:
+def client(served: TwoServers) -> Iterator[httpx2.Client]:
     headers = {"authorization": f"Bearer {KEY}"}
-    with httpx2.Client(base_url=door.url, headers=headers, timeout=30) as client:
+    with httpx2.Client(base_url=served.url, headers=headers, timeout=30) as client:
         yield client
 
 
-def begin(door: Door, name: str, params: SamplingParams) -> None:
+def begin(served: TwoServers, name: str, params: SamplingParams) -> None:
     async def read() -> None:
-        async for _ in door.engine.generate({"prompt": "Who? " * 9}, params, request_id=name):
+        async for _ in served.engine.generate({"prompt": "Who? " * 9}, params, request_id=name):
             pass
 
-    door.others.append(name)
-    asyncio.run_coroutine_threadsafe(read(), door.loop)
+    served.others.append(name)
+    asyncio.run_coroutine_threadsafe(read(), served.loop)
 
 
-def test_it_tells_of_requests_blocks_and_steps(door: Door, client: httpx2.Client) -> None:
-    begin(door, "mine#[7]", SamplingParams(temperature=0, max_tokens=900, ignore_eos=True, n=2))
+def test_it_tells_of_requests_blocks_and_steps(served: TwoServers, client: httpx2.Client) -> None:
+    begin(served, "mine#[7]", SamplingParams(temperature=0, max_tokens=900, ignore_eos=True, n=2))
     wait_for(lambda: len(client.get("/engine/snapshot").json()["requests"]) == 2)
     wait_for(lambda: client.get("/engine/snapshot").json()["requests"][1]["num_output_tokens"] > 2)
     found = client.get("/engine/snapshot").json()
@@ -183,7 +183,7 @@ def test_it_tells_of_requests_blocks_and_steps(door: Door, client: httpx2.Client
     names = [(row["name"], row["answer"]) for row in found["requests"]]
     assert names == [("mine#[7]", 0), ("mine#[7]", 1)]
     codes = expand(found["blocks"])
-    assert len(codes) == found["load"]["num_blocks"] == door.engine.engine.num_blocks
+    assert len(codes) == found["load"]["num_blocks"] == served.engine.engine.num_blocks
     assert codes.count(SHARED) > 0  # of the prompt
     used = len(codes) - codes.count(UNUSED) - codes.count(CACHED)
     assert used == found["load"]["num_blocks"] - found["load"]["num_free_blocks"]
@@ -195,13 +195,13 @@ def test_it_tells_of_requests_blocks_and_steps(door: Door, client: httpx2.Client
     last = found["steps"][-1][0]
     later = client.get("/engine/snapshot", params={"after": last}).json()["steps"]
     assert all(step[0] > last for step in later)
-    door.run(door.engine.abort("mine#[7]"))
-    door.wait_empty()
+    served.run(served.engine.abort("mine#[7]"))
+    served.wait_empty()
     wait_for(lambda: client.get("/engine/snapshot").json()["requests"] == [])
 
 
-def test_it_is_for_who_may(door: Door, client: httpx2.Client) -> None:
-    refused = httpx2.get(f"{door.url}/engine/snapshot")
+def test_it_is_for_who_may(served: TwoServers, client: httpx2.Client) -> None:
+    refused = httpx2.get(f"{served.url}/engine/snapshot")
     assert refused.status_code == 401 and "requests" not in refused.text
     for wrong in ("-1", "x", "1.5", "", "9" * 30, "²"):
         answer = client.get("/engine/snapshot", params={"after": wrong})
@@ -222,67 +222,75 @@ def test_it_is_for_who_may(door: Door, client: httpx2.Client) -> None:
         ("192.0.2.1", True, True),
     ],
 )
-def test_names_are_for_who_may_drain(door: Door, host: str, is_known: bool, is_named: bool) -> None:
+def test_names_are_for_who_may_drain(
+    served: TwoServers, host: str, is_known: bool, is_named: bool
+) -> None:
     """As `Control.Drain`: a key or a certificate, else this machine. Others see a number."""
-    begin(door, "a-name-to-abort-by", LONG)
-    view = snapshot_route.LiveView(door.engine, is_known)
+    begin(served, "a-name-to-abort-by", LONG)
+    view = snapshot_route.LiveView(served.engine, is_known)
     asked: Any = SimpleNamespace(query_params={}, client=SimpleNamespace(host=host))
 
     def look() -> str:
-        return door.run(view.snapshot(asked)).body.decode()
+        return served.run(view.snapshot(asked)).body.decode()
 
     wait_for(lambda: '"number":' in look())
     assert ("a-name-to-abort-by" in look()) == is_named
     assert (f'"names_are_shown":{str(is_named).lower()}') in look()
 
 
-def test_many_who_look_cost_no_more_than_one(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = snapshot_route.LiveView(door.engine, True)
+def test_many_who_look_cost_no_more_than_one(
+    served: TwoServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = snapshot_route.LiveView(served.engine, True)
     asked: Any = SimpleNamespace(query_params={}, client=None)
     taken: list[object] = []
-    whole = door.engine.snapshot
+    whole = served.engine.snapshot
 
     async def count() -> Any:
         taken.append(None)
         return await whole()
 
-    monkeypatch.setattr(door.engine, "snapshot", count)
+    monkeypatch.setattr(served.engine, "snapshot", count)
     monkeypatch.setattr(snapshot_route, "MIN_AGE", 3600.0)
 
     async def crowd() -> None:
         await asyncio.gather(*(view.snapshot(asked) for _ in range(50)))
 
-    door.run(crowd())
+    served.run(crowd())
     assert len(taken) == 1
     monkeypatch.setattr(snapshot_route, "MIN_AGE", 0.0)
-    door.run(view.snapshot(asked))
+    served.run(view.snapshot(asked))
     assert len(taken) == 2
 
 
-def test_a_fault_is_told_to_who_looks_alone(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin(door, "goes-on", LONG)
-    wait_for(lambda: door.engine.engine.has_requests)
+def test_a_fault_is_reported_to_who_looks_alone(
+    served: TwoServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(served, "goes-on", LONG)
+    wait_for(lambda: served.engine.engine.has_requests)
     monkeypatch.setattr(snapshot_route, "MIN_AGE", 0.0)
-    monkeypatch.setattr(door.engine.engine.stats, "load", None)
-    answer = httpx2.get(f"{door.open_url}/engine/snapshot")  # whose connection ends with it
+    monkeypatch.setattr(served.engine.engine.stats, "load", None)
+    answer = httpx2.get(f"{served.open_url}/engine/snapshot")  # whose connection ends with it
     assert answer.status_code == 500 and "NoneType" not in answer.text
     monkeypatch.undo()
-    assert httpx2.get(f"{door.open_url}/engine/snapshot").json()["requests"]
-    assert door.engine.engine.has_requests and not door.engine.failed
+    assert httpx2.get(f"{served.open_url}/engine/snapshot").json()["requests"]
+    assert served.engine.engine.has_requests and not served.engine.failed
 
 
-def test_an_engine_that_has_stopped_says_so(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door.engine.engine, "failed", "a test")
+def test_an_engine_that_has_stopped_says_so(
+    served: TwoServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.engine.engine, "failed", "a test")
     with pytest.raises(EngineDead, match="a test"):
-        door.run(door.engine.snapshot())
+        served.run(served.engine.snapshot())
 
 
 # The page's files
 
 
-def test_the_page_needs_no_key_and_its_data_do(door: Door) -> None:
+def test_the_page_needs_no_key_and_its_data_do(served: TwoServers) -> None:
     for path, name in page_route.PATHS.items():
-        answer = httpx2.get(door.url + path)
+        answer = httpx2.get(served.url + path)
         assert answer.status_code == 200, path
         assert answer.content == (page_route.FOLDER / name).read_bytes()
         assert answer.headers["content-type"] == page_route.TYPES["." + name.rpartition(".")[2]]
@@ -296,12 +304,12 @@ def test_the_page_needs_no_key_and_its_data_do(door: Door) -> None:
         "/page/x.js",
         "//",
     ):
-        assert httpx2.get(door.url + path).status_code in (401, 404), path
-    assert httpx2.get(door.url + "/v1/models").status_code == 401
-    assert httpx2.post(door.url + "/", json={}).status_code == 405
+        assert httpx2.get(served.url + path).status_code in (401, 404), path
+    assert httpx2.get(served.url + "/v1/models").status_code == 401
+    assert httpx2.post(served.url + "/", json={}).status_code == 405
 
 
-def test_the_page_is_whole_and_needs_nobody_else() -> None:
+def test_the_page_is_whole_and_needs_no_other() -> None:
     """All its files are served; none names another place, nor has a script or a style inside."""
     files = {path.name: path.read_text() for path in page_route.FOLDER.iterdir()}
     assert set(files) == set(page_route.PATHS.values())

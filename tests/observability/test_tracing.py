@@ -105,7 +105,7 @@ def test_what_is_no_traceparent_begins_a_trace(
     assert by_name(exporter)["request"].parent is None
 
 
-def test_a_refused_request(engine: octavo.AsyncLLM, exporter: InMemorySpanExporter) -> None:
+def test_a_rejected_request(engine: octavo.AsyncLLM, exporter: InMemorySpanExporter) -> None:
     with pytest.raises(InputError):
         ask(engine, {"messages": [{"role": "nobody"}]})
     (request,) = exporter.get_finished_spans()

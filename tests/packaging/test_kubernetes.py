@@ -61,7 +61,7 @@ def test_the_schema_takes_it(resource: dict[str, Any]) -> None:
     check(resource)
 
 
-def test_the_schema_refuses_what_is_wrong() -> None:
+def test_the_schema_rejects_what_is_wrong() -> None:
     wrong = copy.deepcopy(PLAIN[0])
     wrong["spec"]["template"]["spec"]["containers"][0]["livenessprobe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="livenessprobe"):
@@ -91,8 +91,8 @@ def test_rays_own_ports_are_closed_to_strangers() -> None:
     assert within == {"from": [cluster]}
     assert operator["from"][0]["podSelector"]["matchLabels"]
     assert operator["ports"] == [{"port": 8265}]
-    doors = {port["containerPort"] for port in _container(RAY_GROUPS[1])["ports"]}
-    assert anyone == {"ports": [{"port": port} for port in sorted(doors)]}
+    served = {port["containerPort"] for port in _container(RAY_GROUPS[1])["ports"]}
+    assert anyone == {"ports": [{"port": port} for port in sorted(served)]}
 
 
 def _container(group: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_the_certificate_of_the_group_serves_by_the_names_that_the_engine_calls(
         _join(tls, host)
 
 
-def test_a_certificate_that_gRPC_takes_for_no_call_is_told_at_once(
+def test_a_certificate_that_gRPC_takes_for_no_call_is_reported_at_once(
     tmp_path: Path,
 ) -> None:
     """TLS itself takes this wildcard, and each call is then refused."""

@@ -1,4 +1,4 @@
-"""What the replicas' ingress and a replica's doors do with calls. No cluster is started."""
+"""Calls to the replicas' ingress and to the servers of a replica. No cluster is started."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ async def head(app: Any, call: HttpCall) -> HttpStart:
         (None, b"octavo.default.svc", None, 200),
     ],
 )
-def test_a_page_whose_name_was_made_to_lead_here_is_refused(
+def test_a_page_whose_name_was_made_to_lead_here_is_rejected(
     server: Any, host: bytes, keys: ApiKeys | None, status: int
 ) -> None:
-    """DNS rebinding, as at the door of `octavo serve`: a replica knows by which address the client
+    """DNS rebinding, as with `octavo serve`: a replica knows by which address the client
     came to the proxy."""
     guard = AuthMiddleware(PlainTextResponse("let through"), CallTracker(), keys, REFUSALS)
     headers = [(b"host", host), (b"authorization", f"Bearer {KEY}".encode())]
@@ -255,7 +255,7 @@ def test_over_grpc_too(
         assert answer.failure.code == "UNAUTHENTICATED"
 
 
-def test_a_message_that_octavo_serve_would_not_take_is_refused(
+def test_a_message_that_octavo_serve_would_not_take_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingress_module, "MAX_BODY_BYTES", 1000)

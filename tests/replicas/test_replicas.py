@@ -1,4 +1,4 @@
-"""Two replicas on a Ray of this machine: both of Serve's doors, where requests go, and one replica
+"""Two replicas on a Ray of this machine: both of Serve's served, where requests go, and one replica
 killed while it answers."""
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def cached_of(client: openai.OpenAI, messages: Any) -> int:
     return answer.usage.prompt_tokens_details.cached_tokens or 0
 
 
-def test_both_doors_answer_as_an_engine_does(cluster: Cluster, expected: str) -> None:
+def test_both_servers_answer_as_an_engine_does(cluster: Cluster, expected: str) -> None:
     client = cluster.client()
     whole = client.chat.completions.create(model=MODEL, messages=WHO, **GREEDY)
     chunks = [
@@ -162,7 +162,7 @@ def test_both_doors_answer_as_an_engine_does(cluster: Cluster, expected: str) ->
     assert len(chunks) > 4 and len(deltas) > 4  # they came one by one
 
 
-def test_what_is_refused_is_told_as_octavo_serve_tells_it(cluster: Cluster) -> None:
+def test_what_is_rejected_is_reported_as_octavo_serve_tells_it(cluster: Cluster) -> None:
     with pytest.raises(openai.NotFoundError, match="model='nope'"):
         cluster.client().chat.completions.create(model="nope", messages=WHO)
     assert httpx2.post(f"{cluster.http}/v1/completions", content=b"{}").status_code == 415
@@ -203,7 +203,7 @@ def test_requests_go_where_their_prefix_is(cluster: Cluster) -> None:
         assert cached_of(client, asked[1]) >= 64
 
 
-def test_requests_go_where_their_picture_is_by_either_door(cluster: Cluster) -> None:
+def test_requests_go_where_their_picture_is_by_either_server(cluster: Cluster) -> None:
     client = cluster.client()
     with octavo.Client(cluster.grpc) as grpc_client:
         for seed in range(6):

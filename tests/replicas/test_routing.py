@@ -95,7 +95,7 @@ def test_token_ids_are_a_prefix_too() -> None:
     assert num_shared(one, other) == len(one.links) - 1
 
 
-def test_both_doors_name_a_chat_alike() -> None:
+def test_both_servers_name_a_chat_alike() -> None:
     uri = PICTURE["image"]
     content = [{"type": "image_url", "image_url": {"url": uri}}, text("Hm?")]
     body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
@@ -191,7 +191,7 @@ def test_requests_that_never_answer_leave_nothing() -> None:
 
 
 @pytest.mark.parametrize("comes", ["before the first is admitted", "after it"])
-def test_a_refused_duplicate_takes_nothing_from_the_first(comes: str) -> None:
+def test_a_rejected_duplicate_takes_nothing_from_the_first(comes: str) -> None:
     simulation = Simulation(make_config())
     held = Held(simulation.scheduler, simulation.scheduler.config.block_size)
     prefix, request = prefix_of({"prompt": LONG}), make_request("a", 40)
@@ -365,7 +365,7 @@ def test_settings_are_ours_and_the_engines() -> None:
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
     ],
 )
-def test_wrong_settings_are_told_by_name(args: dict[str, Any], text: str) -> None:
+def test_wrong_settings_are_reported_by_name(args: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=f"^{text}"):
         read_settings(args)
 

@@ -123,7 +123,7 @@ def test_n_works_in_a_batch_and_past_max_num_seqs(llm: octavo.LLM) -> None:
         assert out.outputs[0].token_ids == alone.token_ids
 
 
-def test_cached_tokens_are_told(llm: octavo.LLM, client: Client) -> None:
+def test_cached_tokens_are_reported(llm: octavo.LLM, client: Client) -> None:
     messages = ask("How many tokens are there in this long question about a picture?", 7)
     first, second = (llm.chat(messages, GREEDY)[0] for _ in range(2))
     assert first.usage is not None and second.usage is not None
@@ -434,7 +434,7 @@ def test_a_full_queue_is_resource_exhausted(
         assert list(client.chat(ask("more"), temperature=0, max_tokens=2))
 
 
-def test_the_library_waits_where_a_server_refuses(llm: octavo.LLM) -> None:
+def test_the_library_waits_where_a_server_rejects(llm: octavo.LLM) -> None:
     """More prompts than places: `LLM` feeds them in as there is room."""
     outs = llm.chat([ask(f"Number {i}") for i in range(25)], GREEDY)
     assert [out.error for out in outs] == [""] * 25

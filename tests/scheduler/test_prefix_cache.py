@@ -253,7 +253,7 @@ def test_forks_with_an_image_at_the_prompt_s_end() -> None:
         assert simulation.outputs[request.request_id] == naive_output(request, 9)
 
 
-def test_what_a_failed_request_computed_is_found_by_nobody() -> None:
+def test_what_a_failed_request_computed_is_found_by_no_one() -> None:
     simulation = make_simulation()
     simulation.scheduler.add(make_request("bad", list(range(20)), max_tokens=9))
     simulation.step()

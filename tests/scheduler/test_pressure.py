@@ -93,7 +93,7 @@ def test_a_step_looks_past_few_that_cannot_start() -> None:
     simulation.run()
 
 
-def test_nobody_is_preempted_for_nothing() -> None:
+def test_no_one_is_preempted_for_nothing() -> None:
     """An urgent request that would not fit even in the place of all lesser ones takes none."""
     simulation = Simulation(make_config(num_blocks=16))
     simulation.scheduler.add(make_request("equal", 40, priority=0, max_tokens=8))
@@ -107,7 +107,7 @@ def test_nobody_is_preempted_for_nothing() -> None:
     simulation.run()
 
 
-def test_nobody_is_preempted_for_blocks_that_are_shared() -> None:
+def test_no_one_is_preempted_for_blocks_that_are_shared() -> None:
     """Four forks of least priority: what they share is free only if all go, and once."""
     simulation = Simulation(make_config(num_blocks=22, max_num_batched_tokens=64, max_num_seqs=9))
     tokens = list(range(32))
@@ -179,7 +179,7 @@ def test_deadlines_of_requests_long_gone_take_no_memory() -> None:
     assert len(simulation.scheduler.state._deadlines) < 100
 
 
-def test_a_full_queue_refuses() -> None:
+def test_a_full_queue_rejects() -> None:
     """The same outcome whether steps have run or not: free places count for the queue."""
     for steps in (0, 1):
         simulation = Simulation(make_config(max_num_seqs=2, max_queue_len=3))
@@ -195,7 +195,7 @@ def test_a_full_queue_refuses() -> None:
         simulation.run()
 
 
-def test_a_queue_full_of_tokens_refuses_but_never_a_request_alone() -> None:
+def test_a_queue_full_of_tokens_rejects_but_never_a_request_alone() -> None:
     simulation = Simulation(make_config(max_queue_tokens=30, num_blocks=40, max_num_seqs=1))
     simulation.scheduler.add(make_request("large", 40))
     simulation.step()
@@ -298,7 +298,7 @@ def test_the_urgent_take_the_turn_of_a_lesser_prompt_in_pieces() -> None:
     simulation.run()
 
 
-def test_a_long_prompt_leaves_room_for_a_short_one_also_when_nobody_decodes() -> None:
+def test_a_long_prompt_leaves_room_for_a_short_one_also_when_no_one_decodes() -> None:
     config = make_config(num_blocks=90, max_num_batched_tokens=20, long_prefill_token_threshold=8)
     simulation = Simulation(config)
     for name, size in (("long", 60), ("longer", 60), ("short", 8), ("second", 8)):

@@ -122,7 +122,7 @@ def test_one_image_twice_in_a_prompt() -> None:
         assert simulation.outputs["a"] == naive_output(request, 4)
 
 
-def test_what_is_evicted_is_told_to_the_workers() -> None:
+def test_what_is_evicted_is_reported_to_the_workers() -> None:
     simulation = run(
         [make_request(str(i), 12, (2, 8, bytes([i]) * 32)) for i in range(9)],
         encoder_cache_tokens=24,
@@ -138,7 +138,7 @@ def test_what_is_evicted_is_told_to_the_workers() -> None:
         (make_request("a", 40, (1, 17, CAT)), "max_encode_tokens=16"),
     ],
 )
-def test_what_can_never_run_is_refused(request_: Request, words: str) -> None:
+def test_what_can_never_run_is_rejected(request_: Request, words: str) -> None:
     scheduler = Scheduler(make_config())
     with pytest.raises(AdmissionError, match=words):
         scheduler.add(request_)

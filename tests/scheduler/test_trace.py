@@ -185,7 +185,7 @@ def test_a_real_run(real: tuple[Path, Any]) -> None:
     assert trace.steps[-1]["rows"] == []  # the last end, which no step followed
 
 
-def test_a_name_that_is_used_again_and_a_step_that_nobody_sees(
+def test_a_name_that_is_used_again_and_a_step_that_no_one_sees(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "again.jsonl"

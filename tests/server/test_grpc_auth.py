@@ -86,7 +86,7 @@ def every_method() -> list[str]:
 
 @pytest.mark.lesson("L28")
 @pytest.mark.parametrize("path", every_method())
-def test_key_timing_one_door_before_every_method(guarded: str, path: str) -> None:
+def test_key_timing_one_server_before_every_method(guarded: str, path: str) -> None:
     """Also before what is not there, so that nobody learns what is."""
     wrong = [(), (("authorization", "Bearer nobody's-key"),), (("authorization", KEYS[0]),)]
     wrong += [(("authorization", f"Basic {KEYS[0]}"),), (("x-api-key", KEYS[0]),)]

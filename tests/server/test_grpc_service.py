@@ -365,7 +365,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("asked", "code", "field"), REFUSED)
 @pytest.mark.parametrize("method", ["Generate", "GenerateOnce"])
-def test_what_is_refused_names_its_field(
+def test_what_is_rejected_names_its_field(
     stubs: Stubs, method: str, asked: pb.GenerateRequest, code: str, field: str
 ) -> None:
     found = refusal(lambda: getattr(stubs.inference, method)(asked))
@@ -440,7 +440,7 @@ async def _dying(deltas: int) -> AsyncGenerator[OutputDelta, None]:
     raise EngineDead("rank 0 ended")
 
 
-def test_workers_that_die_are_told_of_by_an_event_where_the_stream_has_begun() -> None:
+def test_workers_that_die_are_reported_of_by_an_event_where_the_stream_has_started() -> None:
     async def read(deltas: int) -> tuple[list[pb.GenerateDelta], Any]:
         call = inference._Call("it", _dying(deltas))
         return [message async for message in inference._messages(call)], call.fault
@@ -522,7 +522,7 @@ def test_bytes_that_are_no_message(stubs: Stubs, path: str) -> None:
     ],
     ids=["messages", "parts", "calls", "arguments"],
 )
-def test_many_small_things_are_refused_before_they_are_gone_through(
+def test_many_small_things_are_rejected_before_they_are_gone_through(
     stubs: Stubs, conversation: pb.Conversation, text: str
 ) -> None:
     """All requests would wait for that."""
@@ -553,7 +553,7 @@ def test_a_server_that_warms_up_can_be_stopped(monkeypatch: pytest.MonkeyPatch) 
     assert asyncio.run(stop()) is False and ends == ["cancelled"]
 
 
-def test_many_large_tools_are_refused_unread(stubs: Stubs) -> None:
+def test_many_large_tools_are_rejected_unread(stubs: Stubs) -> None:
     function = pb.Function(name="f", parameters="[" * (1 << 19))
     tools = [pb.Tool(function=function)] * 3
     asked = pb.GenerateRequest(conversation=talk(pb.ContentPart(text="x")), tools=tools)
@@ -585,13 +585,13 @@ def test_health_tells_of_workers_that_are_away_for_long(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "host", "[::1]"])
-def test_an_address_without_a_port_is_refused(address: str) -> None:
+def test_an_address_without_a_port_is_rejected(address: str) -> None:
     """gRPC would take 443."""
     with pytest.raises(ClientError, match="must be HOST:PORT"):
         octavo.Client(address)
 
 
-def test_every_setting_is_told_or_private(tmp_path: Path) -> None:
+def test_every_setting_is_reported_or_private(tmp_path: Path) -> None:
     """Those that name places on the server's machine, or hosts of its network, are private."""
     config = EngineConfig(
         model=tmp_path,
@@ -678,7 +678,7 @@ def test_metadata_names_the_request_and_its_priority(
     ("name", "value"),
     [("x-priority", "10"), ("x-priority", "high"), ("x-priority", ""), ("x-request-id", "x" * 300)],
 )
-def test_metadata_that_cannot_be_is_refused(stubs: Stubs, name: str, value: str) -> None:
+def test_metadata_that_cannot_be_is_rejected(stubs: Stubs, name: str, value: str) -> None:
     found = refusal(lambda: stubs.inference.GenerateOnce(request(), metadata=((name, value),)))
     assert (found[0], found[2]) == ("INVALID_ARGUMENT", name)
 
@@ -906,7 +906,7 @@ def test_what_is_no_delta_keeps_its_place() -> None:
     assert merge(events) == ["admitted", first, OutputDelta("it", text="ab"), dead]
 
 
-def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
+def test_a_reader_that_sleeps_holds_no_one_up(served: Served) -> None:
     async def sleepy() -> tuple[list[int], int]:
         stream = served.engine.generate(
             {"prompt": "What is it?"}, octavo.SamplingParams(**{**LONG, "max_tokens": 300})
@@ -928,7 +928,7 @@ def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
     assert count < 300
 
 
-def test_a_caller_that_does_not_read_holds_nobody_up(served: Served, stubs: Stubs) -> None:
+def test_a_caller_that_does_not_read_holds_no_one_up(served: Served, stubs: Stubs) -> None:
     """Its stream takes no more than its window of 64 KiB; the rest gathers, put together."""
     lazy = Stubs(served.address, ("grpc.http2.bdp_probe", 0))  # which would widen the window
     asked = request(n=8, max_tokens=150)

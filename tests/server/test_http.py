@@ -1,4 +1,4 @@
-"""The OpenAI-compatible door, as the `openai` package and plain HTTP clients meet it."""
+"""The OpenAI-compatible served, as the `openai` package and plain HTTP clients meet it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from starlette.responses import PlainTextResponse
 import octavo
 from octavo.benchmarks.demo_model.draw import draw_motion, draw_shape, save_mp4
 from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.fakes.tiny_server import Served, start, wait_for
+from octavo.benchmarks.fakes.tiny_server import start, wait_for
 from octavo.engine.client.errors import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.errors import RequestError
@@ -53,6 +53,7 @@ from octavo.engine.server.http_api.openai_request import NEUTRAL, PARAMS, read_c
 from octavo.engine.server.http_api.server import HttpServer
 from octavo.engine.tool_calling.schema import TOOL_FIELDS
 from octavo.engine.utils.tls import TlsFiles
+from octavo.tests.support.http_served import HttpServed
 
 KEYS = ("the-first-key", "the-second-key")
 CANVAS = (160, 120)
@@ -64,23 +65,11 @@ JSON = {"content-type": "application/json"}
 NUM_PLACES = 3  # requests that run or wait
 
 
-class Door(Served):
-    """An engine with both of its doors, in this process."""
-
-    async def _start(self) -> None:
-        await super()._start()
-        self.http = HttpServer("127.0.0.1", 0, ApiKeys(KEYS))
-        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
-
-    def close(self) -> None:
-        self.run(self.http.drain(1.0))
-        super().close()
-
-
 @pytest.fixture(scope="module")
-def door() -> Iterator[Door]:
-    door = Door(
+def served() -> Iterator[HttpServed]:
+    served = HttpServed(
         EMBEDDED_MODEL,
+        KEYS,
         dtype="float32",
         max_model_len=1024,
         kv_cache_memory_bytes=64 << 20,
@@ -88,21 +77,21 @@ def door() -> Iterator[Door]:
         max_queue_len=1,
         allowed_media_paths=(),
     )
-    yield door
-    door.wait_empty()
-    door.close()
+    yield served
+    served.wait_empty()
+    served.close()
 
 
 @pytest.fixture
-def client(door: Door) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{door.url}/v1", api_key=KEYS[1], max_retries=0) as client:
+def client(served: HttpServed) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEYS[1], max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
-def raw(door: Door) -> Iterator[httpx2.Client]:
+def raw(served: HttpServed) -> Iterator[httpx2.Client]:
     headers = {"authorization": f"Bearer {KEYS[0]}"}
-    with httpx2.Client(base_url=door.url, headers=headers, timeout=30) as client:
+    with httpx2.Client(base_url=served.url, headers=headers, timeout=30) as client:
         yield client
 
 
@@ -135,9 +124,9 @@ def error_in(response: httpx2.Response) -> dict[str, Any]:
 # Answers
 
 
-def test_streamed_whole_and_grpc_are_the_same(door: Door, client: openai.OpenAI) -> None:
+def test_streamed_whole_and_grpc_are_the_same(served: HttpServed, client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY)
-    with octavo.Client(door.address) as grpc_client:
+    with octavo.Client(served.address) as grpc_client:
         grpc_text = "".join(delta.text for delta in grpc_client.chat(WHO, **GREEDY))
     chunks = list(
         client.chat.completions.create(model="embedded", messages=WHO, stream=True, **GREEDY)
@@ -289,8 +278,8 @@ def test_completions_of_every_form_of_prompt(client: openai.OpenAI, raw: httpx2.
     assert raw.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
 
 
-def test_tokens_and_back(door: Door, raw: httpx2.Client) -> None:
-    reader = door.engine.engine.processor.reader
+def test_tokens_and_back(served: HttpServed, raw: httpx2.Client) -> None:
+    reader = served.engine.engine.processor.reader
     text = "Who are you? <|im_end|> 東京"
     told = raw.post("/tokenize", json={"prompt": text}).json()
     assert told["tokens"] == reader.tokenizer.encode_marked(text)
@@ -385,7 +374,7 @@ def _body(**more: Any) -> dict[str, Any]:
         ({"messages": ask("x" * 3000), "max_tokens": 1}, "prompt", "max_model_len"),
     ],
 )
-def test_bad_requests_are_told_the_field(
+def test_bad_requests_are_reported_the_field(
     raw: httpx2.Client, body: dict[str, Any], param: str | None, words: str
 ) -> None:
     # json.dumps, since httpx2 has no half surrogates
@@ -452,7 +441,7 @@ def test_fields_that_ask_for_nothing_pass(raw: httpx2.Client) -> None:
         assert response.json()["choices"] == expected
 
 
-def test_log_probabilities_in_openai_s_form(door: Door, raw: httpx2.Client) -> None:
+def test_log_probabilities_in_openai_s_form(served: HttpServed, raw: httpx2.Client) -> None:
     """Streamed and whole the same; greedy tokens are the likeliest of those told of."""
     body = {**_body(messages=WHO), "temperature": 0, "logprobs": True, "top_logprobs": 2}
     whole = raw.post("/v1/chat/completions", json=body).json()["choices"][0]
@@ -468,10 +457,12 @@ def test_log_probabilities_in_openai_s_form(door: Door, raw: httpx2.Client) -> N
     assert error_in(refused)["param"] == "top_logprobs"
 
 
-def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.Client) -> None:
+def test_log_probabilities_of_prompts_as_vllm_has_them(
+    served: HttpServed, raw: httpx2.Client
+) -> None:
     """The second opinion is the library's own, through gRPC."""
-    tokenizer = door.engine.engine.processor.tokenizer.backend
-    with octavo.Client(door.address) as other:
+    tokenizer = served.engine.engine.processor.tokenizer.backend
+    with octavo.Client(served.address) as other:
         reply = other.generate_once(WHO, max_tokens=1, temperature=0, prompt_logprobs=2)
         expected = reply.answers[0].prompt_logprobs
         ids = other.tokenize(WHO)
@@ -494,17 +485,17 @@ def test_log_probabilities_of_prompts_as_vllm_has_them(door: Door, raw: httpx2.C
     assert "prompt_logprobs" not in plain["choices"][0] and "prompt_logprobs" not in plain
 
 
-def test_what_a_door_refuses_by_itself_is_counted_and_logged(
-    door: Door, raw: httpx2.Client, caplog: pytest.LogCaptureFixture
+def test_what_a_server_rejects_by_itself_is_counted_and_logged(
+    served: HttpServed, raw: httpx2.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stats = door.engine.engine.stats
+    stats = served.engine.engine.stats
     before = [stats.errors["INVALID_ARGUMENT"], stats.errors["NOT_FOUND"], stats.ends["refused"]]
     with caplog.at_level(logging.INFO, "octavo.request"):
         for field, value in (("temperature", -1), ("model", "other"), ("messages", 5)):
             headers = {"x-request-id": f"http {field}"}
             raw.post("/v1/chat/completions", json=_body(**{field: value}), headers=headers)
         raw.post("/v1/chat/completions", content=b"{", headers=JSON)
-        with octavo.Client(door.address) as other:
+        with octavo.Client(served.address) as other:
             for wrong in ({"temperature": -1.0}, {"images": [b"x"]}):
                 with pytest.raises(ClientError):
                     other.generate_once([5], request_id=f"grpc {[*wrong]}", **wrong)
@@ -531,7 +522,7 @@ def test_what_a_door_refuses_by_itself_is_counted_and_logged(
     ids=["nested", "values", "messages", "parts"],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
-def test_many_small_things_are_refused_before_they_are_gone_through(
+def test_many_small_things_are_rejected_before_they_are_gone_through(
     raw: httpx2.Client, path: str, content: bytes, status: int, text: str
 ) -> None:
     """All requests would wait for that."""
@@ -664,8 +655,8 @@ def test_mutated_bodies_are_never_a_fault(raw: httpx2.Client) -> None:
 
 
 @pytest.mark.lesson("L28")
-def test_key_timing_every_path_needs_a_key(door: Door) -> None:
-    with httpx2.Client(base_url=door.url) as nobody:
+def test_key_timing_every_path_needs_a_key(served: HttpServed) -> None:
+    with httpx2.Client(base_url=served.url) as nobody:
         for path in (
             "/v1/models",
             "/v1/chat/completions",
@@ -689,7 +680,7 @@ def test_key_timing_every_path_needs_a_key(door: Door) -> None:
         assert "octavo_requests_running" in metrics.text
     with (
         pytest.raises(openai.AuthenticationError),
-        openai.OpenAI(base_url=f"{door.url}/v1", api_key="wrong", max_retries=0) as wrong,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0) as wrong,
     ):
         wrong.models.list()
 
@@ -793,7 +784,7 @@ def test_bodies_that_are_here_are_bounded_together() -> None:
         ("[::1", 421),
     ],
 )
-def test_a_page_whose_name_was_made_to_lead_here_is_refused(host: str, status: int) -> None:
+def test_a_page_whose_name_was_made_to_lead_here_is_rejected(host: str, status: int) -> None:
     """DNS rebinding: a browser of this machine takes the server for that site's own. Not where keys
     are asked for, nor at an address that others reach."""
     refusals: Any = None  # of keys: there are none
@@ -835,7 +826,7 @@ def test_message_size(raw: httpx2.Client) -> None:
     assert response.status_code == 200, response.text
 
 
-def test_a_full_queue_is_told_to_come_again(door: Door, client: openai.OpenAI) -> None:
+def test_a_full_queue_is_reported_to_come_again(served: HttpServed, client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     streams = [
         create(model="embedded", messages=WHO, stream=True, **LONG) for _ in range(NUM_PLACES - 1)
@@ -844,7 +835,7 @@ def test_a_full_queue_is_told_to_come_again(door: Door, client: openai.OpenAI) -
         target=lambda: create(model="embedded", messages=WHO, max_tokens=1), daemon=True
     )
     waiting.start()
-    wait_for(lambda: len(door.engine._streams) == NUM_PLACES)
+    wait_for(lambda: len(served.engine._streams) == NUM_PLACES)
     for stream in (True, False):
         with pytest.raises(openai.RateLimitError) as refused:
             create(model="embedded", messages=WHO, stream=stream)
@@ -853,22 +844,22 @@ def test_a_full_queue_is_told_to_come_again(door: Door, client: openai.OpenAI) -
     for each in streams:
         each.close()
     waiting.join(30)
-    door.wait_empty()
+    served.wait_empty()
     create(model="embedded", messages=WHO, max_tokens=1)
 
 
-def test_time_that_runs_out(door: Door, client: openai.OpenAI) -> None:
+def test_time_that_runs_out(served: HttpServed, client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     for stream in (True, False):
         with pytest.raises(openai.InternalServerError) as late:
             create(model="embedded", messages=WHO, stream=stream, extra_body={"timeout_s": 0.0})
         assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
-        ends = door.engine.engine.stats.errors["DEADLINE_EXCEEDED"]
+        ends = served.engine.engine.stats.errors["DEADLINE_EXCEEDED"]
         with pytest.raises(openai.InternalServerError):  # by its defaults it sends a 5xx again
             client.with_options(max_retries=2).chat.completions.create(
                 model="embedded", messages=WHO, stream=stream, extra_body={"timeout_s": 0.0}
             )
-        assert door.engine.engine.stats.errors["DEADLINE_EXCEEDED"] == ends + 1
+        assert served.engine.engine.stats.errors["DEADLINE_EXCEEDED"] == ends + 1
     more = {**LONG, "extra_body": {"ignore_eos": True, "timeout_s": 0.3}}
     texts = []
     with pytest.raises(openai.APIError) as cut:  # an event of a stream that had begun
@@ -879,14 +870,14 @@ def test_time_that_runs_out(door: Door, client: openai.OpenAI) -> None:
 
 
 def test_a_fault_of_ours_tells_nothing(
-    door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    served: HttpServed, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     async def fail(*given: Any, **named: Any) -> Any:
         if fail.first:  # type: ignore[attr-defined]
             yield octavo.engine.outputs.OutputDelta("x", text="a")  # type: ignore[attr-defined]
         raise RuntimeError("the secret path /etc/x")
 
-    monkeypatch.setattr(door.engine, "generate", fail)
+    monkeypatch.setattr(served.engine, "generate", fail)
     for stream, first in ((True, True), (True, False), (False, False)):
         fail.first = first  # type: ignore[attr-defined]
         response = raw.post("/v1/chat/completions", json=_body(stream=stream))
@@ -898,7 +889,11 @@ def test_a_fault_of_ours_tells_nothing(
 
 @pytest.mark.parametrize(("code", "times"), [("INTERNAL", 1), ("UNAVAILABLE", 3)])
 def test_openai_s_client_sends_again_what_may_be(
-    door: Door, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, code: str, times: int
+    served: HttpServed,
+    client: openai.OpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    times: int,
 ) -> None:
     """What has brought the workers down is not to do so thrice."""
     came: list[str] = []
@@ -907,7 +902,7 @@ def test_openai_s_client_sends_again_what_may_be(
         came.append(code)
         yield OutputDelta("x", finish_reason="error", failure=RequestError(code, "it failed"))
 
-    monkeypatch.setattr(door.engine, "generate", fail)
+    monkeypatch.setattr(served.engine, "generate", fail)
     monkeypatch.setattr(http_error, "RETRY_AFTER", "0.01")
     with pytest.raises(openai.InternalServerError):
         client.with_options(max_retries=2).chat.completions.create(model="embedded", messages=WHO)
@@ -921,18 +916,18 @@ def has_length(value: Sized, length: int) -> bool:
     return len(value) == length
 
 
-def test_a_client_that_leaves_frees_its_request(door: Door, raw: httpx2.Client) -> None:
+def test_a_client_that_leaves_frees_its_request(served: HttpServed, raw: httpx2.Client) -> None:
     aborted: list[str] = []
-    abort = door.engine._steps.abort
-    door.engine._steps.abort = lambda key: (aborted.append(key), abort(key))[1]  # type: ignore
+    abort = served.engine._steps.abort
+    served.engine._steps.abort = lambda key: (aborted.append(key), abort(key))[1]  # type: ignore
     try:
         with raw.stream(
             "POST", "/v1/chat/completions", json={**LONG_BODY, "stream": True}
         ) as lines:
             next(lines.iter_lines())
-        door.wait_empty()
+        served.wait_empty()
         assert len(aborted) == 1
-        host, port = door.url.removeprefix("http://").split(":")
+        host, port = served.url.removeprefix("http://").split(":")
         for body in (LONG_BODY, {"prompt": ["a", "b"], "max_tokens": 900, "ignore_eos": True}):
             path = "chat/completions" if "messages" in body else "completions"
             content = json.dumps(body)
@@ -940,15 +935,15 @@ def test_a_client_that_leaves_frees_its_request(door: Door, raw: httpx2.Client) 
                 head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[1]}\r\n"
                 head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
                 wire.sendall((head + content).encode())
-                requests = door.engine.engine.requests
+                requests = served.engine.engine.requests
                 wait_for(functools.partial(has_length, requests, len(body.get("prompt", "1"))))
-            door.wait_empty()
+            served.wait_empty()
         assert len(aborted) == 4
     finally:
-        door.engine._steps.abort = abort
+        served.engine._steps.abort = abort
 
 
-def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
+def test_the_request_has_a_name(served: HttpServed, client: openai.OpenAI) -> None:
     named = {"extra_headers": {"x-request-id": "mine"}}
     stream = client.chat.completions.create(
         model="embedded", messages=WHO, stream=True, **LONG, **named
@@ -959,7 +954,7 @@ def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
     for prompt in ("one", ["one", "two"]):  # a mesh's trace id: no conflict
         also = client.completions.create(model="embedded", prompt=prompt, max_tokens=2, **named)
         assert also.id.startswith("cmpl-mine-") and also._request_id == "mine"
-    with octavo.Client(door.address) as other:
+    with octavo.Client(served.address) as other:
         assert other.abort("mine")
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "abort"
     answer = client.chat.completions.create(model="embedded", messages=WHO, **GREEDY, **named)
@@ -970,8 +965,8 @@ def test_the_request_has_a_name(door: Door, client: openai.OpenAI) -> None:
         )
 
 
-def test_a_grpc_client_at_the_http_port_is_told(door: Door, tmp_path: Path) -> None:
-    address = door.url.removeprefix("http://")
+def test_a_grpc_client_at_the_http_port_is_reported(served: HttpServed, tmp_path: Path) -> None:
+    address = served.url.removeprefix("http://")
     with octavo.Client(address) as lost, pytest.raises(ClientError, match="gRPC port") as told:
         list(lost.chat(WHO))
     assert told.value.code == "UNAVAILABLE" and "http1.x" not in told.value.text
@@ -979,7 +974,7 @@ def test_a_grpc_client_at_the_http_port_is_told(door: Door, tmp_path: Path) -> N
         lost.load()
 
 
-def test_every_answer_has_its_request_s_name(door: Door, raw: httpx2.Client) -> None:
+def test_every_answer_has_its_request_s_name(served: HttpServed, raw: httpx2.Client) -> None:
     named = {"x-request-id": "mine"}
     for path, more, status in (
         ("/v1/models", {}, 200),
@@ -995,14 +990,14 @@ def test_every_answer_has_its_request_s_name(door: Door, raw: httpx2.Client) -> 
 
 
 def test_the_caller_s_trace_is_the_request_s(
-    door: Door, raw: httpx2.Client, caplog: pytest.LogCaptureFixture
+    served: HttpServed, raw: httpx2.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As over gRPC; one that is not valid is passed over."""
     caplog.set_level(logging.INFO, "octavo.server")
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     parents: list[str] = []
     spans = SimpleNamespace(write=lambda parent, *rest: parents.append(parent))
-    door.engine.spans = spans  # type: ignore[assignment]
+    served.engine.spans = spans  # type: ignore[assignment]
     try:
         body = {"max_tokens": 2, "prompt": "x"}
         for given, more in ((trace, {}), (trace, {"stream": True}), ("00-junk", {})):
@@ -1011,12 +1006,12 @@ def test_the_caller_s_trace_is_the_request_s(
         raw.post("/v1/completions", json={**body, "prompt": ["x", "y"]}, headers=headers)
         wait_for(lambda: len(parents) == 5)
     finally:
-        door.engine.spans = None
+        served.engine.spans = None
     assert parents == [trace, trace, "", trace, trace]
     assert caplog.text.count(trace) == 3 and "junk" not in caplog.text
 
 
-def test_many_clients_at_once(door: Door, client: openai.OpenAI) -> None:
+def test_many_clients_at_once(served: HttpServed, client: openai.OpenAI) -> None:
     def talk() -> None:
         for chunk in client.chat.completions.create(
             model="embedded", messages=WHO, stream=True, **GREEDY
@@ -1054,10 +1049,10 @@ def certificate(folder: Path) -> TlsFiles:
     return files
 
 
-def test_tls_is_for_both_doors_and_is_reloaded(door: Door, tmp_path: Path) -> None:
+def test_tls_is_for_both_servers_and_is_reloaded(served: HttpServed, tmp_path: Path) -> None:
     files = certificate(tmp_path)
     server = HttpServer("127.0.0.1", 0, None, files)
-    url = f"https://{door.run(server.start(door.engine, CallTracker()))}"
+    url = f"https://{served.run(server.start(served.engine, CallTracker()))}"
 
     def asks() -> int:
         context = ssl.create_default_context(cafile=str(files.cert))
@@ -1074,16 +1069,16 @@ def test_tls_is_for_both_doors_and_is_reloaded(door: Door, tmp_path: Path) -> No
     assert httpx2.get(f"{url}/ready", verify=new).status_code == 200
     with pytest.raises(httpx2.HTTPError):
         httpx2.get(url.replace("https", "http") + "/ready")
-    door.run(server.drain(1.0))
+    served.run(server.drain(1.0))
     certificate(tmp_path)  # mutual: who brings no certificate is nobody
     server = HttpServer("127.0.0.1", 0, None, TlsFiles(files.cert, files.key, files.cert))
-    url = f"https://{door.run(server.start(door.engine, CallTracker()))}"
+    url = f"https://{served.run(server.start(served.engine, CallTracker()))}"
     with pytest.raises(httpx2.HTTPError):
         asks()
     context = ssl.create_default_context(cafile=str(files.cert))
     context.load_cert_chain(files.cert, files.key)
     assert httpx2.get(f"{url}/ready", verify=context).status_code == 200
-    door.run(server.drain(1.0))
+    served.run(server.drain(1.0))
 
 
 # The process
@@ -1117,8 +1112,8 @@ def test_sigterm_lets_running_requests_finish(checkpoint: Path) -> None:
     assert "Traceback" not in server.text()
 
 
-def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
-    """By each door in its own form: a stream, a whole answer and a page that looks."""
+def test_requests_that_outlive_the_grace_are_reported(checkpoint: Path) -> None:
+    """By each served in its own form: a stream, a whole answer and a page that looks."""
     code = (
         "from octavo.engine.server.grpc_api import server as grpc_server\n"
         "from octavo.engine.cli.main import main\n"
@@ -1170,15 +1165,15 @@ def test_requests_that_outlive_the_grace_are_told(checkpoint: Path) -> None:
     assert found["grpc"].retryable
 
 
-def test_workers_that_are_away_for_long_are_told(
-    door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+def test_workers_that_are_away_for_long_are_reported(
+    served: HttpServed, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests wait for them; who balances load is to ask another server."""
     assert raw.get("/ready").status_code == 200
-    monkeypatch.setattr(door.engine.engine.restarts, "_away_since", time.monotonic() - 60)
+    monkeypatch.setattr(served.engine.engine.restarts, "_away_since", time.monotonic() - 60)
     assert raw.get("/ready").status_code == 503
     monkeypatch.setattr(snapshot_route, "SNAPSHOT_TIMEOUT", 0.05)
-    monkeypatch.setattr(door.engine._steps, "look", Future)
+    monkeypatch.setattr(served.engine._steps, "look", Future)
     time.sleep(snapshot_route.MIN_AGE)
     answer = raw.get("/engine/snapshot")
     assert (answer.status_code, error_in(answer)["code"]) == (503, "unavailable")
@@ -1211,7 +1206,7 @@ def test_workers_that_are_gone_are_503(checkpoint: Path) -> None:
     assert server.process.wait(30) == 1
 
 
-def test_a_door_that_cannot_open_says_why() -> None:
+def test_a_server_that_cannot_open_says_why() -> None:
     """(A port in use: media/test_settings.py.)"""
     block = "import sys; sys.modules['{}'] = None\nfrom octavo.engine.cli.main import main\nmain()"
     words = "pip install octavo[http]"

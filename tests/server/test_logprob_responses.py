@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 
 import octavo
 from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.fakes.tiny_server import Served
 from octavo.engine.client.errors import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.core.logprob_budget import LogprobBudget
@@ -26,7 +25,6 @@ from octavo.engine.outputs import OutputDelta, Usage
 from octavo.engine.request_stream import join
 from octavo.engine.server import chunked_json
 from octavo.engine.server.chunked_json import LazyList, Turns, dump
-from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.grpc_api import messages
 from octavo.engine.server.http_api import openai_stream
 from octavo.engine.server.http_api.openai_logprobs import (
@@ -34,40 +32,29 @@ from octavo.engine.server.http_api.openai_logprobs import (
     write_completion_logprobs,
     write_prompt_logprobs,
 )
-from octavo.engine.server.http_api.server import HttpServer
 from octavo.engine.server.token_texts import TokenTexts
 from octavo.proto import octavo_pb2 as pb
 from octavo.scheduler.errors import QueueFull
 from octavo.scheduler.logprobs import LogprobTable, TokenLogprobs
+from octavo.tests.support.http_served import HttpServed
 
 TEXT = "Grüße, 東京 🙂🙃! é ﷽ नमस्ते"
 
 
-class Door(Served):
-    async def _start(self) -> None:
-        await super()._start()
-        self.http = HttpServer("127.0.0.1", 0, None)
-        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
-
-    def close(self) -> None:
-        self.run(self.http.drain(1.0))
-        super().close()
-
-
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServed]:
     checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
     settings: dict[str, Any] = {"max_model_len": 1024, "kv_cache_memory_bytes": 8_000_000}
-    door = Door(checkpoint, dtype="float32", **settings)
-    yield door
-    door.wait_empty()
-    assert door.engine.logprob_budget.num_reserved == 0
-    door.close()
+    served = HttpServed(checkpoint, dtype="float32", **settings)
+    yield served
+    served.wait_empty()
+    assert served.engine.logprob_budget.num_reserved == 0
+    served.close()
 
 
 @pytest.fixture
-def raw(door: Door) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=door.url, timeout=60) as client:
+def raw(served: HttpServed) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=served.url, timeout=60) as client:
         yield client
 
 
@@ -224,9 +211,9 @@ def test_requests_are_bounded_together_and_one_alone_passes() -> None:
 @pytest.mark.lesson("L37")
 @pytest.mark.parametrize("stream", [False, True])
 def test_http_rejects_what_is_too_large(
-    door: Door, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+    served: HttpServed, raw: httpx2.Client, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr(door.engine.logprob_budget, "max_request", 100)
+    monkeypatch.setattr(served.engine.logprob_budget, "max_request", 100)
     body = {"prompt": ["a b c d e f g h"] * 8, "max_tokens": 1, "prompt_logprobs": 20}
     response = raw.post("/v1/completions", json={**body, "stream": stream})
     if not stream:
@@ -234,13 +221,13 @@ def test_http_rejects_what_is_too_large(
         assert response.json()["error"]["param"] == "prompt_logprobs"
     assert "may ask for 100" in response.text
     assert raw.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
-    with octavo.Client(door.address) as client:
+    with octavo.Client(served.address) as client:
         for call in (client.generate_once, lambda *a, **k: list(client.generate(*a, **k))):
             with pytest.raises(ClientError, match="may ask for 100") as caught:
                 call("a b c d e f", logprobs=20, max_tokens=20)
             assert caught.value.field == "logprobs"
-    door.wait_empty()
-    assert door.engine.logprob_budget.num_reserved == 0
+    served.wait_empty()
+    assert served.engine.logprob_budget.num_reserved == 0
 
 
 # Pieces
@@ -311,10 +298,10 @@ def test_large_responses_come_in_pieces(
 
 
 def test_grpc_streams_cut_log_probabilities_into_messages(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    served: HttpServed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = "a b c d " * 40
-    with octavo.Client(door.address) as client:
+    with octavo.Client(served.address) as client:
         ask: dict[str, Any] = {"max_tokens": 5, "prompt_logprobs": 2, "logprobs": 2}
         ask |= {"temperature": 0, "ignore_eos": True}
         (whole,) = client.generate_once(prompt, **ask).answers
@@ -414,21 +401,21 @@ def test_the_largest_response_never_holds_the_loop(api: str) -> None:
     settings: dict[str, Any] = {"max_model_len": 8192, "kv_cache_memory_bytes": 64 << 20}
     settings["max_num_batched_tokens"] = 2048
     with pytest.MonkeyPatch.context() as patch:
-        door = Door(EMBEDDED_MODEL, dtype="float32", **settings)
+        served = HttpServed(EMBEDDED_MODEL, dtype="float32", **settings)
         try:
             patch.setattr(asyncio.events.Handle, "_run", timed)
-            size = _largest(door, api)
+            size = _largest(served, api)
         finally:
-            door.close()
+            served.close()
     assert size > 1_000_000
     assert longest < 0.05, f"{longest * 1e3:.0f} ms"
 
 
-def _largest(door: Door, api: str) -> int:
+def _largest(served: HttpServed, api: str) -> int:
     """Ask for as much as is accepted: 16 prompts (of gRPC one) of 6,000 tokens."""
     prompt = [64] * 6000
     if api.startswith("grpc"):
-        with octavo.Client(door.address) as client:
+        with octavo.Client(served.address) as client:
             ask: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": 20}
             if api == "grpc":
                 deltas = list(client.generate(prompt, **ask))
@@ -438,7 +425,7 @@ def _largest(door: Door, api: str) -> int:
     body: dict[str, Any] = {"prompt": [prompt] * 16, "max_tokens": 1, "prompt_logprobs": 20}
     body["stream"] = api == "stream"
     with (
-        httpx2.Client(base_url=door.url, timeout=300) as client,
+        httpx2.Client(base_url=served.url, timeout=300) as client,
         client.stream("POST", "/v1/completions", json=body) as response,
     ):
         assert response.status_code == 200

@@ -129,7 +129,7 @@ def test_a_hundred_streams_at_once(found: Found) -> None:
 
 
 @pytest.mark.parametrize(("case", "field"), [("wrong", "temperature"), ("zero", "max_tokens")])
-def test_what_is_refused(found: Found, case: str, field: str) -> None:
+def test_what_is_rejected(found: Found, case: str, field: str) -> None:
     """A zero that is set is told from a field that is not: proto-loader sends it."""
     assert found[case]["code"] == INVALID_ARGUMENT and field in found[case]["details"]
 

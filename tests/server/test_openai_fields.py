@@ -19,22 +19,20 @@ from openai.types.chat import completion_create_params as chat_params
 
 import octavo
 from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.fakes.tiny_server import Served
 from octavo.engine.client.requests import conversation_of
 from octavo.engine.config.engine_config import EngineConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.input.conversation import read_conversation
 from octavo.engine.replicas.settings import read_settings
-from octavo.engine.server.drain import CallTracker
 from octavo.engine.server.http_api.make_openai_docs import openai_page
 from octavo.engine.server.http_api.openai_request import NEUTRAL, read_chat
-from octavo.engine.server.http_api.server import HttpServer
 from octavo.engine.tool_calling.schema import read_tools
 from octavo.engine.utils import openai_fields
 from octavo.engine.utils.openai_fields import MESSAGE, PART, REQUEST, STREAM_OPTIONS, TABLES
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
 from octavo.scheduler.params import RequestOptions, SamplingParams
+from octavo.tests.support.http_served import HttpServed
 
 NAMES = ("org/first", "second")
 ASKED = [{"role": "user", "content": "Who are you?"}]
@@ -59,30 +57,19 @@ ECHOED: dict[str, Any] = {
 CACHED = {"cache_control": {"type": "ephemeral"}}
 
 
-class Door(Served):
-    async def _start(self) -> None:
-        await super()._start()
-        self.http = HttpServer("127.0.0.1", 0, None)
-        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
-
-    def close(self) -> None:
-        self.run(self.http.drain(1.0))
-        super().close()
-
-
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServed]:
     checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
     settings: dict[str, Any] = {"max_model_len": 1024, "kv_cache_memory_bytes": 8_000_000}
-    door = Door(checkpoint, dtype="float32", served_model_name=NAMES, **settings)
-    yield door
-    door.wait_empty()
-    door.close()
+    served = HttpServed(checkpoint, dtype="float32", served_model_name=NAMES, **settings)
+    yield served
+    served.wait_empty()
+    served.close()
 
 
 @pytest.fixture
-def raw(door: Door) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=door.url, timeout=60) as client:
+def raw(served: HttpServed) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=served.url, timeout=60) as client:
         yield client
 
 
@@ -108,8 +95,8 @@ def test_every_served_name_is_accepted_and_the_first_is_returned(raw: httpx2.Cli
     assert raw.get("/v1/models/other").status_code == 404
 
 
-def test_served_names_over_grpc(door: Door) -> None:
-    with grpc.insecure_channel(door.address) as channel:
+def test_served_names_over_grpc(served: HttpServed) -> None:
+    with grpc.insecure_channel(served.address) as channel:
         info = octavo_pb2_grpc.ControlStub(channel).GetModelInfo(pb.GetModelInfoRequest())
         assert (info.name, list(info.served_names)) == (NAMES[0], list(NAMES))
         stub = octavo_pb2_grpc.InferenceStub(channel)

@@ -38,8 +38,8 @@ REFUSALS = re.compile(r"Failed to load resource: (net::ERR_FAILED|.* a status of
 AXE_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 
-class Doors(Served):
-    """One engine, behind a door for everybody and one that asks for a key."""
+class TwoServers(Served):
+    """An engine with an open HTTP server and one that requires a key."""
 
     async def _start(self) -> None:
         await super()._start()
@@ -74,8 +74,8 @@ class Doors(Served):
 
 
 @pytest.fixture(scope="module")
-def doors() -> Iterator[Doors]:
-    doors = Doors(
+def served() -> Iterator[TwoServers]:
+    served = TwoServers(
         EMBEDDED_MODEL,
         dtype="float32",
         max_model_len=4096,
@@ -83,9 +83,9 @@ def doors() -> Iterator[Doors]:
         max_num_seqs=NUM_PLACES - 1,
         max_queue_len=1,
     )
-    yield doors
-    doors.wait_empty()
-    doors.close()
+    yield served
+    served.wait_empty()
+    served.close()
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +97,21 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, doors: Doors) -> Iterator[Any]:
-    """The open door's page, in a tab of its own. Nothing it asks may leave its server, and nothing
-    may go wrong in it."""
+def page(browser: Any, served: TwoServers) -> Iterator[Any]:
+    """The page of the open server in a new tab. It may use no other server, and nothing may fail."""
     tab = browser.new_page()
     asked: list[str] = []
     wrong: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    tab.goto(doors.url)
+    tab.goto(served.url)
     expect(tab.locator("#model")).to_have_text("embedded")
     tab.fill("#temperature", "0", force=True)
     yield tab
     tab.close()
-    doors.end_others()
-    here = (doors.url, doors.locked_url, f"blob:{doors.url}", f"blob:{doors.locked_url}")
+    served.end_others()
+    here = (served.url, served.locked_url, f"blob:{served.url}", f"blob:{served.locked_url}")
     assert asked and [url for url in asked if not url.startswith(here)] == []
     assert [text for text in wrong if not REFUSALS.match(text)] == []
 
@@ -241,29 +240,29 @@ def test_what_cannot_be_sent_is_said_and_what_is_attached_can_be_removed(
     expect(answer(page)).to_contain_text("Octavo")
 
 
-def test_stop_ends_the_request(page: Any, doors: Doors) -> None:
+def test_stop_ends_the_request(page: Any, served: TwoServers) -> None:
     with long_answers(page):
         for end in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
             page.fill("#message", "Who are you?")
             page.click("#send")
             expect(page.locator("#send")).to_be_hidden()
             expect(answer(page)).not_to_be_empty()
-            assert doors.engine.engine.has_requests
+            assert served.engine.engine.has_requests
             end()
             expect(page.locator(".turn.answer").last.locator(".after")).to_have_text("Stopped.")
-            doors.wait_empty()
+            served.wait_empty()
             expect(page.locator("#message")).to_be_focused()
     ask(page, "Who are you?")  # after what was made until then
 
 
-def test_a_busy_server_is_said_and_asked_again(page: Any, doors: Doors) -> None:
+def test_a_busy_server_is_said_and_asked_again(page: Any, served: TwoServers) -> None:
     names = [f"other-{i}" for i in range(NUM_PLACES)]
     for name in names:
-        doors.begin(name)
-    wait_for(lambda: len(doors.engine._streams) == NUM_PLACES)
+        served.begin(name)
+    wait_for(lambda: len(served.engine._streams) == NUM_PLACES)
     ask(page, "Who are you?")
     expect(page.locator(".turn.answer .problem")).to_contain_text("The server is busy")
-    doors.end_others()
+    served.end_others()
     page.get_by_role("button", name="Try again").click()
     expect(answer(page)).to_contain_text("Octavo")
     expect(page.locator(".problem")).to_have_count(0)
@@ -291,11 +290,11 @@ def test_what_is_written_is_never_markup(page: Any) -> None:
 # Who may
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, doors: Doors) -> None:
+def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, served: TwoServers) -> None:
     looks: list[str] = []
     page.on("request", lambda asked: looks.append(asked.url) if "snapshot" in asked.url else None)
     page.clock.install()
-    page.goto(doors.locked_url)
+    page.goto(served.locked_url)
     expect(page.locator("#keys")).to_be_visible()
     expect(page.locator("#key")).to_be_focused()
     expect(page.locator("#state")).to_have_text("The live view requires the API key.")
@@ -304,7 +303,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, doors: Doors) -> None
     page.clock.fast_forward(60_000)
     page.wait_for_timeout(300)
     expect(page.locator("#keys")).to_be_hidden()  # the live view opens none
-    assert len([url for url in looks if url.startswith(doors.locked_url)]) == 1  # nor asks again
+    assert len([url for url in looks if url.startswith(served.locked_url)]) == 1  # nor asks again
     page.fill("#message", "Who are you?")
     page.press("#message", "Enter")
     expect(page.locator("#keys")).to_be_visible()
@@ -322,7 +321,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, doors: Doors) -> None
     kept = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]")
     assert kept == [{"octavo-key": KEY}, {}, ""]
     other = page.context.new_page()
-    other.goto(doors.locked_url)
+    other.goto(served.locked_url)
     expect(other.locator("#keys")).to_be_visible()
     other.close()
 
@@ -330,10 +329,12 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Any, doors: Doors) -> None
 # The engine
 
 
-def test_the_live_view_shows_who_runs_and_who_has_which_block(page: Any, doors: Doors) -> None:
+def test_the_live_view_shows_who_runs_and_who_has_which_block(
+    page: Any, served: TwoServers
+) -> None:
     names = ["first", "second"]
     for name in names:
-        doors.begin(name)
+        served.begin(name)
     rows = page.locator("#requests tr")
     expect(rows).to_have_count(2)
     expect(rows.first).to_contain_text("first")
@@ -349,7 +350,7 @@ def test_the_live_view_shows_who_runs_and_who_has_which_block(page: Any, doors: 
               rows.locator(".swatch").all()]  # fmt: skip
     assert len(set(colors)) == 2
     assert set(colors) <= set(page.locator("#blocks").evaluate(COLORS))
-    doors.end_others()
+    served.end_others()
     expect(rows).to_have_count(0)
     expect(page.locator("#none")).to_be_visible()
     expect(page.locator("#blocks")).to_have_attribute("aria-label", re.compile("^0 of "))
@@ -367,7 +368,7 @@ COLORS = """canvas => {
 }"""  # noqa: E501
 
 
-def test_nobody_looks_while_the_view_is_closed(page: Any, doors: Doors) -> None:
+def test_no_one_looks_while_the_view_is_closed(page: Any, served: TwoServers) -> None:
     with page.expect_response("**/engine/snapshot*"):
         pass
     page.click("#toggle")
@@ -411,7 +412,7 @@ def test_the_keyboard_does(page: Any) -> None:
     expect(page.locator("#toggle")).to_have_attribute("aria-expanded", "false")
 
 
-def test_an_answer_is_read_in_sentences(page: Any, doors: Doors) -> None:
+def test_an_answer_is_read_in_sentences(page: Any, served: TwoServers) -> None:
     """Not token by token: what a screen reader is given, as often as it is."""
     page.evaluate(
         """() => {
@@ -430,13 +431,13 @@ def test_an_answer_is_read_in_sentences(page: Any, doors: Doors) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(page: Any, doors: Doors, star: Any, scheme: str) -> None:
+def test_axe_finds_nothing(page: Any, served: TwoServers, star: Any, scheme: str) -> None:
     """Labels, roles, contrast and more, of both schemes and widths, with requests and a dialog."""
     axe = Axe()
     page.emulate_media(color_scheme=scheme)
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", light)[0]) > 128) == (scheme == "light")
-    doors.begin("long")
+    served.begin("long")
     drop(page, star)
     ask(page, "What color is the shape?")
     drop(page, star, ("notes.txt", "text/plain", b"?"))
@@ -454,8 +455,8 @@ def test_axe_finds_nothing(page: Any, doors: Doors, star: Any, scheme: str) -> N
     check()
     page.click("#toggle")
     check()
-    doors.end_others()
-    page.goto(doors.locked_url)
+    served.end_others()
+    page.goto(served.locked_url)
     expect(page.locator("#keys")).to_be_visible()
     check()
     page.set_viewport_size(WIDE)

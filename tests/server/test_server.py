@@ -149,7 +149,7 @@ def test_many_clients_at_once(client: octavo.Client) -> None:
         ([{"role": 3, "content": "x"}], {}, "messages[0].role: 3: must be a string"),
     ],
 )
-def test_unbounded_n_bad_input_is_refused_clearly(
+def test_unbounded_n_bad_input_is_rejected_clearly(
     client: octavo.Client, messages: Any, sampling: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ClientError, match=re.escape(words)) as refused:
@@ -342,7 +342,7 @@ def test_exif_alpha_a_pil_image_arrives_upright(client: octavo.Client) -> None:
         assert (media.height, media.width) == shape
 
 
-def test_prompts_that_cannot_travel_are_refused(server: Server) -> None:
+def test_prompts_that_cannot_travel_are_rejected(server: Server) -> None:
     client = octavo.Client(server.address)
     for prompt in ([-1], None, "\ud800"):
         with pytest.raises(ClientError, match="INVALID_ARGUMENT"):

@@ -50,7 +50,7 @@ NOT_JOINED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", sorted(JOINED))
-def test_many_forms_of_one_text_are_refused(name: str) -> None:
+def test_many_forms_of_one_text_are_rejected(name: str) -> None:
     assert str(MAX_JOINED) in too_joined(StructuredOutput(**JOINED[name]))
 
 

@@ -16,13 +16,10 @@ import pytest
 
 import octavo
 from octavo import SamplingParams, StructuredOutput
-from octavo.benchmarks.fakes.tiny_server import Served
 from octavo.engine.client.client import ClientError
 from octavo.engine.config.engine_config import EMBEDDED_MODEL
 from octavo.engine.errors import InputError
-from octavo.engine.server.api_keys import ApiKeys
-from octavo.engine.server.drain import CallTracker
-from octavo.engine.server.http_api.server import HttpServer
+from octavo.tests.support.http_served import HttpServed
 
 WHO = [{"role": "user", "content": "Who are you?"}]
 SCHEMA = {
@@ -65,34 +62,23 @@ def check(name: str, text: str) -> None:
         assert re.fullmatch("<[a-z]{3}(,[a-z]{3}){2}>", text)
 
 
-class Door(Served):
-    async def _start(self) -> None:
-        await super()._start()
-        self.http = HttpServer("127.0.0.1", 0, ApiKeys((KEY,)))
-        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
-
-    def close(self) -> None:
-        self.run(self.http.drain(1.0))
-        super().close()
-
-
 @pytest.fixture(scope="module")
-def door() -> Iterator[Door]:
-    door = Door(EMBEDDED_MODEL, **SETTINGS)
-    yield door
-    door.wait_empty()
-    door.close()
+def served() -> Iterator[HttpServed]:
+    served = HttpServed(EMBEDDED_MODEL, (KEY,), **SETTINGS)
+    yield served
+    served.wait_empty()
+    served.close()
 
 
 @pytest.fixture
-def client(door: Door) -> Iterator[octavo.Client]:
-    with octavo.Client(door.address) as client:
+def client(served: HttpServed) -> Iterator[octavo.Client]:
+    with octavo.Client(served.address) as client:
         yield client
 
 
 @pytest.fixture
-def web(door: Door) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{door.url}/v1", api_key=KEY, max_retries=0) as web:
+def web(served: HttpServed) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as web:
         yield web
 
 
@@ -129,32 +115,36 @@ def test_answers_have_their_form(told: dict[str, list[str]], name: str) -> None:
         check(name, text)
 
 
-def test_many_seeds_make_valid_json(door: Door) -> None:
+def test_many_seeds_make_valid_json(served: HttpServed) -> None:
     async def ask(seed: int) -> str:
         params = params_of("schema", seed=seed, temperature=1.3)
-        deltas = [delta async for delta in door.engine.chat(WHO, params)]
+        deltas = [delta async for delta in served.engine.chat(WHO, params)]
         assert deltas[-1].finish_reason == "stop"
         return "".join(delta.text for delta in deltas)
 
     async def ask_all() -> list[str]:
         return await asyncio.gather(*map(ask, range(6)))
 
-    texts = door.run(ask_all())
+    texts = served.run(ask_all())
     for text in texts:
         check("schema", text)
     assert len(set(texts)) > 1
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))
-def test_every_door_answers_the_same(
-    door: Door, client: octavo.Client, web: openai.OpenAI, told: dict[str, list[str]], name: str
+def test_every_api_answers_the_same(
+    served: HttpServed,
+    client: octavo.Client,
+    web: openai.OpenAI,
+    told: dict[str, list[str]],
+    name: str,
 ) -> None:
     expected = told[name][0]
 
     async def ask() -> str:
-        return "".join([delta.text async for delta in door.engine.chat(WHO, params_of(name))])
+        return "".join([delta.text async for delta in served.engine.chat(WHO, params_of(name))])
 
-    assert door.run(ask()) == expected
+    assert served.run(ask()) == expected
     deltas = list(client.chat(WHO, **DRAWN, max_tokens=200, structured=FORMS[name]))
     assert "".join(delta.text for delta in deltas) == expected
     assert deltas[-1].finish_reason == "stop"
@@ -252,20 +242,20 @@ def test_bad_forms_over_grpc(client: octavo.Client) -> None:
 
 
 def test_what_proves_too_complex_ends_its_own_request_alone(
-    door: Door, client: octavo.Client, web: openai.OpenAI
+    served: HttpServed, client: octavo.Client, web: openai.OpenAI
 ) -> None:
     async def ask(params: SamplingParams) -> tuple[list[int], str]:
-        deltas = [delta async for delta in door.engine.chat(WHO, params)]
+        deltas = [delta async for delta in served.engine.chat(WHO, params)]
         return [token for delta in deltas for token in delta.token_ids], deltas[-1].error
 
     free = SamplingParams(**DRAWN, max_tokens=60, ignore_eos=True)
-    expected, _ = door.run(ask(free))
+    expected, _ = served.run(ask(free))
     bad = replace(free, ignore_eos=False, structured=StructuredOutput(regex=HOSTILE))
 
     async def ask_both() -> Any:
         return await asyncio.gather(ask(free), *(ask(replace(bad, seed=i)) for i in range(4)))
 
-    neighbour, *ended = door.run(ask_both())
+    neighbour, *ended = served.run(ask_both())
     assert neighbour == (expected, "")
     for _, error in ended:
         assert error.startswith("INVALID_ARGUMENT: structured.regex: after "), error
@@ -285,31 +275,31 @@ def test_what_proves_too_complex_ends_its_own_request_alone(
     with pytest.raises(ClientError) as caught:
         client.generate_once(WHO, structured=bad.structured, **DRAWN)
     assert caught.value.field == "structured.regex"
-    door.wait_empty()
-    assert not door.engine.engine._matchers._matchers
+    served.wait_empty()
+    assert not served.engine.engine._matchers._matchers
 
 
-def test_settings_beside_a_form(door: Door) -> None:
+def test_settings_beside_a_form(served: HttpServed) -> None:
     async def ask(form: StructuredOutput, **more: Any) -> tuple[str, str | None, int]:
         params = SamplingParams(**{**DRAWN, "structured": form, "max_tokens": 30, **more})
-        deltas = [delta async for delta in door.engine.chat(WHO, params)]
+        deltas = [delta async for delta in served.engine.chat(WHO, params)]
         count = sum(len(delta.token_ids) for delta in deltas)
         return "".join(delta.text for delta in deltas), deltas[-1].finish_reason, count
 
     many, one = StructuredOutput(regex="b*"), StructuredOutput(regex="b(c|d)")
-    text, reason, count = door.run(ask(many, ignore_eos=True))
+    text, reason, count = served.run(ask(many, ignore_eos=True))
     assert (set(text), reason, count) == ({"b"}, "length", 30)
-    text, reason, count = door.run(ask(many, min_tokens=9))
+    text, reason, count = served.run(ask(many, min_tokens=9))
     assert set(text) == {"b"} and reason in ("stop", "length") and count >= 9
     for more in ({"ignore_eos": True}, {"min_tokens": 20}):
-        text, reason, _ = door.run(ask(one, **more))
+        text, reason, _ = served.run(ask(one, **more))
         assert text in ("bc", "bd") and reason == "stop"
-    tokenizer = door.engine.engine.processor.tokenizer.backend
+    tokenizer = served.engine.engine.processor.tokenizer.backend
     letter = tokenizer.token_to_id("c")
-    text, reason, _ = door.run(ask(StructuredOutput(regex="[cd]{3}"), bad_words=("c",)))
+    text, reason, _ = served.run(ask(StructuredOutput(regex="[cd]{3}"), bad_words=("c",)))
     assert (text, reason) == ("ddd", "stop")
-    text, _, _ = door.run(ask(StructuredOutput(regex="[cd]{3}"), logit_bias={letter: 100.0}))
+    text, _, _ = served.run(ask(StructuredOutput(regex="[cd]{3}"), logit_bias={letter: 100.0}))
     assert text == "ccc"
-    text, reason, _ = door.run(ask(StructuredOutput(regex="[a-z]{9}"), stop=("c", "d", "e", "s")))
+    text, reason, _ = served.run(ask(StructuredOutput(regex="[a-z]{9}"), stop=("c", "d", "e", "s")))
     assert reason == "stop" and not set(text) & set("cdes")
-    assert door.run(ask(one, max_tokens=2))[1] == "stop"  # complete with its last token
+    assert served.run(ask(one, max_tokens=2))[1] == "stop"  # complete with its last token

@@ -137,7 +137,7 @@ def bits(row: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_a_bad_form_is_told_in_our_words(grammars: Grammars, name: str) -> None:
+def test_a_bad_form_is_reported_in_our_words(grammars: Grammars, name: str) -> None:
     form, words = REFUSED[name]
     with pytest.raises(InputError) as caught:
         grammars.compile(StructuredOutput(**form))
@@ -149,7 +149,7 @@ def test_a_bad_form_is_told_in_our_words(grammars: Grammars, name: str) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(MALFORMED)))
-def test_what_is_no_form_is_refused_at_once(index: int) -> None:
+def test_what_is_no_form_is_rejected_at_once(index: int) -> None:
     form, words = MALFORMED[index]
     with pytest.raises(ValueError) as caught:
         StructuredOutput(**form)

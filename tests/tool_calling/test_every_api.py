@@ -1,4 +1,4 @@
-"""Tool calls through every door: asked for, streamed, answered, and refused with the field.
+"""Tool calls through every served: asked for, streamed, answered, and refused with the field.
 
 No checkpoint here calls tools by itself. So the text of an answer is planted, at one place: where
 tokens become text. The tokens, the steps and all that comes after are real.
@@ -18,16 +18,14 @@ import pytest
 
 import octavo
 from octavo.benchmarks.fakes.tiny_checkpoint import write_tiny_checkpoint
-from octavo.benchmarks.fakes.tiny_server import Served
 from octavo.engine.client.errors import ClientError
 from octavo.engine.core import active_requests
 from octavo.engine.core.detokenizer import TextStream
 from octavo.engine.errors import InputError
 from octavo.engine.outputs import OutputDelta
-from octavo.engine.server.drain import CallTracker
-from octavo.engine.server.http_api.server import HttpServer
 from octavo.proto import octavo_pb2 as pb
 from octavo.proto import octavo_pb2_grpc
+from octavo.tests.support.http_served import HttpServed
 
 PER_TOKEN = 5  # characters of the planted text
 ASKED = [{"role": "user", "content": "Is it warm in Oslo?"}]
@@ -61,34 +59,23 @@ class Planted(TextStream):
         return ""
 
 
-class Door(Served):
-    async def _start(self) -> None:
-        await super()._start()
-        self.http = HttpServer("127.0.0.1", 0, None)
-        self.url = f"http://{await self.http.start(self.engine, CallTracker())}"
-
-    def close(self) -> None:
-        self.run(self.http.drain(1.0))
-        super().close()
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def door(checkpoint: Path) -> Iterator[Door]:
+def served(checkpoint: Path) -> Iterator[HttpServed]:
     settings: dict[str, Any] = {"max_model_len": 2048, "kv_cache_memory_bytes": 8_000_000}
-    door = Door(checkpoint, dtype="float32", **settings)
-    yield door
-    door.wait_empty()
-    door.close()
+    served = HttpServed(checkpoint, dtype="float32", **settings)
+    yield served
+    served.wait_empty()
+    served.close()
 
 
 @pytest.fixture
-def client(door: Door) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as client:
+def client(served: HttpServed) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -172,7 +159,7 @@ def test_the_prompt_has_the_tools_unless_none_are_to_be_called(
     assert size() > size(tool_choice="none") == size(tools=openai.omit)
 
 
-def test_a_choice_is_kept_to_by_a_model_that_was_never_told_how(client: openai.OpenAI) -> None:
+def test_a_choice_is_kept_to_by_a_model_that_was_never_reported_how(client: openai.OpenAI) -> None:
     """Nothing is planted here: the tiny checkpoint's weights are random."""
     schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}
     function = {"name": "tell", "parameters": {**schema, "additionalProperties": False}}
@@ -190,7 +177,9 @@ def test_a_choice_is_kept_to_by_a_model_that_was_never_told_how(client: openai.O
         assert json.loads(calls[0].function.arguments).keys() == {"warm"}
 
 
-def test_a_forced_call_that_max_tokens_cut_is_a_call(door: Door, client: openai.OpenAI) -> None:
+def test_a_forced_call_that_max_tokens_cut_is_a_call(
+    served: HttpServed, client: openai.OpenAI
+) -> None:
     """By every API, wherever it is cut. Nothing is planted here either."""
     function = {"name": "tell", "parameters": {"properties": {"warm": {"enum": ["yes", "</a>"]}}}}
     function["parameters"]["required"] = ["warm"]  # type: ignore[index]
@@ -199,7 +188,7 @@ def test_a_forced_call_that_max_tokens_cut_is_a_call(door: Door, client: openai.
     whole = chat(client, **more)
     (call,) = whole.choices[0].message.tool_calls
     settings: dict[str, Any] = {"temperature": 0, "seed": 3}
-    with octavo.Client(door.address) as other:
+    with octavo.Client(served.address) as other:
         for size in range(1, whole.usage.completion_tokens):
             is_last = size > whole.usage.completion_tokens - 5  # where the closing tag is cut
             if size % 3 and not is_last:
@@ -256,9 +245,9 @@ BAD = [
 
 @pytest.mark.lesson("L27")
 @pytest.mark.parametrize(("body", "field"), BAD)
-def test_http_names_the_field(door: Door, body: dict[str, Any], field: str) -> None:
+def test_http_names_the_field(served: HttpServed, body: dict[str, Any], field: str) -> None:
     whole = {"messages": ASKED, **body}
-    answer = httpx2.post(f"{door.url}/v1/chat/completions", json=whole, timeout=30)
+    answer = httpx2.post(f"{served.url}/v1/chat/completions", json=whole, timeout=30)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
 
@@ -267,9 +256,9 @@ def test_http_names_the_field(door: Door, body: dict[str, Any], field: str) -> N
     "body",
     [{"tools": 1}, {"tools": [[]]}, {"tool_choice": []}, {"parallel_tool_calls": "no"}],
 )
-def test_http_takes_no_nonsense(door: Door, body: dict[str, Any]) -> None:
+def test_http_takes_no_nonsense(served: HttpServed, body: dict[str, Any]) -> None:
     whole = {"messages": ASKED, **body}
-    answer = httpx2.post(f"{door.url}/v1/chat/completions", json=whole, timeout=30)
+    answer = httpx2.post(f"{served.url}/v1/chat/completions", json=whole, timeout=30)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith(next(iter(body)))
 
@@ -287,8 +276,8 @@ def _request(*messages: pb.Message, **more: Any) -> pb.GenerateRequest:
 
 
 @pytest.fixture
-def stub(door: Door) -> Iterator[octavo_pb2_grpc.InferenceStub]:
-    with grpc.insecure_channel(door.address) as channel:
+def stub(served: HttpServed) -> Iterator[octavo_pb2_grpc.InferenceStub]:
+    with grpc.insecure_channel(served.address) as channel:
         yield octavo_pb2_grpc.InferenceStub(channel)
 
 
@@ -344,9 +333,9 @@ def test_grpc_names_the_field(
     assert caught.value.details().startswith(f"{field}:")
 
 
-def test_our_own_client(door: Door, planted: type[Planted]) -> None:
+def test_our_own_client(served: HttpServed, planted: type[Planted]) -> None:
     settings = {**GREEDY, "ignore_eos": True}
-    with octavo.Client(door.address) as client:
+    with octavo.Client(served.address) as client:
         deltas = list(client.chat(ASKED, tools=[WEATHER], tool_choice="auto", **settings))
         (call,) = [call for delta in deltas for call in delta.tool_calls]
         assert (call.name, json.loads(call.arguments)) == ("weather", ARGUMENTS)
@@ -372,20 +361,20 @@ def test_our_own_client(door: Door, planted: type[Planted]) -> None:
             client.chat(ASKED, tools=[WEATHER], parallel_tool_calls="no")  # type: ignore[arg-type]
 
 
-def test_async_llm(door: Door, planted: type[Planted]) -> None:
+def test_async_llm(served: HttpServed, planted: type[Planted]) -> None:
     async def ask() -> list[OutputDelta]:
-        return [each async for each in door.engine.chat(ASKED, PARAMS, tools=[WEATHER])]
+        return [each async for each in served.engine.chat(ASKED, PARAMS, tools=[WEATHER])]
 
     async def ask_for_one() -> list[OutputDelta]:
         one: dict[str, Any] = {"tools": [WEATHER], "parallel_tool_calls": False}
-        return [each async for each in door.engine.chat(ASKED, PARAMS, **one)]
+        return [each async for each in served.engine.chat(ASKED, PARAMS, **one)]
 
-    deltas = door.run(ask())
+    deltas = served.run(ask())
     (call,) = [call for delta in deltas for call in delta.tool_calls]
     assert isinstance(call, octavo.ToolCall) and json.loads(call.arguments) == ARGUMENTS
     assert deltas[-1].finish_reason == "stop"
     planted.text = f"{CALL}\n{CALL}"
-    assert [sum(len(d.tool_calls) for d in door.run(a())) for a in (ask, ask_for_one)] == [2, 1]
+    assert [sum(len(d.tool_calls) for d in served.run(a())) for a in (ask, ask_for_one)] == [2, 1]
 
 
 def test_llm(checkpoint: Path, planted: type[Planted]) -> None:

@@ -235,7 +235,7 @@ def test_null_in_a_tool_is_what_is_left_out(reader: PromptReader) -> None:
     assert list(sent.tools) == [pb.Tool(function=pb.Function(name="now"))]
 
 
-def test_every_door_tells_the_model_the_same_of_a_tool() -> None:
+def test_every_api_tells_the_model_the_same_of_a_tool() -> None:
     """As openai's `pydantic_function_tool` writes it, and as the protocol has it."""
     schema = {"type": "object", "properties": {}}
     function = {"name": "get", "strict": True, "parameters": schema, "description": "Gets."}

@@ -169,7 +169,7 @@ def test_a_stranger_is_not_let_in(
         engine(checkpoint, hosts, tmp_path)
 
 
-def test_a_worker_whose_certificate_names_another_address_is_refused(
+def test_a_worker_whose_certificate_names_another_address_is_rejected(
     checkpoint: Path, hosts: list[Kept], certificates: Path, monkeypatch: Any
 ) -> None:
     ip("-n", HOSTS[0], "addr", "add", "10.98.7.9/24", "dev", "eth0")

@@ -103,7 +103,7 @@ def test_another_normalisation_of_pixels_has_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]"])
-def test_a_file_that_is_none_is_told(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_none_is_reported(tmp_path: Path, content: bytes) -> None:
     write_tiny_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be read as safetensors"):
@@ -242,7 +242,7 @@ def test_a_late_reply_is_no_other_question_s(monkeypatch: pytest.MonkeyPatch) ->
     assert answers == [b"A"]
 
 
-def test_an_engine_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "ASK_TIMEOUT", 0.05)
     with pytest.raises(RuntimeError, match="the engine does not answer"):
         RendezvousStore(Rendezvous()).set("a", "b")

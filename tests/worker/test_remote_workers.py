@@ -276,7 +276,7 @@ def test_a_worker_whose_engine_was_killed_is_free_again(checkpoint: Path, pair: 
         assert answers(llm)
 
 
-def test_other_weights_are_refused(
+def test_other_weights_are_rejected(
     checkpoint: Path, pair: list[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_tiny_checkpoint(tmp_path, seed=1)
@@ -285,12 +285,12 @@ def test_other_weights_are_refused(
         engine(other, pair)
 
 
-def test_ranks_in_the_wrong_order_are_refused(checkpoint: Path, pair: list[Kept]) -> None:
+def test_ranks_in_the_wrong_order_are_rejected(checkpoint: Path, pair: list[Kept]) -> None:
     with pytest.raises(ConfigError, match="started with --rank 1, but is at index 0 of workers"):
         engine(checkpoint, pair[::-1])
 
 
-def test_another_version_is_refused(
+def test_another_version_is_rejected(
     checkpoint: Path, pair: list[Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "__version__", "0.0.1")
@@ -308,7 +308,7 @@ def test_another_version_is_refused(
         (("10.0.0.2:99999",), "a port of at most 65535"),
     ],
 )
-def test_workers_that_are_no_group_are_refused(workers: tuple[str, ...], text: str) -> None:
+def test_workers_that_are_no_group_are_rejected(workers: tuple[str, ...], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         remote.check_workers(EngineConfig(workers=workers))
 
@@ -334,6 +334,6 @@ def test_the_number_of_ranks_is_that_of_workers() -> None:
         (["--listen", "192.0.2.1:7000", "--rank", "0", "--tls", "/nowhere"], "cannot be read"),
     ],
 )
-def test_a_worker_that_nobody_could_use_does_not_start(args: list[str], text: str) -> None:
+def test_a_worker_that_no_one_could_use_does_not_start(args: list[str], text: str) -> None:
     done = CliRunner().invoke(app, ["worker", *args])
     assert done.exit_code == 2 and text in done.stderr

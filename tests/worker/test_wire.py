@@ -144,7 +144,7 @@ def test_what_one_rank_lacks_all_lack() -> None:
 
 
 @pytest.mark.parametrize("field", ["positions", "context_lens", "num_scheduled_tokens"])
-def test_arrays_that_do_not_fit_are_refused(field: str) -> None:
+def test_arrays_that_do_not_fit_are_rejected(field: str) -> None:
     (request,) = wire.pack_steps(make_batch(), epoch=1, step_id=1, previous_step_id=0, num_ranks=1)
     setattr(request, field, getattr(request, field)[:-4])
     with pytest.raises(wire.WireError):
