@@ -98,7 +98,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, served: TwoServers) -> Iterator[Any]:
-    """The page of the open server in a new tab. It may use no other server, and nothing may fail."""
+    """The open server's page in a new tab. It may use no other server, and nothing may fail."""
     tab = browser.new_page()
     asked: list[str] = []
     wrong: list[str] = []
