@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from ...scheduler.structured import StructuredOutput
 from ..errors import GrammarQueueFull, InputError
 from .error_messages import reason_of
-from .grammar_text import UnsupportedSchema, grammar_text
+from .grammar_text import grammar_text
 from .library import LIMITS, WORD, load_tokenizer, mask_words, new_matcher
+from .subschemas import UnsupportedSchema
 from .trials import CompileTask, Outcome, Trials, TrialsUnavailable
 
 __all__ = ["LIMITS", "Grammar", "GrammarQueueFull", "Grammars", "TrialsUnavailable"]
