@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from ...scheduler.structured import StructuredOutput
 from ..errors import GrammarQueueFull, InputError
-from .error_messages import reason_of
+from .error_messages import reason_of, with_largest_count
 from .grammar_text import grammar_text
 from .library import LIMITS, WORD, load_tokenizer, mask_words, new_matcher
 from .subschemas import UnsupportedSchema
@@ -250,7 +250,7 @@ _STACK_LOCK = threading.Lock()
 
 
 def _rejected(form: StructuredOutput, reason: str) -> InputError:
-    return InputError(f"structured.{form.field}", reason)
+    return InputError(f"structured.{form.field}", with_largest_count(form, reason))
 
 
 def clear(row: Int32, token_ids: Sequence[int]) -> None:

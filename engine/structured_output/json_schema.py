@@ -15,6 +15,7 @@ from ...scheduler.params import truncated_repr
 from .formats import FORMATS
 from .joins import joined_groups
 from .number_bounds import check_constant, check_multiple, make_bounds_exact
+from .rewrites import rewrite
 from .subschemas import CONSTANTS, DATA, NAMED, OPTIONS, UnsupportedSchema, is_number, subschemas
 
 PLAIN_ESCAPES = 'nrbtf\\"'  # without \uXXXX
@@ -24,7 +25,7 @@ NEEDS_UNICODE_ESCAPE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
 def make_exact(schema: dict[str, Any]) -> bool:
     """Make a schema exact in place; return whether it changed. Raises `UnsupportedSchema`."""
     has_open_names, texts = False, ""
-    is_changed = False
+    is_changed = rewrite(schema)
     is_changed = make_bounds_exact(joined_groups(schema)) or is_changed
     for node in subschemas(schema):
         _check_reference(node.get("$ref"))

@@ -311,3 +311,9 @@ def test_a_slow_mask_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) ->
         error = llm.generate("hi", guided)[0].error
         assert "structured.regex: after 1 tokens it is too complex" in error
         assert llm.generate("hi", plain)[0].outputs[0].token_ids
+
+
+def test_an_error_names_the_count_that_is_too_large(grammars: Grammars, short_trials: None) -> None:
+    schema = {"pattern": "(a|b.*c)+d", "minLength": 50_000, "maxLength": 1_000_000}
+    with pytest.raises(InputError, match=r"too complex.*; maxLength: 1000000 may be the cause"):
+        grammars.compile(StructuredOutput(json_schema=schema))
