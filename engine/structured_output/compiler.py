@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 
 from ...scheduler.structured import StructuredOutput
 from ..errors import GrammarQueueFull, InputError
-from .error_messages import reason_of
-from .grammar_text import UnsupportedSchema, grammar_text
+from .error_messages import reason_of, with_largest_count
+from .grammar_text import grammar_text
 from .library import LIMITS, WORD, load_tokenizer, mask_words, new_matcher
+from .subschemas import UnsupportedSchema
 from .trials import CompileTask, Outcome, Trials, TrialsUnavailable
 
 __all__ = ["LIMITS", "Grammar", "GrammarQueueFull", "Grammars", "TrialsUnavailable"]
@@ -34,10 +35,14 @@ log = logging.getLogger("octavo.engine")
 Int32 = npt.NDArray[np.int32]
 
 MAX_CACHED = 64  # grammars
-MAX_CACHED_BYTES = 64 << 20  # total measured size of cached grammars
+MAX_CACHED_BYTES = 64 << 20  # total size of cached grammars, with what their lexers grew
 MAX_LIVE_BYTES = 512 << 20  # of all grammars that are cached or in use
 MAX_OUTCOMES = 4096  # cached trial results
 STACK_BYTES = 8 << 20  # stack for compiling, 16 times that of a trial
+# A lexer grows with each mask, up to max_lexer_states. Measured with an email pattern: 37 KB per
+# mask at first, 30 MB after 10,000 masks.
+MASK_BYTES = 37_000
+MAX_GROWTH = 32 << 20
 MAX_ANSWERS = 256  # per compiled grammar, since the states of their shared lexer accumulate
 
 
@@ -180,12 +185,17 @@ class Grammars:
         self._live.add(grammar)
         with self._lock:
             self._found[form] = grammar
-            size = sum(each.num_bytes for each in self._found.values())
+        self.trim()
+        return grammar
+
+    def trim(self) -> None:
+        """Remove the least recently used grammars from the cache until it is within its limits."""
+        with self._lock:
+            size = sum(each.size for each in self._found.values())
             while len(self._found) > MAX_CACHED or (
                 size > MAX_CACHED_BYTES and len(self._found) > 1
             ):
-                size -= self._found.popitem(last=False)[1].num_bytes
-        return grammar
+                size -= self._found.popitem(last=False)[1].size
 
     def _first_mask(self, form: StructuredOutput, text: str) -> tuple[Any, Int32]:
         """Compile a grammar that passed its trial, and compute its first mask."""
@@ -249,7 +259,7 @@ _STACK_LOCK = threading.Lock()
 
 
 def _rejected(form: StructuredOutput, reason: str) -> InputError:
-    return InputError(f"structured.{form.field}", reason)
+    return InputError(f"structured.{form.field}", with_largest_count(form, reason))
 
 
 def clear(row: Int32, token_ids: Sequence[int]) -> None:
@@ -268,6 +278,12 @@ class Grammar:
     template: Any  # an LLMatcher in its initial state
     first: Int32  # [words], mask of the first token
     seconds: float  # CPU time to compile it
-    num_bytes: int  # memory of the compiled grammar
+    num_bytes: int  # memory of the compiled grammar, before its first answer
     num_answers: int = 0
     num_renewed: int = 0  # answers that were given a separate lexer
+    num_masks: int = 0  # masks of all answers
+
+    @property
+    def size(self) -> int:
+        """Upper estimate of the memory in bytes, with what the shared lexer grew."""
+        return self.num_bytes + min(MAX_GROWTH, self.num_masks * MASK_BYTES)

@@ -2,8 +2,8 @@
 
 Such grammars use `&` in Lark, or `allOf` and similar keywords in JSON schemas. One step of
 llguidance's lexer may visit all subsets of the patterns, which its own limits do not count: thirty
-patterns in a kilobyte exhaust time and memory. So they are counted here, as are
-`patternProperties`, which llguidance compares pairwise.
+patterns in a kilobyte exhaust time and memory. So those of one
+value are counted here, as are `patternProperties`, which llguidance compares pairwise.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...scheduler.structured import StructuredOutput
-from .json_schema import decimal_parts, is_number
+from .joins import Group, joined_groups
+from .number_bounds import decimal_parts
+from .subschemas import is_number, subschemas
 
 MAX_JOINED = 8  # compiles in some hundredths of a second
 MAX_PATTERN_PROPERTIES = 64  # 600 took over ten seconds
-JOINING = ("allOf", "anyOf", "oneOf", "$ref")
-SILENT = {  # keywords that do not constrain the value
-    *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
-    *("writeOnly", "discriminator", "x-guidance", "$comment", "$id", "$schema", "$anchor"),
-    *("$defs", "definitions"),
-}
+JOINED = ("pattern", "format")
 SCHEMA = "%json"  # llguidance's directive before a JSON schema in Lark
 
 _JSON = json.JSONDecoder()
@@ -61,45 +58,28 @@ def schemas_in(lark: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _in_schema(schema: Any) -> str:
-    """Check a schema. If any schemas are combined, all patterns in it are counted."""
-    found: set[tuple[str, str]] = set()
-    multiples: set[int | float] = set()
-    num_names, is_joined, left = 0, False, [schema]
-    while left:
-        node = left.pop()
-        if isinstance(node, list):
-            left.extend(node)
-        elif isinstance(node, dict):
-            found |= {(key, node[key]) for key in ("pattern", "format") if _is_text(node, key)}
-            is_joined = is_joined or _joins(node)
-            if is_number(node.get("multipleOf")):
-                multiples.add(abs(node["multipleOf"]))
-            names = node.get("patternProperties")
-            num_names += len(names) if isinstance(names, dict) else 0
-            left.extend(node.values())  # Include data, since a `$ref` may point into it.
+    """Check each group of subschemas that a single value must satisfy."""
+    names = [node.get("patternProperties") for node in subschemas(schema)]
+    num_names = sum(len(each) for each in names if isinstance(each, dict))
     if num_names > MAX_PATTERN_PROPERTIES:
         return f"has {num_names} patternProperties; the maximum is {MAX_PATTERN_PROPERTIES}"
-    if is_joined and len(multiples) > 1 and _common_multiple_bound(multiples) >= 2**32:
+    return next(filter(None, map(_in_group, joined_groups(schema).groups)), "")
+
+
+def _in_group(group: Group) -> str:
+    found = {(key, node[key]) for node in group for key in JOINED if _is_text(node, key)}
+    if len(found) > MAX_JOINED:
+        return (
+            f"combines schemas (allOf, anyOf, oneOf, $ref) with {len(found)} pattern/format "
+            f"keywords of one value; the maximum is {MAX_JOINED}"
+        )
+    multiples = {abs(node["multipleOf"]) for node in group if is_number(node.get("multipleOf"))}
+    if len(multiples) > 1 and _common_multiple_bound(multiples) >= 2**32:
         return (
             "combines schemas (allOf, anyOf, oneOf, $ref) whose multipleOf values are too large "
             "together; use a single multipleOf"
         )
-    if not is_joined or len(found) <= MAX_JOINED:
-        return ""
-    return (
-        f"combines schemas (allOf, anyOf, oneOf, $ref) with {len(found)} pattern/format "
-        f"keywords; the maximum is {MAX_JOINED}"
-    )
-
-
-def _joins(node: dict[str, Any]) -> bool:
-    """Return whether a value must match several parts of a schema at once."""
-    parts = node.get("allOf")
-    if isinstance(parts, list) and len(parts) > 1:
-        return True
-    return any(isinstance(node.get(key), str | list) for key in JOINING) and (
-        len(node.keys() - SILENT) > 1
-    )
+    return ""
 
 
 def _common_multiple_bound(multiples: Iterable[int | float]) -> int:

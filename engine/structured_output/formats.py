@@ -67,3 +67,4 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "email": (rf"^{_ATOM}(?:\.{_ATOM})*@(?:{_DOMAIN}|\[{_IPV4}\])$", "^[^@]{1,64}@.{1,189}$"),
     "uri": (f"^{_URI}$",),
 }
+LIBRARY_FORMATS = ("duration", "ipv4", "ipv6", "uuid", "unknown")  # exact in llguidance

@@ -7,7 +7,8 @@ from typing import Any
 
 from ...scheduler.structured import StructuredOutput
 from .complexity import schemas_in, too_joined
-from .json_schema import UnsupportedSchema, make_exact
+from .json_schema import make_exact
+from .subschemas import UnsupportedSchema
 
 MAX_TEXT = 1 << 19  # characters; a schema grows when its formats become patterns
 # Without this, llguidance emits forced bytes endlessly for `A "a"` with `A: /a+/`, since they never

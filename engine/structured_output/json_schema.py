@@ -7,44 +7,32 @@ could collide, and formats are replaced by patterns.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from decimal import Decimal
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ...scheduler.params import truncated_repr
 from .formats import FORMATS
+from .joins import joined_groups
+from .number_bounds import check_constant, check_multiple, make_bounds_exact
+from .rewrites import rewrite
+from .subschemas import CONSTANTS, DATA, NAMED, OPTIONS, UnsupportedSchema, is_number, subschemas
 
-MAX_EXACT = 2**53 - 1  # doubles, and hence JavaScript clients, represent integers up to here
-MAX_INT64 = 2**63 - 1
-MAX_MULTIPLE = 100_000  # of multipleOf without its decimal point; compiling takes as many states
-MAX_DECIMALS = 8
-
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-NAMED = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema
-CONSTANTS = ("enum", "const")
-DATA = (*CONSTANTS, "default", "examples")  # keywords whose values are not schemas
-OPTIONS = "x-guidance"  # llguidance's own keyword
 PLAIN_ESCAPES = 'nrbtf\\"'  # without \uXXXX
 NEEDS_UNICODE_ESCAPE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 
-class UnsupportedSchema(ValueError):
-    """A schema cannot be enforced exactly. The message names the part and the fix."""
-
-
 def make_exact(schema: dict[str, Any]) -> bool:
     """Make a schema exact in place; return whether it changed. Raises `UnsupportedSchema`."""
-    is_changed, has_open_names, texts = False, False, ""
-    for node in _schemas_in(schema):
+    has_open_names, texts = False, ""
+    is_changed = rewrite(schema)
+    is_changed = make_bounds_exact(joined_groups(schema)) or is_changed
+    for node in subschemas(schema):
         _check_reference(node.get("$ref"))
-        _check_bounds(node)
-        _check_narrow_range(node)
-        _check_multiple(node.get("multipleOf"))
+        check_multiple(node.get("multipleOf"))
         _check_min_properties(node)
         for number in _constants(node, (int, float)):
-            _check_constant(number)
+            check_constant(number)
         texts = texts or next(filter(NEEDS_UNICODE_ESCAPE.search, _constants(node, (str,))), "")
         has_open_names = has_open_names or _has_open_names(node)
         is_changed = _replace_format(node) or is_changed
@@ -71,22 +59,6 @@ def _check_options(options: Any) -> None:
             raise UnsupportedSchema(text)
 
 
-def _schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
-    """Yield all subschemas, also under unknown keywords, since a $ref may point there."""
-    left = [schema]
-    while left:
-        node = left.pop()
-        if isinstance(node, list):
-            left.extend(node)
-        elif isinstance(node, dict):
-            yield node
-            for key, value in node.items():
-                if key in NAMED and isinstance(value, dict):
-                    left.extend(value.values())
-                elif key not in DATA and key != OPTIONS:
-                    left.append(value)
-
-
 def _constants(node: Mapping[str, Any], kinds: tuple[type, ...]) -> Iterator[Any]:
     """Yield values of these types within enum and const, including property names."""
     left = [node[key] for key in CONSTANTS if key in node]
@@ -98,84 +70,6 @@ def _constants(node: Mapping[str, Any], kinds: tuple[type, ...]) -> Iterator[Any
             left.extend((*value, *value.values()))
         elif isinstance(value, kinds) and not isinstance(value, bool):
             yield value
-
-
-def _check_constant(number: int | float) -> None:
-    if not abs(number) <= MAX_EXACT:
-        raise UnsupportedSchema(
-            f"has the constant {truncated_repr(number)}: numbers beyond ±{MAX_EXACT} would be "
-            "rounded; use a string"
-        )
-
-
-def _check_bounds(node: Mapping[str, Any]) -> None:
-    for key in BOUNDS:
-        bound = node.get(key)
-        if is_number(bound) and not _is_exact_bound(node, key, bound):
-            raise UnsupportedSchema(
-                f"has {key}: {truncated_repr(bound)}: bounds beyond ±{MAX_EXACT} would be rounded; "
-                "use a smaller one, or remove it"
-            )
-
-
-def _check_narrow_range(node: Mapping[str, Any]) -> None:
-    """Reject an exclusive integer bound if the range ends before the next integer.
-
-    llguidance would include the bound.
-    """
-    low, high = _tightest(node, max, "minimum"), _tightest(node, min, "maximum")
-    for key, sign, other in (("exclusiveMinimum", 1, high), ("exclusiveMaximum", -1, low)):
-        bound = node.get(key)
-        if other is None or not is_number(bound) or node.get("type") == "integer":
-            continue
-        if bound == int(bound) and 0 < sign * (other - bound) < 1:
-            raise UnsupportedSchema(
-                f"has {key}: {truncated_repr(bound)} and ends at {truncated_repr(other)}, before "
-                "the next integer: that bound would be included; use an inclusive bound"
-            )
-
-
-def _tightest(
-    node: Mapping[str, Any], choose: Callable[[list[float]], float], name: str
-) -> float | None:
-    keys = (name, f"exclusive{name.capitalize()}")
-    bounds = [node[key] for key in keys if is_number(node.get(key))]
-    return choose(bounds) if bounds else None
-
-
-def _is_exact_bound(node: Mapping[str, Any], key: str, bound: int | float) -> bool:
-    """Return whether llguidance enforces a bound exactly; for integers, also some of 64 bits."""
-    if abs(bound) <= MAX_EXACT:
-        return True
-    if node.get("type") != "integer" or "multipleOf" in node or not math.isfinite(bound):
-        return False
-    if key == "maximum":
-        return bound == MAX_INT64 or (0 < bound < MAX_INT64 and int(float(bound)) == bound)
-    return key == "minimum" and -MAX_INT64 < bound < 0 and int(float(bound)) == bound
-
-
-def _check_multiple(multiple: Any) -> None:
-    if not is_number(multiple):
-        return
-    coefficient, decimals = decimal_parts(multiple)
-    if coefficient > MAX_MULTIPLE or decimals > MAX_DECIMALS:
-        raise UnsupportedSchema(
-            f"has multipleOf: {truncated_repr(multiple)}: the maximum is {MAX_MULTIPLE} without "
-            f"the decimal point, and {MAX_DECIMALS} decimal places"
-        )
-
-
-def decimal_parts(number: int | float) -> tuple[int, int]:
-    """Return (coefficient, decimal places) of a number's absolute value."""
-    exact = Decimal(repr(abs(number)))
-    if not exact.is_finite():
-        return MAX_MULTIPLE + 1, 0
-    _, digits, exponent = exact.normalize().as_tuple()
-    assert isinstance(exponent, int)
-    coefficient = int("".join(map(str, digits)))
-    if exponent > 0:
-        coefficient = MAX_MULTIPLE + 1 if exponent > MAX_DECIMALS else coefficient * 10**exponent
-    return coefficient, max(0, -exponent)
 
 
 def _check_min_properties(node: Mapping[str, Any]) -> None:
@@ -226,7 +120,3 @@ def _replace_format(node: dict[str, Any]) -> bool:
         if isinstance(others, list):
             node["allOf"] = [*others, *({"pattern": pattern} for pattern in patterns)]
     return True
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

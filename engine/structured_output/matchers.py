@@ -132,7 +132,9 @@ class Matchers:
             self._matchers[request.request_id] = Matcher(grammar, request)
 
     def remove(self, name: str) -> None:
-        self._matchers.pop(name, None)
+        matcher = self._matchers.pop(name, None)
+        if matcher is not None:
+            matcher.grammar.owner.trim()
 
     def read(self, updates: Sequence[RequestUpdate], scheduler: Scheduler) -> list[RequestUpdate]:
         """Advance by a step's tokens, and finish answers that are complete or failed.
@@ -185,6 +187,7 @@ class Matchers:
             self._threads().unsafe_compute_mask_ptr(pairs, rows.ctypes.data, width, len(rows))
         self._was_slow = time.perf_counter() - start > SLOW_STEP
         for matcher, row in zip(matchers, rows, strict=True):
+            matcher.grammar.num_masks += 1
             if matcher.error:
                 continue
             if matcher.state.is_error():

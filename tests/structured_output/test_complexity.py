@@ -38,10 +38,37 @@ JOINED: dict[str, dict[str, Any]] = {
     "a_property": {"json_schema": {"properties": {"default": {"allOf": PATTERNS}}}},
     "a_definition": {"json_schema": {"$ref": "#/$defs/enum", "$defs": {"enum": nested()}}},
     "data": {"json_schema": {"$ref": "#/examples", "examples": {"allOf": PATTERNS}}},
+    "of_items": {"json_schema": {"allOf": [{"items": each} for each in PATTERNS]}},
+    "of_open_names": {
+        "json_schema": {"allOf": [{"additionalProperties": each} for each in PATTERNS]}
+    },
+    "of_alternatives": {"json_schema": {"allOf": [{"anyOf": [each, {}]} for each in PATTERNS]}},
+    "of_recursion": {
+        "json_schema": {
+            "$defs": {"a": {"items": {"allOf": [*PATTERNS, {"$ref": "#/$defs/a"}]}}},
+            "$ref": "#/$defs/a",
+        }
+    },
+    "unknown_reference": {"json_schema": {"$ref": "#a", "properties": {"a": {"items": PATTERNS}}}},
 }
 NOT_JOINED: dict[str, dict[str, Any]] = {
     "properties": {"json_schema": {"properties": {str(i): p for i, p in enumerate(PATTERNS)}}},
     "any_of": {"json_schema": {"title": "any", "default": None, "anyOf": PATTERNS}},
+    "unrelated": {
+        "json_schema": {
+            "type": "object",
+            "properties": {str(i): each for i, each in enumerate(PATTERNS)},
+            "allOf": [{"required": ["1"]}, {"properties": {"z": {"format": "date"}}}],
+        }
+    },
+    "alternatives": {"json_schema": {"type": "string", "minLength": 1, "anyOf": PATTERNS}},
+    "references": {
+        "json_schema": {
+            "$defs": {"a": {"allOf": [{"items": each} for each in PATTERNS[:5]]}},
+            "properties": {"a": {"$ref": "#/$defs/a", "title": "A"}},
+            "additionalProperties": {"anyOf": PATTERNS},
+        }
+    },
     "few": {"json_schema": {"allOf": PATTERNS[:MAX_JOINED]}},
     "plain": {"json_schema": {"allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]}},
     "a_text": {"lark": 'start: %json {"description": "%json in a text"} "b"'},
@@ -75,3 +102,9 @@ def test_what_a_tool_says_of_itself_joins_nothing() -> None:
     described = {"type": "object", "description": "R&D " * 20}
     tool = {"type": "function", "function": {"name": "find", "parameters": described}}
     assert too_joined(StructuredOutput(lark=ToolUse([tool], "required").grammar())) == ""
+
+
+def test_very_many_groups_are_counted_together() -> None:
+    """Without visiting each choice of alternatives."""
+    unions = [{"anyOf": [{"pattern": f"a{n}"}, {"pattern": f"b{n}"}]} for n in range(30)]
+    assert "60 pattern/format" in too_joined(StructuredOutput(json_schema={"allOf": unions}))

@@ -98,7 +98,9 @@ def told() -> dict[str, list[str]]:
         for out in outs[:-1]:
             assert {answer.finish_reason for answer in out.outputs} == {"stop"}
         with pytest.raises(InputError, match=NOT) as caught:
-            llm.chat(WHO, SamplingParams(structured=StructuredOutput(json_schema={"not": {}})))
+            llm.chat(
+                WHO, SamplingParams(structured=StructuredOutput(json_schema={"not": {"const": 1}}))
+            )
         assert caught.value.field == "structured.json_schema"
         bad = params_of("regex", structured=StructuredOutput(regex="a(?=b)"))
         refused, kept = llm.chat([WHO, WHO], [bad, params_of("regex")], progress=False)
@@ -205,7 +207,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "an object"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
      "response_format.json_schema.strict", "true or false"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {"const": 1}}}}},
      "response_format.json_schema.schema", NOT),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"regex": "a(?=b)"}}, "structured_outputs.regex", LOOK_AROUND),
@@ -234,7 +236,7 @@ def test_bad_forms_over_http(web: openai.OpenAI, index: int, stream: bool) -> No
 
 def test_bad_forms_over_grpc(client: octavo.Client) -> None:
     with pytest.raises(ClientError) as caught:
-        list(client.chat(WHO, structured=StructuredOutput(json_schema={"not": {}})))
+        list(client.chat(WHO, structured=StructuredOutput(json_schema={"not": {"const": 1}})))
     assert caught.value.code == "INVALID_ARGUMENT" and NOT in str(caught.value)
     assert "structured.json_schema" in str(caught.value)
     with pytest.raises(ClientError, match=r"must be an octavo.StructuredOutput"):

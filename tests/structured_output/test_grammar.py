@@ -39,7 +39,7 @@ ENDS = frozenset({SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]})
 PADDED = 311  # ids: more than the tokenizer has, and no whole number of words
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "keyword": ({"json_schema": {"not": {}, "uniqueItems": True}}, "'not', 'uniqueItems': not"),
+    "keyword": ({"json_schema": {"not": 0, "uniqueItems": True}}, "'not', 'uniqueItems': not"),
     "one_of": ({"json_schema": {"oneOf": [{}, {}]}}, "use anyOf"),
     "type": ({"json_schema": {"type": "strin"}}, "'strin' is not a JSON type"),
     "format": ({"json_schema": {"type": "string", "format": "hue"}}, "'hue' is not supported"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
 from array import array
 from collections.abc import Iterator
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -22,12 +25,13 @@ from octavo.engine.errors import GrammarQueueFull, InputError
 from octavo.engine.input import preprocess_pool
 from octavo.engine.input.preprocess_pool import InputPool
 from octavo.engine.structured_output import compiler, matchers, trials
-from octavo.engine.structured_output.compiler import Grammars
+from octavo.engine.structured_output.compiler import Grammar, Grammars
 from octavo.engine.structured_output.library import heap_bytes
-from octavo.engine.structured_output.matchers import Matcher
+from octavo.engine.structured_output.matchers import Matcher, Matchers
 from octavo.engine.structured_output.trials import CompileCancelled, CompileTask
 from octavo.engine.tool_calling.tool_choice import ToolUse
-from octavo.scheduler.request import Request
+from octavo.scheduler.request import Request, RequestStatus
+from octavo.scheduler.step import RequestUpdate
 
 SMALL = StructuredOutput(regex="[ab]{3}")
 
@@ -160,6 +164,40 @@ def test_memory_of_grammars_is_bounded_as_measured(
     with pytest.raises(GrammarQueueFull, match="try again later"):
         grammars.compile(StructuredOutput(json_schema={"enum": ["z" * 3000]}))
     assert not grammars._found
+
+
+@pytest.mark.lesson("L35")
+def test_memory_that_answers_add_to_cached_grammars_is_bounded(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each email pattern grows by over a megabyte; the cache counts that and drops them."""
+    monkeypatch.setattr(compiler, "MAX_CACHED_BYTES", 8 << 20)
+    states, rng = Matchers(), Random(0)
+    schemas = [{"type": "string", "format": "email", "title": str(index)} for index in range(16)]
+    before = 0
+    for schema in schemas:
+        grammar = grammars.compile(StructuredOutput(json_schema=schema))
+        write_randomly(states, grammar, rng)
+        before = before or heap_bytes()
+    del grammar
+    gc.collect()
+    assert heap_bytes() - before < 12 << 20
+    assert 1 <= sum(form.json_schema is not None for form in grammars._found) <= 3
+
+
+def write_randomly(states: Matchers, grammar: Grammar, rng: Random) -> None:
+    """Generate three answers of up to 100 tokens."""
+    scheduler: Any = SimpleNamespace(finish=lambda *_: None)
+    for _ in range(3):
+        request = Request("r", array("i", [1]), SamplingParams(structured=grammar.form))
+        states.add([request], grammar)
+        update = RequestUpdate("r", [0], RequestStatus.RUNNING)
+        while len(request.output_token_ids) < 100 and update.status is RequestStatus.RUNNING:
+            row = states._matchers["r"].allowed.view(np.uint8)
+            token = rng.choice(np.flatnonzero(np.unpackbits(row, bitorder="little")).tolist())
+            request.token_ids.append(token)
+            (update,) = states.read([update._replace(new_token_ids=[token])], scheduler)
+        states.remove("r")
 
 
 def test_the_process_is_started_again_and_ends_with_the_engine(tokenizer: Tokenizer) -> None:
@@ -311,3 +349,9 @@ def test_a_slow_mask_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) ->
         error = llm.generate("hi", guided)[0].error
         assert "structured.regex: after 1 tokens it is too complex" in error
         assert llm.generate("hi", plain)[0].outputs[0].token_ids
+
+
+def test_an_error_names_the_count_that_is_too_large(grammars: Grammars, short_trials: None) -> None:
+    schema = {"pattern": "(a|b.*c)+d", "minLength": 50_000, "maxLength": 1_000_000}
+    with pytest.raises(InputError, match=r"too complex.*; maxLength: 1000000 may be the cause"):
+        grammars.compile(StructuredOutput(json_schema=schema))

@@ -222,7 +222,9 @@ BAD = [
     ({"tool_choice": "required"}, "tool_choice"),
     (
         {
-            "tools": [{"type": "function", "function": {"name": "a", "parameters": {"not": {}}}}],
+            "tools": [
+                {"type": "function", "function": {"name": "a", "parameters": {"not": {"const": 1}}}}
+            ],
             "tool_choice": "required",
         },
         "tools",
