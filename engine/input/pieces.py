@@ -95,13 +95,21 @@ def pieces(text: str, cuts: bool, field: str) -> Iterator[str]:
         end = _end_of_piece(text, start, cuts)
         piece = text[start:end]
         if len(piece) > PIECE and len(piece.encode("utf-8", "surrogatepass")) > MAX_RUN:
-            raise InputError(
-                field,
-                f"has over {MAX_RUN} bytes without a space, digit or line break, at which the "
-                "tokenizer could split it; insert spaces or line breaks",
-            )
+            raise InputError(field, _too_long(text, cuts))
         yield piece
         start = end
+
+
+def _too_long(text: str, cuts: bool) -> str:
+    if cuts:
+        return (
+            f"has over {MAX_RUN} bytes without a space, digit or line break, at which the "
+            "tokenizer could split it; insert spaces or line breaks"
+        )
+    return (
+        f"has a text of {len(text.encode('utf-8', 'surrogatepass'))} bytes; the maximum is "
+        f"{MAX_RUN}, since this checkpoint's tokenizer cannot encode a text in parts; shorten it"
+    )
 
 
 def _end_of_piece(text: str, start: int, cuts: bool) -> int:

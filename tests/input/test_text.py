@@ -537,3 +537,14 @@ def test_timeout_ends_a_long_text_in_time_and_frees_its_thread(folder: Path) -> 
 async def _end_of(engine: octavo.AsyncLLM, text: str) -> None:
     errors = [delta.error async for delta in engine.generate(text, timeout_s=0.3) if delta.error]
     assert errors and "DEADLINE_EXCEEDED" in errors[0]
+
+
+def test_a_long_text_of_a_tokenizer_that_cannot_be_cut_is_rejected_with_its_size() -> None:
+    words = "one two " * (1 << 14)
+    assert list(pieces.pieces(words, cuts=False, field="prompt")) == [words]
+    with pytest.raises(InputError) as caught:
+        list(pieces.pieces(words + "é", cuts=False, field="prompt"))
+    assert "131074 bytes; the maximum is 131072" in str(caught.value)
+    assert "cannot encode a text in parts; shorten it" in str(caught.value)
+    with pytest.raises(InputError, match="without a space"):
+        list(pieces.pieces("x" * (pieces.MAX_RUN + 1), cuts=True, field="prompt"))

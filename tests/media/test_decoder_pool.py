@@ -22,6 +22,8 @@ from octavo.engine.errors import DecoderUnavailable, InputError
 from octavo.engine.input.parsed_prompt import ParsedPrompt
 from octavo.engine.input.preprocess_pool import InputPool, PreprocessPools
 from octavo.engine.input.processor import InputProcessor
+from octavo.engine.media.decode.reader import MediaHeader
+from octavo.engine.media.decode.webp import webp_header
 from octavo.engine.media.sandbox import process
 from octavo.engine.media.sandbox.plan import MEMORY_SHARE, SMALL_BYTES, DecoderPlan, plan_decoders
 from octavo.engine.media.sandbox.pool import DecoderPool, Lease
@@ -437,6 +439,33 @@ def test_only_large_files_may_use_all_of_the_memory() -> None:
     with pool.lease() as lease:
         decode(lease, large)
     assert pool.num_started == 2
+    pool.close()
+
+
+WEBP_PIXELS = "c56ab10a0750e42ad4a3ff8188e87f0000"  # a plain color
+WEBPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lossy": ("RGB", {}),
+    "lossless": ("RGBA", {"lossless": True}),
+    "extended": ("RGB", {"lossless": True, "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WEBPS))
+def test_sizes_of_webp_images_are_read(name: str) -> None:
+    mode, options = WEBPS[name]
+    file = io.BytesIO(encoded(Image.new(mode, (301, 203)), "WEBP", **options))
+    assert webp_header(file) == MediaHeader(203, 301) and file.tell() == 0
+    assert webp_header(io.BytesIO(file.getvalue()[:29])) is None
+    assert webp_header(io.BytesIO(encoded(Image.new("RGB", (9, 9)), "PNG"))) is None
+
+
+def test_a_webp_image_of_the_maximum_size_fits_into_a_large_decoder() -> None:
+    """Opening it allocates two canvases, before the decoder returns its header."""
+    pool = DecoderPool(LIMITS, DecoderPlan(1, 1, SMALL_BYTES, 4 << 30, WANTED, are_shared=True))
+    size = 10_950, 10_950
+    data = b"RIFF\x1e\0\0\0WEBPVP8L\x11\0\0\0/" + bytes.fromhex(WEBP_PIXELS)
+    with pool.lease() as lease, lease("image", io.BytesIO(data), LIMITS, "image") as reader:
+        assert reader.header == MediaHeader(*size)
     pool.close()
 
 

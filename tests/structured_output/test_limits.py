@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -355,3 +357,27 @@ def test_an_error_names_the_count_that_is_too_large(grammars: Grammars, short_tr
     schema = {"pattern": "(a|b.*c)+d", "minLength": 50_000, "maxLength": 1_000_000}
     with pytest.raises(InputError, match=r"too complex.*; maxLength: 1000000 may be the cause"):
         grammars.compile(StructuredOutput(json_schema=schema))
+
+
+@pytest.mark.lesson("L35")
+def test_timeout_ends_requests_whose_grammar_compiles_or_is_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second request waits for the first one's trial, which could go on for hours."""
+
+    async def end_of(engine: octavo.AsyncLLM, params: SamplingParams, timeout_s: float) -> str:
+        deltas = engine.generate("hi", params, timeout_s=timeout_s)
+        return next(iter([delta.error async for delta in deltas if delta.error]), "")
+
+    async def run() -> None:
+        async with octavo.AsyncLLM(max_model_len=128) as engine:
+            assert not await end_of(engine, replace(structured("a"), max_tokens=4), 60)
+            monkeypatch.setattr(trials, "QUICK_SECONDS", 10_000.0)
+            started = time.monotonic()
+            slow = [end_of(engine, structured(f"{letter}?" * 20_000), 0.5) for letter in "de"]
+            errors = await asyncio.gather(*slow)
+            assert all(error.startswith("DEADLINE_EXCEEDED") for error in errors), errors
+            assert time.monotonic() - started < 5
+            assert not await end_of(engine, replace(structured("b"), max_tokens=4), 60)
+
+    asyncio.run(run())

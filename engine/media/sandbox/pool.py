@@ -17,6 +17,7 @@ from ...errors import DecoderUnavailable, InputError
 from ..decode.animation import is_animation
 from ..decode.opening import open_here
 from ..decode.reader import MediaReader
+from ..decode.webp import webp_header
 from ..task import MediaTask
 from .plan import DecoderPlan, is_small
 from .process import DecoderProcess, DecoderStoppedError, StartCancelledError
@@ -238,8 +239,11 @@ class Lease:
             return open_here(kind, file, limits, field)
         process = self._ready_process(field)
         num_bytes = file.seek(0, io.SEEK_END)
+        canvas = webp_header(file)
         if kind == "video" and is_animation(file):  # opening one decodes all frames
             self._grow(process, kind, field)
+        elif canvas is not None and not is_small(kind, canvas, num_bytes):
+            self._grow(process, kind, field)  # opening one allocates its canvases
         reader = ChildReader(process, kind, file, limits, field, self._seconds_left(field))
         try:
             if not is_small(kind, reader.header, num_bytes):
