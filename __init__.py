@@ -28,6 +28,7 @@ _MODULES = {
     "Tls": ".engine.client.channel",
     "TokenLogprobs": ".scheduler.logprobs",
     "ToolCall": ".engine.tool_calling.parser",
+    "metrics_text": ".engine.observability.prometheus",
 }
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .engine.errors import ConfigError, EngineDead, InputError
     from .engine.llm import LLM
     from .engine.media.embeds import MediaEmbeds
+    from .engine.observability.prometheus import metrics_text
     from .engine.outputs import RequestOutput
     from .engine.tool_calling.parser import ToolCall
     from .scheduler.admission import AdmissionError, QueueFull
@@ -70,6 +72,7 @@ __all__ = [
     "TokenLogprobs",
     "ToolCall",
     "__version__",
+    "metrics_text",
 ]
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -33,8 +33,8 @@ from octavo.engine.cli.options import (
     TraceFile,
 )
 
-from .request_file import read_requests
-from .workload import BenchRequest, Media, Vocabulary, Workload
+if TYPE_CHECKING:
+    from .workload import BenchRequest, Workload
 
 Command = Callable[..., Any]
 JsonFile = Annotated[
@@ -118,6 +118,8 @@ class WorkloadOptions:
 
     def workload(self, num_prompts: int) -> Workload:
         """Return the workload. Raises ValueError naming the invalid option."""
+        from .workload import Media, Workload
+
         for name in ("input_len", "output_len", "turns"):
             at_least_one(getattr(self, name), name.replace("_", "-"))
         if self.shared_prefix_len < 0:
@@ -140,6 +142,9 @@ class WorkloadOptions:
 
         Raises ValueError for an invalid option or file.
         """
+        from .request_file import read_requests
+        from .workload import Vocabulary
+
         workload = self.workload(num_prompts)
         if self.requests is not None:
             return read_requests(self.requests, model_dir, self.output_len)

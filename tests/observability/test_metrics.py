@@ -19,10 +19,11 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
+from octavo import metrics_text
 from octavo.benchmarks.fakes.simulated_worker import Simulation, make_config
 from octavo.engine.errors import DuplicateRequest, EngineDead, InputError, code_of
 from octavo.engine.input.processor import InputTimes, ProcessedInput
-from octavo.engine.observability.prometheus import CONTENT_TYPE, metrics_text
+from octavo.engine.observability.prometheus import CONTENT_TYPE
 from octavo.engine.observability.request_log import RequestRecord
 from octavo.engine.observability.stats import EngineStats
 from octavo.engine.outputs import OutputDelta, Usage

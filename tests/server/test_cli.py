@@ -29,6 +29,13 @@ def test_user_error_exits_with_2_and_one_line() -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_command_line_imports_no_large_library() -> None:
+    large = {"PIL", "av", "grpc", "jinja2", "numpy", "tokenizers", "torch", "urllib3"}
+    code = f"import sys, octavo.engine.cli.main; print(sorted({large} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))

@@ -26,9 +26,6 @@ log = logging.getLogger("octavo.server")
 DONE = b"data: [DONE]\n\n"
 MAX_INLINE_LOGPROBS = 16  # tokens with logprobs to encode without chunking
 
-# JSON escapes all other line separators by itself: they are control characters below U+0020.
-_LINE_SEPARATORS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
-
 Answers = AsyncGenerator[tuple[int, OutputDelta], None]
 
 

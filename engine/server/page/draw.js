@@ -1,6 +1,7 @@
 // The three charts of the live view, with text descriptions.
 
 export const MAX_STEPS = 200; // steps shown
+export const MAX_RATES = 240; // values of tokens per second shown
 const UNUSED = 0, CACHED = 1, SHARED = 2, FIRST_REQUEST = 3; // codes of engine/observability/snapshot.py
 const BLOCKS_HEIGHT = 180, STRIP = 34, GAP = 21; // CSS pixels
 const STAGES = [["encode", 2], ["prefill", 3], ["decode", 4]]; // and their index in a step
@@ -104,7 +105,7 @@ export function drawThroughput(canvas, rates) {
   to.strokeStyle = color("decode");
   to.lineWidth = 2;
   to.beginPath();
-  rates.forEach((rate, i) => to.lineTo(width - ((rates.length - 1 - i) / 239) * width, height - 2 - (rate / max) * (height - 20)));
+  rates.forEach((rate, i) => to.lineTo(width - ((rates.length - 1 - i) / (MAX_RATES - 1)) * width, height - 2 - (rate / max) * (height - 20)));
   to.stroke();
   canvas.setAttribute("aria-label", `${(rates.at(-1) ?? 0).toFixed(1)} tokens per second now, max. ${max.toFixed(1)} while this page was open`);
 }

@@ -1,10 +1,9 @@
 // The live view: polls engine snapshots while the panel is visible, and shows them.
 
 import { ask } from "/page/api.js";
-import { MAX_STEPS, colorOf, drawBlocks, drawSteps, drawThroughput } from "/page/draw.js";
+import { MAX_RATES, MAX_STEPS, colorOf, drawBlocks, drawSteps, drawThroughput } from "/page/draw.js";
 import { nameOf, showRequests } from "/page/table.js";
 
-const MAX_RATES = 240; // rates shown
 const ANNOUNCE_INTERVAL = 10_000; // minimum milliseconds between screen reader announcements
 const RETRY = 3000; // milliseconds until the next poll after an error
 
