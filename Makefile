@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-soak lint proto clean
+.PHONY: help demo test test-fast test-slow test-soak lint proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,14 @@ lint: .venv/installed-test  ## ruff and mypy
 
 test: lint .venv-proto/installed  ## lint, then run the test suite (as .ci/run does)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Left out: minutes of compilation and interpretation, and scripts that start whole processes.
+FAST := tests/scheduler tests/kernels tests/input tests/engine \
+  --ignore tests/kernels/test_interpreter.py --ignore tests/kernels/test_kernels_compiled.py \
+  --ignore tests/engine/test_exit.py --ignore tests/engine/test_forks.py
+
+test-fast: lint  ## while developing: lint, scheduler, kernels, input and engine, in 3 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
 
 test-slow: .venv/installed-test  ## slow tests (minutes each)
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -145,7 +145,7 @@ def _message(message: Mapping[str, Any], field: str) -> pb.Message:
     if not isinstance(role, str):
         raise invalid(f"{truncated_repr(role)}: must be a string", f"{field}.role")
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and message.get("role") == "assistant":
         content = ()
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
         raise invalid("must be a string or a list of parts", f"{field}.content")

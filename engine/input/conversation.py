@@ -127,6 +127,8 @@ class _Reader:
         _reject_unknown(field, message, ("role", "content", *extra))
         if message.get("tool_calls"):
             return self._answer(field, message)
+        if content is None and role == "assistant":  # for example an echoed refusal
+            content = ""
         if content is None or isinstance(content, bytes) or not isinstance(content, Sequence):
             raise InputError(f"{field}.content", "must be a string or a list of parts")
         if role == "tool":

@@ -63,6 +63,10 @@ SAME = {
         given({"role": "system", "content": "Be short."}, WHO),
     ),
     "calls without content": (answered(None), answered("")),
+    "answer without content": (
+        given(WHO, {"role": "assistant", "content": None}, WHO),
+        given(WHO, {"role": "assistant", "content": ""}, WHO),
+    ),
 }
 REJECTED = {
     "top_k": (given(top_k=-2), "top_k", "top_k=-2: must be from 0 to 2147483647"),
@@ -73,11 +77,6 @@ REJECTED = {
     ),
     "user": (given({"role": "user", "content": None}), "messages[0].content", PARTS),
     "system": (given({"role": "system", "content": None}, WHO), "messages[0].content", PARTS),
-    "assistant": (
-        given(WHO, {"role": "assistant", "content": None}, WHO),
-        "messages[1].content",
-        PARTS,
-    ),
     "tool": (
         given(WHO, {"role": "tool", "content": None, "tool_call_id": "a"}),
         "messages[1].content",
@@ -90,8 +89,8 @@ REJECTED = {
     ),
     "seed": (given(seed=-2), "seed", "seed=-2: must be from 0 to 9223372036854775807"),
 }
-NOT_IN_PROTOBUF = ("calls without content", "seed=-1 is unset", "user", "system", "assistant")
-NOT_IN_PROTOBUF += ("tool", "seed")
+NOT_IN_PROTOBUF = ("calls without content", "answer without content", "seed=-1 is unset")
+NOT_IN_PROTOBUF += ("user", "system", "tool", "seed")
 
 
 class Apis(Served):
