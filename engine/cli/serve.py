@@ -65,7 +65,7 @@ def serve_model(
     from ..server.connections import raise_descriptor_limit
     from ..server.grpc_api.server import check_address, ready_line
     from ..server.grpc_api.server import serve as serve_grpc
-    from ..utils.memory_trim import start_trimming
+    from ..utils.malloc_arenas import limit_malloc_arenas
     from ..utils.tls import read_tls
     from ..worker.remote.address import Address
 
@@ -75,7 +75,7 @@ def serve_model(
             signal.signal(number, lambda number, frame: sys.exit(0))
     set_up_logs(log_format)
     raise_descriptor_limit()
-    start_trimming()
+    limit_malloc_arenas()
     settings["model"] = one_model(settings.pop("model_name"), settings["model"])
     keys, tls = read_keys(api_key_file), read_tls(tls_cert, tls_key, tls_client_ca)
     settings["workers"] = _addresses(settings["workers"])

@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..utils.cores import num_cores
 from ..utils.failpoints import CutOff, failpoint
 from ..utils.logs import set_up_worker_logs
-from ..utils.memory_trim import start_trimming
+from ..utils.malloc_arenas import limit_malloc_arenas
 from .link import UNLIMITED
 from .parent import end_with_parent
 from .remote.membership import WorkerSpec, use_interface
@@ -267,7 +267,7 @@ def main(make: type[WorkerServicer] = WorkerServicer) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # only the engine ends this process
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(lambda: _remove_files(socket))
-    start_trimming()
+    limit_malloc_arenas()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=UNLIMITED)
     worker_pb2_grpc.add_WorkerServicer_to_server(make(shared=args.shared), server)
     server.add_insecure_port(f"unix:{socket}")

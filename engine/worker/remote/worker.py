@@ -21,7 +21,7 @@ import grpc
 from ....proto import worker_pb2_grpc
 from ...errors import ConfigError
 from ...utils.logs import set_up_worker_logs
-from ...utils.memory_trim import start_trimming
+from ...utils.malloc_arenas import limit_malloc_arenas
 from ...utils.tls import group_tls, server_credentials
 from ..link import UNLIMITED
 from ..parent import end_with_parent
@@ -58,7 +58,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # only the parent ends this process
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
-    start_trimming()
+    limit_malloc_arenas()
     threading.Thread(target=_beat, args=(args.beat,), name="beat", daemon=True).start()
     spec = WorkerSpec(args.rank, args.local_rank, args.model)
     serve(Address.parse(args.listen, "--listen"), spec, args.tls)
