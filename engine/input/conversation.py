@@ -116,6 +116,8 @@ class _Reader:
         self._check_mapping(field, message)
         if not isinstance(message.get("name"), str | None):
             raise InputError(f"{field}.name", "must be a string")
+        if self.from_json:  # null and [] stand for an absent field
+            message = {k: v for k, v in message.items() if k == "content" or v not in (None, [])}
         message = without_ignored(message)
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:

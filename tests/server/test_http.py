@@ -407,6 +407,21 @@ def test_fields_are_named_as_they_were_written(raw: httpx2.Client) -> None:
     assert error["param"] == "prompt" and "/v1/chat/completions" in error["message"]
 
 
+def test_null_and_empty_fields_of_messages_are_absent(raw: httpx2.Client) -> None:
+    """Clients that dump their own message types send all fields."""
+    empty = {"name": None, "tool_calls": [], "tool_call_id": None, "function_call": None}
+    empty |= {"refusal": None, "audio": None, "anything": None}
+    found = []
+    for more in ({}, empty):
+        messages = [{"role": "user", "content": "Hi", **more}]
+        messages += [{"role": "assistant", "content": "Hello", **more}, *messages]
+        body = {"messages": messages, "max_tokens": 4, "temperature": 0}
+        answer = raw.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        found.append(answer.json()["choices"][0]["message"]["content"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.lesson("L27")
 def test_fields_are_named_as_they_were_written_after_admission_too() -> None:
     """A video's later frames are read while it runs."""
