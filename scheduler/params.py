@@ -6,7 +6,7 @@ All values are validated on construction; an `InputError` names the field, the v
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict, Unpack
 
@@ -68,8 +68,8 @@ class SamplingParams:
     repetition_penalty: float | None = None
     seed: int | None = None
     max_tokens: int | None = None  # None: up to max_model_len
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
@@ -77,7 +77,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # normalized to pairs
-    bad_words: tuple[str, ...] = ()
+    bad_words: Sequence[str] = ()
     min_tokens: int = 0
     include_stop_str: bool = False
     skip_special_tokens: bool = True
